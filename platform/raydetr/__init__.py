@@ -1,0 +1,1 @@
+"""raydetr: train, evaluate, register and serve DETR on Ray."""

@@ -1,0 +1,91 @@
+"""Connecting to Ray, once, and checking what is there before anything expensive starts."""
+
+import os
+from pathlib import Path
+
+import ray
+
+import detr
+import raydetr
+from raydetr.errors import ClusterError
+
+
+def connect(cpus: int = 2) -> None:
+    """Connect to the cluster that `RAY_ADDRESS` names (a Ray job has it), else start a local Ray.
+
+    A second call does nothing. A cluster that happens to run on this machine is not joined: only an
+    address that was given is used.
+
+    Args:
+        cpus: logical CPUs the job needs in all, data tasks included. A local Ray is started with at least
+            as many, more than the machine has if need be: they only bound how many processes run at once.
+
+    Raises:
+        ClusterError: the cluster has fewer CPUs, or `detr` and `raydetr` come from two copies of the project.
+    """
+    check_same_root()
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(logging_level="warning", log_to_driver=True)
+        else:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            ray.init(
+                address="local",
+                num_cpus=max(cpus, os.cpu_count() or 1),
+                include_dashboard=False,
+                logging_level="warning",
+            )
+    available = int(ray.cluster_resources().get("CPU", 0))
+    if available < cpus:
+        raise ClusterError(
+            f"The cluster has {available} CPUs and this job needs {cpus} (workers and at least one data task): "
+            "add nodes, or lower --workers or --actors."
+        )
+
+
+def nodes() -> int:
+    """How many nodes of the connected cluster are alive."""
+    return sum(1 for node in ray.nodes() if node["Alive"])
+
+
+def code_root() -> Path:
+    """The folder that `raydetr` was imported from: the project's root, or site-packages."""
+    package = Path(raydetr.__file__).resolve().parent
+    return package.parent.parent if package.parent.name == "platform" else package.parent
+
+
+def check_same_root() -> None:
+    """Stop when `detr` and `raydetr` come from two copies of the project.
+
+    `ray job submit --working-dir` alone on a cluster with an editable install mixes the uploaded `detr`
+    with the installed `raydetr`.
+
+    Raises:
+        ClusterError: with both places and the remedy.
+    """
+    detr_root = Path(detr.__file__).resolve().parent.parent
+    if detr_root != code_root():
+        raise ClusterError(
+            f"detr was imported from {detr_root} and raydetr from {code_root()}: two copies of the project. "
+            "Start the cluster's Ray with PYTHONPATH=.:platform in the project's folder, or submit with "
+            "--runtime-env runtime_env.yaml."
+        )
+
+
+def require_shared(**addresses: str) -> None:
+    """Refuse local addresses on a cluster of several nodes, before the first step.
+
+    Args:
+        addresses: flag names (with underscores) to addresses; empty ones are the embedded defaults, local too.
+
+    Raises:
+        ClusterError: naming the flag and the remedy.
+    """
+    if nodes() < 2:
+        return
+    for flag, address in addresses.items():
+        if "://" not in address or address.startswith(("file:", "sqlite:")):
+            raise ClusterError(
+                f"--{flag.replace('_', '-')} is the local address {address or '(default)'!r} and the cluster has "
+                f"{nodes()} nodes, which do not share it: give an s3:// address (or another shared one)."
+            )

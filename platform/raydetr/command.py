@@ -1,0 +1,80 @@
+"""What every pipeline does around its work: flags in, resolved configuration, summary table, JSON out."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import tyro
+
+from raydetr.errors import RaydetrError
+
+SUMMARY_SCHEMA_VERSION = 1
+
+
+class Config(Protocol):
+    """A dataclass of flags; each has `json`, the file for the summary."""
+
+    json: str
+
+
+C = TypeVar("C", bound=Config)
+
+
+def run(main: Callable[[C], Mapping[str, Any]], config_class: type[C], *, default: C | None = None) -> None:
+    """Parse flags of `config_class`, print them, call `main`, print its summary and write it to `--json`.
+
+    A `RaydetrError` ends the process with its message and status 2, without a traceback.
+
+    Args:
+        main: takes the configuration, returns the summary: names to numbers, strings, lists or dicts.
+        config_class: dataclass of flags, validated in its `__post_init__`.
+        default: instance whose values are the flags' defaults.
+    """
+    try:
+        config = tyro.cli(
+            config_class,
+            default=default,
+            description=sys.modules["__main__"].__doc__,
+            config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+        )
+        print_config(config)
+        summary = dict(main(config))
+    except RaydetrError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2)
+    print_summary(summary)
+    if config.json:
+        write_summary(config.json, summary)
+
+
+def print_config(config: Any) -> None:
+    """Print the resolved configuration, one field a line."""
+    print(f"{type(config).__name__}")
+    for field in dataclasses.fields(config):
+        print(f"  {field.name.replace('_', '-')} = {getattr(config, field.name)!r}")
+    sys.stdout.flush()
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """Print the scalar entries of a summary as a table of two columns."""
+    rows = {k: v for k, v in summary.items() if isinstance(v, str | int | float | bool)}
+    width = max((len(name) for name in rows), default=0)
+    print()
+    for name, value in rows.items():
+        print(
+            f"  {name:<{width}}  {value:.4g}" if isinstance(value, float) else f"  {name:<{width}}  {value}"
+        )
+    sys.stdout.flush()
+
+
+def write_summary(file: str, summary: Mapping[str, Any]) -> None:
+    """Write a summary, with its `schema_version`, as JSON; the file appears whole or not at all."""
+    text = json.dumps({"schema_version": SUMMARY_SCHEMA_VERSION, **summary}, indent=2) + "\n"
+    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
+    partial = f"{file}.{os.getpid()}.partial"
+    with open(partial, "w", encoding="utf-8") as out:
+        out.write(text)
+    os.replace(partial, file)

@@ -1,0 +1,56 @@
+"""Everything raydetr raises on purpose.
+
+::
+
+    RaydetrError
+    ├── ConfigError        a flag or a combination of flags (also a ValueError)
+    ├── StorageError       an address that cannot be read or written
+    ├── DataError          a COCO file, a shard or a manifest
+    ├── ClusterError       the Ray cluster: resources, versions, code of two roots
+    ├── TrainingError      a run that cannot go on or cannot be resumed
+    ├── RegistryError      MLflow: unknown model, version, alias; a refused promotion
+    └── ServingError       the endpoint
+        └── RequestError   a request that is at fault (HTTP 4xx), with `.status`
+
+Messages say what was found, where (file, record, flag), and what to do about it.
+"""
+
+
+class RaydetrError(Exception):
+    """Base of all errors that a user can act on."""
+
+
+class ConfigError(RaydetrError, ValueError):
+    """A flag has a value that cannot work."""
+
+
+class StorageError(RaydetrError):
+    """An address cannot be read or written."""
+
+
+class DataError(RaydetrError):
+    """A COCO file, a shard or a manifest is not what it should be."""
+
+
+class ClusterError(RaydetrError):
+    """The Ray cluster cannot run the job as asked."""
+
+
+class TrainingError(RaydetrError):
+    """A training run cannot go on or cannot be resumed."""
+
+
+class RegistryError(RaydetrError):
+    """The model registry does not have, or does not accept, what was asked."""
+
+
+class ServingError(RaydetrError):
+    """The endpoint cannot answer."""
+
+
+class RequestError(ServingError):
+    """A request to the endpoint is at fault."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status

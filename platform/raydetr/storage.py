@@ -1,0 +1,152 @@
+"""Addresses to file systems, in one place: local folders and anything pyarrow.fs opens by URI (`s3://…`).
+
+Writes are atomic: a reader finds the whole object or none. Credentials come from the standard chain.
+"""
+
+import json
+import os
+import uuid
+from typing import Any
+
+from pyarrow import fs
+
+from raydetr.errors import StorageError
+
+
+def resolve(address: str) -> tuple[fs.FileSystem, str]:
+    """The file system of an address and the path in it.
+
+    Raises:
+        StorageError: the address is empty or its scheme is not one that pyarrow opens.
+    """
+    if not address:
+        raise StorageError("An empty address: give a folder or an s3:// address.")
+    if is_local(address):
+        return fs.LocalFileSystem(), os.path.abspath(address)
+    try:
+        filesystem, path = fs.FileSystem.from_uri(address)
+    except (ValueError, OSError) as error:
+        raise StorageError(f"{address}: not an address that can be opened ({error}).") from error
+    return filesystem, path
+
+
+def is_local(address: str) -> bool:
+    """Whether an address is a plain path of this machine's file system."""
+    return "://" not in address
+
+
+def absolute(address: str) -> str:
+    """A local address as absolute path; any other unchanged."""
+    return os.path.abspath(address) if is_local(address) else address
+
+
+def join(address: str, *parts: str) -> str:
+    """Append path components to an address."""
+    return "/".join([address.rstrip("/") if address != "/" else "", *parts])
+
+
+def exists(address: str) -> bool:
+    """Whether a file or a folder is there."""
+    filesystem, path = resolve(address)
+    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+
+
+def list_names(address: str) -> list[str]:
+    """Sorted names of the direct children of a folder; empty where it does not exist."""
+    filesystem, path = resolve(address)
+    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in infos)
+
+
+def size(address: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        StorageError: it is not a file.
+    """
+    filesystem, path = resolve(address)
+    info = filesystem.get_file_info(path)
+    if info.type != fs.FileType.File:
+        raise StorageError(f"{address}: no such file.")
+    return int(info.size)
+
+
+def read_bytes(address: str) -> bytes:
+    """The content of a file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    filesystem, path = resolve(address)
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read())
+    except OSError as error:
+        raise StorageError(f"{address}: cannot be read ({error}).") from error
+
+
+def read_json(address: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        StorageError: it cannot be read or is not JSON; the message names the line.
+    """
+    try:
+        return json.loads(read_bytes(address))
+    except ValueError as error:
+        raise StorageError(f"{address}: not JSON ({error}).") from error
+
+
+def write_bytes(address: str, data: bytes) -> None:
+    """Write a file so that it appears whole or not at all; missing folders are made.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    filesystem, path = resolve(address)
+    local = isinstance(filesystem, fs.LocalFileSystem)
+    # An object store shows an object when its upload is complete; a file system needs the rename.
+    target = f"{path}.{uuid.uuid4().hex}.partial" if local else path
+    try:
+        if local:
+            filesystem.create_dir(os.path.dirname(path), recursive=True)
+        with filesystem.open_output_stream(target) as stream:
+            stream.write(data)
+        if local:
+            os.replace(target, path)
+    except OSError as error:
+        raise StorageError(f"{address}: cannot be written ({error}).") from error
+
+
+def write_json(address: str, value: Any) -> None:
+    """Write a value as JSON: sorted keys, indent 2, final newline."""
+    write_bytes(address, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def delete_folder(address: str) -> None:
+    """Delete a folder and what is in it; nothing happens where it does not exist."""
+    filesystem, path = resolve(address)
+    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+        filesystem.delete_dir(path)
+
+
+def upload_folder(source: str, address: str) -> None:
+    """Copy the files of a local folder into the folder `address`, each of them atomically."""
+    for parent, _, names in os.walk(source):
+        for name in sorted(names):
+            file = os.path.join(parent, name)
+            relative = os.path.relpath(file, source).replace(os.sep, "/")
+            with open(file, "rb") as stream:
+                write_bytes(join(address, relative), stream.read())
+
+
+def download_folder(address: str, target: str) -> None:
+    """Copy the folder `address` into the local folder `target`.
+
+    Raises:
+        StorageError: there is no such folder.
+    """
+    filesystem, path = resolve(address)
+    if filesystem.get_file_info(path).type != fs.FileType.Directory:
+        raise StorageError(f"{address}: no such folder.")
+    fs.copy_files(path, target, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
