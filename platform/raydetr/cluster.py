@@ -1,5 +1,6 @@
 """Connecting to Ray, once, and checking what is there before anything expensive starts."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -26,14 +27,14 @@ def connect(cpus: int = 2) -> None:
     check_same_root()
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level="warning", log_to_driver=True)
+            ray.init(logging_level=logging.WARNING, log_to_driver=True)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ray.init(
                 address="local",
                 num_cpus=max(cpus, os.cpu_count() or 1),
                 include_dashboard=False,
-                logging_level="warning",
+                logging_level=logging.WARNING,
             )
     available = int(ray.cluster_resources().get("CPU", 0))
     if available < cpus:
@@ -45,7 +46,7 @@ def connect(cpus: int = 2) -> None:
 
 def nodes() -> int:
     """How many nodes of the connected cluster are alive."""
-    return sum(1 for node in ray.nodes() if node["Alive"])
+    return len([node for node in ray.nodes() if node["Alive"]])
 
 
 def code_root() -> Path:

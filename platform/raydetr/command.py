@@ -34,9 +34,9 @@ def run(main: Callable[[C], Mapping[str, Any]], config_class: type[C], *, defaul
         default: instance whose values are the flags' defaults.
     """
     try:
-        config = tyro.cli(
+        config: C = tyro.cli(
             config_class,
-            default=default,
+            default=default,  # type: ignore[arg-type]  # None: the class's own defaults
             description=sys.modules["__main__"].__doc__,
             config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
         )
