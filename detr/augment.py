@@ -1,0 +1,191 @@
+"""Training augmentation: DETR's random flip, resize and crop, on uint8 images and their boxes.
+
+In two steps on purpose. `draw` decides from the image's size alone, so that the shapes of a batch are known before
+any pixel is decoded; `apply` carries the decision out. The recipe is the original's (facebookresearch/detr,
+datasets/coco.py): flip half of the images; resize the shorter side to a random length; for half of the images,
+before that, resize to one of three lengths and cut out a random rectangle.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from detr.image_processing.pixels import resize
+from detr.image_processing.size import output_size
+
+CROP_PROBABILITY = 0.5
+CROP_INPUT_ASPECT = 7
+"""The resize before a crop bounds the longer side at this many times the largest of `crop_shortest_edges`.
+
+The original has no bound: a 1 x 5000 image would become 400 x 2,000,000. Seven is mmdetection's (600 x 4200).
+"""
+
+
+@dataclass(frozen=True)
+class AugmentSpec:
+    """What `draw` chooses from. Lengths are in pixels.
+
+    flip: probability of a horizontal flip.
+    shortest_edges: lengths of the shorter side after the last resize, drawn evenly.
+    longest_edge: upper bound of the longer side; the shorter one gives way.
+    crop: cut a random rectangle out of half of the images.
+    crop_shortest_edges: lengths of the shorter side before the crop, drawn evenly.
+    crop_sizes: (least, most) of each side of the crop, drawn independently; a smaller image bounds both.
+
+    The defaults are DETR's on COCO. For small images give lengths in proportion, such as
+    `AugmentSpec(shortest_edges=(96, 112, 128), longest_edge=213, crop_shortest_edges=(64, 80, 96),
+    crop_sizes=(60, 96))`.
+    """
+
+    flip: float = 0.5
+    shortest_edges: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    longest_edge: int = 1333
+    crop: bool = True
+    crop_shortest_edges: tuple[int, ...] = (400, 500, 600)
+    crop_sizes: tuple[int, int] = (384, 600)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is {self.flip}: expected a probability from 0 to 1")
+        for name in ("shortest_edges", "crop_shortest_edges"):
+            lengths = getattr(self, name)
+            if not lengths or min(lengths) < 1:
+                raise ValueError(f"{name} is {lengths}: expected one or more lengths of at least 1 pixel")
+        if self.longest_edge < 1:
+            raise ValueError(f"longest_edge is {self.longest_edge}: expected at least 1 pixel")
+        if len(self.crop_sizes) != 2 or not 1 <= self.crop_sizes[0] <= self.crop_sizes[1]:
+            raise ValueError(
+                f"crop_sizes is {self.crop_sizes}: expected (least, most) with 1 <= least <= most"
+            )
+
+    @classmethod
+    def none(cls, shortest_edge: int = 800, longest_edge: int = 1333) -> "AugmentSpec":
+        """No augmentation: the image processor's resize and nothing else, pixel for pixel."""
+        return cls(flip=0.0, shortest_edges=(shortest_edge,), longest_edge=longest_edge, crop=False)
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Resize the whole image to `height` x `width` pixels."""
+
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Keep the rectangle of `height` x `width` pixels whose corner is (`top`, `left`)."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One drawn augmentation of an image of `input_size` = (height, width): flip first, then the steps in order."""
+
+    input_size: tuple[int, int]
+    flip: bool
+    steps: tuple[Resize | Crop, ...]
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """The (height, width) of what `apply` returns."""
+        if not self.steps:
+            return self.input_size
+        return self.steps[-1].height, self.steps[-1].width
+
+
+def draw(rng: np.random.Generator, height: int, width: int, spec: AugmentSpec) -> Augmentation:
+    """Draw an augmentation for an image of `height` x `width` pixels (at least 1 x 1); only `rng` decides.
+
+    Raises `ValueError` for an image without pixels.
+    """
+    flip = bool(rng.random() < spec.flip)
+    size = height, width
+    steps: list[Resize | Crop] = []
+    if spec.crop and rng.random() < CROP_PROBABILITY:
+        before = _draw_resize(
+            rng, size, spec.crop_shortest_edges, CROP_INPUT_ASPECT * max(spec.crop_shortest_edges)
+        )
+        crop = _draw_crop(rng, before, spec.crop_sizes)
+        steps += [before, crop]
+        size = crop.height, crop.width
+    steps.append(_draw_resize(rng, size, spec.shortest_edges, spec.longest_edge))
+    return Augmentation((height, width), flip, tuple(steps))
+
+
+def apply(
+    image: torch.Tensor, boxes_xyxy: np.ndarray, augmentation: Augmentation
+) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """Augment an image and its boxes.
+
+    image: uint8 [3, height, width], of the size the augmentation was drawn for.
+    boxes_xyxy: float [objects, 4], corners in pixels of that image; what lies outside of it is cut off.
+
+    Returns (image, boxes_cxcywh, kept):
+    image: uint8 [3, *augmentation.output_size].
+    boxes_cxcywh: float32 [kept objects, 4], relative to the output image, 0..1.
+    kept: int64 [kept objects], ascending: the row in `boxes_xyxy` of each output box. Objects of which no area is
+    left within the image are dropped, as in the original.
+
+    Raises `ValueError` when the image has another size than the augmentation was drawn for.
+    """
+    if tuple(image.shape[-2:]) != augmentation.input_size:
+        raise ValueError(
+            f"the image has {image.shape[-2]} x {image.shape[-1]} pixels, but the augmentation was drawn for "
+            f"{augmentation.input_size[0]} x {augmentation.input_size[1]}: the header and the recorded size differ"
+        )
+    boxes, kept = _transform_boxes(boxes_xyxy, augmentation)
+    if augmentation.flip:
+        image = image.flip(-1)
+    for step in augmentation.steps:
+        if isinstance(step, Resize):
+            image = resize(image, (step.height, step.width))
+        else:
+            image = image[..., step.top : step.top + step.height, step.left : step.left + step.width]
+    return image, boxes, kept
+
+
+def _draw_resize(
+    rng: np.random.Generator, size: tuple[int, int], shortest_edges: Sequence[int], longest_edge: int
+) -> Resize:
+    shortest_edge = shortest_edges[int(rng.integers(len(shortest_edges)))]
+    return Resize(*output_size(*size, {"shortest_edge": shortest_edge, "longest_edge": longest_edge}))
+
+
+def _draw_crop(rng: np.random.Generator, image: Resize, sizes: tuple[int, int]) -> Crop:
+    height, width = (
+        int(rng.integers(min(sizes[0], side), min(sizes[1], side), endpoint=True))
+        for side in (image.height, image.width)
+    )
+    top = int(rng.integers(image.height - height, endpoint=True))
+    left = int(rng.integers(image.width - width, endpoint=True))
+    return Crop(top, left, height, width)
+
+
+def _transform_boxes(boxes_xyxy: np.ndarray, augmentation: Augmentation) -> tuple[np.ndarray, np.ndarray]:
+    """Carry boxes through an augmentation in float64; see `apply` for what comes in and out."""
+    height, width = augmentation.input_size
+    boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
+    boxes = _clip(boxes, height, width)
+    if augmentation.flip:
+        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+    for step in augmentation.steps:
+        if isinstance(step, Resize):
+            boxes = boxes * np.tile([step.width / width, step.height / height], 2)
+        else:
+            boxes = _clip(boxes - np.tile([step.left, step.top], 2), step.height, step.width)
+        height, width = step.height, step.width
+    kept = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
+    boxes = boxes[kept] / np.tile([width, height], 2)
+    centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    return np.concatenate([centres, sides], axis=1).astype(np.float32), kept
+
+
+def _clip(boxes_xyxy: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.clip(boxes_xyxy, 0, np.tile([width, height], 2))

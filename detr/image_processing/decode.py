@@ -1,0 +1,133 @@
+"""From encoded bytes to RGB pixels: the one way an image enters the library.
+
+The decoded image is a uint8 tensor [3, height, width] whose memory is interleaved (channels last), as decoders
+write it: `image.permute(1, 2, 0)` is contiguous, and torch's uint8 resize of it is three times as fast as that of
+a planar one, with the same result.
+
+EXIF rotation is not applied: the annotations of a data set are in the coordinates of the stored pixels.
+"""
+
+import io
+import struct
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
+
+DEFAULT_MAX_PIXELS = 89_478_485
+"""Height times width up to which an image is decoded: Pillow's own limit (a quarter of a GiB of RGB)."""
+
+# What Pillow's readers raise on damaged data (PIL.Image.open lists the same ones), its limit on sizes included.
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    IndexError,
+    TypeError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+class ImageError(ValueError):
+    """An image that cannot be read or converted to RGB; the message gives the reason."""
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Read an image's (height, width) from its header, without decoding it.
+
+    Raises `ImageError` when the bytes are not an image that Pillow knows.
+    """
+    with _open(data) as image:
+        width, height = image.size
+    return height, width
+
+
+def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
+    """Decode an encoded image (JPEG, PNG, WebP, BMP, GIF, TIFF ...) into uint8 [3, height, width], RGB.
+
+    Grey, palette, transparent, CMYK and 16-bit images are converted as `convert_to_rgb` does; of an animation the
+    first frame is taken. `max_pixels` is compared with the header's size before anything is decoded.
+
+    Raises `ImageError` when the bytes are not an image, are cut short or damaged, are too large, or have pixels
+    without a defined range.
+    """
+    with _open(data) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(
+                f"the image is {height} x {width} = {height * width:,} pixels, more than the limit of "
+                f"{max_pixels:,}: make it smaller or raise max_pixels"
+            )
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            return _decode_jpeg(data)
+        try:
+            image.load()
+        except _DAMAGED as error:
+            raise ImageError(f"the {image.format} image cannot be decoded: {error}") from error
+        return pil_to_tensor(convert_to_rgb(image))
+
+
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a Pillow image of any mode to mode RGB; an RGB image without transparency is returned as it is.
+
+    Transparency is composited on white, as transformers does. 16-bit grey keeps its range: the high byte of each
+    value is taken, as Pillow does for 16-bit colour (Pillow's own conversion clips 16-bit grey at 255).
+
+    Raises `ImageError` for floating-point pixels and for 32-bit integers outside 0..65535: their range is unknown.
+    """
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        return Image.fromarray(_high_byte(image)).convert("RGB")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def pil_to_tensor(image: Image.Image) -> torch.Tensor:
+    """Copy a Pillow image of mode RGB into uint8 [3, height, width], interleaved in memory."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Open an image lazily: only its header is read."""
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        start = bytes(data[:16])
+        raise ImageError(
+            f"not an image that can be read: {len(data)} bytes that begin with {start!r}"
+        ) from None
+    except _DAMAGED as error:
+        raise ImageError(f"the image's header cannot be read: {error}") from error
+
+
+def _decode_jpeg(data: bytes) -> torch.Tensor:
+    """Decode an RGB or grey JPEG with torchvision: the pixels Pillow gives, in two thirds of the time."""
+    try:
+        # bytearray: torch warns about tensors over read-only memory.
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise ImageError(f"the JPEG image cannot be decoded: {error}") from error
+
+
+def _high_byte(image: Image.Image) -> np.ndarray:
+    """The high byte uint8 [height, width] of a grey image with 16-bit values (modes I;16*, I)."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        raise ImageError(
+            "the image has floating-point pixels, whose range is unknown: convert it to 8 bits first"
+        )
+    if image.mode == "I" and values.size and (values.min() < 0 or values.max() > 65535):
+        raise ImageError(
+            f"the image has 32-bit pixels from {values.min()} to {values.max()}; 0..65535 is expected: "
+            "convert it to 8 or 16 bits first"
+        )
+    return (values >> 8).astype(np.uint8)

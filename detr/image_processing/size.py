@@ -1,0 +1,68 @@
+"""The arithmetic of image sizes: what an image is resized to, and what it is padded to. Sizes are (height, width)."""
+
+from collections.abc import Mapping
+
+CANONICAL_MULTIPLE = 64
+"""The grid of `canonical_shape`, in pixels.
+
+A multiple of the backbone's stride of 32, so that feature maps have whole cells. With shortest edge 800 and longest
+edge 1333 most images fall into 9 shapes for each orientation; 640 x 480 gains 6 % of padding (832 x 1088). A grid of
+32 would leave 2 % of padding and twice as many shapes, each of which fills its batches half as well.
+"""
+
+
+def output_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
+    """The (height, width) that an image of `height` x `width` pixels is resized to.
+
+    `size` has one of these forms, with the rounding of transformers' DETR processors:
+
+    - `{"shortest_edge": s, "longest_edge": l}`: keep the aspect ratio, the shorter side becomes s, or less where the
+      longer one would exceed l. An image whose shorter side already has the wanted length stays as it is.
+    - `{"shortest_edge": s}`: the same without a bound on the longer side.
+    - `{"max_height": h, "max_width": w}`: keep the aspect ratio, the largest size within both bounds.
+    - `{"height": h, "width": w}`: exactly that.
+
+    No side is less than 1: where transformers rounds a very long image to zero rows and fails, it keeps one.
+
+    Raises `ValueError` for an image without pixels and for any other form of `size`.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"an image of {height} x {width} pixels cannot be resized: both sides must be at least 1"
+        )
+    if size.get("shortest_edge"):
+        resized = _keep_aspect_ratio(height, width, size["shortest_edge"], size.get("longest_edge"))
+    elif size.get("max_height") and size.get("max_width"):
+        scale = min(size["max_height"] / height, size["max_width"] / width)
+        resized = int(height * scale), int(width * scale)
+    elif size.get("height") and size.get("width"):
+        resized = size["height"], size["width"]
+    else:
+        raise ValueError(
+            f"size is {dict(size)}: expected the keys 'shortest_edge' (and 'longest_edge'), 'max_height' and "
+            "'max_width', or 'height' and 'width', with values of at least 1"
+        )
+    return max(resized[0], 1), max(resized[1], 1)
+
+
+def canonical_shape(height: int, width: int, multiple: int = CANONICAL_MULTIPLE) -> tuple[int, int]:
+    """The (height, width) that a resized image is padded to: its own sides rounded up to the grid.
+
+    A function of the image's own size alone, so that a prediction does not depend on the images it shares a batch
+    with; only images of equal canonical shape are batched.
+    """
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+
+
+def _keep_aspect_ratio(height: int, width: int, shortest: int, longest: int | None) -> tuple[int, int]:
+    """Transformers' `get_size_with_aspect_ratio`: bankers' rounding, truncation and the unrounded size kept."""
+    short, long = min(height, width), max(height, width)
+    exact: float = shortest
+    if longest is not None and long / short * shortest > longest:
+        exact = longest * short / long
+        shortest = round(exact)
+    if short == shortest:
+        return height, width
+    if width < height:
+        return int(exact * height / width), shortest
+    return shortest, int(exact * width / height)
