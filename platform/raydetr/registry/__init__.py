@@ -1,0 +1,1 @@
+"""MLflow: runs with their history (`tracking`), model versions (`models`), aliases (`promote`)."""
