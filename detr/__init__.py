@@ -1,0 +1,13 @@
+"""DETR: detection with a transformer, in the API of the transformers DETR page."""
+
+from detr.config import DetrConfig
+from detr.model import DetrForObjectDetection, DetrModel
+from detr.outputs import DetrModelOutput, DetrObjectDetectionOutput
+
+__all__ = [
+    "DetrConfig",
+    "DetrForObjectDetection",
+    "DetrModel",
+    "DetrModelOutput",
+    "DetrObjectDetectionOutput",
+]

@@ -1,0 +1,435 @@
+"""DetrConfig: what a DETR model is made of, stored as transformers' ``config.json``.
+
+The field names, their defaults and the file are those of ``transformers.DetrConfig``, so a folder written by
+either library is read by the other. Three fields are our own: ``compat``, ``trainable_backbone_stages`` and
+``use_pretrained_backbone`` (the last is never written: a saved model has its own backbone weights).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+CONFIG_NAME = "config.json"
+
+# Written by transformers from its base class; they say nothing about a detector and are not kept.
+_IGNORED_KEYS = frozenset(
+    {"_name_or_path", "_attn_implementation", "attn_implementation", "transformers_version", "torch_dtype"}
+)
+_ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "encoder_attention_heads",
+    "num_hidden_layers": "encoder_layers",
+}
+_LEGACY_BACKBONE_KEYS = ("backbone", "use_timm_backbone", "backbone_kwargs")
+_BACKBONE_FIELDS = (
+    "backbone",
+    "num_channels",
+    "out_indices",
+    "output_stride",
+    "features_only",
+    "freeze_batch_norm_2d",
+    "use_pretrained_backbone",
+)
+
+
+def default_labels(num_labels: int) -> dict[int, str]:
+    """``{0: "LABEL_0", ...}``, the names transformers gives to labels without names."""
+    return {i: f"LABEL_{i}" for i in range(num_labels)}
+
+
+@dataclass(init=False)
+class DetrConfig:
+    """Configuration of a DETR model; ``DetrConfig()`` is DETR with a ResNet-50 backbone and 2 labels.
+
+    Attributes:
+        backbone_config: the CNN, a dict. ``{"model_type": "timm_backbone", "backbone": name, "num_channels",
+            "out_indices", "output_stride"}`` builds any timm CNN; ``{"model_type": "resnet", "depths", ...}`` is
+            transformers' own ResNet. An object with ``to_dict`` is accepted. None means timm's ``resnet50``
+            with the maps of strides 4 to 32.
+        num_channels: channels of the input image, used where ``backbone_config`` does not say it.
+        num_queries: how many objects one image can have at most.
+        encoder_layers, encoder_ffn_dim, encoder_attention_heads, encoder_layerdrop: the encoder.
+        decoder_layers, decoder_ffn_dim, decoder_attention_heads, decoder_layerdrop: the decoder.
+        activation_function: of the feed-forward layers: a name (``"relu"``, ``"gelu"``, ...) or a callable.
+        d_model: width of the transformer, a multiple of both numbers of heads.
+        dropout, attention_dropout, activation_dropout: probabilities in 0..1.
+        init_std, init_xavier_std: scale of new weights; read only under ``compat="transformers"``.
+        auxiliary_loss: also compute the loss of every decoder layer but the last.
+        position_embedding_type: ``"sine"`` or ``"learned"``.
+        dilation: DC5: the last stage of the backbone keeps its resolution (``output_stride`` 16).
+        class_cost, bbox_cost, giou_cost: weights of the matching cost.
+        bbox_loss_coefficient, giou_loss_coefficient, mask_loss_coefficient, dice_loss_coefficient: weights of
+            the loss terms; cross-entropy has weight 1.
+        eos_coefficient: class weight of "no object" in the cross-entropy.
+        id2label, label2id: names of the classes; ``num_labels`` is their number.
+        trainable_backbone_stages: how many of the backbone's four stages train, counted from the deepest: 3
+            (as in the paper) keeps the stem and the first stage frozen, 0 freezes all, 5 trains all with stem.
+        use_pretrained_backbone: True asks timm for its pretrained weights (from its cache or the network), a
+            path reads them from that file, False starts from random weights.
+        compat: where facebookresearch/detr and transformers disagree, which one to follow: the decoder's norm
+            under ``auxiliary_loss``, fused activations of frozen batch norm, initialisation, input dropout.
+
+    Raises:
+        TypeError: a field has a value of the wrong type.
+        ValueError: a value is out of its range, or two keywords contradict each other.
+    """
+
+    is_encoder_decoder: bool = True
+    backbone_config: dict[str, Any] = field(default_factory=dict)
+    num_channels: int = 3
+    num_queries: int = 100
+    encoder_layers: int = 6
+    encoder_ffn_dim: int = 2048
+    encoder_attention_heads: int = 8
+    decoder_layers: int = 6
+    decoder_ffn_dim: int = 2048
+    decoder_attention_heads: int = 8
+    encoder_layerdrop: float = 0.0
+    decoder_layerdrop: float = 0.0
+    activation_function: str | Callable[..., Any] = "relu"
+    d_model: int = 256
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    init_std: float = 0.02
+    init_xavier_std: float = 1.0
+    auxiliary_loss: bool = False
+    position_embedding_type: str = "sine"
+    dilation: bool = False
+    class_cost: float = 1
+    bbox_cost: float = 5
+    giou_cost: float = 2
+    mask_loss_coefficient: float = 1
+    dice_loss_coefficient: float = 1
+    bbox_loss_coefficient: float = 5
+    giou_loss_coefficient: float = 2
+    eos_coefficient: float = 0.1
+    return_dict: bool = True
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    dtype: str | None = None
+    architectures: list[str] | None = None
+    id2label: dict[int, str] = field(default_factory=lambda: default_labels(2))
+    label2id: dict[str, int] = field(default_factory=dict)
+    trainable_backbone_stages: int = 3
+    use_pretrained_backbone: bool | str = False
+    compat: Literal["original", "transformers"] = "original"
+
+    model_type = "detr"
+
+    def __init__(self, **kwargs: Any) -> None:
+        given = dict(kwargs)
+        given.pop("model_type", None)
+        for key in _IGNORED_KEYS:
+            given.pop(key, None)
+        _apply_aliases(given)
+        labels = _labels(
+            given.pop("num_labels", None), given.pop("id2label", None), given.pop("label2id", None)
+        )
+        legacy = {key: given.pop(key) for key in _LEGACY_BACKBONE_KEYS if key in given}
+        backbone_config = given.pop("backbone_config", None)
+        if given.get("use_pretrained_backbone", False) is None:  # some old files hold null
+            del given["use_pretrained_backbone"]
+
+        for f in fields(self):
+            if f.name in ("backbone_config", "id2label", "label2id"):
+                continue
+            default = f.default if f.default is not MISSING else None
+            setattr(self, f.name, _checked(f.name, str(f.type), given.pop(f.name, default)))
+        self.id2label, self.label2id = labels
+        self.backbone_config = _backbone_config(self, backbone_config, legacy)
+        for key, value in given.items():  # as transformers: keywords it does not know become attributes
+            object.__setattr__(self, key, value)
+        self._check_ranges()
+        if self.compat == "original" and not {"init_std", "init_xavier_std"}.isdisjoint(kwargs):
+            changed = [k for k, v in (("init_std", 0.02), ("init_xavier_std", 1.0)) if kwargs.get(k, v) != v]
+            if changed:
+                warnings.warn(f"{', '.join(changed)} only acts under compat='transformers'", stacklevel=2)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assigning ``backbone`` selects another timm net, as the page's MobileNet example does."""
+        if name == "backbone":
+            self.backbone_config = _backbone_config(self, None, {"backbone": value})
+            return
+        object.__setattr__(self, _ALIASES.get(name, name), value)
+
+    @property
+    def hidden_size(self) -> int:
+        """Another name of ``d_model``."""
+        return self.d_model
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Another name of ``encoder_attention_heads``."""
+        return self.encoder_attention_heads
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Another name of ``encoder_layers``."""
+        return self.encoder_layers
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes without "no object"; assigning another number gives them generic names."""
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, num_labels: int) -> None:
+        if num_labels != len(self.id2label):
+            self.id2label, self.label2id = _labels(num_labels, None, None)
+
+    def _check_ranges(self) -> None:
+        for name in (
+            "num_channels",
+            "num_queries",
+            "encoder_attention_heads",
+            "decoder_attention_heads",
+            "d_model",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("encoder_layers", "decoder_layers", "trainable_backbone_stages"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in (
+            "dropout",
+            "attention_dropout",
+            "activation_dropout",
+            "encoder_layerdrop",
+            "decoder_layerdrop",
+        ):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
+        for name in ("encoder_attention_heads", "decoder_attention_heads"):
+            if self.d_model % getattr(self, name):
+                raise ValueError(f"d_model {self.d_model} is not a multiple of {name} {getattr(self, name)}")
+        if self.position_embedding_type not in ("sine", "learned"):
+            raise ValueError(
+                f"position_embedding_type must be 'sine' or 'learned', got {self.position_embedding_type!r}"
+            )
+        if self.d_model % 4 and self.position_embedding_type == "sine":
+            raise ValueError(
+                f"d_model must be a multiple of 4 for sine position embeddings, got {self.d_model}"
+            )
+        if self.compat not in ("original", "transformers"):
+            raise ValueError(f"compat must be 'original' or 'transformers', got {self.compat!r}")
+        if not (self.class_cost or self.bbox_cost or self.giou_cost):
+            raise ValueError(
+                "class_cost, bbox_cost and giou_cost can't all be 0: nothing would decide the matching"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``config.json``: JSON types only, readable by transformers.
+
+        A callable ``activation_function`` has no name to be written: it is left out, with a warning.
+        """
+        known = {f.name for f in fields(self)} - {"use_pretrained_backbone"}
+        out = {
+            name: copy.deepcopy(value)
+            for name, value in vars(self).items()
+            if name in known or _is_json(value)
+        }
+        out.pop("use_pretrained_backbone", None)
+        out["model_type"] = self.model_type
+        out["backbone_config"]["use_pretrained_backbone"] = False
+        if not isinstance(self.activation_function, str):
+            warnings.warn(
+                "activation_function is a callable and is not written to config.json; "
+                "give it again when the model is loaded",
+                stacklevel=2,
+            )
+            del out["activation_function"]
+        if self.id2label == default_labels(2):
+            del out["id2label"], out["label2id"]
+        else:
+            out["id2label"] = {str(i): name for i, name in self.id2label.items()}
+        for name in ("return_dict", "output_attentions", "output_hidden_states", "dtype", "architectures"):
+            if out[name] == getattr(DetrConfig, name):
+                del out[name]
+        return out
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> DetrConfig:
+        """A configuration from the content of ``config.json``; ``overrides`` win over the file's values.
+
+        ``compat`` becomes ``"transformers"`` by itself where the file was written by transformers, does not
+        say ``compat`` and following the original would change its predictions: `needs_transformers_compat`.
+        """
+        merged = dict(values)
+        if "dtype" not in merged and merged.get("torch_dtype") is not None:
+            merged["dtype"] = merged["torch_dtype"]
+        if "num_labels" in overrides or "id2label" in overrides:
+            for key in ("id2label", "label2id", "num_labels"):
+                merged.pop(key, None)
+        for alias, name in _ALIASES.items():
+            if alias in overrides:
+                merged.pop(name, None)
+            if name in overrides:
+                merged.pop(alias, None)
+        merged.update(overrides)
+        merged["use_pretrained_backbone"] = overrides.get("use_pretrained_backbone", False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*only acts under compat='transformers'")
+            return cls(**merged)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` into ``folder``, which is made where missing."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        (path / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> DetrConfig:
+        """Read ``config.json`` of ``folder``; see `from_dict`."""
+        return cls.from_dict(read_config(folder), **overrides)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The content of ``folder``/config.json.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a JSON object, or of another model than DETR.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: a model folder holds config.json and model.safetensors"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object")
+    if values.get("model_type", "detr") != "detr":
+        raise ValueError(f"{path} is the configuration of a {values['model_type']!r} model, not of DETR")
+    return values
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _apply_aliases(given: dict[str, Any]) -> None:
+    """Turn ``hidden_size`` and the like into field names; ``num_layers`` fills both stacks where not given."""
+    for alias, name in _ALIASES.items():
+        if alias in given:
+            value = given.pop(alias)
+            if given.setdefault(name, value) != value:
+                raise ValueError(f"{alias}={value} contradicts {name}={given[name]}; they are the same field")
+    if "num_layers" in given:
+        layers = given.pop("num_layers")
+        given.setdefault("encoder_layers", layers)
+        given.setdefault("decoder_layers", layers)
+
+
+def _checked(name: str, annotation: str, value: Any) -> Any:
+    """``value`` if it has the annotated type; ints are accepted for floats, bools are not numbers."""
+    if annotation == "bool":
+        valid = isinstance(value, bool)
+    elif annotation == "int":
+        valid = isinstance(value, int) and not isinstance(value, bool)
+    elif annotation == "float":
+        valid = isinstance(value, int | float) and not isinstance(value, bool)
+    elif annotation == "str" or annotation.startswith("Literal"):
+        valid = isinstance(value, str)
+    elif name == "activation_function":
+        valid = isinstance(value, str) or callable(value)
+    elif name == "use_pretrained_backbone":
+        value = str(value) if isinstance(value, Path) else value
+        valid = isinstance(value, bool | str)
+    elif name == "dtype":
+        value = None if value is None else str(value).removeprefix("torch.")
+        valid = True
+    else:
+        valid = value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+    if not valid:
+        raise TypeError(f"{name} must be {annotation}, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def _labels(
+    num_labels: int | None, id2label: Mapping[Any, str] | None, label2id: Mapping[str, Any] | None
+) -> tuple[dict[int, str], dict[str, int]]:
+    """The two label maps from whichever of the three is given."""
+    if id2label is None and label2id is not None:
+        id2label = {int(i): name for name, i in label2id.items()}
+    if id2label is None:
+        count = 2 if num_labels is None else num_labels
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"num_labels must be a positive int, got {num_labels!r}")
+        names = default_labels(count)
+    else:
+        names = {int(i): str(name) for i, name in id2label.items()}
+        if num_labels is not None and num_labels != len(names):
+            raise ValueError(f"num_labels={num_labels} contradicts id2label, which has {len(names)} entries")
+        if sorted(names) != list(range(len(names))):
+            raise ValueError(
+                f"id2label must have the keys 0..{len(names) - 1} without holes, got {sorted(names)}"
+            )
+    if label2id is not None:
+        return names, {str(name): int(i) for name, i in label2id.items()}
+    return names, {name: i for i, name in names.items()}
+
+
+def _backbone_config(config: DetrConfig, given: Any, legacy: Mapping[str, Any]) -> dict[str, Any]:
+    """``backbone_config`` in its one normal form, from a dict, an object or the legacy keywords.
+
+    Of a timm backbone only the fields that build it are kept: transformers also writes ``stage_names`` and
+    ``out_features``, which it derives from them and refuses when they are out of date.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        if not hasattr(given, "to_dict"):
+            raise TypeError(f"backbone_config must be a dict or have to_dict(), got {type(given).__name__}")
+        given = given.to_dict()
+    kwargs = dict(legacy.get("backbone_kwargs") or {})
+    if given is None or not given:
+        if legacy.get("use_timm_backbone", True) is False:
+            return {
+                "model_type": "resnet",
+                "num_channels": config.num_channels,
+                "out_features": ["stage4"],
+                **kwargs,
+            }
+        given = {"model_type": "timm_backbone", "backbone": legacy.get("backbone") or "resnet50", **kwargs}
+        if config.dilation:
+            given.setdefault("output_stride", 16)
+    model_type = given.get("model_type")
+    if model_type == "resnet":
+        return {"num_channels": config.num_channels, **copy.deepcopy(dict(given))}
+    if model_type != "timm_backbone":
+        raise ValueError(
+            f"backbone_config: model_type must be 'timm_backbone' or 'resnet', got {model_type!r}"
+        )
+    if not isinstance(given.get("backbone"), str):
+        raise ValueError(
+            f"backbone_config: backbone must be the name of a timm model, got {given.get('backbone')!r}"
+        )
+    out: dict[str, Any] = {
+        "model_type": "timm_backbone",
+        "num_channels": config.num_channels,
+        "out_indices": None,
+        "output_stride": None,
+        "features_only": True,
+        "use_pretrained_backbone": False,
+    }
+    out.update({key: copy.deepcopy(given[key]) for key in _BACKBONE_FIELDS if given.get(key) is not None})
+    if out["out_indices"] is None:
+        out["out_indices"] = [1, 2, 3, 4]
+    indices = out["out_indices"]
+    if not isinstance(indices, Sequence) or not indices or not all(isinstance(i, int) for i in indices):
+        raise ValueError(f"backbone_config: out_indices must be a list of int, got {indices!r}")
+    out["out_indices"] = list(indices)
+    return out

@@ -1,0 +1,402 @@
+"""DETR: `DetrModel` and `DetrForObjectDetection`.
+
+B batch, H x W image, S cells of the deepest feature map, Q queries, D ``d_model``, C classes, L decoder layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isqrt
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detr.backbone import Backbone, downsample_mask
+from detr.checkpoint import load_model, save_model
+from detr.config import DetrConfig
+from detr.criterion import Labels, set_loss, target_counts
+from detr.outputs import DetrEncoderOutput, DetrModelOutput, DetrObjectDetectionOutput
+from detr.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
+from detr.transformer import Decoder, Encoder, init_transformer
+
+
+class DetrPreTrainedModel(nn.Module):
+    """What all DETR models can do besides computing: load, save, count, freeze.
+
+    Attributes:
+        config: the configuration it was built from.
+    """
+
+    def __init__(self, config: DetrConfig) -> None:
+        super().__init__()
+        if not isinstance(config, DetrConfig):
+            raise TypeError(f"config must be a DetrConfig, got {type(config).__name__}")
+        self.config = config
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Self:
+        """Load a model folder; see `detr.checkpoint.load_model`."""
+        return load_model(cls, folder, **kwargs)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``; see `detr.checkpoint.save_model`."""
+        save_model(self, folder)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters."""
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Number of parameters (buffers, such as frozen batch norm, are not counted)."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
+        """Recompute the transformer's layers in the backward pass instead of keeping their activations."""
+        for module in self.modules():
+            if isinstance(module, Encoder | Decoder):
+                module.gradient_checkpointing = enable
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(False)
+
+
+class DetrModel(DetrPreTrainedModel):
+    """Backbone and transformer without heads.
+
+    Args:
+        config: the configuration; nothing is downloaded unless ``config.use_pretrained_backbone`` is True.
+    """
+
+    def __init__(self, config: DetrConfig) -> None:
+        super().__init__(config)
+        self.backbone = Backbone(config)
+        self.position_embedding: nn.Module
+        if config.position_embedding_type == "sine":
+            self.position_embedding = SinePositionEmbedding(config.d_model)
+        else:
+            self.position_embedding = LearnedPositionEmbedding(config.d_model)
+        self.query_position_embeddings = nn.Embedding(config.num_queries, config.d_model)
+        channels = self.backbone.conv_encoder.channels[-1]
+        self.input_projection = nn.Conv2d(channels, config.d_model, kernel_size=1)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        if config.compat == "transformers":
+            parts = (self.query_position_embeddings, self.input_projection, self.encoder, self.decoder)
+            init_as_transformers(parts, config.init_std)
+        else:
+            init_transformer(self.encoder)
+            init_transformer(self.decoder)
+
+    def freeze_backbone(self) -> None:
+        """Stop training any part of the backbone."""
+        self.backbone.requires_grad_(False)
+
+    def unfreeze_backbone(self) -> None:
+        """Train the whole backbone."""
+        self.backbone.requires_grad_(True)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: DetrEncoderOutput | Sequence[Any] | Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DetrModelOutput | tuple[Any, ...]:
+        """Compute the decoder's hidden states.
+
+        Args:
+            pixel_values: float [B, channels, H, W], normalised.
+            pixel_mask: [B, H, W], 1 on real pixels, 0 on padding; None where there is no padding, which is
+                faster and gives the same numbers as a mask of ones.
+            decoder_attention_mask: [B, Q], 0 hides a query from the other queries.
+            encoder_outputs: the encoder's output, to skip it: a `DetrEncoderOutput`, a tuple
+                ``(last_hidden_state, hidden_states, attentions)`` or float [B, S, D] itself.
+            inputs_embeds: float [B, S, D] in place of the projected features of a square feature map, to skip
+                the backbone.
+            decoder_inputs_embeds: float [B, Q, D] in place of queries of zeros.
+            output_attentions: also return attention weights; default ``config.output_attentions``.
+            output_hidden_states: also return all hidden states; default ``config.output_hidden_states``.
+            return_dict: False returns a tuple; default ``config.return_dict``.
+
+        Raises:
+            ValueError: neither image nor embeddings are given, or a shape does not fit.
+        """
+        attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        features, mask = self._features(pixel_values, pixel_mask, inputs_embeds)
+        batch = features.shape[0]
+        position = self.position_embedding(mask, features.dtype).flatten(2).transpose(1, 2)
+        keep = None if pixel_mask is None or _is_all_ones(pixel_mask) else mask.flatten(1)
+
+        encoded = _encoder_output(encoder_outputs)
+        if encoded is None:
+            encoded = self.encoder(features, keep, position, attentions, states)
+        memory = encoded.last_hidden_state
+        query_position = self.query_position_embeddings.weight.to(features.dtype).expand(batch, -1, -1)
+        queries = torch.zeros_like(query_position) if decoder_inputs_embeds is None else decoder_inputs_embeds
+        query_keep = None if decoder_attention_mask is None else decoder_attention_mask.to(torch.bool)
+        decoded = self.decoder(
+            queries, query_position, query_keep, memory, keep, position, attentions, states
+        )
+        output = DetrModelOutput(
+            last_hidden_state=decoded.last_hidden_state,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=memory,
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
+            intermediate_hidden_states=decoded.intermediate_hidden_states,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _features(
+        self, pixel_values: Tensor | None, pixel_mask: Tensor | None, inputs_embeds: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The transformer's input float [B, S, D] and which cells are real, bool [B, h, w]."""
+        if inputs_embeds is not None:
+            batch, cells, _ = inputs_embeds.shape
+            side = isqrt(cells)
+            if side * side != cells:
+                raise ValueError(f"inputs_embeds has {cells} cells, which is no square feature map")
+            features, size = inputs_embeds, (side, side)
+        elif pixel_values is not None:
+            if pixel_values.ndim != 4:
+                raise ValueError(
+                    f"pixel_values must be [batch, channels, height, width], got {list(pixel_values.shape)}"
+                )
+            projected = self.input_projection(self.backbone(pixel_values)[-1])
+            features, size = projected.flatten(2).transpose(1, 2), projected.shape[-2:]
+            batch = features.shape[0]
+            if pixel_mask is not None and pixel_mask.shape != (batch, *pixel_values.shape[-2:]):
+                raise ValueError(
+                    f"pixel_mask is {list(pixel_mask.shape)}, pixel_values {list(pixel_values.shape)}: "
+                    "batch, height and width must agree"
+                )
+        else:
+            raise ValueError("You have to specify either pixel_values or inputs_embeds")
+        if pixel_mask is None:
+            return features, torch.ones((batch, *size), dtype=torch.bool, device=features.device)
+        return features, downsample_mask(pixel_mask, size)
+
+
+def _is_all_ones(mask: Tensor) -> bool:
+    """Whether a mask on the CPU is all ones; on an accelerator the answer would cost a synchronisation."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool((mask != 0).all())
+
+
+def _encoder_output(given: DetrEncoderOutput | Sequence[Any] | Tensor | None) -> DetrEncoderOutput | None:
+    if given is None or isinstance(given, DetrEncoderOutput):
+        return given
+    if isinstance(given, Tensor):
+        return DetrEncoderOutput(last_hidden_state=given)
+    if hasattr(given, "last_hidden_state"):
+        return DetrEncoderOutput(
+            given.last_hidden_state, getattr(given, "hidden_states", None), getattr(given, "attentions", None)
+        )
+    return DetrEncoderOutput(*given)
+
+
+@torch.no_grad()
+def init_as_transformers(modules: Sequence[nn.Module], std: float) -> None:
+    """Initialise as transformers: matrices normal(0, std), biases 0, norms 1 and 0, in place."""
+    for module in modules:
+        for child in module.modules():
+            if isinstance(child, nn.Linear | nn.Conv2d | nn.Embedding):
+                nn.init.normal_(child.weight, std=std)
+            bias = getattr(child, "bias", None)
+            if isinstance(child, nn.Linear | nn.Conv2d) and bias is not None:
+                nn.init.zeros_(bias)
+
+
+class BoxHead(nn.Module):
+    """Three linear layers with ReLU between them, from a query to a box before its sigmoid."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [..., D] to float [..., 4]."""
+        first, second, last = self.layers
+        return last(F.relu(second(F.relu(first(x)))))
+
+
+class DetrForObjectDetection(DetrPreTrainedModel):
+    """DETR with the heads for classes and boxes.
+
+    Args:
+        config: the configuration; nothing is downloaded unless ``config.use_pretrained_backbone`` is True.
+    """
+
+    def __init__(self, config: DetrConfig) -> None:
+        super().__init__(config)
+        self.model = DetrModel(config)
+        self.class_labels_classifier = nn.Linear(config.d_model, config.num_labels + 1)
+        self.bbox_predictor = BoxHead(config.d_model)
+        if config.compat == "transformers":
+            init_as_transformers((self.class_labels_classifier, self.bbox_predictor), config.init_std)
+
+    def predict(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes and boxes of decoder outputs.
+
+        The heads are a thousandth of the work and run outside autocast: bfloat16 boxes are off by pixels.
+
+        Args:
+            hidden_states: float [..., Q, D].
+
+        Returns:
+            Logits float [..., Q, C + 1] and boxes float [..., Q, 4], cxcywh in 0..1.
+        """
+        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+            hidden_states = hidden_states.to(self.class_labels_classifier.weight.dtype)
+            return self.class_labels_classifier(hidden_states), self.bbox_predictor(hidden_states).sigmoid()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: DetrEncoderOutput | Sequence[Any] | Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Sequence[Mapping[str, Any]] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        num_boxes: float | Tensor | None = None,
+        class_weight_sum: float | Tensor | None = None,
+        image_weights: Tensor | None = None,
+    ) -> DetrObjectDetectionOutput | tuple[Any, ...]:
+        """Detect, and compute the loss where labels are given.
+
+        Arguments that are not described here are those of `DetrModel.forward`.
+
+        Args:
+            pixel_values: float [B, channels, H, W], normalised.
+            pixel_mask: [B, H, W], 1 on real pixels; None where there is no padding.
+            decoder_attention_mask: see `DetrModel.forward`.
+            encoder_outputs: see `DetrModel.forward`.
+            inputs_embeds: see `DetrModel.forward`.
+            decoder_inputs_embeds: see `DetrModel.forward`.
+            labels: one dict per image: ``class_labels`` int64 [n] in 0..C - 1 and ``boxes`` float [n, 4], cxcywh
+                in 0..1; other keys are ignored (an ``image_id`` appears in error messages).
+            output_attentions: see `DetrModel.forward`.
+            output_hidden_states: see `DetrModel.forward`.
+            return_dict: see `DetrModel.forward`.
+            num_boxes: normaliser of the box losses; see `detr.criterion.set_loss`.
+            class_weight_sum: normaliser of the cross-entropy; see `detr.criterion.set_loss`.
+            image_weights: float [B], the weight of each image in the loss; 0 for a slot that holds no image.
+
+        Where torch.distributed is initialised and a normaliser is not given, it is averaged over the default
+        process group: see `average_normalisers`.
+
+        Raises:
+            ValueError: an argument or a label does not fit; the message says which.
+        """
+        outputs = self.model(
+            pixel_values,
+            pixel_mask=pixel_mask,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits, pred_boxes = self.predict(outputs.last_hidden_state)
+        loss = loss_dict = auxiliary_outputs = None
+        if labels is not None:
+            all_logits, all_boxes = logits[None], pred_boxes[None]
+            if self.config.auxiliary_loss:
+                aux_logits, aux_boxes = self.predict(outputs.intermediate_hidden_states[:-1])
+                auxiliary_outputs = [
+                    {"logits": c, "pred_boxes": b} for c, b in zip(aux_logits, aux_boxes, strict=True)
+                ]
+                all_logits = torch.cat((aux_logits, all_logits))
+                all_boxes = torch.cat((aux_boxes, all_boxes))
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                num_boxes, class_weight_sum = average_normalisers(
+                    labels, image_weights, self.config, num_boxes, class_weight_sum, logits.device
+                )
+            loss, loss_dict = set_loss(
+                all_logits,
+                all_boxes,
+                labels,
+                self.config,
+                num_boxes=num_boxes,
+                class_weight_sum=class_weight_sum,
+                image_weights=image_weights,
+            )
+        output = DetrObjectDetectionOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=logits,
+            pred_boxes=pred_boxes,
+            auxiliary_outputs=auxiliary_outputs,
+            last_hidden_state=outputs.last_hidden_state,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+
+def average_normalisers(
+    labels: Labels,
+    image_weights: Tensor | None,
+    config: DetrConfig,
+    num_boxes: float | Tensor | None,
+    class_weight_sum: float | Tensor | None,
+    device: torch.device,
+) -> tuple[float | Tensor, float | Tensor]:
+    """Fill in the normalisers that are None with their average over the default process group.
+
+    With them the average of the processes' gradients is the gradient of one process on the whole batch. Every
+    process of the group has to call this equally often: it is a collective operation.
+
+    Args:
+        labels: this process's labels.
+        image_weights: float [B] or None.
+        config: for Q and the class weight of "no object".
+        num_boxes: kept where given; else ``max(total, 1) / processes``.
+        class_weight_sum: kept where given; else ``total / processes``.
+        device: where the process group communicates.
+    """
+    if num_boxes is not None and class_weight_sum is not None:
+        return num_boxes, class_weight_sum
+    counts = target_counts(labels, image_weights, config.num_queries, config.eos_coefficient)
+    total = torch.tensor(
+        counts, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
+    )
+    torch.distributed.all_reduce(total)
+    world_size = torch.distributed.get_world_size()
+    if num_boxes is None:
+        num_boxes = total[0].clamp(min=1) / world_size
+    if class_weight_sum is None:
+        class_weight_sum = total[1] / world_size
+    return num_boxes, class_weight_sum

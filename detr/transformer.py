@@ -1,0 +1,351 @@
+"""The transformer of DETR: attention, encoder and decoder.
+
+B batch, S cells of the feature map, Q queries, D ``d_model``, H heads, L decoder layers.
+Parameter names are those of the published checkpoints, so a state dict needs no renaming.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from detr.config import DetrConfig
+from detr.outputs import DetrDecoderOutput, DetrEncoderOutput
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda x: x,
+    "mish": F.mish,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def activation_function(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The activation of that name; a callable is returned as it is.
+
+    Raises:
+        ValueError: there is no activation of that name.
+    """
+    if not isinstance(activation, str):
+        return activation
+    if activation not in _ACTIVATIONS:
+        raise ValueError(
+            f"activation_function {activation!r} is not known; choose one of {sorted(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[activation]
+
+
+def additive_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """An attention mask for keys: 0 where kept, the least finite number elsewhere.
+
+    Finite, so that an image that is padding from edge to edge attends everywhere instead of giving NaN.
+
+    Args:
+        keep: bool [B, keys], True on the keys to attend to.
+        dtype: a float dtype.
+
+    Returns:
+        ``dtype`` [B, 1, 1, keys], to be added to the scores.
+    """
+    mask = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
+    return mask.masked_fill(~keep, torch.finfo(dtype).min)[:, None, None, :]
+
+
+class MultiheadAttention(nn.Module):
+    """Multi-head attention with position embeddings added to queries and keys, never to values.
+
+    Args:
+        dim: D.
+        num_heads: H, a divisor of D.
+        dropout: probability on the attention weights in training.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.dropout = dropout
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            query: float [B, n, D].
+            key: float [B, m, D].
+            value: float [B, m, D].
+            mask: float, broadcastable to [B, H, n, m], added to the scores; None keeps all keys.
+            output_attentions: also return the weights, which takes the slower way of computing them.
+
+        Returns:
+            float [B, n, D], and the attention weights float [B, H, n, m] or None.
+        """
+        q = self._split_heads(self.q_proj(query))
+        k = self._split_heads(self.k_proj(key))
+        v = self._split_heads(self.v_proj(value))
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if mask is not None:
+            mask = mask.to(q.dtype)
+        if output_attentions:
+            scores = (q @ k.transpose(-1, -2)) * self.head_dim**-0.5
+            if mask is not None:
+                scores = scores + mask
+            weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=self.training)
+            attended = weights.to(v.dtype) @ v
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), weights
+
+
+def _with_position(x: Tensor, position: Tensor | None) -> Tensor:
+    return x if position is None else x + position
+
+
+class _FeedForwardLayer(nn.Module):
+    """The feed-forward block of a transformer layer with its residual and norm (parameters sit on the layer)."""
+
+    def __init__(self, config: DetrConfig, ffn_dim: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.activation_dropout = config.activation_dropout
+        self.activation = activation_function(config.activation_function)
+        self.fc1 = nn.Linear(config.d_model, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, config.d_model)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, p=self.dropout, training=self.training)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        hidden = F.dropout(self.activation(self.fc1(x)), p=self.activation_dropout, training=self.training)
+        return self.final_layer_norm(x + self._drop(self.fc2(hidden)))
+
+
+class EncoderLayer(_FeedForwardLayer):
+    """Self-attention over the cells of the feature map, then the feed-forward block; norms come after."""
+
+    def __init__(self, config: DetrConfig) -> None:
+        super().__init__(config, config.encoder_ffn_dim)
+        self.self_attn = MultiheadAttention(
+            config.d_model, config.encoder_attention_heads, config.attention_dropout
+        )
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, position: Tensor, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Float [B, S, D] to float [B, S, D], with the attention weights when asked for."""
+        at = _with_position(x, position)
+        attended, weights = self.self_attn(at, at, x, mask, output_attentions)
+        x = self._feed_forward(self.self_attn_layer_norm(x + self._drop(attended)))
+        if self.training and x.dtype == torch.float16:  # only float16 overflows here
+            limit = torch.finfo(x.dtype).max - 1000
+            x = x.clamp(min=-limit, max=limit)
+        return x, weights
+
+
+class DecoderLayer(_FeedForwardLayer):
+    """Self-attention over the queries, cross-attention to the image, then the feed-forward block."""
+
+    def __init__(self, config: DetrConfig) -> None:
+        super().__init__(config, config.decoder_ffn_dim)
+        heads = config.decoder_attention_heads
+        self.self_attn = MultiheadAttention(config.d_model, heads, config.attention_dropout)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.encoder_attn = MultiheadAttention(config.d_model, heads, config.attention_dropout)
+        self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(
+        self,
+        x: Tensor,
+        query_position: Tensor,
+        query_mask: Tensor | None,
+        memory: Tensor,
+        memory_key: Tensor,
+        memory_mask: Tensor | None,
+        output_attentions: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Float [B, Q, D] to float [B, Q, D], with self- and cross-attention weights when asked for.
+
+        ``memory_key`` is the encoder's output with the position embedding added.
+        """
+        at = _with_position(x, query_position)
+        attended, self_weights = self.self_attn(at, at, x, query_mask, output_attentions)
+        x = self.self_attn_layer_norm(x + self._drop(attended))
+        attended, cross_weights = self.encoder_attn(
+            _with_position(x, query_position), memory_key, memory, memory_mask, output_attentions
+        )
+        x = self.encoder_attn_layer_norm(x + self._drop(attended))
+        return self._feed_forward(x), self_weights, cross_weights
+
+
+class _Stack(nn.Module):
+    """What encoder and decoder share: layers that can be dropped and checkpointed."""
+
+    def __init__(self, layers: list[nn.Module], layerdrop: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.layerdrop = layerdrop
+        self.gradient_checkpointing = False
+
+    def _run(self, layer: nn.Module, x: Tensor, *args: Any) -> tuple[Any, ...]:
+        if self.training and self.layerdrop and float(torch.rand(())) < self.layerdrop:
+            # Its weights stay in the graph with gradient 0: DistributedDataParallel waits for every parameter.
+            unused = sum((p.sum() * 0.0 for p in layer.parameters()), start=x.new_zeros(()))
+            return (x + unused, None, None)
+        if self.gradient_checkpointing and self.training:
+            result: tuple[Any, ...] = checkpoint(layer, x, *args, use_reentrant=False)
+            return result
+        return layer(x, *args)
+
+
+class Encoder(_Stack):
+    """Encoder over the flattened feature map."""
+
+    def __init__(self, config: DetrConfig) -> None:
+        layers: list[nn.Module] = [EncoderLayer(config) for _ in range(config.encoder_layers)]
+        super().__init__(layers, config.encoder_layerdrop)
+        # transformers drops out the projected features too, the original does not
+        self.input_dropout = config.dropout if config.compat == "transformers" else 0.0
+
+    def forward(
+        self,
+        features: Tensor,
+        keep: Tensor | None,
+        position: Tensor,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> DetrEncoderOutput:
+        """Encode.
+
+        Args:
+            features: float [B, S, D].
+            keep: bool [B, S], True on cells that are not padding; None where there is no padding.
+            position: float [B, S, D], added to queries and keys of each layer.
+            output_attentions: also return the attention weights of each layer.
+            output_hidden_states: also return the input and the output of each layer.
+        """
+        mask = None if keep is None else additive_mask(keep, features.dtype)
+        hidden_states, attentions = [features], []
+        x = F.dropout(features, p=self.input_dropout, training=self.training)
+        for layer in self.layers:
+            x, weights, *_ = self._run(layer, x, mask, position, output_attentions)
+            hidden_states.append(x)
+            attentions.append(weights)
+        return DetrEncoderOutput(
+            last_hidden_state=x,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+class Decoder(_Stack):
+    """Decoder that refines the object queries."""
+
+    def __init__(self, config: DetrConfig) -> None:
+        layers: list[nn.Module] = [DecoderLayer(config) for _ in range(config.decoder_layers)]
+        super().__init__(layers, config.decoder_layerdrop)
+        self.layernorm = nn.LayerNorm(config.d_model)
+        self.auxiliary_loss = config.auxiliary_loss
+        self.norm_feeds_next_layer = config.auxiliary_loss and config.compat == "transformers"
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_position: Tensor,
+        query_keep: Tensor | None,
+        memory: Tensor,
+        memory_keep: Tensor | None,
+        memory_position: Tensor,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> DetrDecoderOutput:
+        """Decode.
+
+        With ``auxiliary_loss`` the output of each layer is normed for its own loss and goes on un-normed, as in
+        the original. Under ``compat="transformers"`` the normed output is what goes on, so the last layer's is
+        normed twice: needed for checkpoints trained that way.
+
+        Args:
+            queries: float [B, Q, D].
+            query_position: float [B, Q, D], added to queries and keys of each layer.
+            query_keep: bool [B, Q], False hides a query from the others; None keeps all.
+            memory: float [B, S, D], the encoder's output.
+            memory_keep: bool [B, S], True on cells that are not padding; None where there is no padding.
+            memory_position: float [B, S, D], added to the keys of the cross-attention.
+            output_attentions: also return the attention weights of each layer.
+            output_hidden_states: also return the input and the output of each layer.
+        """
+        query_mask = None if query_keep is None else additive_mask(query_keep, queries.dtype)
+        memory_mask = None if memory_keep is None else additive_mask(memory_keep, memory.dtype)
+        memory_key = _with_position(memory, memory_position)
+        x = queries
+        hidden_states, attentions, cross_attentions, intermediate = [x], [], [], []
+        for layer in self.layers:
+            x, weights, cross_weights = self._run(
+                layer, x, query_position, query_mask, memory, memory_key, memory_mask, output_attentions
+            )
+            hidden_states.append(x)
+            attentions.append(weights)
+            cross_attentions.append(cross_weights)
+            if self.norm_feeds_next_layer:
+                x = self.layernorm(x)
+                intermediate.append(x)
+            elif self.auxiliary_loss:
+                intermediate.append(self.layernorm(x))
+        if self.auxiliary_loss and not self.norm_feeds_next_layer and intermediate:
+            x = intermediate[-1]
+        else:
+            x = self.layernorm(x)
+        hidden_states[-1] = x
+        return DetrDecoderOutput(
+            last_hidden_state=x,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+            intermediate_hidden_states=torch.stack(intermediate) if intermediate else None,
+        )
+
+
+@torch.no_grad()
+def init_transformer(module: Encoder | Decoder) -> None:
+    """Initialise as facebookresearch/detr: Xavier for every matrix, zero for the attentions' biases.
+
+    There q, k and v are one matrix [3 D, D], whose Xavier bound is smaller than that of three [D, D].
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+        if isinstance(child, MultiheadAttention):
+            for projection in (child.q_proj, child.k_proj, child.v_proj, child.out_proj):
+                nn.init.zeros_(projection.bias)
+    for child in module.modules():
+        if isinstance(child, MultiheadAttention):
+            for projection in (child.q_proj, child.k_proj, child.v_proj):
+                nn.init.xavier_uniform_(projection.weight, gain=math.sqrt(0.5))
