@@ -6,7 +6,9 @@ Writes are atomic: a reader finds the whole object or none. Credentials come fro
 import json
 import os
 import uuid
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 from pyarrow import fs
 
@@ -71,6 +73,30 @@ def size(address: str) -> int:
     return int(info.size)
 
 
+def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of those of the named files that exist, by name relative to the folder.
+
+    Raises:
+        StorageError: the folder does not exist or cannot be listed.
+    """
+    filesystem, path = resolve(folder)
+    wanted = set(names)
+    try:
+        # One listing: an object store would need one request for each name.
+        infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    except OSError as error:
+        raise StorageError(f"{folder}: not a folder that can be listed ({error}).") from error
+    prefix = path.rstrip("/") + "/"
+    sizes = {info.path.removeprefix(prefix): info.size for info in infos if info.is_file}
+    found = {name: int(sizes[name]) for name in wanted & sizes.keys()}
+    # Names such as ../other/1.jpg are not in a listing.
+    unlisted = sorted(wanted - sizes.keys())
+    for name, info in zip(unlisted, filesystem.get_file_info([prefix + name for name in unlisted])):
+        if info.is_file:
+            found[name] = int(info.size)
+    return found
+
+
 def read_bytes(address: str) -> bytes:
     """The content of a file.
 
@@ -97,8 +123,9 @@ def read_json(address: str) -> Any:
         raise StorageError(f"{address}: not JSON ({error}).") from error
 
 
-def write_bytes(address: str, data: bytes) -> None:
-    """Write a file so that it appears whole or not at all; missing folders are made.
+@contextmanager
+def open_output(address: str) -> Iterator[BinaryIO]:
+    """A stream to a new file that appears whole when the block ends, or not at all; missing folders are made.
 
     Raises:
         StorageError: it cannot be written.
@@ -111,11 +138,40 @@ def write_bytes(address: str, data: bytes) -> None:
         if local:
             filesystem.create_dir(os.path.dirname(path), recursive=True)
         with filesystem.open_output_stream(target) as stream:
-            stream.write(data)
+            yield stream
         if local:
             os.replace(target, path)
     except OSError as error:
         raise StorageError(f"{address}: cannot be written ({error}).") from error
+    finally:
+        if local and os.path.lexists(target):
+            os.remove(target)
+
+
+@contextmanager
+def open_input(address: str) -> Iterator[BinaryIO]:
+    """A file for reading at any position.
+
+    Raises:
+        StorageError: it cannot be opened.
+    """
+    filesystem, path = resolve(address)
+    try:
+        stream = filesystem.open_input_file(path)
+    except OSError as error:
+        raise StorageError(f"{address}: cannot be read ({error}).") from error
+    with stream:
+        yield stream
+
+
+def write_bytes(address: str, data: bytes) -> None:
+    """Write a file so that it appears whole or not at all; missing folders are made.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with open_output(address) as stream:
+        stream.write(data)
 
 
 def write_json(address: str, value: Any) -> None:
@@ -128,6 +184,13 @@ def delete_folder(address: str) -> None:
     filesystem, path = resolve(address)
     if filesystem.get_file_info(path).type == fs.FileType.Directory:
         filesystem.delete_dir(path)
+
+
+def delete_file(address: str) -> None:
+    """Delete a file; nothing happens where it does not exist."""
+    filesystem, path = resolve(address)
+    if filesystem.get_file_info(path).type == fs.FileType.File:
+        filesystem.delete_file(path)
 
 
 def upload_folder(source: str, address: str) -> None:

@@ -1,0 +1,372 @@
+"""A data set on storage: Parquet shards, and the manifest that makes them one.
+
+A folder of shards holds `shard-000000.parquet …` (row groups of 32 records of `schema.SCHEMA`), `faults.parquet`
+and `manifest.json`. The manifest is written last: its presence means that the data set is complete. Nothing in
+these files depends on the time or the place of writing.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from itertools import islice
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raydetr import storage
+from raydetr.data.schema import FAULT_SCHEMA, SCHEMA, SCHEMA_VERSION, Fault, is_trained
+from raydetr.errors import DataError
+
+ROW_GROUP_SIZE = 32
+MANIFEST = "manifest.json"
+FAULTS = "faults.parquet"
+
+TARGET_COLUMNS = [
+    "height",
+    "width",
+    "objects.list.element.category_id",
+    "objects.list.element.bbox",
+    "objects.list.element.iscrowd",
+    "objects.list.element.fault",
+]
+"""Columns that `training_targets` needs."""
+
+TRUTH_COLUMNS = [
+    "image_id",
+    "file_name",
+    "height",
+    "width",
+    *(f"objects.list.element.{name}" for name in ("id", "category_id", "bbox", "area", "iscrowd")),
+]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a data set."""
+
+    file: str
+    num_images: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds; manifest.json without `root`."""
+
+    root: str
+    """Address of the folder."""
+    schema_version: int
+    digest: str
+    """SHA-256 over the categories and the checksums of all shards: equal digests, equal data in equal order."""
+    categories: tuple[dict[str, Any], ...]
+    """COCO categories in the order of the JSON file."""
+    shards: tuple[Shard, ...]
+    num_images: int
+    num_objects: int
+    num_faulty_images: int
+    num_faulty_objects: int
+    max_objects_per_image: int
+    """Most trained objects (see `training_targets`) of an image."""
+    row_group_size: int
+    faults: dict[str, int]
+    """Fault code → rows of faults.parquet."""
+    seed: int
+    """Seed of the order of the records."""
+    source: str
+    """Fingerprint of what was ingested and how; empty for shards that were not ingested from files."""
+
+    @classmethod
+    def load(cls, address: str) -> "Manifest":
+        """Read the manifest of a folder of shards.
+
+        Raises:
+            DataError: there is none, it is damaged, or another version wrote it.
+        """
+        file = storage.join(address, MANIFEST)
+        if not storage.exists(file):
+            raise DataError(
+                f"{address}: no {MANIFEST}, so not a (complete) folder of shards: "
+                f"make one with pipelines/ingest.py --output {address}."
+            )
+        content = storage.read_json(file)
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if version != SCHEMA_VERSION:
+            raise DataError(
+                f"{file}: schema version {version!r}; this version of raydetr reads {SCHEMA_VERSION}: "
+                "ingest the data again."
+            )
+        expected = {field.name for field in fields(cls)} - {"root"}
+        if set(content) != expected:
+            raise DataError(
+                f"{file}: damaged: the keys {sorted(set(content) ^ expected)} are missing or surplus: "
+                "delete the folder and ingest the data again."
+            )
+        content["categories"] = tuple(content["categories"])
+        content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
+        return cls(root=storage.absolute(address), **content)
+
+    @cached_property
+    def category_ids(self) -> list[int]:
+        """Label → category id: ascending category ids."""
+        return sorted(category["id"] for category in self.categories)
+
+    @cached_property
+    def labels(self) -> dict[int, int]:
+        """Category id → contiguous label 0..n-1, by ascending category id."""
+        return {category_id: label for label, category_id in enumerate(self.category_ids)}
+
+    @cached_property
+    def id2label(self) -> dict[int, str]:
+        """Label → category name."""
+        names = {category["id"]: category["name"] for category in self.categories}
+        return {label: names[category_id] for label, category_id in enumerate(self.category_ids)}
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """A written shard and what the manifest adds up over all of them."""
+
+    shard: Shard
+    num_objects: int
+    num_faulty_images: int
+    num_faulty_objects: int
+    max_objects_per_image: int
+
+
+def write_shard(root: str, index: int, records: Iterable[Mapping[str, Any]]) -> ShardSummary:
+    """Write records as shard number `index` of the folder `root`; one row group is in memory at a time.
+
+    Args:
+        root: address of the folder.
+        index: position of the shard in the data set.
+        records: at least one mapping with the columns of `schema.SCHEMA`; absent columns are null.
+
+    Raises:
+        StorageError: the shard cannot be written.
+    """
+    file = f"shard-{index:06d}.parquet"
+    num_images = num_objects = faulty_images = faulty_objects = max_objects = 0
+    remaining = iter(records)
+    with storage.open_output(storage.join(root, file)) as stream:
+        sink = _HashingSink(stream)
+        # Image bytes are compressed already; dictionaries and statistics of them would only cost space.
+        with pq.ParquetWriter(
+            sink,
+            SCHEMA,
+            compression=_COMPRESSION,
+            use_dictionary=["file_name", "objects.list.element.category_id"],
+            write_statistics=["image_id"],
+        ) as writer:
+            while batch := list(islice(remaining, ROW_GROUP_SIZE)):
+                writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA), row_group_size=ROW_GROUP_SIZE)
+                num_images += len(batch)
+                for record in batch:
+                    objects = record.get("objects") or []
+                    num_objects += len(objects)
+                    faulty_images += record.get("fault") is not None
+                    faulty_objects += sum(item.get("fault") is not None for item in objects)
+                    max_objects = max(max_objects, sum(map(_is_target, objects)))
+    return ShardSummary(
+        Shard(file, num_images, sink.num_bytes, sink.hash.hexdigest()),
+        num_objects,
+        faulty_images,
+        faulty_objects,
+        max_objects,
+    )
+
+
+def write_manifest(
+    root: str,
+    shards: Sequence[ShardSummary],
+    categories: Sequence[Mapping[str, Any]],
+    faults: Iterable[Fault] = (),
+    *,
+    seed: int = 0,
+    source: str = "",
+) -> Manifest:
+    """Complete a folder of shards: write faults.parquet, then manifest.json.
+
+    Args:
+        root: address of the folder.
+        shards: what `write_shard` returned, in the order of the data set.
+        categories: COCO categories.
+        faults: rows of faults.parquet.
+        seed: what ordered the records.
+        source: fingerprint of the input.
+    """
+    table = pa.Table.from_pylist([fault.row() for fault in faults], schema=FAULT_SCHEMA)
+    with storage.open_output(storage.join(root, FAULTS)) as stream:
+        pq.write_table(table, stream, compression="zstd")
+    codes = table.column("code").to_pylist()
+    files = tuple(summary.shard for summary in shards)
+    manifest = Manifest(
+        root=storage.absolute(root),
+        schema_version=SCHEMA_VERSION,
+        digest=_digest(categories, files),
+        categories=tuple(dict(category) for category in categories),
+        shards=files,
+        num_images=sum(shard.num_images for shard in files),
+        num_objects=sum(summary.num_objects for summary in shards),
+        num_faulty_images=sum(summary.num_faulty_images for summary in shards),
+        num_faulty_objects=sum(summary.num_faulty_objects for summary in shards),
+        max_objects_per_image=max((summary.max_objects_per_image for summary in shards), default=0),
+        row_group_size=ROW_GROUP_SIZE,
+        faults={code: codes.count(code) for code in sorted(set(codes))},
+        seed=seed,
+        source=source,
+    )
+    content = {name: value for name, value in asdict(manifest).items() if name != "root"}
+    storage.write_json(storage.join(root, MANIFEST), content)
+    return manifest
+
+
+def read_rows(
+    root: str, shard_file: str, row_groups: Sequence[int] | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Read row groups of a shard, in the order given, with one open.
+
+    Args:
+        root: address of the folder of shards.
+        shard_file: `Shard.file`.
+        row_groups: indices of row groups; group g holds the records 32 g … 32 g + 31 of the shard. None reads all.
+        columns: columns, also nested ones (`objects.list.element.bbox`); None reads all.
+
+    Returns:
+        A table of `schema.SCHEMA`, with the chosen columns in the schema's order.
+
+    Raises:
+        StorageError: the shard cannot be opened.
+        DataError: it is damaged.
+    """
+    address = storage.join(root, shard_file)
+    with storage.open_input(address) as stream:
+        try:
+            with pq.ParquetFile(stream) as file:
+                groups = range(file.num_row_groups) if row_groups is None else row_groups
+                names = None if columns is None else list(columns)
+                return file.read_row_groups(list(groups), columns=names, use_threads=False)
+        except (pa.ArrowException, OSError, IndexError) as error:
+            which = "its row groups" if row_groups is None else f"row groups {list(row_groups)}"
+            raise DataError(
+                f"{address}: {which} cannot be read ({error}): the shard is damaged; "
+                "delete the folder and ingest the data again."
+            ) from error
+
+
+def read_records(manifest: Manifest, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """All records of a data set in their order, one row group in memory at a time."""
+    for shard in manifest.shards:
+        for group in range(-(-shard.num_images // manifest.row_group_size)):
+            yield from read_rows(manifest.root, shard.file, [group], columns).to_pylist()
+
+
+def read_faults(manifest: Manifest) -> pa.Table:
+    """The table of all faults, `schema.FAULT_SCHEMA`."""
+    with storage.open_input(storage.join(manifest.root, FAULTS)) as stream:
+        return pq.read_table(stream)
+
+
+def training_targets(
+    record: Mapping[str, Any], labels: Mapping[int, int]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The objects of a record that training learns: without crowds and without faults that exclude them.
+
+    Args:
+        record: a row with `TARGET_COLUMNS`.
+        labels: `Manifest.labels`.
+
+    Returns:
+        boxes_xyxy float64 [n, 4] in pixels, clipped to the image, never empty; labels int64 [n], contiguous.
+    """
+    objects = [item for item in record["objects"] or () if _is_target(item)]
+    boxes = np.array([item["bbox"] for item in objects], dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    size = np.array([record["width"], record["height"]] * 2, dtype=np.float64)
+    boxes = np.clip(boxes, 0, size)
+    return boxes, np.array([labels[item["category_id"]] for item in objects], dtype=np.int64)
+
+
+def coco_truth(manifest: Manifest) -> dict[str, Any]:
+    """The data set as COCO detection JSON, for evaluation: what pycocotools computes on the original it does here.
+
+    Every annotation of every image is there with its own id, box, area and iscrowd, those at fault too, except the
+    ones without a readable id, category id or box, on which pycocotools stops. An absent area is the box's, an
+    absent iscrowd 0. Segmentations are left out.
+    """
+    images, annotations = [], []
+    for record in read_records(manifest, TRUTH_COLUMNS):
+        images.append(
+            {"id": record["image_id"], **{name: record[name] for name in ("file_name", "height", "width")}}
+        )
+        for item in record["objects"]:
+            box = item["bbox"]
+            if item["id"] is None or item["category_id"] is None or box is None:
+                continue
+            area = box[2] * box[3] if item["area"] is None else item["area"]
+            annotations.append(
+                {**item, "image_id": record["image_id"], "area": area, "iscrowd": item["iscrowd"] or 0}
+            )
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [dict(c) for c in manifest.categories],
+    }
+
+
+def _is_target(item: Mapping[str, Any]) -> bool:
+    return not item.get("iscrowd") and is_trained(item.get("fault"))
+
+
+def _digest(categories: Sequence[Mapping[str, Any]], shards: Sequence[Shard]) -> str:
+    content = [SCHEMA_VERSION, ROW_GROUP_SIZE, list(categories), [shard.sha256 for shard in shards]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _leaf_paths(field: pa.Field, prefix: str = "") -> Iterator[str]:
+    """Parquet's paths of the leaf columns of a field."""
+    path = prefix + field.name
+    if pa.types.is_struct(field.type):
+        for child in field.type:
+            yield from _leaf_paths(child, f"{path}.")
+    elif pa.types.is_list(field.type):
+        yield from _leaf_paths(field.type.value_field.with_name("element"), f"{path}.list.")
+    else:
+        yield path
+
+
+_COMPRESSION = {
+    path: "none" if path in ("image", "panoptic_image") else "zstd"
+    for column in SCHEMA
+    for path in _leaf_paths(column)
+}
+
+
+class _HashingSink:
+    """A writable file that knows the SHA-256 and the length of what went through it."""
+
+    closed = False
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.hash = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self._stream.write(data)
+        self.hash.update(data)
+        self.num_bytes += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+    def flush(self) -> None:
+        """Nothing is held back here; the stream is flushed when its owner closes it."""
+
+    def close(self) -> None:
+        """The owner of the stream closes it."""
