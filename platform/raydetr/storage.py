@@ -179,13 +179,6 @@ def write_json(address: str, value: Any) -> None:
     write_bytes(address, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
-def delete_folder(address: str) -> None:
-    """Delete a folder and what is in it; nothing happens where it does not exist."""
-    filesystem, path = resolve(address)
-    if filesystem.get_file_info(path).type == fs.FileType.Directory:
-        filesystem.delete_dir(path)
-
-
 def delete_file(address: str) -> None:
     """Delete a file; nothing happens where it does not exist."""
     filesystem, path = resolve(address)
