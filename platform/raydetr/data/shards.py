@@ -138,13 +138,16 @@ class ShardSummary:
     max_objects_per_image: int
 
 
-def write_shard(root: str, index: int, records: Iterable[Mapping[str, Any]]) -> ShardSummary:
+def write_shard(root: str, index: int, records: Iterable[Mapping[str, Any]]) -> ShardSummary | None:
     """Write records as shard number `index` of the folder `root`; one row group is in memory at a time.
 
     Args:
         root: address of the folder.
         index: position of the shard in the data set.
-        records: at least one mapping with the columns of `schema.SCHEMA`; absent columns are null.
+        records: mappings with the columns of `schema.SCHEMA`; absent columns are null.
+
+    Returns:
+        The written shard; None, and no file, without any record.
 
     Raises:
         StorageError: the shard cannot be written.
@@ -152,6 +155,9 @@ def write_shard(root: str, index: int, records: Iterable[Mapping[str, Any]]) -> 
     file = f"shard-{index:06d}.parquet"
     num_images = num_objects = faulty_images = faulty_objects = max_objects = 0
     remaining = iter(records)
+    batch = list(islice(remaining, ROW_GROUP_SIZE))
+    if not batch:
+        return None
     with storage.open_output(storage.join(root, file)) as stream:
         sink = _HashingSink(stream)
         # Image bytes are compressed already; dictionaries and statistics of them would only cost space.
@@ -162,7 +168,7 @@ def write_shard(root: str, index: int, records: Iterable[Mapping[str, Any]]) -> 
             use_dictionary=["file_name", "objects.list.element.category_id"],
             write_statistics=["image_id"],
         ) as writer:
-            while batch := list(islice(remaining, ROW_GROUP_SIZE)):
+            while batch:
                 writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA), row_group_size=ROW_GROUP_SIZE)
                 num_images += len(batch)
                 for record in batch:
@@ -171,12 +177,13 @@ def write_shard(root: str, index: int, records: Iterable[Mapping[str, Any]]) -> 
                     faulty_images += record.get("fault") is not None
                     faulty_objects += sum(item.get("fault") is not None for item in objects)
                     max_objects = max(max_objects, sum(map(_is_target, objects)))
+                batch = list(islice(remaining, ROW_GROUP_SIZE))
     return ShardSummary(
-        Shard(file, num_images, sink.num_bytes, sink.hash.hexdigest()),
-        num_objects,
-        faulty_images,
-        faulty_objects,
-        max_objects,
+        shard=Shard(file, num_images, sink.num_bytes, sink.hash.hexdigest()),
+        num_objects=num_objects,
+        num_faulty_images=faulty_images,
+        num_faulty_objects=faulty_objects,
+        max_objects_per_image=max_objects,
     )
 
 
@@ -265,10 +272,11 @@ def read_records(manifest: Manifest, columns: Sequence[str] | None = None) -> It
             yield from read_rows(manifest.root, shard.file, [group], columns).to_pylist()
 
 
-def read_faults(manifest: Manifest) -> pa.Table:
-    """The table of all faults, `schema.FAULT_SCHEMA`."""
+def read_faults(manifest: Manifest) -> list[Fault]:
+    """The rows of faults.parquet."""
     with storage.open_input(storage.join(manifest.root, FAULTS)) as stream:
-        return pq.read_table(stream)
+        rows = pq.read_table(stream).drop_columns("level").to_pylist()
+    return [Fault(**row) for row in rows]
 
 
 def training_targets(

@@ -1,0 +1,233 @@
+"""What is wrong with one image or one annotation: pure checks, each fault as (code, reason).
+
+The codes, and what they do, are in `schema.FAULTS`.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from detr.image_processing.decode import DEFAULT_MAX_PIXELS, ImageError, decode_image, image_size
+
+Problem = tuple[str, str]
+"""A fault's code and what was found."""
+
+EDGE_TOLERANCE = 1.0
+"""Pixels that a box may reach over the image's edge unreported: rounding in annotation tools."""
+
+_EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What an encoded image is."""
+
+    height: int
+    """Of the decoder's output; where it cannot be decoded, the header's or the JSON's, else 0."""
+    width: int
+    frame: tuple[int, int] | None
+    """(height, width) that the boxes refer to: the JSON's, else the image's; None where neither is known."""
+    faults: tuple[Problem, ...]
+
+
+def inspect_image(data: bytes | None, json_height: int | None, json_width: int | None) -> ImageFacts:
+    """Decode an image, once, and compare it with what the JSON says.
+
+    Args:
+        data: the encoded image; None where there is no file.
+        json_height: as the JSON says; None where it says nothing.
+        json_width: likewise.
+    """
+    claimed = None
+    if json_height is not None and json_width is not None and min(json_height, json_width) > 0:
+        # Larger than any decoder's output: a mistake, and too large for the columns.
+        claimed = (json_height, json_width) if max(json_height, json_width) < 2**31 else None
+    if data is None:
+        return ImageFacts(*(claimed or (0, 0)), claimed, (("missing-file", "no such file"),))
+    try:
+        size = image_size(data)
+    except ImageError as error:
+        bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+        code = "image-too-large" if isinstance(error.__cause__, bombs) else "unreadable-image"
+        return ImageFacts(*(claimed or (0, 0)), claimed, ((code, str(error)),))
+    found: list[Problem] = []
+    if size[0] * size[1] > DEFAULT_MAX_PIXELS:
+        text = f"{size[0]} x {size[1]} pixels; at most {DEFAULT_MAX_PIXELS:,} are decoded"
+        return ImageFacts(*size, claimed or size, (("image-too-large", text),))
+    try:
+        decode_image(data)
+    except ImageError as error:
+        found.append((_decode_fault(data), str(error)))
+    if (json_height, json_width) != (None, None) and (json_height, json_width) != size:
+        text = (
+            f"the JSON says {json_height} x {json_width}, the image is {size[0]} x {size[1]} (height x width)"
+        )
+        found.append(("size-mismatch", text))
+    if (orientation := _orientation(data)) != 1:
+        found.append(("exif-orientation", f"EXIF orientation {orientation}"))
+    return ImageFacts(*size, claimed or size, tuple(found))
+
+
+def object_faults(
+    fields: Mapping[str, Any],
+    item: Mapping[str, Any],
+    frame: tuple[int, int] | None,
+    category_ids: frozenset[int],
+) -> list[Problem]:
+    """What is wrong with an annotation by itself.
+
+    Args:
+        fields: the annotation as the JSON has it.
+        item: the columns read from it; null where a field could not be read.
+        frame: (height, width) that its box refers to; None leaves out what needs it.
+        category_ids: ids of the data set's categories.
+    """
+    found: list[Problem] = []
+    unreadable = [key for key in ("id", "category_id", "bbox") if item[key] is None]
+    unreadable += [key for key in ("area", "iscrowd") if item[key] is None and fields.get(key) is not None]
+    if unreadable:
+        what = ", ".join(f"{key} {fields[key]!r:.80}" if key in fields else f"no {key}" for key in unreadable)
+        found.append(("malformed-annotation", what))
+    if item["bbox"] is not None:
+        found += _box_faults(item["bbox"], frame)
+    if item["category_id"] is not None and item["category_id"] not in category_ids:
+        found.append(("unknown-category", f"category_id {item['category_id']}"))
+    if (reason := _segmentation_fault(fields.get("segmentation"), item["segmentation"], frame)) is not None:
+        found.append(("bad-segmentation", reason))
+    return found
+
+
+def as_int(value: Any) -> int | None:
+    """An integer of 64 bits, also from a float without a fraction; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
+        return value
+    return None
+
+
+def as_numbers(value: Any) -> list[float] | None:
+    """A list of numbers as floats; None for anything else."""
+    if not isinstance(value, list):
+        return None
+    try:
+        return [float(x) for x in value] if all(type(x) in (int, float) for x in value) else None
+    except OverflowError:  # an integer past the range of float64
+        return None
+
+
+def read_segmentation(value: Any) -> dict[str, Any] | None:
+    """A segmentation in its original form: polygons, compressed or uncompressed RLE; None if it is none of them."""
+    if isinstance(value, list):
+        polygons = [as_numbers(polygon) for polygon in value]
+        return None if None in polygons else {"polygons": polygons, "rle": None}
+    if not isinstance(value, dict) or set(value) != {"size", "counts"}:
+        return None
+    size, counts = value["size"], value["counts"]
+    if not _are_ints(size, 2**31) or len(size) != 2:
+        return None
+    if isinstance(counts, str) and counts.isascii():
+        return {"polygons": None, "rle": {"size": size, "counts": counts.encode("ascii"), "runs": None}}
+    if _are_ints(counts, 2**63):
+        return {"polygons": None, "rle": {"size": size, "counts": None, "runs": counts}}
+    return None
+
+
+def rle_runs(counts: bytes) -> list[int]:
+    """The run lengths of a compressed RLE: COCO's variable-length code of differences (maskApi.c, rleFrString).
+
+    Raises:
+        ValueError: it does not end on a whole number or holds a character outside of the code.
+    """
+    runs: list[int] = []
+    position = 0
+    while position < len(counts):
+        value = shift = 0
+        more = True
+        while more:
+            if position == len(counts):
+                raise ValueError("it ends within a number")
+            digit = counts[position] - 48
+            if not 0 <= digit < 64:
+                raise ValueError(f"character {counts[position]} at {position}")
+            value |= (digit & 31) << shift
+            more = bool(digit & 32)
+            position += 1
+            shift += 5
+        if digit & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+    return runs
+
+
+def _box_faults(box: Sequence[float], frame: tuple[int, int] | None) -> list[Problem]:
+    text = f"bbox {[round(value, 2) for value in box]}"
+    if not all(map(math.isfinite, box)):
+        return [("non-finite-box", text)]
+    x, y, width, height = box
+    if width < 0 or height < 0:
+        return [("negative-box", text)]
+    if width == 0 or height == 0:
+        return [("empty-box", text)]
+    if frame is None:
+        return []
+    text += f" in an image of {frame[1]} x {frame[0]}"
+    # As training clips it: a box whose clipped width or height is zero has nothing to learn.
+    left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + width, frame[1]), min(y + height, frame[0])
+    if left >= right or top >= bottom:
+        return [("box-outside", text)]
+    over = max(-x, -y, x + width - frame[1], y + height - frame[0])
+    return [("box-over-edge", f"{text}, by {over:.2f}")] if over > EDGE_TOLERANCE else []
+
+
+def _segmentation_fault(
+    original: Any, segmentation: Mapping[str, Any] | None, frame: tuple[int, int] | None
+) -> str | None:
+    """Why a segmentation is not a mask of its image; None when it is one, or is absent."""
+    if segmentation is None:
+        return None if original is None else f"neither polygons nor RLE: {original!r:.80}"
+    if segmentation["polygons"] is not None:
+        for number, polygon in enumerate(segmentation["polygons"]):
+            if len(polygon) < 6 or len(polygon) % 2:
+                return f"polygon {number} has {len(polygon)} coordinates"
+            if not all(map(math.isfinite, polygon)):
+                return f"polygon {number} has NaN or infinite coordinates"
+        return None
+    rle = segmentation["rle"]
+    if frame is not None and rle["size"] != list(frame):
+        return f"RLE of {rle['size']} in an image of {list(frame)}"
+    try:
+        runs = rle["runs"] if rle["counts"] is None else rle_runs(rle["counts"])
+    except ValueError as error:
+        return f"RLE counts are damaged: {error}"
+    if min(runs, default=0) < 0 or sum(runs) != math.prod(rle["size"]):
+        return f"RLE runs cover {sum(runs)} pixels of {math.prod(rle['size'])}"
+    return None
+
+
+def _are_ints(value: Any, limit: int) -> bool:
+    return isinstance(value, list) and all(type(x) is int and -limit <= x < limit for x in value)
+
+
+def _decode_fault(data: bytes) -> str:
+    """Of an image that is not decoded: damaged, or of pixels without a way to RGB."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except Exception:  # Pillow's readers raise whatever damaged bytes lead to
+        return "unreadable-image"
+    return "unconvertible-image"
+
+
+def _orientation(data: bytes) -> int:
+    with Image.open(io.BytesIO(data)) as image:
+        # The base class's method: PNG's own decodes the whole image to look for EXIF after its pixels.
+        try:
+            orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
+        except Exception:  # damaged EXIF says nothing about orientation
+            return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1

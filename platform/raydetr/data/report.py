@@ -1,0 +1,55 @@
+"""What an ingest tells the person in front of it: progress while it runs, faults when it is done."""
+
+import time
+from collections.abc import Callable, Iterable
+
+from raydetr.data.schema import FAULTS, Fault
+
+MAX_EXAMPLES = 3
+
+
+def fault_lines(faults: Iterable[Fault]) -> list[str]:
+    """A summary of faults: a line for each code with its count and effect, then its first examples.
+
+    An example names the file, the image (or annotation) and what was found.
+    """
+    by_code: dict[str, list[Fault]] = {}
+    for fault in faults:
+        by_code.setdefault(fault.code, []).append(fault)
+    lines = []
+    for code, kind in FAULTS.items():
+        if code not in by_code:
+            continue
+        found = by_code[code]
+        lines.append(f"{code}: {len(found):,} ({kind.text}; {kind.effect})")
+        lines += [f"    {_place(fault)}: {fault.reason}" for fault in found[:MAX_EXAMPLES]]
+        if len(found) > MAX_EXAMPLES:
+            lines.append(f"    … and {len(found) - MAX_EXAMPLES:,} more in faults.parquet")
+    return lines
+
+
+def print_progress(what: str) -> Callable[[int, int], None]:
+    """A function of (done, in all) that prints a line with the rate and the time left, at most once a second."""
+    start = time.monotonic()
+    printed = start - 1
+
+    def show(done: int, total: int) -> None:
+        nonlocal printed
+        now = time.monotonic()
+        if now - printed < 1 and done < total:
+            return
+        printed = now
+        rate = done / max(now - start, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if 0 < done < total else ""
+        print(f"{what}: {done:,} of {total:,} images, {rate:,.0f} images/s{left}", flush=True)
+
+    return show
+
+
+def _place(fault: Fault) -> str:
+    place = fault.file
+    if fault.image_id is not None:
+        place += f", image {fault.image_id}"
+    if fault.annotation_id is not None:
+        place += f", annotation {fault.annotation_id}"
+    return place
