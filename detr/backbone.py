@@ -12,10 +12,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from detr.config import DetrConfig
+from detr.frozen_batch_norm import freeze_batch_norm
+from detr.state_dict import read_state_dict
 
 # transformers' ResNetConfig by (layer_type, depths): the timm net that is the same network.
 _RESNETS = {
@@ -26,220 +27,31 @@ _RESNETS = {
     ("bottleneck", (3, 4, 23, 3)): "resnet101",
     ("bottleneck", (3, 8, 36, 3)): "resnet152",
 }
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """Batch norm whose statistics and affine parameters never change, with the activation fused into it if any.
-
-    Args:
-        num_features: channels.
-        eps: added to the variance.
-        activation: applied to the result; timm's ``BatchNormAct2d`` carries one.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, num_features: int, eps: float = 1e-5, activation: nn.Module | None = None) -> None:
-        super().__init__()
-        self.eps = eps
-        self.register_buffer("weight", torch.ones(num_features))
-        self.register_buffer("bias", torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
-        self.act = nn.Identity() if activation is None else activation
-
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The affine map that this layer is: float [C] and float [C]."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Float [B, C, h, w] to float [B, C, h, w] of the same dtype."""
-        scale, shift = (t.to(x.dtype).view(1, -1, 1, 1) for t in self.scale_and_shift())
-        return self.act(torch.addcmul(shift, x, scale))
-
-
-@torch.no_grad()
-def freeze_batch_norm(module: nn.Module, compat: str = "original") -> None:
-    """Replace every ``BatchNorm2d`` inside ``module`` by `FrozenBatchNorm2d`, in place.
-
-    A fused activation (timm's ``BatchNormAct2d``: EfficientNet, MobileNetV3, RegNet) and the net's own eps are
-    kept; ``compat="transformers"`` drops the activation and sets eps to 1e-5, as transformers does.
-    """
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            if compat == "transformers":
-                frozen = FrozenBatchNorm2d(child.num_features)
-            else:
-                frozen = FrozenBatchNorm2d(child.num_features, child.eps, getattr(child, "act", None))
-            frozen.load_state_dict(child.state_dict(), strict=False)
-            setattr(module, name, frozen)
-        else:
-            freeze_batch_norm(child, compat)
-
-
-def has_fused_activations(backbone: nn.Module) -> bool:
-    """Whether a frozen batch norm of ``backbone`` applies an activation: where the two ``compat`` differ."""
-    return any(
-        isinstance(m, FrozenBatchNorm2d) and not isinstance(m.act, nn.Identity) for m in backbone.modules()
-    )
-
-
-def timm_arguments(config: DetrConfig) -> tuple[str, dict[str, Any]]:
-    """Name and keyword arguments for ``timm.create_model`` of the backbone that ``config`` describes.
-
-    Raises:
-        ValueError: the description fits no timm network.
-    """
-    backbone = config.backbone_config
-    if backbone["model_type"] == "timm_backbone":
-        arguments: dict[str, Any] = {
-            "in_chans": backbone["num_channels"],
-            "out_indices": tuple(backbone["out_indices"]),
-        }
-        if backbone.get("output_stride") is not None:
-            arguments["output_stride"] = backbone["output_stride"]
-        return backbone["backbone"], arguments
-    key = (backbone.get("layer_type", "bottleneck"), tuple(backbone.get("depths", (3, 4, 6, 3))))
-    if (
-        key not in _RESNETS
-        or backbone.get("downsample_in_bottleneck")
-        or backbone.get("hidden_act", "relu") != "relu"
-    ):
-        raise ValueError(
-            f"backbone_config of model_type 'resnet' with layer_type and depths {key} is none of the standard "
-            f"ResNets ({', '.join(_RESNETS.values())}); use a timm_backbone"
-        )
-    features = backbone.get("out_features") or [f"stage{i + 1}" for i in backbone.get("out_indices", [4])]
-    indices = tuple(int(str(name).removeprefix("stage")) for name in features)
-    return _RESNETS[key], {"in_chans": backbone["num_channels"], "out_indices": indices}
-
-
-def create_timm_features(config: DetrConfig, pretrained: bool = False) -> nn.Module:
-    """The timm feature extractor of ``config``, cut after the last map it returns, batch norm not yet frozen.
-
-    Nets without a stem map (ConvNeXt) have four maps, 0 to 3: the default ``out_indices`` 1 to 4 then mean these.
-
-    Args:
-        config: says which net and which maps.
-        pretrained: let timm load its pretrained weights, from its cache or the network.
-
-    Raises:
-        ValueError: timm has no such net, or it cannot be built with these maps or this output stride.
-    """
-    name, arguments = timm_arguments(config)
-    if name not in timm.list_models() and name.split(".")[0] not in timm.list_models():
-        raise ValueError(
-            f"timm {timm.__version__} has no model {name!r}; `timm.list_models()` lists its names"
-        )
-    try:
-        net = _create(name, pretrained, arguments)
-    except (IndexError, AssertionError, NotImplementedError, TypeError, RuntimeError, ValueError) as error:
-        if pretrained:
-            raise
-        raise ValueError(
-            f"timm cannot build {name!r} as a backbone with {arguments}"
-            + (
-                " (dilation=True needs a net that can keep its resolution)"
-                if "output_stride" in arguments
-                else ""
-            )
-            + f": {error}"
-        ) from error
-    _cut(net)
-    return net
-
-
-def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
-    if arguments["out_indices"] == (1, 2, 3, 4):
-        try:
-            return timm.create_model(name, pretrained=pretrained, features_only=True, **arguments)
-        except (IndexError, AssertionError):
-            arguments = {**arguments, "out_indices": (0, 1, 2, 3)}
-    return timm.create_model(name, pretrained=pretrained, features_only=True, **arguments)
-
-
-def _cut(net: nn.Module) -> None:
-    """Drop the blocks after the last returned map, which timm keeps in EfficientNet-like nets."""
-    blocks = getattr(net, "blocks", None)
-    last = net.feature_info.get_dicts()[-1]["module"].split(".")
-    if isinstance(blocks, nn.Sequential) and last[0] == "blocks" and len(last) >= 2:
-        net.blocks = blocks[: int(last[1]) + 1]
-    elif isinstance(blocks, nn.Sequential) and last[0] in ("bn1", "act1", "conv_stem"):
-        net.blocks = blocks[:0]
-
-
-def stage_of_parameters(net: nn.Module) -> dict[str, int]:
-    """The stage, 0 (stem) to 4, of every parameter of a timm feature extractor.
-
-    timm lists the maps that a net can return, shallow to deep, whether or not they were asked for. The last four
-    are the outputs of stages 1 to 4 (strides 4 to 32); what comes before them is the stem. A parameter belongs to
-    the first map that is computed after it. Nets without a map of the stem count it to stage 1.
-
-    Raises:
-        ValueError: a map's module is not found in the net.
-    """
-    names = [name for name, _ in net.named_parameters()]
-    modules = dict(net.named_modules())
-    info = net.feature_info.info
-    stage = {}
-    start = 0
-    for index, entry in enumerate(info):
-        path = next((p for p in (entry["module"], entry["module"].replace(".", "_")) if p in modules), None)
-        if path is None:
-            if index > max(net.feature_info.out_indices):
-                break
-            raise ValueError(
-                f"the backbone has no module {entry['module']!r}, so its stages cannot be told apart; set "
-                "trainable_backbone_stages to 0 (train nothing) or 5 (train everything)"
-            )
-        order = list(modules)
-        until = order.index(path)
-        inside = {p for p in order if p == path or p.startswith(path + ".")}
-        end = start
-        for i, name in enumerate(names):
-            owner = name.rpartition(".")[0]
-            if owner in inside or order.index(owner) < until:
-                end = max(end, i + 1)
-        for name in names[start:end]:
-            stage[name] = max(0, index - (len(info) - 4) + 1)
-        start = end
-    for name in names[start:]:
-        stage[name] = 4
-    return stage
-
-
-def freeze_stages(net: nn.Module, trainable_stages: int) -> None:
-    """Let the deepest ``trainable_stages`` stages of a timm feature extractor train and freeze the others.
-
-    0 freezes all; 3, as in the paper, freezes the stem and the first stage; 5 trains all. The stages are those of
-    the whole net (see `stage_of_parameters`), also where it is cut: of EfficientNet up to stride 16, 3 trains
-    the two stages of strides 8 and 16.
-    """
-    if trainable_stages <= 0 or trainable_stages >= 5:
-        net.requires_grad_(trainable_stages > 0)
-        return
-    stage = stage_of_parameters(net)
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(stage[name] > 4 - trainable_stages)
+_DEFAULT_INDICES = (1, 2, 3, 4)
 
 
 class ConvEncoder(nn.Module):
     """The feature extractor with frozen batch norm.
 
     Args:
-        config: says which net, ``compat``, ``trainable_backbone_stages`` and ``use_pretrained_backbone``.
+        config: says which net, ``compat``, ``trainable_backbone_stages`` and ``use_pretrained_backbone``. The
+            ``out_indices`` of its ``backbone_config`` become those that the net really has.
+
+    Attributes:
+        model: timm's feature extractor.
+        channels: C_i of every map.
+        strides: of every map.
     """
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
         pretrained = config.use_pretrained_backbone
         net = create_timm_features(config, pretrained=pretrained is True)
-        self.channels: list[int] = net.feature_info.channels()
-        self.strides: list[int] = net.feature_info.reduction()
+        info = _feature_info(net)
+        self.channels: list[int] = info.channels()
+        self.strides: list[int] = info.reduction()
+        if config.backbone_config["model_type"] == "timm_backbone":
+            config.backbone_config["out_indices"] = list(info.out_indices)
         freeze_batch_norm(net, config.compat)
         freeze_stages(net, config.trainable_backbone_stages)
         self.model = net
@@ -247,7 +59,7 @@ class ConvEncoder(nn.Module):
             load_backbone_weights(net, read_state_dict(pretrained), config, source=pretrained)
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """Float [B, 3, H, W] to the feature maps float [B, C_i, h_i, w_i], shallow to deep."""
+        """Float [B, channels, H, W] to the feature maps float [B, C_i, h_i, w_i], shallow to deep."""
         maps: list[Tensor] = self.model(pixel_values)
         return maps
 
@@ -270,35 +82,146 @@ def downsample_mask(pixel_mask: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(pixel_mask[:, None].float(), size=size)[:, 0].to(torch.bool)
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` file, or of a ``.pth``/``.bin`` file read without running code from it.
-
-    A file with ``{"model": ...}`` or ``{"state_dict": ...}`` gives what is inside.
+def timm_arguments(config: DetrConfig) -> tuple[str, dict[str, Any]]:
+    """Name and keyword arguments for ``timm.create_model`` of the backbone that ``config`` describes.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file holds no state dict.
+        ValueError: the description fits no timm network.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give the path of a .safetensors or .pth state dict")
-    if path.suffix == ".safetensors":
-        tensors: dict[str, Tensor] = load_file(str(path))
-        return tensors
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds no state dict (names to tensors) but a {type(content).__name__}")
-    return dict(content)
+    backbone = config.backbone_config
+    if backbone["model_type"] == "timm_backbone":
+        arguments = {"in_chans": backbone["num_channels"], "out_indices": tuple(backbone["out_indices"])}
+        if backbone["output_stride"] is not None:
+            arguments["output_stride"] = backbone["output_stride"]
+        return backbone["backbone"], arguments
+    key = (backbone.get("layer_type", "bottleneck"), tuple(backbone.get("depths", (3, 4, 6, 3))))
+    if (
+        key not in _RESNETS
+        or backbone.get("downsample_in_bottleneck")
+        or backbone.get("hidden_act", "relu") != "relu"
+    ):
+        raise ValueError(
+            f"backbone_config of model_type 'resnet' with layer_type and depths {key} is none of the standard "
+            f"ResNets ({', '.join(_RESNETS.values())}); use a timm_backbone"
+        )
+    features = backbone.get("out_features") or [f"stage{i}" for i in backbone.get("out_indices") or [4]]
+    indices = tuple(int(str(name).removeprefix("stage")) for name in features)
+    return _RESNETS[key], {"in_chans": backbone["num_channels"], "out_indices": indices}
+
+
+def create_timm_features(config: DetrConfig, pretrained: bool = False) -> nn.Module:
+    """The timm feature extractor of ``config``, cut after the last map it returns, batch norm not yet frozen.
+
+    Nets without a map of the stem (ConvNeXt) have four maps, 0 to 3: the default ``out_indices`` 1 to 4 then
+    mean these.
+
+    Args:
+        config: says which net and which maps.
+        pretrained: let timm load its pretrained weights, from its cache or the network.
+
+    Raises:
+        ValueError: timm has no such net, or it cannot be built with these maps or this output stride.
+        OSError: the pretrained weights are neither in the cache nor to be had.
+    """
+    name, arguments = timm_arguments(config)
+    if not timm.is_model(name.split(".")[0]):
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}; timm.list_models() lists the names")
+    try:
+        try:
+            net = _create(name, pretrained, arguments)
+        except (IndexError, AssertionError):
+            if arguments["out_indices"] != _DEFAULT_INDICES:
+                raise
+            net = _create(name, pretrained, {**arguments, "out_indices": (0, 1, 2, 3)})
+    except OSError as error:
+        raise OSError(
+            f"the pretrained weights of timm's {name} could not be loaded: {error}. use_pretrained_backbone=True "
+            "needs timm's cache or the network; give the path of a state dict instead, or False"
+        ) from error
+    except (IndexError, AssertionError, NotImplementedError, TypeError, RuntimeError, ValueError) as error:
+        hint = (
+            " (dilation=True needs a net that can keep its resolution)"
+            if "output_stride" in arguments
+            else ""
+        )
+        raise ValueError(
+            f"timm cannot build {name!r} as a backbone with {arguments}{hint}: {error}"
+        ) from error
+    _cut(net)
+    return net
+
+
+def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
+    net: nn.Module = timm.create_model(name, pretrained=pretrained, features_only=True, **arguments)
+    return net
+
+
+def _feature_info(net: nn.Module) -> Any:
+    """timm's description of the maps of a feature extractor."""
+    return net.feature_info
+
+
+def _cut(net: nn.Module) -> None:
+    """Drop the blocks after the last returned map: timm keeps them in EfficientNet-like nets."""
+    blocks = getattr(net, "blocks", None)
+    last = _feature_info(net).module_name()[-1].split(".")
+    if isinstance(blocks, nn.Sequential):
+        net.blocks = blocks[: int(last[1]) + 1 if last[0] == "blocks" and len(last) > 1 else 0]
+
+
+def stage_of_parameters(net: nn.Module) -> dict[str, int]:
+    """The stage, 0 (stem) to 4, of every parameter of a timm feature extractor.
+
+    timm lists the maps that a net can return, shallow to deep, whether or not they were asked for. The last four
+    are the outputs of stages 1 to 4 (strides 4 to 32); what comes before them is the stem. A parameter belongs to
+    the first map that is computed after it, in the order in which the modules were registered. Nets without a
+    map of the stem count it to stage 1.
+
+    Raises:
+        ValueError: the module of a map is not found in the net.
+    """
+    info = _feature_info(net)
+    order = {name: i for i, (name, _) in enumerate(net.named_modules())}
+    ends = []  # the position of the last module of every map that the net has
+    for index, entry in enumerate(info.info):
+        # a feature extractor names the module `stages.0` of the net `stages_0`
+        path = next((p for p in (entry["module"], entry["module"].replace(".", "_")) if p in order), None)
+        if path is None and index <= max(info.out_indices):
+            raise ValueError(
+                f"the backbone has no module {entry['module']!r}, so its stages cannot be told apart; set "
+                "trainable_backbone_stages to 0 (train nothing) or 5 (train everything)"
+            )
+        if path is not None:
+            ends.append(max(i for name, i in order.items() if name == path or name.startswith(path + ".")))
+    stem_maps = len(info.info) - 4
+    stages = {}
+    for name, _ in net.named_parameters():
+        position = order[name.rpartition(".")[0]]
+        reached = sum(end < position for end in ends)
+        stages[name] = min(max(reached - stem_maps + 1, 0), 4)
+    return stages
+
+
+def freeze_stages(net: nn.Module, trainable_stages: int) -> None:
+    """Let the deepest ``trainable_stages`` stages of a timm feature extractor train and freeze the others.
+
+    0 freezes all; 3, as in the paper, freezes the stem and the first stage; 5 trains all. The stages are those of
+    the whole net (see `stage_of_parameters`), also where it is cut: of an EfficientNet up to stride 16, 3 trains
+    the two stages of strides 8 and 16.
+    """
+    if trainable_stages <= 0 or trainable_stages >= 5:
+        net.requires_grad_(trainable_stages > 0)
+        return
+    stages = stage_of_parameters(net)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(stages[name] > 4 - trainable_stages)
 
 
 def load_pretrained_backbone(model: nn.Module, source: str | Path) -> None:
     """Load the backbone of a DETR model from a file of classification weights.
 
     Args:
-        model: `DetrModel`, `DetrForObjectDetection` or anything with one `ConvEncoder` inside.
+        model: `DetrModel`, `DetrForObjectDetection` or another model with a ``config`` and one `ConvEncoder`.
         source: a ``.safetensors`` or ``.pth`` state dict of the whole timm net (with its classifier) in timm's
             names, or in other names but timm's order and shapes.
 
@@ -318,48 +241,43 @@ def load_pretrained_backbone(model: nn.Module, source: str | Path) -> None:
 def load_backbone_weights(
     net: nn.Module, state_dict: Mapping[str, Tensor], config: DetrConfig, source: str = "the state dict"
 ) -> None:
-    """Copy classification weights into a feature extractor; see `load_pretrained_backbone`.
-
-    Where the names are not timm's, the tensors are matched with those of the whole timm net by order, and every
-    shape has to agree.
-    """
+    """Copy classification weights into a feature extractor, in place; see `load_pretrained_backbone`."""
     own = net.state_dict()
     tensors = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
-    if not _by_name(own, tensors):
-        tensors = _in_timm_names(tensors, config, source)
-    renamed = _by_name(own, tensors)
-    missing = sorted(set(own) - set(renamed))
+    found = _by_name(own, tensors)
+    if not found:
+        found = _by_name(own, _in_timm_names(tensors, config, source))
+    missing = [name for name in own if name not in found]
     if missing:
         raise ValueError(
-            f"{source} does not hold {missing[0]!r} of the backbone ({len(missing)} tensors missing)"
+            f"{source} has no {missing[0]} ({len(missing)} of the backbone's {len(own)} tensors missing)"
         )
-    for name, tensor in renamed.items():
+    for name, tensor in found.items():
         if own[name].shape != tensor.shape:
             raise ValueError(
-                f"{source}: {name!r} has shape {tuple(tensor.shape)}, the backbone {tuple(own[name].shape)}"
+                f"{source}: {name} has shape {tuple(tensor.shape)}, the backbone {tuple(own[name].shape)}"
             )
-    net.load_state_dict(renamed, strict=True)
+    net.load_state_dict(found)
 
 
 def _by_name(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that ``own`` has, under its names; a features net writes ``stages.0`` as ``stages_0``."""
-    found = {name: tensors[name] for name in own if name in tensors}
+    """The tensors that ``own`` has, under its names (a feature extractor writes ``stages.0`` as ``stages_0``)."""
     flat = {name.replace(".", "_"): tensor for name, tensor in tensors.items()}
-    found.update({name: flat[name.replace(".", "_")] for name in own if name.replace(".", "_") in flat})
-    return found
+    return {name: flat[name.replace(".", "_")] for name in own if name.replace(".", "_") in flat}
 
 
 def _in_timm_names(tensors: Mapping[str, Tensor], config: DetrConfig, source: str) -> dict[str, Tensor]:
-    """Rename tensors, which are in the order of the whole timm net, to its names."""
+    """Rename tensors that are in the order of the whole timm net to its names."""
     name, arguments = timm_arguments(config)
     with torch.device("meta"):
-        whole = timm.create_model(name, pretrained=False, in_chans=arguments["in_chans"])
+        whole: Any = timm.create_model(name, pretrained=False, in_chans=arguments["in_chans"])
     expected = {k: v for k, v in whole.state_dict().items() if not k.endswith("num_batches_tracked")}
-    for (ours, theirs), (their_name, tensor) in zip(expected.items(), tensors.items(), strict=False):
-        if theirs.shape != tensor.shape and theirs.ndim != 2:  # the classifier may have other classes
+    classifier = str(whole.pretrained_cfg["classifier"]) + "."
+    for (ours, theirs), (other, tensor) in zip(expected.items(), tensors.items(), strict=False):
+        if theirs.shape != tensor.shape and not ours.startswith(classifier):  # it may know other classes
             raise ValueError(
-                f"{source} is not a state dict of timm's {name}: {their_name!r} has shape {tuple(tensor.shape)} "
-                f"where {ours!r} has {tuple(theirs.shape)}"
+                f"{source} is not in the order of timm's {name}: {other} has shape {tuple(tensor.shape)} where "
+                f"{ours} has {tuple(theirs.shape)}"
             )
     if len(expected) != len(tensors):
         raise ValueError(f"{source} holds {len(tensors)} tensors, timm's {name} has {len(expected)}")

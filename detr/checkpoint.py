@@ -1,12 +1,7 @@
-"""Loading and saving model folders: ``config.json`` and ``model.safetensors``, as transformers writes them.
-
-Our parameter names are those of the files on disk, so saving renames nothing. Loading also accepts the names
-that transformers 5 uses at run time and the two places of learned position embeddings.
-"""
+"""Loading and saving model folders: ``config.json`` and ``model.safetensors``, as transformers writes them."""
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -17,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from detr.backbone import has_fused_activations, read_state_dict
+from detr.checkpoint_names import BACKBONE_PREFIX, adapt_names, to_resnet_name
 from detr.config import DetrConfig, read_config
+from detr.frozen_batch_norm import differs_from_transformers
+from detr.state_dict import WEIGHTS_NAME, read_model_weights
 
 if TYPE_CHECKING:
     from detr.model import DetrPreTrainedModel
@@ -27,192 +24,167 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME = "model.safetensors"
-_HEADS = ("class_labels_classifier.", "bbox_predictor.")
 _CLASS_HEAD = "class_labels_classifier."
-
-# Run-time names of transformers 5 and old places, to the names on disk.
-_RENAMES = (
-    (r"(^|\.)backbone\.model\.", r"\1backbone.conv_encoder.model."),
-    (r"\.(self_attn|encoder_attn)\.o_proj\.", r".\1.out_proj."),
-    (r"\.layers\.(\d+)\.mlp\.(fc1|fc2)\.", r".layers.\1.\2."),
-    (r"(^|\.)backbone\.position_embedding\.", r"\1position_embedding."),
-)
-# transformers' own ResNet to timm's; the same network under other names.
-_RESNET_RENAMES = (
-    (r"\.model\.embedder\.embedder\.convolution\.", r".model.conv1."),
-    (r"\.model\.embedder\.embedder\.normalization\.", r".model.bn1."),
-)
-_RESNET_BLOCK = re.compile(
-    r"\.model\.encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:(shortcut)|layer\.(\d+))\.(convolution|normalization)\."
-)
+_HEADS = (_CLASS_HEAD, "bbox_predictor.")
+_HUB_ID = re.compile(r"(hub:)?(?P<id>[\w.-]+/[\w.-]+)")
+_HUB_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 
 
-def to_file_name(name: str) -> str:
-    """The name of a tensor in our files, from any name that transformers gives it."""
-    for pattern, replacement in (*_RENAMES, *_RESNET_RENAMES):
-        name = re.sub(pattern, replacement, name)
-    return _RESNET_BLOCK.sub(_timm_block, name)
+def model_folder(source: str | Path, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """The folder of a model: ``source`` itself, or where the hub's files are kept on this machine.
 
-
-def _timm_block(match: re.Match[str]) -> str:
-    stage, block, shortcut, layer, kind = match.groups()
-    prefix = f".model.layer{int(stage) + 1}.{block}."
-    if shortcut:
-        return prefix + ("downsample.0." if kind == "convolution" else "downsample.1.")
-    return prefix + ("conv" if kind == "convolution" else "bn") + f"{int(layer) + 1}."
-
-
-def _to_resnet_name(name: str) -> str:
-    """The inverse of the ResNet part of `to_file_name`, for configurations of ``model_type`` "resnet"."""
-    head, found, tail = name.partition("backbone.conv_encoder.model.")
-    if not found:
-        return name
-    parts = tail.split(".")
-    kind = "convolution" if "conv" in parts[-2] or tail.split(".")[-2] == "0" else "normalization"
-    if not parts[0].startswith("layer"):
-        return f"{head}{found}embedder.embedder.{kind}.{parts[-1]}"
-    where = "shortcut" if parts[2] == "downsample" else f"layer.{int(parts[2][-1]) - 1}"
-    return f"{head}{found}encoder.stages.{int(parts[0][5:]) - 1}.layers.{parts[1]}.{where}.{kind}.{parts[-1]}"
-
-
-def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """All tensors of a model folder: ``model.safetensors``, its sharded form or ``pytorch_model.bin``.
+    Args:
+        source: a folder, or a hub id ``ORG/NAME`` or ``hub:ORG/NAME``, which asks for the network.
+        revision: of a hub id.
+        local_files_only: of a hub id: use what has been downloaded before.
 
     Raises:
-        FileNotFoundError: the folder has none of them.
+        FileNotFoundError: there is no such folder and no such model on the hub, or the hub cannot be reached.
     """
-    folder = Path(folder)
-    for name in (WEIGHTS_NAME, "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return read_state_dict(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            return {
-                key: tensor for shard in shards for key, tensor in read_state_dict(folder / shard).items()
-            }
-    raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_NAME} nor pytorch_model.bin")
+    if Path(source).is_dir():
+        return Path(source)
+    hub_id = _HUB_ID.fullmatch(str(source))
+    if hub_id is None:
+        raise FileNotFoundError(f"model folder {source} does not exist")
+    from huggingface_hub import snapshot_download
 
-
-def adapt_names(tensors: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """Rename the tensors of a file to those of a model, which may be another of the three DETR classes.
-
-    ``num_batches_tracked`` is dropped: frozen batch norm has none.
-    """
-    named = {to_file_name(k): v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
-    best: dict[str, Tensor] = named
-    for old, new in (
-        ("", ""),
-        ("model.", ""),
-        ("", "model."),
-        ("detr.", ""),
-        ("detr.model.", ""),
-        ("", "detr."),
-    ):
-        changed = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in named.items()}
-        if len(wanted & changed.keys()) > len(wanted & best.keys()):
-            best = changed
-    return best
+    try:
+        folder = snapshot_download(
+            hub_id["id"], revision=revision, local_files_only=local_files_only, allow_patterns=_HUB_FILES
+        )
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"there is no folder {source}, and it could not be fetched from the hub: {error}"
+        ) from error
+    return Path(folder)
 
 
 def load_model(
     cls: type[Model],
-    folder: str | Path,
+    source: str | Path,
     *,
     config: DetrConfig | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str = "auto",
+    device_map: str | int | torch.device | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
     **overrides: Any,
 ) -> Model:
-    """Load a model folder written by this library or by transformers.
+    """Load a model written by this library or by transformers, in evaluation mode.
 
-    The model is in evaluation mode. With ``num_labels``, ``id2label`` or ``label2id`` among the overrides and
-    another number of classes than the file's, the class head starts anew; that is logged, and nothing else does.
+    With ``num_labels``, ``id2label`` or ``label2id`` among the overrides and another number of classes than the
+    file's, the class head starts anew; that is logged, and nothing else starts anew.
 
     Args:
-        cls: the model class.
-        folder: holds ``config.json`` and ``model.safetensors``.
+        cls: the model class; it may be another DETR class than the one that was saved.
+        source: see `model_folder`.
         config: instead of the folder's own.
-        dtype: of the parameters; default float32 whatever the file holds.
+        dtype: of the parameters; "auto" is the one that the folder was saved with.
+        device_map: where to put the model: a device, a GPU's index, or "auto" for a GPU where there is one.
+        revision: see `model_folder`.
+        local_files_only: see `model_folder`.
         overrides: fields of the configuration that replace the file's.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
         ValueError: the weights do not fit the configuration; the first difference is named.
+        RuntimeError: this machine has no such device.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"model folder {folder} does not exist")
-    written_by_transformers = False
+    device = _device(device_map)
+    folder = model_folder(source, revision, local_files_only)
+    if config is not None and overrides:
+        raise ValueError(f"give either config or {', '.join(sorted(overrides))}, not both")
     if config is None:
         values = read_config(folder)
-        written_by_transformers = "transformers_version" in values and "compat" not in values
         config = DetrConfig.from_dict(values, **overrides)
-        written_by_transformers = written_by_transformers and "compat" not in overrides
-    elif overrides:
-        raise ValueError(f"give either config or {sorted(overrides)}, not both")
-    model = cls(config)
-    if written_by_transformers and (config.auxiliary_loss or has_fused_activations(model)):
-        logger.warning(
-            "%s was written by transformers, whose %s differs from the original DETR: following it "
-            "(compat='transformers'; pass compat='original' to change that)",
-            folder,
-            "decoder with auxiliary_loss"
-            if config.auxiliary_loss
-            else "frozen batch norm without its activation",
-        )
-        config.compat = "transformers"
         model = cls(config)
-    model = model.to(dtype or torch.float32)
-    load_weights(
-        model, read_weights(folder), str(folder), bool({"num_labels", "id2label", "label2id"} & {*overrides})
-    )
-    return model.eval()
+        decides = "transformers_version" in values and "compat" not in values and "compat" not in overrides
+        reason = _reason_for_compat(values, model) if decides else ""
+        if reason:
+            logger.warning(
+                "%s was written by transformers, which %s; compat='transformers' is set so that the predictions "
+                "stay the same (compat='original' overrules it)",
+                folder,
+                reason,
+            )
+            config.compat = "transformers"
+            model = cls(config)
+    else:
+        model = cls(config)
+    if dtype == "auto":
+        dtype = config.dtype or torch.float32
+    model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    new_classes = not {"num_labels", "id2label", "label2id"}.isdisjoint(overrides)
+    load_weights(model, read_model_weights(folder), str(folder), new_classes=new_classes)
+    return model.to(device).eval()
+
+
+def _reason_for_compat(values: Mapping[str, Any], model: torch.nn.Module) -> str:
+    """How the predictions of a model that transformers wrote would change under the original's rules."""
+    if values.get("auxiliary_loss"):
+        return "feeds the normed output of each decoder layer to the next one (auxiliary_loss)"
+    if differs_from_transformers(model):
+        return "drops the activations fused into the backbone's batch norm, and its eps"
+    return ""
+
+
+def _device(device_map: str | int | torch.device | None) -> torch.device:
+    if device_map is None:
+        return torch.device("cpu")
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", device_map) if isinstance(device_map, int) else torch.device(device_map)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"device_map={device_map!r}: this machine has {torch.cuda.device_count()} CUDA devices; use 'cpu' or 'auto'"
+        )
+    return device
 
 
 def load_weights(
-    model: DetrPreTrainedModel, tensors: Mapping[str, Tensor], source: str, new_classes: bool = False
+    model: DetrPreTrainedModel, tensors: Mapping[str, Tensor], source: str, *, new_classes: bool = False
 ) -> None:
-    """Copy the tensors of a file into a model.
+    """Copy the tensors of a file into a model, in place.
+
+    What the model has no place for is left out only where it belongs to something the model is without: heads,
+    or backbone blocks after the last map. The heads start anew only where the file, one of a bare `DetrModel`,
+    has none; that is logged.
 
     Args:
-        model: changed in place.
-        tensors: the file's content, in any of the known layouts.
+        model: the model.
+        tensors: the file's content, in any layout of `detr.checkpoint_names`.
         source: the file's name, for messages.
-        new_classes: a class head of another size is replaced by a new one instead of being an error.
+        new_classes: a class head of another size is left as it is instead of being an error.
 
     Raises:
         ValueError: a tensor is missing, has another shape or has no place.
     """
     own = model.state_dict()
-    found = adapt_names(tensors, set(own))
-    head = _CLASS_HEAD + "weight"
+    found = adapt_names(tensors, own.keys())
     fresh = []
-    for name in list(found):
-        if name in own and found[name].shape != own[name].shape:
-            if new_classes and _CLASS_HEAD in name:
-                fresh.append(name)
-                del found[name]
-                continue
-            hint = " (num_labels=... makes a new class head)" if name.endswith(head) else ""
-            raise ValueError(
-                f"{source}: {name} has shape {tuple(found[name].shape)}, the model {tuple(own[name].shape)}{hint}"
-            )
-    missing = [name for name in own if name not in found]
-    if not any(_CLASS_HEAD in name or _HEADS[1] in name for name in found):  # a bare DetrModel's file
-        fresh += [name for name in missing if name.startswith(_HEADS) and name not in fresh]
-    missing = [name for name in missing if name not in fresh]
+    if not any(name.startswith(_HEADS) for name in found):
+        fresh = [name for name in own if name.startswith(_HEADS)]
+    for name in own:
+        if name not in found or found[name].shape == own[name].shape:
+            continue
+        if new_classes and _CLASS_HEAD in name:
+            fresh.append(name)
+            continue
+        hint = "; num_labels=... makes a new class head" if _CLASS_HEAD in name else ""
+        raise ValueError(
+            f"{source}: {name} has shape {tuple(found[name].shape)}, the model {tuple(own[name].shape)}{hint}"
+        )
+    missing = [name for name in own if name not in found and name not in fresh]
     if missing:
         raise ValueError(
             f"{source} has no {missing[0]} ({len(missing)} of the model's {len(own)} tensors missing)"
         )
-    heads_only = [name for name in found if name not in own]
-    unknown = [name for name in heads_only if not name.startswith(_HEADS) and "backbone." not in name]
+    unknown = [n for n in found if n not in own and not n.startswith(_HEADS) and BACKBONE_PREFIX not in n]
     if unknown:
         raise ValueError(f"{source}: {unknown[0]} has no place in the model ({len(unknown)} such tensors)")
     if fresh:
-        logger.warning("%s: newly initialised, to be trained: %s", source, ", ".join(sorted(fresh)))
-    model.load_state_dict({name: found[name] for name in own if name in found}, strict=False)
+        logger.warning("%s: these start anew and have to be trained: %s", source, ", ".join(sorted(fresh)))
+    model.load_state_dict({name: found[name] for name in own if name not in fresh}, strict=False)
 
 
 def save_model(model: DetrPreTrainedModel, folder: str | Path) -> None:
@@ -223,9 +195,9 @@ def save_model(model: DetrPreTrainedModel, folder: str | Path) -> None:
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
-    model.config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.backbone_config["model_type"] == "resnet":
-        tensors = {_to_resnet_name(name): tensor for name, tensor in tensors.items()}
+        tensors = {to_resnet_name(name): tensor for name, tensor in tensors.items()}
     save_file(tensors, str(path / WEIGHTS_NAME), metadata={"format": "pt"})
     model.config.save_pretrained(path)

@@ -143,7 +143,7 @@ class DetrConfig:
             default = f.default if f.default is not MISSING else None
             setattr(self, f.name, _checked(f.name, str(f.type), given.pop(f.name, default)))
         self.id2label, self.label2id = labels
-        self.backbone_config = _backbone_config(self, backbone_config, legacy)
+        object.__setattr__(self, "backbone_config", _backbone_config(self, backbone_config, legacy))
         for key, value in given.items():  # as transformers: keywords it does not know become attributes
             object.__setattr__(self, key, value)
         self._check_ranges()
@@ -155,8 +155,9 @@ class DetrConfig:
     def __setattr__(self, name: str, value: Any) -> None:
         """Assigning ``backbone`` selects another timm net, as the page's MobileNet example does."""
         if name == "backbone":
-            self.backbone_config = _backbone_config(self, None, {"backbone": value})
-            return
+            name, value = "backbone_config", _backbone_config(self, None, {"backbone": value})
+        elif name == "backbone_config":
+            value = _backbone_config(self, value, {})
         object.__setattr__(self, _ALIASES.get(name, name), value)
 
     @property
@@ -264,7 +265,10 @@ class DetrConfig:
         merged = dict(values)
         if "dtype" not in merged and merged.get("torch_dtype") is not None:
             merged["dtype"] = merged["torch_dtype"]
-        if "num_labels" in overrides or "id2label" in overrides:
+        names = merged.get("id2label") or default_labels(merged.get("num_labels", 2))
+        if overrides.get("num_labels", len(names)) != len(names) or not {"id2label", "label2id"}.isdisjoint(
+            overrides
+        ):
             for key in ("id2label", "label2id", "num_labels"):
                 merged.pop(key, None)
         for alias, name in _ALIASES.items():

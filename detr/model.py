@@ -138,10 +138,10 @@ class DetrModel(DetrPreTrainedModel):
         """
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        features, mask = self._features(pixel_values, pixel_mask, inputs_embeds)
+        features, real, mask = self._features(pixel_values, pixel_mask, inputs_embeds)
         batch = features.shape[0]
         position = self.position_embedding(mask, features.dtype).flatten(2).transpose(1, 2)
-        keep = None if pixel_mask is None or _is_all_ones(pixel_mask) else mask.flatten(1)
+        keep = None if real is None else real.flatten(1)
 
         encoded = _encoder_output(encoder_outputs)
         if encoded is None:
@@ -168,32 +168,44 @@ class DetrModel(DetrPreTrainedModel):
 
     def _features(
         self, pixel_values: Tensor | None, pixel_mask: Tensor | None, inputs_embeds: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The transformer's input float [B, S, D] and which cells are real, bool [B, h, w]."""
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What the transformer starts from.
+
+        Returns:
+            The features float [B, S, D]; which cells to attend to, bool [B, h, w], None for all; the mask that
+            the position embedding counts, bool [B, h, w].
+        """
         if inputs_embeds is not None:
             batch, cells, _ = inputs_embeds.shape
             side = isqrt(cells)
             if side * side != cells:
                 raise ValueError(f"inputs_embeds has {cells} cells, which is no square feature map")
-            features, size = inputs_embeds, (side, side)
-        elif pixel_values is not None:
-            if pixel_values.ndim != 4:
-                raise ValueError(
-                    f"pixel_values must be [batch, channels, height, width], got {list(pixel_values.shape)}"
-                )
-            projected = self.input_projection(self.backbone(pixel_values)[-1])
-            features, size = projected.flatten(2).transpose(1, 2), projected.shape[-2:]
-            batch = features.shape[0]
-            if pixel_mask is not None and pixel_mask.shape != (batch, *pixel_values.shape[-2:]):
-                raise ValueError(
-                    f"pixel_mask is {list(pixel_mask.shape)}, pixel_values {list(pixel_values.shape)}: "
-                    "batch, height and width must agree"
-                )
-        else:
+            ones = torch.ones((batch, side, side), dtype=torch.bool, device=inputs_embeds.device)
+            # as transformers: here the mask hides cells but does not move the positions
+            real = None if pixel_mask is None else downsample_mask(pixel_mask, (side, side))
+            return inputs_embeds, real, ones
+        if pixel_values is None:
             raise ValueError("You have to specify either pixel_values or inputs_embeds")
-        if pixel_mask is None:
-            return features, torch.ones((batch, *size), dtype=torch.bool, device=features.device)
-        return features, downsample_mask(pixel_mask, size)
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values must be [batch, channels, height, width], got {list(pixel_values.shape)}"
+            )
+        batch, _, *image_size = pixel_values.shape
+        if pixel_mask is not None and pixel_mask.shape != (batch, *image_size):
+            raise ValueError(
+                f"pixel_mask is {list(pixel_mask.shape)}, pixel_values {list(pixel_values.shape)}: "
+                "batch, height and width must agree"
+            )
+        projected = self.input_projection(self.backbone(pixel_values)[-1])
+        features, (height, width) = projected.flatten(2).transpose(1, 2), projected.shape[-2:]
+        if pixel_mask is None or _is_all_ones(pixel_mask):
+            return (
+                features,
+                None,
+                torch.ones((batch, height, width), dtype=torch.bool, device=features.device),
+            )
+        mask = downsample_mask(pixel_mask, (height, width))
+        return features, mask, mask
 
 
 def _is_all_ones(mask: Tensor) -> bool:

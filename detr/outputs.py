@@ -34,7 +34,10 @@ class ModelOutput:
 
     def get(self, key: str, default: Any = None) -> Any:
         """The field ``key``, or ``default`` where it is None or does not exist."""
-        return self[key] if key in self else default
+        try:
+            return self[key]
+        except KeyError:
+            return default
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, str):

@@ -1,0 +1,140 @@
+"""A DETR of ours and its twin in transformers, with the same weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detr.checkpoint_names import to_file_name
+from detr.config import DetrConfig
+from detr.model import DetrForObjectDetection
+
+SMALL = {
+    "backbone": "resnet18",
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_queries": 12,
+    "num_labels": 5,
+    "dropout": 0.0,
+    "trainable_backbone_stages": 5,
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def small_config(**changes: Any) -> DetrConfig:
+    return DetrConfig(**{**SMALL, **changes})
+
+
+@torch.no_grad()
+def separate_the_queries(model: nn.Module, seed: int) -> None:
+    """Draw every weight so that queries, classes and boxes differ: with fresh weights all queries are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if name.endswith("running_var"):
+            value = 0.75 + 0.5 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        elif name.endswith("running_mean"):
+            value = 0.1 * noise
+        elif "position_embedding" in name:
+            value = noise
+        elif tensor.ndim == 1:
+            value = 0.1 * noise + (1.0 if name.endswith("weight") else 0.0)
+        else:
+            fan_in = tensor[0].numel()
+            gain = 2.0 if "backbone" not in name else 1.4
+            value = noise * gain / fan_in**0.5
+        tensor.copy_(value)
+
+
+@dataclass
+class Twins:
+    """The same network twice: ``ours`` and transformers' ``theirs``."""
+
+    ours: DetrForObjectDetection
+    theirs: Any
+
+    def to(self, dtype: torch.dtype) -> Twins:
+        return Twins(copy.deepcopy(self.ours).to(dtype), copy.deepcopy(self.theirs).to(dtype))
+
+
+def transformers_config(config: DetrConfig) -> Any:
+    import transformers
+
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    for name in ("compat", "trainable_backbone_stages", "use_pretrained_backbone", "architectures", "dtype"):
+        del values[name]
+    return transformers.DetrConfig(**copy.deepcopy(values))
+
+
+def load_into_transformers(model: nn.Module, theirs: Any) -> None:
+    state = model.state_dict()
+    theirs.load_state_dict({name: state[to_file_name(name)] for name in theirs.state_dict()}, strict=True)
+
+
+@pytest.fixture(scope="session")
+def make_twins() -> Callable[..., Twins]:
+    """``make_twins(seed=0, **config)``: twins in float32, in evaluation mode."""
+    import transformers
+
+    def make(seed: int = 0, **changes: Any) -> Twins:
+        config = small_config(**changes)
+        ours = DetrForObjectDetection(config).eval()
+        separate_the_queries(ours, seed)
+        theirs = transformers.DetrForObjectDetection(transformers_config(config)).eval()
+        load_into_transformers(ours, theirs)
+        return Twins(ours, theirs)
+
+    return make
+
+
+@dataclass
+class Batch:
+    """Images float [B, 3, H, W], their mask int64 [B, H, W] and labels."""
+
+    pixel_values: Tensor
+    pixel_mask: Tensor
+    labels: list[dict[str, Tensor]]
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., Batch]:
+    """``make_batch(sizes, objects, seed)``: images of these (height, width), padded to the largest."""
+
+    def make(
+        sizes: tuple[tuple[int, int], ...] = ((64, 96), (48, 80)),
+        objects: tuple[int, ...] | None = None,
+        seed: int = 0,
+        num_labels: int = 5,
+        dtype: torch.dtype = torch.float32,
+    ) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+        pixels = torch.zeros(len(sizes), 3, height, width, dtype=dtype)
+        mask = torch.zeros(len(sizes), height, width, dtype=torch.int64)
+        for i, (h, w) in enumerate(sizes):
+            pixels[i, :, :h, :w] = torch.randn(3, h, w, generator=generator, dtype=torch.float64).to(dtype)
+            mask[i, :h, :w] = 1
+        labels = []
+        for n in objects if objects is not None else tuple(3 + 2 * i for i in range(len(sizes))):
+            classes = torch.randint(num_labels, (n,), generator=generator)
+            size = 0.05 + 0.45 * torch.rand(n, 2, generator=generator, dtype=torch.float64)
+            centre = size / 2 + (1 - size) * torch.rand(n, 2, generator=generator, dtype=torch.float64)
+            labels.append({"class_labels": classes, "boxes": torch.cat((centre, size), 1).to(dtype)})
+        return Batch(pixels, mask, labels)
+
+    return make
