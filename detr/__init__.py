@@ -1,12 +1,14 @@
 """DETR: detection with a transformer, in the API of the transformers DETR page."""
 
 from detr.config import DetrConfig
+from detr.image_processing.processor import DetrImageProcessor
 from detr.model import DetrForObjectDetection, DetrModel
 from detr.outputs import DetrModelOutput, DetrObjectDetectionOutput
 
 __all__ = [
     "DetrConfig",
     "DetrForObjectDetection",
+    "DetrImageProcessor",
     "DetrModel",
     "DetrModelOutput",
     "DetrObjectDetectionOutput",

@@ -1,4 +1,6 @@
-"""Operations on pixels that every way into the model shares: resizing."""
+"""Operations on pixels that every way into a model shares: resize, normalise, pad."""
+
+from collections.abc import Sequence
 
 import torch
 from torchvision.transforms.v2 import InterpolationMode
@@ -28,3 +30,45 @@ def resize(image: torch.Tensor, size: tuple[int, int], resample: int = BILINEAR)
             "0 (nearest), 1 (Lanczos), 2 (bilinear) or 3 (bicubic)"
         )
     return tv.resize(image, list(size), interpolation=_INTERPOLATION[resample], antialias=True)
+
+
+def channel_values(values: float | Sequence[float], rescale_factor: float | None) -> torch.Tensor:
+    """A mean or a standard deviation as float32 [channels, 1, 1] (or [1, 1, 1]), in units of the unscaled pixels.
+
+    `rescale_factor` is what pixels would be multiplied by before normalising; None when they are not.
+    """
+    tensor = torch.tensor(values, dtype=torch.float32)
+    if rescale_factor is not None:
+        tensor = tensor * (1.0 / rescale_factor)
+    return tensor.reshape(-1, 1, 1)
+
+
+def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(images - mean) / std in float32, for any [..., channels, height, width]; see `channel_values`."""
+    return images.to(torch.float32).sub(mean).div_(std)
+
+
+def pad_to_batch(images: Sequence[torch.Tensor], size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack images [channels, height, width] into zeros of `size`, each in its upper left corner.
+
+    Returns [batch, channels, *size] of the images' dtype and the pixel mask int64 [batch, *size], 1 on images.
+
+    Raises `ValueError` when an image is larger than `size` or has other channels than the first one.
+    """
+    channels = images[0].shape[0]
+    batch = images[0].new_zeros((len(images), channels, *size))
+    mask = torch.zeros((len(images), *size), dtype=torch.int64, device=batch.device)
+    for index, image in enumerate(images):
+        height, width = image.shape[-2:]
+        if height > size[0] or width > size[1]:
+            raise ValueError(
+                "Padding dimensions are negative. Please make sure that the padded size is larger than the original "
+                f"size. Got padded size: {tuple(size)}, original size: {(height, width)} (image {index})."
+            )
+        if image.shape[0] != channels:
+            raise ValueError(
+                f"image {index} has {image.shape[0]} channels, image 0 has {channels}: a batch needs equal ones"
+            )
+        batch[index, :, :height, :width] = image
+        mask[index, :height, :width] = 1
+    return batch, mask

@@ -1,0 +1,100 @@
+"""From the many forms in which images are given to one: a list of tensors [channels, height, width]."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as tv
+
+from detr.image_processing.decode import convert_to_rgb, pil_to_tensor
+
+ImageInput: TypeAlias = Image.Image | np.ndarray | torch.Tensor
+
+_LAYOUTS = ("channels_first", "channels_last")
+
+
+def list_images(images: Any) -> list[ImageInput]:
+    """Flatten an image, a batch of images (4 dimensions), or a possibly nested sequence of these into a list.
+
+    Raises `TypeError` for anything that is not a Pillow image, a numpy array or a torch tensor, and `ValueError`
+    for an array that does not have 2, 3 or 4 dimensions.
+    """
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, np.ndarray | torch.Tensor):
+        if images.ndim not in (2, 3, 4):
+            raise ValueError(
+                f"an image array has shape {tuple(images.shape)}: expected [height, width], three dimensions with "
+                "the channels, or four with a batch"
+            )
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        return [image for element in images for image in list_images(element)]
+    raise TypeError(
+        f"an image is a {type(images).__name__}: expected a PIL image, a numpy array, a torch tensor or a list of "
+        "these (decode bytes with detr.image_processing.decode.decode_image)"
+    )
+
+
+def image_to_tensor(image: ImageInput, do_convert_rgb: bool, input_data_format: str | None) -> torch.Tensor:
+    """One image as a tensor [channels, height, width], dtype and range as given.
+
+    do_convert_rgb: bring it to three channels. Pillow images as `convert_to_rgb`; arrays: grey is repeated, RGBA
+        composited on white, 16 bits without sign (uint16) reduced to their high byte.
+    input_data_format: "channels_first" or "channels_last" for arrays. Without it the layout follows from which of
+        the first and the last dimension is 1, 3 or 4; the first wins when both are.
+
+    Raises `ValueError` when the layout cannot be told or the number of channels cannot be converted.
+    """
+    if isinstance(image, Image.Image):
+        if do_convert_rgb:
+            return pil_to_tensor(convert_to_rgb(image))
+        tensor, input_data_format = torch.from_numpy(np.array(image)), "channels_last"
+    else:
+        tensor = torch.from_numpy(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
+    if tensor.ndim == 2:
+        tensor, input_data_format = tensor[None], "channels_first"
+    if (input_data_format or _infer_layout(tensor)) == "channels_last":
+        tensor = tensor.permute(2, 0, 1)
+    elif input_data_format not in (None, *_LAYOUTS):
+        raise ValueError(f"input_data_format is {input_data_format!r}: expected one of {_LAYOUTS}")
+    if 0 in tensor.shape:
+        raise ValueError(f"an image has shape {tuple(tensor.shape)}: it has no pixels")
+    return _array_to_rgb(tensor) if do_convert_rgb else tensor
+
+
+def _infer_layout(image: torch.Tensor) -> str:
+    if image.shape[0] in (1, 3, 4):
+        return "channels_first"
+    if image.shape[-1] in (1, 3, 4):
+        return "channels_last"
+    raise ValueError(
+        f"an image array has shape {tuple(image.shape)}: neither the first nor the last dimension is 1, 3 or 4 "
+        "channels; give input_data_format"
+    )
+
+
+def _array_to_rgb(image: torch.Tensor) -> torch.Tensor:
+    """Transformers' conversion of arrays, and the high byte of uint16."""
+    if image.dtype == torch.uint16:
+        image = (image.to(torch.int32) >> 8).to(torch.uint8)
+    channels = image.shape[0]
+    if channels == 1:
+        return image.expand(3, -1, -1)
+    if channels == 4:
+        if image.is_floating_point() and (image.min() < 0 or image.max() > 1):
+            raise ValueError(
+                f"an RGBA image has floating-point values from {image.min():g} to {image.max():g}: its transparency "
+                "can be composited for values in 0..1 only; convert it to RGB first"
+            )
+        rgba = tv.to_dtype(image, torch.float32, scale=True)
+        rgb = rgba[:3] * rgba[3:] + (1 - rgba[3:])
+        return tv.to_dtype(rgb, image.dtype, scale=True)
+    if channels != 3:
+        raise ValueError(
+            f"an image has {channels} channels: 1, 3 or 4 can be converted to RGB; set do_convert_rgb=False for a "
+            "model with other channels"
+        )
+    return image

@@ -1,0 +1,320 @@
+"""`DetrImageProcessor`: images and COCO annotations in, a model's inputs and labels out, detections from its outputs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from detr.image_processing.annotations import (
+    Labels,
+    check_annotations,
+    detection_labels,
+    relate_to_padded,
+    resize_labels,
+    to_relative_boxes,
+)
+from detr.image_processing.batch import BatchFeature
+from detr.image_processing.layouts import image_to_tensor, list_images
+from detr.image_processing.pixels import BILINEAR, channel_values, normalize, pad_to_batch, resize
+from detr.image_processing.settings import pad_size_dict, read_settings, size_dict, write_settings
+from detr.image_processing.size import output_size
+from detr.postprocess import (
+    DetectionOutput,
+    TargetSizes,
+    detections_of_all_queries,
+    post_process_object_detection,
+)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_FORMATS = ("coco_detection", "coco_panoptic")
+_BOX_REFERENCES = ("image", "padded_batch")
+_TENSOR_TYPES = ("pt", "np", None)
+
+
+@dataclass(kw_only=True)
+class DetrImageProcessor:
+    """Prepares images and COCO detection annotations for a DETR, as transformers' class of this name does.
+
+    In order, an image is converted to RGB, resized, rescaled, normalised, and padded with zeros at the bottom and on
+    the right. Every attribute can be overridden for one call: `processor(images, do_pad=False)`.
+
+    Attributes:
+        format: form of the annotations; "coco_detection" is the one that can be read.
+        do_resize, size, resample: resize to `size` (the forms of `output_size`; also an int, the shortest edge, or
+            (height, width)) with one of Pillow's filters by its number; 2 is bilinear.
+        do_rescale, rescale_factor: multiply pixels by the factor.
+        do_normalize, image_mean, image_std: subtract the mean and divide by the standard deviation of each channel.
+        do_convert_annotations: make boxes cxcywh in 0..1; else they stay corners in pixels of the resized image. By
+            default what `do_normalize` is.
+        do_pad, pad_size: pad to the largest height and width of the batch, or to `pad_size` (a dict, (height,
+            width) or the side of a square), and return the pixel mask; True by default.
+        do_convert_rgb: turn grey, transparent and 16-bit images into RGB of 8 bits (`convert_to_rgb`). False for a
+            model whose `num_channels` is not 3. Transformers does not convert unless asked, and fails on these.
+        boxes_relative_to: what the labels' `size` and relative boxes refer to. "image": the resized image without
+            padding, as the pretrained weights and the post-processing have it. "padded_batch": the padded image, as
+            transformers since its pull request 28363. Both agree where nothing is padded.
+
+    Args:
+        max_size: old name of the longest edge that goes with an int `size`.
+        pad_and_return_pixel_mask: old name of `do_pad`, for where that is not given.
+
+    Raises:
+        ValueError: a setting has a value that cannot be used.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "pixel_mask"]
+
+    format: str = "coco_detection"
+    do_resize: bool = True
+    size: Any = None
+    resample: int = BILINEAR
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: float | Sequence[float] = IMAGENET_MEAN
+    image_std: float | Sequence[float] = IMAGENET_STD
+    do_convert_annotations: bool | None = None
+    do_pad: bool | None = None
+    pad_size: Any = None
+    do_convert_rgb: bool = True
+    boxes_relative_to: str = "image"
+    max_size: InitVar[int | None] = None
+    pad_and_return_pixel_mask: InitVar[bool | None] = None
+
+    def __post_init__(self, max_size: int | None, pad_and_return_pixel_mask: bool | None) -> None:
+        self.size = size_dict(
+            {"shortest_edge": 800, "longest_edge": 1333} if self.size is None else self.size, max_size
+        )
+        output_size(1, 1, self.size)  # raises where its keys make no size
+        self.pad_size = None if self.pad_size is None else pad_size_dict(self.pad_size)
+        self.resample = int(self.resample)
+        self.image_mean, self.image_std = _channels(self.image_mean), _channels(self.image_std)
+        if self.do_pad is None:
+            self.do_pad = pad_and_return_pixel_mask is not False
+        if self.do_convert_annotations is None:
+            self.do_convert_annotations = self.do_normalize
+        if self.format not in _FORMATS:
+            raise ValueError(f"format is {self.format!r}: expected one of {_FORMATS}")
+        if self.boxes_relative_to not in _BOX_REFERENCES:
+            raise ValueError(
+                f"boxes_relative_to is {self.boxes_relative_to!r}: expected one of {_BOX_REFERENCES}"
+            )
+        if self.do_normalize and not channel_values(self.image_std, None).all():
+            raise ValueError(f"image_std is {self.image_std}: pixels cannot be divided by zero")
+
+    def __call__(self, images: Any, annotations: Any = None, **kwargs: Any) -> BatchFeature:
+        """The same as `preprocess`."""
+        return self.preprocess(images, annotations, **kwargs)
+
+    def preprocess(
+        self,
+        images: Any,
+        annotations: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        *,
+        return_tensors: str | None = None,
+        input_data_format: str | None = None,
+        device: torch.device | str | None = None,
+        **overrides: Any,
+    ) -> BatchFeature:
+        """Turn images, and annotations where they are given, into a model's inputs and labels.
+
+        Args:
+            images: an image or a list of images: PIL, numpy or torch, grey [height, width], or with channels first
+                or last, values 0..255 (for 0..1 set `do_rescale=False`).
+            annotations: for each image {"image_id": int, "annotations": [COCO objects]}.
+            return_tensors: "pt" for stacked tensors, "np" for numpy arrays, None for lists of tensors.
+            input_data_format: "channels_first" or "channels_last", where it cannot be told from an array's shape.
+            device: where to process the images; labels go there too.
+            overrides: attributes of the processor for this call; None means the processor's own.
+
+        Returns:
+            `pixel_values` float32 [batch, channels, height, width], normalised; `pixel_mask` int64 [batch, height,
+            width] with `do_pad`, 1 on the image and 0 on padding; `labels` with annotations, one dict for each
+            image: see `detr.image_processing.annotations`.
+
+        Raises:
+            ValueError: annotations do not fit, an image's layout or channels are not clear, images of unequal size
+                are to be stacked without padding, or `pad_size` is less than an image.
+            TypeError: something that is not an image, or an unknown override.
+        """
+        if return_tensors not in _TENSOR_TYPES:
+            raise ValueError(f"return_tensors is {return_tensors!r}: expected one of {_TENSOR_TYPES}")
+        settings = replace(self, **{name: value for name, value in overrides.items() if value is not None})
+        given = list_images(images)
+        if not given:
+            raise ValueError("there are no images: expected at least one")
+        tensors = [
+            image_to_tensor(image, settings.do_convert_rgb, input_data_format).to(device=device)
+            for image in given
+        ]
+        labels = None if annotations is None else settings._labels(annotations, tensors)
+        pixels = [settings._pixels(tensor) for tensor in tensors]
+        if labels is not None:
+            labels = [
+                settings._follow(label, (image.shape[-2], image.shape[-1]))
+                for label, image in zip(labels, pixels)
+            ]
+
+        data: dict[str, Any] = {}
+        if settings.do_pad:
+            size = settings._padded_size(pixels)
+            data["pixel_values"], data["pixel_mask"] = pad_to_batch(pixels, size)
+            if labels is not None and settings.boxes_relative_to == "padded_batch":
+                labels = [
+                    relate_to_padded(label, size, bool(settings.do_convert_annotations)) for label in labels
+                ]
+        else:
+            data["pixel_values"] = pixels if return_tensors is None else _stack(pixels)
+        if labels is not None:
+            data["labels"] = [BatchFeature(label).to(device) for label in labels]
+        return _as_type(data, return_tensors)
+
+    def post_process_object_detection(
+        self, outputs: DetectionOutput, threshold: float = 0.5, target_sizes: TargetSizes | None = None
+    ) -> list[dict[str, Any]]:
+        """See `detr.postprocess.post_process_object_detection`."""
+        return post_process_object_detection(outputs, threshold, target_sizes)
+
+    def post_process(self, outputs: DetectionOutput, target_sizes: TargetSizes) -> list[dict[str, Any]]:
+        """All queries of each image as detections, whatever their score; the old name that the DETR page cites."""
+        scores, labels, boxes = detections_of_all_queries(outputs, target_sizes)
+        return [
+            {"scores": score, "labels": label, "boxes": box}
+            for score, label, box in zip(scores, labels, boxes)
+        ]
+
+    def pad_and_create_pixel_mask(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
+        """Pad processed images to the largest of them, for a custom `collate_fn`; the name that the DETR page cites.
+
+        Args:
+            images: list of tensors or arrays [channels, height, width].
+            return_tensors: as in `preprocess`.
+
+        Returns:
+            `pixel_values` and `pixel_mask`, as `preprocess` gives them.
+        """
+        tensors = [torch.as_tensor(image) for image in images]
+        size = _largest(tensors)
+        pixel_values, pixel_mask = pad_to_batch(tensors, size)
+        return _as_type({"pixel_values": pixel_values, "pixel_mask": pixel_mask}, return_tensors)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **overrides: Any) -> Self:
+        """Load a processor from a model folder (or one JSON file) written by this class or by transformers.
+
+        Args:
+            path: the folder with `preprocessor_config.json`, old layouts included.
+            overrides: attributes that replace those of the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a JSON object, or holds a value that cannot be used.
+        """
+        return cls.from_dict(read_settings(path), **overrides)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], **overrides: Any) -> Self:
+        """Build a processor from the entries of `preprocessor_config.json`; those of no meaning here are ignored."""
+        known = {field.name for field in fields(cls)} | {"max_size", "pad_and_return_pixel_mask"}
+        given = {name: value for name, value in settings.items() if name in known and value is not None}
+        return cls(**given | overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entries of `preprocessor_config.json`: transformers' own, and ours where they are not the default."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, default in (("pad_size", None), ("do_convert_rgb", True), ("boxes_relative_to", "image")):
+            if settings[name] == default:
+                del settings[name]
+        for name in ("image_mean", "image_std"):
+            if isinstance(settings[name], Sequence):
+                settings[name] = list(settings[name])
+        return settings | {"image_processor_type": type(self).__name__}
+
+    def save_pretrained(self, folder: str | Path) -> list[str]:
+        """Write `preprocessor_config.json` into a folder, made where it is missing; returns the file's path."""
+        return [str(write_settings(self.to_dict(), folder))]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) that an image of `height` x `width` pixels has before padding."""
+        return output_size(height, width, self.size) if self.do_resize else (height, width)
+
+    def resize(self, image: torch.Tensor) -> torch.Tensor:
+        """The image [channels, height, width] resized as this processor does, of the same dtype."""
+        return resize(image, self.output_size(image.shape[-2], image.shape[-1]), self.resample)
+
+    def normalization(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation float32 [channels, 1, 1] in units of unscaled pixels, for `pixels.normalize`."""
+        factor = self.rescale_factor if self.do_rescale else None
+        return channel_values(self.image_mean, factor), channel_values(self.image_std, factor)
+
+    def _pixels(self, image: torch.Tensor) -> torch.Tensor:
+        image = self.resize(image)
+        if self.do_normalize:
+            mean, std = self.normalization()
+            if not {len(mean), len(std)} <= {1, image.shape[0]}:
+                raise ValueError(
+                    f"an image has {image.shape[0]} channels, but image_mean has {len(mean)} values and image_std "
+                    f"{len(std)}: give one for each channel"
+                )
+            return normalize(image, mean.to(image.device), std.to(image.device))
+        return image * self.rescale_factor if self.do_rescale else image
+
+    def _labels(self, annotations: Any, images: Sequence[torch.Tensor]) -> list[Labels]:
+        if isinstance(annotations, Mapping):
+            annotations = [annotations]
+        if self.format != "coco_detection":
+            raise ValueError(
+                f"format is {self.format!r}: annotations are read in the format 'coco_detection'"
+            )
+        check_annotations(annotations, len(images))
+        return [
+            detection_labels(annotation, image.shape[-2], image.shape[-1])
+            for annotation, image in zip(annotations, images)
+        ]
+
+    def _follow(self, labels: Labels, size: tuple[int, int]) -> Labels:
+        """Labels after their image was resized to `size`."""
+        if self.do_resize:
+            labels = resize_labels(labels, size)
+        return to_relative_boxes(labels) if self.do_convert_annotations else labels
+
+    def _padded_size(self, images: Sequence[torch.Tensor]) -> tuple[int, int]:
+        if self.pad_size is not None:
+            return self.pad_size["height"], self.pad_size["width"]
+        return _largest(images)
+
+
+def _channels(values: float | Sequence[float]) -> float | tuple[float, ...]:
+    return values if isinstance(values, int | float) else tuple(values)
+
+
+def _largest(images: Sequence[torch.Tensor]) -> tuple[int, int]:
+    return max(image.shape[-2] for image in images), max(image.shape[-1] for image in images)
+
+
+def _stack(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"images of unequal shapes {sorted(shapes)} cannot be stacked: set do_pad=True or return_tensors=None"
+        )
+    return torch.stack(list(images))
+
+
+def _as_type(data: dict[str, Any], return_tensors: str | None) -> BatchFeature:
+    """Tensors as they are ("pt"), as numpy arrays ("np"), or batches as lists of tensors (None)."""
+    if return_tensors == "np":
+        for name in data:
+            if name == "labels":
+                data[name] = [_as_type(labels, "np") for labels in data[name]]
+            else:
+                data[name] = data[name].cpu().numpy()
+    elif return_tensors is None:
+        for name in ("pixel_values", "pixel_mask"):
+            if name in data:
+                data[name] = list(data[name])
+    return BatchFeature(data)

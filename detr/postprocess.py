@@ -1,0 +1,70 @@
+"""From a model's outputs to detections."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from detr.boxes import box_cxcywh_to_xyxy
+
+
+class DetectionOutput(Protocol):
+    """What post-processing reads of a model's output.
+
+    logits: float [batch, queries, classes + 1], the last class being "no object".
+    pred_boxes: float [batch, queries, 4], cxcywh relative to the image, 0..1.
+    """
+
+    logits: torch.Tensor
+    pred_boxes: torch.Tensor
+
+
+TargetSizes = torch.Tensor | Sequence[tuple[int, int]]
+
+
+def detections_of_all_queries(
+    outputs: DetectionOutput, target_sizes: TargetSizes | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Score, label and box of every query, in the model's order.
+
+    target_sizes: (height, width) of each image in pixels, as a list or a tensor [batch, 2].
+
+    Returns scores float [batch, queries], labels int64 [batch, queries] (the best class that is not "no object"),
+    and boxes_xyxy float [batch, queries, 4]: in pixels of the target size, relative to the image without one. Boxes
+    are not clipped to the image.
+
+    Raises `ValueError` unless there is one target size for each image.
+    """
+    if target_sizes is not None and len(target_sizes) != len(outputs.logits):
+        raise ValueError(
+            "Make sure that you pass in as many target sizes as the batch dimension of the logits: there are "
+            f"{len(target_sizes)} target sizes and {len(outputs.logits)} images"
+        )
+    scores, labels = outputs.logits.softmax(-1)[..., :-1].max(-1)
+    boxes = box_cxcywh_to_xyxy(outputs.pred_boxes)
+    if target_sizes is not None:
+        if isinstance(target_sizes, torch.Tensor):
+            height, width = target_sizes.unbind(1)
+        else:
+            height, width = torch.tensor([tuple(size) for size in target_sizes], dtype=torch.float32).unbind(
+                1
+            )
+        boxes = boxes * torch.stack([width, height, width, height], dim=1).to(boxes.device)[:, None]
+    return scores, labels, boxes
+
+
+def post_process_object_detection(
+    outputs: DetectionOutput, threshold: float = 0.5, target_sizes: TargetSizes | None = None
+) -> list[dict[str, Any]]:
+    """The detections of each image with a score above `threshold`, in the model's order.
+
+    Returns one dict for each image: `scores` float [detections], `labels` int64 [detections] and `boxes` float
+    [detections, 4], corners in pixels of its target size (relative to the image without `target_sizes`).
+
+    Raises `ValueError` unless there is one target size (height, width) for each image.
+    """
+    scores, labels, boxes = detections_of_all_queries(outputs, target_sizes)
+    return [
+        {"scores": score[keep], "labels": label[keep], "boxes": box[keep]}
+        for score, label, box, keep in zip(scores, labels, boxes, scores > threshold, strict=True)
+    ]
