@@ -4,8 +4,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
 import tyro
 
@@ -23,7 +23,13 @@ class Config(Protocol):
 C = TypeVar("C", bound=Config)
 
 
-def run(main: Callable[[C], Mapping[str, Any]], config_class: type[C], *, default: C | None = None) -> None:
+def run(
+    main: Callable[[C], Mapping[str, Any]],
+    config_class: type[C],
+    *,
+    default: C | None = None,
+    args: Sequence[str] | None = None,
+) -> None:
     """Parse flags of `config_class`, print them, call `main`, print its summary and write it to `--json`.
 
     A `RaydetrError` ends the process with its message and status 2, without a traceback.
@@ -32,14 +38,17 @@ def run(main: Callable[[C], Mapping[str, Any]], config_class: type[C], *, defaul
         main: takes the configuration, returns the summary: names to numbers, strings, lists or dicts.
         config_class: dataclass of flags, validated in its `__post_init__`.
         default: instance whose values are the flags' defaults.
+        args: the flags; those of the command line when not given.
     """
     try:
-        config: C = tyro.cli(
+        flags = tyro.cli(
             config_class,
-            default=default,  # type: ignore[arg-type]  # None: the class's own defaults
+            args=args,
+            default=default,
             description=sys.modules["__main__"].__doc__,
             config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
         )
+        config = cast(C, flags)
         print_config(config)
         summary = dict(main(config))
     except RaydetrError as error:

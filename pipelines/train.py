@@ -1,0 +1,39 @@
+"""Train a DETR on shards, log it to MLflow and register the result as challenger.
+
+On a cluster:    ray job submit -- python pipelines/train.py --train-data s3://bucket/train --output s3://bucket/runs/1
+On one machine:  python pipelines/train.py --train-data shards/train --output runs/mine
+Embedded data:   python pipelines/train.py
+Tiny:            python pipelines/train.py --steps 20 --output runs/tiny
+
+The same command again resumes the run at --output; a finished one returns at once.
+"""
+
+import argparse
+from typing import Any
+
+from raydetr.command import run
+from raydetr.config import RECIPES, EvaluateConfig, TrainConfig
+from raydetr.training.trainer import train
+
+
+def main(config: TrainConfig) -> dict[str, Any]:
+    """Train; evaluate the registered version where there are validation data."""
+    summary = train(config)
+    if config.val_data:
+        from raydetr.evaluation.evaluate import evaluate
+
+        summary |= evaluate(
+            EvaluateConfig(
+                model=summary.get("model", summary["model_folder"]),
+                data=config.val_data,
+                tracking_uri=config.tracking_uri,
+            )
+        )
+    return summary
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default="small")
+    recipe, flags = parser.parse_known_args()
+    run(main, TrainConfig, default=RECIPES[recipe.recipe], args=flags)

@@ -1,0 +1,231 @@
+"""The plan as one Ray Data execution for the whole job: windows in, ready micro-batches out, dealt to W workers.
+
+A generator task walks the plan and yields one small row per window; map tasks read, decode, augment and pad, and
+yield one row per micro-batch. `preserve_order` keeps the rows in the plan's order and makes the split of Ray Train
+deal them out strictly in turn: row i goes to rank i mod W. A step is therefore emitted as ⌈M / W⌉ · W rows, the
+surplus being empty fillers, and every rank gets the same number of rows of each step.
+
+Ray Train calls `PlanDataConfig.configure` whenever a worker group starts, so that a restart with another number of
+workers streams on from the last committed step.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as compute
+import ray.data
+from ray.data import DataContext, DataIterator, Dataset
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+from ray.train import DataConfig
+
+from detr.augment import apply
+from detr.image_processing.decode import ImageError, decode_image
+from raydetr.data.micro_batch import Example, TrainingBatch, pack, unpack
+from raydetr.data.plan import Layout, Plan, PlanSpec, Sizes, Slot, Window, WindowTask
+from raydetr.data.schema import is_trained
+from raydetr.data.shards import TARGET_COLUMNS, Manifest, read_rows, training_targets
+from raydetr.errors import ConfigError, DataError
+
+INDEX_COLUMNS = ["image_id", "height", "width"]
+RECORD_COLUMNS = [*TARGET_COLUMNS, "image_id", "image", "fault"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """What is streamed.
+
+    manifest: the data set.
+    plan: its order.
+    last_step: one past the last step of the job.
+    first_step: looked up whenever workers start: the step after the last committed one.
+    """
+
+    manifest: Manifest
+    plan: Plan
+    last_step: int
+    first_step: Callable[[], int]
+
+
+def layout(manifest: Manifest) -> Layout:
+    """What the plan needs to know of a data set."""
+    return Layout(tuple(shard.num_images for shard in manifest.shards), manifest.row_group_size)
+
+
+def build_plan(manifest: Manifest, spec: PlanSpec) -> Plan:
+    """The plan of a data set."""
+    return Plan(layout(manifest), spec)
+
+
+def dataset(stream: Stream, world_size: int, first_step: int) -> Dataset:
+    """The lazy Ray Data set of steps `first_step` to `last_step` − 1 for `world_size` workers, one row a batch.
+
+    Raises:
+        ConfigError: there are more workers than micro-batches in a step.
+    """
+    if world_size > stream.plan.spec.micro_batches:
+        raise ConfigError(
+            f"--workers is {world_size}, but a step has only {stream.plan.spec.micro_batches} micro-batches: "
+            "raise --micro-batches or lower --workers."
+        )
+    context = DataContext.get_current().copy()
+    # One row a block, so that rows leave a task as they are made and are dealt out one by one.
+    context.target_max_block_size = 1
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    previous = DataContext.get_current()
+    DataContext._set_current(context)
+    try:
+        source = ray.data.read_datasource(_Windows(stream, first_step), override_num_blocks=1, num_cpus=0.01)
+        return source.map_batches(
+            _fill,
+            fn_kwargs={"stream": stream, "world_size": world_size},
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=1,
+        )
+    finally:
+        DataContext._set_current(previous)
+
+
+class PlanDataConfig(DataConfig):
+    """Gives Ray Train's workers their shares of a `Stream` passed as `datasets={"train": stream}`."""
+
+    def configure(  # type: ignore[override]  # a Stream instead of a Dataset
+        self,
+        datasets: dict[str, Stream],
+        world_size: int,
+        *args: Any,  # noqa: ARG002  # handles and nodes of the workers: the order must not depend on them
+        **kwargs: Any,  # noqa: ARG002
+    ) -> list[dict[str, DataIterator]]:
+        """Build the execution for this number of workers, from the last committed step on."""
+        shares: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
+        for name, stream in datasets.items():
+            rows = dataset(stream, world_size, stream.first_step())
+            for share, split in zip(shares, rows.streaming_split(world_size, equal=False), strict=True):
+                share[name] = split
+        return shares
+
+
+def steps(
+    shard: DataIterator, micro_batch_size: int, per_step: int, prefetch: int = 2
+) -> Iterator[list[TrainingBatch]]:
+    """This worker's micro-batches, step by step.
+
+    Args:
+        shard: its share, from `ray.train.get_dataset_shard`.
+        micro_batch_size: B.
+        per_step: its micro-batches of each step, ⌈M / W⌉.
+        prefetch: micro-batches to fetch ahead.
+
+    Raises:
+        DataError: the rows are not those of one step after the other.
+    """
+    gathered: list[TrainingBatch] = []
+    for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch):
+        batch = unpack(table, micro_batch_size)
+        if gathered and batch.step != gathered[0].step:
+            raise DataError(
+                f"The stream broke its order: a micro-batch of step {batch.step} within step {gathered[0].step}."
+            )
+        gathered.append(batch)
+        if len(gathered) == per_step:
+            yield gathered
+            gathered = []
+    if gathered:
+        raise DataError(f"The stream ended within step {gathered[0].step}.")
+
+
+class _Windows(Datasource):
+    """One read task that walks the plan. An ordinary read would put every task of the job in the store first."""
+
+    def __init__(self, stream: Stream, first_step: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.stream = stream
+        self.first_step = first_step
+
+    def estimate_inmemory_data_size(self) -> None:
+        """Unknown, and not needed: the parallelism is fixed."""
+        return
+
+    def get_read_tasks(self, *args: Any, **kwargs: Any) -> list[ReadTask]:  # noqa: ARG002
+        """The one task."""
+        stream, first_step = self.stream, self.first_step
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(lambda: _walk(stream, first_step), metadata)]
+
+
+def _walk(stream: Stream, first_step: int) -> Iterator[pa.Table]:
+    for task in stream.plan.tasks(
+        first_step, stream.last_step, lambda window: _sizes(stream.manifest, window)
+    ):
+        yield pa.table(
+            {
+                "epoch": [task.epoch],
+                "window": [task.window],
+                "first": [task.first],
+                "skip": [task.skip],
+                "trailing": [task.trailing],
+                "shapes": [[list(shape) for shape in task.shapes]],
+            }
+        )
+
+
+def _sizes(manifest: Manifest, window: Window) -> Sizes:
+    index = _shard_index(manifest.root, manifest.shards[window.shard].file)
+    start = window.row_groups[0] * manifest.row_group_size
+    return _to_sizes(index.slice(start, window.size))
+
+
+@lru_cache(maxsize=128)
+def _shard_index(root: str, file: str) -> pa.Table:
+    return read_rows(root, file, None, INDEX_COLUMNS)
+
+
+def _to_sizes(table: pa.Table) -> Sizes:
+    # An image that could not be read has no size; its slot has weight 0 whatever it is.
+    image_ids, heights, widths = (
+        compute.fill_null(table[name], 1).to_numpy().astype(np.int64) for name in INDEX_COLUMNS
+    )
+    return Sizes(image_ids, np.maximum(heights, 1), np.maximum(widths, 1))
+
+
+def _fill(table: pa.Table, stream: Stream, world_size: int) -> Iterator[pa.Table]:
+    """The micro-batches of the window that `table`'s one row names, each as one row."""
+    row = table.to_pylist()[0]
+    task = WindowTask(**{**row, "shapes": tuple(map(tuple, row["shapes"]))})
+    plan, manifest = stream.plan, stream.manifest
+    window = plan.window(task.window)
+    records = read_rows(
+        manifest.root,
+        manifest.shards[window.shard].file,
+        range(*window.row_groups),
+        RECORD_COLUMNS,
+    )
+    per_step = plan.spec.micro_batches
+    for batch in plan.run(task, _to_sizes(records)):
+        examples = [
+            _example(records.slice(slot.row, 1).to_pylist()[0], slot, manifest.labels) for slot in batch.slots
+        ]
+        yield pack(batch.step, batch.position, batch.epoch, batch.shape, plan.spec.micro_batch_size, examples)
+        if batch.position == per_step - 1:
+            for position in range(per_step, -(-per_step // world_size) * world_size):
+                yield pack(batch.step, position, batch.epoch, batch.shape, plan.spec.micro_batch_size, [])
+
+
+def _example(record: dict[str, Any], slot: Slot, labels: dict[int, int]) -> Example:
+    nothing = np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)
+    if not is_trained(record["fault"]):  # ingest found and reported it
+        return Example(slot.image_id, None, *nothing)
+    try:
+        image = decode_image(record["image"])
+    except ImageError as error:
+        return Example(slot.image_id, None, *nothing, skipped=str(error))
+    boxes_xyxy, class_labels = training_targets(record, labels)
+    pixels, boxes, kept = apply(image, boxes_xyxy, slot.augmentation)
+    return Example(slot.image_id, pixels, boxes, class_labels[kept])

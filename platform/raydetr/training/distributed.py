@@ -1,0 +1,72 @@
+"""What the workers of a step tell each other, besides gradients: two sums.
+
+W workers must compute the gradient of one process on the global batch. DistributedDataParallel averages the
+gradients of W losses, so each worker's loss is divided by the *average* of a normaliser over the workers: the sum
+over all workers and all their micro-batches of the step, over W. Clamping comes before the division by W; the
+original clamps after it, which shrinks the gradient of a step with fewer boxes than workers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from detr.criterion import target_counts
+from raydetr.data.micro_batch import TrainingBatch
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Sums over all workers of a step, and the normalisers made of them.
+
+    num_boxes: normaliser of the box losses: max(boxes, 1) / W.
+    class_weight_sum: normaliser of the class loss: Σ over images of [min(n, Q) + eos · (Q − min(n, Q))] / W.
+    images: images trained on.
+    skipped: images that could not be decoded.
+    """
+
+    num_boxes: float
+    class_weight_sum: float
+    images: int
+    skipped: int
+
+
+def step_totals(batches: Sequence[TrainingBatch], num_queries: int, eos_coefficient: float) -> StepTotals:
+    """Sum the targets of a step over its micro-batches and workers, with one small all-reduce.
+
+    Args:
+        batches: this worker's micro-batches of the step.
+        num_queries: Q of the model.
+        eos_coefficient: weight of the no-object class.
+    """
+    sums = torch.zeros(4, dtype=torch.float64)
+    for batch in batches:
+        boxes, class_weight = target_counts(batch.labels, batch.weights, num_queries, eos_coefficient)
+        images = float(batch.weights.sum())
+        sums += torch.tensor([boxes, class_weight, images, len(batch.skipped)], dtype=torch.float64)
+    boxes, class_weight, images, skipped = all_reduce(sums).tolist()
+    workers = world_size()
+    return StepTotals(
+        num_boxes=max(boxes, 1.0) / workers,
+        # Without a single image every term is 0 times its weight; any divisor but 0 will do.
+        class_weight_sum=(class_weight if images else 1.0) / workers,
+        images=int(images),
+        skipped=int(skipped),
+    )
+
+
+def all_reduce(values: Tensor) -> Tensor:
+    """The sum of a tensor over all workers; the tensor itself without torch.distributed."""
+    if not dist.is_initialized():
+        return values
+    if dist.get_backend() == "nccl":
+        values = values.cuda()
+    dist.all_reduce(values)
+    return values.cpu()
+
+
+def world_size() -> int:
+    """Workers of the default group; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_initialized() else 1
