@@ -186,6 +186,13 @@ def delete_file(address: str) -> None:
         filesystem.delete_file(path)
 
 
+def delete_folder(address: str) -> None:
+    """Delete a folder and what is in it; nothing happens where it does not exist."""
+    filesystem, path = resolve(address)
+    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+        filesystem.delete_dir(path)
+
+
 def upload_folder(source: str, address: str) -> None:
     """Copy the files of a local folder into the folder `address`, each of them atomically."""
     for parent, _, names in os.walk(source):
