@@ -18,7 +18,7 @@ from detr.frozen_batch_norm import differs_from_transformers
 from detr.state_dict import WEIGHTS_NAME, read_model_weights
 
 if TYPE_CHECKING:
-    from detr.model import DetrPreTrainedModel
+    from detr.pretrained import DetrPreTrainedModel
 
     Model = TypeVar("Model", bound=DetrPreTrainedModel)
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from detr.backbone_config import normal_backbone_config
 
 CONFIG_NAME = "config.json"
 
@@ -27,15 +29,6 @@ _ALIASES = {
     "num_hidden_layers": "encoder_layers",
 }
 _LEGACY_BACKBONE_KEYS = ("backbone", "use_timm_backbone", "backbone_kwargs")
-_BACKBONE_FIELDS = (
-    "backbone",
-    "num_channels",
-    "out_indices",
-    "output_stride",
-    "features_only",
-    "freeze_batch_norm_2d",
-    "use_pretrained_backbone",
-)
 
 
 def default_labels(num_labels: int) -> dict[int, str]:
@@ -143,7 +136,7 @@ class DetrConfig:
             default = f.default if f.default is not MISSING else None
             setattr(self, f.name, _checked(f.name, str(f.type), given.pop(f.name, default)))
         self.id2label, self.label2id = labels
-        object.__setattr__(self, "backbone_config", _backbone_config(self, backbone_config, legacy))
+        object.__setattr__(self, "backbone_config", self._normal_backbone_config(backbone_config, legacy))
         for key, value in given.items():  # as transformers: keywords it does not know become attributes
             object.__setattr__(self, key, value)
         self._check_ranges()
@@ -155,9 +148,9 @@ class DetrConfig:
     def __setattr__(self, name: str, value: Any) -> None:
         """Assigning ``backbone`` selects another timm net, as the page's MobileNet example does."""
         if name == "backbone":
-            name, value = "backbone_config", _backbone_config(self, None, {"backbone": value})
+            name, value = "backbone_config", self._normal_backbone_config(None, {"backbone": value})
         elif name == "backbone_config":
-            value = _backbone_config(self, value, {})
+            value = self._normal_backbone_config(value, {})
         object.__setattr__(self, _ALIASES.get(name, name), value)
 
     @property
@@ -184,6 +177,9 @@ class DetrConfig:
     def num_labels(self, num_labels: int) -> None:
         if num_labels != len(self.id2label):
             self.id2label, self.label2id = _labels(num_labels, None, None)
+
+    def _normal_backbone_config(self, given: Any, legacy: Mapping[str, Any]) -> dict[str, Any]:
+        return normal_backbone_config(given, legacy, num_channels=self.num_channels, dilation=self.dilation)
 
     def _check_ranges(self) -> None:
         for name in (
@@ -386,54 +382,3 @@ def _labels(
     if label2id is not None:
         return names, {str(name): int(i) for name, i in label2id.items()}
     return names, {name: i for i, name in names.items()}
-
-
-def _backbone_config(config: DetrConfig, given: Any, legacy: Mapping[str, Any]) -> dict[str, Any]:
-    """``backbone_config`` in its one normal form, from a dict, an object or the legacy keywords.
-
-    Of a timm backbone only the fields that build it are kept: transformers also writes ``stage_names`` and
-    ``out_features``, which it derives from them and refuses when they are out of date.
-    """
-    if given is not None and not isinstance(given, Mapping):
-        if not hasattr(given, "to_dict"):
-            raise TypeError(f"backbone_config must be a dict or have to_dict(), got {type(given).__name__}")
-        given = given.to_dict()
-    kwargs = dict(legacy.get("backbone_kwargs") or {})
-    if given is None or not given:
-        if legacy.get("use_timm_backbone", True) is False:
-            return {
-                "model_type": "resnet",
-                "num_channels": config.num_channels,
-                "out_features": ["stage4"],
-                **kwargs,
-            }
-        given = {"model_type": "timm_backbone", "backbone": legacy.get("backbone") or "resnet50", **kwargs}
-        if config.dilation:
-            given.setdefault("output_stride", 16)
-    model_type = given.get("model_type")
-    if model_type == "resnet":
-        return {"num_channels": config.num_channels, **copy.deepcopy(dict(given))}
-    if model_type != "timm_backbone":
-        raise ValueError(
-            f"backbone_config: model_type must be 'timm_backbone' or 'resnet', got {model_type!r}"
-        )
-    if not isinstance(given.get("backbone"), str):
-        raise ValueError(
-            f"backbone_config: backbone must be the name of a timm model, got {given.get('backbone')!r}"
-        )
-    out: dict[str, Any] = {
-        "model_type": "timm_backbone",
-        "num_channels": config.num_channels,
-        "out_indices": None,
-        "output_stride": None,
-        "features_only": True,
-        "use_pretrained_backbone": False,
-    }
-    out.update({key: copy.deepcopy(given[key]) for key in _BACKBONE_FIELDS if given.get(key) is not None})
-    if out["out_indices"] is None:
-        out["out_indices"] = [1, 2, 3, 4]
-    indices = out["out_indices"]
-    if not isinstance(indices, Sequence) or not indices or not all(isinstance(i, int) for i in indices):
-        raise ValueError(f"backbone_config: out_indices must be a list of int, got {indices!r}")
-    out["out_indices"] = list(indices)
-    return out

@@ -7,67 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isqrt
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr.backbone import Backbone, downsample_mask
-from detr.checkpoint import load_model, save_model
 from detr.config import DetrConfig
-from detr.criterion import Labels, set_loss, target_counts
+from detr.criterion import set_loss
+from detr.distributed import average_normalisers
+from detr.initialization import init_as_original, init_as_transformers
 from detr.outputs import DetrEncoderOutput, DetrModelOutput, DetrObjectDetectionOutput
 from detr.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
-from detr.transformer import Decoder, Encoder, init_transformer
-
-
-class DetrPreTrainedModel(nn.Module):
-    """What all DETR models can do besides computing: load, save, count, freeze.
-
-    Attributes:
-        config: the configuration it was built from.
-    """
-
-    def __init__(self, config: DetrConfig) -> None:
-        super().__init__()
-        if not isinstance(config, DetrConfig):
-            raise TypeError(f"config must be a DetrConfig, got {type(config).__name__}")
-        self.config = config
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Self:
-        """Load a model folder; see `detr.checkpoint.load_model`."""
-        return load_model(cls, folder, **kwargs)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``; see `detr.checkpoint.save_model`."""
-        save_model(self, folder)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parameters."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the parameters."""
-        return next(self.parameters()).dtype
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """Number of parameters (buffers, such as frozen batch norm, are not counted)."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-
-    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
-        """Recompute the transformer's layers in the backward pass instead of keeping their activations."""
-        for module in self.modules():
-            if isinstance(module, Encoder | Decoder):
-                module.gradient_checkpointing = enable
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Undo `gradient_checkpointing_enable`."""
-        self.gradient_checkpointing_enable(False)
+from detr.pretrained import DetrPreTrainedModel
+from detr.transformer import Decoder, Encoder
 
 
 class DetrModel(DetrPreTrainedModel):
@@ -94,8 +48,8 @@ class DetrModel(DetrPreTrainedModel):
             parts = (self.query_position_embeddings, self.input_projection, self.encoder, self.decoder)
             init_as_transformers(parts, config.init_std)
         else:
-            init_transformer(self.encoder)
-            init_transformer(self.decoder)
+            init_as_original(self.encoder)
+            init_as_original(self.decoder)
 
     def freeze_backbone(self) -> None:
         """Stop training any part of the backbone."""
@@ -225,18 +179,6 @@ def _encoder_output(given: DetrEncoderOutput | Sequence[Any] | Tensor | None) ->
             given.last_hidden_state, getattr(given, "hidden_states", None), getattr(given, "attentions", None)
         )
     return DetrEncoderOutput(*given)
-
-
-@torch.no_grad()
-def init_as_transformers(modules: Sequence[nn.Module], std: float) -> None:
-    """Initialise as transformers: matrices normal(0, std), biases 0, norms 1 and 0, in place."""
-    for module in modules:
-        for child in module.modules():
-            if isinstance(child, nn.Linear | nn.Conv2d | nn.Embedding):
-                nn.init.normal_(child.weight, std=std)
-            bias = getattr(child, "bias", None)
-            if isinstance(child, nn.Linear | nn.Conv2d) and bias is not None:
-                nn.init.zeros_(bias)
 
 
 class BoxHead(nn.Module):
@@ -376,39 +318,3 @@ class DetrForObjectDetection(DetrPreTrainedModel):
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
-
-
-def average_normalisers(
-    labels: Labels,
-    image_weights: Tensor | None,
-    config: DetrConfig,
-    num_boxes: float | Tensor | None,
-    class_weight_sum: float | Tensor | None,
-    device: torch.device,
-) -> tuple[float | Tensor, float | Tensor]:
-    """Fill in the normalisers that are None with their average over the default process group.
-
-    With them the average of the processes' gradients is the gradient of one process on the whole batch. Every
-    process of the group has to call this equally often: it is a collective operation.
-
-    Args:
-        labels: this process's labels.
-        image_weights: float [B] or None.
-        config: for Q and the class weight of "no object".
-        num_boxes: kept where given; else ``max(total, 1) / processes``.
-        class_weight_sum: kept where given; else ``total / processes``.
-        device: where the process group communicates.
-    """
-    if num_boxes is not None and class_weight_sum is not None:
-        return num_boxes, class_weight_sum
-    counts = target_counts(labels, image_weights, config.num_queries, config.eos_coefficient)
-    total = torch.tensor(
-        counts, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
-    )
-    torch.distributed.all_reduce(total)
-    world_size = torch.distributed.get_world_size()
-    if num_boxes is None:
-        num_boxes = total[0].clamp(min=1) / world_size
-    if class_weight_sum is None:
-        class_weight_sum = total[1] / world_size
-    return num_boxes, class_weight_sum

@@ -1,13 +1,11 @@
-"""The transformer of DETR: attention, encoder and decoder.
+"""The transformer of DETR: encoder and decoder.
 
-B batch, S cells of the feature map, Q queries, D ``d_model``, H heads, L decoder layers.
+B batch, S cells of the feature map, Q queries, D ``d_model``.
 Parameter names are those of the published checkpoints, so a state dict needs no renaming.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,116 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from detr.attention import MultiheadAttention, activation_function, additive_mask
 from detr.config import DetrConfig
 from detr.outputs import DetrDecoderOutput, DetrEncoderOutput
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "hardswish": F.hardswish,
-    "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
-    "mish": F.mish,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-}
-
-
-def activation_function(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The activation of that name; a callable is returned as it is.
-
-    Raises:
-        ValueError: there is no activation of that name.
-    """
-    if not isinstance(activation, str):
-        return activation
-    if activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"activation_function {activation!r} is not known; choose one of {sorted(_ACTIVATIONS)}"
-        )
-    return _ACTIVATIONS[activation]
-
-
-def additive_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """An attention mask for keys: 0 where kept, the least finite number elsewhere.
-
-    Finite, so that an image that is padding from edge to edge attends everywhere instead of giving NaN.
-
-    Args:
-        keep: bool [B, keys], True on the keys to attend to.
-        dtype: a float dtype.
-
-    Returns:
-        ``dtype`` [B, 1, 1, keys], to be added to the scores.
-    """
-    mask = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
-    return mask.masked_fill(~keep, torch.finfo(dtype).min)[:, None, None, :]
-
-
-class MultiheadAttention(nn.Module):
-    """Multi-head attention with position embeddings added to queries and keys, never to values.
-
-    Args:
-        dim: D.
-        num_heads: H, a divisor of D.
-        dropout: probability on the attention weights in training.
-    """
-
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.dropout = dropout
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.q_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, output_attentions: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
-
-        Args:
-            query: float [B, n, D].
-            key: float [B, m, D].
-            value: float [B, m, D].
-            mask: float, broadcastable to [B, H, n, m], added to the scores; None keeps all keys.
-            output_attentions: also return the weights, which takes the slower way of computing them.
-
-        Returns:
-            float [B, n, D], and the attention weights float [B, H, n, m] or None.
-        """
-        q = self._split_heads(self.q_proj(query))
-        k = self._split_heads(self.k_proj(key))
-        v = self._split_heads(self.v_proj(value))
-        dropout = self.dropout if self.training else 0.0
-        weights = None
-        if mask is not None:
-            mask = mask.to(q.dtype)
-        if output_attentions:
-            scores = (q @ k.transpose(-1, -2)) * self.head_dim**-0.5
-            if mask is not None:
-                scores = scores + mask
-            weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=self.training)
-            attended = weights.to(v.dtype) @ v
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.out_proj(attended.transpose(1, 2).flatten(2)), weights
-
-
-def _with_position(x: Tensor, position: Tensor | None) -> Tensor:
-    return x if position is None else x + position
 
 
 class _FeedForwardLayer(nn.Module):
@@ -161,7 +52,7 @@ class EncoderLayer(_FeedForwardLayer):
         self, x: Tensor, mask: Tensor | None, position: Tensor, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Float [B, S, D] to float [B, S, D], with the attention weights when asked for."""
-        at = _with_position(x, position)
+        at = x + position
         attended, weights = self.self_attn(at, at, x, mask, output_attentions)
         x = self._feed_forward(self.self_attn_layer_norm(x + self._drop(attended)))
         if self.training and x.dtype == torch.float16:  # only float16 overflows here
@@ -195,11 +86,11 @@ class DecoderLayer(_FeedForwardLayer):
 
         ``memory_key`` is the encoder's output with the position embedding added.
         """
-        at = _with_position(x, query_position)
+        at = x + query_position
         attended, self_weights = self.self_attn(at, at, x, query_mask, output_attentions)
         x = self.self_attn_layer_norm(x + self._drop(attended))
         attended, cross_weights = self.encoder_attn(
-            _with_position(x, query_position), memory_key, memory, memory_mask, output_attentions
+            x + query_position, memory_key, memory, memory_mask, output_attentions
         )
         x = self.encoder_attn_layer_norm(x + self._drop(attended))
         return self._feed_forward(x), self_weights, cross_weights
@@ -304,7 +195,7 @@ class Decoder(_Stack):
         """
         query_mask = None if query_keep is None else additive_mask(query_keep, queries.dtype)
         memory_mask = None if memory_keep is None else additive_mask(memory_keep, memory.dtype)
-        memory_key = _with_position(memory, memory_position)
+        memory_key = memory + memory_position
         x = queries
         hidden_states, attentions, cross_attentions, intermediate = [x], [], [], []
         for layer in self.layers:
@@ -331,21 +222,3 @@ class Decoder(_Stack):
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
             intermediate_hidden_states=torch.stack(intermediate) if intermediate else None,
         )
-
-
-@torch.no_grad()
-def init_transformer(module: Encoder | Decoder) -> None:
-    """Initialise as facebookresearch/detr: Xavier for every matrix, zero for the attentions' biases.
-
-    There q, k and v are one matrix [3 D, D], whose Xavier bound is smaller than that of three [D, D].
-    """
-    for child in module.modules():
-        if isinstance(child, nn.Linear):
-            nn.init.xavier_uniform_(child.weight)
-        if isinstance(child, MultiheadAttention):
-            for projection in (child.q_proj, child.k_proj, child.v_proj, child.out_proj):
-                nn.init.zeros_(projection.bias)
-    for child in module.modules():
-        if isinstance(child, MultiheadAttention):
-            for projection in (child.q_proj, child.k_proj, child.v_proj):
-                nn.init.xavier_uniform_(projection.weight, gain=math.sqrt(0.5))

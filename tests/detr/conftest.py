@@ -41,7 +41,7 @@ def small_config(**changes: Any) -> DetrConfig:
 
 
 @torch.no_grad()
-def separate_the_queries(model: nn.Module, seed: int) -> None:
+def separate_the_queries(model: nn.Module, seed: int, backbone_gain: float = 1.4) -> None:
     """Draw every weight so that queries, classes and boxes differ: with fresh weights all queries are alike."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
@@ -51,12 +51,14 @@ def separate_the_queries(model: nn.Module, seed: int) -> None:
         elif name.endswith("running_mean"):
             value = 0.1 * noise
         elif "position_embedding" in name:
-            value = noise
+            value = 3 * noise
         elif tensor.ndim == 1:
             value = 0.1 * noise + (1.0 if name.endswith("weight") else 0.0)
         else:
             fan_in = tensor[0].numel()
-            gain = 2.0 if "backbone" not in name else 1.4
+            gain = (
+                backbone_gain if "backbone" in name else 3.0 if "q_proj" in name or "k_proj" in name else 2.0
+            )
             value = noise * gain / fan_in**0.5
         tensor.copy_(value)
 
@@ -91,10 +93,10 @@ def make_twins() -> Callable[..., Twins]:
     """``make_twins(seed=0, **config)``: twins in float32, in evaluation mode."""
     import transformers
 
-    def make(seed: int = 0, **changes: Any) -> Twins:
+    def make(seed: int = 0, backbone_gain: float = 1.4, **changes: Any) -> Twins:
         config = small_config(**changes)
         ours = DetrForObjectDetection(config).eval()
-        separate_the_queries(ours, seed)
+        separate_the_queries(ours, seed, backbone_gain)
         theirs = transformers.DetrForObjectDetection(transformers_config(config)).eval()
         load_into_transformers(ours, theirs)
         return Twins(ours, theirs)
@@ -116,7 +118,7 @@ def make_batch() -> Callable[..., Batch]:
     """``make_batch(sizes, objects, seed)``: images of these (height, width), padded to the largest."""
 
     def make(
-        sizes: tuple[tuple[int, int], ...] = ((64, 96), (48, 80)),
+        sizes: tuple[tuple[int, int], ...] = ((96, 128), (64, 70)),
         objects: tuple[int, ...] | None = None,
         seed: int = 0,
         num_labels: int = 5,

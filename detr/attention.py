@@ -1,0 +1,116 @@
+"""Attention, its masks, and the activations of the feed-forward layers.
+
+B batch, D ``d_model``, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda x: x,
+    "mish": F.mish,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def activation_function(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The activation of that name; a callable is returned as it is.
+
+    Raises:
+        ValueError: there is no activation of that name.
+    """
+    if not isinstance(activation, str):
+        return activation
+    if activation not in _ACTIVATIONS:
+        raise ValueError(
+            f"activation_function {activation!r} is not known; choose one of {sorted(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[activation]
+
+
+def additive_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """An attention mask for keys: 0 where kept, the least finite number elsewhere.
+
+    Finite, so that an image that is padding from edge to edge attends everywhere instead of giving NaN.
+
+    Args:
+        keep: bool [B, keys], True on the keys to attend to.
+        dtype: a float dtype.
+
+    Returns:
+        ``dtype`` [B, 1, 1, keys], to be added to the scores.
+    """
+    mask = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
+    return mask.masked_fill(~keep, torch.finfo(dtype).min)[:, None, None, :]
+
+
+class MultiheadAttention(nn.Module):
+    """Multi-head attention with position embeddings added to queries and keys, never to values.
+
+    Args:
+        dim: D.
+        num_heads: H, a divisor of D.
+        dropout: probability on the attention weights in training.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.dropout = dropout
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            query: float [B, n, D].
+            key: float [B, m, D].
+            value: float [B, m, D].
+            mask: float, broadcastable to [B, H, n, m], added to the scores; None keeps all keys.
+            output_attentions: also return the weights, which takes the slower way of computing them.
+
+        Returns:
+            float [B, n, D], and the attention weights float [B, H, n, m] or None.
+        """
+        q = self._split_heads(self.q_proj(query))
+        k = self._split_heads(self.k_proj(key))
+        v = self._split_heads(self.v_proj(value))
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if mask is not None:
+            mask = mask.to(q.dtype)
+        if output_attentions:
+            scores = (q @ k.transpose(-1, -2)) * self.head_dim**-0.5
+            if mask is not None:
+                scores = scores + mask
+            weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=self.training)
+            attended = weights.to(v.dtype) @ v
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), weights
