@@ -4,6 +4,7 @@ from detr.config import DetrConfig
 from detr.image_processing.processor import DetrImageProcessor
 from detr.model import DetrForObjectDetection, DetrModel
 from detr.outputs import DetrModelOutput, DetrObjectDetectionOutput
+from detr.pipeline import ObjectDetector
 
 __all__ = [
     "DetrConfig",
@@ -12,4 +13,5 @@ __all__ = [
     "DetrModel",
     "DetrModelOutput",
     "DetrObjectDetectionOutput",
+    "ObjectDetector",
 ]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from detr.checkpoint import model_folder
 from detr.image_processing.annotations import (
     Labels,
     check_annotations,
@@ -152,7 +153,7 @@ class DetrImageProcessor:
             for image in given
         ]
         labels = None if annotations is None else settings._labels(annotations, tensors)
-        pixels = [settings._pixels(tensor) for tensor in tensors]
+        pixels = [settings.rescale_and_normalize(settings.resize(tensor)) for tensor in tensors]
         if labels is not None:
             labels = [
                 settings._follow(label, (image.shape[-2], image.shape[-1]))
@@ -203,18 +204,30 @@ class DetrImageProcessor:
         return _as_type({"pixel_values": pixel_values, "pixel_mask": pixel_mask}, return_tensors)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **overrides: Any) -> Self:
-        """Load a processor from a model folder (or one JSON file) written by this class or by transformers.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """Load a processor that this class or transformers wrote.
 
         Args:
-            path: the folder with `preprocessor_config.json`, old layouts included.
+            source: a model folder with `preprocessor_config.json` (old layouts are read too), that file itself, or a
+                hub id: see `detr.checkpoint.model_folder`, for the next two as well.
+            revision: of a hub id.
+            local_files_only: of a hub id.
             overrides: attributes that replace those of the file.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such folder or file.
             ValueError: the file is not a JSON object, or holds a value that cannot be used.
         """
-        return cls.from_dict(read_settings(path), **overrides)
+        path = Path(source)
+        settings = read_settings(path if path.is_file() else model_folder(source, revision, local_files_only))
+        return cls.from_dict(settings, **overrides)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], **overrides: Any) -> Self:
@@ -246,22 +259,25 @@ class DetrImageProcessor:
         """The image [channels, height, width] resized as this processor does, of the same dtype."""
         return resize(image, self.output_size(image.shape[-2], image.shape[-1]), self.resample)
 
-    def normalization(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation float32 [channels, 1, 1] in units of unscaled pixels, for `pixels.normalize`."""
-        factor = self.rescale_factor if self.do_rescale else None
-        return channel_values(self.image_mean, factor), channel_values(self.image_std, factor)
+    def rescale_and_normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """What follows the resize, on any device: pixels [..., channels, height, width] times the factor, normalised.
 
-    def _pixels(self, image: torch.Tensor) -> torch.Tensor:
-        image = self.resize(image)
-        if self.do_normalize:
-            mean, std = self.normalization()
-            if not {len(mean), len(std)} <= {1, image.shape[0]}:
-                raise ValueError(
-                    f"an image has {image.shape[0]} channels, but image_mean has {len(mean)} values and image_std "
-                    f"{len(std)}: give one for each channel"
-                )
-            return normalize(image, mean.to(image.device), std.to(image.device))
-        return image * self.rescale_factor if self.do_rescale else image
+        Returns:
+            float32 of the same shape; without `do_normalize` the pixels times the factor, or as they are.
+
+        Raises:
+            ValueError: the mean or the standard deviation has values for another number of channels.
+        """
+        if not self.do_normalize:
+            return images * self.rescale_factor if self.do_rescale else images
+        factor = self.rescale_factor if self.do_rescale else None
+        mean, std = channel_values(self.image_mean, factor), channel_values(self.image_std, factor)
+        if not {len(mean), len(std)} <= {1, images.shape[-3]}:
+            raise ValueError(
+                f"an image has {images.shape[-3]} channels, but image_mean has {len(mean)} values and image_std "
+                f"{len(std)}: give one for each channel"
+            )
+        return normalize(images, mean.to(images.device), std.to(images.device))
 
     def _labels(self, annotations: Any, images: Sequence[torch.Tensor]) -> list[Labels]:
         if isinstance(annotations, Mapping):

@@ -131,8 +131,10 @@ def test_overrides_replace_what_the_file_says(tmp_path):
 
 
 def test_a_folder_without_settings_is_refused_with_its_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere is not the folder of an image processor"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
         DetrImageProcessor.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path.name} is not the folder of an image processor"):
+        DetrImageProcessor.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]"])

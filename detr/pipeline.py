@@ -1,0 +1,173 @@
+"""`ObjectDetector`: the one place where images become detections, for evaluation, serving and prediction alike.
+
+In two steps, so that they can run in different processes: `prepare` is CPU work on one image, `detect` runs the model
+on a batch. Every image is padded to a shape that is a function of its own size alone (`canonical_shape`), and only
+images of one shape share a batch: what is detected in an image does not depend on its neighbours.
+
+B batch, Q queries.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+
+from detr.image_processing.decode import decode_image
+from detr.image_processing.layouts import image_to_tensor
+from detr.image_processing.processor import DetrImageProcessor
+from detr.image_processing.size import canonical_shape
+from detr.model import DetrForObjectDetection
+from detr.postprocess import detections_of_all_queries
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image ready for the model; can be pickled.
+
+    Attributes:
+        pixels: uint8 [3, *shape], the resized image in the upper left corner, zeros elsewhere.
+        size: (height, width) of the resized image.
+        original_size: (height, width) of the image as it was given.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The canonical (height, width) that the image is padded to; images of one shape can share a batch."""
+        return self.pixels.shape[1], self.pixels.shape[2]
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """The detections in one image, the highest score first.
+
+    Attributes:
+        scores: float32 [Q] in 0..1.
+        labels: int64 [Q], class indices of the model (names: `model.config.id2label`).
+        boxes_xyxy: float32 [Q, 4], corners in pixels of the original image; not clipped to it.
+    """
+
+    scores: np.ndarray
+    labels: np.ndarray
+    boxes_xyxy: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+class ObjectDetector:
+    """A model and its image processor as one: images in, detections out.
+
+    Args:
+        model: moved to `device` and to evaluation mode.
+        image_processor: its resize, rescale and normalisation are applied; its padding is replaced by the canonical
+            one.
+        device: where the model runs.
+        dtype: what it computes in. For float16 and bfloat16 the weights stay as they are and autocast decides.
+    """
+
+    def __init__(
+        self,
+        model: DetrForObjectDetection,
+        image_processor: DetrImageProcessor,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.image_processor = image_processor
+        self.model = model.to(self.device).eval()
+        if not self._autocast:
+            self.model.to(dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Load a model folder: model.safetensors, config.json and preprocessor_config.json.
+
+        Raises:
+            FileNotFoundError: the folder or one of the files is missing.
+            ValueError: the files do not fit together.
+        """
+        model = DetrForObjectDetection.from_pretrained(folder, dtype=torch.float32)
+        return cls(model, DetrImageProcessor.from_pretrained(folder), device, dtype)
+
+    def prepare(self, image: bytes | Image.Image | torch.Tensor) -> PreparedImage:
+        """Decode, convert, resize and pad one image. Safe to call from several threads; uses the CPU only.
+
+        Args:
+            image: an encoded image, a Pillow image, or a uint8 tensor [channels, height, width] of 0..255.
+
+        Raises:
+            ImageError: the bytes cannot be decoded.
+            ValueError: a tensor of another dtype, or channels that cannot be converted.
+        """
+        if isinstance(image, bytes):
+            image = decode_image(image)
+        tensor = image_to_tensor(image, self.image_processor.do_convert_rgb, "channels_first")
+        if tensor.dtype != torch.uint8:
+            raise ValueError(f"an image tensor is {tensor.dtype}: expected torch.uint8, values 0..255")
+        resized = self.image_processor.resize(tensor)
+        height, width = resized.shape[-2:]
+        pixels = np.zeros((resized.shape[0], *canonical_shape(height, width)), np.uint8)
+        pixels[:, :height, :width] = resized.numpy()
+        return PreparedImage(pixels, (height, width), (tensor.shape[-2], tensor.shape[-1]))
+
+    @torch.inference_mode()
+    def detect(self, prepared: Sequence[PreparedImage], top_k: int | None = None) -> list[Detections]:
+        """Run the model on images of one canonical shape.
+
+        Args:
+            prepared: images from `prepare`; none gives an empty list.
+            top_k: how many detections to keep of each image, by score; None keeps all queries.
+
+        Raises:
+            ValueError: the images have different canonical shapes.
+        """
+        if not prepared:
+            return []
+        shapes = sorted({image.pixels.shape for image in prepared})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"images of shapes {shapes} cannot share a batch: group them by PreparedImage.shape"
+            )
+        pixels = torch.from_numpy(np.stack([image.pixels for image in prepared])).to(self.device)
+        mask = _pixel_mask([image.size for image in prepared], prepared[0].shape, self.device)
+        pixel_values = self.image_processor.rescale_and_normalize(pixels) * mask[:, None]
+        pixel_values = pixel_values.to(torch.float32 if self._autocast else self.dtype)
+        with torch.autocast(self.device.type, self.dtype, enabled=self._autocast):
+            outputs = self.model(pixel_values, pixel_mask=mask)
+        scores, labels, boxes = detections_of_all_queries(
+            outputs, [image.original_size for image in prepared]
+        )
+        scores, order = scores.float().sort(descending=True, stable=True)
+        return [
+            Detections(score[:top_k], label[rank][:top_k], box[rank][:top_k])
+            for score, rank, label, box in zip(*_to_numpy(scores, order, labels, boxes.float()))
+        ]
+
+    @property
+    def _autocast(self) -> bool:
+        return self.dtype in (torch.float16, torch.bfloat16)
+
+
+def _pixel_mask(
+    sizes: Sequence[tuple[int, int]], shape: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """Bool [B, *shape], true on the image of each size in the upper left corner."""
+    heights, widths = torch.tensor(sizes, device=device).unbind(1)
+    rows = torch.arange(shape[0], device=device) < heights[:, None]
+    columns = torch.arange(shape[1], device=device) < widths[:, None]
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def _to_numpy(*tensors: torch.Tensor) -> Any:
+    return [tensor.cpu().numpy() for tensor in tensors]
