@@ -1,7 +1,7 @@
 """`ObjectDetector`: the one place where images become detections, for evaluation, serving and prediction alike.
 
-In two steps, so that they can run in different processes: `prepare` is CPU work on one image, `detect` runs the model
-on a batch. Every image is padded to a shape that is a function of its own size alone (`canonical_shape`), and only
+In two steps, so that they can run in different processes: `prepare_image` is CPU work on one image and needs no model,
+`ObjectDetector.detect` runs the model on a batch. Every image is padded to a shape that is a function of its own size alone (`canonical_shape`), and only
 images of one shape share a batch: what is detected in an image does not depend on its neighbours.
 
 B batch, Q queries.
@@ -62,6 +62,31 @@ class Detections:
         return len(self.scores)
 
 
+def prepare_image(
+    image: bytes | Image.Image | torch.Tensor, image_processor: DetrImageProcessor
+) -> PreparedImage:
+    """Decode, convert, resize and pad one image. Needs no model; safe to call from several threads; CPU only.
+
+    Args:
+        image: an encoded image, a Pillow image, or a uint8 tensor [channels, height, width] of 0..255.
+        image_processor: its conversion and resize are applied.
+
+    Raises:
+        ImageError: the bytes cannot be decoded.
+        ValueError: a tensor of another dtype, or channels that cannot be converted.
+    """
+    if isinstance(image, bytes):
+        image = decode_image(image)
+    tensor = image_to_tensor(image, image_processor.do_convert_rgb, "channels_first")
+    if tensor.dtype != torch.uint8:
+        raise ValueError(f"an image tensor is {tensor.dtype}: expected torch.uint8, values 0..255")
+    resized = image_processor.resize(tensor)
+    height, width = resized.shape[-2:]
+    pixels = np.zeros((resized.shape[0], *canonical_shape(height, width)), np.uint8)
+    pixels[:, :height, :width] = resized.numpy()
+    return PreparedImage(pixels, (height, width), (tensor.shape[-2], tensor.shape[-1]))
+
+
 class ObjectDetector:
     """A model and its image processor as one: images in, detections out.
 
@@ -101,25 +126,8 @@ class ObjectDetector:
         return cls(model, DetrImageProcessor.from_pretrained(folder), device, dtype)
 
     def prepare(self, image: bytes | Image.Image | torch.Tensor) -> PreparedImage:
-        """Decode, convert, resize and pad one image. Safe to call from several threads; uses the CPU only.
-
-        Args:
-            image: an encoded image, a Pillow image, or a uint8 tensor [channels, height, width] of 0..255.
-
-        Raises:
-            ImageError: the bytes cannot be decoded.
-            ValueError: a tensor of another dtype, or channels that cannot be converted.
-        """
-        if isinstance(image, bytes):
-            image = decode_image(image)
-        tensor = image_to_tensor(image, self.image_processor.do_convert_rgb, "channels_first")
-        if tensor.dtype != torch.uint8:
-            raise ValueError(f"an image tensor is {tensor.dtype}: expected torch.uint8, values 0..255")
-        resized = self.image_processor.resize(tensor)
-        height, width = resized.shape[-2:]
-        pixels = np.zeros((resized.shape[0], *canonical_shape(height, width)), np.uint8)
-        pixels[:, :height, :width] = resized.numpy()
-        return PreparedImage(pixels, (height, width), (tensor.shape[-2], tensor.shape[-1]))
+        """`prepare_image` with this detector's image processor."""
+        return prepare_image(image, self.image_processor)
 
     @torch.inference_mode()
     def detect(self, prepared: Sequence[PreparedImage], top_k: int | None = None) -> list[Detections]:
