@@ -4,6 +4,7 @@ What is wrong with the file as a whole (not JSON, not COCO, no images) stops the
 image or one annotation is a fault of that one, see `faults`.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -49,17 +50,23 @@ class CocoIndex:
     """One for each image id, in the order of the file."""
     faults: tuple[Fault, ...]
     """Of image entries and annotations that cannot be part of any record."""
-    num_annotations: int
+    digest: str = ""
+    """SHA-256 of the file."""
 
 
 def read_coco(address: str) -> CocoIndex:
     """Read a COCO detection JSON.
 
     Raises:
-        StorageError: it does not exist or is not JSON.
-        DataError: it is not COCO detection: which key is missing or of a wrong type, and where.
+        StorageError: it cannot be read.
+        DataError: it is not JSON, or not COCO detection: which key is missing or of a wrong type, and where.
     """
-    return parse_coco(storage.read_json(address), address)
+    text = storage.read_bytes(address)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{address}: not JSON ({error}).") from error
+    return replace(parse_coco(content, address), digest=hashlib.sha256(text).hexdigest())
 
 
 def parse_coco(content: Any, source: str) -> CocoIndex:
@@ -111,7 +118,6 @@ def parse_coco(content: Any, source: str) -> CocoIndex:
             replace(entry, annotations=tuple(by_image[image_id])) for image_id, entry in entries.items()
         ),
         faults=tuple(found),
-        num_annotations=len(annotations),
     )
 
 

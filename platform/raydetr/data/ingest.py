@@ -18,18 +18,11 @@ import ray
 
 from raydetr import cluster, storage
 from raydetr.config import FaultPolicy
-from raydetr.data.coco import CocoIndex, Entry, make_record, parse_coco
+from raydetr.data.coco import CocoIndex, Entry, make_record, read_coco
 from raydetr.data.report import fault_lines
 from raydetr.data.schema import SCHEMA_VERSION, Fault
-from raydetr.data.shards import (
-    FAULTS,
-    MANIFEST,
-    ROW_GROUP_SIZE,
-    Manifest,
-    ShardSummary,
-    write_manifest,
-    write_shard,
-)
+from raydetr.data.shard_writer import ShardSummary, write_manifest, write_shard
+from raydetr.data.shards import FAULTS, MANIFEST, ROW_GROUP_SIZE, Manifest
 from raydetr.errors import ConfigError, DataError, RaydetrError
 
 _OWN_FILES = re.compile(rf"(shard-\d{{6,}}\.parquet|{re.escape(FAULTS)})(\.[0-9a-f]{{32}}\.partial)?")
@@ -87,10 +80,9 @@ def ingest(
     """
     if shard_bytes < 1:
         raise ConfigError(f"--shard-bytes is {shard_bytes}; expected a positive number of bytes.")
-    text = storage.read_bytes(annotations)
-    index = parse_coco(_loads(text, annotations), annotations)
+    index = read_coco(annotations)
     sizes = _image_sizes(index, annotations, images)
-    source = _fingerprint(text, sizes, [on_fault, seed, shard_bytes])
+    source = _fingerprint(index.digest, sizes, [on_fault, seed, shard_bytes])
     if storage.exists(storage.join(output, MANIFEST)):
         return _finished(output, source)
     _check_policy(list(index.faults), on_fault)
@@ -169,6 +161,7 @@ def _run(
     ]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
     for row in dataset.map(partial(_task, work=work)).iter_rows():
         yield row["shard"], pickle.loads(row["result"])
 
@@ -206,13 +199,6 @@ def _work(
     return _ShardResult(summary, faults, len(entries))
 
 
-def _loads(text: bytes, address: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{address}: not JSON ({error}).") from error
-
-
 def _image_sizes(index: CocoIndex, annotations: str, images: str) -> dict[str, int]:
     """File name → bytes, of those that exist."""
     names = [entry.file_name for entry in index.entries]
@@ -226,8 +212,8 @@ def _image_sizes(index: CocoIndex, annotations: str, images: str) -> dict[str, i
     return sizes
 
 
-def _fingerprint(text: bytes, sizes: Mapping[str, int], settings: Sequence[Any]) -> str:
-    content = [SCHEMA_VERSION, hashlib.sha256(text).hexdigest(), sorted(sizes.items()), list(settings)]
+def _fingerprint(digest: str, sizes: Mapping[str, int], settings: Sequence[Any]) -> str:
+    content = [SCHEMA_VERSION, digest, sorted(sizes.items()), list(settings)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -5,20 +5,17 @@ and `manifest.json`. The manifest is written last: its presence means that the d
 these files depends on the time or the place of writing.
 """
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydetr import storage
-from raydetr.data.schema import FAULT_SCHEMA, SCHEMA, SCHEMA_VERSION, Fault, is_trained
+from raydetr.data.schema import SCHEMA_VERSION, Fault, is_trained
 from raydetr.errors import DataError
 
 ROW_GROUP_SIZE = 32
@@ -127,111 +124,6 @@ class Manifest:
         return {label: names[category_id] for label, category_id in enumerate(self.category_ids)}
 
 
-@dataclass(frozen=True)
-class ShardSummary:
-    """A written shard and what the manifest adds up over all of them."""
-
-    shard: Shard
-    num_objects: int
-    num_faulty_images: int
-    num_faulty_objects: int
-    max_objects_per_image: int
-
-
-def write_shard(root: str, index: int, records: Iterable[Mapping[str, Any]]) -> ShardSummary | None:
-    """Write records as shard number `index` of the folder `root`; one row group is in memory at a time.
-
-    Args:
-        root: address of the folder.
-        index: position of the shard in the data set.
-        records: mappings with the columns of `schema.SCHEMA`; absent columns are null.
-
-    Returns:
-        The written shard; None, and no file, without any record.
-
-    Raises:
-        StorageError: the shard cannot be written.
-    """
-    file = f"shard-{index:06d}.parquet"
-    num_images = num_objects = faulty_images = faulty_objects = max_objects = 0
-    remaining = iter(records)
-    batch = list(islice(remaining, ROW_GROUP_SIZE))
-    if not batch:
-        return None
-    with storage.open_output(storage.join(root, file)) as stream:
-        sink = _HashingSink(stream)
-        # Image bytes are compressed already; dictionaries and statistics of them would only cost space.
-        with pq.ParquetWriter(
-            sink,
-            SCHEMA,
-            compression=_COMPRESSION,
-            use_dictionary=["file_name", "objects.list.element.category_id"],
-            write_statistics=["image_id"],
-        ) as writer:
-            while batch:
-                writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA), row_group_size=ROW_GROUP_SIZE)
-                num_images += len(batch)
-                for record in batch:
-                    objects = record.get("objects") or []
-                    num_objects += len(objects)
-                    faulty_images += record.get("fault") is not None
-                    faulty_objects += sum(item.get("fault") is not None for item in objects)
-                    max_objects = max(max_objects, sum(map(_is_target, objects)))
-                batch = list(islice(remaining, ROW_GROUP_SIZE))
-    return ShardSummary(
-        shard=Shard(file, num_images, sink.num_bytes, sink.hash.hexdigest()),
-        num_objects=num_objects,
-        num_faulty_images=faulty_images,
-        num_faulty_objects=faulty_objects,
-        max_objects_per_image=max_objects,
-    )
-
-
-def write_manifest(
-    root: str,
-    shards: Sequence[ShardSummary],
-    categories: Sequence[Mapping[str, Any]],
-    faults: Iterable[Fault] = (),
-    *,
-    seed: int = 0,
-    source: str = "",
-) -> Manifest:
-    """Complete a folder of shards: write faults.parquet, then manifest.json.
-
-    Args:
-        root: address of the folder.
-        shards: what `write_shard` returned, in the order of the data set.
-        categories: COCO categories.
-        faults: rows of faults.parquet.
-        seed: what ordered the records.
-        source: fingerprint of the input.
-    """
-    table = pa.Table.from_pylist([fault.row() for fault in faults], schema=FAULT_SCHEMA)
-    with storage.open_output(storage.join(root, FAULTS)) as stream:
-        pq.write_table(table, stream, compression="zstd")
-    codes = table.column("code").to_pylist()
-    files = tuple(summary.shard for summary in shards)
-    manifest = Manifest(
-        root=storage.absolute(root),
-        schema_version=SCHEMA_VERSION,
-        digest=_digest(categories, files),
-        categories=tuple(dict(category) for category in categories),
-        shards=files,
-        num_images=sum(shard.num_images for shard in files),
-        num_objects=sum(summary.num_objects for summary in shards),
-        num_faulty_images=sum(summary.num_faulty_images for summary in shards),
-        num_faulty_objects=sum(summary.num_faulty_objects for summary in shards),
-        max_objects_per_image=max((summary.max_objects_per_image for summary in shards), default=0),
-        row_group_size=ROW_GROUP_SIZE,
-        faults={code: codes.count(code) for code in sorted(set(codes))},
-        seed=seed,
-        source=source,
-    )
-    content = {name: value for name, value in asdict(manifest).items() if name != "root"}
-    storage.write_json(storage.join(root, MANIFEST), content)
-    return manifest
-
-
 def read_rows(
     root: str, shard_file: str, row_groups: Sequence[int] | None = None, columns: Sequence[str] | None = None
 ) -> pa.Table:
@@ -291,7 +183,7 @@ def training_targets(
     Returns:
         boxes_xyxy float64 [n, 4] in pixels, clipped to the image, never empty; labels int64 [n], contiguous.
     """
-    objects = [item for item in record["objects"] or () if _is_target(item)]
+    objects = [item for item in record["objects"] or () if is_target(item)]
     boxes = np.array([item["bbox"] for item in objects], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     size = np.array([record["width"], record["height"]] * 2, dtype=np.float64)
@@ -326,55 +218,6 @@ def coco_truth(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _is_target(item: Mapping[str, Any]) -> bool:
+def is_target(item: Mapping[str, Any]) -> bool:
+    """Whether training learns an object: it is no crowd and its fault, if any, does not exclude it."""
     return not item.get("iscrowd") and is_trained(item.get("fault"))
-
-
-def _digest(categories: Sequence[Mapping[str, Any]], shards: Sequence[Shard]) -> str:
-    content = [SCHEMA_VERSION, ROW_GROUP_SIZE, list(categories), [shard.sha256 for shard in shards]]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _leaf_paths(field: pa.Field, prefix: str = "") -> Iterator[str]:
-    """Parquet's paths of the leaf columns of a field."""
-    path = prefix + field.name
-    if pa.types.is_struct(field.type):
-        for child in field.type:
-            yield from _leaf_paths(child, f"{path}.")
-    elif pa.types.is_list(field.type):
-        yield from _leaf_paths(field.type.value_field.with_name("element"), f"{path}.list.")
-    else:
-        yield path
-
-
-_COMPRESSION = {
-    path: "none" if path in ("image", "panoptic_image") else "zstd"
-    for column in SCHEMA
-    for path in _leaf_paths(column)
-}
-
-
-class _HashingSink:
-    """A writable file that knows the SHA-256 and the length of what went through it."""
-
-    closed = False
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.hash = hashlib.sha256()
-        self.num_bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self._stream.write(data)
-        self.hash.update(data)
-        self.num_bytes += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.num_bytes
-
-    def flush(self) -> None:
-        """Nothing is held back here; the stream is flushed when its owner closes it."""
-
-    def close(self) -> None:
-        """The owner of the stream closes it."""
