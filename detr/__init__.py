@@ -1,10 +1,18 @@
-"""DETR: detection with a transformer, in the API of the transformers DETR page."""
+"""DETR: detection with a transformer, in the API of the transformers DETR page.
 
-from detr.config import DetrConfig
-from detr.image_processing.processor import DetrImageProcessor
-from detr.model import DetrForObjectDetection, DetrModel
-from detr.outputs import DetrModelOutput, DetrObjectDetectionOutput
-from detr.pipeline import ObjectDetector
+The names are imported when they are first used: data tasks, which only resize images, then do without timm and
+torchvision, 5 s of CPU in every new process.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from detr.config import DetrConfig
+    from detr.image_processing.processor import DetrImageProcessor
+    from detr.model import DetrForObjectDetection, DetrModel
+    from detr.outputs import DetrModelOutput, DetrObjectDetectionOutput
+    from detr.pipeline import ObjectDetector
 
 __all__ = [
     "DetrConfig",
@@ -15,3 +23,25 @@ __all__ = [
     "DetrObjectDetectionOutput",
     "ObjectDetector",
 ]
+
+_MODULES = {
+    "DetrConfig": "config",
+    "DetrForObjectDetection": "model",
+    "DetrImageProcessor": "image_processing.processor",
+    "DetrModel": "model",
+    "DetrModelOutput": "outputs",
+    "DetrObjectDetectionOutput": "outputs",
+    "ObjectDetector": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'detr' has no attribute {name!r}")
+    value = getattr(import_module(f"detr.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

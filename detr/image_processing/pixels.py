@@ -1,20 +1,14 @@
 """Operations on pixels that every way into a model shares: resize, normalise, pad."""
 
+import platform
 from collections.abc import Sequence
 
 import torch
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
 
 BILINEAR = 2
 """Pillow's number for bilinear resampling, as `preprocessor_config.json` stores it."""
 
-_INTERPOLATION = {
-    0: InterpolationMode.NEAREST_EXACT,
-    1: InterpolationMode.LANCZOS,
-    BILINEAR: InterpolationMode.BILINEAR,
-    3: InterpolationMode.BICUBIC,
-}
+_INTERPOLATION = {0: "nearest-exact", 1: "lanczos", BILINEAR: "bilinear", 3: "bicubic"}
 
 
 def resize(image: torch.Tensor, size: tuple[int, int], resample: int = BILINEAR) -> torch.Tensor:
@@ -29,7 +23,37 @@ def resize(image: torch.Tensor, size: tuple[int, int], resample: int = BILINEAR)
             f"resample is {resample!r}: expected one of Pillow's numbers, "
             "0 (nearest), 1 (Lanczos), 2 (bilinear) or 3 (bicubic)"
         )
-    return tv.resize(image, list(size), interpolation=_INTERPOLATION[resample], antialias=True)
+    # As torchvision's resize, whose import alone costs a data task several seconds of CPU.
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    mode = _INTERPOLATION[resample]
+    smooth = mode != "nearest-exact"
+    native = image.dtype in (torch.float32, torch.float64) or (
+        image.dtype == torch.uint8 and (not smooth or _resizes_uint8(image.device, mode))
+    )
+    batch = image.reshape(-1, *image.shape[-3:])
+    resized = torch.nn.functional.interpolate(
+        batch if native else batch.float(),
+        size=size,
+        mode=mode,
+        align_corners=False if smooth else None,
+        antialias=smooth,
+    )
+    if not native:
+        if mode in ("bicubic", "lanczos") and image.dtype == torch.uint8:
+            resized = resized.clamp_(0, 255)
+        if not image.is_floating_point():
+            resized = resized.round_()
+        resized = resized.to(image.dtype)
+    return resized.reshape(*image.shape[:-2], *resized.shape[-2:])
+
+
+def _resizes_uint8(device: torch.device, mode: str) -> bool:
+    """Whether torch has an integer kernel of a smooth filter for this processor."""
+    if device.type != "cpu":
+        return False
+    fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return mode != "bilinear" or fast or platform.machine() in ("aarch64", "arm64")
 
 
 def channel_values(values: float | Sequence[float], rescale_factor: float | None) -> torch.Tensor:

@@ -33,7 +33,7 @@ def connect(cpus: int = 2) -> None:
             ray.init(
                 address="local",
                 num_cpus=max(cpus, os.cpu_count() or 1),
-                include_dashboard=False,
+                include_dashboard=True,  # Ray Train asks its state API whether the controller lives
                 logging_level=logging.WARNING,
             )
     available = int(ray.cluster_resources().get("CPU", 0))

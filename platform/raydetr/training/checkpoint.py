@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from detr import DetrForObjectDetection
-from detr.image_processing import DetrImageProcessor
+from detr.image_processing.processor import DetrImageProcessor
 from raydetr import storage
 from raydetr.errors import TrainingError
 from raydetr.training.optim import MovingAverage

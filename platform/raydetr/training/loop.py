@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,12 +10,11 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint
-from ray.train.v2.api.report_config import CheckpointUploadMode
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from detr.image_processing import DetrImageProcessor
+from detr.image_processing.processor import DetrImageProcessor
+from raydetr import storage
 from raydetr.config import TrainConfig
 from raydetr.data import stream
 from raydetr.data.micro_batch import TrainingBatch
@@ -26,6 +26,8 @@ from raydetr.training.model import build_model
 from raydetr.training.optim import MovingAverage, build_optimizer, set_learning_rates
 from raydetr.training.progress import Progress
 
+FAILURE = "failure.json"
+
 
 def train_worker(config: TrainConfig, run_id: str) -> None:
     """Train from the step that the stream starts at to the last one, checkpointing on the way.
@@ -34,9 +36,17 @@ def train_worker(config: TrainConfig, run_id: str) -> None:
         config: with addresses that every worker can read.
         run_id: MLflow run to log to; empty: none.
 
-    Raises:
-        TrainingError: a non-finite loss or gradient, or too many images that cannot be decoded.
+    A `TrainingError` of the loop is the same on every worker and would come again: it is left in the run's folder
+    for the driver and the workers end, since Ray Train would try whatever is raised again and again.
     """
+    try:
+        _train(config, run_id)
+    except TrainingError as error:
+        if ray.train.get_context().get_world_rank() == 0:
+            storage.write_json(storage.join(config.output, FAILURE), {"error": str(error)})
+
+
+def _train(config: TrainConfig, run_id: str) -> None:
     device = ray.train.torch.get_device()
     state = create_state(config, Manifest.load(config.train_data), device)
     parallel = parallelise(state.model)
@@ -74,8 +84,11 @@ def parallelise(model: torch.nn.Module) -> torch.nn.Module:
     """The model whose gradients are averaged over the workers; itself where there is one."""
     if world_size() == 1:
         return model
-    # No buffers to broadcast: batch norm is frozen.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        # torch 2.15 renames the argument; 2.9 knows only this name. There are no buffers to broadcast: batch
+        # norm is frozen.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def train_step(
@@ -184,15 +197,12 @@ def seed_dropout(seed: int, batch: TrainingBatch) -> None:
 
 def commit(state: checkpoint.TrainingState, config: TrainConfig, progress: Progress) -> None:
     """Write a checkpoint on rank 0, then send the metrics of the steps it stands for."""
-    saved = None
     if progress.rank == 0:
-        address = checkpoint.save(config.output, state, progress.uncommitted(), config.keep_checkpoints)
+        checkpoint.save(config.output, state, progress.uncommitted(), config.keep_checkpoints)
         progress.send()
-        saved = Checkpoint(address)
-    # Every worker reports: Ray Train waits for all of them, so none runs ahead of a checkpoint.
-    ray.train.report(
-        {"step": state.step}, checkpoint=saved, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
-    )
+    # Every worker reports: Ray Train waits for all of them, so none runs ahead of a checkpoint. The checkpoint
+    # itself is not handed over: Train would copy it, and file by file without a marker that comes last.
+    ray.train.report({"step": state.step})
 
 
 def timed(batches: Iterator[list[TrainingBatch]], progress: Progress) -> Iterator[list[TrainingBatch]]:

@@ -23,7 +23,8 @@ from raydetr.errors import ConfigError, TrainingError
 from raydetr.registry import models, tracking
 from raydetr.training import checkpoint
 from raydetr.training.lease import lease
-from raydetr.training.loop import create_state, train_worker
+from raydetr.training.loop import FAILURE, create_state
+from raydetr.training.worker import train_loop_per_worker
 
 SUMMARY = "summary.json"
 RUN = "run.json"
@@ -156,7 +157,8 @@ def fit(config: TrainConfig, manifest: Manifest, run_id: str) -> None:
         flush=True,
     )
     trainer = TorchTrainer(
-        partial(_train_worker, config=config, run_id=run_id),
+        train_loop_per_worker,
+        train_loop_config={"config": config, "run_id": run_id},
         scaling_config=ScalingConfig(
             num_workers=config.workers,
             use_gpu=config.accelerator == "gpu",
@@ -171,14 +173,14 @@ def fit(config: TrainConfig, manifest: Manifest, run_id: str) -> None:
         datasets={"train": stream},  # type: ignore[dict-item]  # what PlanDataConfig takes
         dataset_config=PlanDataConfig(),
     )
+    failure = storage.join(config.output, FAILURE)
+    storage.delete_file(failure)
     try:
         trainer.fit()
     except TrainingFailedError as error:
         raise TrainingError(f"{config.output}: training stopped: {error}") from error
-
-
-def _train_worker(config: TrainConfig, run_id: str) -> None:
-    train_worker(config, run_id)
+    if storage.exists(failure):
+        raise TrainingError(storage.read_json(failure)["error"])
 
 
 def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float) -> dict[str, Any]:

@@ -1,0 +1,10 @@
+"""Where Ray Train enters a worker. Apart from the loop, so that Train's controller need not import torch."""
+
+from raydetr.config import TrainConfig
+
+
+def train_loop_per_worker(arguments: dict[str, TrainConfig | str]) -> None:
+    """Run `loop.train_worker` with the entries of `arguments`: config, run_id."""
+    from raydetr.training.loop import train_worker
+
+    train_worker(**arguments)  # type: ignore[arg-type]
