@@ -1,12 +1,14 @@
 """A DETR folder that is made in a second and answers differently on every query."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from detr.config import DetrConfig
-from detr.image_processing import DetrImageProcessor
+from detr.image_processing.processor import DetrImageProcessor
 from detr.model import DetrForObjectDetection
 
 
@@ -43,3 +45,13 @@ def separate_the_queries(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(noise * (1.4 if "backbone" in name else 2.0) / fan_in**0.5)
         elif "backbone" not in name:
             parameter.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))
+
+
+def png(height: int, width: int, seed: int = 0) -> bytes:
+    """An encoded image of smooth noise."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 6, 6, generator=generator)
+    pixels = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]
+    file = io.BytesIO()
+    Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(file, "PNG")
+    return file.getvalue()

@@ -66,10 +66,12 @@ def resolve_uri(flag: str) -> str:
 def client(uri: str) -> "MlflowClient":
     """MLflow's client for runs and models at an address from `resolve_uri`."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
-    # "Creating initial MLflow database tables...": no news for the user. Warnings still show.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    # "Creating initial MLflow database tables...", "Waiting up to 300 seconds ...": no news for the user.
+    for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

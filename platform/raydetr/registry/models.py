@@ -1,0 +1,269 @@
+"""Model versions in MLflow's registry, and addresses of models resolved to folders.
+
+A version is a directory: `artifacts/model/` with model.safetensors, config.json, preprocessor_config.json and
+the model card README.md (the same folder loads with `DetrForObjectDetection.from_pretrained` and in
+transformers), beside it what MLflow needs to load the version as pyfunc from code. No pickle anywhere.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import uuid
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydetr.errors import ConfigError, RegistryError
+from raydetr.registry.card import model_card
+from raydetr.registry.tracking import client, registry_errors
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MODEL_NAME = "raydetr"
+CHALLENGER = "challenger"
+DIGEST_TAG = "model.digest"
+_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
+_REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "scipy", "timm", "torch", "torchvision")
+_ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model address, pinned: what it means cannot change while a job runs."""
+
+    address: str
+    """`models:/NAME/VERSION`, also where an alias was given, or an absolute folder."""
+    uri: str
+    """MLflow address; empty for a folder."""
+    folder: str
+    """Local folder of the model files on the machine that resolved it."""
+    name: str | None
+    """Registered name; None for a folder."""
+    version: int | None
+    """Registered version; None for a folder."""
+    digest: str
+    """sha256 over the model's files."""
+
+    @property
+    def label(self) -> str:
+        """Short name that fits in a file name, e.g. `raydetr-3`, or `last-1a2b3c4d` for a folder."""
+        if self.version is not None:
+            return f"{self.name}-{self.version}"
+        return f"{os.path.basename(self.folder)}-{self.digest[:8]}"
+
+
+def register(
+    uri: str,
+    run_id: str,
+    folder: str,
+    name: str = MODEL_NAME,
+    alias: str = CHALLENGER,
+    tags: Mapping[str, str] | None = None,
+) -> int:
+    """Make a model folder the next version of a registered model and point an alias at it.
+
+    Args:
+        uri: MLflow address from `tracking.resolve_uri`.
+        run_id: the run that trained the model; it links to the version.
+        folder: model.safetensors, config.json, preprocessor_config.json; a README.md in it is kept as model
+            card, else one is written.
+        name: registered model, made where it does not exist.
+        alias: moved to the new version.
+        tags: of the version, e.g. the data digest.
+
+    Returns:
+        the version.
+
+    Raises:
+        RegistryError: a file is missing, or MLflow refuses.
+    """
+    _require_model_files(folder)
+    all_tags = {DIGEST_TAG: folder_digest(folder), **{key: str(value) for key, value in (tags or {}).items()}}
+    mlflow_client = client(uri)
+    from mlflow.exceptions import MlflowException
+
+    with registry_errors(uri), tempfile.TemporaryDirectory(prefix="raydetr-register-") as scratch:
+        run = mlflow_client.get_run(run_id)
+        model = mlflow_client.create_logged_model(
+            run.info.experiment_id, name=name, source_run_id=run_id, tags=all_tags
+        )
+        directory = _build_version(scratch, folder, model.model_id, name, run, all_tags)
+        mlflow_client.log_model_artifacts(model.model_id, directory)
+        mlflow_client.finalize_logged_model(model.model_id, "READY")
+        try:
+            mlflow_client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = mlflow_client.create_model_version(
+            name, model.artifact_location, run_id=run_id, tags=all_tags, model_id=model.model_id
+        ).version
+        mlflow_client.set_registered_model_alias(name, alias, str(version))
+    return int(version)
+
+
+def resolve(address: str, uri: str) -> ResolvedModel:
+    """Find a model and bring its files to this machine.
+
+    Args:
+        address: `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a folder.
+        uri: MLflow address from `tracking.resolve_uri`; not used for a folder.
+
+    Raises:
+        ConfigError: the address has none of these forms.
+        RegistryError: no such model, version, alias or folder; the message lists what there is.
+    """
+    if not address.startswith("models:"):
+        return _resolve_folder(address)
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise ConfigError(f"{address!r}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION.")
+    name = match["name"]
+    mlflow_client = client(uri)
+    with registry_errors(uri):
+        version = find_version(mlflow_client, uri, name, alias=match["alias"], version=match["version"])
+        directory = _version_directory(mlflow_client, uri, version)
+    folder = model_folder(directory)
+    _require_model_files(folder)
+    return ResolvedModel(
+        address=f"models:/{name}/{version.version}",
+        uri=uri,
+        folder=folder,
+        name=name,
+        version=int(version.version),
+        digest=version.tags.get(DIGEST_TAG) or folder_digest(folder),
+    )
+
+
+def local_folder(model: ResolvedModel) -> str:
+    """The model's folder on the machine of the caller, which may be another one than resolved it."""
+    return model.folder if os.path.isdir(model.folder) else resolve(model.address, model.uri).folder
+
+
+def find_version(
+    mlflow_client: "MlflowClient",
+    uri: str,
+    name: str,
+    *,
+    alias: str | None = None,
+    version: str | None = None,
+) -> Any:
+    """MLflow's entity of a model version, by alias or by number.
+
+    Raises:
+        RegistryError: listing the models, versions or aliases that exist.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        model = mlflow_client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        names = sorted(m.name for m in mlflow_client.search_registered_models())
+        there = f"it has {', '.join(names)}" if names else "it has none: pipelines/train.py registers one"
+        raise RegistryError(f"MLflow at {uri} has no registered model {name!r}; {there}.") from error
+    if alias is not None:
+        if alias not in model.aliases:
+            there = ", ".join(f"{a} → version {v}" for a, v in sorted(model.aliases.items())) or "none"
+            raise RegistryError(f"MLflow at {uri}: {name!r} has no alias {alias!r}; its aliases: {there}.")
+        version = str(model.aliases[alias])
+    versions = {v.version: v for v in mlflow_client.search_model_versions(f"name='{name}'")}
+    by_number = {int(number): entity for number, entity in versions.items()}
+    if int(version or 0) not in by_number:
+        there = ", ".join(map(str, sorted(by_number))) or "none"
+        raise RegistryError(f"MLflow at {uri}: {name!r} has no version {version}; its versions: {there}.")
+    return by_number[int(version or 0)]
+
+
+def folder_digest(folder: str) -> str:
+    """sha256 (hex) over the names and contents of the files that make a model."""
+    digest = hashlib.sha256()
+    for name in _FILES:
+        with open(os.path.join(folder, name), "rb") as stream:
+            digest.update(f"{name}\n".encode() + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def model_folder(directory: str) -> str:
+    """The folder of the model files: the directory itself, or the one inside an MLflow model directory."""
+    inside = os.path.join(directory, "artifacts", "model")
+    return inside if os.path.isfile(os.path.join(directory, "MLmodel")) else directory
+
+
+def _resolve_folder(address: str) -> ResolvedModel:
+    if not address or re.match(r"[a-z][a-z0-9]+:", address):
+        raise ConfigError(
+            f"{address!r} is not a model address: give models:/NAME@ALIAS, models:/NAME/VERSION or a folder."
+        )
+    folder = model_folder(os.path.abspath(address))
+    _require_model_files(folder)
+    return ResolvedModel(folder, "", folder, None, None, folder_digest(folder))
+
+
+def _require_model_files(folder: str) -> None:
+    if not os.path.isdir(folder):
+        raise RegistryError(f"{folder}: no such folder. A model is a folder with {', '.join(_FILES)}.")
+    missing = [name for name in _FILES if not os.path.isfile(os.path.join(folder, name))]
+    if missing:
+        found = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
+        raise RegistryError(f"{folder}: not a model, {', '.join(missing)} missing; it holds {found}.")
+
+
+def _build_version(
+    scratch: str, folder: str, model_id: str, name: str, run: Any, tags: Mapping[str, str]
+) -> str:
+    """Write the directory of a version; MLflow's own writer, told everything, so that it infers nothing."""
+    staged = os.path.join(scratch, "model")
+    shutil.copytree(folder, staged)
+    card = Path(staged, "README.md")
+    if not card.exists():
+        card.write_text(model_card(folder, name, run, tags), encoding="utf-8")
+    directory = os.path.join(scratch, "version")
+    with warnings.catch_warnings():
+        # MLflow at its first import, about its own types.
+        warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType")
+        import mlflow.pyfunc
+        from mlflow.models import Model
+
+        mlflow.pyfunc.save_model(
+            directory,
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            artifacts={"model": staged},
+            pip_requirements=[f"{p}=={metadata.version(p).split('+')[0]}" for p in _REQUIREMENTS],
+            mlflow_model=Model(run_id=run.info.run_id, model_id=model_id),
+        )
+    return directory
+
+
+def _version_directory(mlflow_client: "MlflowClient", uri: str, version: Any) -> str:
+    """Local directory of a version: in place where the artifacts are local, else downloaded once a machine."""
+    import mlflow.artifacts
+
+    location = mlflow_client.get_model_version_download_uri(version.name, version.version)
+    if location.startswith("models:/"):
+        location = mlflow_client.get_logged_model(location.removeprefix("models:/")).artifact_location
+    if location.startswith("file:"):
+        return str(mlflow.artifacts.download_artifacts(artifact_uri=location))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raydetr" / "models"
+    identity = f"{uri} {location} {version.name} {version.version} {version.creation_timestamp}"
+    target = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    if not target.exists():
+        partial = cache / f"{target.name}.{uuid.uuid4().hex}.partial"
+        try:
+            downloaded = mlflow.artifacts.download_artifacts(
+                artifact_uri=location, dst_path=str(partial), tracking_uri=uri
+            )
+            os.rename(downloaded, target)
+        except OSError:
+            if not target.exists():  # else another process was first
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return str(target)

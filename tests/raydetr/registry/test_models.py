@@ -1,0 +1,145 @@
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from detr.model import DetrForObjectDetection
+from detr.pipeline import ObjectDetector
+from raydetr.errors import ConfigError, RegistryError
+from raydetr.registry.models import folder_digest, local_folder, register, resolve
+from raydetr.registry.tracking import client, start_run
+from tests.tiny_detr import png, save_tiny_detr
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+NAMES = ["disc", "square", "triangle"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_tiny_detr(tmp_path_factory.mktemp("model") / "tiny", NAMES)
+
+
+@pytest.fixture
+def run_id(tracking_uri) -> str:
+    return start_run(tracking_uri, "training", "run of a test", {}, {})
+
+
+def test_a_registered_version_is_the_folder_with_a_card_without_pickle(tracking_uri, run_id, folder):
+    version = register(tracking_uri, run_id, str(folder), tags={"data.digest": "abc"})
+    assert version == 1
+
+    model = resolve("models:/raydetr@challenger", tracking_uri)
+    assert (model.name, model.version, model.address) == ("raydetr", 1, "models:/raydetr/1")
+    assert model.label == "raydetr-1"
+    assert model.digest == folder_digest(str(folder))
+    for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
+        assert Path(model.folder, name).read_bytes() == (folder / name).read_bytes()
+    card = Path(model.folder, "README.md").read_text()
+    assert "run of a test" in card
+    assert "disc, square, triangle" in card
+    assert "data.digest: abc" in card
+    root = Path(model.folder).parents[1]
+    assert (root / "MLmodel").is_file()
+    assert not [p for p in root.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth", ".bin")]
+    assert "pickle" not in (root / "MLmodel").read_text().replace("cloudpickle_version", "")
+
+    entity = client(tracking_uri).get_model_version("raydetr", "1")
+    assert entity.run_id == run_id
+    assert entity.tags["data.digest"] == "abc"
+
+
+def test_a_second_version_moves_the_alias_and_leaves_the_first(tracking_uri, run_id, folder, tmp_path):
+    register(tracking_uri, run_id, str(folder))
+    other = save_tiny_detr(tmp_path / "other", NAMES, seed=1)
+    (other / "README.md").write_text("my own card")
+    assert register(tracking_uri, run_id, str(other)) == 2
+    challenger = resolve("models:/raydetr@challenger", tracking_uri)
+    assert challenger.version == 2
+    assert Path(challenger.folder, "README.md").read_text() == "my own card"
+    first = resolve("models:/raydetr/1", tracking_uri)
+    assert first.digest == folder_digest(str(folder)) != challenger.digest
+
+
+def test_a_version_loads_as_pyfunc_and_answers_as_the_detector(
+    tracking_uri, run_id, folder, tmp_path, monkeypatch
+):
+    register(tracking_uri, run_id, str(folder))
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    loaded = mlflow.pyfunc.load_model("models:/raydetr/1")
+    images = [png(64, 96, seed=0), png(80, 50, seed=1)]
+    answers = loaded.predict(images)
+
+    detector = ObjectDetector.from_pretrained(folder)
+    for data, answer in zip(images, answers, strict=True):
+        expected = detector.detect([detector.prepare(data)])[0]
+        assert [d["score"] for d in answer] == expected.scores.tolist()
+        assert [d["label"] for d in answer] == [NAMES[i] for i in expected.labels]
+        assert [list(d["box"].values()) for d in answer] == expected.boxes_xyxy.tolist()
+    assert len({round(d["score"], 6) for d in answers[0]}) > 6
+    assert loaded.predict(pd.DataFrame({"image": images})) == answers
+
+
+def test_a_version_loads_in_detr_and_in_transformers(tracking_uri, run_id, folder):
+    transformers = pytest.importorskip("transformers")
+    register(tracking_uri, run_id, str(folder))
+    version = resolve("models:/raydetr/1", tracking_uri).folder
+    ours = DetrForObjectDetection.from_pretrained(version).eval()
+    theirs = transformers.DetrForObjectDetection.from_pretrained(version).eval()
+    pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pixels).logits, theirs(pixels).logits, atol=1e-4, rtol=1e-4)
+    assert transformers.DetrImageProcessor.from_pretrained(version).size["shortest_edge"] == 96
+
+
+def test_what_is_not_there_is_answered_with_what_is(tracking_uri, run_id, folder):
+    with pytest.raises(
+        RegistryError, match=r"no registered model 'raydetr'; it has none: pipelines/train.py"
+    ):
+        resolve("models:/raydetr@champion", tracking_uri)
+    register(tracking_uri, run_id, str(folder))
+    with pytest.raises(RegistryError, match=r"no registered model 'other'; it has raydetr"):
+        resolve("models:/other/1", tracking_uri)
+    with pytest.raises(RegistryError, match=r"no alias 'champion'; its aliases: challenger → version 1"):
+        resolve("models:/raydetr@champion", tracking_uri)
+    with pytest.raises(RegistryError, match=r"no version 7; its versions: 1"):
+        resolve("models:/raydetr/7", tracking_uri)
+
+
+@pytest.mark.parametrize("address", ["models:/raydetr", "models:/raydetr/latest", "hub:a/b", ""])
+def test_other_addresses_are_refused(tracking_uri, address):
+    with pytest.raises(ConfigError, match="models:/NAME@ALIAS"):
+        resolve(address, tracking_uri)
+
+
+def test_a_folder_is_an_address_and_a_folder_without_a_model_is_not(tmp_path, folder):
+    model = resolve(str(folder), "")
+    assert (model.folder, model.version) == (str(folder), None)
+    assert model.label == f"tiny-{model.digest[:8]}"
+    assert local_folder(model) == str(folder)
+    with pytest.raises(RegistryError, match="no such folder"):
+        resolve(str(tmp_path / "nowhere"), "")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(RegistryError, match=r"config.json.*missing; it holds notes.txt"):
+        resolve(str(tmp_path), "")
+
+
+def test_a_folder_without_a_model_is_not_registered(tracking_uri, run_id, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").unlink()
+    with pytest.raises(RegistryError, match=r"model.safetensors missing"):
+        register(tracking_uri, run_id, str(tmp_path / "broken"))
+    assert client(tracking_uri).search_registered_models() == []
+
+
+def test_the_digest_changes_with_each_file(folder, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    assert folder_digest(str(copy)) == folder_digest(str(folder))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "eos_coefficient": 0.2}))
+    assert folder_digest(str(copy)) != folder_digest(str(folder))
