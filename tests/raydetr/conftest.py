@@ -1,0 +1,34 @@
+"""What the tests of the platform share: one local Ray for all of them, and the real data where it is there."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A Ray of this test session with two logical CPUs; tests leave it running."""
+    if ray.is_initialized():
+        ray.shutdown()
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real COCO data sets that lies beside the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no real data: there is no folder ../shared/data beside the repository")
+    return SHARED_DATA

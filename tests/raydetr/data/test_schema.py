@@ -1,0 +1,62 @@
+import pyarrow as pa
+import pytest
+
+from raydetr.data.schema import FAULT_SCHEMA, FAULTS, SCHEMA, Fault, is_trained, worst
+
+
+def test_the_record_has_the_columns_that_shards_promise() -> None:
+    assert SCHEMA.names == [
+        "image_id",
+        "file_name",
+        "height",
+        "width",
+        "image",
+        "objects",
+        "panoptic_image",
+        "segments",
+        "fault",
+        "extra",
+    ]
+    assert [field.name for field in SCHEMA.field("objects").type.value_type] == [
+        "id",
+        "category_id",
+        "bbox",
+        "area",
+        "iscrowd",
+        "segmentation",
+        "keypoints",
+        "fault",
+        "extra",
+    ]
+
+
+def test_an_object_without_fault_is_trained_on_and_a_box_without_area_is_not() -> None:
+    assert is_trained(None)
+    assert is_trained("bad-segmentation")
+    assert is_trained("box-over-edge")
+    assert not is_trained("empty-box")
+    assert not is_trained("missing-file")
+
+
+@pytest.mark.parametrize("code", sorted(FAULTS))
+def test_every_code_says_what_it_means_and_does(code: str) -> None:
+    kind = FAULTS[code]
+    assert kind.code == code
+    assert kind.text
+    assert is_trained(code) == (kind.effect in ("used", "box-only"))
+
+
+def test_of_several_faults_one_that_excludes_outweighs_one_that_does_not() -> None:
+    for level in ("image", "object"):
+        codes = [code for code, kind in FAULTS.items() if kind.level == level and kind.effect != "left-out"]
+        for code in codes:
+            for other in codes:
+                assert is_trained(worst([code, other])) == (is_trained(code) and is_trained(other))
+    assert worst([]) is None
+
+
+def test_a_fault_is_a_row_of_the_fault_table() -> None:
+    row = Fault("empty-box", "a.jpg", 7, None, "bbox [1, 2, 0, 0]").row()
+    table = pa.Table.from_pylist([row], schema=FAULT_SCHEMA)
+    assert table.to_pylist() == [row]
+    assert row["level"] == "object"

@@ -1,0 +1,160 @@
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from raydetr import storage
+from raydetr.errors import StorageError
+
+
+def test_a_written_file_reads_back_and_its_folders_are_made(tmp_path: Path) -> None:
+    address = storage.join(str(tmp_path), "a", "b", "c.bin")
+    storage.write_bytes(address, b"\x00\x01")
+    assert storage.read_bytes(address) == b"\x00\x01"
+    assert storage.size(address) == 2
+    assert storage.exists(address)
+    assert storage.exists(storage.join(str(tmp_path), "a"))
+    assert storage.list_names(storage.join(str(tmp_path), "a", "b")) == ["c.bin"]
+
+
+def test_a_uri_and_a_path_name_the_same_file(tmp_path: Path) -> None:
+    storage.write_bytes(f"file://{tmp_path}/x", b"1")
+    assert storage.read_bytes(str(tmp_path / "x")) == b"1"
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    address = str(tmp_path / "x")
+    storage.write_bytes(address, b"old")
+
+    def write_half() -> None:
+        with storage.open_output(address) as stream:
+            stream.write(b"ne")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert storage.read_bytes(address) == b"old"
+    assert storage.list_names(str(tmp_path)) == ["x"]
+
+
+def test_a_file_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
+    address = str(tmp_path / "x")
+    with storage.open_output(address) as stream:
+        stream.write(b"part")
+        assert not storage.exists(address)
+    assert storage.read_bytes(address) == b"part"
+
+
+def test_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+    address = str(tmp_path / "x")
+    contents = [bytes([n]) * 100_000 for n in range(8)]
+    threads = [threading.Thread(target=storage.write_bytes, args=(address, content)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert storage.read_bytes(address) in contents
+    assert storage.list_names(str(tmp_path)) == ["x"]
+
+
+def test_an_error_of_the_data_inside_a_write_keeps_its_own_message(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="source: gone"), storage.open_output(str(tmp_path / "x")):
+        raise StorageError("source: gone")
+
+
+@pytest.mark.parametrize("read", [storage.read_bytes, storage.read_json, storage.size])
+def test_reading_what_is_not_there_names_the_address(tmp_path: Path, read: object) -> None:
+    assert callable(read)
+    with pytest.raises(StorageError, match="nowhere"):
+        read(str(tmp_path / "nowhere"))
+    with pytest.raises(StorageError, match="nowhere"), storage.open_input(str(tmp_path / "nowhere")):
+        pass
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/x: cannot be written"):
+        storage.write_bytes(str(tmp_path / "file" / "x"), b"")
+
+
+def test_text_that_is_not_json_is_reported_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"a": 1,\n oops}')
+    with pytest.raises(StorageError, match=r"x\.json: not JSON .*line 2"):
+        storage.read_json(str(tmp_path / "x.json"))
+
+
+def test_json_is_written_in_one_form_only(tmp_path: Path) -> None:
+    storage.write_json(str(tmp_path / "a"), {"b": 1, "a": [1.5]})
+    storage.write_json(str(tmp_path / "b"), {"a": [1.5], "b": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert storage.read_json(str(tmp_path / "a")) == {"a": [1.5], "b": 1}
+
+
+@pytest.mark.parametrize("address", ["", "nosuch://x/y"])
+def test_an_address_that_cannot_be_opened_is_refused(address: str) -> None:
+    with pytest.raises(StorageError):
+        storage.resolve(address)
+
+
+def test_sizes_are_those_of_the_files_that_exist(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(b"12")
+    (folder / "sub" / "b.jpg").write_bytes(b"123")
+    (folder / "unnamed.jpg").write_bytes(b"1")
+    (tmp_path / "c.jpg").write_bytes(b"1234")
+    names = ["a.jpg", "sub/b.jpg", "../c.jpg", "missing.jpg", "sub"]
+    for address in (str(folder), f"{folder}/", f"file://{folder}"):
+        assert storage.file_sizes(address, names) == {"a.jpg": 2, "sub/b.jpg": 3, "../c.jpg": 4}
+
+
+def test_sizes_follow_links(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a").write_bytes(b"1")
+    (tmp_path / "images").mkdir()
+    os.symlink(tmp_path / "real", tmp_path / "images" / "linked")
+    os.symlink(tmp_path / "nowhere", tmp_path / "images" / "broken")
+    assert storage.file_sizes(str(tmp_path / "images"), ["linked/a", "broken"]) == {"linked/a": 1}
+
+
+def test_sizes_of_a_folder_that_does_not_exist_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="nowhere"):
+        storage.file_sizes(str(tmp_path / "nowhere"), ["a"])
+
+
+def test_a_folder_copies_there_and_back(tmp_path: Path) -> None:
+    source, back = tmp_path / "source", tmp_path / "back"
+    (source / "sub").mkdir(parents=True)
+    (source / "a").write_bytes(b"1")
+    (source / "sub" / "b").write_bytes(b"2")
+    storage.upload_folder(str(source), str(tmp_path / "there"))
+    storage.download_folder(str(tmp_path / "there"), str(back))
+    assert (back / "a").read_bytes() + (back / "sub" / "b").read_bytes() == b"12"
+    with pytest.raises(StorageError, match="nowhere"):
+        storage.download_folder(str(tmp_path / "nowhere"), str(back))
+
+
+def test_deleting_takes_what_is_there_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a").write_bytes(b"")
+    (tmp_path / "b").write_bytes(b"")
+    storage.delete_folder(str(tmp_path / "b"))
+    storage.delete_file(str(tmp_path / "folder"))
+    assert storage.list_names(str(tmp_path)) == ["b", "folder"]
+    storage.delete_folder(str(tmp_path / "folder"))
+    storage.delete_file(str(tmp_path / "b"))
+    storage.delete_file(str(tmp_path / "b"))
+    assert storage.list_names(str(tmp_path)) == []
+
+
+def test_relative_addresses_become_absolute_and_uris_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("x/y") == str(tmp_path / "x" / "y")
+    assert storage.absolute("s3://bucket/x") == "s3://bucket/x"
+    assert storage.join("s3://bucket/", "x", "y") == "s3://bucket/x/y"
+    assert storage.join("/", "x") == "/x"
+    assert isinstance(storage.resolve("x")[0], fs.LocalFileSystem)
