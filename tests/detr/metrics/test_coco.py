@@ -1,0 +1,324 @@
+"""COCO's figures equal pycocotools'."""
+
+import contextlib
+import copy
+import io
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detr.metrics.coco import METRIC_NAMES, CocoEvaluator, coco_detection_metrics
+
+
+def random_objects(rng, image_id, categories, scale, ids):
+    """Truth of an image: crowds, boxes without area, areas on and beside the borders of the size classes."""
+    objects = []
+    for _ in range(130 if rng.random() < 0.05 else int(rng.integers(0, 8))):
+        xy, wh = rng.uniform(0, 300, 2), rng.uniform(0, scale, 2) * (rng.random() > 0.05)
+        if rng.random() < 0.3:
+            xy, wh = np.round(xy), np.round(wh)
+        area = (
+            wh.prod() * rng.uniform(0.3, 1) if rng.random() < 0.8 else rng.choice([0, 1024, 9216, 1024.001])
+        )
+        objects.append(
+            {
+                "id": next(ids),
+                "image_id": image_id,
+                "category_id": int(rng.choice(categories)),
+                "bbox": [*map(float, xy), *map(float, wh)],
+                "area": float(area),
+                "iscrowd": int(rng.random() < 0.15),
+            }
+        )
+    return objects
+
+
+def random_detections(rng, image_id, categories, scale, objects):
+    """Exact, near and unrelated boxes, equal scores, a category that the truth does not have, over 100 an image."""
+    detections = []
+    for _ in range(150 if rng.random() < 0.08 else int(rng.integers(0, 15))):
+        category = int(rng.choice(categories))
+        if objects and rng.random() < 0.7:
+            near = objects[int(rng.integers(len(objects)))]
+            box = np.array(near["bbox"]) + rng.normal(0, rng.choice([0, 1, 5]), 4)
+            category = near["category_id"] if rng.random() < 0.9 else category
+        else:
+            box = np.concatenate([rng.uniform(-20, 300, 2), rng.uniform(0, scale, 2) * (rng.random() > 0.05)])
+        box[2:] = box[2:].clip(0)
+        detections.append(
+            {
+                "image_id": image_id,
+                "category_id": 777 if rng.random() < 0.03 else category,
+                "bbox": box.tolist(),
+                "score": float(rng.random() if rng.random() < 0.6 else rng.choice([0.0, 0.5, 0.9, 1.0])),
+            }
+        )
+    return detections
+
+
+def random_data(seed):
+    """A COCO truth and results: category and image ids with holes and in any order, images without either."""
+    rng = np.random.default_rng(seed)
+    categories = rng.choice(100, int(rng.integers(1, 6)), replace=False).tolist()
+    image_ids = rng.choice(1000, int(rng.integers(1, 10)), replace=False).tolist()
+    ids = iter(range(int(rng.integers(1, 50)), 10**9, int(rng.integers(1, 4))))
+    truth, detections = [], []
+    for image_id in image_ids:
+        scale = rng.choice([20, 60, 200, 400])
+        objects = [] if rng.random() < 0.2 else random_objects(rng, image_id, categories, scale, ids)
+        truth += objects
+        if rng.random() > 0.2:
+            detections += random_detections(rng, image_id, categories, scale, objects)
+    truth = [] if rng.random() < 0.08 else truth
+    detections = [] if rng.random() < 0.08 else detections
+    rng.shuffle(truth)
+    rng.shuffle(detections)
+    coco = {
+        "images": [{"id": image_id, "height": 400, "width": 400} for image_id in image_ids],
+        "categories": [{"id": category, "name": str(category)} for category in categories],
+        "annotations": truth,
+    }
+    return coco, detections
+
+
+def pycocotools_evaluation(truth, detections, image_ids=None) -> COCOeval:
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco_truth, coco_found = COCO(), COCO()
+        coco_truth.dataset = copy.deepcopy(truth)
+        coco_truth.createIndex()
+        coco_found.dataset = {**truth, "annotations": []}
+        coco_found.createIndex()
+        if detections:
+            coco_found = coco_truth.loadRes(copy.deepcopy(detections))
+        evaluation = COCOeval(coco_truth, coco_found, "bbox")
+        if image_ids is not None:
+            evaluation.params.imgIds = sorted(image_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def as_predictions(truth, detections):
+    """Detections as CocoEvaluator takes them, an entry for every image of the truth."""
+    predictions = {}
+    for image in truth["images"]:
+        rows = [found for found in detections if found["image_id"] == image["id"]]
+        xywh = torch.tensor([found["bbox"] for found in rows], dtype=torch.float64).reshape(-1, 4)
+        predictions[image["id"]] = {
+            "boxes": torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1),
+            "scores": torch.tensor([found["score"] for found in rows], dtype=torch.float64),
+            "labels": torch.tensor([found["category_id"] for found in rows], dtype=torch.int64),
+        }
+    return predictions
+
+
+def as_results(predictions):
+    """The COCO results that `predictions` stand for, rounding of corners to sizes included."""
+    return [
+        {
+            "image_id": image_id,
+            "category_id": int(label),
+            "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
+            "score": float(score),
+        }
+        for image_id, found in predictions.items()
+        for box, score, label in zip(found["boxes"], found["scores"], found["labels"])
+    ]
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_the_12_figures_equal_pycocotools(part):
+    different = set()
+    for seed in range(25 * part, 25 * part + 25):
+        truth, detections = random_data(seed)
+        expected = pycocotools_evaluation(truth, detections).stats
+        got = coco_detection_metrics(truth, detections)
+        assert tuple(got) == METRIC_NAMES
+        assert np.abs(np.array(list(got.values())) - expected).max() <= 1e-12, f"seed {seed}"
+        different.add(round(expected[0], 6))
+    assert len(different) > 10
+
+
+def test_every_precision_and_recall_equals_pycocotools():
+    for seed in range(500, 530):
+        truth, detections = random_data(seed)
+        predictions = as_predictions(truth, detections)
+        evaluator = CocoEvaluator(truth)
+        evaluator.update(predictions)
+        evaluator.accumulate()
+        expected = pycocotools_evaluation(truth, as_results(predictions))
+        for name in ("precision", "recall"):
+            got = np.asarray(evaluator.coco_eval["bbox"].eval[name])
+            assert got.shape == expected.eval[name].shape
+            assert np.abs(got - expected.eval[name]).max() <= 1e-12, f"seed {seed}"
+
+
+@pytest.mark.parametrize("source", ["dict", "path", "COCO"])
+def test_the_evaluator_equals_pycocotools_over_the_images_it_was_given(source, tmp_path):
+    for seed in range(600, 620):
+        truth, detections = random_data(seed)
+        predictions = as_predictions(truth, detections)
+        seen = dict(list(predictions.items())[: max(1, len(predictions) // 2)])
+        coco_gt = truth
+        if source == "path":
+            coco_gt = tmp_path / f"{seed}.json"
+            coco_gt.write_text(json.dumps(truth))
+        elif source == "COCO":
+            with contextlib.redirect_stdout(io.StringIO()):
+                coco_gt = COCO()
+                coco_gt.dataset = truth
+                coco_gt.createIndex()
+        evaluator = CocoEvaluator(coco_gt, ["bbox"])
+        for image_id, found in seen.items():
+            evaluator.update({image_id: found})
+        evaluator.synchronize_between_processes()
+        evaluator.accumulate()
+        figures = evaluator.summarize()
+        expected = pycocotools_evaluation(truth, as_results(seen), image_ids=list(seen)).stats
+        assert np.abs(evaluator.coco_eval["bbox"].stats - expected).max() <= 1e-12, f"seed {seed}"
+        assert list(figures["bbox"].values()) == evaluator.coco_eval["bbox"].stats.tolist()
+
+
+SQUARE = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 50, 50], "area": 2500, "id": 1, "iscrowd": 0}
+TRUTH = {"images": [{"id": 1}, {"id": 2}], "categories": [{"id": 1}, {"id": 5}], "annotations": [SQUARE]}
+FOUND = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 50, 50], "score": 0.9}
+
+
+def test_no_detections_at_all_give_zeros():
+    figures = coco_detection_metrics(TRUTH, [])
+    assert figures["AP"] == figures["AR_100"] == figures["AP_medium"] == 0
+    assert figures["AP_small"] == figures["AR_large"] == -1
+
+
+def test_no_truth_gives_minus_one():
+    for truth in (
+        {**TRUTH, "annotations": []},
+        {"images": TRUTH["images"], "categories": TRUTH["categories"]},
+    ):
+        assert set(coco_detection_metrics(truth, [FOUND]).values()) == {-1}
+
+
+def test_a_perfect_detection_scores_one():
+    figures = coco_detection_metrics(TRUTH, [FOUND])
+    for name in ("AP", "AP50", "AP75", "AP_medium", "AR_1", "AR_100"):
+        assert figures[name] == pytest.approx(1)
+
+
+def test_annotation_ids_do_not_matter():
+    objects = [{**SQUARE, "id": 0}, {**SQUARE, "bbox": [100, 100, 50, 50], "id": 0}]
+    found = [FOUND, {**FOUND, "bbox": [100, 100, 50, 50]}]
+    assert coco_detection_metrics({**TRUTH, "annotations": objects}, found)["AP"] == pytest.approx(1)
+    without = [
+        {key: value for key, value in entry.items() if key not in ("id", "iscrowd")} for entry in objects
+    ]
+    assert coco_detection_metrics({**TRUTH, "annotations": without}, found)["AP"] == pytest.approx(1)
+
+
+def test_image_ids_beyond_float64_stay_distinct():
+    big = 2**60
+    truth = {
+        **TRUTH,
+        "images": [{"id": big}, {"id": big + 1}],
+        "annotations": [{**SQUARE, "image_id": big + 1}],
+    }
+    assert coco_detection_metrics(truth, [{**FOUND, "image_id": big + 1}])["AP"] == pytest.approx(1)
+    assert coco_detection_metrics(truth, [{**FOUND, "image_id": big}])["AP"] == 0
+
+
+def test_annotations_of_images_and_categories_that_are_not_listed_do_not_count():
+    objects = [SQUARE, {**SQUARE, "image_id": 99}, {**SQUARE, "category_id": 99}]
+    assert coco_detection_metrics({**TRUTH, "annotations": objects}, [FOUND])["AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("objects", "found", "message"),
+    [
+        ([SQUARE], [FOUND, {**FOUND, "image_id": 3}], "1 images that the truth does not have.*image_id 3"),
+        ([SQUARE], [FOUND, {**FOUND, "score": float("nan")}], "detection 1 is not finite"),
+        ([SQUARE], [{**FOUND, "bbox": [0, 0, float("inf"), 1]}], "detection 0 is not finite"),
+        ([SQUARE], [FOUND, {"image_id": 1}], "detection 1 needs image_id, bbox.*category_id, score"),
+        ([SQUARE], [{**FOUND, "bbox": [1, 2, 3]}], "detection needs"),
+        ([SQUARE, {**SQUARE, "area": float("nan")}], [FOUND], "annotation 1 is not finite"),
+        ([SQUARE, {"image_id": 1, "bbox": [0, 0, 1, 1]}], [], "annotation 1 needs.*area, iscrowd"),
+    ],
+)
+def test_records_that_cannot_be_read_are_refused(objects, found, message):
+    with pytest.raises(ValueError, match=message):
+        coco_detection_metrics({**TRUTH, "annotations": objects}, found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": [0.5, 0.6]}, "image 7: 1 boxes, 2 scores and 1 labels"),
+        ({"boxes": torch.tensor([[0.0, 0.0, float("nan"), 1.0]])}, "image 7: boxes or scores are not finite"),
+    ],
+)
+def test_predictions_that_cannot_be_read_are_refused(changes, message):
+    found = {"boxes": torch.zeros(1, 4), "scores": torch.zeros(1), "labels": torch.zeros(1).long()}
+    with pytest.raises(ValueError, match=message):
+        CocoEvaluator(TRUTH).update({7: {**found, **changes}})
+
+
+def test_only_boxes_can_be_evaluated():
+    with pytest.raises(ValueError, match="iou_types is 'segm'"):
+        CocoEvaluator(TRUTH, "segm")
+
+
+def test_summarize_needs_accumulate():
+    with pytest.raises(RuntimeError, match=r"call accumulate\(\) first"):
+        CocoEvaluator(TRUTH).summarize()
+
+
+def test_nothing_is_printed_or_left_behind(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for seed in range(5):
+        truth, detections = random_data(seed)
+        coco_detection_metrics(truth, detections)
+        evaluator = CocoEvaluator(truth)
+        evaluator.update(as_predictions(truth, detections))
+        evaluator.accumulate()
+        evaluator.summarize()
+    assert capfd.readouterr() == ("", "")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_inputs_are_left_alone():
+    truth, detections = random_data(1)
+    before = pickle.dumps((truth, detections))
+    coco_detection_metrics(truth, detections)
+    assert pickle.dumps((truth, detections)) == before
+
+
+def _evaluate_a_share(rank, world_size, folder, seed):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
+    truth, detections = random_data(seed)
+    predictions = list(as_predictions(truth, detections).items())
+    evaluator = CocoEvaluator(truth)
+    for image_id, found in predictions[rank::world_size] + predictions[:1]:  # the first image on both
+        evaluator.update({image_id: found})
+    evaluator.synchronize_between_processes()
+    evaluator.accumulate()
+    evaluator.summarize()
+    np.save(f"{folder}/{rank}.npy", evaluator.coco_eval["bbox"].stats)
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_share_what_they_found(tmp_path):
+    seed = 6
+    torch.multiprocessing.spawn(_evaluate_a_share, (2, str(tmp_path), seed), nprocs=2)
+    truth, detections = random_data(seed)
+    expected = pycocotools_evaluation(truth, as_results(as_predictions(truth, detections))).stats
+    assert expected[0] > 0
+    for rank in range(2):
+        assert np.abs(np.load(tmp_path / f"{rank}.npy") - expected).max() <= 1e-12
