@@ -1,5 +1,6 @@
 """What a run tells: a line on the console now and then, and metrics to MLflow when their checkpoint is committed."""
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +36,7 @@ class Progress:
         step = batches[0].step
         self.rows.append((step, metrics))
         for reason in [reason for batch in batches for reason in batch.skipped]:
-            print(f"step {step}: image {reason}; it has no weight in this step", flush=True)
+            _say(f"step {step}: image {reason}; it has no weight in this step")
         self._line_images += metrics["images"]
         if self._line_step < 0:  # the first step pays for starting up
             self._restart_line(step)
@@ -65,13 +66,18 @@ class Progress:
         left = (self.config.steps - step - 1) * elapsed / max(step - self._line_step, 1)
         metrics["images_per_second"] = self._line_images / elapsed
         metrics["data_wait_share"] = self.waited / elapsed
-        print(
+        _say(
             f"step {step + 1}/{self.config.steps}  loss {metrics['loss']:.3f}  "
             f"{metrics['images_per_second']:.1f} images/s  data wait {metrics['data_wait_share']:.0%}  "
-            f"{int(left) // 60}:{int(left) % 60:02d} left",
-            flush=True,
+            f"{int(left) // 60}:{int(left) % 60:02d} left"
         )
         self._restart_line(step)
 
     def _restart_line(self, step: int) -> None:
         self._line_at, self._line_step, self._line_images, self.waited = time.perf_counter(), step, 0.0, 0.0
+
+
+def _say(line: str) -> None:
+    # Not `print`: Ray Train replaces it with one that shows every line twice on a local cluster.
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
