@@ -15,9 +15,11 @@ SUMMARY_SCHEMA_VERSION = 1
 
 
 class Config(Protocol):
-    """A dataclass of flags; each has `json`, the file for the summary."""
+    """A dataclass of flags."""
 
-    json: str
+    @property
+    def json(self) -> str:
+        """File for the summary, or empty."""
 
 
 C = TypeVar("C", bound=Config)
