@@ -12,12 +12,12 @@ SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """A Ray of this test session with two logical CPUs; tests leave it running."""
+    """A Ray of this test session with four logical CPUs; tests leave it running."""
     if ray.is_initialized():
         ray.shutdown()
     ray.init(
         address="local",
-        num_cpus=2,
+        num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.WARNING,
