@@ -243,15 +243,14 @@ def load_backbone_weights(
 ) -> None:
     """Copy classification weights into a feature extractor, in place; see `load_pretrained_backbone`."""
     own = net.state_dict()
-    tensors = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
-    found = _by_name(own, tensors)
-    if not found:
-        found = _by_name(own, _in_timm_names(tensors, config, source))
-    missing = [name for name in own if name not in found]
-    if missing:
-        raise ValueError(
-            f"{source} has no {missing[0]} ({len(missing)} of the backbone's {len(own)} tensors missing)"
-        )
+    given = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
+    tensors = given if given.keys() == own.keys() else _in_timm_names(given, config, source)
+    # a feature extractor writes `stages.0` as `stages_0`
+    flat = {name.replace(".", "_"): tensor for name, tensor in tensors.items()}
+    found = {name: flat[name.replace(".", "_")] for name in own if name.replace(".", "_") in flat}
+    if len(found) < len(own):
+        absent = next(name for name in own if name not in found)
+        raise ValueError(f"{source} has no {absent}, which timm's feature extractor has")
     for name, tensor in found.items():
         if own[name].shape != tensor.shape:
             raise ValueError(
@@ -260,21 +259,23 @@ def load_backbone_weights(
     net.load_state_dict(found)
 
 
-def _by_name(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that ``own`` has, under its names (a feature extractor writes ``stages.0`` as ``stages_0``)."""
-    flat = {name.replace(".", "_"): tensor for name, tensor in tensors.items()}
-    return {name: flat[name.replace(".", "_")] for name in own if name.replace(".", "_") in flat}
-
-
-def _in_timm_names(tensors: Mapping[str, Tensor], config: DetrConfig, source: str) -> dict[str, Tensor]:
-    """Rename tensors that are in the order of the whole timm net to its names."""
+def _in_timm_names(tensors: Mapping[str, Tensor], config: DetrConfig, source: str) -> Mapping[str, Tensor]:
+    """The tensors of the whole timm net under timm's names: by name where one agrees, else by order."""
     name, arguments = timm_arguments(config)
     with torch.device("meta"):
         whole: Any = timm.create_model(name, pretrained=False, in_chans=arguments["in_chans"])
     expected = {k: v for k, v in whole.state_dict().items() if not k.endswith("num_batches_tracked")}
-    classifier = str(whole.pretrained_cfg["classifier"]) + "."
+    heads = whole.pretrained_cfg["classifier"]
+    classifier = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    if not expected.keys().isdisjoint(tensors):
+        missing = [n for n in expected if n not in tensors and not n.startswith(classifier)]
+        unknown = [n for n in tensors if n not in expected and not n.startswith(classifier)]
+        if missing or unknown:
+            first = f"it has no {missing[0]}" if missing else f"{unknown[0]} is not one of its tensors"
+            raise ValueError(f"{source} is not a state dict of timm's {name}: {first}")
+        return tensors
     for (ours, theirs), (other, tensor) in zip(expected.items(), tensors.items(), strict=False):
-        if theirs.shape != tensor.shape and not ours.startswith(classifier):  # it may know other classes
+        if theirs.shape != tensor.shape and not ours.startswith(classifier):
             raise ValueError(
                 f"{source} is not in the order of timm's {name}: {other} has shape {tuple(tensor.shape)} where "
                 f"{ours} has {tuple(theirs.shape)}"

@@ -24,6 +24,16 @@ def normal_backbone_config(
 
     Of a timm backbone only the fields that build it are kept: transformers also writes ``stage_names`` and
     ``out_features``, which it derives from them and refuses when they are out of date.
+
+    Args:
+        given: a dict or an object with ``to_dict``, None for none.
+        legacy: ``backbone``, ``use_timm_backbone`` and ``backbone_kwargs``, read where nothing is given.
+        num_channels: where the backbone does not say it.
+        dilation: whether the last stage keeps its resolution.
+
+    Raises:
+        TypeError: ``given`` is neither a dict nor an object with ``to_dict``.
+        ValueError: it describes no backbone, or one that contradicts ``dilation``.
     """
     if given is not None and not isinstance(given, Mapping):
         if not hasattr(given, "to_dict"):
@@ -32,16 +42,21 @@ def normal_backbone_config(
     kwargs = dict(legacy.get("backbone_kwargs") or {})
     if given is None or not given:
         if legacy.get("use_timm_backbone", True) is False:
-            return {
-                "model_type": "resnet",
-                "num_channels": num_channels,
-                "out_features": ["stage4"],
+            given = {"model_type": "resnet", "out_features": ["stage4"], **kwargs}
+        else:
+            given = {
+                "model_type": "timm_backbone",
+                "backbone": legacy.get("backbone") or "resnet50",
                 **kwargs,
             }
-        given = {"model_type": "timm_backbone", "backbone": legacy.get("backbone") or "resnet50", **kwargs}
-        if dilation:
-            given.setdefault("output_stride", 16)
+            if dilation:
+                given.setdefault("output_stride", 16)
     model_type = given.get("model_type")
+    if dilation and given.get("output_stride") not in (8, 16):
+        raise ValueError(
+            "dilation=True needs a timm backbone whose backbone_config has output_stride 16 (or 8), got "
+            f"model_type {model_type!r} with output_stride {given.get('output_stride')}"
+        )
     if model_type == "resnet":
         return {"num_channels": num_channels, **copy.deepcopy(dict(given))}
     if model_type != "timm_backbone":

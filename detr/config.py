@@ -267,10 +267,11 @@ class DetrConfig:
         ):
             for key in ("id2label", "label2id", "num_labels"):
                 merged.pop(key, None)
+        if not set(_LEGACY_BACKBONE_KEYS).isdisjoint(overrides):
+            merged.pop("backbone_config", None)
         for alias, name in _ALIASES.items():
-            if alias in overrides:
+            if alias in overrides or name in overrides:
                 merged.pop(name, None)
-            if name in overrides:
                 merged.pop(alias, None)
         merged.update(overrides)
         merged["use_pretrained_backbone"] = overrides.get("use_pretrained_backbone", False)

@@ -107,8 +107,10 @@ class _Stack(nn.Module):
 
     def _run(self, layer: nn.Module, x: Tensor, *args: Any) -> tuple[Any, ...]:
         if self.training and self.layerdrop and float(torch.rand(())) < self.layerdrop:
-            # Its weights stay in the graph with gradient 0: DistributedDataParallel waits for every parameter.
-            unused = sum((p.sum() * 0.0 for p in layer.parameters()), start=x.new_zeros(()))
+            # Everything it would have used stays in the graph with gradient 0: DistributedDataParallel waits
+            # for every parameter.
+            inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+            unused = sum((t.sum() * 0.0 for t in [*layer.parameters(), *inputs]), start=x.new_zeros(()))
             return (x + unused, None, None)
         if self.gradient_checkpointing and self.training:
             result: tuple[Any, ...] = checkpoint(layer, x, *args, use_reentrant=False)

@@ -41,7 +41,7 @@ def small_config(**changes: Any) -> DetrConfig:
 
 
 @torch.no_grad()
-def separate_the_queries(model: nn.Module, seed: int, backbone_gain: float = 1.4) -> None:
+def separate_the_queries(model: nn.Module, seed: int, backbone_gain: float = 1.0) -> None:
     """Draw every weight so that queries, classes and boxes differ: with fresh weights all queries are alike."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
@@ -51,14 +51,18 @@ def separate_the_queries(model: nn.Module, seed: int, backbone_gain: float = 1.4
         elif name.endswith("running_mean"):
             value = 0.1 * noise
         elif "position_embedding" in name:
-            value = 3 * noise
+            value = noise
         elif tensor.ndim == 1:
             value = 0.1 * noise + (1.0 if name.endswith("weight") else 0.0)
         else:
             fan_in = tensor[0].numel()
-            gain = (
-                backbone_gain if "backbone" in name else 3.0 if "q_proj" in name or "k_proj" in name else 2.0
-            )
+            gain = 2.0
+            if "backbone" in name:
+                gain = backbone_gain
+            elif ".encoder." in name or "input_projection" in name:
+                gain = 1.0
+            elif "encoder_attn" in name:
+                gain = 3.0
             value = noise * gain / fan_in**0.5
         tensor.copy_(value)
 
@@ -93,7 +97,7 @@ def make_twins() -> Callable[..., Twins]:
     """``make_twins(seed=0, **config)``: twins in float32, in evaluation mode."""
     import transformers
 
-    def make(seed: int = 0, backbone_gain: float = 1.4, **changes: Any) -> Twins:
+    def make(seed: int = 0, backbone_gain: float = 1.0, **changes: Any) -> Twins:
         config = small_config(**changes)
         ours = DetrForObjectDetection(config).eval()
         separate_the_queries(ours, seed, backbone_gain)

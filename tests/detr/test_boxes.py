@@ -1,0 +1,63 @@
+import pytest
+import torch
+from transformers.loss import loss_for_object_detection as reference
+
+from detr.boxes import (
+    box_area,
+    box_cxcywh_to_xyxy,
+    box_iou,
+    box_xyxy_to_cxcywh,
+    elementwise_generalized_iou,
+    generalized_box_iou,
+)
+
+
+def random_boxes(n: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(n, 2, generator=generator, dtype=torch.float64)
+    return torch.cat((corner, corner + torch.rand(n, 2, generator=generator, dtype=torch.float64)), 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_formats_convert_back_and_forth(seed):
+    boxes = random_boxes(20, seed).view(4, 5, 4)
+    torch.testing.assert_close(box_cxcywh_to_xyxy(box_xyxy_to_cxcywh(boxes)), boxes, rtol=0, atol=1e-15)
+
+
+def test_a_box_in_both_formats():
+    assert box_cxcywh_to_xyxy(torch.tensor([0.5, 0.25, 0.5, 0.5])).tolist() == [0.25, 0.0, 0.75, 0.5]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_iou_and_generalized_iou_equal_transformers(seed):
+    a, b = random_boxes(7, seed), random_boxes(9, seed + 100)
+    iou, union = box_iou(a, b)
+    their_iou, their_union = reference.box_iou(a, b)
+    torch.testing.assert_close(iou, their_iou, rtol=0, atol=1e-15)
+    torch.testing.assert_close(union, their_union, rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        generalized_box_iou(a, b), reference.generalized_box_iou(a, b), rtol=0, atol=1e-14
+    )
+
+
+def test_known_overlaps():
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [1.0, 0.0, 3.0, 2.0], [4.0, 0.0, 6.0, 2.0]])
+    assert box_area(boxes).tolist() == [4.0, 4.0, 4.0]
+    assert box_iou(boxes[:1], boxes)[0][0].tolist() == pytest.approx([1.0, 1 / 3, 0.0])
+    assert generalized_box_iou(boxes[:1], boxes)[0].tolist() == pytest.approx([1.0, 1 / 3, -1 / 3])
+
+
+def test_boxes_without_area_have_overlap_zero_and_a_finite_gradient():
+    point = torch.tensor([[0.5, 0.5, 0.5, 0.5]], requires_grad=True)
+    giou = elementwise_generalized_iou(point, point.detach())
+    assert giou.tolist() == [0.0]
+    giou.sum().backward()
+    assert point.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [[0.5, 0.5, 0.4, 0.9], [0.0, float("nan"), 1.0, 1.0]])
+def test_generalized_iou_refuses_what_is_no_box_and_names_it(bad):
+    boxes = random_boxes(3, 0)
+    wrong = torch.cat((boxes, torch.tensor([bad], dtype=torch.float64)))
+    with pytest.raises(ValueError, match=r"boxes2\[3\]"):
+        generalized_box_iou(boxes, wrong)
