@@ -1,0 +1,141 @@
+"""Drawings show each box in its class's colour with a label that can be read, at any size."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detr.drawing import _text_color, class_color, draw_detections
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("size", [(700, 500), (2000, 1500), (640, 640)])
+def test_a_frame_of_the_class_colour_lies_on_the_box(size):
+    blank = Image.new("RGB", size, (120, 120, 120))
+    box = [100, 150, 300, 400]
+    drawn = pixels(draw_detections(blank, [box], [3]))
+    assert drawn.shape == (size[1], size[0], 3)
+    color = class_color(3)
+    for x, y in [(100, 300), (300, 300), (250, 150), (200, 400)]:
+        assert tuple(drawn[y, x]) == color
+    assert tuple(drawn[300, 200]) == (120, 120, 120)
+    changed = np.argwhere((drawn != 120).any(axis=2))
+    assert changed[:, 1].min() >= 98
+    assert changed[:, 0].max() <= 402
+
+
+@pytest.mark.parametrize("size", [(128, 96), (96, 128), (20, 20), (1, 1), (1, 300), (639, 2)])
+def test_a_small_image_is_enlarged_by_a_whole_factor(size):
+    drawn = draw_detections(Image.new("RGB", size), [[0, 0, *size]], ["thing"], [0.5])
+    factor = drawn.width // size[0]
+    assert drawn.size == (size[0] * factor, size[1] * factor)
+    assert 640 - max(size) < max(drawn.size) <= 640
+    assert draw_detections(Image.new("RGB", size), [[0, 0, *size]], [1], enlarge_below=0).size == size
+
+
+def test_boxes_follow_an_enlarged_image():
+    drawn = pixels(draw_detections(Image.new("RGB", (128, 128)), [[40, 60, 80, 100]], [3]))
+    for x, y in [(40, 80), (80, 80), (70, 60), (60, 100)]:
+        assert tuple(drawn[y * 5, x * 5]) == class_color(3)
+
+
+def test_the_score_and_the_name_are_written():
+    blank = Image.new("RGB", (700, 500))
+    box = [[200, 200, 400, 400]]
+    pictures = [
+        draw_detections(blank, box, [3]),
+        draw_detections(blank, box, [3], [0.51]),
+        draw_detections(blank, box, [3], [0.52]),
+        draw_detections(blank, box, [3], [0.52], {3: "cat"}),
+        draw_detections(blank, box, [3], [0.52], {4: "cat"}),
+    ]
+    different = {picture.tobytes() for picture in pictures[:4]}
+    assert len(different) == 4
+    assert pictures[4].tobytes() == pictures[2].tobytes()
+
+
+def test_labels_do_not_cover_each_other_where_there_is_room():
+    blank = Image.new("RGB", (800, 600))
+    label = draw_detections(blank, [[300, 300, 500, 500]], ["one"], [0.9])
+    both = draw_detections(blank, [[300, 300, 500, 500], [300, 300, 500, 500]], ["two", "one"], [0.8, 0.9])
+    color = np.array(class_color("one"))
+    place = slice(270, 298), slice(300, 360)
+    assert (pixels(label)[place] == color).any()
+    assert np.array_equal(pixels(both)[place], pixels(label)[place])
+    assert (pixels(both)[270:330, 361:500] == np.array(class_color("two"))).all(axis=2).any()
+
+
+def test_a_class_has_one_colour_and_neighbours_differ():
+    assert class_color(5) == class_color(np.int64(5))
+    assert class_color("cat") == class_color("cat") != class_color("dog")
+    colors = np.array([class_color(index) for index in range(20)])
+    distances = np.abs(colors[:, None] - colors[None]).sum(axis=2) + 1000 * np.eye(20)
+    assert distances.min() > 30
+
+
+def test_text_contrasts_with_every_class_colour():
+    def luminance(color):
+        channels = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+        return float(np.dot(channels, [0.2126, 0.7152, 0.0722]))
+
+    for index in range(2000):
+        dark, light = sorted(
+            luminance(color) for color in (class_color(index), _text_color(class_color(index)))
+        )
+        assert (light + 0.05) / (dark + 0.05) > 4.5
+
+
+@pytest.mark.parametrize(
+    "box", [[-50, -50, -10, -10], [900, 10, 950, 20], [float("nan"), 0, 5, 5], [0, 0, float("inf"), 5]]
+)
+def test_a_box_that_cannot_be_seen_is_left_out(box):
+    blank = Image.new("RGB", (700, 500))
+    assert draw_detections(blank, [box], ["thing"]).tobytes() == blank.tobytes()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2000), (2000, 3), (128, 128), (640, 480)])
+@pytest.mark.parametrize("seed", range(2))
+def test_any_boxes_can_be_drawn_on_any_image(size, seed):
+    rng = np.random.default_rng(seed)
+    boxes = rng.uniform(-0.5, 1.5, (60, 4)) * np.tile(size, 2)
+    boxes[:20] = np.concatenate([boxes[:20, :2], boxes[:20, :2] + rng.uniform(0, 3, (20, 2))], axis=1)
+    names = {index: "a name that is far too long for the image " * index for index in range(5)}
+    draw_detections(Image.new("RGB", size), boxes, rng.integers(0, 5, 60), rng.random(60), names)
+
+
+def test_nothing_is_drawn_without_detections():
+    blank = Image.new("RGB", (700, 500), (1, 2, 3))
+    assert draw_detections(blank, np.zeros((0, 4)), []).tobytes() == blank.tobytes()
+
+
+def test_every_form_of_image_and_numbers_is_drawn_alike():
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 256, (500, 700, 3), dtype=np.uint8)
+    boxes, labels, scores = rng.uniform(0, 500, (4, 4)), rng.integers(0, 9, 4), rng.random(4)
+    boxes[:, 2:] += boxes[:, :2]
+    expected = draw_detections(Image.fromarray(array), boxes, labels, scores).tobytes()
+    tensors = [torch.from_numpy(values) for values in (boxes, labels, scores)]
+    assert draw_detections(torch.from_numpy(array).permute(2, 0, 1), *tensors).tobytes() == expected
+    assert draw_detections(array, boxes.tolist(), labels.tolist(), scores.tolist()).tobytes() == expected
+    assert np.array_equal(array, np.random.default_rng(0).integers(0, 256, (500, 700, 3), dtype=np.uint8))
+
+
+def test_grey_and_transparent_images_are_drawn_on_in_colour():
+    for mode in ("L", "RGBA", "I;16"):
+        drawn = draw_detections(Image.new(mode, (700, 500)), [[100, 100, 300, 300]], [0])
+        assert drawn.mode == "RGB"
+        assert tuple(pixels(drawn)[200, 100]) == class_color(0)
+
+
+def test_the_given_image_is_left_alone():
+    blank = Image.new("RGB", (700, 500))
+    draw_detections(blank, [[100, 100, 300, 300]], [0])
+    assert not pixels(blank).any()
+
+
+def test_counts_must_agree():
+    with pytest.raises(ValueError, match="1 boxes, 2 labels and 1 scores"):
+        draw_detections(Image.new("RGB", (9, 9)), [[0, 0, 5, 5]], [1, 2], [0.5])
