@@ -7,7 +7,7 @@ images of one shape share a batch: what is detected in an image does not depend 
 B batch, Q queries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -60,6 +60,25 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def to_dicts(self, id2label: Mapping[int, str]) -> list[dict[str, Any]]:
+        """The detections as plain values, ready for JSON.
+
+        Args:
+            id2label: class index to name.
+
+        Returns:
+            for each `{"score", "label", "label_id", "box": {"xmin", "ymin", "xmax", "ymax"}}`.
+        """
+        return [
+            {
+                "score": score,
+                "label": id2label[label],
+                "label_id": label,
+                "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box)),
+            }
+            for score, label, box in zip(self.scores.tolist(), self.labels.tolist(), self.boxes_xyxy.tolist())
+        ]
 
 
 def prepare_image(

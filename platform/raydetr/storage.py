@@ -53,6 +53,12 @@ def exists(address: str) -> bool:
     return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
 
+def is_folder(address: str) -> bool:
+    """Whether a folder is there."""
+    filesystem, path = resolve(address)
+    return bool(filesystem.get_file_info(path).type == fs.FileType.Directory)
+
+
 def list_names(address: str) -> list[str]:
     """Sorted names of the direct children of a folder; empty where it does not exist."""
     filesystem, path = resolve(address)

@@ -31,22 +31,9 @@ class DetrModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-defined]  
             for each image all queries' detections, best first: `{"score", "label", "label_id",
             "box": {"xmin", "ymin", "xmax", "ymax"}}` with boxes in pixels of the image.
         """
+        prepared = (self.detector.prepare(data) for data in model_input)
         id2label = self.detector.model.config.id2label
-        answers = []
-        for data in model_input:
-            found = self.detector.detect([self.detector.prepare(data)])[0]
-            answers.append(
-                [
-                    {
-                        "score": float(score),
-                        "label": str(id2label[int(label)]),
-                        "label_id": int(label),
-                        "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), map(float, box), strict=True)),
-                    }
-                    for score, label, box in zip(found.scores, found.labels, found.boxes_xyxy, strict=True)
-                ]
-            )
-        return answers
+        return [self.detector.detect([image])[0].to_dicts(id2label) for image in prepared]
 
 
 mlflow.models.set_model(DetrModel())

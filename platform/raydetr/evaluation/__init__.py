@@ -1,0 +1,1 @@
+"""Scoring a model on shards: predictions (`predict`), figures (`score`), what is kept of them (`record`)."""

@@ -1,0 +1,1 @@
+"""The endpoint: `app` (HTTP), `images` (bytes to prepared image), `detector` (model), `client`."""
