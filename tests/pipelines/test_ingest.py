@@ -1,0 +1,84 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.ingest import main
+from raydetr.config import IngestConfig
+from raydetr.data.synthetic import generate
+from raydetr.errors import RaydetrError
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_ingest(*flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / "ingest.py"), *flags],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_a_coco_folder_becomes_shards_and_the_same_command_again_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate(str(tmp_path / "coco"), 70, seed=5)
+    annotations = tmp_path / "coco" / "annotations" / "instances.json"
+    content = json.loads(annotations.read_text())
+    faulty = content["annotations"][3]
+    faulty["bbox"][2] = 0
+    annotations.write_text(json.dumps(content))
+    flags = {
+        "annotations": "coco/annotations/instances.json",
+        "images": "coco/images",
+        "output": "out put",
+        "json": "summary.json",
+    }
+    done = run_ingest(*[part for name, value in flags.items() for part in (f"--{name}", value)], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "on-fault = 'keep'" in done.stdout
+    assert "ingest: 70 of 70 images, " in done.stdout
+    assert "empty-box: 1 (zero width or height; untrained)" in done.stdout
+    assert f"image {faulty['image_id']}, annotation {faulty['id']}: bbox" in done.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["schema_version"] == 1
+    assert summary["written"] is True
+    assert summary["images"] == 70
+    assert summary["objects"] == len(content["annotations"])
+    assert summary["faults"] == {"empty-box": 1}
+    assert summary["shards"] == 1
+
+    again = main(
+        IngestConfig(
+            **{name: str(tmp_path / value) for name, value in flags.items() if name != "json"}  # type: ignore[arg-type]
+        )
+    )
+    assert "is complete" in capsys.readouterr().out
+    assert again["written"] is False
+    assert again["digest"] == summary["digest"]
+
+
+def test_wrong_input_ends_with_its_message_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    done = run_ingest("--annotations", "list.json", "--images", ".", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: list.json: not COCO detection: the file holds a list" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["annotations", "images"])
+def test_a_path_that_does_not_exist_is_named(tmp_path: Path, name: str) -> None:
+    generate(str(tmp_path / "coco"), 1, seed=0)
+    paths = {
+        "annotations": str(tmp_path / "coco" / "annotations" / "instances.json"),
+        "images": str(tmp_path / "coco" / "images"),
+    }
+    paths[name] = str(tmp_path / "nowhere")
+    with pytest.raises(RaydetrError, match="nowhere"):
+        main(IngestConfig(**paths, output=str(tmp_path / "out")))
