@@ -18,7 +18,8 @@ def ray_local() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=4,
-        include_dashboard=False,
+        # Without it Ray Train can take its controller for dead and stop the workers.
+        include_dashboard=True,
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
