@@ -75,6 +75,7 @@ class Twins:
     theirs: Any
 
     def to(self, dtype: torch.dtype) -> Twins:
+        """A copy of both."""
         return Twins(copy.deepcopy(self.ours).to(dtype), copy.deepcopy(self.theirs).to(dtype))
 
 
@@ -94,10 +95,18 @@ def load_into_transformers(model: nn.Module, theirs: Any) -> None:
 
 @pytest.fixture(scope="session")
 def make_twins() -> Callable[..., Twins]:
-    """``make_twins(seed=0, **config)``: twins in float32, in evaluation mode."""
+    """``make_twins(seed=0, **config)``: twins in float32, in evaluation mode, shared: change copies only."""
     import transformers
 
-    def make(seed: int = 0, backbone_gain: float = 1.0, **changes: Any) -> Twins:
+    made: dict[str, Twins] = {}
+
+    def make(seed: int = 0, **changes: Any) -> Twins:
+        key = f"{seed} {sorted(changes.items())}"
+        if key not in made:
+            made[key] = build(seed, **changes)
+        return made[key]
+
+    def build(seed: int = 0, backbone_gain: float = 1.0, **changes: Any) -> Twins:
         config = small_config(**changes)
         ours = DetrForObjectDetection(config).eval()
         separate_the_queries(ours, seed, backbone_gain)

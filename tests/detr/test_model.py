@@ -73,7 +73,7 @@ def test_all_outputs_equal_transformers_by_name_shape_and_value(auxiliary, make_
 
 
 def test_attention_weights_are_returned_only_on_request_and_change_no_number(make_twins, make_batch):
-    model, batch = make_twins().ours.double(), make_batch(dtype=torch.float64)
+    model, batch = make_twins().to(torch.float64).ours, make_batch(dtype=torch.float64)
     with torch.no_grad():
         plain = model(batch.pixel_values, batch.pixel_mask)
         eager = model(batch.pixel_values, batch.pixel_mask, output_attentions=True)

@@ -1,0 +1,274 @@
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from detr.backbone import ConvEncoder
+from detr.checkpoint import load_weights, model_folder
+from detr.config import DetrConfig
+from detr.model import DetrForObjectDetection, DetrModel
+
+KEYS = Path(__file__).parents[2] / "../shared/spec/keys/DetrForObjectDetection.txt"
+CASES = {
+    "resnet18": {},
+    "learned positions": {"position_embedding_type": "learned"},
+    "mobilenet": {"backbone": "tf_mobilenetv3_small_075", "compat": "transformers"},
+    "auxiliary": {"auxiliary_loss": True, "compat": "transformers"},
+    "convnext": {
+        "backbone_config": {
+            "model_type": "timm_backbone",
+            "backbone": "convnext_atto",
+            "out_indices": [0, 1, 2, 3],
+        }
+    },
+}
+
+
+def no_timm(layer_type: str, depths: list[int]) -> dict:
+    widths = [64, 128, 256, 512] if layer_type == "basic" else [256, 512, 1024, 2048]
+    return {
+        "model_type": "resnet",
+        "layer_type": layer_type,
+        "depths": depths,
+        "hidden_sizes": widths,
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    }
+
+
+CASES["resnet of transformers"] = {"backbone_config": no_timm("basic", [2, 2, 2, 2])}
+CASES["bottleneck resnet of transformers"] = {"backbone_config": no_timm("bottleneck", [2, 2, 2, 2])}
+
+
+def predict(model, batch):
+    with torch.no_grad():
+        return model(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_loads_our_folder_and_we_load_theirs(case, make_twins, make_batch, tmp_path: Path):
+    twins, batch = make_twins(**CASES[case]), make_batch()
+    expected = predict(twins.ours, batch)
+    twins.ours.save_pretrained(tmp_path / "ours")
+    theirs, report = transformers.DetrForObjectDetection.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(predict(theirs, batch).logits, expected.logits, rtol=0, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = DetrForObjectDetection.from_pretrained(tmp_path / "theirs")
+    assert not ours.training
+    for name, tensor in twins.ours.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+    assert torch.equal(predict(ours, batch).logits, expected.logits)
+    ours.save_pretrained(tmp_path / "again")
+    with (
+        safe_open(tmp_path / "theirs/model.safetensors", "pt") as a,
+        safe_open(tmp_path / "again/model.safetensors", "pt") as b,
+    ):
+        assert set(a.keys()) == set(b.keys())
+        assert b.metadata() == {"format": "pt"}
+
+
+def test_a_file_of_resnet50_has_the_recorded_names_and_shapes(tmp_path: Path):
+    if not KEYS.is_file():
+        pytest.skip(f"{KEYS} is not there")
+    DetrForObjectDetection(DetrConfig()).save_pretrained(tmp_path)
+    found = {name: tuple(t.shape) for name, t in load_file(tmp_path / "model.safetensors").items()}
+    recorded = [line.split("\t") for line in KEYS.read_text().splitlines() if line]
+    assert found == {
+        name: tuple(int(n) for n in shape.strip("(),").split(",") if n) for name, shape, _ in recorded
+    }
+
+
+def save(model, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("overrides", [{"num_labels": 3}, {"id2label": {0: "a", 1: "b"}}])
+def test_another_number_of_classes_starts_only_the_class_head_anew_and_says_so(
+    overrides, make_twins, tmp_path, caplog
+):
+    ours = make_twins().ours
+    folder = save(ours, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        model = DetrForObjectDetection.from_pretrained(folder, **overrides)
+    assert "start anew" in caplog.text
+    assert "class_labels_classifier.bias, class_labels_classifier.weight" in caplog.text
+    assert model.class_labels_classifier.out_features == model.config.num_labels + 1 != 6
+    for name, tensor in ours.state_dict().items():
+        if "class_labels_classifier" not in name:
+            assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_the_same_number_of_classes_keeps_the_class_head_silently(make_twins, tmp_path, caplog):
+    ours = make_twins().ours
+    model = DetrForObjectDetection.from_pretrained(save(ours, tmp_path), num_labels=5)
+    assert torch.equal(model.class_labels_classifier.weight, ours.class_labels_classifier.weight)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"auxiliary_loss": True}, "feeds the normed output"),
+        ({"backbone": "tf_mobilenetv3_small_075"}, "drops the activations"),
+    ],
+)
+def test_a_folder_of_transformers_that_predicts_differently_sets_compat_and_says_so_once(
+    values, reason, make_twins, make_batch, tmp_path, caplog
+):
+    twins, batch = make_twins(compat="transformers", **values), make_batch()
+    twins.theirs.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        ours = DetrForObjectDetection.from_pretrained(tmp_path)
+    assert caplog.text.count(reason) == 1
+    assert ours.config.compat == "transformers"
+    expected = predict(twins.theirs, batch).logits
+    torch.testing.assert_close(predict(ours, batch).logits, expected, rtol=0, atol=1e-4)
+    original = DetrForObjectDetection.from_pretrained(tmp_path, compat="original")
+    assert original.config.compat == "original"
+    assert not torch.allclose(predict(original, batch).logits, expected, atol=1e-2)
+    caplog.clear()
+    again = DetrForObjectDetection.from_pretrained(save(ours, tmp_path / "ours"))
+    assert (again.config.compat, caplog.text) == ("transformers", "")
+
+
+def test_a_folder_of_transformers_that_predicts_the_same_stays_original(make_twins, tmp_path, caplog):
+    make_twins().theirs.save_pretrained(tmp_path)
+    assert DetrForObjectDetection.from_pretrained(tmp_path).config.compat == "original"
+    assert DetrForObjectDetection.from_pretrained(tmp_path, auxiliary_loss=True).config.compat == "original"
+    assert caplog.text == ""
+
+
+def test_run_time_names_old_places_and_counters_are_read(make_twins):
+    twins = make_twins(position_embedding_type="learned")
+    tensors = twins.theirs.state_dict()
+    assert "model.encoder.layers.0.mlp.fc1.weight" in tensors
+    for name in ("row", "column"):
+        key = f"position_embedding.{name}_embeddings.weight"
+        tensors[f"model.backbone.{key}"] = tensors.pop(f"model.{key}")
+    tensors["model.backbone.model.layer1.0.bn1.num_batches_tracked"] = torch.tensor(3)
+    fresh = DetrForObjectDetection(twins.ours.config)
+    load_weights(fresh, tensors, "a file")
+    for name, tensor in twins.ours.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("form", ["sharded", "pytorch_model.bin"])
+def test_other_forms_of_the_weights_file_are_read(form, make_twins, tmp_path: Path):
+    ours = make_twins().ours
+    folder = save(ours, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if form == "sharded":
+        names = sorted(tensors)
+        parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        for file, part in parts.items():
+            save_file({name: tensors[name] for name in part}, str(folder / file))
+        index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(tensors, folder / form)
+    loaded = DetrForObjectDetection.from_pretrained(folder)
+    assert torch.equal(loaded.bbox_predictor.layers[2].weight, ours.bbox_predictor.layers[2].weight)
+
+
+def test_a_bare_model_and_a_detector_load_each_other(make_twins, tmp_path: Path, caplog):
+    ours = make_twins().ours
+    bare = DetrModel.from_pretrained(save(ours, tmp_path / "detector"))
+    assert torch.equal(bare.decoder.layernorm.weight, ours.model.decoder.layernorm.weight)
+    assert caplog.text == ""
+    detector = DetrForObjectDetection.from_pretrained(save(bare, tmp_path / "bare"))
+    assert "bbox_predictor.layers.0.bias" in caplog.text
+    assert torch.equal(detector.model.decoder.layernorm.weight, bare.decoder.layernorm.weight)
+    theirs = transformers.DetrModel.from_pretrained(tmp_path / "bare")
+    assert torch.equal(theirs.decoder.layernorm.weight, bare.decoder.layernorm.weight)
+
+
+def test_a_file_with_blocks_that_the_model_is_without_is_read(make_twins, tmp_path: Path):
+    whole = make_twins(backbone="efficientnet_lite0").ours
+    folder = save(whole, tmp_path)
+    backbone = {**whole.config.backbone_config, "out_indices": [1, 2, 4]}
+    same = DetrForObjectDetection.from_pretrained(folder, backbone_config=backbone)
+    assert same.state_dict().keys() == whole.state_dict().keys()
+    cut = {**whole.config.backbone_config, "out_indices": [1, 2, 3]}
+    with pytest.raises(ValueError, match=r"input_projection.weight has shape"):
+        DetrForObjectDetection.from_pretrained(folder, backbone_config=cut)
+    encoder = ConvEncoder(DetrConfig(backbone_config=cut))
+    assert len(encoder.state_dict()) < len(whole.model.backbone.conv_encoder.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.decoder.layernorm.weight"), "has no model.decoder.layernorm.weight"),
+        (lambda t: t.update(other=torch.zeros(1)), "other has no place in the model"),
+        (lambda t: t.update({"model.decoder.layernorm.weight": torch.zeros(3)}), r"has shape \(3,\), the model \(64,\)"),
+        (lambda t: t.update({"class_labels_classifier.bias": torch.zeros(92)}), "num_labels=... makes a new class head"),
+        (lambda t: t.pop("bbox_predictor.layers.0.bias"), "has no bbox_predictor.layers.0.bias"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_refused_with_the_first_difference(change, message, make_twins, tmp_path):
+    folder = save(make_twins().ours, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, str(folder / "model.safetensors"))
+    with pytest.raises(ValueError, match=message) as error:
+        DetrForObjectDetection.from_pretrained(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_a_missing_folder_file_or_model_is_named(make_twins, tmp_path: Path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"model folder .*gone does not exist"):
+        DetrForObjectDetection.from_pretrained(tmp_path / "gone")
+    make_twins().ours.config.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor pytorch_model.bin"):
+        DetrForObjectDetection.from_pretrained(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in ("facebook/detr-resnet-50", "hub:facebook/detr-resnet-50"):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder {name}"):
+            model_folder(name)
+
+
+def test_the_dtype_of_a_folder_is_kept_or_chosen(make_twins, tmp_path: Path):
+    ours = make_twins().to(torch.float64).ours
+    folder = save(ours, tmp_path)
+    assert DetrForObjectDetection.from_pretrained(folder).dtype == torch.float64
+    assert transformers.DetrForObjectDetection.from_pretrained(folder).dtype == torch.float64
+    for dtype in (torch.float32, "float32"):
+        assert DetrForObjectDetection.from_pretrained(folder, dtype=dtype).dtype == torch.float32
+
+
+def test_a_device_that_is_not_there_is_an_error_and_auto_takes_what_there_is(make_twins, tmp_path: Path):
+    folder = save(make_twins().ours, tmp_path)
+    assert DetrForObjectDetection.from_pretrained(folder, device_map="cpu").device.type == "cpu"
+    assert DetrForObjectDetection.from_pretrained(folder, device_map="auto").device.type in ("cpu", "cuda")
+    with pytest.raises(RuntimeError, match=r"device_map=99: this machine has \d+ CUDA devices"):
+        DetrForObjectDetection.from_pretrained(folder, device_map=99)
+
+
+def test_a_config_in_place_of_the_folders_own_excludes_overrides(make_twins, tmp_path: Path):
+    ours = make_twins().ours
+    folder = save(ours, tmp_path)
+    config = DetrConfig.from_dict(ours.config.to_dict(), trainable_backbone_stages=0)
+    model = DetrForObjectDetection.from_pretrained(folder, config=config)
+    assert not any(p.requires_grad for p in model.model.backbone.parameters())
+    with pytest.raises(ValueError, match="either config or dropout"):
+        DetrForObjectDetection.from_pretrained(folder, config=config, dropout=0.5)
+
+
+def test_a_training_checkpoint_of_the_original_is_read_with_its_arguments(tmp_path: Path):
+    from detr.state_dict import read_state_dict
+
+    torch.save(
+        {"model": {"w": torch.ones(1)}, "args": argparse.Namespace(lr=1e-4), "epoch": 3}, tmp_path / "x.pth"
+    )
+    assert read_state_dict(tmp_path / "x.pth")["w"].tolist() == [1.0]

@@ -1,0 +1,142 @@
+"""Two processes against one; run as a script, this file is one of the processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from detr.config import DetrConfig
+from detr.criterion import target_counts
+from detr.distributed import average_normalisers
+from detr.model import DetrForObjectDetection
+
+WORLD_SIZE = 2
+OBJECTS = (3, 6, 0, 1)  # of four images: two for each process
+VARIANTS = {
+    "plain": {},
+    "auxiliary": {"auxiliary_loss": True},
+    "one process without objects": {"auxiliary_loss": True},
+    "no objects at all": {},
+    "layers dropped": {"encoder_layerdrop": 0.99, "decoder_layerdrop": 0.99, "auxiliary_loss": True},
+}
+
+
+def make_model(variant: str) -> DetrForObjectDetection:
+    torch.manual_seed(0)
+    return DetrForObjectDetection(
+        DetrConfig(
+            backbone="resnet18",
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            num_queries=5,
+            num_labels=3,
+            dropout=0.0,
+            **VARIANTS[variant],
+        )
+    ).double()
+
+
+def make_data(variant: str):
+    generator = torch.Generator().manual_seed(0)
+    objects = {"one process without objects": (4, 2, 0, 0), "no objects at all": (0, 0, 0, 0)}.get(
+        variant, OBJECTS
+    )
+    pixels = torch.randn(4, 3, 32, 64, generator=generator, dtype=torch.float64)
+    labels = [
+        {
+            "class_labels": torch.randint(3, (n,), generator=generator),
+            "boxes": 0.2 + 0.6 * torch.rand(n, 4, generator=generator, dtype=torch.float64),
+        }
+        for n in objects
+    ]
+    return pixels, labels
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("module."): p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def run_process(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE
+    )
+    results = {}
+    for variant in VARIANTS:
+        model = nn.parallel.DistributedDataParallel(make_model(variant))
+        pixels, labels = make_data(variant)
+        part = slice(2 * rank, 2 * rank + 2)
+        for _ in range(2):  # the second step raises where the first left a parameter without gradient
+            model.zero_grad()
+            loss = model(pixels[part], labels=labels[part]).loss
+            loss.backward()
+        results[variant] = (loss.detach(), gradients(model))
+    normalisers = average_normalisers(labels[part], None, model.module.config, 2.0, None, torch.device("cpu"))
+    assert normalisers[0] == 2.0
+    torch.save(results, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[dict]:
+    """What each process found, by variant: its loss and the gradients after averaging."""
+    folder = tmp_path_factory.mktemp("processes")
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD_SIZE)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * WORLD_SIZE, "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "layers dropped"])
+def test_two_processes_compute_the_gradient_of_one_on_the_whole_batch(variant, two_processes):
+    model = make_model(variant)
+    pixels, labels = make_data(variant)
+    loss = model(pixels, labels=labels).loss
+    loss.backward()
+    expected = gradients(model)
+    losses = [process[variant][0] for process in two_processes]
+    torch.testing.assert_close(sum(losses) / WORLD_SIZE, loss.detach(), rtol=1e-9, atol=0)
+    for process in two_processes:
+        for name, gradient in process[variant][1].items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_every_trainable_parameter_has_a_gradient_in_every_variant(two_processes):
+    for variant in VARIANTS:
+        expected = {name for name, p in make_model(variant).named_parameters() if p.requires_grad}
+        for process in two_processes:
+            assert process[variant][1].keys() == expected
+
+
+def test_one_process_uses_its_own_counts():
+    pixels, labels = make_data("plain")
+    model = make_model("plain")
+    num_boxes, class_weight_sum = target_counts(labels, None, 5, 0.1)
+    with torch.no_grad():
+        given = model(pixels, labels=labels, num_boxes=num_boxes, class_weight_sum=class_weight_sum).loss
+        torch.testing.assert_close(model(pixels, labels=labels).loss, given, rtol=1e-12, atol=0)
+
+
+if __name__ == "__main__":
+    run_process(int(sys.argv[1]), Path(sys.argv[2]))
