@@ -29,19 +29,29 @@ def fault_lines(faults: Iterable[Fault]) -> list[str]:
 
 
 def print_progress(what: str) -> Callable[[int, int], None]:
-    """A function of (done, in all) that prints a line with the rate and the time left, at most once a second."""
+    """A function of (done, in all) that prints a line with the rate and the time left, at most once a second.
+
+    The rate is that since the first call, so that it does not count the start of the workers; the last line's is
+    of the whole time.
+    """
     start = time.monotonic()
+    first: tuple[float, int] | None = None
     printed = start - 1
 
     def show(done: int, total: int) -> None:
-        nonlocal printed
+        nonlocal first, printed
         now = time.monotonic()
+        first = first or (now, done)
         if now - printed < 1 and done < total:
             return
         printed = now
-        rate = done / max(now - start, 1e-9)
-        left = f", {(total - done) / rate:.0f} s left" if 0 < done < total else ""
-        print(f"{what}: {done:,} of {total:,} images, {rate:,.0f} images/s{left}", flush=True)
+        line = f"{what}: {done:,} of {total:,} images"
+        if done == total:
+            line += f", {done / max(now - start, 1e-9):,.0f} images/s"
+        elif done > first[1]:
+            rate = (done - first[1]) / max(now - first[0], 1e-9)
+            line += f", {rate:,.0f} images/s, {(total - done) / rate:.0f} s left"
+        print(line, flush=True)
 
     return show
 
