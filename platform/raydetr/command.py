@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
@@ -89,3 +90,22 @@ def write_summary(file: str, summary: Mapping[str, Any]) -> None:
     with open(partial, "w", encoding="utf-8") as out:
         out.write(text)
     os.replace(partial, file)
+
+
+class Clock:
+    """Seconds of each stage, said as they begin."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._name, self._start = "", time.monotonic()
+
+    def stage(self, name: str) -> None:
+        """End the stage before, begin one."""
+        self.stop()
+        print(f"\n=== {name}", flush=True)
+        self._name, self._start = name, time.monotonic()
+
+    def stop(self) -> None:
+        """End the stage."""
+        if self._name:
+            self.seconds[self._name] = round(time.monotonic() - self._start, 1)

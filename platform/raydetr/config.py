@@ -293,4 +293,22 @@ def _require_positive(config: object, *names: str) -> None:
     """Raise ConfigError where one of these fields is less than 1."""
     for name in names:
         if getattr(config, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be at least 1.")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be at least 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole path on the embedded data set."""
+
+    output: str = "runs/demo"
+    """Folder of the run, its pictures and summary.json."""
+    steps: int = TrainConfig.steps
+    """Optimiser steps."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and augmentation."""
+    port: int = 8000
+    """Port that the endpoint binds to on 127.0.0.1."""
+    json: str = ""
+    """File for the summary as JSON, besides summary.json."""

@@ -1,0 +1,115 @@
+"""Pictures of a run: the loss curve, and a sheet of images with truth beside prediction."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+
+from detr.drawing import draw_detections
+from detr.image_processing.decode import decode_image
+from raydetr.data.shards import Manifest, read_records, training_targets
+from raydetr.evaluation.predict import read_predictions
+from raydetr.evaluation.score import coco_results
+
+SMOOTHING = 25
+CAPTION = 22
+GAP = 8
+
+
+def loss_curve(losses: Sequence[tuple[int, float]], file: str) -> None:
+    """Write a PNG of the loss by step, and of its mean over the last 25 steps."""
+    steps, values = np.array(losses).T
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(
+        xlabel="step", ylabel="training loss", title="Loss of the set prediction, all layers"
+    )
+    axes.plot(steps, values, color="#b9c8dc", linewidth=0.8, label="step")
+    width = min(SMOOTHING, len(values))
+    smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+    axes.plot(steps[width - 1 :], smooth, color="#1f4e8c", linewidth=1.8, label=f"mean of {width} steps")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+def sheet(manifest: Manifest, predictions: str, file: str, count: int = 12, threshold: float = 0.5) -> None:
+    """Write a PNG of images of a data set, each twice: with its annotated and with its predicted boxes.
+
+    Args:
+        manifest: the data set; its first images are drawn.
+        predictions: address of its stored predictions.
+        file: the PNG.
+        count: images.
+        threshold: least score of a box that is drawn.
+    """
+    pairs: list[tuple[Image.Image, Image.Image]] = []
+    names = {item["id"]: item["name"] for item in manifest.categories}
+    by_image: dict[int, list[dict[str, Any]]] = {}
+    for result in coco_results(read_predictions(predictions)):
+        if result["score"] >= threshold:
+            by_image.setdefault(result["image_id"], []).append(result)
+    for record in read_records(manifest):
+        if len(pairs) == count:
+            break
+        if record["fault"] is not None:
+            continue
+        image = decode_image(record["image"])
+        boxes, labels = training_targets(record, manifest.labels)
+        truth = draw_detections(image, boxes, [manifest.id2label[int(label)] for label in labels])
+        found = by_image.get(record["image_id"], [])
+        corners = [[x, y, x + w, y + h] for x, y, w, h in (each["bbox"] for each in found)]
+        prediction = draw_detections(
+            image,
+            np.array(corners).reshape(-1, 4),
+            [names[each["category_id"]] for each in found],
+            [each["score"] for each in found],
+        )
+        pairs.append((truth, prediction))
+    _montage(pairs, columns=3).save(_made(file))
+
+
+def answer(image: bytes, detections: Sequence[dict[str, Any]], file: str, threshold: float = 0.5) -> None:
+    """Write a PNG of an image with the detections that the endpoint answered."""
+    shown = [each for each in detections if each["score"] >= threshold]
+    draw_detections(
+        decode_image(image),
+        [list(each["box"].values()) for each in shown],
+        [each["label"] for each in shown],
+        [each["score"] for each in shown],
+    ).save(_made(file))
+
+
+def difference(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]]) -> float:
+    """The largest difference of two answers in score or in pixels; infinite where labels or counts differ."""
+    if [each["label"] for each in left] != [each["label"] for each in right]:
+        return math.inf
+    first, second = (np.array([[e["score"], *e["box"].values()] for e in side]) for side in (left, right))
+    return float(np.abs(first - second).max(initial=0.0))
+
+
+def _montage(pairs: Sequence[tuple[Image.Image, Image.Image]], columns: int, cell: int = 256) -> Image.Image:
+    rows = -(-len(pairs) // columns)
+    width, height = 2 * cell + GAP, cell + CAPTION + GAP
+    page = Image.new("RGB", (columns * (width + 2 * GAP), max(rows, 1) * height + GAP), "white")
+    draw = ImageDraw.Draw(page)
+    for index, pair in enumerate(pairs):
+        left, top = index % columns * (width + 2 * GAP) + GAP, index // columns * height + GAP
+        for side, (picture, caption) in enumerate(zip(pair, ("annotated", "predicted"), strict=True)):
+            x = left + side * (cell + GAP)
+            draw.text((x, top), caption, fill="#444444", font_size=15)
+            picture.thumbnail((cell, cell))
+            page.paste(picture, (x, top + CAPTION))
+    return page
+
+
+def _made(file: str) -> str:
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    return file

@@ -1,0 +1,67 @@
+"""A data set made to be awkward: unequal shards, a prime number of records, many sizes, faults, empty images."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from raydetr.data.shard_writer import write_manifest, write_shard
+from raydetr.data.shards import Manifest
+
+CATEGORIES = [{"id": 3, "name": "ant"}, {"id": 7, "name": "bee"}, {"id": 90, "name": "cat"}]
+
+
+def write_awkward(
+    folder: Path, shards: tuple[int, ...] = (37, 1, 23), empty: float = 0.2, seed: int = 0
+) -> Manifest:
+    """Shards of random images between 40 and 100 pixels a side; a share `empty` of them has no objects.
+
+    One object in twenty is at fault, one image is cut short (with no fault on record), one has a fault that
+    ingest would have found, one object is a crowd.
+    """
+    rng = np.random.default_rng(seed)
+    number, summaries = 0, []
+    for index, size in enumerate(shards):
+        records = [record(rng, number + i, empty) for i in range(size)]
+        if index == 0:
+            records[3]["image"] = records[3]["image"][: len(records[3]["image"]) // 2]
+            records[5] |= {"image": None, "fault": "missing-file"}
+        number += size
+        summaries.append(write_shard(str(folder), index, records))
+    return write_manifest(str(folder), summaries, CATEGORIES)
+
+
+def record(rng: np.random.Generator, number: int, empty: float) -> dict[str, Any]:
+    """One record: noise pixels, up to six objects."""
+    height, width = (int(side) for side in rng.integers(40, 101, 2))
+    coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    picture.save(file, "JPEG" if number % 2 else "PNG")
+    count = 0 if rng.random() < empty else int(rng.integers(1, 7))
+    objects = []
+    for index in range(count):
+        x, y = rng.uniform(0, width - 12), rng.uniform(0, height - 12)
+        w, h = rng.uniform(4, width - x), rng.uniform(4, height - y)
+        faulty = rng.random() < 0.05
+        objects.append(
+            {
+                "id": number * 10 + index,
+                "category_id": int(rng.choice([3, 7, 90])),
+                "bbox": [x, y, 0.0 if faulty else w, h],
+                "area": w * h,
+                "iscrowd": int(number == 11 and index == 0),
+                "fault": "empty-box" if faulty else None,
+            }
+        )
+    return {
+        "image_id": 1000 + 7 * number,
+        "file_name": f"{number}.img",
+        "height": height,
+        "width": width,
+        "image": file.getvalue(),
+        "objects": objects,
+        "fault": None,
+    }

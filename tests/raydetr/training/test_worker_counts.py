@@ -1,0 +1,210 @@
+"""W workers, fed by the real stream, receive and compute what one process does on the global batch."""
+
+import dataclasses
+import itertools
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.train
+import torch
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from raydetr.config import TrainConfig
+from raydetr.data import stream
+from raydetr.data.micro_batch import unpack
+from raydetr.data.shards import Manifest
+from raydetr.training.distributed import step_totals
+from raydetr.training.loop import compute_gradients, create_state, parallelise, per_worker, to_device
+from raydetr.training.trainer import plan_spec
+from tests import training_record
+from tests.awkward import write_awkward
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+STEPS = 24
+CONFIG = TrainConfig(
+    workers=1,
+    steps=STEPS,
+    backbone="resnet18",
+    backbone_out_indices=(1, 2, 3, 4),
+    backbone_weights="",
+    d_model=32,
+    encoder_layers=1,
+    decoder_layers=2,
+    attention_heads=4,
+    ffn_dim=32,
+    num_queries=8,
+    micro_batch_size=2,
+    micro_batches=4,
+    precision="float64",
+    shortest_edges=(48, 64),
+    longest_edge=96,
+    crop=True,
+    crop_shortest_edges=(48, 64),
+    crop_sizes=(32, 64),
+    window_row_groups=1,
+)
+
+
+def first_step(step: int) -> int:
+    return step
+
+
+def gradient(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def record_worker(arguments: dict[str, Any]) -> None:
+    """Runs in a Train worker: what the model receives, and the gradient of every step."""
+    config, folder = arguments["config"], Path(arguments["folder"])
+    state = create_state(config, Manifest.load(config.train_data), torch.device("cpu"))
+    rank = ray.train.get_context().get_world_rank()
+    step = -1
+
+    def hook(module: torch.nn.Module, args: tuple[()], kwargs: dict[str, Any]) -> None:
+        images = training_record.fingerprints(kwargs)
+        training_record.append(folder / f"{rank}.jsonl", {"step": step, "images": images})
+
+    state.model.register_forward_pre_hook(hook, with_kwargs=True)
+    parallel = parallelise(state.model)
+    for batches in stream.steps(
+        ray.train.get_dataset_shard("train"), config.micro_batch_size, per_worker(config)
+    ):
+        step = batches[0].step
+        totals = step_totals(batches, config.num_queries, state.model.config.eos_coefficient)
+        compute_gradients(parallel, state, batches, config, totals.num_boxes, totals.class_weight_sum)
+        if rank == 0:
+            torch.save(gradient(state.model), folder / f"gradient-{step}.pt")
+        state.model.zero_grad()
+
+
+def build_stream(config: TrainConfig, manifest: Manifest, start: int = 0) -> stream.Stream:
+    plan = stream.build_plan(manifest, plan_spec(config))
+    return stream.Stream(manifest=manifest, plan=plan, last_step=STEPS, first_step=partial(first_step, start))
+
+
+def run_workers(config: TrainConfig, manifest: Manifest, folder: Path, start: int = 0) -> None:
+    folder.mkdir()
+    TorchTrainer(
+        record_worker,
+        train_loop_config={"config": config, "folder": str(folder)},
+        scaling_config=ScalingConfig(num_workers=config.workers, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(storage_path=str(folder / "ray")),
+        datasets={"train": build_stream(config, manifest, start)},
+        dataset_config=stream.PlanDataConfig(),
+    ).fit()
+
+
+def received(folder: Path) -> dict[int, list[tuple[int, str, str]]]:
+    """Step → what the model received in it, sorted, over all ranks."""
+    rows = [row for file in sorted(folder.glob("*.jsonl")) for row in training_record.read(file)]
+    rows.sort(key=lambda row: row["step"])
+    return {
+        step: sorted((i["image_id"], i["boxes"], i["pixels"]) for row in group for i in row["images"])
+        for step, group in itertools.groupby(rows, key=lambda row: row["step"])
+    }
+
+
+def one_process(
+    config: TrainConfig, manifest: Manifest
+) -> tuple[dict[int, torch.Tensor], dict[int, list[int]]]:
+    """Gradients of each step on its global batch in one forward pass, with the criterion's own normalisers.
+
+    Also, for each step, the number of boxes of each micro-batch.
+    """
+    job = build_stream(config, manifest)
+    rows = [
+        unpack(row, config.micro_batch_size)
+        for window in stream._walk(job, 0)
+        for row in stream._fill(window, job, world_size=1)
+    ]
+    state = create_state(config, manifest, torch.device("cpu"))
+    gradients, boxes = {}, {}
+    for step, group in itertools.groupby(rows, key=lambda row: row.step):
+        batches = list(group)
+        pixel_values, pixel_mask = zip(*(to_device(batch, state) for batch in batches), strict=True)
+        keep = torch.cat([batch.weights for batch in batches]).bool()
+        labels = [label for batch in batches for label in batch.labels]
+        loss = state.model(
+            pixel_values=torch.cat(pixel_values)[keep],
+            pixel_mask=torch.cat(pixel_mask)[keep],
+            labels=[label for label, kept in zip(labels, keep, strict=True) if kept],
+        ).loss
+        state.model.zero_grad()
+        loss.backward()
+        gradients[step] = gradient(state.model)
+        boxes[step] = [sum(len(label["boxes"]) for label in batch.labels) for batch in batches]
+    return gradients, boxes
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_awkward(tmp_path_factory.mktemp("awkward"), empty=0.85)
+
+
+@pytest.fixture(scope="module")
+def config(manifest: Manifest) -> TrainConfig:
+    return dataclasses.replace(CONFIG, train_data=manifest.root)
+
+
+@pytest.fixture(scope="module")
+def reference(
+    config: TrainConfig, manifest: Manifest
+) -> tuple[dict[int, torch.Tensor], dict[int, list[int]]]:
+    return one_process(config, manifest)
+
+
+def test_the_data_set_is_awkward(manifest: Manifest, reference: tuple[Any, dict[int, list[int]]]) -> None:
+    sizes = {
+        (record["height"], record["width"])
+        for shard in manifest.shards
+        for record in stream.read_rows(manifest.root, shard.file).to_pylist()
+    }
+    assert len(sizes) >= 30
+    assert manifest.num_images == 61
+    boxes = list(reference[1].values())
+    assert any(sum(each) == 0 for each in boxes), "no step in which all ranks are without boxes"
+    assert any(0 < sum(each) < 4 for each in boxes), "no step with fewer boxes than workers"
+    assert any(sum(each) > 4 and 0 in each for each in boxes), "no step in which one rank is without boxes"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_any_number_of_workers_receives_the_same_and_computes_the_gradient_of_one_process(
+    workers: int,
+    config: TrainConfig,
+    manifest: Manifest,
+    reference: tuple[dict[int, torch.Tensor], dict[int, list[int]]],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    ray_local: None,
+) -> None:
+    folder = tmp_path / "run"
+    run_workers(dataclasses.replace(config, workers=workers), manifest, folder)
+    images = received(folder)
+    kept = tmp_path_factory.getbasetemp() / "received.pt"
+    if workers == 1:
+        torch.save(images, kept)
+        per_epoch = build_stream(config, manifest).plan.steps_per_epoch
+        ids = [image_id for step in range(per_epoch) for image_id, _, _ in images[step]]
+        assert len(ids) == len(set(ids)) == 61 - 2, "two of the 61 images have no pixels"
+    assert images == torch.load(kept)
+    gradients, _ = reference
+    assert sorted(images) == sorted(gradients) == list(range(STEPS))
+    for step, wanted in gradients.items():
+        got = torch.load(folder / f"gradient-{step}.pt")
+        assert (got - wanted).norm() <= 1e-9 * wanted.norm(), f"step {step}"
+
+
+def test_a_run_goes_on_at_a_step_with_another_number_of_workers(
+    config: TrainConfig,
+    manifest: Manifest,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    ray_local: None,
+) -> None:
+    whole = torch.load(tmp_path_factory.getbasetemp() / "received.pt")
+    run_workers(dataclasses.replace(config, workers=3), manifest, tmp_path / "rest", start=7)
+    assert received(tmp_path / "rest") == {step: images for step, images in whole.items() if step >= 7}
