@@ -1,8 +1,9 @@
 """`ObjectDetector`: the one place where images become detections, for evaluation, serving and prediction alike.
 
-In two steps, so that they can run in different processes: `prepare_image` is CPU work on one image and needs no model,
-`ObjectDetector.detect` runs the model on a batch. Every image is padded to a shape that is a function of its own size alone (`canonical_shape`), and only
-images of one shape share a batch: what is detected in an image does not depend on its neighbours.
+In two steps, so that they can run in different processes: `prepare_image` is CPU work on one image and needs no
+model, `ObjectDetector.detect` runs the model on a batch. Every image is padded to a shape that is a function of its
+own size alone (`canonical_shape`), and only images of one shape share a batch: what is detected in an image does not
+depend on its neighbours.
 
 B batch, Q queries.
 """
@@ -10,7 +11,7 @@ B batch, Q queries.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -20,8 +21,12 @@ from detr.image_processing.decode import decode_image
 from detr.image_processing.layouts import image_to_tensor
 from detr.image_processing.processor import DetrImageProcessor
 from detr.image_processing.size import canonical_shape
-from detr.model import DetrForObjectDetection
 from detr.postprocess import detections_of_all_queries
+
+if TYPE_CHECKING:
+    from detr.model import (
+        DetrForObjectDetection,
+    )  # imports timm, which tasks that only prepare images do without
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +124,7 @@ class ObjectDetector:
 
     def __init__(
         self,
-        model: DetrForObjectDetection,
+        model: "DetrForObjectDetection",
         image_processor: DetrImageProcessor,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -141,6 +146,8 @@ class ObjectDetector:
             FileNotFoundError: the folder or one of the files is missing.
             ValueError: the files do not fit together.
         """
+        from detr.model import DetrForObjectDetection
+
         model = DetrForObjectDetection.from_pretrained(folder, dtype=torch.float32)
         return cls(model, DetrImageProcessor.from_pretrained(folder), device, dtype)
 

@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional as tv
 
 from detr.image_processing.decode import convert_to_rgb, pil_to_tensor
 
@@ -89,12 +88,19 @@ def _array_to_rgb(image: torch.Tensor) -> torch.Tensor:
                 f"an RGBA image has floating-point values from {image.min():g} to {image.max():g}: its transparency "
                 "can be composited for values in 0..1 only; convert it to RGB first"
             )
-        rgba = tv.to_dtype(image, torch.float32, scale=True)
-        rgb = rgba[:3] * rgba[3:] + (1 - rgba[3:])
-        return tv.to_dtype(rgb, image.dtype, scale=True)
+        return _composite_on_white(image)
     if channels != 3:
         raise ValueError(
             f"an image has {channels} channels: 1, 3 or 4 can be converted to RGB; set do_convert_rgb=False for a "
             "model with other channels"
         )
     return image
+
+
+def _composite_on_white(rgba: torch.Tensor) -> torch.Tensor:
+    """RGBA [4, height, width], 0..255 or floating-point 0..1, to RGB of the same dtype, to transformers' last bit."""
+    values = rgba.to(torch.float32)
+    if not rgba.is_floating_point():
+        values = values * (1.0 / 255)
+    rgb = values[:3] * values[3:] + (1 - values[3:])
+    return rgb.to(rgba.dtype) if rgba.is_floating_point() else rgb.mul(256.0 - 1e-3).to(rgba.dtype)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from detr.checkpoint import model_folder
 from detr.image_processing.annotations import (
     Labels,
     check_annotations,
@@ -18,7 +17,14 @@ from detr.image_processing.annotations import (
 )
 from detr.image_processing.batch import BatchFeature
 from detr.image_processing.layouts import image_to_tensor, list_images
-from detr.image_processing.pixels import BILINEAR, channel_values, normalize, pad_to_batch, resize
+from detr.image_processing.pixels import (
+    BILINEAR,
+    channel_values,
+    clear_padding,
+    normalize,
+    pad_to_batch,
+    resize,
+)
 from detr.image_processing.settings import pad_size_dict, read_settings, size_dict, write_settings
 from detr.image_processing.size import output_size
 from detr.postprocess import (
@@ -153,23 +159,24 @@ class DetrImageProcessor:
             for image in given
         ]
         labels = None if annotations is None else settings._labels(annotations, tensors)
-        pixels = [settings.rescale_and_normalize(settings.resize(tensor)) for tensor in tensors]
+        resized = [settings.resize(tensor) for tensor in tensors]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in resized]
         if labels is not None:
-            labels = [
-                settings._follow(label, (image.shape[-2], image.shape[-1]))
-                for label, image in zip(labels, pixels)
-            ]
+            labels = [settings._follow(label, size) for label, size in zip(labels, sizes)]
 
         data: dict[str, Any] = {}
         if settings.do_pad:
-            size = settings._padded_size(pixels)
-            data["pixel_values"], data["pixel_mask"] = pad_to_batch(pixels, size)
+            padded_size = settings._padded_size(sizes)
+            pixels, pixel_mask = pad_to_batch(resized, padded_size)
+            data["pixel_values"] = settings.rescale_and_normalize(pixels)
+            clear_padding(data["pixel_values"], sizes)
+            data["pixel_mask"] = pixel_mask
             if labels is not None and settings.boxes_relative_to == "padded_batch":
-                labels = [
-                    relate_to_padded(label, size, bool(settings.do_convert_annotations)) for label in labels
-                ]
+                rescale_boxes = bool(settings.do_convert_annotations)
+                labels = [relate_to_padded(label, padded_size, rescale_boxes) for label in labels]
         else:
-            data["pixel_values"] = pixels if return_tensors is None else _stack(pixels)
+            images = [settings.rescale_and_normalize(image) for image in resized]
+            data["pixel_values"] = images if return_tensors is None else _stack(images)
         if labels is not None:
             data["labels"] = [BatchFeature(label).to(device) for label in labels]
         return _as_type(data, return_tensors)
@@ -199,7 +206,7 @@ class DetrImageProcessor:
             `pixel_values` and `pixel_mask`, as `preprocess` gives them.
         """
         tensors = [torch.as_tensor(image) for image in images]
-        size = _largest(tensors)
+        size = _largest([(image.shape[-2], image.shape[-1]) for image in tensors])
         pixel_values, pixel_mask = pad_to_batch(tensors, size)
         return _as_type({"pixel_values": pixel_values, "pixel_mask": pixel_mask}, return_tensors)
 
@@ -226,7 +233,11 @@ class DetrImageProcessor:
             ValueError: the file is not a JSON object, or holds a value that cannot be used.
         """
         path = Path(source)
-        settings = read_settings(path if path.is_file() else model_folder(source, revision, local_files_only))
+        if not path.exists():
+            from detr.checkpoint import model_folder  # imports timm, which data tasks do without
+
+            path = model_folder(source, revision, local_files_only)
+        settings = read_settings(path)
         return cls.from_dict(settings, **overrides)
 
     @classmethod
@@ -298,18 +309,16 @@ class DetrImageProcessor:
             labels = resize_labels(labels, size)
         return to_relative_boxes(labels) if self.do_convert_annotations else labels
 
-    def _padded_size(self, images: Sequence[torch.Tensor]) -> tuple[int, int]:
-        if self.pad_size is not None:
-            return self.pad_size["height"], self.pad_size["width"]
-        return _largest(images)
+    def _padded_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return _largest(sizes) if self.pad_size is None else (self.pad_size["height"], self.pad_size["width"])
 
 
 def _channels(values: float | Sequence[float]) -> float | tuple[float, ...]:
     return values if isinstance(values, int | float) else tuple(values)
 
 
-def _largest(images: Sequence[torch.Tensor]) -> tuple[int, int]:
-    return max(image.shape[-2] for image in images), max(image.shape[-1] for image in images)
+def _largest(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return max(height for height, _ in sizes), max(width for _, width in sizes)
 
 
 def _stack(images: Sequence[torch.Tensor]) -> torch.Tensor:

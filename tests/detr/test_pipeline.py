@@ -2,7 +2,10 @@
 
 import io
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,6 +217,15 @@ def test_images_can_be_prepared_in_threads(detector):
     with ThreadPoolExecutor(4) as pool:
         for got, pixels in zip(pool.map(detector.prepare, images), expected):
             assert np.array_equal(got.pixels, pixels)
+
+
+def test_preparing_images_imports_neither_timm_nor_torchvision():
+    code = (
+        "import sys; from detr.pipeline import prepare_image; from detr import DetrImageProcessor; "
+        "import torch; prepare_image(torch.zeros(3, 5, 5, dtype=torch.uint8), DetrImageProcessor()); "
+        "assert not {'timm', 'torchvision', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_a_model_folder_gives_the_same_detector(detector, tmp_path):
