@@ -1,0 +1,110 @@
+"""A checkpoint is whole or not there, and a run goes on from it exactly."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from raydetr import storage
+from raydetr.config import TrainConfig
+from raydetr.data.shards import Manifest
+from raydetr.errors import StorageError, TrainingError
+from raydetr.training import checkpoint
+from raydetr.training.loop import create_state
+from tests.awkward import write_awkward
+from tests.cluster.recorded_training import config as make_config
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_awkward(tmp_path_factory.mktemp("data"), shards=(8,))
+
+
+@pytest.fixture
+def config(manifest: Manifest, tmp_path: Path) -> TrainConfig:
+    return make_config(manifest.root, str(tmp_path / "run"))
+
+
+def trained_state(config: TrainConfig, manifest: Manifest, step: int) -> checkpoint.TrainingState:
+    """A state whose weights, optimiser and average all have moved."""
+    state = create_state(config, manifest, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(step)
+    for parameter in state.model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    state.optimizer.step()
+    state.average.update(step)
+    state.step, state.images, state.skipped = step, 8 * step, 1
+    return state
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_weights_optimiser_average_and_counts_come_back_exactly(
+    precision: str, config: TrainConfig, manifest: Manifest
+) -> None:
+    config = dataclasses.replace(config, precision=precision)
+    saved = trained_state(config, manifest, 5)
+    checkpoint.save(config.output, saved, {"metrics": [[4, {"loss": 1.5}]]}, keep=2)
+    loaded = create_state(config, manifest, torch.device("cpu"))
+    metadata = checkpoint.load(config.output, 5, loaded)
+    assert metadata["metrics"] == [[4, {"loss": 1.5}]]
+    assert (loaded.step, loaded.images, loaded.skipped) == (5, 40, 1)
+    for name, value in saved.model.state_dict().items():
+        assert torch.equal(value, loaded.model.state_dict()[name]), name
+        assert value.dtype == loaded.model.state_dict()[name].dtype
+    for left, right in zip(saved.average.values, loaded.average.values, strict=True):
+        assert torch.equal(left, right)
+    moments = [state.optimizer.state_dict()["state"] for state in (saved, loaded)]
+    assert moments[0].keys() == moments[1].keys()
+    for index, own in moments[0].items():
+        assert torch.equal(own["exp_avg"], moments[1][index]["exp_avg"])
+        assert torch.equal(own["exp_avg_sq"], moments[1][index]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("failing", ["model.safetensors", "training.pt", "state.json", checkpoint.MARKER])
+def test_a_checkpoint_counts_only_when_everything_is_written(
+    failing: str, config: TrainConfig, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(config.output, trained_state(config, manifest, 3), {}, keep=2)
+    write = storage.write_bytes
+    written = []
+
+    def fail(address: str, data: bytes) -> None:
+        if address.endswith(failing):
+            raise StorageError("disk full")
+        write(address, data)
+        written.append(address)
+
+    monkeypatch.setattr(storage, "write_bytes", fail)
+    with pytest.raises(StorageError):
+        checkpoint.save(config.output, trained_state(config, manifest, 6), {}, keep=2)
+    assert checkpoint.last_committed_step(config.output) == 3
+    assert not any(address.endswith(checkpoint.MARKER) for address in written)
+    monkeypatch.undo()
+    checkpoint.save(config.output, trained_state(config, manifest, 6), {}, keep=2)
+    assert checkpoint.last_committed_step(config.output) == 6
+
+
+def test_only_the_latest_are_kept(config: TrainConfig, manifest: Manifest) -> None:
+    state = trained_state(config, manifest, 1)
+    for step in (1, 2, 3, 4):
+        state.step = step
+        checkpoint.save(config.output, state, {}, keep=2)
+    assert checkpoint.committed_steps(config.output) == [3, 4]
+    assert len(storage.list_names(storage.join(config.output, "checkpoints"))) == 2
+
+
+def test_a_missing_checkpoint_is_named(config: TrainConfig, manifest: Manifest) -> None:
+    state = create_state(config, manifest, torch.device("cpu"))
+    with pytest.raises(TrainingError, match="step-00000009"):
+        checkpoint.load(config.output, 9, state)
+
+
+def test_the_model_of_a_checkpoint_loads_on_its_own(config: TrainConfig, manifest: Manifest) -> None:
+    from detr.pipeline import ObjectDetector
+    from tests.tiny_detr import png
+
+    address = checkpoint.save(config.output, trained_state(config, manifest, 2), {}, keep=1)
+    detector = ObjectDetector.from_pretrained(storage.join(address, "model"))
+    assert len(detector.detect([detector.prepare(png(40, 60))])[0].scores) == config.num_queries

@@ -1,0 +1,40 @@
+"""One driver at a time; a dead one's lease runs out."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from raydetr import storage
+from raydetr.errors import TrainingError
+from raydetr.training.lease import FILE, lease
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    with (
+        lease(str(tmp_path), 1.0),
+        pytest.raises(TrainingError, match="held by another driver"),
+        lease(str(tmp_path), 1.0),
+    ):
+        pass
+
+
+def test_the_lease_is_given_back(tmp_path: Path) -> None:
+    with lease(str(tmp_path), 1.0):
+        assert storage.exists(f"{tmp_path}/{FILE}")
+    assert not storage.exists(f"{tmp_path}/{FILE}")
+    with lease(str(tmp_path), 1.0):
+        pass
+
+
+def test_a_dead_drivers_lease_is_waited_for_and_taken(tmp_path: Path) -> None:
+    storage.write_json(f"{tmp_path}/{FILE}", {"owner": "dead", "expires": time.time() + 0.5})
+    with lease(str(tmp_path), 1.0):
+        assert storage.read_json(f"{tmp_path}/{FILE}")["owner"] != "dead"
+
+
+def test_the_lease_is_renewed_beyond_its_duration(tmp_path: Path) -> None:
+    with lease(str(tmp_path), 0.5):
+        first = storage.read_json(f"{tmp_path}/{FILE}")["expires"]
+        time.sleep(0.8)
+        assert storage.read_json(f"{tmp_path}/{FILE}")["expires"] > max(first, time.time())

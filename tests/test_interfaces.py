@@ -1,0 +1,47 @@
+"""docs/interfaces.md says what the code does, no more and no less."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from raydetr import config
+from raydetr.data import schema
+from raydetr.data.shards import Manifest
+from raydetr.serving.app import api
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "interfaces.md").read_text()
+
+
+def row(first: str) -> list[str]:
+    """The names in the second cell of the table row whose first cell is `first`."""
+    (cell,) = re.findall(rf"^\| {re.escape(first)} \| (.*?) \|$", PAGE, flags=re.MULTILINE)
+    return re.findall(r"`([^`]+)`", cell)
+
+
+@pytest.mark.parametrize("name", ["ingest", "train", "evaluate", "promote", "predict", "serve", "demo"])
+def test_the_flags_of_a_pipeline_are_listed(name: str) -> None:
+    fields = dataclasses.fields(getattr(config, f"{name.capitalize()}Config"))
+    assert row(f"`{name}`") == [f"--{field.name.replace('_', '-')}" for field in fields]
+    assert (ROOT / "pipelines" / f"{name}.py").exists()
+
+
+def test_the_recipes_are_listed() -> None:
+    assert re.search(r"`--recipe (\S+)`", PAGE)[1].split("|") == list(config.RECIPES)
+
+
+def test_the_fields_of_shards_are_listed() -> None:
+    assert row("`shard-NNNNNN.parquet`") == schema.SCHEMA.names
+    assert row("its `objects`") == [schema.OBJECT.field(i).name for i in range(schema.OBJECT.num_fields)]
+    assert row("`faults.parquet`") == schema.FAULT_SCHEMA.names
+    assert row("`manifest.json`") == [
+        field.name for field in dataclasses.fields(Manifest) if field.name != "root"
+    ]
+
+
+def test_the_routes_are_listed() -> None:
+    listed = set(re.findall(r"^\| `(GET|POST) (\S+)` \|", PAGE, flags=re.MULTILINE))
+    operations = api.openapi()["paths"]
+    assert listed == {(method.upper(), path) for path, item in operations.items() for method in item}
