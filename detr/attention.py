@@ -11,17 +11,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _linear(x: Tensor) -> Tensor:
+    return x
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # named functions: a model has to be picklable
     "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
     "hardswish": F.hardswish,
     "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
+    "linear": _linear,
     "mish": F.mish,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": _quick_gelu,
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": _relu_squared,
     "relu6": F.relu6,
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
@@ -103,8 +120,8 @@ class MultiheadAttention(nn.Module):
         v = self._split_heads(self.v_proj(value))
         dropout = self.dropout if self.training else 0.0
         weights = None
-        if mask is not None:
-            mask = mask.to(q.dtype)
+        if mask is not None and mask.dtype != q.dtype:  # autocast; float32's least number is -inf in bfloat16
+            mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
         if output_attentions:
             scores = (q @ k.transpose(-1, -2)) * self.head_dim**-0.5
             if mask is not None:

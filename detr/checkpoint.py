@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CLASS_HEAD = "class_labels_classifier."
-_HEADS = (_CLASS_HEAD, "bbox_predictor.")
+CLASS_HEAD = "class_labels_classifier."
+_HEADS = (CLASS_HEAD, "bbox_predictor.")
 _HUB_ID = re.compile(r"(hub:)?(?P<id>[\w.-]+/[\w.-]+)")
 _HUB_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 
@@ -68,6 +68,7 @@ def load_model(
     device_map: str | int | torch.device | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    ignore_mismatched_sizes: bool = False,
     **overrides: Any,
 ) -> Model:
     """Load a model written by this library or by transformers, in evaluation mode.
@@ -83,13 +84,18 @@ def load_model(
         device_map: where to put the model: a device, a GPU's index, or "auto" for a GPU where there is one.
         revision: see `model_folder`.
         local_files_only: see `model_folder`.
+        ignore_mismatched_sizes: let every parameter that has another shape than the file's start anew.
         overrides: fields of the configuration that replace the file's.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
+        TypeError: an override is no field of the configuration.
         ValueError: the weights do not fit the configuration; the first difference is named.
         RuntimeError: this machine has no such device.
     """
+    unknown = overrides.keys() - DetrConfig.keywords()
+    if unknown:
+        raise TypeError(f"from_pretrained has no argument {', '.join(sorted(unknown))}, nor has DetrConfig")
     device = _device(device_map)
     folder = model_folder(source, revision, local_files_only)
     if config is not None and overrides:
@@ -114,8 +120,11 @@ def load_model(
     if dtype == "auto":
         dtype = config.dtype or torch.float32
     model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    new_classes = not {"num_labels", "id2label", "label2id"}.isdisjoint(overrides)
-    load_weights(model, read_model_weights(folder), str(folder), new_classes=new_classes)
+    restart: str | None = ""
+    if not ignore_mismatched_sizes:
+        new_classes = not {"num_labels", "id2label", "label2id"}.isdisjoint(overrides)
+        restart = CLASS_HEAD if new_classes else None
+    load_weights(model, read_model_weights(folder), str(folder), restart=restart)
     return model.to(device).eval()
 
 
@@ -142,7 +151,7 @@ def _device(device_map: str | int | torch.device | None) -> torch.device:
 
 
 def load_weights(
-    model: DetrPreTrainedModel, tensors: Mapping[str, Tensor], source: str, *, new_classes: bool = False
+    model: DetrPreTrainedModel, tensors: Mapping[str, Tensor], source: str, *, restart: str | None = None
 ) -> None:
     """Copy the tensors of a file into a model, in place.
 
@@ -154,7 +163,8 @@ def load_weights(
         model: the model.
         tensors: the file's content, in any layout of `detr.checkpoint_names`.
         source: the file's name, for messages.
-        new_classes: a class head of another size is left as it is instead of being an error.
+        restart: parameters with this in their names keep their new values where the file's have another shape,
+            instead of that being an error; "" is all of them, `CLASS_HEAD` the class head.
 
     Raises:
         ValueError: a tensor is missing, has another shape or has no place.
@@ -167,10 +177,10 @@ def load_weights(
     for name in own:
         if name not in found or found[name].shape == own[name].shape:
             continue
-        if new_classes and _CLASS_HEAD in name:
+        if restart is not None and restart in name:
             fresh.append(name)
             continue
-        hint = "; num_labels=... makes a new class head" if _CLASS_HEAD in name else ""
+        hint = "; num_labels=... makes a new class head" if CLASS_HEAD in name else ""
         raise ValueError(
             f"{source}: {name} has shape {tuple(found[name].shape)}, the model {tuple(own[name].shape)}{hint}"
         )

@@ -252,6 +252,12 @@ class DetrConfig:
         return out
 
     @classmethod
+    def keywords(cls) -> set[str]:
+        """The keywords that mean something: fields, their aliases and the legacy ways to name a backbone."""
+        names = {f.name for f in fields(cls)}
+        return names | _ALIASES.keys() | _IGNORED_KEYS | {*_LEGACY_BACKBONE_KEYS, "num_labels", "num_layers"}
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> DetrConfig:
         """A configuration from the content of ``config.json``; ``overrides`` win over the file's values.
 

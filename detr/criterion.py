@@ -40,7 +40,10 @@ def target_counts(
         ``num_boxes``: the weighted number of target boxes; ``class_weight_sum``: the sum of the class weights
         in the cross-entropy, ``sum of w (min(n, Q) + eos (Q - min(n, Q)))``.
     """
-    weights = [1.0] * len(labels) if image_weights is None else [float(w) for w in image_weights]
+    if image_weights is None:
+        weights = [1.0] * len(labels)
+    else:
+        weights = image_weights.tolist() if isinstance(image_weights, Tensor) else list(image_weights)
     if len(weights) != len(labels):
         raise ValueError(f"{len(weights)} image_weights for the labels of {len(labels)} images")
     num_boxes = class_weight_sum = 0.0
@@ -131,7 +134,12 @@ def _image_weights(image_weights: Tensor | None, logits: Tensor) -> Tensor:
 
 
 def _weighted_counts(counts: Sequence[float], weights: Tensor) -> Tensor:
-    return (torch.tensor(counts, dtype=weights.dtype, device=weights.device) * weights).sum()
+    return (_on_device_of(weights, counts) * weights).sum()
+
+
+def _on_device_of(weights: Tensor, counts: Sequence[float]) -> Tensor:
+    """float [B]; copied without waiting for the device, which `torch.tensor(..., device=...)` would."""
+    return torch.tensor(counts, dtype=weights.dtype).to(weights.device, non_blocking=True)
 
 
 def _loss_ce(logits: Tensor, targets: Targets, matching: Matching, weights: Tensor, eos: float) -> Tensor:
@@ -162,6 +170,6 @@ def _loss_boxes(
 def _cardinality_error(logits: Tensor, counts: Sequence[int], weights: Tensor) -> Tensor:
     """Mean over images of the difference in the number of objects, float [L]; for logging, not a loss."""
     predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(2)
-    wanted = torch.tensor(counts, device=logits.device)
+    wanted = _on_device_of(weights, counts)
     total = weights.sum()
     return ((predicted - wanted).abs() * weights).sum(1) / torch.where(total > 0, total, 1)

@@ -65,7 +65,7 @@ def matching_cost(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, cost: 
     """
     batch, most = len(targets.counts), max(targets.counts)
     slots = [b * most + i for b, count in enumerate(targets.counts) for i in range(count)]
-    slot = torch.tensor(slots, device=logits.device)
+    slot = torch.tensor(slots).to(logits.device, non_blocking=True)
     ids = targets.class_ids.new_zeros(batch * most).index_copy(0, slot, targets.class_ids)
     wanted = boxes_cxcywh.new_ones(batch * most, 4).index_copy(0, slot, targets.boxes_cxcywh)
     ids = ids.view(1, batch, 1, most).expand(logits.shape[0], -1, logits.shape[2], -1)
@@ -119,10 +119,7 @@ def hungarian_matching(
         on_host = together[: costs.numel()].view(costs.shape).numpy()
     query, target = assign(on_host, targets.counts)
     image = np.repeat(np.arange(batch), [min(queries, count) for count in targets.counts])
-    packed = torch.from_numpy(np.concatenate((query, target, image[None])))
-    if device.type == "cuda":
-        packed = packed.pin_memory()
-    packed = packed.to(device, non_blocking=True)
+    packed = torch.from_numpy(np.concatenate((query, target, image[None]))).to(device, non_blocking=True)
     return Matching(packed[:layers], packed[layers : 2 * layers], packed[-1])
 
 

@@ -265,6 +265,22 @@ def test_a_config_in_place_of_the_folders_own_excludes_overrides(make_twins, tmp
         DetrForObjectDetection.from_pretrained(folder, config=config, dropout=0.5)
 
 
+def test_mismatched_sizes_start_anew_where_that_is_asked_for(make_twins, tmp_path: Path, caplog):
+    ours = make_twins().ours
+    folder = save(ours, tmp_path)
+    with pytest.raises(ValueError, match=r"query_position_embeddings.weight has shape \(12, 64\)"):
+        DetrForObjectDetection.from_pretrained(folder, num_queries=7, num_labels=2)
+    model = DetrForObjectDetection.from_pretrained(folder, num_queries=7, ignore_mismatched_sizes=True)
+    assert "model.query_position_embeddings.weight" in caplog.text
+    assert model.model.query_position_embeddings.num_embeddings == 7
+
+
+def test_an_argument_that_nobody_knows_is_refused(make_twins, tmp_path: Path):
+    folder = save(make_twins().ours, tmp_path)
+    with pytest.raises(TypeError, match="no argument num_label, nor has DetrConfig"):
+        DetrForObjectDetection.from_pretrained(folder, num_label=3)
+
+
 def test_a_training_checkpoint_of_the_original_is_read_with_its_arguments(tmp_path: Path):
     from detr.state_dict import read_state_dict
 

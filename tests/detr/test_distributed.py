@@ -103,7 +103,7 @@ def two_processes(tmp_path_factory) -> list[dict]:
         )
         for rank in range(WORLD_SIZE)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    errors = [process.communicate(timeout=500)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * WORLD_SIZE, "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
 

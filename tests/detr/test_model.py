@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -106,10 +107,14 @@ def test_padding_is_not_attended_to(make_twins, make_batch):
         assert attention[1, :, :, cells].min() > 0
 
 
-def test_an_image_of_padding_alone_is_finite_forward_and_backward(make_twins, make_batch):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_image_of_padding_alone_is_finite_forward_and_backward(autocast, make_twins, make_batch):
     model, batch = copy.deepcopy(make_twins().ours).train(), make_batch()
     batch.pixel_mask[1] = 0
-    out = model(batch.pixel_values, batch.pixel_mask, labels=batch.labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = model(batch.pixel_values, batch.pixel_mask, labels=batch.labels)
+        weights = model(batch.pixel_values, batch.pixel_mask, output_attentions=True).encoder_attentions[0][1]
+    assert weights.isfinite().all()
     out.loss.backward()
     assert out.logits.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -346,6 +351,16 @@ def test_the_backbone_freezes_and_unfreezes_and_parameters_are_counted():
     model.unfreeze_backbone()
     assert model.num_parameters(only_trainable=True) == everything
     assert (model.dtype, model.device) == (torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "quick_gelu"])
+def test_a_model_can_be_pickled(activation):
+    config = DetrConfig(
+        backbone="resnet18", encoder_layers=1, decoder_layers=1, activation_function=activation
+    )
+    model = DetrModel(config)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again.decoder.layers[0].fc1.weight, model.decoder.layers[0].fc1.weight)
 
 
 def test_an_unknown_activation_lists_the_known_ones():
