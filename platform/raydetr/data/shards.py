@@ -5,6 +5,7 @@ and `manifest.json`. The manifest is written last: its presence means that the d
 these files depends on the time or the place of writing.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -195,8 +196,9 @@ def coco_truth(manifest: Manifest) -> dict[str, Any]:
     """The data set as COCO detection JSON, for evaluation: what pycocotools computes on the original it does here.
 
     Every annotation of every image is there with its own id, box, area and iscrowd, those at fault too, except the
-    ones without a readable id, category id or box, on which pycocotools stops. An absent area is the box's, an
-    absent iscrowd 0. Segmentations are left out.
+    ones without a readable id, category id or box, on which pycocotools stops, or with NaN or infinity in the box,
+    on which its matching has no meaning. An absent or non-finite area is the box's, an absent iscrowd 0.
+    Segmentations are left out.
     """
     images, annotations = [], []
     for record in read_records(manifest, TRUTH_COLUMNS):
@@ -205,9 +207,11 @@ def coco_truth(manifest: Manifest) -> dict[str, Any]:
         )
         for item in record["objects"]:
             box = item["bbox"]
-            if item["id"] is None or item["category_id"] is None or box is None:
+            if item["id"] is None or item["category_id"] is None or box is None or not np.isfinite(box).all():
                 continue
-            area = box[2] * box[3] if item["area"] is None else item["area"]
+            area = item["area"]
+            if area is None or not math.isfinite(area):
+                area = box[2] * box[3]
             annotations.append(
                 {**item, "image_id": record["image_id"], "area": area, "iscrowd": item["iscrowd"] or 0}
             )

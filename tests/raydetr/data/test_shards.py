@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,9 @@ def test_the_truth_has_every_readable_annotation_with_gaps_filled_as_pycocotools
                 target([1, 2, 3, 4], id=6, iscrowd=None),
                 target([1, 2, 3, 4], id=None),
                 {**complete, "bbox": None},
+                {**complete, "bbox": [1, math.nan, 3, 4]},
+                {**complete, "bbox": [1, 2, math.inf, 4]},
+                target([1, 2, 3, 4], id=7, area=math.nan),
                 {**complete, "category_id": None},
             ],
         },
@@ -301,4 +305,5 @@ def test_the_truth_has_every_readable_annotation_with_gaps_filled_as_pycocotools
     assert truth["annotations"] == [
         {**base, "id": 5, "area": 7.5, "iscrowd": 1},
         {**base, "id": 6, "area": 12, "iscrowd": 0},
+        {**base, "id": 7, "area": 12, "iscrowd": 0},
     ]
