@@ -1,0 +1,96 @@
+"""Break each guarantee on purpose, in a copy of the project, and see its tests fail."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARTS = ["detr", "platform", "pipelines", "tests", "pyproject.toml"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Replace `old` by `new` in `file`; then `tests` must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = {
+    "the order is off by one after a resume": Mutation(
+        "platform/raydetr/data/plan.py",
+        "skip = max(0, start - first)",
+        "skip = max(0, start - first - 1)",
+        ("tests/raydetr/data/test_plan.py",),
+    ),
+    "the order depends on nothing but the window": Mutation(
+        "platform/raydetr/data/plan.py",
+        '_generator(spec.seed, "rows", epoch, window)',
+        '_generator(spec.seed, "rows", 0, window)',
+        ("tests/raydetr/data/test_plan.py",),
+    ),
+    "each step is padded to its first micro-batch": Mutation(
+        "platform/raydetr/data/plan.py",
+        "self.known[step] = (max(height, batch.shape[0]), max(width, batch.shape[1]))",
+        "self.known.setdefault(step, batch.shape)",
+        ("tests/raydetr/data/test_plan.py",),
+    ),
+    "the boxes are normalised per worker": Mutation(
+        "platform/raydetr/training/distributed.py",
+        "boxes, class_weight, images, skipped = all_reduce(sums).tolist()\n    workers = world_size()",
+        "boxes, class_weight, images, skipped = sums.tolist()\n    workers = 1",
+        ("tests/raydetr/training/test_distributed.py",),
+    ),
+    "the number of boxes is clamped after the division, as in the original": Mutation(
+        "platform/raydetr/training/distributed.py",
+        "num_boxes=max(boxes, 1.0) / workers",
+        "num_boxes=max(boxes / workers, 1.0)",
+        ("tests/raydetr/training/test_distributed.py",),
+    ),
+    "the completeness marker is written first": Mutation(
+        "platform/raydetr/training/checkpoint.py",
+        "storage.delete_folder(target)  # the rest of an attempt that ended half-way",
+        'storage.delete_folder(target)\n    storage.write_bytes(storage.join(target, MARKER), b"")',
+        ("tests/raydetr/training/test_checkpoint.py",),
+    ),
+    "a padded slot weighs as much as an image": Mutation(
+        "platform/raydetr/data/micro_batch.py",
+        "weights=torch.tensor([float(h > 0) for h in heights])",
+        "weights=torch.tensor([1.0 for h in heights])",
+        ("tests/raydetr/data/test_micro_batch.py",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_guarantee_is_noticed(name: str, tmp_path: Path) -> None:
+    mutation = MUTATIONS[name]
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, tmp_path / part)
+    file = tmp_path / mutation.file
+    text = file.read_text()
+    assert text.count(mutation.old) == 1, "the mutation no longer fits the code"
+    file.write_text(text.replace(mutation.old, mutation.new))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{tmp_path / 'platform'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert "AssertionError" in done.stdout or "assert " in done.stdout, done.stdout[-2000:]
