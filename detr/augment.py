@@ -27,16 +27,20 @@ The original has no bound: a 1 x 5000 image would become 400 x 2,000,000. Seven 
 class AugmentSpec:
     """What `draw` chooses from. Lengths are in pixels.
 
-    flip: probability of a horizontal flip.
-    shortest_edges: lengths of the shorter side after the last resize, drawn evenly.
-    longest_edge: upper bound of the longer side; the shorter one gives way.
-    crop: cut a random rectangle out of half of the images.
-    crop_shortest_edges: lengths of the shorter side before the crop, drawn evenly.
-    crop_sizes: (least, most) of each side of the crop, drawn independently; a smaller image bounds both.
-
     The defaults are DETR's on COCO. For small images give lengths in proportion, such as
     `AugmentSpec(shortest_edges=(96, 112, 128), longest_edge=213, crop_shortest_edges=(64, 80, 96),
     crop_sizes=(60, 96))`.
+
+    Attributes:
+        flip: probability of a horizontal flip.
+        shortest_edges: lengths of the shorter side after the last resize, drawn evenly.
+        longest_edge: upper bound of the longer side; the shorter one gives way.
+        crop: cut a random rectangle out of half of the images.
+        crop_shortest_edges: lengths of the shorter side before the crop, drawn evenly.
+        crop_sizes: (least, most) of each side of the crop, drawn independently; a smaller image bounds both.
+
+    Raises:
+        ValueError: a probability or a length is out of range.
     """
 
     flip: float = 0.5
@@ -103,7 +107,8 @@ class Augmentation:
 def draw(rng: np.random.Generator, height: int, width: int, spec: AugmentSpec) -> Augmentation:
     """Draw an augmentation for an image of `height` x `width` pixels (at least 1 x 1); only `rng` decides.
 
-    Raises `ValueError` for an image without pixels.
+    Raises:
+        ValueError: an image without pixels.
     """
     flip = bool(rng.random() < spec.flip)
     size = height, width
@@ -124,16 +129,18 @@ def apply(
 ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     """Augment an image and its boxes.
 
-    image: uint8 [3, height, width], of the size the augmentation was drawn for.
-    boxes_xyxy: float [objects, 4], corners in pixels of that image; what lies outside of it is cut off.
+    Args:
+        image: uint8 [3, height, width], of the size the augmentation was drawn for.
+        boxes_xyxy: float [objects, 4], corners in pixels of that image; what lies outside of it is cut off.
+        augmentation: from `draw`.
 
-    Returns (image, boxes_cxcywh, kept):
-    image: uint8 [3, *augmentation.output_size].
-    boxes_cxcywh: float32 [kept objects, 4], relative to the output image, 0..1.
-    kept: int64 [kept objects], ascending: the row in `boxes_xyxy` of each output box. Objects of which no area is
-    left within the image are dropped, as in the original.
+    Returns:
+        The image uint8 [3, *augmentation.output_size]; boxes cxcywh float32 [kept, 4] relative to it, 0..1; and
+        which rows of `boxes_xyxy` they are, int64 [kept], ascending. Objects of which no area is left within the
+        image are dropped, as in the original.
 
-    Raises `ValueError` when the image has another size than the augmentation was drawn for.
+    Raises:
+        ValueError: the image has another size than the augmentation was drawn for.
     """
     if tuple(image.shape[-2:]) != augmentation.input_size:
         raise ValueError(

@@ -11,8 +11,9 @@ from detr.boxes import box_cxcywh_to_xyxy
 class DetectionOutput(Protocol):
     """What post-processing reads of a model's output.
 
-    logits: float [batch, queries, classes + 1], the last class being "no object".
-    pred_boxes: float [batch, queries, 4], cxcywh relative to the image, 0..1.
+    Attributes:
+        logits: float [batch, queries, classes + 1], the last class being "no object".
+        pred_boxes: float [batch, queries, 4], cxcywh relative to the image, 0..1.
     """
 
     logits: torch.Tensor
@@ -27,13 +28,17 @@ def detections_of_all_queries(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score, label and box of every query, in the model's order.
 
-    target_sizes: (height, width) of each image in pixels, as a list or a tensor [batch, 2].
+    Args:
+        outputs: of the model.
+        target_sizes: (height, width) of each image in pixels, as a list or a tensor [batch, 2].
 
-    Returns scores float [batch, queries], labels int64 [batch, queries] (the best class that is not "no object"),
-    and boxes_xyxy float [batch, queries, 4]: in pixels of the target size, relative to the image without one. Boxes
-    are not clipped to the image.
+    Returns:
+        Scores float [batch, queries]; labels int64 [batch, queries], the best class that is not "no object"; boxes
+        xyxy float [batch, queries, 4] in pixels of the target size, without one relative to the image. They are not
+        clipped to it.
 
-    Raises `ValueError` unless there is one target size for each image.
+    Raises:
+        ValueError: the number of target sizes is not that of the images.
     """
     if target_sizes is not None and len(target_sizes) != len(outputs.logits):
         raise ValueError(
@@ -58,10 +63,17 @@ def post_process_object_detection(
 ) -> list[dict[str, Any]]:
     """The detections of each image with a score above `threshold`, in the model's order.
 
-    Returns one dict for each image: `scores` float [detections], `labels` int64 [detections] and `boxes` float
-    [detections, 4], corners in pixels of its target size (relative to the image without `target_sizes`).
+    Args:
+        outputs: of the model.
+        threshold: a score must exceed it.
+        target_sizes: (height, width) of each image in pixels, as a list or a tensor [batch, 2].
 
-    Raises `ValueError` unless there is one target size (height, width) for each image.
+    Returns:
+        A dict for each image: `scores` float [n], `labels` int64 [n] and `boxes` float [n, 4], corners in pixels of
+        its target size, without one relative to the image.
+
+    Raises:
+        ValueError: the number of target sizes is not that of the images.
     """
     scores, labels, boxes = detections_of_all_queries(outputs, target_sizes)
     return [

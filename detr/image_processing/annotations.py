@@ -17,7 +17,11 @@ Labels = dict[str, torch.Tensor]
 
 
 def check_annotations(annotations: Sequence[Any], number_of_images: int) -> None:
-    """Raise `ValueError` unless there is one COCO detection annotation for each image."""
+    """Check that there is one COCO detection annotation for each image.
+
+    Raises:
+        ValueError: there is not.
+    """
     if len(annotations) != number_of_images:
         raise ValueError(
             f"The number of images ({number_of_images}) and annotations ({len(annotations)}) do not match."
@@ -39,7 +43,8 @@ def detection_labels(annotation: Mapping[str, Any], height: int, width: int) -> 
     Crowd objects are left out. Boxes become corners in pixels, cut at the image's border; those without area after
     that are left out too. Keypoints of objects that have none are zeros, so that rows stay aligned.
 
-    Raises `ValueError` when an object lacks `category_id`, `bbox` or `area`, naming the image.
+    Raises:
+        ValueError: an object lacks `category_id`, `bbox` or `area`; the message names the image.
     """
     objects = [entry for entry in annotation["annotations"] if not entry.get("iscrowd", 0)]
     image_id = annotation["image_id"]

@@ -19,6 +19,9 @@ try:
 except ImportError:  # optional: the same pixels in about half the time
     simplejpeg = None
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+"""What is decoded, by Pillow's names; not EPS, for which Pillow starts an interpreter on the data."""
+
 DEFAULT_MAX_PIXELS = 89_478_485
 """Height times width up to which an image is decoded: Pillow's own limit (a quarter of a GiB of RGB)."""
 
@@ -43,7 +46,8 @@ class ImageError(ValueError):
 def image_size(data: bytes) -> tuple[int, int]:
     """Read an image's (height, width) from its header, without decoding it.
 
-    Raises `ImageError` when the bytes are not an image that Pillow knows.
+    Raises:
+        ImageError: the bytes are not an image in one of `FORMATS`.
     """
     with _open(data) as image:
         width, height = image.size
@@ -51,13 +55,22 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
-    """Decode an encoded image (JPEG, PNG, WebP, BMP, GIF, TIFF ...) into uint8 [3, height, width], RGB.
+    """Decode an encoded image into RGB.
 
     Grey, palette, transparent, CMYK and 16-bit images are converted as `convert_to_rgb` does; of an animation the
-    first frame is taken. `max_pixels` is compared with the header's size before anything is decoded.
+    first frame is taken.
 
-    Raises `ImageError` when the bytes are not an image, are cut short or damaged, are too large, or have pixels
-    without a defined range.
+    Args:
+        data: an image in one of `FORMATS`.
+        max_pixels: compared with the header's height times width before anything is decoded. Pillow itself refuses
+            more than twice the default.
+
+    Returns:
+        uint8 [3, height, width] of 0..255, interleaved in memory.
+
+    Raises:
+        ImageError: the bytes are not such an image, are cut short or damaged, are too large, or have pixels without
+            a defined range.
     """
     with _open(data) as image:
         width, height = image.size
@@ -86,7 +99,8 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     Transparency is composited on white, as transformers does. 16-bit grey keeps its range: the high byte of each
     value is taken, as Pillow does for 16-bit colour (Pillow's own conversion clips 16-bit grey at 255).
 
-    Raises `ImageError` for floating-point pixels and for 32-bit integers outside 0..65535: their range is unknown.
+    Raises:
+        ImageError: floating-point pixels, or 32-bit integers outside 0..65535, whose range is unknown.
     """
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         return Image.fromarray(_high_byte(image)).convert("RGB")
@@ -107,7 +121,7 @@ def pil_to_tensor(image: Image.Image) -> torch.Tensor:
 def _open(data: bytes) -> Image.Image:
     """Open an image lazily: only its header is read."""
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         start = bytes(data[:16])
         raise ImageError(

@@ -17,8 +17,9 @@ _LAYOUTS = ("channels_first", "channels_last")
 def list_images(images: Any) -> list[ImageInput]:
     """Flatten an image, a batch of images (4 dimensions), or a possibly nested sequence of these into a list.
 
-    Raises `TypeError` for anything that is not a Pillow image, a numpy array or a torch tensor, and `ValueError`
-    for an array that does not have 2, 3 or 4 dimensions.
+    Raises:
+        TypeError: something that is not a Pillow image, a numpy array or a torch tensor.
+        ValueError: an array that does not have 2, 3 or 4 dimensions.
     """
     if isinstance(images, Image.Image):
         return [images]
@@ -38,14 +39,21 @@ def list_images(images: Any) -> list[ImageInput]:
 
 
 def image_to_tensor(image: ImageInput, do_convert_rgb: bool, input_data_format: str | None) -> torch.Tensor:
-    """One image as a tensor [channels, height, width], dtype and range as given.
+    """One image as a tensor.
 
-    do_convert_rgb: bring it to three channels. Pillow images as `convert_to_rgb`; arrays: grey is repeated, RGBA
-        composited on white, 16 bits without sign (uint16) reduced to their high byte.
-    input_data_format: "channels_first" or "channels_last" for arrays. Without it the layout follows from which of
-        the first and the last dimension is 1, 3 or 4; the first wins when both are.
+    Args:
+        image: one of those that `list_images` gives.
+        do_convert_rgb: bring it to three channels. Pillow images as `convert_to_rgb`; arrays: grey is repeated, RGBA
+            composited on white, 16 bits without sign (uint16) reduced to their high byte.
+        input_data_format: "channels_first" or "channels_last" for arrays. Without it the layout follows from which
+            of the first and the last dimension is 1, 3 or 4; the first wins when both are.
 
-    Raises `ValueError` when the layout cannot be told or the number of channels cannot be converted.
+    Returns:
+        [channels, height, width], dtype and range as given.
+
+    Raises:
+        ImageError: a Pillow image that cannot be converted.
+        ValueError: the layout cannot be told, or the number of channels cannot be converted.
     """
     if isinstance(image, Image.Image):
         if do_convert_rgb:

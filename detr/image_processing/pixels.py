@@ -12,11 +12,19 @@ _INTERPOLATION = {0: "nearest-exact", 1: "lanczos", BILINEAR: "bilinear", 3: "bi
 
 
 def resize(image: torch.Tensor, size: tuple[int, int], resample: int = BILINEAR) -> torch.Tensor:
-    """Resize [..., channels, height, width] to `size` = (height, width) with antialiasing, keeping the dtype.
+    """Resize an image, or images of one size, with antialiasing.
 
-    `resample` is Pillow's number of the filter. uint8 stays uint8 (torch's integer kernel where the CPU has one,
-    else float32 and rounding; they differ by at most one grey level). An image of that size already is returned
-    as it is.
+    Args:
+        image: [..., channels, height, width]. uint8 stays uint8, by torch's integer kernel where the CPU has one,
+            else through float32 and rounding; the two differ by at most one grey level.
+        size: (height, width) of the result. An image of that size already is returned as it is.
+        resample: Pillow's number of the filter: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic.
+
+    Returns:
+        [..., channels, *size] of the same dtype.
+
+    Raises:
+        ValueError: another number of a filter.
     """
     if resample not in _INTERPOLATION:
         raise ValueError(
@@ -88,9 +96,11 @@ def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
 def pad_to_batch(images: Sequence[torch.Tensor], size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Stack images [channels, height, width] into zeros of `size`, each in its upper left corner.
 
-    Returns [batch, channels, *size] of the images' dtype and the pixel mask int64 [batch, *size], 1 on images.
+    Returns:
+        The batch [batch, channels, *size] of the images' dtype, and the pixel mask int64 [batch, *size], 1 on images.
 
-    Raises `ValueError` when an image is larger than `size` or has other channels than the first one.
+    Raises:
+        ValueError: an image is larger than `size`, or has other channels than the first one.
     """
     channels = images[0].shape[0]
     batch = images[0].new_zeros((len(images), channels, *size))

@@ -1,4 +1,4 @@
-"""`DetrImageProcessor`: images and COCO annotations in, a model's inputs and labels out, detections from its outputs."""
+"""`DetrImageProcessor`: images and annotations to a model's inputs and labels, and its outputs to detections."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields, replace

@@ -24,7 +24,8 @@ def output_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int, 
 
     No side is less than 1: where transformers rounds a very long image to zero rows and fails, it keeps one.
 
-    Raises `ValueError` for an image without pixels and for any other form of `size`.
+    Raises:
+        ValueError: an image without pixels, or any other form of `size`.
     """
     if height < 1 or width < 1:
         raise ValueError(

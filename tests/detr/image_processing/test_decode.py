@@ -39,7 +39,7 @@ def test_lossless_rgb_comes_back_as_it_was(format, height, width):
     assert np.array_equal(interleaved(image), pixels)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "JPEG2000"])
 def test_the_memory_is_interleaved(format):
     image = decode_image(encode(Image.fromarray(random_pixels(0, 9, 7)), format))
     assert image.permute(1, 2, 0).is_contiguous()
@@ -179,6 +179,12 @@ def test_damaged_bytes_give_pixels_or_an_image_error(format):
             assert image.dtype == torch.uint8
             assert image.shape[0] == 3
     assert refused < 150 or format == "PNG"  # whose parts have checksums
+
+
+@pytest.mark.parametrize("format", ["EPS", "ICO", "PDF"])
+def test_formats_that_are_not_for_photographs_are_not_opened(format):
+    with pytest.raises(ImageError, match=r"not an image that can be read \(JPEG"):
+        decode_image(encode(Image.new("RGB", (32, 32)), format))
 
 
 def test_the_limit_is_checked_before_decoding():
