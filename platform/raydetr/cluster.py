@@ -25,6 +25,7 @@ def connect(cpus: int = 2) -> None:
         ClusterError: the cluster has fewer CPUs, or `detr` and `raydetr` come from two copies of the project.
     """
     check_same_root()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # two lines per execution otherwise
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):
             ray.init(logging_level=logging.WARNING, log_to_driver=True)
