@@ -214,6 +214,8 @@ class DetrConfig:
             raise ValueError(
                 f"d_model must be a multiple of 4 for sine position embeddings, got {self.d_model}"
             )
+        if self.auxiliary_loss and not self.decoder_layers:
+            raise ValueError("auxiliary_loss needs at least one decoder layer, decoder_layers is 0")
         if self.compat not in ("original", "transformers"):
             raise ValueError(f"compat must be 'original' or 'transformers', got {self.compat!r}")
         if not (self.class_cost or self.bbox_cost or self.giou_cost):

@@ -109,6 +109,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(name, value):
         ({"d_model": 100}, "not a multiple of encoder_attention_heads"),
         ({"d_model": 6, "encoder_attention_heads": 1, "decoder_attention_heads": 1}, "multiple of 4"),
         ({"position_embedding_type": "rotary"}, "'sine' or 'learned'"),
+        ({"auxiliary_loss": True, "decoder_layers": 0}, "needs at least one decoder layer"),
         ({"compat": "v4"}, "'original' or 'transformers'"),
         ({"class_cost": 0, "bbox_cost": 0, "giou_cost": 0}, "can't all be 0"),
         ({"num_labels": 3, "id2label": {0: "a"}}, "contradicts id2label"),

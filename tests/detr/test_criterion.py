@@ -141,6 +141,14 @@ def test_under_bfloat16_autocast_the_loss_is_float32_and_finite(make_twins, make
     assert float(out.loss.detach()) == pytest.approx(float(exact.loss.detach()), rel=0.05)
 
 
+def test_a_model_in_bfloat16_trains_with_a_loss_in_float32(make_twins, make_batch):
+    model, batch = half_models(make_twins).to(torch.bfloat16), make_batch()
+    out = model(batch.pixel_values.to(torch.bfloat16), batch.pixel_mask, labels=batch.labels)
+    out.loss.backward()
+    assert (out.logits.dtype, out.loss.dtype) == (torch.bfloat16, torch.float32)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_predictions_in_half_precision_give_a_loss_in_float32(dtype, make_batch):
     config, batch = DetrConfig(num_labels=5), make_batch(dtype=dtype)
