@@ -125,7 +125,7 @@ def _open(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         start = bytes(data[:16])
         raise ImageError(
-            f"not an image that can be read: {len(data)} bytes that begin with {start!r}"
+            f"not an image that can be read ({', '.join(FORMATS)}): {len(data)} bytes that begin with {start!r}"
         ) from None
     except _DAMAGED as error:
         raise ImageError(f"the image's header cannot be read: {error}") from error
