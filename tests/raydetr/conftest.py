@@ -1,6 +1,8 @@
 """What the tests of the platform share: one local Ray for all of them, and the real data where it is there."""
 
+import gc
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +26,10 @@ def ray_local() -> Iterator[None]:
         logging_level=logging.WARNING,
     )
     yield
-    ray.shutdown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # Ray does not wait for the processes it stops
+        ray.shutdown()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
-"""Detections of a model on every image of a data set, by Ray Data: CPU tasks prepare images, actors detect.
+"""Detections of a model on every image of a data set, by Ray Data: tasks prepare images, actors detect.
 
-One row between tasks and actors is one batch of images of equal canonical shape, so that a detection depends
-on its image alone: not on the batch size, the number of actors or the other images.
+One row between the two is one batch of images of equal canonical shape, so that a detection depends on its image
+alone: not on the batch size, the number of actors or the other images. Where actors have GPUs, the tasks run beside
+them on CPUs; where they have not, Ray Data runs both in the actors, which saves copying the pixels.
 """
 
 import logging
@@ -17,13 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayTaskError
 
 from detr.image_processing.decode import ImageError
 from detr.image_processing.processor import DetrImageProcessor
 from detr.pipeline import ObjectDetector, PreparedImage, prepare_image
 from raydetr import storage
 from raydetr.data.shards import Manifest, read_records, read_rows
-from raydetr.errors import DataError
+from raydetr.errors import DataError, RaydetrError
 from raydetr.evaluation.categories import UNKNOWN, match_categories
 from raydetr.registry.models import ResolvedModel, local_folder
 
@@ -50,6 +52,7 @@ _BATCH_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
+_BLOCK_BYTES = 1024 * 1024  # a batch of large images is a block of its own, so that actors get them one by one
 _PROGRESS_S = 10.0
 
 
@@ -130,9 +133,9 @@ def _rows(
     model: ResolvedModel, manifest: Manifest, options: PredictOptions, category_ids: list[int]
 ) -> Iterator[pa.Table]:
     """Run the Ray Data execution; tables of `PREDICTION_SCHEMA` in any order."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
     context = DataContext.get_current().copy()
-    context.target_max_block_size = 1  # a block is one batch, so that actors get batches one by one
+    context.target_max_block_size = _BLOCK_BYTES
     context.enable_progress_bars = False
     with DataContext.current(context):
         windows = list(_windows(manifest))
@@ -151,7 +154,12 @@ def _rows(
             num_cpus=1,
             num_gpus=options.num_gpus or None,
         )
-    yield from detections.iter_batches(batch_size=None, batch_format="pyarrow")
+    try:
+        yield from detections.iter_batches(batch_size=None, batch_format="pyarrow")
+    except RayTaskError as error:
+        if isinstance(error.cause, RaydetrError):
+            raise error.cause from None  # its message without Ray's traceback of the remote process
+        raise
 
 
 def _windows(manifest: Manifest) -> Iterator[dict[str, Any]]:
