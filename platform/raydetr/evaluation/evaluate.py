@@ -22,14 +22,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         `figures`, run_id, predictions, output, and whether it was `already_scored`.
     """
     uri = resolve_uri(config.tracking_uri)
-    connect(cpus=config.actors + 1)
-    require_shared(data=config.data, output=config.output, tracking_uri=uri)
     model = resolve(config.model, uri)
+    cpus = config.actors + 1
+    if not config.data:
+        connect(cpus)  # before `embedded`, which asks for less
     manifest = Manifest.load(config.data or embedded("val"))
     output = storage.absolute(config.output or f"runs/evaluations/{model.label}-{manifest.digest[:12]}")
     record = find(model, manifest, output)
     known = record is not None
     if record is None:
+        connect(cpus)
+        require_shared(data=config.data, output=config.output, tracking_uri=uri)
         options = PredictOptions(config.actors, config.batch_size, config.num_gpus)
         predictions = predict(model, manifest, options, output)
         record = keep(uri, model, manifest, score(predictions, manifest), predictions, output)

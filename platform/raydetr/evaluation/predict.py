@@ -52,7 +52,9 @@ _BATCH_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-_BLOCK_BYTES = 1024 * 1024  # a batch of large images is a block of its own, so that actors get them one by one
+_BLOCK_BYTES = (
+    1024 * 1024
+)  # a batch of large images is a block of its own, so that actors get them one by one
 _PROGRESS_S = 10.0
 
 

@@ -171,7 +171,7 @@ def endpoint(app: serve.Application, host: str, port: int) -> Iterator[str]:
         try:
             serve.run(app, name="raydetr", route_prefix="/", logging_config=quiet)
         except RuntimeError as error:
-            raise ServingError(f"The endpoint did not start: {error}") from error
+            raise ServingError(f"The endpoint did not start ({error}); the reason is above.") from error
         yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     finally:
         serve.shutdown()

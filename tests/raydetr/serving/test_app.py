@@ -4,14 +4,16 @@ import socket
 from collections.abc import Iterator
 
 import httpx
+import numpy as np
 import pytest
+from ray import serve
 
 from detr.pipeline import ObjectDetector
 from raydetr.errors import ConfigError, RequestError, ServingError
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.serving.app import application, endpoint
 from raydetr.serving.client import detect, health
-from raydetr.serving.detector import Batching
+from raydetr.serving.detector import Batching, Detector
 from raydetr.serving.images import Limits
 from tests.tiny_detr import png, save_tiny_detr
 
@@ -129,3 +131,32 @@ def test_a_port_in_use_is_refused_before_anything_starts(model):
             endpoint(application(model), "127.0.0.1", port),
         ):
             pass
+
+
+def test_a_batch_has_one_shape_and_at_most_the_given_size(url, model, detector):
+    class Recorder(Detector):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.batches = []
+            detect = self.detector.detect
+
+            def recorded(images):
+                self.batches.append([image.shape for image in images])
+                return detect(images)
+
+            self.detector.detect = recorded
+
+        async def get_batches(self):
+            return self.batches
+
+    app = serve.deployment(Recorder).bind(model, Batching(max_size=3, wait_s=1.0), "cpu")
+    handle = serve.run(app, name="recorder", route_prefix=None)
+    sizes = [(60, 90), (90, 60), (60, 90), (60, 90), (90, 60), (60, 90), (60, 90)]
+    images = [detector.prepare(png(*size, seed=i)) for i, size in enumerate(sizes)]
+    answers = [response.result() for response in [handle.detect.remote(image) for image in images]]
+    batches = handle.get_batches.remote().result()
+    serve.delete("recorder")
+    assert sorted(len(batch) for batch in batches) == [2, 2, 3]
+    assert all(len(set(batch)) == 1 for batch in batches)
+    for image, answer in zip(images, answers, strict=True):
+        np.testing.assert_allclose(answer.scores, detector.detect([image])[0].scores, atol=1e-5)

@@ -1,0 +1,73 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raydetr.errors import RegistryError
+from raydetr.registry.models import register, resolve
+from raydetr.registry.promote import promote
+from raydetr.registry.tracking import client, metric_history, resolve_uri, start_run
+from tests.awkward import write_awkward
+from tests.tiny_detr import save_tiny_detr
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_evaluate(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "pipelines/evaluate.py"), *flags]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_a_version_is_scored_once_and_can_then_be_promoted(tmp_path):
+    uri = resolve_uri(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee", "cat"], edge=64)
+    register(uri, start_run(uri, "training", "run", {}, {}), str(model))
+    manifest = write_awkward(tmp_path / "shards", shards=(17, 6))
+    with pytest.raises(RegistryError, match="no evaluation on file"):
+        promote(uri, "models:/raydetr@challenger", "champion")
+
+    first = run_evaluate(tmp_path, "--data", "shards", "--actors", "2", "--json", "first.json")
+    assert first.returncode == 0, first.stderr
+    assert "batch-size = 8" in first.stdout
+    assert "AP50" in first.stdout
+    summary = json.loads((tmp_path / "first.json").read_text())
+    assert summary["model"] == "models:/raydetr/1"
+    assert summary["images"] == 23
+    assert summary["undecodable"] == 2
+    assert len(summary["figures"]) == 12
+    assert summary["output"] == str(tmp_path / f"runs/evaluations/raydetr-1-{manifest.digest[:12]}")
+    assert Path(summary["predictions"]).is_file()
+    assert metric_history(uri, summary["run_id"], "AP") == [(0, summary["AP"])]
+
+    second = run_evaluate(tmp_path, "--data", "shards", "--batch-size", "1", "--json", "second.json")
+    assert second.returncode == 0, second.stderr
+    assert "already scored" in second.stdout
+    again = json.loads((tmp_path / "second.json").read_text())
+    assert again == {**summary, "already_scored": True}
+    runs = client(uri).search_runs([client(uri).get_experiment_by_name("evaluation").experiment_id])
+    assert len(runs) == 1
+
+    promote(uri, "models:/raydetr@challenger", "champion")
+    assert resolve("models:/raydetr@champion", uri).version == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "models:/raydetr@nobody"], "no registered model 'raydetr'"),
+        (["--model", "nowhere"], "nowhere: no such folder"),
+        (["--tracking-uri", "mlruns"], "databases only"),
+        (["--actors", "0"], "--actors is 0"),
+    ],
+)
+def test_bad_flags_end_with_a_message_and_no_traceback(tmp_path, flags, message):
+    done = run_evaluate(tmp_path, *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,47 @@
+import json
+
+import pytest
+
+from pipelines.predict import main
+from raydetr.config import PredictConfig
+from raydetr.errors import ConfigError, RegistryError, ServingError
+from tests.tiny_detr import png, save_tiny_detr
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(2):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(png(60, 90, seed=number))
+    return tmp_path / "photos"
+
+
+def test_a_model_folder_gives_pictures_and_results(photos, tmp_path):
+    model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
+    output = tmp_path / "out"
+    summary = main(PredictConfig(images=str(photos), model=str(model), output=str(output), threshold=0.2))
+    assert (summary["images"], summary["unreadable"], summary["detected_by"]) == (2, 0, str(model))
+    results = json.loads((output / "results.json").read_text())
+    assert len(results) == 2 * 12
+    assert summary["objects"] == sum(result["score"] >= 0.2 for result in results)
+    assert summary["results"] == str(output / "results.json")
+    assert len(list((output / "pictures").iterdir())) == 2
+
+
+def test_without_a_model_the_champion_is_asked_for(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(RegistryError, match="no registered model 'raydetr'"):
+        main(PredictConfig(images=str(photos)))
+
+
+def test_an_endpoint_that_is_not_there_is_a_clear_error(photos):
+    with pytest.raises(ServingError, match="does not answer"):
+        main(PredictConfig(images=str(photos), endpoint="http://127.0.0.1:9"))
+
+
+def test_contradicting_flags_are_refused():
+    with pytest.raises(ConfigError, match="exclude each other"):
+        PredictConfig(images="x", model="m", endpoint="http://e")
+    with pytest.raises(ConfigError, match="--threshold is 5"):
+        PredictConfig(images="x", threshold=5)

@@ -1,0 +1,89 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from detr.pipeline import ObjectDetector
+from pipelines.predict import main as predict
+from raydetr.config import PredictConfig, ServeConfig
+from raydetr.errors import ConfigError
+from raydetr.registry.models import register
+from raydetr.registry.tracking import resolve_uri, start_run
+from tests.tiny_detr import png, save_tiny_detr
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def server(tmp_path: Path, unused_port: int) -> Iterator[subprocess.Popen[str]]:
+    """The pipeline, ready, serving the challenger of the registry in its folder."""
+    uri = resolve_uri(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
+    register(uri, start_run(uri, "training", "run", {}, {}), str(model))
+    command = [sys.executable, str(ROOT / "pipelines/serve.py"), "--port", str(unused_port)]
+    command += ["--model", "models:/raydetr@challenger", "--json", "serve.json"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not (tmp_path / "serve.json").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.2)
+    yield process
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+@pytest.mark.cluster
+def test_the_endpoint_answers_until_it_is_told_to_stop(server, tmp_path, unused_port):
+    url = json.loads((tmp_path / "serve.json").read_text())["endpoint"]
+    assert url == f"http://127.0.0.1:{unused_port}"
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "photo.png").write_bytes(png(60, 90))
+    answer = httpx.post(f"{url}/v1/detect?threshold=0", content=png(60, 90), timeout=30).json()
+    assert answer["model"] == {"name": "raydetr", "version": 1}
+    detector = ObjectDetector.from_pretrained(tmp_path / "tiny")
+    found = detector.detect([detector.prepare(png(60, 90))])[0]
+    assert [d["score"] for d in answer["detections"]] == pytest.approx(found.scores.tolist(), abs=1e-5)
+
+    output = tmp_path / "predicted"
+    summary = predict(PredictConfig(images=str(tmp_path / "photos"), endpoint=url, output=str(output)))
+    assert summary["images"] == 1
+    results = json.loads((output / "results.json").read_text())
+    assert [r["score"] for r in results] == pytest.approx(found.scores.tolist(), abs=1e-5)
+
+    server.send_signal(signal.SIGTERM)
+    log, _ = server.communicate(timeout=60)
+    assert server.returncode == 0, log
+    assert f"curl --data-binary @photo.jpg '{url}/v1/detect?threshold=0.5'" in log
+    assert "stopping" in log
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
+def test_flags_that_cannot_work_are_refused():
+    for flags, message in (
+        ({"port": 0}, "--port is 0"),
+        ({"replicas": 0}, "--replicas is 0"),
+        ({"batch_wait_s": -1.0}, "--batch-wait-s is -1.0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ServeConfig(**flags)
