@@ -84,7 +84,10 @@ class Ingress:
         "/v1/detect",
         responses=_ERRORS,
         openapi_extra={
-            "requestBody": {"required": True, "content": {"image/jpeg": _BODY, "image/png": _BODY}}
+            "requestBody": {
+                "required": True,
+                "content": {"image/jpeg": _BODY, "image/png": _BODY, "image/webp": _BODY},
+            }
         },
     )
     async def detect(

@@ -107,7 +107,7 @@ def test_the_openapi_document_has_the_routes_and_takes_images(url):
     document = httpx.get(f"{url}/openapi.json").json()
     assert set(document["paths"]) == {"/health", "/v1/detect"}
     post = document["paths"]["/v1/detect"]["post"]
-    assert set(post["requestBody"]["content"]) == {"image/jpeg", "image/png"}
+    assert set(post["requestBody"]["content"]) == {"image/jpeg", "image/png", "image/webp"}
     assert {"200", "400", "413", "415", "422"} <= set(post["responses"])
 
 
