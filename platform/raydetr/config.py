@@ -44,7 +44,7 @@ class TrainConfig:
     """Folder of the run, and its identity: the same command again resumes it."""
     workers: int = 2
     """Training workers, at most --micro-batches."""
-    steps: int = 1500
+    steps: int = 3600
     """Optimiser steps."""
     seed: int = 0
     """Seed of the initial weights, the order of the data, augmentation and dropout."""
@@ -77,19 +77,19 @@ class TrainConfig:
     auxiliary_loss: bool = True
     """Losses on every decoder layer."""
 
-    micro_batch_size: int = 8
+    micro_batch_size: int = 4
     """Images of a micro-batch, what a worker holds at a time."""
     micro_batches: int = 2
     """Micro-batches of a step: a step sees --micro-batch-size times as many images, whatever --workers."""
-    learning_rate: float = 4e-4
+    learning_rate: float = 6e-4
     """Peak learning rate of the transformer and the heads."""
-    backbone_learning_rate: float = 1e-4
+    backbone_learning_rate: float = 1.5e-4
     """Peak learning rate of the backbone."""
     weight_decay: float = 1e-4
     """Weight decay (AdamW)."""
     clip_norm: float = 0.5
     """Largest norm of the gradient; a larger one is scaled down."""
-    warmup_steps: int = 50
+    warmup_steps: int = 100
     """Steps over which the learning rate rises."""
     schedule: Literal["cosine", "step"] = "cosine"
     """How the learning rate falls: to 0 along a cosine, or to a tenth once."""
@@ -117,7 +117,7 @@ class TrainConfig:
     window_row_groups: int = 4
     """Row groups (of 32 records) that are read and permuted together."""
 
-    checkpoint_every: int = 200
+    checkpoint_every: int = 400
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints are kept."""

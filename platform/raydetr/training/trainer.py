@@ -24,6 +24,7 @@ from raydetr.registry import models, tracking
 from raydetr.training import checkpoint
 from raydetr.training.lease import lease
 from raydetr.training.loop import FAILURE, create_state
+from raydetr.training.model import build_model
 from raydetr.training.worker import train_loop_per_worker
 
 SUMMARY = "summary.json"
@@ -78,7 +79,8 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
     """What can be known to be wrong before workers start.
 
     Raises:
-        ConfigError: there are images with more objects than the model has queries.
+        ConfigError: there are images with more objects than the model has queries, or no such model can be built.
+        RegistryError: there is no model at `--model`.
     """
     if manifest.max_objects_per_image > config.num_queries:
         raise ConfigError(
@@ -86,6 +88,10 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
             f"{manifest.max_objects_per_image} objects: a model can find at most one object per query. Give "
             f"--num-queries {manifest.max_objects_per_image} or more (with slack)."
         )
+    try:
+        build_model(config, manifest)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(f"The model cannot be built: {error}") from error
 
 
 def plan_spec(config: TrainConfig) -> PlanSpec:
