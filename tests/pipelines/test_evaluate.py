@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from raydetr.errors import RegistryError
+from pipelines.evaluate import main
+from raydetr.config import EvaluateConfig
+from raydetr.errors import ConfigError, RegistryError
 from raydetr.registry.models import register, resolve
 from raydetr.registry.promote import promote
 from raydetr.registry.tracking import client, metric_history, resolve_uri, start_run
@@ -58,16 +60,23 @@ def test_a_version_is_scored_once_and_can_then_be_promoted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "error", "message"),
     [
-        (["--model", "models:/raydetr@nobody"], "no registered model 'raydetr'"),
-        (["--model", "nowhere"], "nowhere: no such folder"),
-        (["--tracking-uri", "mlruns"], "databases only"),
-        (["--actors", "0"], "--actors is 0"),
+        ({"model": "models:/raydetr@nobody"}, RegistryError, "no registered model 'raydetr'"),
+        ({"model": "nowhere"}, RegistryError, "nowhere: no such folder"),
+        ({"tracking_uri": "mlruns"}, ConfigError, "databases only"),
+        ({"actors": 0}, ConfigError, "--actors is 0"),
     ],
 )
-def test_bad_flags_end_with_a_message_and_no_traceback(tmp_path, flags, message):
-    done = run_evaluate(tmp_path, *flags)
+def test_what_cannot_be_scored_is_a_clear_error(tmp_path, monkeypatch, flags, error, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(error, match=message):
+        main(EvaluateConfig(**flags))
+
+
+def test_the_command_ends_an_error_with_its_message_and_status_2(tmp_path):
+    done = run_evaluate(tmp_path, "--model", "nowhere")
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "nowhere: no such folder" in done.stderr
     assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from detr.metrics.coco import METRIC_NAMES
 from raydetr import storage
 from raydetr.cluster import connect, require_shared
 from raydetr.config import EvaluateConfig
@@ -36,14 +37,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         options = PredictOptions(config.actors, config.batch_size, config.num_gpus)
         predictions = predict(model, manifest, options, output)
         record = keep(uri, model, manifest, score(predictions, manifest), predictions, output)
+    figures = {name: record["figures"][name] for name in METRIC_NAMES}
     return {
         "model": model.address,
         "data": manifest.root,
         "data_digest": manifest.digest,
         "images": record["images"],
         "undecodable": len(record["undecodable"]),
-        **record["figures"],
-        "figures": record["figures"],
+        **figures,
+        "figures": figures,
         "run_id": record["run_id"],
         "predictions": record["predictions"],
         "output": output,

@@ -40,8 +40,8 @@ PREDICTION_SCHEMA = pa.schema(
 )
 """One row per image of the data set, ascending by id, with the detections of all queries."""
 
-WINDOW_ROW_GROUPS = 4
-"""Row groups that one task reads, and among whose images like shapes are brought together."""
+MAX_WINDOW = 4
+"""Most row groups that one task reads, and among whose images like shapes are brought together."""
 _BATCH_SCHEMA = pa.schema(
     [
         ("image_id", pa.list_(pa.int64())),
@@ -83,8 +83,11 @@ def predict(model: ResolvedModel, manifest: Manifest, options: PredictOptions, o
         address of the file.
 
     Raises:
-        DataError: labels and categories do not match; an image was not predicted exactly once.
+        DataError: there are no images; labels and categories do not match; a shard is damaged; an image was not
+            predicted exactly once.
     """
+    if not manifest.num_images:
+        raise DataError(f"{manifest.root}: there are no images to predict.")
     category_ids = match_categories(
         ObjectDetector.from_pretrained(model.folder).model.config.id2label, manifest.categories
     )
@@ -140,8 +143,8 @@ def _rows(
     context.target_max_block_size = _BLOCK_BYTES
     context.enable_progress_bars = False
     with DataContext.current(context):
-        windows = list(_windows(manifest))
-        dataset = ray.data.from_items(windows, override_num_blocks=max(1, len(windows)))
+        windows = _windows(manifest, options.actors)
+        dataset = ray.data.from_items(windows, override_num_blocks=len(windows))
         detections = dataset.map_batches(
             partial(_prepare, root=manifest.root, model=model, batch_size=options.batch_size),
             batch_size=None,
@@ -150,7 +153,7 @@ def _rows(
         ).map_batches(
             _Detect,
             fn_constructor_args=(model, category_ids, "cuda" if options.num_gpus else "cpu"),
-            compute=ActorPoolStrategy(size=options.actors),
+            compute=ActorPoolStrategy(size=min(options.actors, len(windows))),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
@@ -164,12 +167,15 @@ def _rows(
         raise
 
 
-def _windows(manifest: Manifest) -> Iterator[dict[str, Any]]:
-    """Runs of row groups of one shard: what one task prepares."""
-    for shard in manifest.shards:
-        groups = range(-(-shard.num_images // manifest.row_group_size))
-        for start in range(0, len(groups), WINDOW_ROW_GROUPS):
-            yield {"file": shard.file, "groups": list(groups[start : start + WINDOW_ROW_GROUPS])}
+def _windows(manifest: Manifest, actors: int) -> list[dict[str, Any]]:
+    """Runs of row groups of one shard, what one task prepares: a few for each actor where there are enough."""
+    groups = [-(-shard.num_images // manifest.row_group_size) for shard in manifest.shards]
+    length = min(max(sum(groups) // (4 * actors), 1), MAX_WINDOW)
+    return [
+        {"file": shard.file, "groups": list(range(start, min(start + length, count)))}
+        for shard, count in zip(manifest.shards, groups, strict=True)
+        for start in range(0, count, length)
+    ]
 
 
 def _prepare(windows: pa.Table, root: str, model: ResolvedModel, batch_size: int) -> Iterator[pa.Table]:

@@ -47,14 +47,15 @@ def test_a_folder_gives_pictures_and_coco_results_of_every_query(photos, model, 
     assert made.images == 2
     assert made.objects == sum(result["score"] >= 0.3 for result in results)
     assert sorted(p.name for p in (output / "pictures").iterdir()) == ["a.JPG", "b.png"]
-    assert Image.open(output / "pictures" / "a.JPG").format == "JPEG"
+    with Image.open(output / "pictures" / "a.JPG") as picture:
+        assert picture.format == "JPEG"
 
 
 def test_boxes_are_drawn_from_the_threshold_on(photos, model, tmp_path):
     for threshold, name in ((0.0, "all"), (1.0, "none")):
         detect_folder(str(photos / "b.png"), str(tmp_path / name), model_detector(model), threshold)
-    drawn, plain = (np.asarray(Image.open(tmp_path / name / "pictures/b.png")) for name in ("all", "none"))
-    assert (drawn != plain).any()
+    drawn, plain = ((tmp_path / name / "pictures/b.png").read_bytes() for name in ("all", "none"))
+    assert drawn != plain
 
 
 def test_only_refusals_of_an_image_are_passed_over(photos, tmp_path):

@@ -85,7 +85,11 @@ def test_a_damaged_shard_is_an_error_that_names_it(ray_local, model, manifest, t
     assert not (tmp_path / "output").exists()
 
 
-def test_a_data_set_of_other_categories_is_refused_before_anything_runs(model, manifest, tmp_path):
+def test_a_data_set_of_other_categories_or_without_images_is_refused_before_anything_runs(
+    model, manifest, tmp_path
+):
+    with pytest.raises(DataError, match="no images"):
+        predict(model, dataclasses.replace(manifest, num_images=0), PredictOptions(), str(tmp_path))
     other = dataclasses.replace(manifest, categories=({"id": 1, "name": "zebra"},))
     with pytest.raises(DataError, match="zebra"):
         predict(model, other, PredictOptions(), str(tmp_path))
