@@ -68,7 +68,7 @@ def per_worker(config: TrainConfig) -> int:
 def create_state(config: TrainConfig, manifest: Manifest, device: torch.device) -> checkpoint.TrainingState:
     """A new model and its optimiser on the device, the same on every worker."""
     # Channels last: 1.3 times the images of a small net per second and core.
-    model = build_model(config, manifest).to(device, memory_format=torch.channels_last)
+    model = build_model(config, manifest).to(memory_format=torch.channels_last).to(device)
     if config.precision == "float64":
         model.double()
     model.train()
