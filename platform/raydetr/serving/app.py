@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Annotated, Any
 
+import ray
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
@@ -164,9 +166,14 @@ def endpoint(app: serve.Application, host: str, port: int) -> Iterator[str]:
 
     Raises:
         ConfigError: the address cannot be bound.
-        ServingError: the application does not start.
+        ServingError: Ray Serve runs there already, or the application does not start.
     """
     _require_free(host, port)
+    if _is_serving():
+        raise ServingError(
+            "Ray Serve runs on this cluster already, with its own host and port, and stopping it would stop "
+            "what others serve: end it with `serve shutdown`, or use another cluster."
+        )
     quiet = {"log_level": "WARNING"}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
@@ -178,6 +185,14 @@ def endpoint(app: serve.Application, host: str, port: int) -> Iterator[str]:
         yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     finally:
         serve.shutdown()
+
+
+def _is_serving() -> bool:
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
 
 
 def _require_free(host: str, port: int) -> None:

@@ -133,6 +133,15 @@ def test_a_port_in_use_is_refused_before_anything_starts(model):
             pass
 
 
+def test_a_serve_that_runs_already_is_left_alone(url, model):
+    with (
+        pytest.raises(ServingError, match="runs on this cluster already"),
+        endpoint(application(model), "127.0.0.1", unused_port()),
+    ):
+        pass
+    assert health(url)["status"] == "ok"
+
+
 def test_a_batch_has_one_shape_and_at_most_the_given_size(url, model, detector):
     class Recorder(Detector):
         def __init__(self, *args):
