@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import sys
 from pathlib import Path
 
 import ray
@@ -31,8 +33,11 @@ def connect(cpus: int = 2) -> None:
             ray.init(logging_level=logging.WARNING, log_to_driver=True)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            # Ray 2.60 hands the interpreter's path to a shell as it is.
+            python = shlex.quote(sys.executable)
             ray.init(
                 address="local",
+                runtime_env=None if python == sys.executable else {"py_executable": python},
                 num_cpus=max(cpus, os.cpu_count() or 1),
                 include_dashboard=True,  # Ray Train asks its state API whether the controller lives
                 logging_level=logging.WARNING,
