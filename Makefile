@@ -4,12 +4,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-cluster check format clean
 demo: $(READY)
 	$(BIN)/python pipelines/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow and not cluster'
+
+test-cluster: $(READY)
+	$(BIN)/python -m pytest -m 'slow or cluster'
 
 check: $(READY)
 	$(BIN)/ruff check .

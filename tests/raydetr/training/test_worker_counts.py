@@ -22,7 +22,11 @@ from raydetr.training.trainer import plan_spec
 from tests import training_record
 from tests.awkward import write_awkward
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
+]
 
 STEPS = 24
 CONFIG = TrainConfig(
