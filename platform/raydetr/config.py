@@ -44,7 +44,7 @@ class TrainConfig:
     """Folder of the run, and its identity: the same command again resumes it."""
     workers: int = 2
     """Training workers, at most --micro-batches."""
-    steps: int = 3600
+    steps: int = 2800
     """Optimiser steps."""
     seed: int = 0
     """Seed of the initial weights, the order of the data, augmentation and dropout."""
