@@ -83,8 +83,13 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     # Only what names the cloud machine is replaced: its folder, its ports, its autoscaler.
     command = command.replace("~/raydetr", f"'{project}'").replace("--port=6379", f"--port={port}")
     command = command.replace("--autoscaling-config=~/ray_bootstrap_config.yaml", "")
-    command += f" --node-ip-address=127.0.0.1 --dashboard-port={dashboard} --num-cpus=8 --temp-dir={_short()}"
-    env = {**os.environ, "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    command += f" --node-ip-address=127.0.0.1 --dashboard-port={dashboard} --dashboard-agent-listen-port={free_port()} --num-cpus=8 --temp-dir={_short()}"
+    env = {
+        **os.environ,
+        "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+    }
     head = subprocess.Popen(["bash", "-c", f"{command} --block"], env=env, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{dashboard}"
     try:
@@ -115,9 +120,20 @@ def _short() -> str:
 
 def submit(head: dict[str, str], folder: Path, *arguments: str) -> str:
     env = {name: value for name, value in head.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [RAY, "job", "submit", *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False
-    )
+    until = time.monotonic() + 120
+    while True:
+        done = subprocess.run(
+            [RAY, "job", "submit", *arguments],
+            cwd=folder,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        # The head answers some seconds before it can run jobs.
+        if "No available agent" not in done.stderr + done.stdout or time.monotonic() > until:
+            break
+        time.sleep(2)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout
 
