@@ -1,5 +1,6 @@
 """Workers killed with SIGKILL at random moments: the run recovers, and no record is lost, repeated or changed."""
 
+import json
 import os
 import random
 import signal
@@ -52,14 +53,15 @@ def test_training_survives_three_kills_exactly(tmp_path: Path) -> None:
     rng = random.Random(SEED)
     manifest = write_awkward(tmp_path / "data")
     output = tmp_path / "run"
-    log = (tmp_path / "log").open("w")
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "tests.cluster.recorded_training", manifest.root, str(output)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "tests.cluster.recorded_training", manifest.root, str(output)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
     killed = []
     try:
         for number in range(KILLS):
@@ -70,17 +72,16 @@ def test_training_survives_three_kills_exactly(tmp_path: Path) -> None:
                 if len(alive) == 2 and min(alive.values()) >= wanted:
                     break
                 time.sleep(0.01)
-            assert driver.poll() is None, (
-                "the run ended before all kills: " + (tmp_path / "log").read_text()[-3000:]
-            )
+            assert driver.poll() is None, "the run ended before all kills: " + log.read_text()[-3000:]
             time.sleep(rng.uniform(0, 0.2))
             victim = rng.choice(sorted(alive))
             os.kill(victim, signal.SIGKILL)
             killed.append((victim, alive[victim]))
             print(f"killed worker {victim} in step {alive[victim]}")
-        assert driver.wait(600) == 0, (tmp_path / "log").read_text()[-3000:]
+        assert driver.wait(600) == 0, log.read_text()[-3000:]
     finally:
         driver.kill()
+        driver.wait()
     assert len({victim for victim, _ in killed}) == KILLS
 
     runs = [run for run in attempts(output / "records") if run]
@@ -121,6 +122,4 @@ def running(records: Path) -> dict[int, int]:
 
 
 def run_id_of(output: Path) -> str:
-    import json
-
     return str(json.loads((output / "run.json").read_text())["run_id"])
