@@ -14,12 +14,12 @@ SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """A Ray of this test session with four logical CPUs; tests leave it running."""
+    """A Ray of this test session with eight logical CPUs (four workers and their data tasks); tests leave it running."""
     if ray.is_initialized():
         ray.shutdown()
     ray.init(
         address="local",
-        num_cpus=4,
+        num_cpus=8,
         # Without it Ray Train can take its controller for dead and stop the workers.
         include_dashboard=True,
         log_to_driver=False,
