@@ -116,7 +116,8 @@ def train_step(
         ids = [image_id for batch in batches for image_id in batch.image_ids]
         raise TrainingError(
             f"Step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; this worker's images "
-            f"{ids}. The last checkpoint is intact: go on from it with a lower --learning-rate."
+            f"{ids}. The last checkpoint is intact: give its model folder in {config.output}/checkpoints as "
+            "--model, with a lower --learning-rate and another --output."
         )
     metrics["learning_rate"] = set_learning_rates(state.optimizer, step, config)
     state.optimizer.step()
