@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from detr.image_processing.processor import DetrImageProcessor
     from detr.model import DetrForObjectDetection, DetrModel
     from detr.outputs import DetrModelOutput, DetrObjectDetectionOutput
-    from detr.pipeline import ObjectDetector
+    from detr.detector import ObjectDetector
 
 __all__ = [
     "DetrConfig",
@@ -31,7 +31,7 @@ _MODULES = {
     "DetrModel": "model",
     "DetrModelOutput": "outputs",
     "DetrObjectDetectionOutput": "outputs",
-    "ObjectDetector": "pipeline",
+    "ObjectDetector": "detector",
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from detr.pipeline import ObjectDetector
+from detr.detector import ObjectDetector
 from pipelines.predict import main as predict
 from raydetr.config import PredictConfig, ServeConfig
 from raydetr.errors import ConfigError

@@ -9,13 +9,13 @@ from PIL import Image
 
 from detr.drawing import draw_detections
 from detr.image_processing.decode import ImageError, decode_image
-from detr.pipeline import ObjectDetector
+from detr.detector import ObjectDetector
 from raydetr import storage
 from raydetr.errors import DataError, RequestError
 from raydetr.registry.models import ResolvedModel
 
 Detect = Callable[[bytes], list[dict[str, Any]]]
-"""An encoded image to its detections in the form of `detr.pipeline.Detections.to_dicts`, best first."""
+"""An encoded image to its detections in the form of `detr.detector.Detections.to_dicts`, best first."""
 
 _FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 _IMAGE_AT_FAULT = (400, 413, 415)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ray import serve
 
-from detr.pipeline import Detections, ObjectDetector, PreparedImage
+from detr.detector import Detections, ObjectDetector, PreparedImage
 from raydetr.registry.models import ResolvedModel, local_folder
 
 

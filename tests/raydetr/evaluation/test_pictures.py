@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detr.pipeline import ObjectDetector
+from detr.detector import ObjectDetector
 from raydetr.errors import DataError, RequestError
 from raydetr.evaluation.pictures import detect_folder, model_detector
 from tests.tiny_detr import png

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detr.model import DetrForObjectDetection
-from detr.pipeline import ObjectDetector
+from detr.detector import ObjectDetector
 from raydetr.errors import ConfigError, RegistryError
 from raydetr.registry.models import folder_digest, local_folder, register, resolve
 from raydetr.registry.tracking import client, start_run

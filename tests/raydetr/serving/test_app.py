@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ray import serve
 
-from detr.pipeline import ObjectDetector
+from detr.detector import ObjectDetector
 from raydetr.errors import ConfigError, RequestError, ServingError
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.serving.app import application, endpoint

@@ -102,7 +102,7 @@ def test_a_missing_checkpoint_is_named(config: TrainConfig, manifest: Manifest) 
 
 
 def test_the_model_of_a_checkpoint_loads_on_its_own(config: TrainConfig, manifest: Manifest) -> None:
-    from detr.pipeline import ObjectDetector
+    from detr.detector import ObjectDetector
     from tests.tiny_detr import png
 
     address = checkpoint.save(config.output, trained_state(config, manifest, 2), {}, keep=1)

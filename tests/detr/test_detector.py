@@ -16,7 +16,7 @@ from PIL import Image
 from detr import DetrImageProcessor
 from detr.image_processing.decode import ImageError
 from detr.image_processing.size import canonical_shape
-from detr.pipeline import ObjectDetector
+from detr.detector import ObjectDetector
 
 SIZE = {"shortest_edge": 90, "longest_edge": 150}
 
@@ -221,7 +221,7 @@ def test_images_can_be_prepared_in_threads(detector):
 
 def test_preparing_images_imports_neither_timm_nor_torchvision():
     code = (
-        "import sys; from detr.pipeline import prepare_image; from detr import DetrImageProcessor; "
+        "import sys; from detr.detector import prepare_image; from detr import DetrImageProcessor; "
         "import torch; prepare_image(torch.zeros(3, 5, 5, dtype=torch.uint8), DetrImageProcessor()); "
         "assert not {'timm', 'torchvision', 'transformers'} & set(sys.modules)"
     )
