@@ -27,12 +27,7 @@ from detr.image_processing.pixels import (
 )
 from detr.image_processing.settings import pad_size_dict, read_settings, size_dict, write_settings
 from detr.image_processing.size import output_size
-from detr.postprocess import (
-    DetectionOutput,
-    TargetSizes,
-    detections_of_all_queries,
-    post_process_object_detection,
-)
+from detr.postprocess.methods import PostProcessingMethods
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -43,7 +38,7 @@ _TENSOR_TYPES = ("pt", "np", None)
 
 
 @dataclass(kw_only=True)
-class DetrImageProcessor:
+class DetrImageProcessor(PostProcessingMethods):
     """Prepares images and COCO detection annotations for a DETR, as transformers' class of this name does.
 
     In order, an image is converted to RGB, resized, rescaled, normalised, and padded with zeros at the bottom and on
@@ -180,20 +175,6 @@ class DetrImageProcessor:
         if labels is not None:
             data["labels"] = [BatchFeature(label).to(device) for label in labels]
         return _as_type(data, return_tensors)
-
-    def post_process_object_detection(
-        self, outputs: DetectionOutput, threshold: float = 0.5, target_sizes: TargetSizes | None = None
-    ) -> list[dict[str, Any]]:
-        """See `detr.postprocess.post_process_object_detection`."""
-        return post_process_object_detection(outputs, threshold, target_sizes)
-
-    def post_process(self, outputs: DetectionOutput, target_sizes: TargetSizes) -> list[dict[str, Any]]:
-        """All queries of each image as detections, whatever their score; the old name that the DETR page cites."""
-        scores, labels, boxes = detections_of_all_queries(outputs, target_sizes)
-        return [
-            {"scores": score, "labels": label, "boxes": box}
-            for score, label, box in zip(scores, labels, boxes)
-        ]
 
     def pad_and_create_pixel_mask(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
         """Pad processed images to the largest of them, for a custom `collate_fn`; the name that the DETR page cites.

@@ -1,11 +1,11 @@
-"""From a model's outputs to detections."""
+"""From a model's logits and boxes to detections."""
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
 from detr.boxes import box_cxcywh_to_xyxy
+from detr.postprocess.sizes import TargetSizes, check_count
 
 
 class DetectionOutput(Protocol):
@@ -18,9 +18,6 @@ class DetectionOutput(Protocol):
 
     logits: torch.Tensor
     pred_boxes: torch.Tensor
-
-
-TargetSizes = torch.Tensor | Sequence[tuple[int, int]]
 
 
 def detections_of_all_queries(
@@ -40,11 +37,8 @@ def detections_of_all_queries(
     Raises:
         ValueError: the number of target sizes is not that of the images.
     """
-    if target_sizes is not None and len(target_sizes) != len(outputs.logits):
-        raise ValueError(
-            "Make sure that you pass in as many target sizes as the batch dimension of the logits: there are "
-            f"{len(target_sizes)} target sizes and {len(outputs.logits)} images"
-        )
+    if target_sizes is not None:
+        check_count(target_sizes, len(outputs.logits))
     scores, labels = outputs.logits.softmax(-1)[..., :-1].max(-1)
     boxes = box_cxcywh_to_xyxy(outputs.pred_boxes)
     if target_sizes is not None:

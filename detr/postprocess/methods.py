@@ -1,0 +1,13 @@
+"""Post-processing as methods of the image processors."""
+
+from detr.postprocess import detection, original
+
+
+class PostProcessingMethods:
+    """What both image processors offer besides preparing images: their `post_process*` methods.
+
+    They read nothing of the processor, so that they are the functions of `detr.postprocess` themselves.
+    """
+
+    post_process_object_detection = staticmethod(detection.post_process_object_detection)
+    post_process = staticmethod(original.post_process)
