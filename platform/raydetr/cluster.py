@@ -33,11 +33,9 @@ def connect(cpus: int = 2) -> None:
             ray.init(logging_level=logging.WARNING, log_to_driver=True)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            # Ray 2.60 hands the interpreter's path to a shell as it is.
-            python = shlex.quote(sys.executable)
             ray.init(
                 address="local",
-                runtime_env=None if python == sys.executable else {"py_executable": python},
+                runtime_env=quoted_interpreter(),
                 num_cpus=max(cpus, os.cpu_count() or 1),
                 include_dashboard=True,  # Ray Train asks its state API whether the controller lives
                 logging_level=logging.WARNING,
@@ -48,6 +46,15 @@ def connect(cpus: int = 2) -> None:
             f"The cluster has {available} CPUs and this job needs {cpus} (workers and at least one data task): "
             "add nodes, or lower --workers or --actors."
         )
+
+
+def quoted_interpreter() -> dict[str, str] | None:
+    """The runtime environment that a local Ray needs where the interpreter's path has spaces, else None.
+
+    Ray 2.60 hands that path to a shell as it is.
+    """
+    python = shlex.quote(sys.executable)
+    return None if python == sys.executable else {"py_executable": python}
 
 
 def nodes() -> int:

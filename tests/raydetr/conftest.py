@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from raydetr import cluster
+
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
@@ -20,6 +22,7 @@ def ray_local() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=8,
+        runtime_env=cluster.quoted_interpreter(),
         # Without it Ray Train can take its controller for dead and stop the workers.
         include_dashboard=True,
         log_to_driver=False,
