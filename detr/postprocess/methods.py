@@ -1,6 +1,6 @@
 """Post-processing as methods of the image processors."""
 
-from detr.postprocess import detection, original
+from detr.postprocess import detection, instance, original, panoptic, semantic
 
 
 class PostProcessingMethods:
@@ -10,4 +10,8 @@ class PostProcessingMethods:
     """
 
     post_process_object_detection = staticmethod(detection.post_process_object_detection)
+    post_process_semantic_segmentation = staticmethod(semantic.post_process_semantic_segmentation)
+    post_process_instance_segmentation = staticmethod(instance.post_process_instance_segmentation)
+    post_process_panoptic_segmentation = staticmethod(panoptic.post_process_panoptic_segmentation)
+
     post_process = staticmethod(original.post_process)

@@ -1,0 +1,61 @@
+"""Run-length encodings of a map of segments: transformers' own, and COCO's."""
+
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+Rle = dict[str, Any]
+
+
+def transformers_rle(segmentation: Tensor) -> list[list[int]]:
+    """The runs of each id of a map, in ascending order of the ids, the background's 0 among them.
+
+    It is not COCO's encoding: pixels are counted row by row from 1, and a run is its start and its length.
+
+    Args:
+        segmentation: int [height, width].
+
+    Returns:
+        For each id [start, length, start, length, ...], Python integers.
+    """
+    return [
+        np.stack([starts + 1, lengths], 1).flatten().tolist()
+        for _, (starts, lengths) in sorted(_runs(segmentation.cpu().numpy().flatten()).items())
+    ]
+
+
+def coco_rle(segmentation: Tensor, ids: list[int]) -> list[Rle]:
+    """The masks of some ids of a map as COCO's compressed run-length encoding.
+
+    Args:
+        segmentation: int [height, width].
+        ids: of the segments wanted; one that the map does not have gets an empty mask.
+
+    Returns:
+        For each id `{"size": [height, width], "counts": str}`, which `json.dumps` and `pycocotools.mask` accept.
+    """
+    height, width = segmentation.shape
+    runs = _runs(segmentation.cpu().numpy().flatten("F"))
+    nothing = np.zeros(0, np.int64)
+    encoded = []
+    for id in ids:
+        starts, lengths = runs.get(id, (nothing, nothing))
+        # Lengths of off and on in turn, the first and the last off.
+        edges = np.concatenate([[0], np.stack([starts, starts + lengths], 1).flatten(), [height * width]])
+        counts = {"size": [height, width], "counts": np.diff(edges).tolist()}
+        packed = coco_mask.frPyObjects(counts, height, width)
+        encoded.append({"size": [height, width], "counts": packed["counts"].decode("ascii")})
+    return encoded
+
+
+def _runs(values: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Starts from 0 and lengths of the runs of each value."""
+    starts = np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
+    lengths = np.diff(np.append(starts, len(values)))
+    value_of_run = values[starts]
+    return {
+        int(value): (starts[value_of_run == value], lengths[value_of_run == value])
+        for value in np.unique(value_of_run)
+    }
