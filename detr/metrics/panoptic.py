@@ -1,0 +1,199 @@
+"""Panoptic quality (PQ), as panopticapi computes it.
+
+An image is matched when it is given: what is kept of it are four numbers for each of its classes, so that memory
+does not grow with the pixels, and processes exchange next to nothing. The rules are in
+`detr.metrics.panoptic_matching`.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from detr.metrics.panoptic_matching import VOID, Counts, match_segments, mean_quality, quality
+
+logger = logging.getLogger(__name__)
+
+
+class PanopticEvaluator:
+    """Compares panoptic predictions with COCO's panoptic truth image by image, in the interface of the original DETR.
+
+    Only images that were given to `update` are evaluated, so that a part of a data set can be.
+
+    Args:
+        ann_file: the truth: a COCO panoptic JSON file or its content, with `annotations` and `categories`.
+        ann_folder: the folder with the truth's PNG files.
+        output_dir: where `update` writes the predictions' PNG files and `summarize` `predictions.json`, in COCO's
+            panoptic format; None writes nothing.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: the truth is not in COCO's panoptic format.
+    """
+
+    def __init__(
+        self,
+        ann_file: str | Path | Mapping[str, Any],
+        ann_folder: str | Path,
+        output_dir: str | Path | None = None,
+    ) -> None:
+        truth = (
+            ann_file
+            if isinstance(ann_file, Mapping)
+            else json.loads(Path(ann_file).read_text(encoding="utf-8"))
+        )
+        annotations = truth.get("annotations", [])
+        if "categories" not in truth or any("segments_info" not in entry for entry in annotations):
+            raise ValueError(
+                "the truth is not in COCO's panoptic format: expected categories and, in each annotation, segments_info"
+            )
+        if not Path(ann_folder).is_dir():
+            raise FileNotFoundError(f"there is no folder {ann_folder} with the truth's PNG files")
+        self.categories = {int(category["id"]): dict(category) for category in truth["categories"]}
+        self._truth = {int(entry["image_id"]): entry for entry in annotations}
+        self._folder = Path(ann_folder)
+        self._output = None if output_dir is None else Path(output_dir)
+        self._counts: dict[int, Counts] = {}
+        self._written: dict[int, dict[str, Any]] = {}
+
+    def update(self, predictions: Iterable[Mapping[str, Any]]) -> None:
+        """Match the predictions of some images with the truth; those of an image given before are replaced.
+
+        Args:
+            predictions: for each image `image_id`, `segments_info` and its map, in one of two forms:
+                `png_string`, bytes of a PNG whose colours encode ids as COCO does (`rgb_to_id`), 0 being void, as
+                `post_process_panoptic` gives it; or `segmentation`, int [H, W] of ids, 0 and below being void,
+                as `post_process_panoptic_segmentation` gives it, at the size of the truth.
+                `segments_info` has a dict with `id` and `category_id` (or `label_id`) for each segment; an id that
+                is there more than once (fused segments) counts once. `file_name` is that of the PNG to be written,
+                by default the truth's; entries of other names are ignored.
+
+        Raises:
+            ValueError: the truth has no such image, the sizes differ, the ids of the map and of `segments_info`
+                are not the same, or a category is not in the truth. The message names the image.
+            FileNotFoundError: the truth's PNG file is missing.
+        """
+        for prediction in predictions:
+            image_id = int(prediction["image_id"])
+            where = f"image {image_id}"
+            if image_id not in self._truth:
+                raise ValueError(f"{where} is not in the truth ({len(self._truth)} images)")
+            truth = self._truth[image_id]
+            true_map = _read_map((self._folder / truth["file_name"]).read_bytes())
+            found_map = _predicted_map(prediction, where)
+            if found_map.shape != true_map.shape:
+                raise ValueError(f"{where}: the prediction is {found_map.shape}, the truth {true_map.shape}")
+            segments = _categories_of_segments(prediction["segments_info"], where)
+            unknown = set(segments.values()) - self.categories.keys()
+            if unknown:
+                raise ValueError(f"{where}: the truth has no category {sorted(unknown)[0]}")
+            self._counts[image_id] = match_segments(
+                true_map, truth["segments_info"], found_map, segments, where
+            )
+            if self._output is not None:
+                self._write(prediction, truth, found_map, segments)
+
+    def synchronize_between_processes(self) -> None:
+        """Give every process of `torch.distributed` the matches of all; an image that several have counts once."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, (self._counts, self._written))
+        self._counts, self._written = {}, {}
+        for counts, written in gathered:
+            self._counts = counts | self._counts
+            self._written = written | self._written
+
+    def summarize(self) -> dict[str, Any]:
+        """The figures over all images given, which are logged as panopticapi prints them.
+
+        Returns:
+            "All", "Things" and "Stuff" to `{"pq", "sq", "rq": float in 0..1, "n": int}`, the mean over those n
+            categories of which the truth or a prediction has segments (0 for n = 0); "per_class" to a dict of
+            category id to `{"pq", "sq", "rq"}`, for all categories.
+        """
+        totals = {category_id: np.zeros(4) for category_id in self.categories}
+        for counts in self._counts.values():
+            for category_id, values in counts.items():
+                totals[category_id] += values
+        if self._output is not None:
+            self._output.mkdir(parents=True, exist_ok=True)
+            content = {"annotations": [self._written[image_id] for image_id in sorted(self._written)]}
+            (self._output / "predictions.json").write_text(json.dumps(content), encoding="utf-8")
+        things = {name for name, category in self.categories.items() if category.get("isthing") == 1}
+        groups = {"All": totals.keys(), "Things": things, "Stuff": totals.keys() - things}
+        figures: dict[str, Any] = {
+            name: mean_quality([totals[category_id] for category_id in ids]) for name, ids in groups.items()
+        }
+        for line in _table(figures):
+            logger.info(line)
+        return figures | {
+            "per_class": {category_id: quality(values) for category_id, values in totals.items()}
+        }
+
+    def _write(
+        self,
+        prediction: Mapping[str, Any],
+        truth: Mapping[str, Any],
+        found: np.ndarray,
+        segments: dict[int, int],
+    ) -> None:
+        assert self._output is not None
+        self._output.mkdir(parents=True, exist_ok=True)
+        name = Path(prediction.get("file_name", truth["file_name"])).with_suffix(".png").name
+        png = prediction.get("png_string") or _png(found)
+        (self._output / name).write_bytes(png)
+        image_id = int(prediction["image_id"])
+        info = [{"id": segment, "category_id": category} for segment, category in segments.items()]
+        self._written[image_id] = {"image_id": image_id, "file_name": name, "segments_info": info}
+
+
+def _categories_of_segments(segments_info: Sequence[Mapping[str, Any]], where: str) -> dict[int, int]:
+    categories: dict[int, int] = {}
+    for segment in segments_info:
+        if "id" not in segment or not {"category_id", "label_id"} & segment.keys():
+            raise ValueError(
+                f"{where}: a segment is {dict(segment)}: expected id and category_id or label_id"
+            )
+        category_id = int(segment["category_id"] if "category_id" in segment else segment["label_id"])
+        if categories.setdefault(int(segment["id"]), category_id) != category_id:
+            raise ValueError(f"{where}: segment {segment['id']} has two categories in segments_info")
+    return categories
+
+
+def _predicted_map(prediction: Mapping[str, Any], where: str) -> np.ndarray:
+    if "png_string" in prediction:
+        return _read_map(prediction["png_string"])
+    if "segmentation" not in prediction:
+        raise ValueError(f"{where}: the prediction has neither png_string nor segmentation")
+    segmentation = prediction["segmentation"]
+    if isinstance(segmentation, torch.Tensor):
+        segmentation = segmentation.detach().cpu().numpy()
+    return np.maximum(np.asarray(segmentation), VOID).astype(np.int64)
+
+
+def _read_map(png: bytes) -> np.ndarray:
+    """Ids int64 [H, W] of a panoptic PNG: red + 256 green + 65536 blue."""
+    with Image.open(BytesIO(png)) as image:
+        return np.asarray(image.convert("RGB")) @ np.array([1, 256, 65536])
+
+
+def _png(ids: np.ndarray) -> bytes:
+    colors = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+    file = BytesIO()
+    Image.fromarray(colors).save(file, "PNG")
+    return file.getvalue()
+
+
+def _table(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    lines = ["{:10s}| {:>5s}  {:>5s}  {:>5s} {:>5s}".format("", "PQ", "SQ", "RQ", "N"), "-" * 38]
+    for name, figure in figures.items():
+        pq, sq, rq = (100 * figure[key] for key in ("pq", "sq", "rq"))
+        lines.append(f"{name:10s}| {pq:5.1f}  {sq:5.1f}  {rq:5.1f} {figure['n']:5d}")
+    return lines

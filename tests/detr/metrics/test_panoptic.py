@@ -1,0 +1,331 @@
+"""Panoptic quality equals panopticapi's rules and hotcoco's port of it."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import hotcoco.panoptic
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detr.metrics.panoptic import PanopticEvaluator
+
+DATA = Path(__file__).parents[4] / "shared/data"
+SECTION = "8. Weights, saving, pipeline, evaluation"
+GROUPS = ("All", "Things", "Stuff")
+
+CATEGORIES = [
+    {"id": 1, "name": "cat", "isthing": 1},
+    {"id": 2, "name": "dog", "isthing": 1},
+    {"id": 70, "name": "grass", "isthing": 0},
+    {"id": 71, "name": "sky", "isthing": 0},
+    {"id": 200, "name": "nowhere", "isthing": 0},
+]
+
+
+def save_png(ids, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colors = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
+    Image.fromarray(colors).save(path)
+
+
+def read_png(path):
+    rgb = np.asarray(Image.open(path).convert("RGB"), np.int64)
+    return rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+
+
+def random_segments(rng, ids, void):
+    """A map of rectangles, and the category of each id that can be seen."""
+    labels = rng.choice(ids, len(ids), replace=False).tolist()
+    drawn = np.full((40, 60), 0 if void else labels[0])
+    for segment in labels:
+        y, x = rng.integers(0, 36), rng.integers(0, 54)
+        drawn[y : y + rng.integers(3, 30), x : x + rng.integers(3, 40)] = segment
+    return drawn, {int(i): int(rng.choice([1, 2, 70, 71])) for i in np.unique(drawn) if i}
+
+
+def random_data(seed, folder):
+    """A truth on disk, and predictions that agree with it in part: crowds, void, ids above 16 bits."""
+    rng = np.random.default_rng(seed)
+    annotations, predictions = [], []
+    for image_id in rng.choice(1000, 4, replace=False).tolist():
+        ids = rng.choice(2**24 - 1, 9, replace=False) + 1
+        truth, categories = random_segments(rng, ids, void=rng.random() < 0.5)
+        found, found_categories = np.roll(truth, rng.integers(-2, 3, 2), (0, 1)), dict(categories)
+        for segment in list(categories):
+            if rng.random() < 0.2:
+                found_categories[segment] = int(rng.choice([1, 2, 70, 71]))
+            if rng.random() < 0.2:
+                found[found == segment] = int(rng.choice([0, *categories]))
+        other, other_categories = random_segments(rng, ids[:3] - 1 + 2 * (ids[:3] == 1), void=True)
+        where = (other > 0) & (rng.random() < 0.5)
+        found[where] = other[where]
+        found_categories = {
+            int(i): other_categories.get(int(i), found_categories.get(int(i), 1))
+            for i in np.unique(found)
+            if i
+        }
+        save_png(truth, folder / f"truth/{image_id}.png")
+        info = [
+            {
+                "id": i,
+                "category_id": c,
+                "area": int((truth == i).sum()),
+                "iscrowd": int(c < 10 and rng.random() < 0.25),
+                "bbox": [0, 0, 1, 1],
+            }
+            for i, c in categories.items()
+        ]
+        annotations.append({"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": info})
+        save_png(found, folder / f"found/{image_id}.png")
+        predictions.append(
+            {
+                "image_id": image_id,
+                "file_name": f"{image_id}.png",
+                "png_string": (folder / f"found/{image_id}.png").read_bytes(),
+                "segments_info": [{"id": i, "category_id": c} for i, c in found_categories.items()],
+            }
+        )
+    content = {
+        "annotations": annotations,
+        "categories": CATEGORIES,
+        "images": [{"id": entry["image_id"]} for entry in annotations],
+    }
+    (folder / "truth.json").write_text(json.dumps(content))
+    return content, predictions
+
+
+def reference(truth, truth_folder, predictions, found_folder):
+    """The rules of panopticapi, pixel set by pixel set."""
+    totals = defaultdict(lambda: {"iou": 0.0, "tp": 0, "fp": 0, "fn": 0})
+    annotations = {entry["image_id"]: entry for entry in truth["annotations"]}
+    for prediction in predictions:
+        annotation = annotations[prediction["image_id"]]
+        true = read_png(truth_folder / annotation["file_name"])
+        found = read_png(found_folder / prediction["file_name"])
+        true_of = {s["id"]: s for s in annotation["segments_info"]}
+        found_of = {s["id"]: s["category_id"] for s in prediction["segments_info"]}
+        hit_true, hit_found = set(), set()
+        for i, segment in true_of.items():
+            for j, category in found_of.items():
+                if segment.get("iscrowd") or segment["category_id"] != category:
+                    continue
+                common = ((true == i) & (found == j)).sum()
+                union = ((true == i) | ((found == j) & (true != 0))).sum()
+                if common / union > 0.5:
+                    totals[category]["tp"] += 1
+                    totals[category]["iou"] += common / union
+                    hit_true.add(i)
+                    hit_found.add(j)
+        crowds = {s["category_id"]: i for i, s in true_of.items() if s.get("iscrowd")}
+        for i, segment in true_of.items():
+            if i not in hit_true and not segment.get("iscrowd"):
+                totals[segment["category_id"]]["fn"] += 1
+        for j, category in found_of.items():
+            ignored = true[found == j] == 0
+            if category in crowds:
+                ignored |= true[found == j] == crowds[category]
+            if j not in hit_found and ignored.mean() <= 0.5:
+                totals[category]["fp"] += 1
+
+    def mean(wanted):
+        rows = []
+        for category in truth["categories"]:
+            t = totals[category["id"]]
+            weight = t["tp"] + t["fp"] / 2 + t["fn"] / 2
+            if category.get("isthing", 0) in wanted and weight:
+                rows.append((t["iou"] / weight, t["iou"] / t["tp"] if t["tp"] else 0, t["tp"] / weight))
+        return {**dict(zip(("pq", "sq", "rq"), np.mean(rows, 0).tolist())), "n": len(rows)}
+
+    return {"All": mean((0, 1)), "Things": mean((1,)), "Stuff": mean((0,))}
+
+
+def largest_difference(got, expected):
+    for name in GROUPS:
+        assert got[name]["n"] == expected[name]["n"]
+    return max(abs(got[name][key] - expected[name][key]) for name in GROUPS for key in ("pq", "sq", "rq"))
+
+
+@pytest.mark.checklist(SECTION, "PanopticEvaluator")
+@pytest.mark.known_issue(24)
+def test_figures_equal_panopticapis_rules_and_hotcoco(tmp_path, difference, capfd):
+    seen = set()
+    for seed in range(15):
+        folder = tmp_path / str(seed)
+        truth, predictions = random_data(seed, folder)
+        evaluator = PanopticEvaluator(folder / "truth.json", folder / "truth", folder / "output")
+        for prediction in predictions:
+            evaluator.update([prediction])
+        evaluator.synchronize_between_processes()
+        figures = evaluator.summarize()
+        for expected in (
+            reference(truth, folder / "truth", predictions, folder / "found"),
+            hotcoco.panoptic.pq_compute(
+                str(folder / "truth.json"),
+                str(folder / "output/predictions.json"),
+                str(folder / "truth"),
+                str(folder / "output"),
+            ),
+        ):
+            largest = largest_difference(figures, expected)
+            difference(largest)
+            assert largest <= 1e-12, f"seed {seed}"
+        for category_id, values in expected["per_class"].items():
+            if values["pq"] == -1:  # hotcoco for a category without segments; panopticapi has 0
+                values = {"pq": 0.0}
+            assert figures["per_class"][int(category_id)]["pq"] == pytest.approx(values["pq"], abs=1e-12)
+        seen.add(round(figures["All"]["pq"], 6))
+    assert len(seen) > 12
+    assert max(seen) < 1
+
+
+def test_a_map_in_memory_scores_as_its_png(tmp_path):
+    truth, predictions = random_data(0, tmp_path)
+    expected = PanopticEvaluator(truth, tmp_path / "truth")
+    expected.update(predictions)
+    evaluator = PanopticEvaluator(truth, tmp_path / "truth", tmp_path / "output")
+    for prediction in predictions:
+        ids = read_png(tmp_path / "found" / prediction["file_name"])
+        info = [{"id": s["id"], "label_id": s["category_id"]} for s in prediction["segments_info"]]
+        segmentation = torch.from_numpy(np.where(ids == 0, -1, ids)).to(torch.int32)
+        evaluator.update(
+            [{"image_id": prediction["image_id"], "segmentation": segmentation, "segments_info": info + info}]
+        )
+        assert (read_png(tmp_path / "output" / prediction["file_name"]) == ids).all()
+    assert evaluator.summarize() == expected.summarize()
+
+
+def test_an_image_given_again_counts_once(tmp_path):
+    truth, predictions = random_data(1, tmp_path)
+    evaluator = PanopticEvaluator(truth, tmp_path / "truth")
+    evaluator.update(predictions)
+    once = evaluator.summarize()
+    evaluator.update(predictions[:2])
+    assert evaluator.summarize() == once
+
+
+def square(tmp_path, truth, found, true_info, found_info):
+    """Figures of one image, per category."""
+    save_png(np.array(truth), tmp_path / "truth/1.png")
+    info = [{"area": int((np.array(truth) == s["id"]).sum()), **s} for s in true_info]
+    content = {
+        "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": info}],
+        "categories": CATEGORIES,
+    }
+    evaluator = PanopticEvaluator(content, tmp_path / "truth")
+    evaluator.update([{"image_id": 1, "segmentation": np.array(found), "segments_info": found_info}])
+    return evaluator.summarize()
+
+
+@pytest.mark.checklist(SECTION, "PanopticEvaluator")
+def test_an_overlap_of_exactly_half_is_no_match(tmp_path):
+    figures = square(
+        tmp_path, [[5, 5, 5, 6]], [[7, 7, 7, 7]], [{"id": 5, "category_id": 1}], [{"id": 7, "category_id": 1}]
+    )
+    assert figures["per_class"][1]["pq"] == 0.75
+    figures = square(
+        tmp_path, [[5, 5, 6, 6]], [[7, 7, 7, 7]], [{"id": 5, "category_id": 1}], [{"id": 7, "category_id": 1}]
+    )
+    assert figures["per_class"][1] == {"pq": 0, "sq": 0, "rq": 0}
+    assert figures["All"]["n"] == 1
+
+
+@pytest.mark.checklist(SECTION, "PanopticEvaluator")
+def test_void_and_crowds_neither_help_nor_hurt(tmp_path):
+    cat = {"id": 5, "category_id": 1}
+    void = square(tmp_path, [[5, 5, 0, 0]], [[7, 7, 7, 7]], [cat], [{"id": 7, "category_id": 1}])
+    assert void["per_class"][1]["pq"] == 1
+    crowd = {"id": 6, "category_id": 1, "iscrowd": 1}
+    found = [{"id": 7, "category_id": 1}, {"id": 8, "category_id": 1}]
+    assert square(tmp_path, [[5, 5, 6, 6]], [[7, 7, 8, 8]], [cat, crowd], found)["per_class"][1]["pq"] == 1
+    found[1]["category_id"] = 2  # no crowd of its own category: false
+    other = square(tmp_path, [[5, 5, 6, 6]], [[7, 7, 8, 8]], [cat, crowd], found)
+    assert other["per_class"][1]["pq"] == 1
+    assert other["All"] == {"pq": 0.5, "sq": 0.5, "rq": 0.5, "n": 2}
+
+
+def test_without_any_segments_the_figures_are_zero(tmp_path):
+    figures = square(tmp_path, [[0, 0]], [[-1, -1]], [], [])
+    assert figures["All"] == {"pq": 0, "sq": 0, "rq": 0, "n": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 9}, "image 9 is not in the truth"),
+        ({"segmentation": np.zeros((2, 2))}, r"image 1: the prediction is \(2, 2\), the truth \(1, 2\)"),
+        (
+            {"segmentation": np.array([[7, 8]])},
+            "image 1: segment 8 of the prediction is not in segments_info",
+        ),
+        ({"segmentation": np.array([[0, 0]])}, "image 1: segment 7 of the prediction is not in the map"),
+        ({"segments_info": [{"id": 7, "category_id": 9}]}, "image 1: the truth has no category 9"),
+        ({"segments_info": [{"id": 7}]}, "image 1: a segment is .* expected id and category_id or label_id"),
+        (
+            {"segments_info": [{"id": 7, "category_id": 1}, {"id": 7, "category_id": 2}]},
+            "image 1: segment 7 has two categories",
+        ),
+    ],
+)
+def test_predictions_that_do_not_fit_are_refused(change, message, tmp_path):
+    save_png(np.array([[5, 0]]), tmp_path / "truth/1.png")
+    truth = {
+        "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": []}],
+        "categories": CATEGORIES,
+    }
+    found = {
+        "image_id": 1,
+        "segmentation": np.array([[7, 0]]),
+        "segments_info": [{"id": 7, "category_id": 1}],
+    }
+    with pytest.raises(ValueError, match=message):
+        PanopticEvaluator(truth, tmp_path / "truth").update([{**found, **change}])
+
+
+def test_a_prediction_without_a_map_and_a_truth_that_is_not_panoptic_are_refused(tmp_path):
+    truth = {"annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}], "categories": []}
+    with pytest.raises(ValueError, match="not in COCO's panoptic format"):
+        PanopticEvaluator(truth, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*missing"):
+        PanopticEvaluator({"annotations": [], "categories": []}, tmp_path / "missing")
+    save_png(np.array([[5, 0]]), tmp_path / "1.png")
+    truth = {"annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": []}], "categories": []}
+    with pytest.raises(ValueError, match="neither png_string nor segmentation"):
+        PanopticEvaluator(truth, tmp_path).update([{"image_id": 1, "segments_info": []}])
+
+
+@pytest.mark.checklist(SECTION, "PanopticEvaluator")
+@pytest.mark.skipif(not DATA.is_dir(), reason="the folder shared/data is absent")
+@pytest.mark.parametrize(
+    ("annotations", "folder"),
+    [
+        ("panopticapi_sample/panoptic_examples.json", "panopticapi_sample/panoptic_examples"),
+        ("coco128/annotations/panoptic_val2017.json", "coco128/annotations/panoptic_val2017"),
+    ],
+)
+def test_the_truth_of_real_images_scores_one_and_moved_segments_by_the_rules(annotations, folder, tmp_path):
+    truth = json.loads((DATA / annotations).read_text())
+    truth["annotations"] = truth["annotations"][:12]
+    perfect, moved = (PanopticEvaluator(truth, DATA / folder) for _ in range(2))
+    predictions = []
+    for entry in truth["annotations"]:
+        png = (DATA / folder / entry["file_name"]).read_bytes()
+        info = [s for s in entry["segments_info"] if not s["iscrowd"]]
+        ids = read_png(DATA / folder / entry["file_name"])
+        ids[~np.isin(ids, [s["id"] for s in info])] = 0
+        perfect.update([{"image_id": entry["image_id"], "segmentation": ids, "segments_info": info}])
+        if len(info) == len(entry["segments_info"]):
+            perfect.update([{"image_id": entry["image_id"], "png_string": png, "segments_info": info}])
+        shifted = np.roll(ids, (5, 9), (0, 1))
+        shifted[: len(ids) // 4] = 0
+        info = [s for s in info if (shifted == s["id"]).any()]
+        predictions.append({**entry, "segments_info": info})
+        save_png(shifted, tmp_path / entry["file_name"])
+        moved.update([{"image_id": entry["image_id"], "segmentation": shifted, "segments_info": info}])
+    figures = perfect.summarize()
+    assert [figures[name]["pq"] for name in GROUPS] == [1, 1, 1]
+    expected = reference(truth, DATA / folder, predictions, tmp_path)
+    assert largest_difference(moved.summarize(), expected) <= 1e-12
+    assert 0.1 < expected["All"]["pq"] < 0.9

@@ -1,0 +1,97 @@
+"""Two processes that evaluate half of the images each get the figures of all."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detr.metrics.coco import METRIC_NAMES, CocoEvaluator
+from detr.metrics.panoptic import PanopticEvaluator
+
+
+def random_images(seed, folder):
+    """Truths for boxes, masks and segments, made by the same few rectangles, and predictions near them."""
+    rng = np.random.default_rng(seed)
+    categories = [{"id": 1, "name": "cat", "isthing": 1}, {"id": 2, "name": "sky", "isthing": 0}]
+    coco = {"images": [], "categories": categories, "annotations": []}
+    panoptic = {"categories": categories, "annotations": []}
+    detections, segments = {}, []
+    for image_id in range(1, 6):
+        ids = np.zeros((30, 40), np.int64)
+        for segment in (1, 2, 3):
+            y, x = rng.integers(0, 20), rng.integers(0, 30)
+            ids[y : y + 10, x : x + 10] = segment
+        found = np.roll(ids, rng.integers(-2, 3, 2), (0, 1))
+        Image.fromarray(np.stack([ids, 0 * ids, 0 * ids], -1).astype(np.uint8)).save(
+            folder / f"{image_id}.png"
+        )
+        info = [
+            {"id": int(i), "category_id": 1 + int(i) % 2, "area": int((ids == i).sum())}
+            for i in np.unique(ids[ids > 0])
+        ]
+        coco["images"].append({"id": image_id, "height": 30, "width": 40})
+        for segment in info:
+            rows, columns = np.nonzero(ids == segment["id"])
+            x, y = int(columns.min()), int(rows.min())
+            w, h = int(columns.max()) + 1 - x, int(rows.max()) + 1 - y
+            polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            coco["annotations"].append(
+                {"image_id": image_id, "bbox": [x, y, w, h], "segmentation": polygon, **segment}
+            )
+        panoptic["annotations"].append(
+            {"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": info}
+        )
+        kept = [s for s in info if (found == s["id"]).any()]
+        masks = torch.from_numpy(np.stack([found == s["id"] for s in kept]))
+        corners = [(m.nonzero().min(0).values, m.nonzero().max(0).values + 1) for m in masks]
+        detections[image_id] = {
+            "masks": masks,
+            "boxes": torch.stack([torch.cat([low.flip(0), high.flip(0)]) for low, high in corners]),
+            "scores": torch.from_numpy(rng.random(len(kept))),
+            "labels": [s["category_id"] for s in kept],
+        }
+        segments.append({"image_id": image_id, "segmentation": found, "segments_info": kept})
+    return coco, detections, panoptic, segments
+
+
+def figures(folder, rank=0, world_size=1):
+    """Of this process's share, the first image being in every share, after synchronisation."""
+    coco, detections, panoptic, segments = random_images(0, folder)
+    boxes_and_masks = CocoEvaluator(coco, ["bbox", "segm"])
+    share = list(detections.items())
+    for image_id, found in share[rank::world_size] + share[:1]:
+        boxes_and_masks.update({image_id: found})
+    boxes_and_masks.synchronize_between_processes()
+    boxes_and_masks.accumulate()
+    quality = PanopticEvaluator(panoptic, folder)
+    quality.update(segments[rank::world_size] + segments[:1])
+    quality.synchronize_between_processes()
+    return boxes_and_masks.summarize() | {"panoptic": quality.summarize()["All"]}
+
+
+def _evaluate_a_share(rank, world_size, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
+    own = Path(folder) / f"images{rank}"
+    own.mkdir()
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(figures(own, rank, world_size)))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "CocoEvaluator")
+@pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "PanopticEvaluator")
+def test_processes_share_what_they_found(tmp_path):
+    torch.multiprocessing.spawn(_evaluate_a_share, (2, str(tmp_path)), nprocs=2)
+    expected = figures(tmp_path)
+    assert list(expected["bbox"]) == list(METRIC_NAMES)
+    assert 0 < expected["bbox"]["AP"] < 1
+    assert 0 < expected["segm"]["AP"] < 1
+    assert 0 < expected["panoptic"]["pq"] < 1
+    for rank in range(2):
+        got = json.loads((tmp_path / f"{rank}.json").read_text())
+        for name, values in expected.items():
+            assert got[name] == pytest.approx(values, abs=1e-12), f"rank {rank}, {name}"
