@@ -1,15 +1,36 @@
-"""From a model's outputs to detections and segments, in pixels of the original images."""
+"""From a model's outputs to detections and segments, in pixels of the original images.
+
+`post_process_object_detection`, `post_process_semantic_segmentation`, `post_process_instance_segmentation` and
+`post_process_panoptic_segmentation` give what transformers' methods of these names give; keywords of our own improve on
+it. `post_process`, `post_process_segmentation`, `post_process_instance` and `post_process_panoptic` are the original
+code's. The image processors have all of them as methods.
+"""
 
 from detr.postprocess.detection import (
     DetectionOutput,
     detections_of_all_queries,
     post_process_object_detection,
 )
+from detr.postprocess.instance import post_process_instance_segmentation
+from detr.postprocess.original import post_process, post_process_instance, post_process_segmentation
+from detr.postprocess.original_panoptic import post_process_panoptic
+from detr.postprocess.panoptic import post_process_panoptic_segmentation
+from detr.postprocess.segments import SegmentationOutput
+from detr.postprocess.semantic import SemanticSegmentation, post_process_semantic_segmentation
 from detr.postprocess.sizes import TargetSizes
 
 __all__ = [
     "DetectionOutput",
+    "SegmentationOutput",
+    "SemanticSegmentation",
     "TargetSizes",
     "detections_of_all_queries",
+    "post_process",
+    "post_process_instance",
+    "post_process_instance_segmentation",
     "post_process_object_detection",
+    "post_process_panoptic",
+    "post_process_panoptic_segmentation",
+    "post_process_segmentation",
+    "post_process_semantic_segmentation",
 ]

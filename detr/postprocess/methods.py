@@ -1,6 +1,6 @@
 """Post-processing as methods of the image processors."""
 
-from detr.postprocess import detection, instance, original, panoptic, semantic
+from detr.postprocess import detection, instance, original, original_panoptic, panoptic, semantic
 
 
 class PostProcessingMethods:
@@ -15,3 +15,6 @@ class PostProcessingMethods:
     post_process_panoptic_segmentation = staticmethod(panoptic.post_process_panoptic_segmentation)
 
     post_process = staticmethod(original.post_process)
+    post_process_segmentation = staticmethod(original.post_process_segmentation)
+    post_process_instance = staticmethod(original.post_process_instance)
+    post_process_panoptic = staticmethod(original_panoptic.post_process_panoptic)

@@ -1,9 +1,16 @@
 """The post-processing that the DETR page cites by its old names, with the meaning it had in the original code."""
 
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from detr.postprocess.detection import DetectionOutput, detections_of_all_queries
-from detr.postprocess.sizes import TargetSizes
+from detr.postprocess.segments import SegmentationOutput
+from detr.postprocess.sizes import TargetSizes, integer_sizes
+from detr.postprocess.view import image_views
 
 
 def post_process(outputs: DetectionOutput, target_sizes: TargetSizes) -> list[dict[str, Any]]:
@@ -24,3 +31,90 @@ def post_process(outputs: DetectionOutput, target_sizes: TargetSizes) -> list[di
     return [
         {"scores": score, "labels": label, "boxes": box} for score, label, box in zip(scores, labels, boxes)
     ]
+
+
+def post_process_segmentation(
+    outputs: SegmentationOutput,
+    target_sizes: TargetSizes,
+    threshold: float = 0.9,
+    mask_threshold: float = 0.5,
+    *,
+    processed_sizes: TargetSizes | None = None,
+    padded_size: tuple[int, int] | None = None,
+) -> list[dict[str, Any]]:
+    """The queries above a score with their masks, which may overlap.
+
+    Args:
+        outputs: of the model.
+        target_sizes: (height, width) of each image in pixels, as a list or a tensor [batch, 2].
+        threshold: a query's score, the probability of its best class, must exceed it.
+        mask_threshold: a pixel is of the mask where its probability exceeds it.
+        processed_sizes: (height, width) of each image as the model saw it, resized and without padding: see
+            `post_process_instance_segmentation`.
+        padded_size: (height, width) of `pixel_values`, where the largest of `processed_sizes` is less.
+
+    Returns:
+        A dict for each image: `scores` float [n], `labels` int64 [n] and `masks` int64 [n, height, width], 0 or 1.
+
+    Raises:
+        ValueError: the number of sizes is not that of the images, or sizes do not fit the masks.
+    """
+    views = image_views(outputs.pred_masks, target_sizes, processed_sizes, padded_size)
+    scores, labels = outputs.logits.softmax(-1).max(-1)
+    kept = labels.ne(outputs.logits.shape[-1] - 1) & (scores > threshold)
+    results = []
+    for score, label, masks, keep, view in zip(scores, labels, outputs.pred_masks, kept, views):
+        masks_on = [view.resize(mask[None]).sigmoid() > mask_threshold for mask in masks[keep]]
+        empty = masks.new_zeros((0, *view.output_size(masks)), dtype=torch.bool)
+        results.append(
+            {"scores": score[keep], "labels": label[keep], "masks": torch.cat([empty, *masks_on]).long()}
+        )
+    return results
+
+
+def post_process_instance(
+    results: Sequence[MutableMapping[str, Any]],
+    outputs: SegmentationOutput,
+    orig_target_sizes: TargetSizes,
+    max_target_sizes: TargetSizes,
+    threshold: float = 0.5,
+) -> Sequence[MutableMapping[str, Any]]:
+    """Add the masks of all queries to the results of `post_process`: what COCO's evaluation of masks takes.
+
+    Masks are resized to the padded batch, cut to each image, and resized by the nearest pixel to its original size.
+
+    Args:
+        results: of `post_process`, a dict for each image.
+        outputs: of the model.
+        orig_target_sizes: (height, width) of each original image, as a list or a tensor [batch, 2].
+        max_target_sizes: (height, width) of each image as the model saw it, resized and without padding. The largest
+            of them are taken for the size of the padded batch.
+        threshold: a pixel is of the mask where its probability exceeds it.
+
+    Returns:
+        The same dicts, with `masks` uint8 [queries, 1, height, width], 0 or 1.
+
+    Raises:
+        ValueError: the number of sizes or results is not that of the images.
+    """
+    originals = integer_sizes(orig_target_sizes, len(outputs.pred_masks), "original")
+    processed = integer_sizes(max_target_sizes, len(outputs.pred_masks), "processed")
+    if len(results) != len(originals):
+        raise ValueError(
+            f"there are {len(results)} results and {len(originals)} images: expected one for each"
+        )
+    padded = max(height for height, _ in processed), max(width for _, width in processed)
+    for result, masks, (height, width), size in zip(results, outputs.pred_masks, processed, originals):
+        result["masks"] = torch.stack(
+            [_on_original(mask, padded, (height, width), size, threshold) for mask in masks]
+        )
+    return results
+
+
+def _on_original(
+    mask: Tensor, padded: tuple[int, int], cut: tuple[int, int], size: tuple[int, int], threshold: float
+) -> Tensor:
+    """A mask's logits [h, w] as uint8 [1, height, width] of the original image."""
+    logits = F.interpolate(mask[None, None], size=padded, mode="bilinear", align_corners=False)
+    on = (logits[..., : cut[0], : cut[1]].sigmoid() > threshold).to(torch.uint8)
+    return F.interpolate(on, size=size, mode="nearest")[0]
