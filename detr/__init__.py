@@ -9,28 +9,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from detr.config import DetrConfig
+    from detr.detector import ObjectDetector
     from detr.image_processing.processor import DetrImageProcessor
     from detr.model import DetrForObjectDetection, DetrModel
-    from detr.outputs import DetrModelOutput, DetrObjectDetectionOutput
-    from detr.detector import ObjectDetector
+    from detr.outputs import DetrModelOutput, DetrObjectDetectionOutput, DetrSegmentationOutput
+    from detr.segmentation import DetrForSegmentation
 
 __all__ = [
     "DetrConfig",
     "DetrForObjectDetection",
+    "DetrForSegmentation",
     "DetrImageProcessor",
     "DetrModel",
     "DetrModelOutput",
     "DetrObjectDetectionOutput",
+    "DetrSegmentationOutput",
     "ObjectDetector",
 ]
 
 _MODULES = {
     "DetrConfig": "config",
     "DetrForObjectDetection": "model",
+    "DetrForSegmentation": "segmentation",
     "DetrImageProcessor": "image_processing.processor",
     "DetrModel": "model",
     "DetrModelOutput": "outputs",
     "DetrObjectDetectionOutput": "outputs",
+    "DetrSegmentationOutput": "outputs",
     "ObjectDetector": "detector",
 }
 

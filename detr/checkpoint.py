@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLASS_HEAD = "class_labels_classifier."
-_HEADS = (CLASS_HEAD, "bbox_predictor.")
+# Of what one model has and another lacks, as a whole: a bare DetrModel, a detector, a segmentation model.
+_HEADS = ((CLASS_HEAD, "bbox_predictor."), ("mask_head.", "bbox_attention."))
 _HUB_ID = re.compile(r"(hub:)?(?P<id>[\w.-]+/[\w.-]+)")
 _HUB_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 
@@ -156,8 +157,8 @@ def load_weights(
     """Copy the tensors of a file into a model, in place.
 
     What the model has no place for is left out only where it belongs to something the model is without: heads,
-    or backbone blocks after the last map. The heads start anew only where the file, one of a bare `DetrModel`,
-    has none; that is logged.
+    or backbone blocks after the last map. Heads start anew only where the file has none of their kind: one of a
+    bare `DetrModel`, or the masks' where it is a detector's (training in two steps). That is logged.
 
     Args:
         model: the model.
@@ -172,8 +173,9 @@ def load_weights(
     own = model.state_dict()
     found = adapt_names(tensors, own.keys())
     fresh = []
-    if not any(name.startswith(_HEADS) for name in found):
-        fresh = [name for name in own if name.startswith(_HEADS)]
+    for heads in _HEADS:
+        if not any(_is_of(name, heads) for name in found):
+            fresh += [name for name in own if _is_of(name, heads)]
     for name in own:
         if name not in found or found[name].shape == own[name].shape:
             continue
@@ -189,12 +191,23 @@ def load_weights(
         raise ValueError(
             f"{source} has no {missing[0]} ({len(missing)} of the model's {len(own)} tensors missing)"
         )
-    unknown = [n for n in found if n not in own and not n.startswith(_HEADS) and BACKBONE_PREFIX not in n]
+    lacking = [heads for heads in _HEADS if not any(_is_of(name, heads) for name in own)]
+    unknown = [
+        name
+        for name in found
+        if name not in own
+        and BACKBONE_PREFIX not in name
+        and not any(_is_of(name, heads) for heads in lacking)
+    ]
     if unknown:
         raise ValueError(f"{source}: {unknown[0]} has no place in the model ({len(unknown)} such tensors)")
     if fresh:
         logger.warning("%s: these start anew and have to be trained: %s", source, ", ".join(sorted(fresh)))
     model.load_state_dict({name: found[name] for name in own if name not in fresh}, strict=False)
+
+
+def _is_of(name: str, heads: tuple[str, ...]) -> bool:
+    return name.removeprefix("detr.").startswith(heads)
 
 
 def save_model(model: DetrPreTrainedModel, folder: str | Path) -> None:

@@ -19,7 +19,12 @@ _RUN_TIME = (
     (r"\.(self_attn|encoder_attn)\.o_proj\.", r".\1.out_proj."),
     (r"\.layers\.(\d+)\.mlp\.(fc1|fc2)\.", r".layers.\1.\2."),
     (r"(^|\.)backbone\.position_embedding\.", r"\1position_embedding."),
+    (r"^bbox_attention\.([qk])_proj\.", r"bbox_attention.\1_linear."),
+    (r"^mask_head\.conv([12])\.conv\.", r"mask_head.lay\1."),
+    (r"^mask_head\.conv([12])\.norm\.", r"mask_head.gn\1."),
+    (r"^mask_head\.output_conv\.", r"mask_head.out_lay."),
 )
+_MASK_STAGE = re.compile(r"^mask_head\.fpn_stages\.(\d)\.(fpn_adapter|refine\.conv|refine\.norm)\.")
 _RESNET_STEM = re.compile(r"\.model\.embedder\.embedder\.(convolution|normalization)\.")
 _RESNET_BLOCK = re.compile(
     r"\.model\.encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:shortcut|layer\.(\d+))\.(convolution|normalization)\."
@@ -47,8 +52,16 @@ def to_file_name(name: str) -> str:
     """The name that a tensor has in our files, from any name that transformers gives it."""
     for pattern, replacement in _RUN_TIME:
         name = re.sub(pattern, replacement, name)
+    name = _MASK_STAGE.sub(_mask_layer, name)
     name = _RESNET_STEM.sub(lambda m: ".model.conv1." if m[1] == "convolution" else ".model.bn1.", name)
     return _RESNET_BLOCK.sub(_timm_block, name)
+
+
+def _mask_layer(match: re.Match[str]) -> str:
+    stage, kind = int(match[1]), match[2]
+    if kind == "fpn_adapter":
+        return f"mask_head.adapter{stage + 1}."
+    return f"mask_head.{'lay' if kind == 'refine.conv' else 'gn'}{stage + 3}."
 
 
 def _timm_block(match: re.Match[str]) -> str:

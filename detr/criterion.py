@@ -7,7 +7,7 @@ L decoder layers (1, or all with auxiliary losses), B batch, Q queries, C classe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from detr.boxes import box_cxcywh_to_xyxy, elementwise_generalized_iou
 from detr.config import DetrConfig
+from detr.mask_loss import mask_losses
 from detr.matcher import Matching, MatchingCost, hungarian_matching
-from detr.targets import Targets, gather_targets
+from detr.targets import Targets, check_masks, gather_targets
 
 Labels = Sequence[Mapping[str, Any]]
 
@@ -64,6 +65,7 @@ def set_loss(
     num_boxes: float | Tensor | None = None,
     class_weight_sum: float | Tensor | None = None,
     image_weights: Tensor | None = None,
+    masks_of: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch.
 
@@ -78,10 +80,13 @@ def set_loss(
             boxes in this batch, at least 1.
         class_weight_sum: what the sum of ``loss_ce`` is divided by; None: the sum of this batch's class weights.
         image_weights: float [B], the weight of each image in every term; None: 1 each.
+        masks_of: for segmentation: from image and query, int64 [M] each, to their mask logits float [M, h, w]. The
+            labels then need ``masks`` [n, H, W] too.
 
     Returns:
         The weighted sum, float [], and the terms: ``loss_ce``, ``loss_bbox``, ``loss_giou`` and
-        ``cardinality_error`` (no part of the sum) of the last layer, with ``_i`` those of layer i.
+        ``cardinality_error`` (no part of the sum) of the last layer, with ``_i`` those of layer i; ``loss_mask``
+        and ``loss_dice`` of the last layer, with ``masks_of``.
 
     Raises:
         ValueError: a label is wrong; the message names the image.
@@ -90,6 +95,8 @@ def set_loss(
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         logits, pred_boxes = logits.to(dtype), pred_boxes.to(dtype)
         targets = gather_targets(labels, config.num_labels, logits.shape[1], logits.device, dtype)
+        if masks_of is not None:
+            check_masks(labels)
         cost = MatchingCost(config.class_cost, config.bbox_cost, config.giou_cost)
         matching = hungarian_matching(logits, pred_boxes, targets, cost, labels)
         weights = _image_weights(image_weights, logits)
@@ -120,6 +127,14 @@ def set_loss(
     loss_dict = {name: values[last] for name, values in terms.items()}
     for layer in range(last):
         loss_dict.update({f"{name}_{layer}": values[layer] for name, values in terms.items()})
+    if masks_of is not None:
+        query = matching.query[last] - matching.image * logits.shape[2]
+        predicted = masks_of(matching.image, query)
+        with torch.autocast(device_type=logits.device.type, enabled=False):
+            of_masks = _loss_masks(predicted.to(dtype), labels, matching, weights / num_boxes)
+        loss = loss + config.mask_loss_coefficient * of_masks["loss_mask"]
+        loss = loss + config.dice_loss_coefficient * of_masks["loss_dice"]
+        loss_dict.update(of_masks)
     return loss, loss_dict
 
 
@@ -164,6 +179,14 @@ def _loss_boxes(
     distance = (predicted - wanted).abs().sum(-1)
     giou = elementwise_generalized_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(wanted))
     return {"loss_bbox": (distance * weight).sum(1), "loss_giou": ((1 - giou) * weight).sum(1)}
+
+
+def _loss_masks(predicted: Tensor, labels: Labels, matching: Matching, weights: Tensor) -> dict[str, Tensor]:
+    """Weighted sums over the matches of the last layer, float [] each."""
+    masks = [label["masks"] for label in labels]
+    focal, dice = mask_losses(predicted, masks, matching.image, matching.target[-1])
+    weight = weights[matching.image]
+    return {"loss_mask": (focal * weight).sum(), "loss_dice": (dice * weight).sum()}
 
 
 @torch.no_grad()

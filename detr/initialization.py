@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from detr.attention import MultiheadAttention
+from detr.mask_head import BoxAttention, MaskHead
 
 
 @torch.no_grad()
@@ -39,3 +40,16 @@ def init_as_transformers(modules: Sequence[nn.Module], std: float) -> None:
             bias = getattr(child, "bias", None)
             if isinstance(child, nn.Linear | nn.Conv2d) and bias is not None:
                 nn.init.zeros_(bias)
+
+
+@torch.no_grad()
+def init_mask_head(mask_head: MaskHead, attention: BoxAttention, gain: float = 1.0) -> None:
+    """Initialise as both references: Kaiming for the convolutions, Xavier times ``gain`` for the attention."""
+    for child in mask_head.modules():
+        if isinstance(child, nn.Conv2d):
+            nn.init.kaiming_uniform_(child.weight, a=1)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+    for projection in (attention.q_linear, attention.k_linear):
+        nn.init.xavier_uniform_(projection.weight, gain=gain)
+        nn.init.zeros_(projection.bias)

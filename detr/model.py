@@ -1,11 +1,12 @@
-"""DETR: `DetrModel` and `DetrForObjectDetection`.
+"""DETR: `DetrModel` and `DetrForObjectDetection`; with masks it is `detr.segmentation`.
 
 B batch, H x W image, S cells of the deepest feature map, Q queries, D ``d_model``, C classes, L decoder layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from math import isqrt
 from typing import Any
 
@@ -22,6 +23,23 @@ from detr.outputs import DetrEncoderOutput, DetrModelOutput, DetrObjectDetection
 from detr.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
 from detr.pretrained import DetrPreTrainedModel
 from detr.transformer import Decoder, Encoder
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the transformer starts from.
+
+    Attributes:
+        cells: float [B, S, D], the projected features.
+        keep: bool [B, h, w], which cells to attend to; None for all.
+        counted: bool [B, h, w], the cells that the position embedding counts.
+        maps: the backbone's feature maps, shallow to deep; empty where it was skipped.
+    """
+
+    cells: Tensor
+    keep: Tensor | None
+    counted: Tensor
+    maps: Sequence[Tensor] = ()
 
 
 class DetrModel(DetrPreTrainedModel):
@@ -90,24 +108,44 @@ class DetrModel(DetrPreTrainedModel):
         Raises:
             ValueError: neither image nor embeddings are given, or a shape does not fit.
         """
+        output = self.transform(
+            self.features(pixel_values, pixel_mask, inputs_embeds),
+            decoder_attention_mask,
+            encoder_outputs,
+            decoder_inputs_embeds,
+            output_attentions,
+            output_hidden_states,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def transform(
+        self,
+        features: ImageFeatures,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: DetrEncoderOutput | Sequence[Any] | Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> DetrModelOutput:
+        """What follows the backbone: encoder and decoder. Arguments are those of `forward`."""
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        features, real, mask = self._features(pixel_values, pixel_mask, inputs_embeds)
-        batch = features.shape[0]
-        position = self.position_embedding(mask, features.dtype).flatten(2).transpose(1, 2)
-        keep = None if real is None else real.flatten(1)
+        cells, batch = features.cells, features.cells.shape[0]
+        position = self.position_embedding(features.counted, cells.dtype).flatten(2).transpose(1, 2)
+        keep = None if features.keep is None else features.keep.flatten(1)
 
         encoded = _encoder_output(encoder_outputs)
         if encoded is None:
-            encoded = self.encoder(features, keep, position, attentions, states)
+            encoded = self.encoder(cells, keep, position, attentions, states)
         memory = encoded.last_hidden_state
-        query_position = self.query_position_embeddings.weight.to(features.dtype).expand(batch, -1, -1)
+        query_position = self.query_position_embeddings.weight.to(cells.dtype).expand(batch, -1, -1)
         queries = torch.zeros_like(query_position) if decoder_inputs_embeds is None else decoder_inputs_embeds
         query_keep = None if decoder_attention_mask is None else decoder_attention_mask.to(torch.bool)
         decoded = self.decoder(
             queries, query_position, query_keep, memory, keep, position, attentions, states
         )
-        output = DetrModelOutput(
+        return DetrModelOutput(
             last_hidden_state=decoded.last_hidden_state,
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
@@ -117,18 +155,11 @@ class DetrModel(DetrPreTrainedModel):
             encoder_attentions=encoded.attentions,
             intermediate_hidden_states=decoded.intermediate_hidden_states,
         )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
 
-    def _features(
-        self, pixel_values: Tensor | None, pixel_mask: Tensor | None, inputs_embeds: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """What the transformer starts from.
-
-        Returns:
-            The features float [B, S, D]; which cells to attend to, bool [B, h, w], None for all; the mask that
-            the position embedding counts, bool [B, h, w].
-        """
+    def features(
+        self, pixel_values: Tensor | None, pixel_mask: Tensor | None, inputs_embeds: Tensor | None = None
+    ) -> ImageFeatures:
+        """The backbone and the projection of its deepest map. Arguments are those of `forward`."""
         if inputs_embeds is not None:
             batch, cells, _ = inputs_embeds.shape
             side = isqrt(cells)
@@ -136,8 +167,8 @@ class DetrModel(DetrPreTrainedModel):
                 raise ValueError(f"inputs_embeds has {cells} cells, which is no square feature map")
             ones = torch.ones((batch, side, side), dtype=torch.bool, device=inputs_embeds.device)
             # as transformers: here the mask hides cells but does not move the positions
-            real = None if pixel_mask is None else downsample_mask(pixel_mask, (side, side))
-            return inputs_embeds, real, ones
+            keep = None if pixel_mask is None else downsample_mask(pixel_mask, (side, side))
+            return ImageFeatures(inputs_embeds, keep, ones)
         if pixel_values is None:
             raise ValueError("You have to specify either pixel_values or inputs_embeds")
         if pixel_values.ndim != 4:
@@ -150,16 +181,14 @@ class DetrModel(DetrPreTrainedModel):
                 f"pixel_mask is {list(pixel_mask.shape)}, pixel_values {list(pixel_values.shape)}: "
                 "batch, height and width must agree"
             )
-        projected = self.input_projection(self.backbone(pixel_values)[-1])
-        features, (height, width) = projected.flatten(2).transpose(1, 2), projected.shape[-2:]
+        maps = self.backbone(pixel_values)
+        projected = self.input_projection(maps[-1])
+        cells, (height, width) = projected.flatten(2).transpose(1, 2), projected.shape[-2:]
         if pixel_mask is None or _is_all_ones(pixel_mask):
-            return (
-                features,
-                None,
-                torch.ones((batch, height, width), dtype=torch.bool, device=features.device),
-            )
+            ones = torch.ones((batch, height, width), dtype=torch.bool, device=cells.device)
+            return ImageFeatures(cells, None, ones, maps)
         mask = downsample_mask(pixel_mask, (height, width))
-        return features, mask, mask
+        return ImageFeatures(cells, mask, mask, maps)
 
 
 def _is_all_ones(mask: Tensor) -> bool:
@@ -278,11 +307,31 @@ class DetrForObjectDetection(DetrPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
+        detected = self.detect(outputs, labels, num_boxes, class_weight_sum, image_weights)
+        output = DetrObjectDetectionOutput(**detected, **hidden_outputs(outputs))
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def detect(
+        self,
+        outputs: DetrModelOutput,
+        labels: Sequence[Mapping[str, Any]] | None,
+        num_boxes: float | Tensor | None,
+        class_weight_sum: float | Tensor | None,
+        image_weights: Tensor | None,
+        masks_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """Heads and loss on the output of the transformer; arguments are those of `forward` and `set_loss`.
+
+        Returns:
+            The fields ``loss``, ``loss_dict``, ``logits``, ``pred_boxes`` and ``auxiliary_outputs``.
+        """
+        assert outputs.last_hidden_state is not None  # only an output made by hand could lack it
         logits, pred_boxes = self.predict(outputs.last_hidden_state)
         loss = loss_dict = auxiliary_outputs = None
         if labels is not None:
             all_logits, all_boxes = logits[None], pred_boxes[None]
-            if self.config.auxiliary_loss:
+            if outputs.intermediate_hidden_states is not None:
                 aux_logits, aux_boxes = self.predict(outputs.intermediate_hidden_states[:-1])
                 auxiliary_outputs = [
                     {"logits": c, "pred_boxes": b} for c, b in zip(aux_logits, aux_boxes, strict=True)
@@ -301,20 +350,18 @@ class DetrForObjectDetection(DetrPreTrainedModel):
                 num_boxes=num_boxes,
                 class_weight_sum=class_weight_sum,
                 image_weights=image_weights,
+                masks_of=masks_of,
             )
-        output = DetrObjectDetectionOutput(
-            loss=loss,
-            loss_dict=loss_dict,
-            logits=logits,
-            pred_boxes=pred_boxes,
-            auxiliary_outputs=auxiliary_outputs,
-            last_hidden_state=outputs.last_hidden_state,
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-        )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return {
+            "loss": loss,
+            "loss_dict": loss_dict,
+            "logits": logits,
+            "pred_boxes": pred_boxes,
+            "auxiliary_outputs": auxiliary_outputs,
+        }
+
+
+def hidden_outputs(outputs: DetrModelOutput) -> dict[str, Any]:
+    """The fields that the outputs with heads take over from the transformer's."""
+    left_out = ("past_key_values", "intermediate_hidden_states")
+    return {f.name: getattr(outputs, f.name) for f in fields(outputs) if f.name not in left_out}

@@ -143,3 +143,31 @@ class DetrObjectDetectionOutput(ModelOutput):
     encoder_last_hidden_state: Tensor | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     encoder_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class DetrSegmentationOutput(ModelOutput):
+    """Output of `DetrForSegmentation`.
+
+    Attributes:
+        loss, loss_dict, logits, pred_boxes, auxiliary_outputs: see `DetrObjectDetectionOutput`.
+        pred_masks: float [B, Q, h, w], logits at the size of the shallowest feature map (a quarter of the padded
+            image, rounded up); queries whose mask was not computed have `detr.segmentation.NO_MASK` everywhere.
+        last_hidden_state: float [B, Q, D], the decoder's output.
+        decoder_hidden_states, decoder_attentions, cross_attentions: see `DetrDecoderOutput`.
+        encoder_last_hidden_state, encoder_hidden_states, encoder_attentions: see `DetrEncoderOutput`.
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    pred_masks: Tensor | None = None
+    auxiliary_outputs: list[dict[str, Tensor]] | None = None
+    last_hidden_state: Tensor | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None

@@ -79,6 +79,23 @@ def gather_targets(
     return targets
 
 
+def check_masks(labels: Sequence[Mapping[str, Any]]) -> None:
+    """Check that every image has a mask for each object.
+
+    Raises:
+        ValueError: ``masks`` is missing or has another shape than [n, H, W]; the message names the image.
+    """
+    for index, label in enumerate(labels):
+        masks, n = label.get("masks"), len(label["class_labels"])
+        if not isinstance(masks, Tensor) or masks.ndim != 3 or len(masks) != n:
+            found = f"{masks.dtype} {list(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
+            raise ValueError(
+                f"labels of {_name(index, labels)}: masks is {found} for {n} class_labels; expected [n, H, W] of 0 and "
+                "1 at the size of the resized image (DetrImageProcessor gives it with return_segmentation_masks=True "
+                "or for panoptic annotations)"
+            )
+
+
 def raise_faults(faults: Tensor, labels: Sequence[Mapping[str, Any]], num_labels: int) -> None:
     """Raise the error that describes the first wrong label.
 

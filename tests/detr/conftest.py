@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from detr.checkpoint_names import to_file_name
 from detr.config import DetrConfig
 from detr.model import DetrForObjectDetection
+from detr.segmentation import DetrForSegmentation
 
 SMALL = {
     "backbone": "resnet18",
@@ -71,7 +72,7 @@ def separate_the_queries(model: nn.Module, seed: int, backbone_gain: float = 1.0
 class Twins:
     """The same network twice: ``ours`` and transformers' ``theirs``."""
 
-    ours: DetrForObjectDetection
+    ours: Any
     theirs: Any
 
     def to(self, dtype: torch.dtype) -> Twins:
@@ -95,7 +96,10 @@ def load_into_transformers(model: nn.Module, theirs: Any) -> None:
 
 @pytest.fixture(scope="session")
 def make_twins() -> Callable[..., Twins]:
-    """``make_twins(seed=0, **config)``: twins in float32, in evaluation mode, shared: change copies only."""
+    """``make_twins(seed=0, **config)``: twins in float32, in evaluation mode, shared: change copies only.
+
+    With ``segmentation=True`` they are DetrForSegmentation.
+    """
     import transformers
 
     made: dict[str, Twins] = {}
@@ -106,11 +110,13 @@ def make_twins() -> Callable[..., Twins]:
             made[key] = build(seed, **changes)
         return made[key]
 
-    def build(seed: int = 0, backbone_gain: float = 1.0, **changes: Any) -> Twins:
-        config = small_config(**changes)
-        ours = DetrForObjectDetection(config).eval()
+    def build(seed: int = 0, backbone_gain: float = 1.0, segmentation: bool = False, **changes: Any) -> Twins:
+        heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8} if segmentation else {}
+        config = small_config(**{**heads, **changes})
+        our_class = DetrForSegmentation if segmentation else DetrForObjectDetection
+        ours = our_class(config).eval()
         separate_the_queries(ours, seed, backbone_gain)
-        theirs = transformers.DetrForObjectDetection(transformers_config(config)).eval()
+        theirs = getattr(transformers, our_class.__name__)(transformers_config(config)).eval()
         load_into_transformers(ours, theirs)
         return Twins(ours, theirs)
 
@@ -128,7 +134,7 @@ class Batch:
 
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[..., Batch]:
-    """``make_batch(sizes, objects, seed)``: images of these (height, width), padded to the largest."""
+    """``make_batch(sizes, objects, seed, masks)``: images of these (height, width), padded to the largest."""
 
     def make(
         sizes: tuple[tuple[int, int], ...] = ((96, 128), (64, 70)),
@@ -136,6 +142,7 @@ def make_batch() -> Callable[..., Batch]:
         seed: int = 0,
         num_labels: int = 5,
         dtype: torch.dtype = torch.float32,
+        masks: bool = False,
     ) -> Batch:
         generator = torch.Generator().manual_seed(seed)
         height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
@@ -150,6 +157,9 @@ def make_batch() -> Callable[..., Batch]:
             size = 0.05 + 0.45 * torch.rand(n, 2, generator=generator, dtype=torch.float64)
             centre = size / 2 + (1 - size) * torch.rand(n, 2, generator=generator, dtype=torch.float64)
             labels.append({"class_labels": classes, "boxes": torch.cat((centre, size), 1).to(dtype)})
+            if masks:
+                h, w = sizes[len(labels) - 1]
+                labels[-1]["masks"] = torch.rand(n, h, w, generator=generator) > 0.6
         return Batch(pixels, mask, labels)
 
     return make

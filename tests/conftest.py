@@ -1,0 +1,51 @@
+"""Options of the test session, and the record of how far the model library is from its references."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.checklist import Outcome, write_table
+
+_DIFFERENCES = pytest.StashKey[list[float]]()
+_OUTCOMES = pytest.StashKey[list[Outcome]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--checkpoint", help="folder of a trained DETR, for the numbers of the DETR page")
+    parser.addoption("--checklist-table", help="Markdown file: behaviour, its tests, largest difference")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_OUTCOMES] = []
+
+
+@pytest.fixture
+def difference(request: pytest.FixtureRequest) -> Callable[[float], None]:
+    """``difference(x)`` notes how far a result is from its reference; the table shows the largest of a behaviour."""
+    return request.node.stash.setdefault(_DIFFERENCES, []).append
+
+
+@pytest.fixture(scope="session")
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    """The folder given with --checkpoint."""
+    folder = request.config.getoption("--checkpoint")
+    if folder is None:
+        pytest.skip("no trained checkpoint: give one with --checkpoint PATH")
+    return Path(folder)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = (yield).get_result()
+    if report.when == "call" or report.failed or report.skipped:
+        rows = [mark.args for mark in item.iter_markers("checklist")]
+        largest = max(item.stash.get(_DIFFERENCES, []), default=None)
+        for section, row in rows:
+            item.config.stash[_OUTCOMES].append(Outcome(section, row, item.nodeid, report.outcome, largest))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    file = session.config.getoption("--checklist-table")
+    if file is not None:
+        write_table(Path(file), session.config.stash[_OUTCOMES])
