@@ -8,14 +8,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from detr.auto import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForImageSegmentation,
+        AutoModelForObjectDetection,
+    )
     from detr.config import DetrConfig
     from detr.detector import ObjectDetector
     from detr.image_processing.processor import DetrImageProcessor
+    from detr.metrics.coco import CocoEvaluator
+    from detr.metrics.panoptic import PanopticEvaluator
     from detr.model import DetrForObjectDetection, DetrModel
     from detr.outputs import DetrModelOutput, DetrObjectDetectionOutput, DetrSegmentationOutput
+    from detr.pipelines import pipeline
     from detr.segmentation import DetrForSegmentation
 
 __all__ = [
+    "AutoConfig",
+    "AutoImageProcessor",
+    "AutoModelForImageSegmentation",
+    "AutoModelForObjectDetection",
+    "CocoEvaluator",
     "DetrConfig",
     "DetrForObjectDetection",
     "DetrForSegmentation",
@@ -25,9 +39,16 @@ __all__ = [
     "DetrObjectDetectionOutput",
     "DetrSegmentationOutput",
     "ObjectDetector",
+    "PanopticEvaluator",
+    "pipeline",
 ]
 
 _MODULES = {
+    "AutoConfig": "auto",
+    "AutoImageProcessor": "auto",
+    "AutoModelForImageSegmentation": "auto",
+    "AutoModelForObjectDetection": "auto",
+    "CocoEvaluator": "metrics.coco",
     "DetrConfig": "config",
     "DetrForObjectDetection": "model",
     "DetrForSegmentation": "segmentation",
@@ -37,6 +58,8 @@ _MODULES = {
     "DetrObjectDetectionOutput": "outputs",
     "DetrSegmentationOutput": "outputs",
     "ObjectDetector": "detector",
+    "PanopticEvaluator": "metrics.panoptic",
+    "pipeline": "pipelines",
 }
 
 

@@ -97,7 +97,7 @@ def load_model(
     unknown = overrides.keys() - DetrConfig.keywords()
     if unknown:
         raise TypeError(f"from_pretrained has no argument {', '.join(sorted(unknown))}, nor has DetrConfig")
-    device = _device(device_map)
+    device = find_device(device_map)
     folder = model_folder(source, revision, local_files_only)
     if config is not None and overrides:
         raise ValueError(f"give either config or {', '.join(sorted(overrides))}, not both")
@@ -138,7 +138,12 @@ def _reason_for_compat(values: Mapping[str, Any], model: torch.nn.Module) -> str
     return ""
 
 
-def _device(device_map: str | int | torch.device | None) -> torch.device:
+def find_device(device_map: str | int | torch.device | None) -> torch.device:
+    """The device that is asked for: itself, a GPU's index, "auto" (a GPU where there is one), or None (the CPU).
+
+    Raises:
+        RuntimeError: this machine has no such device.
+    """
     if device_map is None:
         return torch.device("cpu")
     if device_map == "auto":
