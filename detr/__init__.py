@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     )
     from detr.config import DetrConfig
     from detr.detector import ObjectDetector
+    from detr.image_processing.pillow_processor import DetrImageProcessorPil
     from detr.image_processing.processor import DetrImageProcessor
     from detr.metrics.coco import CocoEvaluator
     from detr.metrics.panoptic import PanopticEvaluator
@@ -34,6 +35,7 @@ __all__ = [
     "DetrForObjectDetection",
     "DetrForSegmentation",
     "DetrImageProcessor",
+    "DetrImageProcessorPil",
     "DetrModel",
     "DetrModelOutput",
     "DetrObjectDetectionOutput",
@@ -53,6 +55,7 @@ _MODULES = {
     "DetrForObjectDetection": "model",
     "DetrForSegmentation": "segmentation",
     "DetrImageProcessor": "image_processing.processor",
+    "DetrImageProcessorPil": "image_processing.pillow_processor",
     "DetrModel": "model",
     "DetrModelOutput": "outputs",
     "DetrObjectDetectionOutput": "outputs",

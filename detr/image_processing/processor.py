@@ -11,12 +11,15 @@ from detr.image_processing.annotations import (
     Labels,
     check_annotations,
     detection_labels,
+    pad_masks,
     relate_to_padded,
     resize_labels,
     to_relative_boxes,
 )
 from detr.image_processing.batch import BatchFeature
 from detr.image_processing.layouts import image_to_tensor, list_images
+from detr.image_processing.masks import resize_map, torch_nearest_indices
+from detr.image_processing.panoptic import SegmentMap, check_panoptic, panoptic_labels
 from detr.image_processing.pixels import (
     BILINEAR,
     channel_values,
@@ -39,13 +42,13 @@ _TENSOR_TYPES = ("pt", "np", None)
 
 @dataclass(kw_only=True)
 class DetrImageProcessor(PostProcessingMethods):
-    """Prepares images and COCO detection annotations for a DETR, as transformers' class of this name does.
+    """Prepares images and COCO annotations for a DETR, as transformers' class of this name does.
 
     In order, an image is converted to RGB, resized, rescaled, normalised, and padded with zeros at the bottom and on
     the right. Every attribute can be overridden for one call: `processor(images, do_pad=False)`.
 
     Attributes:
-        format: form of the annotations; "coco_detection" is the one that can be read.
+        format: form of the annotations, "coco_detection" or "coco_panoptic".
         do_resize, size, resample: resize to `size` (the forms of `output_size`; also an int, the shortest edge, or
             (height, width)) with one of Pillow's filters by its number; 2 is bilinear.
         do_rescale, rescale_factor: multiply pixels by the factor.
@@ -59,6 +62,7 @@ class DetrImageProcessor(PostProcessingMethods):
         boxes_relative_to: what the labels' `size` and relative boxes refer to. "image": the resized image without
             padding, as the pretrained weights and the post-processing have it. "padded_batch": the padded image, as
             transformers since its pull request 28363. Both agree where nothing is padded.
+        scale_keypoints: scale keypoints with the image; transformers leaves them in pixels of the original image.
 
     Args:
         max_size: old name of the longest edge that goes with an int `size`.
@@ -84,6 +88,7 @@ class DetrImageProcessor(PostProcessingMethods):
     pad_size: Any = None
     do_convert_rgb: bool = True
     boxes_relative_to: str = "image"
+    scale_keypoints: bool = False
     max_size: InitVar[int | None] = None
     pad_and_return_pixel_mask: InitVar[bool | None] = None
 
@@ -116,6 +121,8 @@ class DetrImageProcessor(PostProcessingMethods):
         self,
         images: Any,
         annotations: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        return_segmentation_masks: bool | None = None,
+        masks_path: str | Path | None = None,
         *,
         return_tensors: str | None = None,
         input_data_format: str | None = None,
@@ -127,7 +134,10 @@ class DetrImageProcessor(PostProcessingMethods):
         Args:
             images: an image or a list of images: PIL, numpy or torch, grey [height, width], or with channels first
                 or last, values 0..255 (for 0..1 set `do_rescale=False`).
-            annotations: for each image {"image_id": int, "annotations": [COCO objects]}.
+            annotations: for each image {"image_id": int, "annotations": [COCO objects]}, or with the format
+                "coco_panoptic" {"image_id": int, "file_name": str, "segments_info": [COCO segments]}.
+            return_segmentation_masks: also give `masks` in the labels; by default only for "coco_panoptic".
+            masks_path: folder of the PNGs that panoptic annotations name.
             return_tensors: "pt" for stacked tensors, "np" for numpy arrays, None for lists of tensors.
             input_data_format: "channels_first" or "channels_last", where it cannot be told from an array's shape.
             device: where to process the images; labels go there too.
@@ -141,6 +151,7 @@ class DetrImageProcessor(PostProcessingMethods):
         Raises:
             ValueError: annotations do not fit, an image's layout or channels are not clear, images of unequal size
                 are to be stacked without padding, or `pad_size` is less than an image.
+            FileNotFoundError: a PNG of panoptic annotations does not exist.
             TypeError: something that is not an image, or an unknown override.
         """
         if return_tensors not in _TENSOR_TYPES:
@@ -153,11 +164,12 @@ class DetrImageProcessor(PostProcessingMethods):
             image_to_tensor(image, settings.do_convert_rgb, input_data_format).to(device=device)
             for image in given
         ]
-        labels = None if annotations is None else settings._labels(annotations, tensors)
+        originals = [(image.shape[-2], image.shape[-1]) for image in tensors]
+        sizes = [settings.output_size(*size) for size in originals]
+        labels = None
+        if annotations is not None:
+            labels = settings._labels(annotations, originals, sizes, return_segmentation_masks, masks_path)
         resized = [settings.resize(tensor) for tensor in tensors]
-        sizes = [(image.shape[-2], image.shape[-1]) for image in resized]
-        if labels is not None:
-            labels = [settings._follow(label, size) for label, size in zip(labels, sizes)]
 
         data: dict[str, Any] = {}
         if settings.do_pad:
@@ -166,6 +178,7 @@ class DetrImageProcessor(PostProcessingMethods):
             data["pixel_values"] = settings.rescale_and_normalize(pixels)
             clear_padding(data["pixel_values"], sizes)
             data["pixel_mask"] = pixel_mask
+            labels = None if labels is None else [pad_masks(label, padded_size) for label in labels]
             if labels is not None and settings.boxes_relative_to == "padded_batch":
                 rescale_boxes = bool(settings.do_convert_annotations)
                 labels = [relate_to_padded(label, padded_size, rescale_boxes) for label in labels]
@@ -231,13 +244,14 @@ class DetrImageProcessor(PostProcessingMethods):
     def to_dict(self) -> dict[str, Any]:
         """The entries of `preprocessor_config.json`: transformers' own, and ours where they are not the default."""
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, default in (("pad_size", None), ("do_convert_rgb", True), ("boxes_relative_to", "image")):
-            if settings[name] == default:
+        for name in ("pad_size", "do_convert_rgb", "boxes_relative_to", "scale_keypoints"):
+            if settings[name] == getattr(DetrImageProcessor, name):
                 del settings[name]
         for name in ("image_mean", "image_std"):
             if isinstance(settings[name], Sequence):
                 settings[name] = list(settings[name])
-        return settings | {"image_processor_type": type(self).__name__}
+        # Transformers writes the same name for its Pillow class: which of the two reads it is the reader's choice.
+        return settings | {"image_processor_type": "DetrImageProcessor"}
 
     def save_pretrained(self, folder: str | Path) -> list[str]:
         """Write `preprocessor_config.json` into a folder, made where it is missing; returns the file's path."""
@@ -271,23 +285,43 @@ class DetrImageProcessor(PostProcessingMethods):
             )
         return normalize(images, mean.to(images.device), std.to(images.device))
 
-    def _labels(self, annotations: Any, images: Sequence[torch.Tensor]) -> list[Labels]:
+    def resize_map(self, values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Masks or label maps [..., height, width] at another size, by the nearest value."""
+        return resize_map(values, size, torch_nearest_indices)
+
+    def _labels(
+        self,
+        annotations: Any,
+        originals: Sequence[tuple[int, int]],
+        sizes: Sequence[tuple[int, int]],
+        return_masks: bool | None,
+        masks_path: str | Path | None,
+    ) -> list[Labels]:
+        """Labels of images that are resized from `originals` to `sizes`, before padding."""
         if isinstance(annotations, Mapping):
             annotations = [annotations]
-        if self.format != "coco_detection":
-            raise ValueError(
-                f"format is {self.format!r}: annotations are read in the format 'coco_detection'"
-            )
-        check_annotations(annotations, len(images))
+        if self.format == "coco_panoptic":
+            folder = check_panoptic(annotations, len(sizes), masks_path)
+            panoptic = [panoptic_labels(a, folder, *original) for a, original in zip(annotations, originals)]
+            return [
+                self._follow(label, size, segments if return_masks is not False else None)
+                for (label, segments), size in zip(panoptic, sizes)
+            ]
+        check_annotations(annotations, len(sizes))
         return [
-            detection_labels(annotation, image.shape[-2], image.shape[-1])
-            for annotation, image in zip(annotations, images)
+            self._follow(detection_labels(annotation, *original, return_masks=bool(return_masks)), size)
+            for annotation, original, size in zip(annotations, originals, sizes)
         ]
 
-    def _follow(self, labels: Labels, size: tuple[int, int]) -> Labels:
-        """Labels after their image was resized to `size`."""
+    def _follow(self, labels: Labels, size: tuple[int, int], segments: SegmentMap | None = None) -> Labels:
+        """Labels after their image was resized to `size`; masks of `segments` are cut out after the resize."""
         if self.do_resize:
-            labels = resize_labels(labels, size)
+            labels = resize_labels(labels, size, self.scale_keypoints)
+        if segments is not None:
+            resized = SegmentMap(self.resize_map(segments.ids, size), segments.segments)
+            labels = labels | {"masks": resized.masks()}
+        elif "masks" in labels:
+            labels = labels | {"masks": self.resize_map(labels["masks"], size)}
         return to_relative_boxes(labels) if self.do_convert_annotations else labels
 
     def _padded_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -1,0 +1,140 @@
+"""From COCO panoptic annotations, a PNG of segment ids with `segments_info`, to a model's labels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+
+from detr.image_processing.annotations import Labels
+from detr.image_transforms import rgb_to_id
+
+
+@dataclass(frozen=True)
+class SegmentMap:
+    """Which pixel belongs to which segment, from which masks are cut out after the resize.
+
+    Attributes:
+        ids: int64 [height, width].
+        segments: int64 [n], the id of each segment.
+    """
+
+    ids: torch.Tensor
+    segments: torch.Tensor
+
+    def masks(self) -> torch.Tensor:
+        """Bool [n, height, width]."""
+        return self.ids == self.segments[:, None, None]
+
+
+def check_panoptic(annotations: Sequence[Any], number_of_images: int, masks_path: str | Path | None) -> Path:
+    """Check that there is one COCO panoptic annotation for each image, and a folder with their PNGs.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: there is not.
+        FileNotFoundError: the folder does not exist.
+    """
+    if len(annotations) != number_of_images:
+        raise ValueError(
+            f"The number of images ({number_of_images}) and annotations ({len(annotations)}) do not match."
+        )
+    for index, annotation in enumerate(annotations):
+        keys = {"segments_info", "file_name"}
+        if not (
+            isinstance(annotation, Mapping) and keys <= annotation.keys() and _id(annotation) is not None
+        ):
+            raise ValueError(
+                "Invalid COCO panoptic annotations. Annotations must a dict (single image) or list of dicts "
+                "(batch of images) with the following keys: `image_id`, `file_name` and `segments_info`, with the "
+                "latter being a list of annotations in the COCO format. "
+                f"The one at index {index} is not: {str(annotation)[:200]}"
+            )
+    if not isinstance(masks_path, str | Path):
+        raise ValueError(
+            "The path to the directory containing the mask PNG files should be provided as a `pathlib.Path` or string "
+            f"object, but is {type(masks_path)} instead: give masks_path=..."
+        )
+    if not Path(masks_path).is_dir():
+        raise FileNotFoundError(
+            f"masks_path {masks_path} is not a folder: it holds the PNGs of the annotations"
+        )
+    return Path(masks_path)
+
+
+def panoptic_labels(
+    annotation: Mapping[str, Any], masks_path: Path, height: int, width: int
+) -> tuple[Labels, SegmentMap]:
+    """Labels of an image of `height` x `width` pixels, and its map of segments.
+
+    No segment is left out. The boxes are those of the pixels, corners whose right and bottom are the last pixel
+    (not one past it), as in both references; a segment without pixels has a box of zeros (transformers gives
+    [1e8, 1e8, 0, 0]).
+
+    Args:
+        annotation: {"image_id" or "id", "file_name", "segments_info": [{"id", "category_id", "area", "iscrowd"}]}.
+        masks_path: the folder of the PNG `file_name`.
+        height: of the image.
+        width: of the image.
+
+    Raises:
+        FileNotFoundError: the PNG does not exist.
+        ValueError: it has another size than the image, or a segment lacks a field.
+    """
+    file = masks_path / annotation["file_name"]
+    if not file.is_file():
+        raise FileNotFoundError(f"image_id {_id(annotation)}: the PNG of its segments {file} does not exist")
+    with Image.open(file) as image:
+        ids = rgb_to_id(np.array(image.convert("RGB")))
+    if ids.shape != (height, width):
+        raise ValueError(
+            f"image_id {_id(annotation)}: {file} is {ids.shape[0]} x {ids.shape[1]}, the image {height} x {width} "
+            "(height x width)"
+        )
+    segments = annotation["segments_info"]
+    try:
+        numbers = {
+            name: [segment[name] for segment in segments] for name in ("id", "category_id", "iscrowd", "area")
+        }
+    except KeyError as error:
+        raise ValueError(f"image_id {_id(annotation)}: a segment has no {error}") from error
+    labels = {
+        "size": torch.tensor([height, width]),
+        "image_id": torch.as_tensor([_id(annotation)], dtype=torch.int64),
+        "class_labels": torch.as_tensor(numbers["category_id"], dtype=torch.int64),
+        "boxes": segment_boxes(ids, numbers["id"]),
+        "area": torch.as_tensor(numbers["area"], dtype=torch.float32),
+        "iscrowd": torch.as_tensor(numbers["iscrowd"], dtype=torch.int64),
+        "orig_size": torch.tensor([height, width]),
+    }
+    return labels, SegmentMap(
+        torch.from_numpy(ids.astype(np.int64)), torch.as_tensor(numbers["id"], dtype=torch.int64)
+    )
+
+
+def segment_boxes(ids: np.ndarray, segments: Sequence[int]) -> torch.Tensor:
+    """Corners float32 [n, 4] of the pixels with each id, first and last pixel; zeros without any.
+
+    Args:
+        ids: int [height, width].
+        segments: n ids.
+    """
+    known, places = np.unique(ids, return_inverse=True)
+    slices = ndimage.find_objects(places.reshape(ids.shape) + 1)
+    boxes = torch.zeros(len(segments), 4)
+    position = {int(value): index for index, value in enumerate(known)}
+    for row, segment in enumerate(segments):
+        if segment in position:
+            y, x = slices[position[segment]]
+            boxes[row] = torch.tensor([x.start, y.start, x.stop - 1, y.stop - 1], dtype=torch.float32)
+    return boxes
+
+
+def _id(annotation: Mapping[str, Any]) -> Any:
+    return annotation.get("image_id", annotation.get("id"))
