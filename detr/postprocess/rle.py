@@ -42,9 +42,10 @@ def coco_rle(segmentation: Tensor, ids: list[int]) -> list[Rle]:
     encoded = []
     for id in ids:
         starts, lengths = runs.get(id, (nothing, nothing))
-        # Lengths of off and on in turn, the first and the last off.
-        edges = np.concatenate([[0], np.stack([starts, starts + lengths], 1).flatten(), [height * width]])
-        counts = {"size": [height, width], "counts": np.diff(edges).tolist()}
+        # Lengths of off and on in turn, the first off, perhaps of no pixel.
+        edges = np.stack([starts, starts + lengths], 1).flatten()
+        end = [] if len(edges) and edges[-1] == height * width else [height * width]
+        counts = {"size": [height, width], "counts": np.diff(edges, prepend=0, append=end).tolist()}
         packed = coco_mask.frPyObjects(counts, height, width)
         encoded.append({"size": [height, width], "counts": packed["counts"].decode("ascii")})
     return encoded

@@ -98,7 +98,7 @@ def segments_of_image(
     own_areas = []
 
     def weighted() -> Iterator[Tensor]:
-        for probability, score in zip(masks.sigmoid(), scores.view(-1, 1, 1)):
+        for probability, score in zip(_sigmoid(masks), scores.view(-1, 1, 1)):
             resized = view.resize(probability[None])
             # A score of one dimension or more takes part in type promotion, as the reference's does.
             resized *= score
@@ -107,11 +107,25 @@ def segments_of_image(
 
     winner = running_argmax(weighted(), len(masks)).flatten()
     won, own = torch.bincount(winner, minlength=len(masks)), torch.stack(own_areas)
-    # In float32, where a ratio of 4 / 5 exceeds a threshold of 0.8.
-    valid = (won > 0) & (own > 0) & (won / own > rules.overlap_mask_area_threshold)
-    ids, segments = _name_segments(valid.tolist(), scores.tolist(), labels.tolist(), rules)
+    # A ratio of float32 against a threshold of float64: 4 / 5 exceeds 0.8, as in the reference.
+    ratios = (won / own).tolist()
+    valid = [
+        won_area > 0 and own_area > 0 and ratio > rules.overlap_mask_area_threshold
+        for won_area, own_area, ratio in zip(won.tolist(), own.tolist(), ratios)
+    ]
+    ids, segments = _name_segments(valid, scores.tolist(), labels.tolist(), rules)
     table = torch.tensor(ids, dtype=torch.int32, device=masks.device)
     return table.index_select(0, winner).view(view.output_size(masks)), segments
+
+
+def _sigmoid(masks: Tensor) -> Tensor:
+    """The sigmoid of float [n, h, w], in which equal masks stay equal.
+
+    On a CPU the last few elements of a tensor are computed by another exponential than full vectors, an ulp off; the
+    elements appended here take their place. Transformers has them at the end of the batch.
+    """
+    flat = torch.cat([masks.flatten(), masks.new_zeros(64)]).sigmoid_()
+    return flat[: masks.numel()].view_as(masks)
 
 
 def _name_segments(

@@ -8,8 +8,10 @@ import transformers
 
 from detr import DetrImageProcessor, DetrObjectDetectionOutput
 from detr.postprocess import detections_of_all_queries, post_process_object_detection
+from tests.detr.postprocess.random_outputs import SECTION
 
 THEIRS = transformers.DetrImageProcessor()
+ROW = pytest.mark.checklist(SECTION, "object detection")
 
 
 def random_outputs(seed, batch=3, queries=20, classes=7, dtype=torch.float32):
@@ -28,6 +30,7 @@ def assert_equal(got, expected):
             assert torch.equal(ours[key], theirs[key]), key
 
 
+@ROW
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -53,6 +56,7 @@ def test_detections_equal_transformers(threshold, dtype, target_sizes):
         )
 
 
+@ROW
 def test_the_threshold_is_half_by_default_and_strict():
     logits = torch.tensor([[[0.0, 0.0], [1e-3, 0.0], [-1e-3, 0.0]]])
     outputs = SimpleNamespace(logits=logits, pred_boxes=torch.rand(1, 3, 4))
@@ -62,6 +66,7 @@ def test_the_threshold_is_half_by_default_and_strict():
     assert_equal([detections], THEIRS.post_process_object_detection(outputs))
 
 
+@pytest.mark.checklist(SECTION, "original post-processors")
 def test_the_old_name_gives_all_queries():
     outputs = random_outputs(0)
     sizes = torch.tensor([[480, 640], [10, 20], [333, 21]])
@@ -70,12 +75,14 @@ def test_the_old_name_gives_all_queries():
     assert all(len(detections["scores"]) == 20 for detections in got)
 
 
+@ROW
 def test_boxes_of_all_queries_are_not_clipped():
     outputs = SimpleNamespace(logits=torch.zeros(1, 1, 3), pred_boxes=torch.tensor([[[0.0, 0.5, 1.0, 2.0]]]))
     _, _, boxes = detections_of_all_queries(outputs, [(10, 20)])
     assert boxes.tolist() == [[[-10, -5, 10, 15]]]
 
 
+@ROW
 @pytest.mark.parametrize("target_sizes", [[(1, 2)], torch.ones(4, 2), []])
 def test_there_must_be_a_target_size_for_each_image(target_sizes):
     for processor in (DetrImageProcessor(), THEIRS):

@@ -1,0 +1,27 @@
+"""The running argmax is argmax."""
+
+import pytest
+import torch
+
+from detr.postprocess.running_argmax import running_argmax
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 40, 300])
+def test_it_is_the_argmax_of_the_stack_the_first_of_equals(dtype, count):
+    maps = torch.randint(-5, 5, (count, 13, 17), generator=torch.Generator().manual_seed(count)).to(dtype)
+    before = maps.clone()
+    index = running_argmax(iter(maps), count)
+    assert index.dtype == torch.int32
+    assert torch.equal(index, maps.argmax(0).int())
+    assert torch.equal(maps, before)
+
+
+def test_maps_that_require_a_gradient_are_compared():
+    maps = torch.randn(3, 4, 5, requires_grad=True)
+    assert torch.equal(running_argmax(maps, 3), maps.argmax(0).int())
+
+
+def test_there_must_be_a_map():
+    with pytest.raises(ValueError, match="no maps"):
+        running_argmax([], 0)
