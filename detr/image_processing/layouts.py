@@ -60,7 +60,9 @@ def image_to_tensor(image: ImageInput, do_convert_rgb: bool, input_data_format: 
             return pil_to_tensor(convert_to_rgb(image))
         tensor, input_data_format = torch.from_numpy(np.array(image)), "channels_last"
     else:
-        tensor = torch.from_numpy(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
+        # a copy where the array is read-only, as those of Pillow images are: torch warns of these
+        writable = np.require(image, requirements=["C", "W"]) if isinstance(image, np.ndarray) else image
+        tensor = torch.from_numpy(writable) if isinstance(writable, np.ndarray) else writable
     if tensor.ndim == 2:
         tensor, input_data_format = tensor[None], "channels_first"
     if (input_data_format or _infer_layout(tensor)) == "channels_last":

@@ -20,7 +20,6 @@ from detr.metrics.masks import encode_masks
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 DATA = Path(__file__).parents[4] / "shared/data"
-SECTION = "8. Weights, saving, pipeline, evaluation"
 
 
 def random_mask(rng, height, width):
@@ -125,7 +124,7 @@ def evaluate(truth, predictions, iou_types):
     return evaluator
 
 
-@pytest.mark.checklist(SECTION, "CocoEvaluator")
+@pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "CocoEvaluator")
 @pytest.mark.known_issue(24)
 def test_figures_of_masks_and_boxes_equal_pycocotools(difference):
     seen = set()
@@ -221,7 +220,7 @@ def as_found(annotations, height, width):
     }
 
 
-@pytest.mark.checklist(SECTION, "CocoEvaluator")
+@pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "CocoEvaluator")
 @pytest.mark.skipif(not DATA.is_dir(), reason="the folder shared/data is absent")
 @pytest.mark.parametrize(
     "file", ["panopticapi_sample/panoptic_coco_detection_format.json", "coco_cats/instances.json"]

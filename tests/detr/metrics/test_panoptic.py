@@ -13,7 +13,6 @@ from PIL import Image
 from detr.metrics.panoptic import PanopticEvaluator
 
 DATA = Path(__file__).parents[4] / "shared/data"
-SECTION = "8. Weights, saving, pipeline, evaluation"
 GROUPS = ("All", "Things", "Stuff")
 
 CATEGORIES = [
@@ -148,7 +147,7 @@ def largest_difference(got, expected):
     return max(abs(got[name][key] - expected[name][key]) for name in GROUPS for key in ("pq", "sq", "rq"))
 
 
-@pytest.mark.checklist(SECTION, "PanopticEvaluator")
+@pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "PanopticEvaluator")
 @pytest.mark.known_issue(24)
 def test_figures_equal_panopticapis_rules_and_hotcoco(tmp_path, difference, capfd):
     seen = set()
@@ -219,7 +218,7 @@ def square(tmp_path, truth, found, true_info, found_info):
     return evaluator.summarize()
 
 
-@pytest.mark.checklist(SECTION, "PanopticEvaluator")
+@pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "PanopticEvaluator")
 def test_an_overlap_of_exactly_half_is_no_match(tmp_path):
     figures = square(
         tmp_path, [[5, 5, 5, 6]], [[7, 7, 7, 7]], [{"id": 5, "category_id": 1}], [{"id": 7, "category_id": 1}]
@@ -232,7 +231,7 @@ def test_an_overlap_of_exactly_half_is_no_match(tmp_path):
     assert figures["All"]["n"] == 1
 
 
-@pytest.mark.checklist(SECTION, "PanopticEvaluator")
+@pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "PanopticEvaluator")
 def test_void_and_crowds_neither_help_nor_hurt(tmp_path):
     cat = {"id": 5, "category_id": 1}
     void = square(tmp_path, [[5, 5, 0, 0]], [[7, 7, 7, 7]], [cat], [{"id": 7, "category_id": 1}])
@@ -296,7 +295,7 @@ def test_a_prediction_without_a_map_and_a_truth_that_is_not_panoptic_are_refused
         PanopticEvaluator(truth, tmp_path).update([{"image_id": 1, "segments_info": []}])
 
 
-@pytest.mark.checklist(SECTION, "PanopticEvaluator")
+@pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "PanopticEvaluator")
 @pytest.mark.skipif(not DATA.is_dir(), reason="the folder shared/data is absent")
 @pytest.mark.parametrize(
     ("annotations", "folder"),
