@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from detr.image_transforms import id_to_rgb
 from detr.postprocess.segments import SegmentationOutput
 from detr.postprocess.sizes import TargetSizes, check_count, integer_sizes
 from detr.postprocess.view import image_views
@@ -99,7 +100,9 @@ def _panoptic_png(
         {"id": k, "isthing": bool(things[label]), "category_id": label, "area": int(area)}
         for k, (label, area) in enumerate(zip(labels, areas))
     ]
-    return {"png_string": _png(ids), "segments_info": segments}
+    with io.BytesIO() as stream:
+        Image.fromarray(id_to_rgb(ids)).save(stream, format="PNG")
+        return {"png_string": stream.getvalue(), "segments_info": segments}
 
 
 def _largest(masks: Tensor) -> Tensor:
@@ -120,10 +123,3 @@ def _merge_stuff(ids: Tensor, labels: list[int], things: Mapping[int, bool]) -> 
 def _resize_ids(ids: Tensor, size: tuple[int, int]) -> np.ndarray:
     image = Image.fromarray(ids.numpy().astype(np.int32))
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.NEAREST))
-
-
-def _png(ids: np.ndarray) -> bytes:
-    colours = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
-    with io.BytesIO() as stream:
-        Image.fromarray(colours).save(stream, format="PNG")
-        return stream.getvalue()
