@@ -1,12 +1,24 @@
 """Options of the test session, and the record of how far the model library is from its references."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.checklist import Outcome, write_table
 
+
+@dataclass(frozen=True)
+class Marks:
+    """What the collected tests say they prove, those that were deselected included."""
+
+    checklist: set[tuple[str, str]]
+    known_issues: set[int]
+    files: set[Path]
+
+
+MARKS = pytest.StashKey[Marks]()
 _DIFFERENCES = pytest.StashKey[list[float]]()
 _OUTCOMES = pytest.StashKey[list[Outcome]]()
 
@@ -18,6 +30,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_OUTCOMES] = []
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[MARKS] = Marks(
+        {(mark.args[0], mark.args[1]) for item in items for mark in item.iter_markers("checklist")},
+        {mark.args[0] for item in items for mark in item.iter_markers("known_issue")},
+        {item.path for item in items},
+    )
 
 
 @pytest.fixture

@@ -108,6 +108,8 @@ def two_processes(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
+@pytest.mark.checklist("5. Loss", "num_boxes")
+@pytest.mark.known_issue(17)
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "layers dropped"])
 def test_two_processes_compute_the_gradient_of_one_on_the_whole_batch(variant, two_processes):
     model = make_model(variant)

@@ -15,6 +15,7 @@ def randomise(norm: nn.BatchNorm2d, seed: int) -> None:
             tensor.uniform_(low, 1.5, generator=generator)
 
 
+@pytest.mark.checklist("2. Backbone", "frozen BN")
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("eps", [1e-5, 1e-3])
 @pytest.mark.parametrize("activation", [None, nn.SiLU])
@@ -30,6 +31,7 @@ def test_a_frozen_norm_computes_what_it_replaces_in_evaluation(seed, eps, activa
     assert not any(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.checklist("2. Backbone", "frozen BN")
 def test_under_transformers_rules_the_activation_and_the_eps_are_lost():
     net = nn.Sequential(BatchNormAct2d(4, eps=1e-3))
     assert differs_from_transformers(frozen := _freeze(net, "original"))

@@ -26,6 +26,7 @@ def features(batch: int = 2, queries: int = 7):
     return draw(batch, queries, 64), draw(batch, 12, 64), draw(batch, 64, 3, 4), maps
 
 
+@pytest.mark.checklist("4. Heads, segmentation head", "bbox attention")
 def test_attention_is_one_softmax_over_heads_and_cells_and_none_on_padding():
     _, attention, _ = small_head()
     queries, memory, _, _ = features()
@@ -68,6 +69,7 @@ def test_widths_that_the_norms_cannot_divide_are_refused(changes, message):
         MaskHead(DetrConfig(**changes), CHANNELS)
 
 
+@pytest.mark.checklist("4. Heads, segmentation head", "out_indices with 3 maps")
 def test_fewer_than_three_maps_are_refused():
     with pytest.raises(ValueError, match="returns 2 feature maps"):
         MaskHead(DetrConfig(), CHANNELS[:2])
@@ -91,6 +93,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.checklist("4. Heads, segmentation head", "memory")
 @pytest.mark.slow
 @pytest.mark.known_issue(21)
 def test_a_hundred_masks_take_little_memory():

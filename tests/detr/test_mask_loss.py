@@ -22,6 +22,7 @@ def reference_losses(logits, masks, image, target):
     return focal, dice
 
 
+@pytest.mark.checklist("5. Loss", "masks loss")
 @pytest.mark.parametrize("chunk", [2**30, 2 * 40 * 50])
 def test_losses_and_gradients_equal_transformers_also_in_chunks(chunk, monkeypatch):
     monkeypatch.setattr("detr.mask_loss._CHUNK_PIXELS", chunk)

@@ -35,6 +35,7 @@ def pairs(matching: Matching, layer: int, queries: int, counts: list[int]) -> li
     return out
 
 
+@pytest.mark.checklist("5. Loss", "matcher")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("objects", [(3, 5), (0, 4, 0), (12, 1), (30, 2), (1,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -73,6 +74,9 @@ def test_a_batch_without_objects_matches_nothing():
     assert (matching.query.shape, matching.target.shape, matching.image.shape) == ((2, 0), (2, 0), (0,))
 
 
+@pytest.mark.checklist("5. Loss", "matcher")
+@pytest.mark.known_issue(3)
+@pytest.mark.known_issue(5)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["logits", "boxes"])
 def test_predictions_that_are_not_finite_are_matched_last_and_never_raise(value, where, make_batch):
@@ -100,6 +104,7 @@ def test_all_predictions_not_finite_are_matched_somehow():
     assert len(set(query[0])) == 2
 
 
+@pytest.mark.checklist("5. Loss", "all costs 0")
 def test_costs_that_are_all_zero_are_refused():
     with pytest.raises(ValueError, match="All costs of the Matcher can't be 0"):
         MatchingCost(0, 0, 0)

@@ -44,6 +44,10 @@ def exact_reference(monkeypatch):
     monkeypatch.setattr(reference, "ImageLoss", Float64Loss)
 
 
+@pytest.mark.checklist("4. Heads, segmentation head", "bbox attention")
+@pytest.mark.checklist("4. Heads, segmentation head", "mask head")
+@pytest.mark.checklist("4. Heads, segmentation head", "pred_masks")
+@pytest.mark.checklist("4. Heads, segmentation head", "out_indices with 3 maps")
 @pytest.mark.parametrize("case", CASES)
 def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(case, make_twins, make_batch):
     pair = make_twins(segmentation=True, **CASES[case])
@@ -62,6 +66,8 @@ def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(c
                 assert largest_difference(rounded[name], theirs[name]) < 3 * error + 1e-7, name
 
 
+@pytest.mark.checklist("5. Loss", "masks loss")
+@pytest.mark.checklist("5. Loss", "empty targets")
 @pytest.mark.parametrize("objects", [(3, 5), (0, 4), (0, 0), (20, 2)])
 @pytest.mark.parametrize("auxiliary", [False, True])
 @pytest.mark.parametrize("training", [False, True])
@@ -102,6 +108,7 @@ def test_the_output_is_read_by_name_by_key_and_by_index_in_transformers_order(tw
     assert torch.equal(as_tuple[2], ours.pred_masks)
 
 
+@pytest.mark.known_issue(21)
 def test_in_training_only_masks_of_matched_queries_are_computed(twins, make_batch):
     batch = make_batch(masks=True)
     model = copy.deepcopy(twins.ours)
@@ -187,6 +194,7 @@ def test_weights_of_images_count_in_the_mask_losses(twins, make_batch):
         torch.testing.assert_close(both[name], value, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.known_issue(25)
 def test_bfloat16_autocast_gives_a_finite_loss_near_that_of_float32(twins, make_batch):
     batch = make_batch(masks=True)
     model = copy.deepcopy(twins.ours).train()

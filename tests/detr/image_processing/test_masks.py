@@ -15,7 +15,9 @@ from detr.image_transforms import id_to_rgb, rgb_to_id
 from tests.detr.image_processing.test_processor import DATA, SMALL, random_image
 
 # torchvision's reader of PNGs, which transformers uses
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The image decoding and encoding capabilities:DeprecationWarning"
+)
 SECTION = "6. Image processor"
 CLASSES = {
     DetrImageProcessor: transformers.DetrImageProcessor,

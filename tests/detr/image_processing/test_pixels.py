@@ -20,6 +20,7 @@ def random_image(rng, height, width, channels=3, dtype=torch.uint8):
     return torch.from_numpy(rng.integers(0, 256, (height, width, channels))).to(dtype)
 
 
+@pytest.mark.checklist("6. Image processor", "resampling")
 @pytest.mark.parametrize("resample", FILTERS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
 def test_a_resize_equals_torchvisions(resample, dtype):

@@ -22,6 +22,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.checklist("6. Image processor", "preprocessor_config.json")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_the_file_is_the_one_transformers_writes(settings, tmp_path):
     (ours,) = DetrImageProcessor(**settings).save_pretrained(tmp_path / "ours")
@@ -106,6 +107,7 @@ OLD_FILES = {
 }
 
 
+@pytest.mark.checklist("6. Image processor", "preprocessor_config.json")
 @pytest.mark.parametrize("name", OLD_FILES)
 @pytest.mark.parametrize("nested", [False, True])
 def test_old_files_are_understood_as_transformers_does(name, nested, tmp_path):

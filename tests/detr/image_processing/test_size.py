@@ -13,6 +13,7 @@ def random_sizes(seed: int, number: int, most: int) -> list[tuple[int, int]]:
     return [tuple(map(int, np.exp(rng.uniform(0, np.log(most), 2)).astype(int))) for _ in range(number)]
 
 
+@pytest.mark.checklist("6. Image processor", "resize rule")
 @pytest.mark.parametrize(("shortest", "longest"), [(800, 1333), (480, 1333), (128, 213), (7, 11), (800, 800)])
 def test_shortest_and_longest_edge_round_as_transformers(shortest, longest):
     compared = 0
@@ -30,6 +31,7 @@ def test_the_shortest_edge_alone_has_no_bound(size):
         assert output_size(height, width, size) == get_size_with_aspect_ratio((height, width), 400)
 
 
+@pytest.mark.checklist("6. Image processor", "other size forms")
 def test_maximum_height_and_width_round_as_transformers():
     for height, width in random_sizes(2, 5000, 3000):
         expected = get_image_size_for_max_height_width((height, width), 300, 500)
@@ -37,6 +39,7 @@ def test_maximum_height_and_width_round_as_transformers():
         assert got == tuple(max(side, 1) for side in expected)
 
 
+@pytest.mark.checklist("6. Image processor", "resize rule")
 def test_known_values():
     size = {"shortest_edge": 800, "longest_edge": 1333}
     assert output_size(480, 640, size) == (800, 1066)
