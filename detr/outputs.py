@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -171,3 +172,8 @@ class DetrSegmentationOutput(ModelOutput):
     encoder_last_hidden_state: Tensor | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     encoder_attentions: tuple[Tensor, ...] | None = None
+
+
+for _output in (DetrModelOutput, DetrObjectDetectionOutput, DetrSegmentationOutput):
+    # lets torch.export and torch.compile see the tensors inside
+    torch.export.register_dataclass(_output, serialized_type_name=f"detr.outputs.{_output.__name__}")
