@@ -1,0 +1,200 @@
+"""What users complain about in other DETRs: each assertion holds here and, where transformers is at fault, fails there.
+
+The faults that are shown beside their subject (`known_issue` marks in the other files) are not repeated.
+"""
+
+import copy
+import socket
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from torch import nn
+
+from detr import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ObjectDetector
+from tests.detr.conftest import small_config, transformers_config
+
+
+def label_boxes_in_pixels(processor, sizes) -> list[list[float]]:
+    """The box of each image of a padded batch, in pixels by the size of the image without padding."""
+    images = [np.zeros((*size, 3), np.uint8) for size in sizes]
+    entry = {"bbox": [8, 8, 16, 16], "area": 256, "category_id": 0, "iscrowd": 0}
+    annotations = [{"image_id": i, "annotations": [entry]} for i in range(len(images))]
+    labels = processor(images, annotations, return_tensors="pt", do_resize=False)["labels"]
+    return [(label["boxes"][0] * torch.tensor([w, h, w, h])).tolist() for label, (h, w) in zip(labels, sizes)]
+
+
+@pytest.mark.known_issue(1)
+def test_label_boxes_are_relative_to_the_image_as_post_processing_takes_them():
+    sizes, expected = ((64, 96), (32, 48)), [16, 16, 16, 16]
+    for box in label_boxes_in_pixels(DetrImageProcessor(), sizes):
+        assert box == pytest.approx(expected, abs=1e-4)
+    theirs = label_boxes_in_pixels(transformers.DetrImageProcessor(), sizes)
+    assert theirs[1] != pytest.approx(expected, abs=1e-4), "half as large: shrunk by the padding"
+
+
+@pytest.mark.known_issue(2)
+def test_auxiliary_losses_change_no_prediction(make_twins, make_batch):
+    batch = make_batch()
+    pair = make_twins()
+
+    def change(model, build):
+        config = copy.deepcopy(model.config)
+        config.auxiliary_loss = True
+        other = build(config).eval()
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            return float((other(batch.pixel_values).logits - model(batch.pixel_values).logits).abs().max())
+
+    assert change(pair.ours, DetrForObjectDetection) == 0
+    assert change(pair.theirs, transformers.DetrForObjectDetection) > 0.1
+
+
+@pytest.mark.known_issue(3)
+@pytest.mark.known_issue(5)
+def test_a_prediction_that_is_not_a_number_does_not_end_the_training(make_twins, make_batch):
+    batch = make_batch()
+    pair = make_twins()
+
+    def loss(model, head):
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            head(model).bias.fill_(float("nan"))
+        return model(batch.pixel_values, labels=batch.labels).loss
+
+    assert loss(pair.ours, lambda m: m.bbox_predictor.layers[2]).shape == ()
+    with pytest.raises(ValueError, match="boxes1 must be in"):
+        loss(pair.theirs, lambda m: m.bbox_predictor.layers[2])
+
+
+@pytest.mark.known_issue(4)
+def test_boxes_in_the_wrong_format_are_named_with_their_image(make_twins, make_batch):
+    batch = make_batch()
+    pair = make_twins()
+    batch.labels[1] |= {"image_id": torch.tensor([4711]), "boxes": batch.labels[1]["boxes"] * 100}
+    with pytest.raises(ValueError, match=r"image_id 4711.*centre x, centre y, width, height"):
+        pair.ours(batch.pixel_values, labels=batch.labels)
+    pair.theirs(batch.pixel_values, labels=batch.labels)  # trains on boxes a hundred times too large
+
+
+@pytest.mark.known_issue(6)
+def test_a_class_beyond_the_last_one_is_an_error(make_twins, make_batch):
+    batch = make_batch()
+    pair = make_twins()
+    batch.labels[0]["class_labels"][1] = 5
+    with pytest.raises(ValueError, match=r"object 1 of image 0.*has class 5; the model's classes are 0\.\.4"):
+        pair.ours(batch.pixel_values, labels=batch.labels)
+    pair.theirs(batch.pixel_values, labels=batch.labels)  # learns that this object is no object
+
+
+@pytest.mark.known_issue(12)
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_grey_and_transparent_images_are_processed(mode):
+    image = Image.new(mode, (60, 40))
+    assert DetrImageProcessor()(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 800, 1200)
+    with pytest.raises((ValueError, RuntimeError)):
+        transformers.DetrImageProcessor()(image, return_tensors="pt")
+
+
+def trainable(backbone: nn.Module) -> set[str]:
+    """First parts of the names, such as ``layer1``, of what trains in a backbone."""
+    return {
+        name.split("model.")[-1].split(".")[0] for name, p in backbone.named_parameters() if p.requires_grad
+    }
+
+
+@pytest.mark.known_issue(13)
+def test_the_stem_and_the_first_stage_of_a_resnet_are_frozen():
+    config = small_config(trainable_backbone_stages=3)
+    assert trainable(DetrForObjectDetection(config).model.backbone) == {"layer2", "layer3", "layer4"}
+    theirs = transformers.DetrForObjectDetection(transformers_config(config))
+    assert {"conv1", "layer1"} <= trainable(theirs.model.backbone)
+
+
+@pytest.mark.known_issue(14)
+def test_the_activations_of_an_efficientnet_are_those_of_the_pretrained_net(make_twins):
+    def activations(model):
+        return sum(isinstance(m, nn.SiLU) for m in model.modules())
+
+    whole = timm.create_model("efficientnet_b0", features_only=True, out_indices=(1, 2, 3, 4))
+    config = small_config(backbone="efficientnet_b0")
+    ours = DetrForObjectDetection(config).model.backbone
+    theirs = transformers.DetrForObjectDetection(transformers_config(config)).model.backbone
+    assert activations(ours) == activations(whole) > activations(theirs)
+
+
+@pytest.mark.known_issue(16)
+def test_learned_positions_of_a_version_4_file_are_loaded(make_twins, make_batch, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    pair = make_twins(position_embedding_type="learned")
+    pair.ours.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    old = {
+        name.replace("model.position_embedding.", "model.backbone.position_embedding."): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(old, file, metadata={"format": "pt"})
+    name = "model.position_embedding.row_embeddings.weight"
+    expected = pair.ours.state_dict()[name]
+    assert torch.equal(DetrForObjectDetection.from_pretrained(tmp_path).state_dict()[name], expected)
+    theirs = transformers.DetrForObjectDetection.from_pretrained(tmp_path)
+    assert not torch.equal(theirs.state_dict()[name], expected), "silently drawn anew"
+
+
+@pytest.mark.known_issue(18)
+def test_an_answer_does_not_depend_on_the_batch(make_twins):
+    """With the canonical padding of `ObjectDetector`; padded to the largest image of the batch it does, in any DETR."""
+    rng = np.random.default_rng(0)
+    small, large = (
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in ((60, 90, 3), (150, 130, 3))
+    )
+    pair = make_twins()
+    settings = {"size": {"shortest_edge": 64, "longest_edge": 160}}
+    detector = ObjectDetector(copy.deepcopy(pair.ours), DetrImageProcessor(**settings))
+    prepared = detector.prepare(small)
+    other = detector.prepare(Image.fromarray(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)))
+    alone, together = detector.detect([prepared])[0], detector.detect([other, prepared])[1]
+    np.testing.assert_allclose(alone.scores, together.scores, atol=1e-5)
+
+    processor = transformers.DetrImageProcessor(**settings)
+    with torch.no_grad():
+        logits = [
+            pair.theirs(**processor(images, return_tensors="pt")).logits[0]
+            for images in ([small], [small, large])
+        ]
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+@pytest.mark.known_issue(25)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_loss_is_computed_for_a_model_of_any_precision(dtype, make_twins, make_batch):
+    batch = make_batch(dtype=dtype)
+    pair = make_twins().to(dtype)
+    loss = pair.ours(batch.pixel_values, labels=batch.labels).loss
+    assert torch.isfinite(loss)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        pair.theirs(batch.pixel_values, labels=batch.labels)
+
+
+@pytest.mark.known_issue(15)
+def test_a_new_configuration_needs_no_network(monkeypatch):
+    asked = []
+
+    def no_network(host, *args, **kwargs):
+        asked.append(host)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    values = {"backbone": "resnet18", "backbone_kwargs": {"out_indices": [2, 3, 4]}}
+    assert DetrConfig(**values).backbone_config["out_indices"] == [2, 3, 4]
+    assert not asked
+    try:
+        transformers.DetrConfig(**values)
+    except Exception as error:  # of the HTTP library, or of the hub's where HF_HUB_OFFLINE is set
+        assert asked or "offline" in str(error).lower()
+    else:
+        pytest.fail("transformers needs no network any more: drop the comparison")
