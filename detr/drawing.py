@@ -1,4 +1,4 @@
-"""Draw detections on an image: boxes in the colour of their class, with readable labels that avoid each other."""
+"""Draw detections and segments on an image, in the colour of their class, with labels that avoid each other."""
 
 import colorsys
 import zlib
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 from detr.image_processing.decode import convert_to_rgb
 
@@ -51,12 +52,9 @@ def draw_detections(
     if not len(boxes) == len(classes) == len(confidences):
         raise ValueError(f"there are {len(boxes)} boxes, {len(classes)} labels and {len(confidences)} scores")
 
-    factor = max(1, enlarge_below // max(canvas.size))
-    canvas = canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.BICUBIC)
+    canvas, factor = _enlarge(canvas, enlarge_below)
     boxes = boxes * factor
-    extent = max(canvas.size)
-    line = max(2, round(extent / 350))
-    font: Any = ImageFont.load_default(size=min(48, max(13, round(extent / 50))))
+    line, font = _line_and_font(canvas)
     draw = ImageDraw.Draw(canvas)
 
     order = sorted(range(len(boxes)), key=lambda index: confidences[index] or 0)  # the best is drawn last
@@ -67,16 +65,74 @@ def draw_detections(
         _draw_box(draw, box, class_color(classes[index]), line)
     placed: list[tuple[int, str, Box]] = []
     for index, box in reversed(visible):
-        name = names.get(classes[index], str(classes[index])) if names else str(classes[index])
-        score = confidences[index]
-        text = _shorten(name if score is None else f"{name} {score:.2f}", font, canvas.width - 2 * line)
-        ascent, descent = font.getmetrics()
-        size = draw.textlength(text, font=font) + 2 * line, ascent + descent + line
+        text, size = _label(classes[index], confidences[index], names, font, line, canvas.width)
         placed.append((index, text, _place_label(box, size, canvas.size, [place for _, _, place in placed])))
     for index, text, place in reversed(placed):
-        color = class_color(classes[index])
-        draw.rectangle(place, fill=color, outline=(0, 0, 0))
-        draw.text((place[0] + line, place[1] + line / 2), text, fill=_text_color(color), font=font)
+        _draw_label(draw, place, text, class_color(classes[index]), font, line)
+    return canvas
+
+
+def draw_segments(
+    image: Image.Image | torch.Tensor | np.ndarray,
+    segmentation: Any,
+    segments_info: Sequence[Mapping[str, Any]],
+    names: Mapping[int, str] | None = None,
+    enlarge_below: int = 640,
+    opacity: float = 0.5,
+) -> Image.Image:
+    """Draw a panoptic or instance segmentation, or masks, on a copy of an image.
+
+    Every segment is tinted with its class's colour and has a dark outline, by which neighbours of one class can be
+    told apart. Its label stands where it is widest; one for which there is no room beside those of larger segments is
+    left out.
+
+    Args:
+        image: a Pillow image, a uint8 tensor [3, height, width] or a uint8 array [height, width, 3].
+        segmentation: int [height, width], the id of the segment at each pixel, as `post_process_panoptic_segmentation`
+            gives it; ids that `segments_info` does not have are left as they are. Or masks, bool or 0 and above
+            [n, height, width], one for each of `segments_info`; where they overlap, the higher score is seen.
+            Arrays, tensors or lists.
+        segments_info: for each segment a dict with `id` (not for masks), `label_id` (or `category_id`, or `label`, a
+            name) and, where it is to be written, `score`. Of fused segments, which have one id, the first counts.
+        names: class index to name (a model's `config.id2label`).
+        enlarge_below: as in `draw_detections`.
+        opacity: of the tint, 0..1.
+
+    Returns:
+        An RGB image, of the given size or enlarged.
+
+    Raises:
+        ValueError: the segmentation is not as large as the image, there is another number of masks than of
+            segments, or a segment has no class.
+    """
+    canvas = _to_pil(image)
+    indices, segments = _index_map(_to_array(segmentation), segments_info)
+    if indices.shape != (canvas.height, canvas.width):
+        raise ValueError(
+            f"the segmentation is {indices.shape[0]} x {indices.shape[1]} pixels and the image {canvas.height} x "
+            f"{canvas.width} (height x width): give target_sizes=[(height, width)] to the post-processing"
+        )
+    canvas, factor = _enlarge(canvas, enlarge_below)
+    line, font = _line_and_font(canvas)
+    indices = indices.repeat(factor, axis=0).repeat(factor, axis=1)
+    classes = [_class_of(segment) for segment in segments]
+    colors = np.array([(0, 0, 0), *map(class_color, classes)], np.float32)
+    tint = np.array([0.0] + [opacity] * len(segments), np.float32)[indices][..., None]
+    pixels = np.asarray(canvas, np.float32) * (1 - tint) + colors[indices] * tint
+    canvas = Image.fromarray(
+        np.where(_outlines(indices, line)[..., None], 0, pixels).round().astype(np.uint8)
+    )
+    draw = ImageDraw.Draw(canvas)
+    placed: list[Box] = []
+    areas = np.bincount(indices.ravel(), minlength=len(segments) + 1)[1:]
+    for index in np.argsort(-areas, kind="stable").tolist():
+        if not areas[index]:
+            continue
+        text, size = _label(classes[index], segments[index].get("score"), names, font, line, canvas.width)
+        place = _place_inside(indices == index + 1, size, placed)
+        if place is not None:
+            _draw_label(draw, place, text, class_color(classes[index]), font, line)
+            placed.append(place)
     return canvas
 
 
@@ -108,6 +164,93 @@ def _place_label(box: Box, label: tuple[float, float], image: tuple[int, int], t
         )
         places.append((left, top, left + width, top + height))
     return min(places, key=lambda place: sum(_overlap(place, other) for other in taken))
+
+
+def _place_inside(mask: np.ndarray, label: tuple[float, float], taken: Sequence[Box]) -> Box | None:
+    """The rectangle for a label of (width, height) around the most inner free point of a mask; None where is none."""
+    step = max(1, max(mask.shape) // 160)  # the place of a label need not be exact
+    small = np.pad(mask[::step, ::step], 1)
+    depth = ndimage.distance_transform_edt(small)[1:-1, 1:-1]
+    (width, height), (rows, columns) = label, mask.shape
+    for _ in range(8):
+        deepest = np.argwhere(depth == depth.max())
+        row, column = deepest[len(deepest) // 2].tolist()
+        if not depth[row, column]:
+            return None
+        left = max(0.0, min(column * step - width / 2, columns - 1 - width))
+        top = max(0.0, min(row * step - height / 2, rows - 1 - height))
+        place = (left, top, left + width, top + height)
+        if not any(_overlap(place, other) for other in taken):
+            return place
+        reach_y, reach_x = int(height / step / 2) + 1, int(width / step / 4) + 1
+        depth[max(0, row - reach_y) : row + reach_y + 1, max(0, column - reach_x) : column + reach_x + 1] = 0
+    return None
+
+
+def _index_map(
+    segmentation: np.ndarray, segments_info: Sequence[Mapping[str, Any]]
+) -> tuple[np.ndarray, list[Mapping[str, Any]]]:
+    """Int [height, width], 1.. where a segment is seen and 0 elsewhere, and the segments in that order."""
+    if segmentation.ndim == 3:
+        if len(segmentation) != len(segments_info):
+            raise ValueError(f"there are {len(segmentation)} masks and {len(segments_info)} segments")
+        indices = np.zeros(segmentation.shape[1:], np.int64)
+        for index in sorted(range(len(segmentation)), key=lambda i: segments_info[i].get("score") or 0):
+            indices[segmentation[index] > 0] = index + 1
+        return indices, list(segments_info)
+    if segmentation.ndim != 2:
+        raise ValueError(
+            f"the segmentation has shape {segmentation.shape}: expected [height, width] or [n, height, width]"
+        )
+    segments: dict[int, Mapping[str, Any]] = {}
+    for segment in segments_info:
+        segments.setdefault(int(segment["id"]), segment)
+    indices = np.zeros(segmentation.shape, np.int64)
+    for index, segment_id in enumerate(segments, 1):
+        indices[segmentation == segment_id] = index
+    return indices, list(segments.values())
+
+
+def _class_of(segment: Mapping[str, Any]) -> int | str:
+    for key in ("label_id", "category_id", "label"):
+        if segment.get(key) is not None:
+            value = segment[key]
+            return value if isinstance(value, str) else int(value)
+    raise ValueError(f"a segment is {dict(segment)}: expected label_id, category_id or label")
+
+
+def _outlines(indices: np.ndarray, line: int) -> np.ndarray:
+    """Bool [height, width], on where another segment begins, `line` pixels wide."""
+    edges = np.zeros(indices.shape, bool)
+    edges[:, 1:] |= indices[:, 1:] != indices[:, :-1]
+    edges[1:] |= indices[1:] != indices[:-1]
+    return ndimage.maximum_filter(edges, line)
+
+
+def _enlarge(image: Image.Image, enlarge_below: int) -> tuple[Image.Image, int]:
+    factor = max(1, enlarge_below // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC), factor
+
+
+def _line_and_font(image: Image.Image) -> tuple[int, Any]:
+    """The width of lines and the font that suit an image's size."""
+    extent = max(image.size)
+    return max(2, round(extent / 350)), ImageFont.load_default(size=min(48, max(13, round(extent / 50))))
+
+
+def _label(
+    label: int | str, score: float | None, names: Mapping[int, str] | None, font: Any, line: int, room: int
+) -> tuple[str, tuple[float, float]]:
+    """The text of a label, and the (width, height) that it takes."""
+    name = names.get(label, str(label)) if names and isinstance(label, int) else str(label)
+    text = _shorten(name if score is None else f"{name} {score:.2f}", font, room - 2 * line)
+    ascent, descent = font.getmetrics()
+    return text, (font.getlength(text) + 2 * line, ascent + descent + line)
+
+
+def _draw_label(draw: ImageDraw.ImageDraw, place: Box, text: str, color: Color, font: Any, line: int) -> None:
+    draw.rectangle(place, fill=color, outline=(0, 0, 0))
+    draw.text((place[0] + line, place[1] + line / 2), text, fill=_text_color(color), font=font)
 
 
 def _shorten(text: str, font: Any, room: float) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detr.drawing import _text_color, class_color, draw_detections
+from detr.drawing import _text_color, class_color, draw_detections, draw_segments
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -139,3 +139,101 @@ def test_the_given_image_is_left_alone():
 def test_counts_must_agree():
     with pytest.raises(ValueError, match="1 boxes, 2 labels and 1 scores"):
         draw_detections(Image.new("RGB", (9, 9)), [[0, 0, 5, 5]], [1, 2], [0.5])
+
+
+HALVES = np.repeat([[5] * 400 + [9] * 400], 600, axis=0)
+INFO = [{"id": 5, "label_id": 3, "score": 0.5}, {"id": 9, "label_id": 4, "score": 0.75}]
+GREY = Image.new("RGB", (800, 600), (100, 100, 100))
+
+
+def test_a_segment_is_tinted_with_its_classs_colour_and_outlined():
+    drawn = pixels(draw_segments(GREY, HALVES, INFO))
+    assert drawn.shape == (600, 800, 3)
+    for x, label in ((20, 3), (780, 4)):
+        expected = 0.5 * np.array(class_color(label)) + 50
+        assert np.abs(drawn[50, x] - expected).max() <= 1
+    dark = np.flatnonzero((drawn[50] == 0).all(axis=1))
+    assert dark.tolist() in ([399, 400], [400, 401])
+    assert (pixels(draw_segments(GREY, HALVES, INFO, opacity=0))[50, [20, 780]] == 100).all()
+
+
+def test_a_label_stands_inside_of_its_segment():
+    drawn = pixels(draw_segments(GREY, HALVES, INFO, {3: "cat", 4: "dog"}))
+    for columns, label in ((slice(0, 395), 3), (slice(405, 800), 4)):
+        half = drawn[:, columns]
+        full = np.argwhere((half == class_color(label)).all(axis=2))
+        assert len(full) > 300
+        assert np.abs(full.mean(0) - (300, 200)).max() < 30
+        tint = 0.5 * np.array(class_color(label)) + 50
+        others = (np.abs(half - tint) > 1).any(axis=2) & (half != class_color(label)).any(axis=2)
+        assert 50 < others.sum() < 2000  # the letters and the frame of one label, none of the other
+
+
+def test_masks_are_drawn_as_the_map_that_they_make_up():
+    masks = np.stack([HALVES == 5, HALVES == 9])
+    expected = draw_segments(GREY, HALVES, INFO).tobytes()
+    for form in (masks, torch.from_numpy(masks), masks.astype(np.uint8) * 255, masks.tolist()):
+        assert draw_segments(GREY, form, INFO).tobytes() == expected
+    assert draw_segments(GREY, torch.from_numpy(HALVES), [*INFO, *INFO]).tobytes() == expected  # fused
+    everything = np.stack([np.ones_like(HALVES) > 0, HALVES == 9])  # the higher score is seen
+    assert draw_segments(GREY, everything, INFO).tobytes() == expected
+    named = [{**one, "label": one.pop("label_id")} for one in map(dict, INFO)]
+    assert draw_segments(GREY, HALVES, named).tobytes() == expected
+
+
+def test_what_is_no_segment_is_left_as_it_is():
+    segmentation = np.full((600, 800), -1.0)
+    assert draw_segments(GREY, segmentation, []).tobytes() == GREY.tobytes()
+    segmentation[:, :100] = 5
+    drawn = pixels(draw_segments(GREY, segmentation, INFO[:1]))
+    assert (drawn[:, 110:] == 100).all()
+    assert (drawn[:, :90] != 100).any()
+
+
+def test_segments_follow_a_small_image_that_is_enlarged():
+    small = Image.new("RGB", (80, 60), (100, 100, 100))
+    drawn = draw_segments(small, HALVES[::10, ::10], INFO, {3: "cat", 4: "dog"})
+    assert drawn.size == (640, 480)
+    assert np.abs(pixels(drawn)[40, 20] - (0.5 * np.array(class_color(3)) + 50)).max() <= 1
+    assert draw_segments(small, HALVES[::10, ::10], INFO, enlarge_below=0).size == (80, 60)
+
+
+@pytest.mark.parametrize(
+    ("size", "seed"), [((1, 1), 0), ((3, 200), 1), ((300, 4), 2), ((64, 48), 3), ((900, 700), 4)]
+)
+def test_any_segments_can_be_drawn_and_no_label_covers_another(size, seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    count = 40
+    segmentation = rng.integers(0, count, (size[1], size[0]))
+    for segment in range(count):
+        x, y = rng.integers(0, size)
+        segmentation[y : y + rng.integers(1, 200), x : x + rng.integers(1, 200)] = segment
+    info = [
+        {"id": i, "category_id": int(rng.integers(5)), "score": float(rng.random())} for i in range(count)
+    ]
+    placed = []
+    monkeypatch.setattr("detr.drawing._draw_label", lambda draw, place, *rest: placed.append(place))
+    drawn = draw_segments(
+        Image.new("RGB", size), segmentation, info, {i: "a long name " * i for i in range(5)}
+    )
+    assert placed
+    for i, (x0, y0, x1, y1) in enumerate(placed):
+        assert x0 >= 0
+        assert y0 >= 0
+        assert (x1 <= drawn.width and y1 <= drawn.height) or drawn.height < 30 or drawn.width < 30
+        for u0, v0, u1, v1 in placed[:i]:
+            assert min(x1, u1) <= max(x0, u0) or min(y1, v1) <= max(y0, v0)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "info", "message"),
+    [
+        (HALVES[:10], INFO, "the segmentation is 10 x 800 pixels and the image 600 x 800"),
+        (np.zeros((3, 600, 800)), INFO, "there are 3 masks and 2 segments"),
+        (np.zeros((1, 3, 600, 800)), INFO, "the segmentation has shape"),
+        (HALVES, [{"id": 5}], "expected label_id, category_id or label"),
+    ],
+)
+def test_segments_that_cannot_be_drawn_are_refused(segmentation, info, message):
+    with pytest.raises(ValueError, match=message):
+        draw_segments(GREY, segmentation, info)
