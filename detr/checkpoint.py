@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
 from detr.checkpoint_names import BACKBONE_PREFIX, adapt_names, to_resnet_name
 from detr.config import DetrConfig, read_config
 from detr.frozen_batch_norm import differs_from_transformers
-from detr.state_dict import WEIGHTS_NAME, read_model_weights
+from detr.original_checkpoint import original_config
+from detr.state_dict import WEIGHTS_NAME, read_model_weights, read_state_dict
 
 if TYPE_CHECKING:
     from detr.pretrained import DetrPreTrainedModel
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     Model = TypeVar("Model", bound=DetrPreTrainedModel)
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_SHARD_SIZE = "50GB"
+"""That of transformers."""
 
 CLASS_HEAD = "class_labels_classifier."
 # Of what one model has and another lacks, as a whole: a bare DetrModel, a detector, a segmentation model.
@@ -79,8 +85,8 @@ def load_model(
 
     Args:
         cls: the model class; it may be another DETR class than the one that was saved.
-        source: see `model_folder`.
-        config: instead of the folder's own.
+        source: see `model_folder`; or a ``.pth`` file of facebookresearch/detr, see `original_config`.
+        config: instead of the source's own.
         dtype: of the parameters; "auto" is the one that the folder was saved with.
         device_map: where to put the model: a device, a GPU's index, or "auto" for a GPU where there is one.
         revision: see `model_folder`.
@@ -98,11 +104,13 @@ def load_model(
     if unknown:
         raise TypeError(f"from_pretrained has no argument {', '.join(sorted(unknown))}, nor has DetrConfig")
     device = find_device(device_map)
-    folder = model_folder(source, revision, local_files_only)
     if config is not None and overrides:
         raise ValueError(f"give either config or {', '.join(sorted(overrides))}, not both")
+    single_file = Path(source).is_file()
+    folder = Path(source) if single_file else model_folder(source, revision, local_files_only)
+    tensors = read_state_dict(folder) if single_file else None
     if config is None:
-        values = read_config(folder)
+        values = read_config(folder) if tensors is None else original_config(tensors, str(folder))
         config = DetrConfig.from_dict(values, **overrides)
         model = cls(config)
         decides = "transformers_version" in values and "compat" not in values and "compat" not in overrides
@@ -125,7 +133,9 @@ def load_model(
     if not ignore_mismatched_sizes:
         new_classes = not {"num_labels", "id2label", "label2id"}.isdisjoint(overrides)
         restart = CLASS_HEAD if new_classes else None
-    load_weights(model, read_model_weights(folder), str(folder), restart=restart)
+    if tensors is None:
+        tensors = read_model_weights(folder)
+    load_weights(model, tensors, str(folder), restart=restart)
     return model.to(device).eval()
 
 
@@ -215,10 +225,17 @@ def _is_of(name: str, heads: tuple[str, ...]) -> bool:
     return name.removeprefix("detr.").startswith(heads)
 
 
-def save_model(model: DetrPreTrainedModel, folder: str | Path) -> None:
+def save_model(
+    model: DetrPreTrainedModel, folder: str | Path, max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE
+) -> None:
     """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is made where missing.
 
-    Both are in the layout of transformers, which can load them.
+    Both are in the layout of transformers, which can load them. Weights that were in the folder are replaced.
+
+    Args:
+        model: the model.
+        folder: where to.
+        max_shard_size: bytes, or text such as "5GB", from which on the weights are several files with an index.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -227,5 +244,16 @@ def save_model(model: DetrPreTrainedModel, folder: str | Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.backbone_config["model_type"] == "resnet":
         tensors = {to_resnet_name(name): tensor for name, tensor in tensors.items()}
-    save_file(tensors, str(path / WEIGHTS_NAME), metadata={"format": "pt"})
+    old = set(path.glob("model*.safetensors")) | set(path.glob("model.safetensors.index.json"))
+    shards = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for name, keys in shards.filename_to_tensors.items():
+        save_file({key: tensors[key] for key in keys}, str(path / name), metadata={"format": "pt"})
+        old.discard(path / name)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (path / f"{WEIGHTS_NAME}.index.json").write_text(text, encoding="utf-8")
+        old.discard(path / f"{WEIGHTS_NAME}.index.json")
+    for file in old:
+        file.unlink()
     model.config.save_pretrained(path)

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from detr.checkpoint import load_model, save_model
+from detr.checkpoint import DEFAULT_MAX_SHARD_SIZE, load_model, save_model
 from detr.config import DetrConfig
 from detr.transformer import Decoder, Encoder
 
@@ -31,12 +31,12 @@ class DetrPreTrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Self:
-        """Load a model folder; see `detr.checkpoint.load_model`."""
+        """Load a model folder, a model of the hub or a ``.pth`` file; see `detr.checkpoint.load_model`."""
         return load_model(cls, folder, **kwargs)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE) -> None:
         """Write ``config.json`` and ``model.safetensors``; see `detr.checkpoint.save_model`."""
-        save_model(self, folder)
+        save_model(self, folder, max_shard_size)
 
     @property
     def device(self) -> torch.device:

@@ -88,7 +88,9 @@ def check_masks(labels: Sequence[Mapping[str, Any]]) -> None:
     for index, label in enumerate(labels):
         masks, n = label.get("masks"), len(label["class_labels"])
         if not isinstance(masks, Tensor) or masks.ndim != 3 or len(masks) != n:
-            found = f"{masks.dtype} {list(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
+            found = (
+                f"{masks.dtype} {list(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
+            )
             raise ValueError(
                 f"labels of {_name(index, labels)}: masks is {found} for {n} class_labels; expected [n, H, W] of 0 and "
                 "1 at the size of the resized image (DetrImageProcessor gives it with return_segmentation_masks=True "

@@ -1,6 +1,8 @@
 import argparse
 import json
 import logging
+import pickle
+import re
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -14,8 +16,9 @@ from detr.backbone import ConvEncoder
 from detr.checkpoint import load_weights, model_folder
 from detr.config import DetrConfig
 from detr.model import DetrForObjectDetection, DetrModel
+from detr.segmentation import DetrForSegmentation
 
-KEYS = Path(__file__).parents[2] / "../shared/spec/keys/DetrForObjectDetection.txt"
+KEYS = Path(__file__).parents[2] / "../shared/spec/keys"
 CASES = {
     "resnet18": {},
     "learned positions": {"position_embedding_type": "learned"},
@@ -44,6 +47,8 @@ def no_timm(layer_type: str, depths: list[int]) -> dict:
 
 CASES["resnet of transformers"] = {"backbone_config": no_timm("basic", [2, 2, 2, 2])}
 CASES["bottleneck resnet of transformers"] = {"backbone_config": no_timm("bottleneck", [2, 2, 2, 2])}
+for _case in ("resnet18", "learned positions", "auxiliary", "resnet of transformers"):
+    CASES[f"segmentation, {_case}"] = {**CASES[_case], "segmentation": True}
 
 
 def predict(model, batch):
@@ -57,15 +62,16 @@ def predict(model, batch):
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_loads_our_folder_and_we_load_theirs(case, make_twins, make_batch, tmp_path: Path):
     twins, batch = make_twins(**CASES[case]), make_batch()
+    model_class = type(twins.ours)
     expected = predict(twins.ours, batch)
     twins.ours.save_pretrained(tmp_path / "ours")
-    theirs, report = transformers.DetrForObjectDetection.from_pretrained(
+    theirs, report = getattr(transformers, model_class.__name__).from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(predict(theirs, batch).logits, expected.logits, rtol=0, atol=1e-4)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = DetrForObjectDetection.from_pretrained(tmp_path / "theirs")
+    ours = model_class.from_pretrained(tmp_path / "theirs")
     assert not ours.training
     for name, tensor in twins.ours.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor), name
@@ -80,15 +86,22 @@ def test_transformers_loads_our_folder_and_we_load_theirs(case, make_twins, make
 
 
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "keys on disk")
-def test_a_file_of_resnet50_has_the_recorded_names_and_shapes(tmp_path: Path):
-    if not KEYS.is_file():
-        pytest.skip(f"{KEYS} is not there")
-    DetrForObjectDetection(DetrConfig()).save_pretrained(tmp_path)
-    found = {name: tuple(t.shape) for name, t in load_file(tmp_path / "model.safetensors").items()}
-    recorded = [line.split("\t") for line in KEYS.read_text().splitlines() if line]
-    assert found == {
-        name: tuple(int(n) for n in shape.strip("(),").split(",") if n) for name, shape, _ in recorded
+@pytest.mark.parametrize("model_class", [DetrForObjectDetection, DetrForSegmentation])
+@pytest.mark.parametrize("depth", [50, 101])
+def test_a_file_has_the_recorded_names_and_shapes(model_class, depth):
+    file = KEYS / f"{model_class.__name__}.txt"
+    if not file.is_file():
+        pytest.skip(f"{file} is not there")
+    with torch.device("meta"):
+        model = model_class(DetrConfig(backbone=f"resnet{depth}"))
+    found = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    recorded = {
+        name: tuple(int(n) for n in shape.strip("(),").split(",") if n)
+        for name, shape, _ in (line.split("\t") for line in file.read_text().splitlines() if line)
     }
+    if depth == 101:  # of the blocks that a resnet50 does not have, the names continue
+        found = {n: s for n, s in found.items() if not re.search(r"\.layer3\.([6-9]|1\d|2\d)\.", n)}
+    assert found == recorded
 
 
 def save(model, folder: Path) -> Path:
@@ -297,3 +310,103 @@ def test_a_training_checkpoint_of_the_original_is_read_with_its_arguments(tmp_pa
         {"model": {"w": torch.ones(1)}, "args": argparse.Namespace(lr=1e-4), "epoch": 3}, tmp_path / "x.pth"
     )
     assert read_state_dict(tmp_path / "x.pth")["w"].tolist() == [1.0]
+
+
+def to_original(model) -> dict[str, torch.Tensor]:
+    """A model's tensors in the layout of facebookresearch/detr."""
+    names = {
+        r"model\.backbone\.conv_encoder\.model\.": "backbone.0.body.",
+        r"model\.position_embedding\.row_embeddings\.": "backbone.1.row_embed.",
+        r"model\.position_embedding\.column_embeddings\.": "backbone.1.col_embed.",
+        r"model\.input_projection\.": "input_proj.",
+        r"model\.query_position_embeddings\.": "query_embed.",
+        r"class_labels_classifier\.": "class_embed.",
+        r"bbox_predictor\.": "bbox_embed.",
+        r"model\.decoder\.layernorm\.": "transformer.decoder.norm.",
+        r"model\.(encoder|decoder)\.": r"transformer.\1.",
+        r"\.fc(\d)\.": r".linear\1.",
+        r"\.self_attn_layer_norm\.": ".norm1.",
+        r"(encoder\.layers\.\d+)\.final_layer_norm\.": r"\1.norm2.",
+        r"\.encoder_attn_layer_norm\.": ".norm2.",
+        r"\.final_layer_norm\.": ".norm3.",
+        r"\.encoder_attn\.": ".multihead_attn.",
+    }
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if "backbone.conv_encoder" in name:
+            out[re.sub(r"model\.backbone\.conv_encoder\.model\.", "backbone.0.body.", name)] = tensor
+            continue
+        for pattern, replacement in names.items():
+            if not name.startswith(("mask_head.", "bbox_attention.")):
+                name = re.sub(pattern, replacement, name)
+        if re.search(r"\.[qkv]_proj\.", name):
+            joint = re.sub(r"\.[qkv]_proj\.", ".in_proj_", name)
+            out[joint] = torch.cat((out[joint], tensor)) if joint in out else tensor
+        else:
+            out[name] = tensor
+    return out
+
+
+def in_order_of_the_original(model):
+    """q, k, v in this order, as the original's joint matrix has them."""
+    state = model.state_dict()
+    order = sorted(state, key=lambda name: [r"qkv".find(c) for c in re.findall(r"\.([qkv])_proj", name)])
+    return type("Ordered", (), {"state_dict": lambda self: {name: state[name] for name in order}})()
+
+
+@pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "original .pth")
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"segmentation": True},
+        {"position_embedding_type": "learned"},
+        {"dilation": True, "backbone": "resnet50"},
+    ],
+    ids=str,
+)
+def test_a_pth_of_the_original_is_loaded_without_a_configuration(
+    values, make_twins, make_batch, tmp_path: Path
+):
+    heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8}
+    ours, batch = make_twins(**heads, **values).ours, make_batch()
+    file = tmp_path / "detr.pth"
+    torch.save(
+        {
+            "model": to_original(in_order_of_the_original(ours)),
+            "args": argparse.Namespace(lr=1e-4),
+            "epoch": 3,
+        },
+        file,
+    )
+    overrides = {"dilation": True} if values.get("dilation") else {}
+    loaded = type(ours).from_pretrained(file, **overrides)
+    assert torch.equal(predict(loaded, batch).logits, predict(ours, batch).logits)
+    assert loaded.config.num_labels == 5
+    fine_tuned = type(ours).from_pretrained(file, num_labels=3, **overrides)
+    assert predict(fine_tuned, batch).logits.shape[-1] == 4
+
+
+def test_a_file_that_is_no_original_and_pickled_code_are_refused(make_twins, tmp_path: Path):
+    torch.save({"w": torch.ones(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth is not a checkpoint of facebookresearch/detr"):
+        DetrForObjectDetection.from_pretrained(tmp_path / "other.pth")
+    ran = tmp_path / "ran"
+    payload = type("Payload", (), {"__reduce__": lambda self: (Path.touch, (ran,))})()
+    torch.save({"model": payload}, tmp_path / "evil.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        DetrForObjectDetection.from_pretrained(tmp_path / "evil.pth")
+    assert not ran.exists()
+
+
+@pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "files")
+def test_weights_are_saved_in_shards_that_both_libraries_load(make_twins, make_batch, tmp_path: Path):
+    ours, batch = make_twins().ours, make_batch()
+    expected = predict(ours, batch).logits
+    ours.save_pretrained(tmp_path, max_shard_size="10MB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert torch.equal(predict(DetrForObjectDetection.from_pretrained(tmp_path), batch).logits, expected)
+    theirs = transformers.DetrForObjectDetection.from_pretrained(tmp_path)
+    torch.testing.assert_close(predict(theirs, batch).logits, expected, rtol=0, atol=1e-4)
+    ours.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
