@@ -27,6 +27,7 @@ _RESNETS = {
     ("bottleneck", (3, 4, 23, 3)): "resnet101",
     ("bottleneck", (3, 8, 36, 3)): "resnet152",
 }
+_WIDTHS = {"basic": [64, 128, 256, 512], "bottleneck": [256, 512, 1024, 2048]}
 _DEFAULT_INDICES = (1, 2, 3, 4)
 
 
@@ -104,9 +105,18 @@ def timm_arguments(config: DetrConfig) -> tuple[str, dict[str, Any]]:
             f"backbone_config of model_type 'resnet' with layer_type and depths {key} is none of the standard "
             f"ResNets ({', '.join(_RESNETS.values())}); use a timm_backbone"
         )
+    widths = backbone.get("hidden_sizes", _WIDTHS[key[0]])
+    if backbone.get("embedding_size", 64) != 64:
+        raise ValueError(
+            f"backbone_config of model_type 'resnet' has embedding_size {backbone['embedding_size']}; timm's ResNets "
+            "have 64: use a timm_backbone"
+        )
     features = backbone.get("out_features") or [f"stage{i}" for i in backbone.get("out_indices") or [4]]
     indices = tuple(int(str(name).removeprefix("stage")) for name in features)
-    return _RESNETS[key], {"in_chans": backbone["num_channels"], "out_indices": indices}
+    arguments = {"in_chans": backbone["num_channels"], "out_indices": indices}
+    if list(widths) != _WIDTHS[key[0]]:
+        arguments["channels"] = tuple(width // (4 if key[0] == "bottleneck" else 1) for width in widths)
+    return _RESNETS[key], arguments
 
 
 def create_timm_features(config: DetrConfig, pretrained: bool = False) -> nn.Module:

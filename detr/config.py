@@ -266,7 +266,9 @@ class DetrConfig:
         ``compat`` becomes ``"transformers"`` by itself where the file was written by transformers, does not
         say ``compat`` and following the original would change its predictions: `needs_transformers_compat`.
         """
-        merged = dict(values)
+        known = {f.name for f in fields(cls)}
+        # null in an old file, such as dilation without timm, is the field's default
+        merged = {name: value for name, value in values.items() if value is not None or name not in known}
         if "dtype" not in merged and merged.get("torch_dtype") is not None:
             merged["dtype"] = merged["torch_dtype"]
         names = merged.get("id2label") or default_labels(merged.get("num_labels", 2))
