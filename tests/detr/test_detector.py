@@ -14,9 +14,9 @@ import transformers
 from PIL import Image
 
 from detr import DetrImageProcessor
+from detr.detector import ObjectDetector
 from detr.image_processing.decode import ImageError
 from detr.image_processing.size import canonical_shape
-from detr.detector import ObjectDetector
 
 SIZE = {"shortest_edge": 90, "longest_edge": 150}
 
