@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 
 from detr.backbone import (
@@ -16,6 +17,7 @@ from detr.backbone import (
     stage_of_parameters,
 )
 from detr.config import DetrConfig
+from detr.image_processing.processor import DetrImageProcessor
 from detr.model import DetrModel
 
 TINY = {"encoder_layers": 0, "decoder_layers": 1, "d_model": 16, "decoder_ffn_dim": 16, "num_queries": 2}
@@ -165,6 +167,29 @@ def lite0_model(**values) -> DetrModel:
             backbone="efficientnet_lite0", backbone_kwargs={"out_indices": [1, 2, 3]}, **TINY, **values
         )
     ).eval()
+
+
+CATS = Path(__file__).parents[3] / "shared/data/coco_cats/000000039769.png"
+
+
+@pytest.mark.skipif(not CATS.is_file(), reason=f"no image {CATS.name}: there is no ../shared/data")
+def test_real_pretrained_weights_see_a_cat_in_the_photo_of_cats():
+    """The net's own classifier on the features of our backbone names a tabby (281): no activation is lost."""
+    model = lite0_model(compat="original")
+    load_pretrained_backbone(model, lite0_file())
+    whole = timm.create_model("efficientnet_lite0").eval()
+    published = torch.load(lite0_file(), weights_only=True)
+    whole.load_state_dict(dict(zip(whole.state_dict(), published.values(), strict=True)))
+    whole.conv_stem, whole.bn1 = (
+        model.backbone.conv_encoder.model.conv_stem,
+        model.backbone.conv_encoder.model.bn1,
+    )
+    for index, block in enumerate(model.backbone.conv_encoder.model.blocks):
+        whole.blocks[index] = block
+    processor = DetrImageProcessor(size={"height": 224, "width": 224}, image_mean=0.5, image_std=0.5)
+    with Image.open(CATS) as image, torch.no_grad():
+        logits = whole(processor(image, return_tensors="pt")["pixel_values"])
+    assert logits.argmax() == 281
 
 
 def test_published_weights_in_other_names_load_by_order_and_give_the_maps_of_the_whole_net():

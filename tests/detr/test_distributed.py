@@ -13,6 +13,7 @@ from detr.config import DetrConfig
 from detr.criterion import target_counts
 from detr.distributed import average_normalisers
 from detr.model import DetrForObjectDetection
+from detr.segmentation import DetrForSegmentation
 
 WORLD_SIZE = 2
 OBJECTS = (3, 6, 0, 1)  # of four images: two for each process
@@ -21,13 +22,17 @@ VARIANTS = {
     "auxiliary": {"auxiliary_loss": True},
     "one process without objects": {"auxiliary_loss": True},
     "no objects at all": {},
+    "masks": {"segmentation": True},
+    "masks, one process without objects": {"segmentation": True, "auxiliary_loss": True},
     "layers dropped": {"encoder_layerdrop": 0.99, "decoder_layerdrop": 0.99, "auxiliary_loss": True},
 }
 
 
-def make_model(variant: str) -> DetrForObjectDetection:
+def make_model(variant: str) -> nn.Module:
     torch.manual_seed(0)
-    return DetrForObjectDetection(
+    values = dict(VARIANTS[variant])
+    model_class = DetrForSegmentation if values.pop("segmentation", False) else DetrForObjectDetection
+    return model_class(
         DetrConfig(
             backbone="resnet18",
             d_model=32,
@@ -38,21 +43,24 @@ def make_model(variant: str) -> DetrForObjectDetection:
             num_queries=5,
             num_labels=3,
             dropout=0.0,
-            **VARIANTS[variant],
+            **values,
         )
     ).double()
 
 
 def make_data(variant: str):
     generator = torch.Generator().manual_seed(0)
-    objects = {"one process without objects": (4, 2, 0, 0), "no objects at all": (0, 0, 0, 0)}.get(
-        variant, OBJECTS
-    )
+    objects = OBJECTS
+    if variant.endswith("one process without objects"):
+        objects = (4, 2, 0, 0)
+    elif variant == "no objects at all":
+        objects = (0, 0, 0, 0)
     pixels = torch.randn(4, 3, 32, 64, generator=generator, dtype=torch.float64)
     labels = [
         {
             "class_labels": torch.randint(3, (n,), generator=generator),
             "boxes": 0.2 + 0.6 * torch.rand(n, 4, generator=generator, dtype=torch.float64),
+            "masks": torch.rand(n, 32, 64, generator=generator) > 0.5,
         }
         for n in objects
     ]

@@ -6,6 +6,7 @@ import torch
 
 from detr.config import DetrConfig
 from detr.mask_head import BoxAttention, MaskHead
+from detr.segmentation import DetrForSegmentation
 
 CHANNELS = [8, 16, 32, 64]
 
@@ -73,6 +74,21 @@ def test_widths_that_the_norms_cannot_divide_are_refused(changes, message):
 def test_fewer_than_three_maps_are_refused():
     with pytest.raises(ValueError, match="returns 2 feature maps"):
         MaskHead(DetrConfig(), CHANNELS[:2])
+
+
+@pytest.mark.checklist("4. Heads, segmentation head", "parameter init")
+@pytest.mark.parametrize(("compat", "gain"), [("original", 1.0), ("transformers", 3.0)])
+def test_a_new_head_starts_as_the_references(compat, gain):
+    torch.manual_seed(0)
+    values = {"init_xavier_std": 3.0} if compat == "transformers" else {}
+    model = DetrForSegmentation(DetrConfig(backbone="resnet18", compat=compat, **values))
+    bound = gain * (6 / 512) ** 0.5
+    assert 0.99 * bound < model.bbox_attention.q_linear.weight.abs().max() <= bound
+    fan_in = model.mask_head.lay2.weight[0].numel()
+    bound = (3 / fan_in) ** 0.5
+    assert 0.99 * bound < model.mask_head.lay2.weight.abs().max() <= bound
+    assert not model.mask_head.lay2.bias.any()
+    assert not model.bbox_attention.k_linear.bias.any()
 
 
 MEMORY = """

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from detr.config import DetrConfig
@@ -351,6 +352,39 @@ def test_a_new_model_starts_as_the_original():
     assert state[f"{layer}self_attn.v_proj.bias"].eq(0).all()
     assert state[f"{layer}fc1.bias"].ne(0).any()
     assert state["class_labels_classifier.weight"].abs().max() <= 256**-0.5
+
+
+@pytest.mark.slow
+@pytest.mark.known_issue(8)
+def test_a_new_model_learns_a_few_images_by_heart(make_batch):
+    """From scratch, with the recipe's clipping: classes and boxes of four images after 300 steps."""
+    torch.manual_seed(0)
+    model = DetrForObjectDetection(
+        DetrConfig(
+            backbone="resnet18",
+            d_model=64,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_ffn_dim=128,
+            decoder_ffn_dim=128,
+            num_queries=12,
+            num_labels=5,
+            dropout=0.0,
+            auxiliary_loss=True,
+            trainable_backbone_stages=5,
+        )
+    )
+    batch = make_batch(sizes=((96, 96),) * 4, objects=(1, 2, 3, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    model.train()
+    for _ in range(300):
+        optimizer.zero_grad()
+        output = model(batch.pixel_values, labels=batch.labels)
+        output.loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    assert output.loss_dict["loss_giou"] < 0.3
+    assert output.loss_dict["loss_ce"] < 0.3
 
 
 @pytest.mark.checklist("4. Heads, segmentation head", "parameter init")
