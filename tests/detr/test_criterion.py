@@ -51,7 +51,7 @@ def predictions(layers: int, batch: int, queries: int, classes: int, seed: int, 
 @pytest.mark.parametrize("case", OBJECTS)
 @pytest.mark.parametrize("layers", [1, 3])
 def test_the_loss_its_terms_and_its_gradients_equal_transformers(
-    seed, case, layers, make_batch, exact_reference
+    seed, case, layers, make_batch, exact_reference, difference
 ):
     config = DetrConfig(
         num_labels=5,
@@ -75,8 +75,10 @@ def test_the_loss_its_terms_and_its_gradients_equal_transformers(
             terms[name], value, rtol=0, atol=1e-6 if "cardinality" in name else 1e-12, check_dtype=False
         )
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-11)
+    difference(float((loss - expected).detach().abs()))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        difference(float((a - b).abs().max()))
     assert loss.shape == ()
 
 
@@ -86,7 +88,7 @@ def test_the_loss_its_terms_and_its_gradients_equal_transformers(
 @pytest.mark.parametrize("auxiliary", [False, True])
 @pytest.mark.parametrize("case", ["an image without", "none at all", "more than queries"])
 def test_the_loss_of_a_model_equals_transformers_with_every_gradient(
-    case, auxiliary, make_twins, make_batch, exact_reference
+    case, auxiliary, make_twins, make_batch, exact_reference, difference
 ):
     twins = make_twins(auxiliary_loss=auxiliary, compat="transformers").to(torch.float64)
     twins.theirs.loss_function = exact_reference
@@ -94,6 +96,7 @@ def test_the_loss_of_a_model_equals_transformers_with_every_gradient(
     ours = twins.ours(batch.pixel_values, batch.pixel_mask, labels=batch.labels)
     theirs = twins.theirs(batch.pixel_values, pixel_mask=batch.pixel_mask, labels=batch.labels)
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=0, atol=1e-8)
+    difference(float((ours.loss - theirs.loss).detach().abs()))
     assert list(ours.loss_dict) == list(theirs.loss_dict)
     for name, value in theirs.loss_dict.items():
         torch.testing.assert_close(

@@ -24,7 +24,7 @@ def reference_losses(logits, masks, image, target):
 
 @pytest.mark.checklist("5. Loss", "masks loss")
 @pytest.mark.parametrize("chunk", [2**30, 2 * 40 * 50])
-def test_losses_and_gradients_equal_transformers_also_in_chunks(chunk, monkeypatch):
+def test_losses_and_gradients_equal_transformers_also_in_chunks(chunk, monkeypatch, difference):
     monkeypatch.setattr("detr.mask_loss._CHUNK_PIXELS", chunk)
     generator = torch.Generator().manual_seed(0)
     masks = [
@@ -36,6 +36,7 @@ def test_losses_and_gradients_equal_transformers_also_in_chunks(chunk, monkeypat
     theirs = reference_losses(logits, masks, image, target)
     for mine, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
+        difference(float((mine - wanted).detach().abs().max()))
     ours, theirs = (torch.autograd.grad(sum(map(torch.sum, pair)), logits)[0] for pair in (ours, theirs))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 

@@ -39,7 +39,9 @@ def largest_difference(ours, theirs) -> float:
 @pytest.mark.checklist("4. Heads, segmentation head", "class head")
 @pytest.mark.checklist("4. Heads, segmentation head", "box head")
 @pytest.mark.parametrize("case", CASES)
-def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(case, make_twins, make_batch):
+def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(
+    case, make_twins, make_batch, difference
+):
     values = dict(CASES[case])
     kwargs = values.pop("backbone_kwargs", None)
     if kwargs:
@@ -57,6 +59,7 @@ def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(c
             their_rounded = twins.theirs(pixels, pixel_mask=mask)
             for name in ("logits", "pred_boxes", "last_hidden_state", "encoder_last_hidden_state"):
                 assert theirs[name].std(1).mean() > 1e-3, f"{name}: the weights don't separate the queries"
+                difference(largest_difference(ours[name], theirs[name]))
                 assert largest_difference(ours[name], theirs[name]) < 1e-8, name
                 error = largest_difference(their_rounded[name], theirs[name])
                 assert largest_difference(rounded[name], theirs[name]) < 3 * error + 1e-7, name
@@ -67,7 +70,9 @@ def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(c
 @pytest.mark.checklist("3. Position embeddings and transformer", "outputs")
 @pytest.mark.checklist("3. Position embeddings and transformer", "intermediate_hidden_states")
 @pytest.mark.parametrize("auxiliary", [False, True])
-def test_all_outputs_equal_transformers_by_name_shape_and_value(auxiliary, make_twins, make_batch):
+def test_all_outputs_equal_transformers_by_name_shape_and_value(
+    auxiliary, make_twins, make_batch, difference
+):
     twins = make_twins(auxiliary_loss=auxiliary, compat="transformers").to(torch.float64)
     twins.theirs.set_attn_implementation("eager")
     batch = make_batch(dtype=torch.float64)
@@ -249,7 +254,7 @@ def test_switching_auxiliary_loss_on_changes_no_prediction(seed, make_twins, mak
     assert not torch.allclose(b.auxiliary_outputs[0]["logits"], b.auxiliary_outputs[1]["logits"])
 
 
-def test_gradients_equal_transformers(make_twins, make_batch):
+def test_gradients_equal_transformers(make_twins, make_batch, difference):
     twins, batch = make_twins().to(torch.float64), make_batch(dtype=torch.float64)
     ours = twins.ours(batch.pixel_values, batch.pixel_mask)
     theirs = twins.theirs(batch.pixel_values, pixel_mask=batch.pixel_mask)

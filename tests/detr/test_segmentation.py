@@ -49,7 +49,9 @@ def exact_reference(monkeypatch):
 @pytest.mark.checklist("4. Heads, segmentation head", "pred_masks")
 @pytest.mark.checklist("4. Heads, segmentation head", "out_indices with 3 maps")
 @pytest.mark.parametrize("case", CASES)
-def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(case, make_twins, make_batch):
+def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(
+    case, make_twins, make_batch, difference
+):
     pair = make_twins(segmentation=True, **CASES[case])
     exact = pair.to(torch.float64)
     with torch.no_grad():
@@ -61,6 +63,7 @@ def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(c
             for name in ("logits", "pred_boxes", "pred_masks"):
                 assert ours[name].shape == theirs[name].shape
                 assert theirs[name].std(1).mean() > 1e-5, f"{name}: the weights don't separate the queries"
+                difference(largest_difference(ours[name], theirs[name]))
                 assert largest_difference(ours[name], theirs[name]) < 1e-8, name
                 error = largest_difference(their_rounded[name], theirs[name])
                 assert largest_difference(rounded[name], theirs[name]) < 3 * error + 1e-7, name
@@ -72,7 +75,7 @@ def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(c
 @pytest.mark.parametrize("auxiliary", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_loss_terms_and_gradients_equal_transformers(
-    objects, auxiliary, training, make_twins, make_batch, exact_reference
+    objects, auxiliary, training, make_twins, make_batch, exact_reference, difference
 ):
     pair = make_twins(segmentation=True, auxiliary_loss=auxiliary, compat="transformers").to(torch.float64)
     pair.ours.train(training)
@@ -82,6 +85,7 @@ def test_loss_terms_and_gradients_equal_transformers(
     assert ours.loss_dict.keys() == theirs.loss_dict.keys()
     for name, value in theirs.loss_dict.items():
         assert abs(float(ours.loss_dict[name].detach()) - float(value.detach())) < 1e-8, name
+    difference(abs(float((ours.loss - theirs.loss).detach())))
     assert abs(float((ours.loss - theirs.loss).detach())) < 1e-8
     ours.loss.backward()
     theirs.loss.backward()
