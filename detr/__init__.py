@@ -1,4 +1,29 @@
-"""DETR: detection with a transformer, in the API of the transformers DETR page.
+"""DETR: end-to-end detection and segmentation with a transformer, in the API of the transformers DETR page.
+
+Every example of that page runs with ``from detr import ...``; outputs, losses and files are the same.
+
+Detect, in three lines::
+
+    detect = detr.pipeline("object-detection", model="runs/mine/model")  # or a hub id, which asks for the network
+    for found in detect("photo.jpg"):
+        print(found["label"], found["score"], found["box"])
+
+The same by hand, for masks too (`DetrForSegmentation` and ``post_process_panoptic_segmentation``)::
+
+    processor = detr.DetrImageProcessor.from_pretrained(folder)
+    model = detr.DetrForObjectDetection.from_pretrained(folder)
+    inputs = processor(image, return_tensors="pt")  # pixel_values float32 [1, 3, H, W], pixel_mask int64 [1, H, W]
+    outputs = model(**inputs)  # logits float [1, queries, classes + 1], pred_boxes float [1, queries, 4]
+    processor.post_process_object_detection(outputs, target_sizes=[(height, width)])
+
+A new model, or an old one with other classes::
+
+    model = detr.DetrForObjectDetection(detr.DetrConfig(backbone="resnet50", num_labels=3))
+    model = detr.DetrForObjectDetection.from_pretrained(folder, id2label={0: "cat", 1: "dog"})
+    loss = model(**processor(images, annotations, return_tensors="pt")).loss
+
+Figures: `CocoEvaluator` (average precision of boxes and masks) and `PanopticEvaluator` (PQ). `ObjectDetector` gives
+answers that do not depend on the batch. What differs from transformers, and on purpose: docs/detr.md.
 
 The names are imported when they are first used: data tasks, which only resize images, then do without timm and
 torchvision, 5 s of CPU in every new process.

@@ -152,7 +152,7 @@ class ObjectDetector:
         return cls(model, DetrImageProcessor.from_pretrained(folder), device, dtype)
 
     def prepare(self, image: bytes | Image.Image | torch.Tensor) -> PreparedImage:
-        """`prepare_image` with this detector's image processor."""
+        """See `prepare_image`; with this detector's image processor."""
         return prepare_image(image, self.image_processor)
 
     @torch.inference_mode()

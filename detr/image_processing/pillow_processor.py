@@ -42,7 +42,7 @@ class DetrImageProcessorPil(DetrImageProcessor):
         return resized.to(image.device)
 
     def resize_map(self, values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Masks or label maps [..., height, width] at another size, by Pillow's nearest filter."""
+        """Masks or label maps, bool or int [..., height, width], at another size, by Pillow's nearest filter."""
         return resize_map(values, size, pillow_nearest_indices)
 
     def rescale_and_normalize(self, images: torch.Tensor) -> torch.Tensor:

@@ -262,7 +262,7 @@ class DetrImageProcessor(PostProcessingMethods):
         return output_size(height, width, self.size) if self.do_resize else (height, width)
 
     def resize(self, image: torch.Tensor) -> torch.Tensor:
-        """The image [channels, height, width] resized as this processor does, of the same dtype."""
+        """The image, uint8 or float [channels, height, width], resized as this processor does; of the same dtype."""
         return resize(image, self.output_size(image.shape[-2], image.shape[-1]), self.resample)
 
     def rescale_and_normalize(self, images: torch.Tensor) -> torch.Tensor:
@@ -286,7 +286,7 @@ class DetrImageProcessor(PostProcessingMethods):
         return normalize(images, mean.to(images.device), std.to(images.device))
 
     def resize_map(self, values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Masks or label maps [..., height, width] at another size, by the nearest value."""
+        """Masks or label maps, bool or int [..., height, width], at another size, by the nearest value."""
         return resize_map(values, size, torch_nearest_indices)
 
     def _labels(

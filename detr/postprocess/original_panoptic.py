@@ -39,7 +39,7 @@ def post_process_panoptic(
     Args:
         outputs: of the model.
         processed_sizes: (height, width) of each image as the model saw it, resized and without padding, as a list or a
-            tensor [batch, 2].
+            tensor int [batch, 2].
         target_sizes: (height, width) of each result, in the same forms; None for `processed_sizes`.
         is_thing_map: whether a label is a thing; by default labels up to 90 are, COCO's.
         threshold: a query's score, the probability of its best class, must exceed it.

@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
+from detr.detector import ObjectDetector
 from detr.drawing import draw_detections
 from detr.image_processing.decode import ImageError, decode_image
-from detr.detector import ObjectDetector
 from raydetr import storage
 from raydetr.errors import DataError, RequestError
 from raydetr.registry.models import ResolvedModel

@@ -20,9 +20,9 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayTaskError
 
+from detr.detector import ObjectDetector, PreparedImage, prepare_image
 from detr.image_processing.decode import ImageError
 from detr.image_processing.processor import DetrImageProcessor
-from detr.detector import ObjectDetector, PreparedImage, prepare_image
 from raydetr import storage
 from raydetr.data.shards import Manifest, read_records, read_rows
 from raydetr.errors import DataError, RaydetrError

@@ -18,9 +18,9 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from detr.config import DetrConfig
+from detr.detector import Detections, PreparedImage, prepare_image
 from detr.image_processing.decode import ImageError
 from detr.image_processing.processor import DetrImageProcessor
-from detr.detector import Detections, PreparedImage, prepare_image
 from raydetr.errors import ConfigError, RequestError, ServingError
 from raydetr.registry.models import ResolvedModel, local_folder
 from raydetr.serving.detector import Batching, Detector

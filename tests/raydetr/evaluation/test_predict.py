@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from detr.image_processing.decode import ImageError
 from detr.detector import ObjectDetector
+from detr.image_processing.decode import ImageError
 from raydetr.data.shards import Manifest, read_records
 from raydetr.errors import DataError
 from raydetr.evaluation.predict import (

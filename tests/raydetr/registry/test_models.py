@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from detr.model import DetrForObjectDetection
 from detr.detector import ObjectDetector
+from detr.model import DetrForObjectDetection
 from raydetr.errors import ConfigError, RegistryError
 from raydetr.registry.models import folder_digest, local_folder, register, resolve
 from raydetr.registry.tracking import client, start_run
