@@ -17,6 +17,7 @@ from detr.checkpoint import load_weights, model_folder
 from detr.config import DetrConfig
 from detr.model import DetrForObjectDetection, DetrModel
 from detr.segmentation import DetrForSegmentation
+from tests.detr.conftest import separate_the_queries
 
 KEYS = Path(__file__).parents[2] / "../shared/spec/keys"
 CASES = {
@@ -410,3 +411,62 @@ def test_weights_are_saved_in_shards_that_both_libraries_load(make_twins, make_b
     torch.testing.assert_close(predict(theirs, batch).logits, expected, rtol=0, atol=1e-4)
     ours.save_pretrained(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_hub_id_is_read_from_what_was_downloaded_before(
+    make_twins, make_batch, tmp_path: Path, monkeypatch
+):
+    """In the layout of the hub's cache, without the network."""
+    ours, batch = make_twins().ours, make_batch()
+    cache = tmp_path / "models--someone--detr"
+    save(ours, cache / "snapshots/0123abcd")
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("0123abcd")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for source in ("someone/detr", "hub:someone/detr"):
+        loaded = DetrForObjectDetection.from_pretrained(source, local_files_only=True)
+        assert torch.equal(predict(loaded, batch).logits, predict(ours, batch).logits)
+    with pytest.raises(FileNotFoundError, match="someone/other"):
+        DetrForObjectDetection.from_pretrained("someone/other", local_files_only=True)
+    with pytest.raises(FileNotFoundError, match="someone/detr"):
+        DetrForObjectDetection.from_pretrained("someone/detr", revision="v2", local_files_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "files")
+@pytest.mark.parametrize("model_class", [DetrForObjectDetection, DetrForSegmentation])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"backbone": "resnet50"},
+        {"backbone": "resnet101", "position_embedding_type": "learned"},
+        {"backbone": "resnet50", "dilation": True},
+        {"backbone_config": no_timm("bottleneck", [3, 4, 6, 3])},
+        {"backbone_config": no_timm("bottleneck", [3, 4, 23, 3])},
+    ],
+    ids=str,
+)
+def test_models_of_the_published_sizes_are_exchanged_with_transformers(
+    model_class, values, make_batch, tmp_path: Path, difference
+):
+    config = DetrConfig(**values)
+    ours = model_class(config).eval()
+    separate_the_queries(ours, 0, backbone_gain=1.0)
+    batch = make_batch(sizes=((128, 160), (96, 128)))
+    ours.save_pretrained(tmp_path / "ours")
+    theirs, report = getattr(transformers, model_class.__name__).from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    torch.save({"model": to_original(in_order_of_the_original(ours))}, tmp_path / "detr.pth")
+    sources = [(tmp_path / "theirs", {})]
+    if "backbone" in values:
+        sources.append((tmp_path / "detr.pth", {"dilation": True} if values.get("dilation") else {}))
+    with torch.no_grad():
+        expected = theirs(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
+        for source, overrides in sources:
+            loaded = predict(model_class.from_pretrained(source, **overrides), batch)
+            for name in [n for n in ("logits", "pred_boxes", "pred_masks") if n in expected]:
+                difference(float((loaded[name] - expected[name]).abs().max()))
+                torch.testing.assert_close(loaded[name], expected[name], rtol=1e-3, atol=1e-4)
