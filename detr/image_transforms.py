@@ -29,11 +29,13 @@ def id_to_rgb(id_map: Any) -> Any:
     """The colours of ids.
 
     Args:
-        id_map: an integer array of any shape, or one integer; 0..16,777,215.
+        id_map: an integer array or tensor of any shape, or one integer; 0..16,777,215.
 
     Returns:
-        uint8 [..., 3]; a list of three integers for one integer.
+        uint8 [..., 3], an array or a tensor as given; a list of three integers for one integer.
     """
+    if isinstance(id_map, torch.Tensor):
+        return torch.stack([id_map % 256, id_map // 256 % 256, id_map // 65536 % 256], dim=-1).to(torch.uint8)
     if isinstance(id_map, np.ndarray):
         return np.stack([id_map % 256, id_map // 256 % 256, id_map // 65536 % 256], axis=-1).astype(np.uint8)
     red_green_blue: Sequence[int] = (id_map % 256, id_map // 256 % 256, id_map // 65536 % 256)

@@ -89,7 +89,10 @@ def panoptic_labels(
     """
     file = masks_path / annotation["file_name"]
     if not file.is_file():
-        raise FileNotFoundError(f"image_id {_id(annotation)}: the PNG of its segments {file} does not exist")
+        raise FileNotFoundError(
+            f"image_id {_id(annotation)}: the PNG of its segments {file} does not exist: masks_path is the folder that "
+            "the file_name of the annotations is relative to"
+        )
     with Image.open(file) as image:
         ids = rgb_to_id(np.array(image.convert("RGB")))
     if ids.shape != (height, width):
@@ -99,23 +102,22 @@ def panoptic_labels(
         )
     segments = annotation["segments_info"]
     try:
-        numbers = {
-            name: [segment[name] for segment in segments] for name in ("id", "category_id", "iscrowd", "area")
+        ids_of_segments = torch.as_tensor([segment["id"] for segment in segments], dtype=torch.int64)
+        labels = {
+            "size": torch.tensor([height, width]),
+            "image_id": torch.as_tensor([_id(annotation)], dtype=torch.int64),
+            "class_labels": torch.as_tensor([s["category_id"] for s in segments], dtype=torch.int64),
+            "boxes": segment_boxes(ids, ids_of_segments.tolist()),
+            "area": torch.as_tensor([segment["area"] for segment in segments], dtype=torch.float32),
+            "iscrowd": torch.as_tensor([segment["iscrowd"] for segment in segments], dtype=torch.int64),
+            "orig_size": torch.tensor([height, width]),
         }
-    except KeyError as error:
-        raise ValueError(f"image_id {_id(annotation)}: a segment has no {error}") from error
-    labels = {
-        "size": torch.tensor([height, width]),
-        "image_id": torch.as_tensor([_id(annotation)], dtype=torch.int64),
-        "class_labels": torch.as_tensor(numbers["category_id"], dtype=torch.int64),
-        "boxes": segment_boxes(ids, numbers["id"]),
-        "area": torch.as_tensor(numbers["area"], dtype=torch.float32),
-        "iscrowd": torch.as_tensor(numbers["iscrowd"], dtype=torch.int64),
-        "orig_size": torch.tensor([height, width]),
-    }
-    return labels, SegmentMap(
-        torch.from_numpy(ids.astype(np.int64)), torch.as_tensor(numbers["id"], dtype=torch.int64)
-    )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"image_id {_id(annotation)}: each segment needs id, category_id, iscrowd (integers) and area, but reading "
+            f"them failed with {type(error).__name__}: {error}"
+        ) from error
+    return labels, SegmentMap(torch.from_numpy(ids.astype(np.int64)), ids_of_segments)
 
 
 def segment_boxes(ids: np.ndarray, segments: Sequence[int]) -> torch.Tensor:

@@ -2,8 +2,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-from transformers.loss import loss_for_object_detection as reference
 
 from detr.checkpoint_names import to_file_name
 from detr.model import DetrForObjectDetection
@@ -29,19 +27,6 @@ def largest_difference(ours, theirs) -> float:
 @pytest.fixture(scope="module")
 def twins(make_twins):
     return make_twins(segmentation=True)
-
-
-@pytest.fixture
-def exact_reference(monkeypatch):
-    """Transformers' loss in float64, where its class weights are float32 and fail."""
-
-    class Float64Loss(reference.ImageLoss):
-        def __init__(self, matcher, num_classes, eos_coef, losses):
-            super().__init__(matcher, num_classes, eos_coef, losses)
-            self.empty_weight = nn.Buffer(self.empty_weight.double())
-            self.empty_weight[-1] = eos_coef
-
-    monkeypatch.setattr(reference, "ImageLoss", Float64Loss)
 
 
 @pytest.mark.checklist("4. Heads, segmentation head", "bbox attention")

@@ -223,6 +223,16 @@ def test_panoptic_errors_name_the_file(tmp_path):
         processor(image, annotation | {"file_name": "b.png"}, masks_path=tmp_path)
     with pytest.raises(ValueError, match="Invalid COCO panoptic annotations"):
         processor(image, {"image_id": 1, "annotations": []}, masks_path=tmp_path)
+    for change, error in (
+        ({"area": "large"}, "TypeError|ValueError"),
+        ({"iscrowd": None}, "TypeError|RuntimeError"),
+    ):
+        fitting = random_panoptic(rng, tmp_path, "c.png", 30, 40)
+        fitting["segments_info"][0] |= change
+        with pytest.raises(
+            ValueError, match=rf"image_id {fitting['image_id']}: each segment needs.*({error})"
+        ):
+            processor(image, fitting, masks_path=tmp_path)
     with pytest.raises(ValueError, match="do not match"):
         processor([image, image], annotation, masks_path=tmp_path)
 
@@ -275,3 +285,4 @@ def test_colours_and_ids_equal_transformers():
     assert id_to_rgb(70000) == image_transforms.id_to_rgb(70000)
     assert np.array_equal(rgb_to_id(id_to_rgb(ids)), ids)
     assert torch.equal(rgb_to_id(torch.from_numpy(id_to_rgb(ids))).long(), torch.from_numpy(ids))
+    assert torch.equal(id_to_rgb(torch.from_numpy(ids)), torch.from_numpy(id_to_rgb(ids)))

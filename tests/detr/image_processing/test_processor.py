@@ -462,7 +462,12 @@ def test_a_custom_collate_pads_with_pad_and_create_pixel_mask():
     processor = DetrImageProcessor(size=SMALL, do_pad=False)
     options = {"return_tensors": "pt", "input_data_format": "channels_last"}
     encoded = [processor(image, **options).pixel_values[0] for image in images]
-    got = processor.pad_and_create_pixel_mask(encoded, return_tensors="pt")
+    loader = torch.utils.data.DataLoader(
+        encoded,
+        batch_size=len(images),
+        collate_fn=lambda batch: processor.pad_and_create_pixel_mask(batch, return_tensors="pt"),
+    )
+    got = next(iter(loader))
     assert_equal(got, transformers.DetrImageProcessor(size=SMALL)(images, **options))
 
 
