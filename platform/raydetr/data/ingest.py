@@ -18,7 +18,8 @@ import ray
 
 from raydetr import cluster, storage
 from raydetr.config import FaultPolicy
-from raydetr.data.coco import CocoIndex, Entry, make_record, read_coco
+from raydetr.data.coco import CocoIndex, read_coco
+from raydetr.data.record import Entry, make_record
 from raydetr.data.report import fault_lines
 from raydetr.data.schema import SCHEMA_VERSION, Fault
 from raydetr.data.shard_writer import ShardSummary, write_manifest, write_shard

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from raydetr.data.coco import CocoIndex, make_record, parse_coco, read_coco, to_annotation
+from raydetr.data.coco import CocoIndex, parse_coco, read_coco
 from raydetr.data.faults import rle_runs
+from raydetr.data.record import make_record, to_annotation
 from raydetr.data.schema import SCHEMA, Fault
 from raydetr.errors import DataError
 

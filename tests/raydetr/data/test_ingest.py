@@ -12,8 +12,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from raydetr.data.coco import make_record, read_coco
+from raydetr.data.coco import read_coco
 from raydetr.data.ingest import IngestResult, ingest, plan_shards
+from raydetr.data.record import make_record
 from raydetr.data.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest, coco_truth, read_faults, read_records, training_targets
 from raydetr.errors import ConfigError, DataError, StorageError
