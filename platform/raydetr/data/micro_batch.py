@@ -1,15 +1,24 @@
-"""One micro-batch as one row of a Ray Data stream: how it is packed, and what a training worker unpacks.
+"""Micro-batches as rows of a Ray Data stream: how they are packed, and what a training worker unpacks.
 
-Pixels stay uint8 until they are on the worker's device: a quarter of the bytes through the object store.
+A row is one worker's micro-batches of a few consecutive steps: what a row costs on its way, whatever its size, is
+then shared by several. Pixels stay uint8 until they are on the worker's device, a quarter of the bytes through the
+object store, and interleaved (channels last) as the decoder wrote them; the worker sees them where they lie in the
+object store, without a copy.
 """
 
+import math
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
+
+from raydetr.data.plan import MicroBatch
 
 SCHEMA = pa.schema(
     [
@@ -52,7 +61,7 @@ class TrainingBatch:
     """What a worker trains on: B slots, of which those with weight 0 must not change anything.
 
     step, position, epoch: its place in the plan; position ≥ M marks the filler of a worker without a micro-batch.
-    pixels: uint8 [B, 3, height, width], zero where padded.
+    pixels: uint8 [B, 3, height, width] in channels-last memory, zero where padded; read only.
     sizes: (height, width) of each image within it; (height, width) of the batch for an empty slot.
     weights: float32 [B], 1 for an image, 0 for an empty slot.
     labels: per slot `image_id` int64 [1], `class_labels` int64 [n], `boxes` float32 [n, 4] cxcywh.
@@ -79,51 +88,78 @@ class TrainingBatch:
         )[:, None, :]
 
 
-def pack(
-    step: int, position: int, epoch: int, shape: tuple[int, int], size: int, examples: list[Example]
-) -> pa.Table:
-    """A micro-batch of `size` slots as a table of one row; without examples it carries no pixels at all."""
-    pixels = np.zeros((size if examples else 0, 3, *shape), dtype=np.uint8)
-    heights, widths = [], []
-    for slot, example in enumerate(examples):
-        if example.pixels is None:
-            heights.append(0)
-            widths.append(0)
-            continue
-        _, height, width = example.pixels.shape
-        pixels[slot, :, :height, :width] = example.pixels.numpy()
-        heights.append(height)
-        widths.append(width)
-    boxes = [example.boxes.reshape(-1) for example in examples]
-    labels = [example.class_labels for example in examples]
-    row = {
-        "step": step,
-        "position": position,
-        "epoch": epoch,
-        "shape": list(shape),
-        "image_ids": [example.image_id for example in examples],
-        "heights": heights,
-        "widths": widths,
-        "counts": [len(each) for each in labels],
-        "boxes": np.concatenate(boxes) if boxes else [],
-        "class_labels": np.concatenate(labels) if labels else [],
-        "skipped": [f"{example.image_id}: {example.skipped}" for example in examples if example.skipped],
-    }
-    columns = [pa.array([row[field.name]], field.type) for field in SCHEMA if field.name != "pixels"]
-    # Built from the buffer itself: `pa.array([bytes])` would copy the pixels twice.
-    offsets = pa.py_buffer(np.array([0, pixels.nbytes], dtype=np.int64))
-    columns.append(pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(pixels)]))
-    return pa.Table.from_arrays(columns, schema=SCHEMA)
+def pack(micro_batches: Sequence[tuple[MicroBatch, Sequence[Example]]], size: int) -> pa.Table:
+    """Micro-batches of `size` slots, each with its examples, as a table of one row.
+
+    One without examples takes no space for pixels.
+    """
+    offsets = np.cumsum(
+        [0, *(3 * size * math.prod(batch.shape) if examples else 0 for batch, examples in micro_batches)]
+    )
+    # One allocation for the row: joining micro-batches that were packed apart would copy their pixels again.
+    pixels = np.zeros(offsets[-1], dtype=np.uint8)
+    rows = []
+    for (batch, examples), start, stop in zip(micro_batches, offsets, offsets[1:], strict=False):
+        if examples:
+            _place(pixels[start:stop].reshape(size, *batch.shape, 3), examples)
+        labels = [example.class_labels for example in examples]
+        sizes = [(0, 0) if e.pixels is None else tuple(e.pixels.shape[1:]) for e in examples]
+        rows.append(
+            {
+                "step": batch.step,
+                "position": batch.position,
+                "epoch": batch.epoch,
+                "shape": list(batch.shape),
+                "image_ids": [example.image_id for example in examples],
+                "heights": [height for height, _ in sizes],
+                "widths": [width for _, width in sizes],
+                "counts": [len(each) for each in labels],
+                "boxes": np.concatenate([e.boxes.reshape(-1) for e in examples]) if examples else [],
+                "class_labels": np.concatenate(labels) if labels else [],
+                "skipped": [f"{e.image_id}: {e.skipped}" for e in examples if e.skipped],
+            }
+        )
+    columns = [
+        pa.array([row[field.name] for row in rows], field.type) for field in SCHEMA if field.name != "pixels"
+    ]
+    buffers = [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(pixels)]
+    columns.append(pa.Array.from_buffers(pa.large_binary(), len(rows), buffers))
+    structs = pa.StructArray.from_arrays(columns, fields=list(SCHEMA))
+    return pa.table({"micro_batches": pa.ListArray.from_arrays([0, len(rows)], structs)})
 
 
-def unpack(table: pa.Table, size: int) -> TrainingBatch:
-    """The batch of `size` slots in a row made by `pack`."""
-    row = {name: table[name][0].as_py() for name in SCHEMA.names if name != "pixels"}
+def unpack(table: pa.Table, size: int) -> Iterator[TrainingBatch]:
+    """The batches of `size` slots in rows made by `pack`."""
+    for chunk in table["micro_batches"].chunks:
+        rows = pa.RecordBatch.from_struct_array(chunk.flatten())
+        pixels = rows.column("pixels")
+        # Arrow's own way from an element to its bytes copies them.
+        _, offsets, values = pixels.buffers()
+        bounds = np.frombuffer(offsets, dtype=np.int64)[pixels.offset :]
+        for row, start, stop in zip(
+            rows.drop_columns("pixels").to_pylist(), bounds, bounds[1:], strict=False
+        ):
+            yield _batch(row, np.frombuffer(values, dtype=np.uint8)[start:stop], size)
+
+
+def _place(pixels: npt.NDArray[np.uint8], examples: Sequence[Example]) -> None:
+    """Write images into the upper left corners of [slots, height, width, 3]."""
+    for slot, example in zip(pixels, examples, strict=False):
+        if example.pixels is not None:
+            _, height, width = example.pixels.shape
+            slot[:height, :width] = example.pixels.permute(1, 2, 0).numpy()
+
+
+def _batch(row: dict[str, Any], data: npt.NDArray[np.uint8], size: int) -> TrainingBatch:
     height, width = row["shape"]
-    buffer = table["pixels"][0].as_buffer()
-    pixels = torch.zeros((size, 3, height, width), dtype=torch.uint8)
-    if buffer.size:
-        pixels.numpy()[:] = np.frombuffer(buffer, dtype=np.uint8).reshape(size, 3, height, width)
+    if data.size:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # the object store's memory cannot be written: nobody does
+            pixels = torch.from_numpy(data)
+    else:
+        pixels = torch.zeros(size * height * width * 3, dtype=torch.uint8)
     boxes = torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4)
     class_labels = torch.tensor(row["class_labels"], dtype=torch.int64)
     counts = row["counts"] + [0] * (size - len(row["counts"]))
@@ -134,7 +170,7 @@ def unpack(table: pa.Table, size: int) -> TrainingBatch:
         step=row["step"],
         position=row["position"],
         epoch=row["epoch"],
-        pixels=pixels,
+        pixels=pixels.view(size, height, width, 3).permute(0, 3, 1, 2),
         # An empty slot is an image of zeros without padding: attention over nothing but padding is a case apart.
         sizes=tuple((h or height, w or width) for h, w in zip(heights, widths, strict=True)),
         weights=torch.tensor([float(h > 0) for h in heights]),

@@ -1,17 +1,18 @@
 """The plan as one Ray Data execution for the whole job: windows in, ready micro-batches out, dealt to W workers.
 
 A generator task walks the plan and yields one small row per window; map tasks read, decode, augment and pad, and
-yield one row per micro-batch. `preserve_order` keeps the rows in the plan's order and makes the split of Ray Train
-deal them out strictly in turn: row i goes to rank i mod W. A step is therefore emitted as ⌈M / W⌉ · W rows, the
-surplus being empty fillers, and every rank gets the same number of rows of each step.
+yield rows of a few micro-batches (see `deal`). `preserve_order` keeps the rows in the plan's order and makes the
+split of Ray Train deal them out strictly in turn: row i goes to rank i mod W.
 
 Ray Train calls `PlanDataConfig.configure` whenever a worker group starts, so that a restart with another number of
 workers streams on from the last committed step.
 """
 
+import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,13 +29,15 @@ from ray.train import DataConfig
 from detr.augment import apply
 from detr.image_processing.decode import ImageError, decode_image
 from raydetr.data.micro_batch import Example, TrainingBatch, pack, unpack
-from raydetr.data.plan import Layout, Plan, PlanSpec, Sizes, Slot, Window, WindowTask
+from raydetr.data.plan import Layout, MicroBatch, Plan, PlanSpec, Sizes, Slot, Window, WindowTask
 from raydetr.data.schema import is_trained
 from raydetr.data.shards import TARGET_COLUMNS, Manifest, read_rows, training_targets
 from raydetr.errors import ConfigError, DataError
 
 INDEX_COLUMNS = ["image_id", "height", "width"]
 RECORD_COLUMNS = [*TARGET_COLUMNS, "image_id", "image", "fault"]
+ROW_BYTES = 32 * 1024 * 1024
+"""Pixels of a row, about: enough that what a row costs by itself is little beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ def build_plan(manifest: Manifest, spec: PlanSpec) -> Plan:
 
 
 def dataset(stream: Stream, world_size: int, first_step: int) -> Dataset:
-    """The lazy Ray Data set of steps `first_step` to `last_step` − 1 for `world_size` workers, one row a batch.
+    """The lazy Ray Data set of steps `first_step` to `last_step` − 1 for `world_size` workers.
 
     Raises:
         ConfigError: there are more workers than micro-batches in a step.
@@ -132,18 +135,61 @@ def steps(
         DataError: the rows are not those of one step after the other.
     """
     gathered: list[TrainingBatch] = []
-    for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch):
-        batch = unpack(table, micro_batch_size)
-        if gathered and batch.step != gathered[0].step:
-            raise DataError(
-                f"The stream broke its order: a micro-batch of step {batch.step} within step {gathered[0].step}."
-            )
-        gathered.append(batch)
-        if len(gathered) == per_step:
-            yield gathered
-            gathered = []
+    for table in shard.iter_batches(
+        batch_size=None,  # type: ignore[arg-type]  # Ray: whole blocks
+        batch_format="pyarrow",
+        prefetch_batches=prefetch,
+    ):
+        for batch in unpack(table, micro_batch_size):
+            if gathered and batch.step != gathered[0].step:
+                raise DataError(
+                    f"The stream broke its order: a micro-batch of step {batch.step} within step "
+                    f"{gathered[0].step}."
+                )
+            gathered.append(batch)
+            if len(gathered) == per_step:
+                yield gathered
+                gathered = []
     if gathered:
         raise DataError(f"The stream ended within step {gathered[0].step}.")
+
+
+def deal(micro_batches: Sequence[MicroBatch], spec: PlanSpec, world_size: int) -> Iterator[list[MicroBatch]]:
+    """Rows of micro-batches such that row i is for rank i mod W, and each rank finds its own in order.
+
+    A step is ⌈M / W⌉ · W micro-batches for W workers, the surplus being empty; micro-batch p of it is for rank
+    p mod W. Steps that are whole in `micro_batches` are dealt out several at a time, a row a rank; a step of which
+    there is only a part is dealt out by single micro-batches.
+
+    Args:
+        micro_batches: consecutive ones of the plan, such as those of a window.
+        spec: of the plan.
+        world_size: W.
+    """
+    share = -(-spec.micro_batches // world_size)
+    whole: list[list[MicroBatch]] = []
+
+    def rows() -> Iterator[list[MicroBatch]]:
+        for rank in range(world_size if whole else 0):
+            yield [batch for step in whole for batch in step[rank::world_size]]
+        whole.clear()
+
+    for _, group in itertools.groupby(micro_batches, key=lambda batch: batch.step):
+        step = list(group)
+        first, last = step[0], step[-1]
+        if last.position == spec.micro_batches - 1:
+            step += [
+                replace(last, position=position, window=-1, slots=())
+                for position in range(spec.micro_batches, share * world_size)
+            ]
+        if len(step) < share * world_size:
+            yield from rows()
+            yield from ([batch] for batch in step)
+            continue
+        whole.append(step)
+        if (len(whole) + 1) * share * spec.micro_batch_size * math.prod(first.shape) * 3 > ROW_BYTES:
+            yield from rows()
+    yield from rows()
 
 
 class _Pace(ExecutionCallback):
@@ -213,9 +259,9 @@ def _to_sizes(table: pa.Table) -> Sizes:
 
 
 def _fill(table: pa.Table, stream: Stream, world_size: int) -> Iterator[pa.Table]:
-    """The micro-batches of the window that `table`'s one row names, each as one row."""
-    row = table.to_pylist()[0]
-    task = WindowTask(**{**row, "shapes": tuple(map(tuple, row["shapes"]))})
+    """The micro-batches of the window that `table`'s one row names, in rows as `deal` makes them."""
+    named = table.to_pylist()[0]
+    task = WindowTask(**{**named, "shapes": tuple(map(tuple, named["shapes"]))})
     plan, manifest = stream.plan, stream.manifest
     window = plan.window(task.window)
     records = read_rows(
@@ -224,15 +270,15 @@ def _fill(table: pa.Table, stream: Stream, world_size: int) -> Iterator[pa.Table
         range(*window.row_groups),
         RECORD_COLUMNS,
     )
-    per_step = plan.spec.micro_batches
-    for batch in plan.run(task, _to_sizes(records)):
-        examples = [
-            _example(records.slice(slot.row, 1).to_pylist()[0], slot, manifest.labels) for slot in batch.slots
+
+    def filled(batch: MicroBatch) -> tuple[MicroBatch, list[Example]]:
+        rows = (records.slice(slot.row, 1).to_pylist()[0] for slot in batch.slots)
+        return batch, [
+            _example(row, slot, manifest.labels) for row, slot in zip(rows, batch.slots, strict=True)
         ]
-        yield pack(batch.step, batch.position, batch.epoch, batch.shape, plan.spec.micro_batch_size, examples)
-        if batch.position == per_step - 1:
-            for position in range(per_step, -(-per_step // world_size) * world_size):
-                yield pack(batch.step, position, batch.epoch, batch.shape, plan.spec.micro_batch_size, [])
+
+    for row in deal(plan.run(task, _to_sizes(records)), plan.spec, world_size):
+        yield pack([filled(batch) for batch in row], plan.spec.micro_batch_size)
 
 
 def _example(record: dict[str, Any], slot: Slot, labels: dict[int, int]) -> Example:

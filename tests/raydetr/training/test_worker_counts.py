@@ -121,9 +121,10 @@ def one_process(
     """
     job = build_stream(config, manifest)
     rows = [
-        unpack(row, config.micro_batch_size)
+        batch
         for window in stream._walk(job, 0)
         for row in stream._fill(window, job, world_size=1)
+        for batch in unpack(row, config.micro_batch_size)
     ]
     state = create_state(config, manifest, torch.device("cpu"))
     gradients, boxes = {}, {}

@@ -1,0 +1,129 @@
+"""Images per CPU second of the stream, all processes counted, against the same functions in a plain loop.
+
+    python tests/benchmarks/stream_throughput.py [--rounds 3] [--images 768]
+
+The loop reads, decodes, augments and packs in one thread and unpacks as a worker does. The stream does the same
+through Ray Data and a streaming split, as Ray Train's workers get it; its rate is that of the steady state: between
+the first quarter of the images and the last. Rounds alternate between the two.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import torch
+from shards_of_coco128 import coco128_shards
+
+from detr.augment import AugmentSpec
+from raydetr import cluster
+from raydetr.data import micro_batch, stream
+from raydetr.data.plan import PlanSpec
+from raydetr.data.shards import Manifest
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=768)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--cpus", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    manifest = coco128_shards("runs/benchmarks", 1024)
+    spec = PlanSpec(
+        seed=0,
+        micro_batch_size=arguments.batch,
+        micro_batches=arguments.micro_batches,
+        augmentation=AugmentSpec(),
+    )
+    plan = stream.build_plan(manifest, spec)
+    steps = -(-arguments.images // (arguments.batch * arguments.micro_batches))
+    cluster.connect(arguments.cpus)
+    source = stream.Stream(manifest=manifest, plan=plan, last_step=steps, first_step=lambda: 0)
+    subjects: dict[str, Callable[[], Iterator[int]]] = {
+        "loop": lambda: _loop(manifest, source),
+        "stream": lambda: _stream(source),
+    }
+    rates: dict[str, list[tuple[float, float, float]]] = {name: [] for name in subjects}
+    for _ in range(arguments.rounds):
+        for name, run in subjects.items():
+            rates[name].append(_measure(run(), arguments.images))
+            print(f"{name}: {rates[name][-1]}", flush=True)
+    print("| subject | images per CPU second | images/s | seconds to the first batch |\n|---|---|---|---|")
+    for name, rows in rates.items():
+        cpu, wall, first = (statistics.median(column) for column in zip(*rows, strict=True))
+        print(f"| {name} | {cpu:.1f} | {wall:.1f} | {first:.1f} |")
+    medians = {name: statistics.median(row[0] for row in rows) for name, rows in rates.items()}
+    print(f"stream ÷ loop, images per CPU second: {medians['stream'] / medians['loop']:.2f}")
+
+
+def _measure(images: Iterator[int], total: int) -> tuple[float, float, float]:
+    """Images per CPU second and per second after the first quarter, and seconds to the first batch."""
+    begin = time.perf_counter()
+    first = count = 0.0
+    start: tuple[float, dict[int, float], float] | None = None
+    for done in images:
+        first = first or time.perf_counter() - begin
+        count += done
+        if start is None and count >= total / 4:
+            start = count, _cpu_seconds(), time.perf_counter()
+        if count >= total * 0.95:
+            break
+    assert start is not None
+    seconds, end = time.perf_counter() - start[2], _cpu_seconds()
+    cpu = sum(used - start[1].get(pid, 0) for pid, used in end.items())
+    if os.environ.get("DETAIL"):
+        for pid, used in sorted(end.items()):
+            if (each := used - start[1].get(pid, 0)) > 0.05:
+                print(f"    {each:6.2f} s", " ".join(psutil.Process(pid).cmdline())[:70])
+    for _ in images:
+        pass
+    return (count - start[0]) / cpu, (count - start[0]) / seconds, first
+
+
+def _cpu_seconds() -> dict[int, float]:
+    """Of this process and all below it, Ray's daemons and workers: process id → seconds."""
+    own = psutil.Process()
+    used = {}
+    for process in [own, *own.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            used[process.pid] = times.user + times.system
+    return used
+
+
+def _loop(manifest: Manifest, source: stream.Stream) -> Iterator[int]:
+    plan = source.plan
+    for task in plan.tasks(0, source.last_step, lambda window: stream._sizes(manifest, window)):
+        window = plan.window(task.window)
+        records = stream.read_rows(
+            manifest.root,
+            manifest.shards[window.shard].file,
+            range(*window.row_groups),
+            stream.RECORD_COLUMNS,
+        )
+        for batch in plan.run(task, stream._to_sizes(records)):
+            examples = [
+                stream._example(records.slice(slot.row, 1).to_pylist()[0], slot, manifest.labels)
+                for slot in batch.slots
+            ]
+            size = plan.spec.micro_batch_size
+            for unpacked in micro_batch.unpack(micro_batch.pack([(batch, examples)], size), size):
+                yield len(unpacked.image_ids)
+
+
+def _stream(source: stream.Stream) -> Iterator[int]:
+    spec = source.plan.spec
+    (split,) = stream.dataset(source, 1, 0).streaming_split(1, equal=False)
+    for batches in stream.steps(split, spec.micro_batch_size, spec.micro_batches):
+        yield sum(len(batch.image_ids) for batch in batches)
+
+
+if __name__ == "__main__":
+    main()
