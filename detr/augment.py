@@ -13,7 +13,10 @@ import numpy as np
 import torch
 
 from detr.image_processing.pixels import resize
-from detr.image_processing.size import output_size
+from detr.image_processing.size import output_sizes
+
+RANDOM_NUMBERS = 8
+"""Uniform numbers that the augmentation of one image takes."""
 
 CROP_PROBABILITY = 0.5
 CROP_INPUT_ASPECT = 7
@@ -104,24 +107,64 @@ class Augmentation:
         return self.steps[-1].height, self.steps[-1].width
 
 
-def draw(rng: np.random.Generator, height: int, width: int, spec: AugmentSpec) -> Augmentation:
-    """Draw an augmentation for an image of `height` x `width` pixels (at least 1 x 1); only `rng` decides.
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Drawn augmentations of n images, as columns; `draws[i]` is the `Augmentation` of image i.
+
+    input_sizes: int64 [n, 2], (height, width).
+    flips: bool [n].
+    resized: int64 [n, 2], (height, width) before the crop; 0 where there is none.
+    crops: int64 [n, 4], top, left, height, width.
+    output_sizes: int64 [n, 2], (height, width) at the end.
+    """
+
+    input_sizes: np.ndarray
+    flips: np.ndarray
+    resized: np.ndarray
+    crops: np.ndarray
+    output_sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.flips)
+
+    def __getitem__(self, index: int) -> Augmentation:
+        height, width = self.input_sizes[index].tolist()
+        steps: tuple[Resize | Crop, ...] = (Resize(*self.output_sizes[index].tolist()),)
+        if self.resized[index, 0]:
+            steps = (Resize(*self.resized[index].tolist()), Crop(*self.crops[index].tolist()), *steps)
+        return Augmentation((height, width), bool(self.flips[index]), steps)
+
+
+def draw(random: np.ndarray, heights: np.ndarray, widths: np.ndarray, spec: AugmentSpec) -> Draws:
+    """Draw augmentations for images; only `random` decides, each row for its own image.
+
+    Args:
+        random: float64 [n, RANDOM_NUMBERS], uniform in [0, 1), such as `rng.random((n, RANDOM_NUMBERS))`.
+        heights: int [n], at least 1.
+        widths: int [n], at least 1.
+        spec: what is drawn from.
 
     Raises:
         ValueError: an image without pixels.
     """
-    flip = bool(rng.random() < spec.flip)
-    size = height, width
-    steps: list[Resize | Crop] = []
-    if spec.crop and rng.random() < CROP_PROBABILITY:
-        before = _draw_resize(
-            rng, size, spec.crop_shortest_edges, CROP_INPUT_ASPECT * max(spec.crop_shortest_edges)
-        )
-        crop = _draw_crop(rng, before, spec.crop_sizes)
-        steps += [before, crop]
-        size = crop.height, crop.width
-    steps.append(_draw_resize(rng, size, spec.shortest_edges, spec.longest_edge))
-    return Augmentation((height, width), flip, tuple(steps))
+    flip, crop, first_edge, crop_height, crop_width, top, left, last_edge = random.T
+    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    input_sizes = np.stack([heights, widths], axis=1)
+    sizes = input_sizes
+    resized = np.zeros_like(sizes)
+    crops = np.zeros((len(sizes), 4), np.int64)
+    if spec.crop:
+        longest = CROP_INPUT_ASPECT * max(spec.crop_shortest_edges)
+        before = output_sizes(heights, widths, _choose(first_edge, spec.crop_shortest_edges), longest)
+        least, most = (np.minimum(bound, before) for bound in spec.crop_sizes)
+        size = _integers(np.stack([crop_height, crop_width], axis=1), least, most)
+        corner = _integers(np.stack([top, left], axis=1), 0, before - size)
+        cropped = (crop < CROP_PROBABILITY)[:, None]
+        resized = np.where(cropped, before, 0)
+        crops = np.where(cropped, np.concatenate([corner, size], axis=1), 0)
+        sizes = np.where(cropped, size, sizes)
+    final = output_sizes(sizes[:, 0], sizes[:, 1], _choose(last_edge, spec.shortest_edges), spec.longest_edge)
+    return Draws(input_sizes, flip < spec.flip, resized, crops, final)
 
 
 def apply(
@@ -158,21 +201,13 @@ def apply(
     return image, boxes, kept
 
 
-def _draw_resize(
-    rng: np.random.Generator, size: tuple[int, int], shortest_edges: Sequence[int], longest_edge: int
-) -> Resize:
-    shortest_edge = shortest_edges[int(rng.integers(len(shortest_edges)))]
-    return Resize(*output_size(*size, {"shortest_edge": shortest_edge, "longest_edge": longest_edge}))
+def _choose(random: np.ndarray, choices: Sequence[int]) -> np.ndarray:
+    return np.asarray(choices, np.int64)[(random * len(choices)).astype(np.int64)]
 
 
-def _draw_crop(rng: np.random.Generator, image: Resize, sizes: tuple[int, int]) -> Crop:
-    height, width = (
-        int(rng.integers(min(sizes[0], side), min(sizes[1], side), endpoint=True))
-        for side in (image.height, image.width)
-    )
-    top = int(rng.integers(image.height - height, endpoint=True))
-    left = int(rng.integers(image.width - width, endpoint=True))
-    return Crop(top, left, height, width)
+def _integers(random: np.ndarray, least: np.ndarray | int, most: np.ndarray) -> np.ndarray:
+    """Integers from `least` to `most`, both included."""
+    return least + (random * (most - least + 1)).astype(np.int64)
 
 
 def _transform_boxes(boxes_xyxy: np.ndarray, augmentation: Augmentation) -> tuple[np.ndarray, np.ndarray]:

@@ -28,20 +28,20 @@ class Mutation:
 MUTATIONS = {
     "the order is off by one after a resume": Mutation(
         "platform/raydetr/data/plan.py",
-        "skip = max(0, start - first)",
-        "skip = max(0, start - first - 1)",
+        "skip = max(0, start - visit.first)",
+        "skip = max(0, start - visit.first - 1)",
         ("tests/raydetr/data/test_plan.py",),
     ),
     "the order depends on nothing but the window": Mutation(
         "platform/raydetr/data/plan.py",
-        '_generator(spec.seed, "rows", epoch, window)',
-        '_generator(spec.seed, "rows", 0, window)',
+        'generator(spec.seed, "rows", epoch, window)',
+        'generator(spec.seed, "rows", 0, window)',
         ("tests/raydetr/data/test_plan.py",),
     ),
     "each step is padded to its first micro-batch": Mutation(
         "platform/raydetr/data/plan.py",
-        "self.known[step] = (max(height, batch.shape[0]), max(width, batch.shape[1]))",
-        "self.known.setdefault(step, batch.shape)",
+        "self.known[step] = (max(height, shape[0]), max(width, shape[1]))",
+        "self.known.setdefault(step, (shape[0], shape[1]))",
         ("tests/raydetr/data/test_plan.py",),
     ),
     "the boxes are normalised per worker": Mutation(

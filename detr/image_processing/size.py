@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+import numpy.typing as npt
+
 CANONICAL_MULTIPLE = 64
 """The grid of `canonical_shape`, in pixels.
 
@@ -44,6 +47,36 @@ def output_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int, 
             "'max_width', or 'height' and 'width', with values of at least 1"
         )
     return max(resized[0], 1), max(resized[1], 1)
+
+
+def output_sizes(
+    heights: npt.NDArray[np.int64],
+    widths: npt.NDArray[np.int64],
+    shortest_edges: npt.NDArray[np.int64],
+    longest_edge: int,
+) -> npt.NDArray[np.int64]:
+    """`output_size` with `{"shortest_edge": ..., "longest_edge": ...}` for many images: int64 [images, 2].
+
+    Args:
+        heights: int64 [images], at least 1.
+        widths: int64 [images], at least 1.
+        shortest_edges: int64 [images], at least 1.
+        longest_edge: the same for all.
+
+    Raises:
+        ValueError: an image without pixels.
+    """
+    short, long = np.minimum(heights, widths), np.maximum(heights, widths)
+    if short.size and short.min() < 1:
+        raise ValueError("an image without pixels cannot be resized: all sides must be at least 1")
+    bounded = long / short * shortest_edges > longest_edge
+    exact = np.where(bounded, longest_edge * short / long, shortest_edges)
+    shortest = np.where(bounded, np.rint(exact), shortest_edges).astype(np.int64)
+    kept = short == shortest
+    longer = (exact * long / short).astype(np.int64)
+    portrait = widths < heights
+    resized = np.stack([np.where(portrait, longer, shortest), np.where(portrait, shortest, longer)], axis=1)
+    return np.maximum(np.where(kept[:, None], np.stack([heights, widths], axis=1), resized), 1)
 
 
 def canonical_shape(height: int, width: int, multiple: int = CANONICAL_MULTIPLE) -> tuple[int, int]:

@@ -116,6 +116,10 @@ class TrainConfig:
     """Least and largest side of the crop."""
     window_row_groups: int = 4
     """Row groups (of 32 records) that are read and permuted together."""
+    group_sizes: bool = False
+    """Images of like size in the same step: less padding."""
+    repeat_threshold: float = 0.0
+    """Categories in a smaller share of the images are repeated (LVIS repeat factors); 0: every image once an epoch."""
 
     checkpoint_every: int = 400
     """Steps between checkpoints."""

@@ -22,7 +22,7 @@ from detr.augment import AugmentSpec
 from raydetr import cluster
 from raydetr.data import micro_batch, stream
 from raydetr.data.plan import PlanSpec
-from raydetr.data.shards import Manifest
+from raydetr.data.source import shard_source, to_sizes
 
 
 def main() -> None:
@@ -45,9 +45,9 @@ def main() -> None:
     plan = stream.build_plan(manifest, spec)
     steps = -(-arguments.images // (arguments.batch * arguments.micro_batches))
     cluster.connect(arguments.cpus)
-    source = stream.Stream(manifest=manifest, plan=plan, last_step=steps, first_step=lambda: 0)
+    source = stream.Stream(source=shard_source(manifest), plan=plan, last_step=steps, first_step=lambda: 0)
     subjects: dict[str, Callable[[], Iterator[int]]] = {
-        "loop": lambda: _loop(manifest, source),
+        "loop": lambda: _loop(source),
         "stream": lambda: _stream(source),
     }
     rates: dict[str, list[tuple[float, float, float]]] = {name: [] for name in subjects}
@@ -98,19 +98,14 @@ def _cpu_seconds() -> dict[int, float]:
     return used
 
 
-def _loop(manifest: Manifest, source: stream.Stream) -> Iterator[int]:
+def _loop(source: stream.Stream) -> Iterator[int]:
     plan = source.plan
-    for task in plan.tasks(0, source.last_step, lambda window: stream._sizes(manifest, window)):
-        window = plan.window(task.window)
-        records = stream.read_rows(
-            manifest.root,
-            manifest.shards[window.shard].file,
-            range(*window.row_groups),
-            stream.RECORD_COLUMNS,
-        )
-        for batch in plan.run(task, stream._to_sizes(records)):
+    for task in plan.tasks(0, source.last_step, source.source.sizes):
+        window = plan.windows[task.window]
+        records = source.source.records(window)
+        for batch in plan.run(task, to_sizes(records)):
             examples = [
-                stream._example(records.slice(slot.row, 1).to_pylist()[0], slot, manifest.labels)
+                stream._example(records.slice(slot.row, 1).to_pylist()[0], slot, source.source.labels)
                 for slot in batch.slots
             ]
             size = plan.spec.micro_batch_size

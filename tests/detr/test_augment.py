@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from detr.augment import Augmentation, AugmentSpec, Crop, Resize, apply, draw
+from detr.augment import RANDOM_NUMBERS, Augmentation, AugmentSpec, Crop, Resize, apply, draw
 from detr.image_processing.pixels import resize
 from detr.image_processing.size import output_size
 
@@ -12,6 +12,10 @@ SMALL = AugmentSpec(
     shortest_edges=(96, 112, 128), longest_edge=213, crop_shortest_edges=(64, 80, 96), crop_sizes=(60, 96)
 )
 SEEDS = range(3)
+
+
+def draw_one(rng: np.random.Generator, height: int, width: int, spec: AugmentSpec) -> Augmentation:
+    return draw(rng.random((1, RANDOM_NUMBERS)), np.array([height]), np.array([width]), spec)[0]
 
 
 def random_size(rng: np.random.Generator, most: int) -> tuple[int, int]:
@@ -38,7 +42,7 @@ def test_a_draw_stays_within_its_spec_for_any_size(spec):
     rng = np.random.default_rng(0)
     for _ in range(4000):
         height, width = random_size(rng, 6000)
-        augmentation = draw(rng, height, width, spec)
+        augmentation = draw_one(rng, height, width, spec)
         size = height, width
         assert augmentation.input_size == size
         for step in augmentation.steps:
@@ -65,7 +69,7 @@ def test_the_drawn_output_size_is_what_apply_returns(seed):
     rng = np.random.default_rng(seed)
     for _ in range(40):
         height, width = random_size(rng, 300)
-        augmentation = draw(rng, height, width, SMALL)
+        augmentation = draw_one(rng, height, width, SMALL)
         image, boxes, kept = apply(random_image(rng, height, width), np.zeros((0, 4)), augmentation)
         assert tuple(image.shape) == (3, *augmentation.output_size)
         assert image.dtype == torch.uint8
@@ -77,7 +81,7 @@ def test_the_drawn_output_size_is_what_apply_returns(seed):
 def test_the_default_spec_can_be_applied():
     rng = np.random.default_rng(0)
     for height, width in [(1, 1), (1, 3000), (427, 640), (640, 480)]:
-        augmentation = draw(rng, height, width, AugmentSpec())
+        augmentation = draw_one(rng, height, width, AugmentSpec())
         image, _, _ = apply(random_image(rng, height, width), np.zeros((0, 4)), augmentation)
         assert tuple(image.shape) == (3, *augmentation.output_size)
 
@@ -88,7 +92,7 @@ def test_boxes_follow_painted_rectangles(seed):
     compared = dropped = 0
     for _ in range(60):
         height, width = (int(side) for side in rng.integers(20, 200, 2))
-        augmentation = draw(rng, height, width, SMALL)
+        augmentation = draw_one(rng, height, width, SMALL)
         boxes = np.round(random_boxes(rng, 8, height, width))
         _, transformed, kept = apply(random_image(rng, height, width), boxes, augmentation)
         pixels = to_pixels(transformed, augmentation)
@@ -115,7 +119,7 @@ def test_boxes_equal_point_by_point_arithmetic(seed):
     rng = np.random.default_rng(seed)
     for _ in range(200):
         height, width = (int(side) for side in rng.integers(1, 400, 2))
-        augmentation = draw(rng, height, width, SMALL)
+        augmentation = draw_one(rng, height, width, SMALL)
         boxes = random_boxes(rng, 5, height, width)
         _, transformed, kept = apply(torch.zeros(3, height, width, dtype=torch.uint8), boxes, augmentation)
         expected = []
@@ -171,7 +175,7 @@ def test_without_augmentation_the_image_is_only_resized():
         height, width = random_size(rng, 200)
         image = random_image(rng, height, width)
         boxes = random_boxes(rng, 3, height, width)
-        augmented, transformed, kept = apply(image, boxes, draw(rng, height, width, spec))
+        augmented, transformed, kept = apply(image, boxes, draw_one(rng, height, width, spec))
         size = output_size(height, width, {"shortest_edge": 64, "longest_edge": 100})
         assert torch.equal(augmented, resize(image, size))
         relative = boxes[kept] / np.tile([width, height], 2)
@@ -182,7 +186,7 @@ def test_without_augmentation_the_image_is_only_resized():
 def test_the_generator_alone_decides():
     def draws(seed: int) -> list[Augmentation]:
         rng = np.random.default_rng(seed)
-        return [draw(rng, 480, 640, AugmentSpec()) for _ in range(50)]
+        return [draw_one(rng, 480, 640, AugmentSpec()) for _ in range(50)]
 
     np.random.seed(1)
     torch.manual_seed(1)
@@ -196,7 +200,7 @@ def test_the_generator_alone_decides():
 
 def test_every_choice_is_drawn_with_its_probability():
     rng = np.random.default_rng(0)
-    drawn = [draw(rng, 480, 640, AugmentSpec(longest_edge=5000)) for _ in range(4000)]
+    drawn = [draw_one(rng, 480, 640, AugmentSpec(longest_edge=5000)) for _ in range(4000)]
     assert abs(np.mean([augmentation.flip for augmentation in drawn]) - 0.5) < 0.03
     assert abs(np.mean([len(augmentation.steps) == 3 for augmentation in drawn]) - 0.5) < 0.03
     plain = [augmentation.output_size[0] for augmentation in drawn if len(augmentation.steps) == 1]
@@ -207,9 +211,9 @@ def test_every_choice_is_drawn_with_its_probability():
 
 def test_probabilities_of_0_and_1_are_certain():
     rng = np.random.default_rng(0)
-    assert all(draw(rng, 9, 9, AugmentSpec(flip=1.0, crop=False)).flip for _ in range(200))
-    assert not any(draw(rng, 9, 9, AugmentSpec(flip=0.0)).flip for _ in range(200))
-    assert all(len(draw(rng, 9, 9, AugmentSpec(crop=False)).steps) == 1 for _ in range(200))
+    assert all(draw_one(rng, 9, 9, AugmentSpec(flip=1.0, crop=False)).flip for _ in range(200))
+    assert not any(draw_one(rng, 9, 9, AugmentSpec(flip=0.0)).flip for _ in range(200))
+    assert all(len(draw_one(rng, 9, 9, AugmentSpec(crop=False)).steps) == 1 for _ in range(200))
 
 
 def test_the_input_is_left_alone():
@@ -217,13 +221,13 @@ def test_the_input_is_left_alone():
     image, boxes = random_image(rng, 90, 70), random_boxes(rng, 4, 90, 70)
     before = image.clone(), boxes.copy()
     for _ in range(10):
-        apply(image, boxes, draw(rng, 90, 70, SMALL))
+        apply(image, boxes, draw_one(rng, 90, 70, SMALL))
     assert torch.equal(image, before[0])
     assert np.array_equal(boxes, before[1])
 
 
 def test_an_image_of_another_size_is_refused():
-    augmentation = draw(np.random.default_rng(0), 10, 20, SMALL)
+    augmentation = draw_one(np.random.default_rng(0), 10, 20, SMALL)
     with pytest.raises(ValueError, match="20 x 10 pixels, but the augmentation was drawn for 10 x 20"):
         apply(torch.zeros(3, 20, 10, dtype=torch.uint8), np.zeros((0, 4)), augmentation)
 
@@ -244,3 +248,16 @@ def test_an_image_of_another_size_is_refused():
 def test_a_spec_that_cannot_be_drawn_from_is_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         AugmentSpec(**fields)
+
+
+def test_the_augmentation_of_an_image_does_not_depend_on_its_neighbours():
+    rng = np.random.default_rng(0)
+    random = rng.random((50, RANDOM_NUMBERS))
+    heights, widths = rng.integers(1, 900, (2, 50))
+    together = draw(random, heights, widths, AugmentSpec())
+    for index in range(50):
+        alone = draw(
+            random[index : index + 1], heights[index : index + 1], widths[index : index + 1], AugmentSpec()
+        )
+        assert alone[0] == together[index]
+        assert together[index].output_size == tuple(together.output_sizes[index])

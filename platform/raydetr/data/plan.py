@@ -1,12 +1,13 @@
 """Which record is used when, and how it is augmented: a pure function of (data set, seed, epoch).
 
-Nothing here knows Ray, workers or pixels. The order of an epoch has three levels:
+Nothing here knows Ray, workers or pixels. The order of an epoch has four levels:
 
 - A **window** is a few consecutive row groups of one shard: what one task reads, once per epoch. Ingest wrote
   the records in random order, so a window is a random sample of the data set.
-- An epoch visits all windows in an order permuted by (seed, epoch), the records of each in an order permuted by
-  (seed, epoch, window), and cuts them into **micro-batches** of B slots. The last one of a window may have
-  empty slots, which weigh nothing.
+- An epoch visits the shards in an order permuted by (seed, epoch), 64 at a time, and the windows of these in an
+  order permuted by (seed, epoch, bundle): no list of all windows exists, so a million shards cost a few numbers each.
+- The records of a window, permuted by (seed, epoch, window), are cut into **micro-batches** of B slots. The last one
+  may have empty slots, which weigh nothing.
 - A **step** is M consecutive micro-batches. The last step of an epoch is filled up with empty micro-batches: no
   record is dropped, none is borrowed from the next epoch, and the number of steps follows from the manifest.
 
@@ -14,8 +15,6 @@ So step n holds the same records, augmented alike and padded to the same shape, 
 any W ≤ M takes the micro-batches r, r + W, … of each step (`data/stream.py` deals them out).
 """
 
-import hashlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +22,13 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from detr.augment import Augmentation, AugmentSpec, draw
+from detr.augment import RANDOM_NUMBERS, Augmentation, AugmentSpec, Draws, draw
+from raydetr.data.keyed_random import generator, uniforms
+from raydetr.data.layout import Int64Array, Layout, Sizes, Window, Windows
 from raydetr.errors import ConfigError
 
-Int64Array = npt.NDArray[np.int64]
+SHARDS_MIXED = 64
+"""Shards whose windows are permuted together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class PlanSpec:
     augmentation: what each use of a record draws from.
     window_row_groups: row groups of a window; larger shuffles better and takes more memory.
     size_multiple: padded heights and widths are multiples of it, so that few shapes occur.
+    group_sizes: put images of like size into the same step, as far as a window has them, to save padding.
     """
 
     seed: int
@@ -47,6 +50,7 @@ class PlanSpec:
     augmentation: AugmentSpec
     window_row_groups: int = 4
     size_multiple: int = 32
+    group_sizes: bool = False
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "micro_batches", "window_row_groups", "size_multiple"):
@@ -54,37 +58,6 @@ class PlanSpec:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1."
                 )
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The shape of the data set that the plan needs: records per shard and per row group."""
-
-    shard_sizes: tuple[int, ...]
-    row_group_size: int
-
-
-@dataclass(frozen=True)
-class Window:
-    """Consecutive row groups of one shard.
-
-    shard: index of the shard.
-    row_groups: first and one past the last row group.
-    size: records in them.
-    """
-
-    shard: int
-    row_groups: tuple[int, int]
-    size: int
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Ids and image sizes of the records of a window, in the order they are stored."""
-
-    image_ids: Int64Array
-    heights: Int64Array
-    widths: Int64Array
 
 
 @dataclass(frozen=True)
@@ -135,73 +108,66 @@ class WindowTask:
 
 
 @dataclass(frozen=True)
+class Visit:
+    """A window's turn in an epoch: its index, the number within the epoch of its first micro-batch, how many it has."""
+
+    window: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """The order of a training run. Lazy: an epoch's windows are permuted when it is reached."""
+    """The order of a training run.
+
+    repeats: float64 [records], at least 1, in storage order: how often each record is used in an epoch on average;
+        None: exactly once. How often a record is used in a certain epoch is one of the two integers next to it.
+    """
 
     layout: Layout
     spec: PlanSpec
+    repeats: npt.NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
-        if not sum(self.layout.shard_sizes):
+        if not np.sum(self.layout.shard_sizes):
             raise ConfigError("The data set has no records: there is nothing to train on.")
 
-    @property
-    def num_windows(self) -> int:
-        """Windows of an epoch."""
-        return len(self._counts)
+    @cached_property
+    def windows(self) -> Windows:
+        """The windows of the data set, in storage order."""
+        return Windows(self.layout, self.spec.window_row_groups)
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch: a closed function of the layout, B, M and the window size."""
-        return -(-int(self._counts.sum()) // self.spec.micro_batches)
+        """Steps of an epoch: the same for all epochs, a function of the layout, the repeats, B, M and the window."""
+        return -(-int(self._shard_counts.sum()) // self.spec.micro_batches)
 
-    def window(self, index: int) -> Window:
-        """Window number `index`, in storage order."""
-        shard, start, stop, size = (int(column[index]) for column in self._table)
-        return Window(shard, (start, stop), size)
+    def visits(self, epoch: int, start: int = 0) -> Iterator[Visit]:
+        """The windows of an epoch in order, from the one that holds micro-batch number `start` on."""
+        shards = generator(self.spec.seed, "shards", epoch, 0).permutation(len(self.layout.shard_sizes))
+        ends = np.cumsum(self._shard_counts[shards])
+        first_shard = int(np.searchsorted(ends, start, side="right")) // SHARDS_MIXED * SHARDS_MIXED
+        for begin in range(first_shard, len(shards), SHARDS_MIXED):
+            windows = self.windows.of_shards(shards[begin : begin + SHARDS_MIXED])
+            order = generator(self.spec.seed, "windows", epoch, begin).permutation(windows)
+            counts = self._counts(order)
+            firsts = np.cumsum(counts) - counts + (int(ends[begin - 1]) if begin else 0)
+            for window, first, count in zip(order.tolist(), firsts.tolist(), counts.tolist(), strict=True):
+                if first + count > start:
+                    yield Visit(window, first, count)
 
-    def order(self, epoch: int) -> tuple[Int64Array, Int64Array]:
-        """The windows of an epoch in order, and the number within the epoch of each one's first micro-batch.
-
-        The second array has one more entry: the number of micro-batches of the epoch.
-        """
-        order = _generator(self.spec.seed, "windows", epoch, 0).permutation(self.num_windows)
-        return order, np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self._counts[order])])
-
-    def micro_batches(self, epoch: int, window: int, first: int, sizes: Sizes) -> list[MicroBatch]:
-        """The micro-batches of a window, with `shape` of each micro-batch alone (a step takes the largest).
+    def explain(self, step: int, read: Callable[[Window], Sizes]) -> list[MicroBatch]:
+        """The micro-batches of a step: which images it holds, how each is augmented, what they are padded to.
 
         Args:
-            epoch: which epoch.
-            window: index of the window.
-            first: number, within the epoch, of its first micro-batch.
-            sizes: ids and image sizes of its records, as stored.
+            step: counted over all epochs.
+            read: looks up ids and sizes of a window's records.
         """
-        spec = self.spec
-        rows = _generator(spec.seed, "rows", epoch, window).permutation(len(sizes.image_ids))
-        slots = [self.slot(epoch, int(row), sizes) for row in rows]
-        batches: list[MicroBatch] = []
-        for start in range(0, len(slots), spec.micro_batch_size):
-            step, position = divmod(first + len(batches), spec.micro_batches)
-            chosen = tuple(slots[start : start + spec.micro_batch_size])
-            batches.append(
-                MicroBatch(
-                    step=epoch * self.steps_per_epoch + step,
-                    position=position,
-                    epoch=epoch,
-                    window=window,
-                    slots=chosen,
-                    shape=_padded(chosen, spec.size_multiple),
-                )
-            )
-        return batches
-
-    def slot(self, epoch: int, row: int, sizes: Sizes) -> Slot:
-        """The use of a record in an epoch: its augmentation depends on (seed, epoch, image id) and its size."""
-        image_id = int(sizes.image_ids[row])
-        generator = _generator(self.spec.seed, "augment", epoch, image_id)
-        height, width = int(sizes.heights[row]), int(sizes.widths[row])
-        return Slot(row, image_id, draw(generator, height, width, self.spec.augmentation))
+        return [
+            batch
+            for task in self.tasks(step, step + 1, read)
+            for batch in self.run(task, read(self.windows[task.window]))
+        ]
 
     def tasks(self, first_step: int, last_step: int, read: Callable[[Window], Sizes]) -> Iterator[WindowTask]:
         """The tasks that yield steps `first_step` to `last_step` − 1, in order, across epochs.
@@ -212,107 +178,167 @@ class Plan:
             read: looks up ids and sizes of a window's records; called for windows in the order of use.
         """
         per_step = self.spec.micro_batches
+        total = int(self._shard_counts.sum())
         step = first_step
         while step < last_step:
             epoch, within = divmod(step, self.steps_per_epoch)
-            order, starts = self.order(epoch)
-            shapes = _StepShapes(self, epoch, order, starts, read)
-            total = int(starts[-1])
             start = within * per_step
             end = min(self.steps_per_epoch, within + last_step - step) * per_step
-            position = bisect_right(starts, start) - 1 if start < total else len(order) - 1
-            while position < len(order) and int(starts[position]) < end:
-                first, window = int(starts[position]), int(order[position])
-                own = int(self._counts[window])
-                trailing = self.steps_per_epoch * per_step - total if position == len(order) - 1 else 0
-                skip = max(0, start - first)
-                stop = min(first + own + trailing, end)
+            shapes = _StepShapes(self, epoch, start, read)
+            for visit in self.visits(epoch, start):
+                if visit.first >= end:
+                    break
+                own_end = visit.first + visit.count
+                trailing = self.steps_per_epoch * per_step - total if own_end == total else 0
+                skip = max(0, start - visit.first)
+                stop = min(own_end + trailing, end)
                 yield WindowTask(
                     epoch=epoch,
-                    window=window,
-                    first=first,
+                    window=visit.window,
+                    first=visit.first,
                     skip=skip,
                     trailing=trailing,
-                    shapes=tuple(shapes(number // per_step) for number in range(first + skip, stop)),
+                    shapes=tuple(shapes(number // per_step) for number in range(visit.first + skip, stop)),
                 )
-                position += 1
             step += self.steps_per_epoch - within
 
     def run(self, task: WindowTask, sizes: Sizes) -> list[MicroBatch]:
         """The micro-batches of a task, ready to be filled: those skipped left out, shapes those of their steps."""
-        per_step = self.spec.micro_batches
-        own = self.micro_batches(task.epoch, task.window, task.first, sizes)
-        for number in range(task.first + len(own), task.first + len(own) + task.trailing):
-            step, position = divmod(number, per_step)
-            step += task.epoch * self.steps_per_epoch
-            own.append(MicroBatch(step, position, task.epoch, -1, (), (0, 0)))
-        wanted = own[task.skip : task.skip + len(task.shapes)]
-        return [
-            MicroBatch(each.step, each.position, each.epoch, each.window, each.slots, shape)
-            for each, shape in zip(wanted, task.shapes, strict=True)
-        ]
+        arranged = _arrange(self, task.epoch, task.window, task.first, sizes)
+        batches: list[MicroBatch] = []
+        for number, shape in enumerate(task.shapes, task.skip):
+            step, position = divmod(task.first + number, self.spec.micro_batches)
+            own = number < len(arranged.batches)
+            slots = arranged.slots(number, sizes) if own else ()
+            batches.append(
+                MicroBatch(
+                    step=task.epoch * self.steps_per_epoch + step,
+                    position=position,
+                    epoch=task.epoch,
+                    window=task.window if own else -1,
+                    slots=slots,
+                    shape=shape,
+                )
+            )
+        return batches
+
+    def slots_of(self, windows: Int64Array) -> Int64Array:
+        """How many slots the records of each window fill in an epoch."""
+        return self.windows.sizes(windows) if self._window_slots is None else self._window_slots[windows]
 
     @cached_property
-    def _table(self) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array]:
-        return _tabulate(self.layout, self.spec.window_row_groups)
+    def _window_slots(self) -> Int64Array | None:
+        if self.repeats is None:
+            return None
+        sums = [self.repeats[self.windows.records(window)].sum() for window in range(len(self.windows))]
+        return np.ceil(np.array(sums) - 1e-6).astype(np.int64)
+
+    def _counts(self, windows: Int64Array) -> Int64Array:
+        """Micro-batches of windows."""
+        return -(-self.slots_of(windows) // self.spec.micro_batch_size)
 
     @cached_property
-    def _counts(self) -> Int64Array:
-        """Micro-batches of each window."""
-        return -(-self._table[3] // self.spec.micro_batch_size)
+    def _shard_counts(self) -> Int64Array:
+        """Micro-batches of each shard."""
+        first, batch = self.windows.first, self.spec.micro_batch_size
+        if self._window_slots is not None:
+            sums = np.concatenate([[0], np.cumsum(self._counts(np.arange(len(self.windows))))])
+            return sums[first[1:]] - sums[first[:-1]]
+        full = self.windows.full_size
+        per_shard = first[1:] - first[:-1]
+        last = np.asarray(self.layout.shard_sizes) - (per_shard - 1) * full
+        return np.where(per_shard > 0, (per_shard - 1) * -(-full // batch) - (-last // batch), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Arranged:
+    """A window in an epoch: uses of its records, and which of them each micro-batch holds."""
+
+    rows: Int64Array
+    draws: Draws
+    batches: list[Int64Array]
+
+    def slots(self, batch: int, sizes: Sizes) -> tuple[Slot, ...]:
+        """The slots of a micro-batch."""
+        uses = self.batches[batch].tolist()
+        return tuple(
+            Slot(int(self.rows[use]), int(sizes.image_ids[self.rows[use]]), self.draws[use]) for use in uses
+        )
+
+    def shapes(self) -> Int64Array:
+        """The largest height and the largest width of each micro-batch, int64 [micro-batches, 2]."""
+        return np.array([self.draws.output_sizes[uses].max(axis=0) for uses in self.batches])
+
+
+def _arrange(plan: Plan, epoch: int, window: int, first: int, sizes: Sizes) -> _Arranged:
+    """The micro-batches of a window whose first one has number `first` within the epoch."""
+    spec = plan.spec
+    random = generator(spec.seed, "rows", epoch, window)
+    rows = np.arange(len(sizes.image_ids))
+    repetitions = np.zeros_like(rows)
+    if plan.repeats is not None:
+        total = int(plan.slots_of(np.array([window]))[0])
+        counts = _whole(plan.repeats[plan.windows.records(window)], total, random.random())
+        repetitions = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = np.repeat(rows, counts)
+    # Keyed by the image, so that an image is augmented alike wherever the order puts it.
+    numbers = uniforms(spec.seed, "augment", epoch, sizes.image_ids[rows], repetitions, RANDOM_NUMBERS)
+    draws = draw(numbers, sizes.heights[rows], sizes.widths[rows], spec.augmentation)
+    order = random.permutation(len(rows))
+    if not spec.group_sizes:
+        return _Arranged(rows, draws, _cut(order, spec.micro_batch_size))
+    heights, widths = draws.output_sizes[order].T
+    order = order[np.lexsort((heights * widths, heights > widths))]
+    batches = _cut(order, spec.micro_batch_size)
+    # Steps that are whole in this window change places; what shares a step with a neighbour stays at the ends.
+    head = min(-first % spec.micro_batches, len(batches))
+    whole = (len(batches) - head) // spec.micro_batches
+    steps = [
+        batches[start : start + spec.micro_batches]
+        for start in range(head, head + whole * spec.micro_batches, spec.micro_batches)
+    ]
+    shuffled = [batch for index in random.permutation(whole) for batch in steps[index]]
+    return _Arranged(rows, draws, batches[:head] + shuffled + batches[head + len(shuffled) :])
+
+
+def _cut(order: Int64Array, size: int) -> list[Int64Array]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _whole(repeats: npt.NDArray[np.float64], total: int, offset: float) -> Int64Array:
+    """Repeats rounded to integers that sum to `total` ≥ their sum, each up or down: systematic sampling."""
+    ends = np.cumsum(repeats)
+    ends *= total / ends[-1]
+    return np.diff(np.floor(ends + offset * 0.999 + 1e-9), prepend=0).astype(np.int64)
 
 
 class _StepShapes:
     """Padded shapes of an epoch's steps; looks at each window once, in order, and forgets it."""
 
-    def __init__(
-        self, plan: Plan, epoch: int, order: Int64Array, starts: Int64Array, read: Callable[[Window], Sizes]
-    ) -> None:
-        self.plan, self.epoch, self.order, self.starts, self.read = plan, epoch, order, starts, read
+    def __init__(self, plan: Plan, epoch: int, start: int, read: Callable[[Window], Sizes]) -> None:
+        self.plan, self.epoch, self.read = plan, epoch, read
         self.known: dict[int, tuple[int, int]] = {}
-        self.next_position: int | None = None
+        self.visits = plan.visits(epoch, start)
+        self.looked = start
 
     def __call__(self, step: int) -> tuple[int, int]:
         """(height, width) of step number `step` within the epoch."""
-        per_step = self.plan.spec.micro_batches
-        if self.next_position is None:
-            self.next_position = bisect_right(self.starts, step * per_step) - 1
-        while (
-            self.next_position < len(self.order) and self.starts[self.next_position] < (step + 1) * per_step
-        ):
-            self._look_at(self.next_position)
-            self.next_position += 1
-        self.known = {number: shape for number, shape in self.known.items() if number >= step}
-        return self.known[step]
+        while self.looked < (step + 1) * self.plan.spec.micro_batches:
+            visit = next(self.visits, None)
+            if visit is None:
+                break
+            self._look_at(visit)
+        if len(self.known) > 2 * self.plan.spec.micro_batches:
+            self.known = {number: shape for number, shape in self.known.items() if number >= step}
+        multiple = self.plan.spec.size_multiple
+        height, width = self.known[step]
+        return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
-    def _look_at(self, position: int) -> None:
-        window, first = int(self.order[position]), int(self.starts[position])
-        sizes = self.read(self.plan.window(window))
-        for number, batch in enumerate(self.plan.micro_batches(self.epoch, window, first, sizes), first):
+    def _look_at(self, visit: Visit) -> None:
+        sizes = self.read(self.plan.windows[visit.window])
+        arranged = _arrange(self.plan, self.epoch, visit.window, visit.first, sizes)
+        for number, shape in enumerate(arranged.shapes().tolist(), visit.first):
             step = number // self.plan.spec.micro_batches
             height, width = self.known.get(step, (0, 0))
-            self.known[step] = (max(height, batch.shape[0]), max(width, batch.shape[1]))
-
-
-def _tabulate(layout: Layout, row_groups: int) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array]:
-    """Columns shard, first row group, one past the last, size; one row per window, in storage order."""
-    sizes = np.asarray(layout.shard_sizes, dtype=np.int64)
-    groups = -(-sizes // layout.row_group_size)
-    per_shard = -(-groups // row_groups)
-    shard = np.repeat(np.arange(len(sizes)), per_shard)
-    number = np.arange(len(shard)) - np.repeat(np.cumsum(per_shard) - per_shard, per_shard)
-    start = number * row_groups
-    stop = np.minimum(start + row_groups, groups[shard])
-    size = np.minimum(stop * layout.row_group_size, sizes[shard]) - start * layout.row_group_size
-    return shard, start, stop, size
-
-
-def _padded(slots: tuple[Slot, ...], multiple: int) -> tuple[int, int]:
-    heights, widths = zip(*(slot.augmentation.output_size for slot in slots), strict=True)
-    return -(-max(heights) // multiple) * multiple, -(-max(widths) // multiple) * multiple
-
-
-def _generator(seed: int, purpose: str, epoch: int, item: int) -> np.random.Generator:
-    """A generator of its own for each random choice: nothing depends on the order in which they are made."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{epoch}/{item}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+            self.known[step] = (max(height, shape[0]), max(width, shape[1]))
+        self.looked = visit.first + visit.count

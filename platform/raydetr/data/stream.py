@@ -13,12 +13,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as compute
 import ray.data
 from ray.data import DataContext, DataIterator, Dataset
 from ray.data._internal.execution.execution_callback import ExecutionCallback
@@ -28,14 +26,14 @@ from ray.train import DataConfig
 
 from detr.augment import apply
 from detr.image_processing.decode import ImageError, decode_image
+from raydetr.data.balance import repeat_factors
 from raydetr.data.micro_batch import Example, TrainingBatch, pack, unpack
-from raydetr.data.plan import Layout, MicroBatch, Plan, PlanSpec, Sizes, Slot, Window, WindowTask
+from raydetr.data.plan import MicroBatch, Plan, PlanSpec, Slot, WindowTask
 from raydetr.data.schema import is_trained
-from raydetr.data.shards import TARGET_COLUMNS, Manifest, read_rows, training_targets
+from raydetr.data.shards import Manifest, training_targets
+from raydetr.data.source import Source, layout, to_sizes
 from raydetr.errors import ConfigError, DataError
 
-INDEX_COLUMNS = ["image_id", "height", "width"]
-RECORD_COLUMNS = [*TARGET_COLUMNS, "image_id", "image", "fault"]
 ROW_BYTES = 32 * 1024 * 1024
 """Pixels of a row, about: enough that what a row costs by itself is little beside them."""
 
@@ -44,26 +42,28 @@ ROW_BYTES = 32 * 1024 * 1024
 class Stream:
     """What is streamed.
 
-    manifest: the data set.
-    plan: its order.
+    source: the records.
+    plan: their order.
     last_step: one past the last step of the job.
     first_step: looked up whenever workers start: the step after the last committed one.
     """
 
-    manifest: Manifest
+    source: Source
     plan: Plan
     last_step: int
     first_step: Callable[[], int]
 
 
-def layout(manifest: Manifest) -> Layout:
-    """What the plan needs to know of a data set."""
-    return Layout(tuple(shard.num_images for shard in manifest.shards), manifest.row_group_size)
+def build_plan(manifest: Manifest, spec: PlanSpec, repeat_threshold: float = 0.0) -> Plan:
+    """The plan of a data set.
 
-
-def build_plan(manifest: Manifest, spec: PlanSpec) -> Plan:
-    """The plan of a data set."""
-    return Plan(layout(manifest), spec)
+    Args:
+        manifest: of its shards.
+        spec: what decides the order.
+        repeat_threshold: of `balance.repeat_factors`; 0: every record exactly once per epoch.
+    """
+    repeats = repeat_factors(manifest, repeat_threshold) if repeat_threshold else None
+    return Plan(layout(manifest), spec, repeats)
 
 
 def dataset(stream: Stream, world_size: int, first_step: int) -> Dataset:
@@ -224,9 +224,7 @@ class _Windows(Datasource):
 
 
 def _walk(stream: Stream, first_step: int) -> Iterator[pa.Table]:
-    for task in stream.plan.tasks(
-        first_step, stream.last_step, lambda window: _sizes(stream.manifest, window)
-    ):
+    for task in stream.plan.tasks(first_step, stream.last_step, stream.source.sizes):
         yield pa.table(
             {
                 "epoch": [task.epoch],
@@ -239,45 +237,18 @@ def _walk(stream: Stream, first_step: int) -> Iterator[pa.Table]:
         )
 
 
-def _sizes(manifest: Manifest, window: Window) -> Sizes:
-    index = _shard_index(manifest.root, manifest.shards[window.shard].file)
-    start = window.row_groups[0] * manifest.row_group_size
-    return _to_sizes(index.slice(start, window.size))
-
-
-@lru_cache(maxsize=128)
-def _shard_index(root: str, file: str) -> pa.Table:
-    return read_rows(root, file, None, INDEX_COLUMNS)
-
-
-def _to_sizes(table: pa.Table) -> Sizes:
-    # An image that could not be read has no size; its slot has weight 0 whatever it is.
-    image_ids, heights, widths = (
-        compute.fill_null(table[name], 1).to_numpy().astype(np.int64) for name in INDEX_COLUMNS
-    )
-    return Sizes(image_ids, np.maximum(heights, 1), np.maximum(widths, 1))
-
-
 def _fill(table: pa.Table, stream: Stream, world_size: int) -> Iterator[pa.Table]:
     """The micro-batches of the window that `table`'s one row names, in rows as `deal` makes them."""
     named = table.to_pylist()[0]
     task = WindowTask(**{**named, "shapes": tuple(map(tuple, named["shapes"]))})
-    plan, manifest = stream.plan, stream.manifest
-    window = plan.window(task.window)
-    records = read_rows(
-        manifest.root,
-        manifest.shards[window.shard].file,
-        range(*window.row_groups),
-        RECORD_COLUMNS,
-    )
+    plan, labels = stream.plan, stream.source.labels
+    records = stream.source.records(plan.windows[task.window])
 
     def filled(batch: MicroBatch) -> tuple[MicroBatch, list[Example]]:
         rows = (records.slice(slot.row, 1).to_pylist()[0] for slot in batch.slots)
-        return batch, [
-            _example(row, slot, manifest.labels) for row, slot in zip(rows, batch.slots, strict=True)
-        ]
+        return batch, [_example(row, slot, labels) for row, slot in zip(rows, batch.slots, strict=True)]
 
-    for row in deal(plan.run(task, _to_sizes(records)), plan.spec, world_size):
+    for row in deal(plan.run(task, to_sizes(records)), plan.spec, world_size):
         yield pack([filled(batch) for batch in row], plan.spec.micro_batch_size)
 
 

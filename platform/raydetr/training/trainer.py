@@ -17,6 +17,7 @@ from raydetr import cluster, storage
 from raydetr.config import TrainConfig
 from raydetr.data.plan import PlanSpec
 from raydetr.data.shards import Manifest
+from raydetr.data.source import shard_source
 from raydetr.data.stream import PlanDataConfig, Stream, build_plan
 from raydetr.data.synthetic import embedded
 from raydetr.errors import ConfigError, TrainingError
@@ -101,6 +102,7 @@ def plan_spec(config: TrainConfig) -> PlanSpec:
         micro_batch_size=config.micro_batch_size,
         micro_batches=config.micro_batches,
         window_row_groups=config.window_row_groups,
+        group_sizes=config.group_sizes,
         augmentation=AugmentSpec(
             flip=config.flip,
             shortest_edges=config.shortest_edges,
@@ -152,8 +154,8 @@ def fit(config: TrainConfig, manifest: Manifest, run_id: str) -> None:
         TrainingError: more workers failed than `--max-failures`, or the loop itself raised.
     """
     stream = Stream(
-        manifest=manifest,
-        plan=build_plan(manifest, plan_spec(config)),
+        source=shard_source(manifest),
+        plan=build_plan(manifest, plan_spec(config), config.repeat_threshold),
         last_step=config.steps,
         first_step=partial(checkpoint.last_committed_step, config.output),
     )

@@ -5,7 +5,7 @@ import pytest
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import get_image_size_for_max_height_width
 
-from detr.image_processing.size import canonical_shape, output_size
+from detr.image_processing.size import canonical_shape, output_size, output_sizes
 
 
 def random_sizes(seed: int, number: int, most: int) -> list[tuple[int, int]]:
@@ -80,3 +80,11 @@ def test_the_default_recipe_needs_few_canonical_shapes():
     size = {"shortest_edge": 800, "longest_edge": 1333}
     shapes = {canonical_shape(*output_size(480, width, size)) for width in range(480, 800)}
     assert len(shapes) <= 9
+
+
+def test_many_sizes_at_once_are_those_one_by_one() -> None:
+    sizes = np.array(random_sizes(4, 20_000, 4000))
+    edges = np.random.default_rng(0).integers(1, 900, len(sizes))
+    together = output_sizes(sizes[:, 0], sizes[:, 1], edges, 1333)
+    for (height, width), edge, size in zip(sizes.tolist(), edges.tolist(), together.tolist(), strict=True):
+        assert output_size(height, width, {"shortest_edge": edge, "longest_edge": 1333}) == tuple(size)

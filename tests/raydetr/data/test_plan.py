@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from detr.augment import AugmentSpec
-from raydetr.data.plan import Layout, MicroBatch, Plan, PlanSpec, Sizes, Window
+from raydetr.data.layout import Layout, Sizes, Window, Windows
+from raydetr.data.plan import MicroBatch, Plan, PlanSpec
 from raydetr.errors import ConfigError
 
 AUGMENTATION = AugmentSpec(
@@ -27,17 +28,25 @@ SPECS = {
 }
 
 
-def make_plan(sizes: tuple[int, ...], spec: tuple[int, int, int], seed: int = 0) -> Plan:
+def make_plan(
+    sizes: tuple[int, ...],
+    spec: tuple[int, int, int],
+    seed: int = 0,
+    group_sizes: bool = False,
+    repeats: np.ndarray | None = None,
+) -> Plan:
     batch, micro_batches, window = spec
     return Plan(
-        Layout(sizes, 32),
+        Layout(np.array(sizes), 32),
         PlanSpec(
             seed=seed,
             micro_batch_size=batch,
             micro_batches=micro_batches,
             augmentation=AUGMENTATION,
             window_row_groups=window,
+            group_sizes=group_sizes,
         ),
+        repeats,
     )
 
 
@@ -55,14 +64,17 @@ def run(plan: Plan, first: int, last: int) -> list[MicroBatch]:
     return [
         batch
         for task in plan.tasks(first, last, look_up)
-        for batch in plan.run(task, look_up(plan.window(task.window)))
+        for batch in plan.run(task, look_up(plan.windows[task.window]))
     ]
 
 
-@pytest.fixture(params=itertools.product(LAYOUTS, SPECS), ids=lambda pair: f"{pair[0]}, {pair[1]}")
+@pytest.fixture(
+    params=itertools.product(LAYOUTS, SPECS, (False, True)),
+    ids=lambda each: f"{each[0]}, {each[1]}{', grouped' * each[2]}",
+)
 def plan(request: pytest.FixtureRequest) -> Plan:
-    layout, spec = request.param
-    return make_plan(LAYOUTS[layout], SPECS[spec])
+    layout, spec, grouped = request.param
+    return make_plan(LAYOUTS[layout], SPECS[spec], group_sizes=grouped)
 
 
 def test_every_record_occurs_exactly_once_per_epoch(plan: Plan) -> None:
@@ -112,7 +124,7 @@ def test_no_micro_batch_is_larger_than_asked(plan: Plan) -> None:
 def test_empty_slots_come_only_from_the_ends_of_windows(plan: Plan) -> None:
     batches = run(plan, 0, plan.steps_per_epoch)
     missing = sum(plan.spec.micro_batch_size - len(b.slots) for b in batches if b.window >= 0)
-    assert missing <= plan.num_windows * (plan.spec.micro_batch_size - 1)
+    assert missing <= len(plan.windows) * (plan.spec.micro_batch_size - 1)
     assert sum(batch.window < 0 for batch in batches) < plan.spec.micro_batches
 
 
@@ -176,3 +188,91 @@ def test_a_plan_of_coco_size_starts_and_resumes_without_walking_through_it() -> 
     task = next(plan.tasks(123_456, 1_000_000, look_up))
     assert task.epoch == 123_456 // plan.steps_per_epoch
     assert len(looked_at) <= 3
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_repeated_records_occur_as_often_as_their_factor_says(grouped: bool) -> None:
+    rng = np.random.default_rng(0)
+    repeats = np.where(rng.random(331) < 0.7, 1.0, rng.uniform(1, 4, 331))
+    plan = make_plan((100, 37, 1, 64, 129), (3, 5, 1), group_sizes=grouped, repeats=repeats)
+    epochs = 40
+    end = epochs * plan.steps_per_epoch
+    batches = run(plan, 0, end)
+    used = np.zeros((epochs, 331), dtype=int)
+    for batch in batches:
+        for slot in batch.slots:
+            used[batch.epoch, (slot.image_id - 7) // 3] += 1
+    # A window rounds the sum of its factors up to a whole number of slots: much in a window of one record.
+    assert (used >= np.floor(repeats)).all()
+    assert (used <= np.ceil(repeats) + 1).all()
+    assert np.quantile(np.abs(used.mean(axis=0) - repeats), 0.98) < 0.25
+    assert abs(used.mean(axis=0).sum() - repeats.sum()) <= len(plan.windows)
+    assert run(plan, 123, end) == batches[123 * 5 :]
+
+
+def test_repetitions_of_a_record_within_an_epoch_are_augmented_apart() -> None:
+    plan = make_plan((64,), (4, 4, 1), repeats=np.full(64, 3.0))
+    drawn: dict[int, list[object]] = {}
+    for batch in run(plan, 0, plan.steps_per_epoch):
+        for slot in batch.slots:
+            drawn.setdefault(slot.image_id, []).append(slot.augmentation)
+    assert all(len(each) == 3 for each in drawn.values())
+    assert sum(len(set(each)) > 1 for each in drawn.values()) > 60
+
+
+def test_grouping_by_size_saves_padding_and_keeps_the_augmentations() -> None:
+    def padding(plan: Plan) -> float:
+        batches = run(plan, 0, plan.steps_per_epoch)
+        padded = sum(batch.shape[0] * batch.shape[1] * len(batch.slots) for batch in batches)
+        images = [slot.augmentation.output_size for batch in batches for slot in batch.slots]
+        return 1 - sum(height * width for height, width in images) / padded
+
+    plain, grouped = (make_plan((512, 512), (4, 4, 4), group_sizes=each) for each in (False, True))
+    assert padding(grouped) < 0.6 * padding(plain)
+    drawn = [
+        sorted(
+            (s.image_id, s.augmentation.output_size) for b in run(p, 0, p.steps_per_epoch) for s in b.slots
+        )
+        for p in (plain, grouped)
+    ]
+    assert drawn[0] == drawn[1]
+
+
+def test_explain_names_the_images_of_any_step(plan: Plan) -> None:
+    end = 2 * plan.steps_per_epoch
+    whole = run(plan, 0, end)
+    for step in {0, plan.steps_per_epoch - 1, end - 1}:
+        explained = plan.explain(step, lambda window: read(plan, window))
+        assert explained == [batch for batch in whole if batch.step == step]
+
+
+def test_a_billion_records_in_a_million_shards_start_at_any_step() -> None:
+    plan = make_plan((1000,) * 1_000_000, (2, 16, 4))
+
+    def look_up(window: Window) -> Sizes:
+        number = window.shard * 1000 + window.row_groups[0] * 32 + np.arange(window.size)
+        return Sizes(number, 60 + number % 200, 60 + number % 91)
+
+    for first in (0, 12_345_678, 40 * 10**6):
+        tasks = list(plan.tasks(first, first + 20, look_up))
+        batches = [batch for task in tasks for batch in plan.run(task, look_up(plan.windows[task.window]))]
+        assert [(b.step, b.position) for b in batches] == list(
+            itertools.product(range(first, first + 20), range(16))
+        )
+
+
+def test_windows_are_those_of_a_plain_walk() -> None:
+    layout = Layout(np.array([100, 0, 37, 1, 64, 129]), 32)
+    windows = Windows(layout, 2)
+    expected, before = [], 0
+    for shard, size in enumerate(layout.shard_sizes.tolist()):
+        groups = -(-size // 32)
+        for start in range(0, groups, 2):
+            stop = min(start + 2, groups)
+            records = slice(before + start * 32, before + min(stop * 32, size))
+            expected.append((Window(shard, (start, stop), records.stop - records.start), records))
+        before += size
+    assert [(windows[i], windows.records(i)) for i in range(len(windows))] == expected
+    assert windows.sizes(np.arange(len(windows))).tolist() == [window.size for window, _ in expected]
+    chosen = windows.of_shards(np.array([5, 1, 0])).tolist()
+    assert [windows[i].shard for i in chosen] == [5, 5, 5, 0, 0]

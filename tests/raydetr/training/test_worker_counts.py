@@ -16,6 +16,7 @@ from raydetr.config import TrainConfig
 from raydetr.data import stream
 from raydetr.data.micro_batch import unpack
 from raydetr.data.shards import Manifest
+from raydetr.data.source import shard_source
 from raydetr.training.distributed import step_totals
 from raydetr.training.loop import compute_gradients, create_state, parallelise, per_worker, to_device
 from raydetr.training.trainer import plan_spec
@@ -87,7 +88,9 @@ def record_worker(arguments: dict[str, Any]) -> None:
 
 def build_stream(config: TrainConfig, manifest: Manifest, start: int = 0) -> stream.Stream:
     plan = stream.build_plan(manifest, plan_spec(config))
-    return stream.Stream(manifest=manifest, plan=plan, last_step=STEPS, first_step=partial(first_step, start))
+    return stream.Stream(
+        source=shard_source(manifest), plan=plan, last_step=STEPS, first_step=partial(first_step, start)
+    )
 
 
 def run_workers(config: TrainConfig, manifest: Manifest, folder: Path, start: int = 0) -> None:
