@@ -1,40 +1,27 @@
-"""Addresses to file systems, in one place: local folders and anything pyarrow.fs opens by URI (`s3://…`).
+"""Files at addresses: local folders and anything that pyarrow.fs opens by URI (`s3://…`), see `filesystems`.
 
-Writes are atomic: a reader finds the whole object or none. Credentials come from the standard chain.
+Writes are atomic: a reader finds the whole object or none. What a remote file system refuses for a reason that passes
+(it is busy, a connection broke) is tried again for `filesystems.RETRY_SECONDS`.
 """
 
 import json
 import os
+import shutil
+import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+import pyarrow as pa
 from pyarrow import fs
 
 from raydetr.errors import StorageError
+from raydetr.filesystems import attempt, is_local, is_transient, resolve
 
+Result = TypeVar("Result")
 
-def resolve(address: str) -> tuple[fs.FileSystem, str]:
-    """The file system of an address and the path in it.
-
-    Raises:
-        StorageError: the address is empty or its scheme is not one that pyarrow opens.
-    """
-    if not address:
-        raise StorageError("An empty address: give a folder or an s3:// address.")
-    if is_local(address):
-        return fs.LocalFileSystem(), os.path.abspath(address)
-    try:
-        filesystem, path = fs.FileSystem.from_uri(address)
-    except (ValueError, OSError) as error:
-        raise StorageError(f"{address}: not an address that can be opened ({error}).") from error
-    return filesystem, path
-
-
-def is_local(address: str) -> bool:
-    """Whether an address is a plain path of this machine's file system."""
-    return "://" not in address
+_CHUNK = 16 * 1024 * 1024
 
 
 def absolute(address: str) -> str:
@@ -49,20 +36,19 @@ def join(address: str, *parts: str) -> str:
 
 def exists(address: str) -> bool:
     """Whether a file or a folder is there."""
-    filesystem, path = resolve(address)
-    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+    return _info(address).type != fs.FileType.NotFound
 
 
 def is_folder(address: str) -> bool:
     """Whether a folder is there."""
-    filesystem, path = resolve(address)
-    return bool(filesystem.get_file_info(path).type == fs.FileType.Directory)
+    return bool(_info(address).type == fs.FileType.Directory)
 
 
 def list_names(address: str) -> list[str]:
     """Sorted names of the direct children of a folder; empty where it does not exist."""
     filesystem, path = resolve(address)
-    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    selector = fs.FileSelector(path, allow_not_found=True)
+    infos = attempt(address, "listed", lambda: filesystem.get_file_info(selector))
     return sorted(info.base_name for info in infos)
 
 
@@ -72,8 +58,7 @@ def size(address: str) -> int:
     Raises:
         StorageError: it is not a file.
     """
-    filesystem, path = resolve(address)
-    info = filesystem.get_file_info(path)
+    info = _info(address)
     if info.type != fs.FileType.File:
         raise StorageError(f"{address}: no such file.")
     return int(info.size)
@@ -87,17 +72,16 @@ def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
     """
     filesystem, path = resolve(folder)
     wanted = set(names)
-    try:
-        # One listing: an object store would need one request for each name.
-        infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    except OSError as error:
-        raise StorageError(f"{folder}: not a folder that can be listed ({error}).") from error
+    # One listing: an object store would need one request for each name.
+    selector = fs.FileSelector(path, recursive=True)
+    infos = attempt(folder, "listed", lambda: filesystem.get_file_info(selector))
     prefix = path.rstrip("/") + "/"
     sizes = {info.path.removeprefix(prefix): info.size for info in infos if info.is_file}
     found = {name: int(sizes[name]) for name in wanted & sizes.keys()}
     # Names such as ../other/1.jpg are not in a listing.
     unlisted = sorted(wanted - sizes.keys())
-    for name, info in zip(unlisted, filesystem.get_file_info([prefix + name for name in unlisted])):
+    paths = [prefix + name for name in unlisted]
+    for name, info in zip(unlisted, attempt(folder, "listed", lambda: filesystem.get_file_info(paths))):
         if info.is_file:
             found[name] = int(info.size)
     return found
@@ -110,11 +94,38 @@ def read_bytes(address: str) -> bytes:
         StorageError: it cannot be read.
     """
     filesystem, path = resolve(address)
-    try:
+
+    def whole() -> bytes:
         with filesystem.open_input_stream(path) as stream:
             return bytes(stream.read())
-    except OSError as error:
-        raise StorageError(f"{address}: cannot be read ({error}).") from error
+
+    return attempt(address, "read", whole)
+
+
+def read(address: str, action: Callable[[pa.NativeFile], Result]) -> Result:
+    """What `action` makes of a file, open for reading at any position.
+
+    It is done again, on the file opened anew, when a read fails for a reason that passes. Errors of a damaged file
+    are its own.
+
+    Raises:
+        StorageError: the file cannot be opened or read.
+    """
+    filesystem, path = resolve(address)
+
+    def once() -> Result | _Failed:
+        with filesystem.open_input_file(path) as stream:
+            try:
+                return action(stream)
+            except OSError as error:
+                if not is_local(address) and is_transient(error):
+                    raise
+                return _Failed(error)
+
+    result = attempt(address, "read", once)
+    if isinstance(result, _Failed):
+        raise result.error
+    return result
 
 
 def read_json(address: str) -> Any:
@@ -133,41 +144,43 @@ def read_json(address: str) -> Any:
 def open_output(address: str) -> Iterator[BinaryIO]:
     """A stream to a new file that appears whole when the block ends, or not at all; missing folders are made.
 
+    A remote file is put together on the local disk first: only a finished one can be sent again, and closing a
+    stream to S3 after an error would show what had been sent.
+
     Raises:
         StorageError: it cannot be written.
     """
-    filesystem, path = resolve(address)
-    local = isinstance(filesystem, fs.LocalFileSystem)
-    # An object store shows an object when its upload is complete; a file system needs the rename.
-    target = f"{path}.{uuid.uuid4().hex}.partial" if local else path
-    try:
-        if local:
-            filesystem.create_dir(os.path.dirname(path), recursive=True)
-        with filesystem.open_output_stream(target) as stream:
-            yield stream
-        if local:
-            os.replace(target, path)
-    except OSError as error:
-        raise StorageError(f"{address}: cannot be written ({error}).") from error
-    finally:
-        if local and os.path.lexists(target):
-            os.remove(target)
-
-
-@contextmanager
-def open_input(address: str) -> Iterator[BinaryIO]:
-    """A file for reading at any position.
-
-    Raises:
-        StorageError: it cannot be opened.
-    """
-    filesystem, path = resolve(address)
-    try:
-        stream = filesystem.open_input_file(path)
-    except OSError as error:
-        raise StorageError(f"{address}: cannot be read ({error}).") from error
-    with stream:
+    if is_local(address):
+        target = os.path.abspath(address)
+        partial = f"{target}.{uuid.uuid4().hex}.partial"
+        try:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with open(partial, "wb") as stream:
+                yield stream
+            os.replace(partial, target)
+        except OSError as error:
+            raise StorageError(f"{address}: cannot be written ({error}).") from error
+        finally:
+            if os.path.lexists(partial):
+                os.remove(partial)
+        return
+    with tempfile.TemporaryFile() as stream:
         yield stream
+        stream.flush()
+        _send(stream, address)
+
+
+def _send(source: BinaryIO, address: str) -> None:
+    filesystem, path = resolve(address)
+
+    def once() -> None:
+        source.seek(0)
+        if not isinstance(filesystem, fs.S3FileSystem):
+            filesystem.create_dir(os.path.dirname(path), recursive=True)
+        with filesystem.open_output_stream(path) as target:
+            shutil.copyfileobj(source, target, _CHUNK)
+
+    attempt(address, "written", once)
 
 
 def write_bytes(address: str, data: bytes) -> None:
@@ -188,15 +201,15 @@ def write_json(address: str, value: Any) -> None:
 def delete_file(address: str) -> None:
     """Delete a file; nothing happens where it does not exist."""
     filesystem, path = resolve(address)
-    if filesystem.get_file_info(path).type == fs.FileType.File:
-        filesystem.delete_file(path)
+    if _info(address).type == fs.FileType.File:
+        attempt(address, "deleted", lambda: filesystem.delete_file(path))
 
 
 def delete_folder(address: str) -> None:
     """Delete a folder and what is in it; nothing happens where it does not exist."""
     filesystem, path = resolve(address)
-    if filesystem.get_file_info(path).type == fs.FileType.Directory:
-        filesystem.delete_dir(path)
+    if _info(address).type == fs.FileType.Directory:
+        attempt(address, "deleted", lambda: filesystem.delete_dir(path))
 
 
 def upload_folder(source: str, address: str) -> None:
@@ -216,6 +229,24 @@ def download_folder(address: str, target: str) -> None:
         StorageError: there is no such folder.
     """
     filesystem, path = resolve(address)
-    if filesystem.get_file_info(path).type != fs.FileType.Directory:
+    if not is_folder(address):
         raise StorageError(f"{address}: no such folder.")
-    fs.copy_files(path, target, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+    attempt(
+        address,
+        "read",
+        lambda: fs.copy_files(
+            path, target, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem()
+        ),
+    )
+
+
+class _Failed:
+    """An error that is not the file system's, carried past `attempt`."""
+
+    def __init__(self, error: OSError) -> None:
+        self.error = error
+
+
+def _info(address: str) -> fs.FileInfo:
+    filesystem, path = resolve(address)
+    return attempt(address, "looked up", lambda: filesystem.get_file_info(path))

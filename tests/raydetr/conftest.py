@@ -10,6 +10,9 @@ import pytest
 import ray
 
 from raydetr import cluster
+from tests.raydetr.s3 import s3, s3_server
+
+__all__ = ["s3", "s3_server"]
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from raydetr import storage
+from raydetr import filesystems, storage
 from raydetr.errors import StorageError
 
 
@@ -69,8 +69,8 @@ def test_reading_what_is_not_there_names_the_address(tmp_path: Path, read: objec
     assert callable(read)
     with pytest.raises(StorageError, match="nowhere"):
         read(str(tmp_path / "nowhere"))
-    with pytest.raises(StorageError, match="nowhere"), storage.open_input(str(tmp_path / "nowhere")):
-        pass
+    with pytest.raises(StorageError, match="nowhere"):
+        storage.read(str(tmp_path / "nowhere"), lambda stream: stream.read())
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_json_is_written_in_one_form_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", ["", "nosuch://x/y"])
 def test_an_address_that_cannot_be_opened_is_refused(address: str) -> None:
     with pytest.raises(StorageError):
-        storage.resolve(address)
+        filesystems.resolve(address)
 
 
 def test_sizes_are_those_of_the_files_that_exist(tmp_path: Path) -> None:
@@ -157,4 +157,4 @@ def test_relative_addresses_become_absolute_and_uris_stay(
     assert storage.absolute("s3://bucket/x") == "s3://bucket/x"
     assert storage.join("s3://bucket/", "x", "y") == "s3://bucket/x/y"
     assert storage.join("/", "x") == "/x"
-    assert isinstance(storage.resolve("x")[0], fs.LocalFileSystem)
+    assert isinstance(filesystems.resolve("x")[0], fs.LocalFileSystem)

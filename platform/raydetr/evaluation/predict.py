@@ -130,8 +130,7 @@ def read_predictions(address: str) -> pa.Table:
     Returns:
         a table of `PREDICTION_SCHEMA`.
     """
-    with storage.open_input(address) as stream:
-        return pq.read_table(stream)
+    return storage.read(address, pq.read_table)
 
 
 def _rows(
