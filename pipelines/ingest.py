@@ -8,7 +8,11 @@ On a cluster, to shared storage:
 On one machine:
     python pipelines/ingest.py --annotations my/train.json --images my/images --output runs/data/my-train
 
-The same command again finds the output complete and changes nothing.
+The same command again goes on where it was ended; a complete output is left as it is. More forms:
+    --panoptic-annotations panoptic.json --panoptic-masks panoptic/     with or without --annotations
+    --split 0.8,0.1,0.1 --group-by site         folders train, val and test; no site in two of them
+    --append                                    new images into new shards of the output
+    --classes classes.json                      merge, rename and drop classes: {"car": "vehicle", "dog": null}
 """
 
 import time
@@ -17,30 +21,45 @@ from typing import Any
 from raydetr import storage
 from raydetr.command import run
 from raydetr.config import IngestConfig
-from raydetr.data.ingest import ingest
+from raydetr.data.ingest import IngestResult, Options, ingest, ingest_split
+from raydetr.data.inputs import Addresses
 from raydetr.data.report import fault_lines, print_progress
 from raydetr.data.shards import FAULTS, read_faults
+from raydetr.data.split import Split
 
 
 def main(config: IngestConfig) -> dict[str, Any]:
     """Ingest one data set; the summary counts what is in it."""
     start = time.monotonic()
-    result = ingest(
-        config.annotations,
-        config.images,
-        config.output,
-        on_fault=config.on_fault,
-        seed=config.seed,
-        shard_bytes=config.shard_bytes,
-        progress=print_progress("ingest"),
+    addresses = Addresses(
+        config.annotations, config.images, config.panoptic_annotations, config.panoptic_masks, config.classes
     )
-    manifest, seconds = result.manifest, time.monotonic() - start
-    if not result.written:
-        print(f"{config.output} is complete and made from this input: nothing to do.")
-    if lines := fault_lines(read_faults(manifest)):
-        print("\nfaults", *lines, sep="\n  ")
+    options = Options(config.on_fault, config.seed, config.shard_bytes, config.append)
+    progress = print_progress("ingest")
+    if config.split:
+        split = Split(config.fractions, config.group_by, config.seed)
+        results = ingest_split(addresses, config.output, split, options, progress)
+        parts = {name: summarise(result) for name, result in results.items()}
+        return {"output": config.output, **parts, "seconds": round(time.monotonic() - start, 1)}
+    result = ingest(addresses, config.output, options, progress)
+    seconds = time.monotonic() - start
     return {
+        **summarise(result),
         "output": config.output,
+        "seconds": round(seconds, 1),
+        "images per second": round(result.manifest.num_images / seconds, 1) if result.written else 0.0,
+    }
+
+
+def summarise(result: IngestResult) -> dict[str, Any]:
+    """Print the faults of a data set; count what is in it."""
+    manifest = result.manifest
+    if not result.written:
+        print(f"{manifest.root} is complete and made from this input: nothing to do.")
+    if lines := fault_lines(read_faults(manifest)):
+        print(f"\nfaults and notes of {manifest.root}", *lines, sep="\n  ")
+    return {
+        "output": manifest.root,
         "written": result.written,
         "images": manifest.num_images,
         "images skipped": result.num_images_skipped,
@@ -51,10 +70,9 @@ def main(config: IngestConfig) -> dict[str, Any]:
         "shards": len(manifest.shards),
         "megabytes": round(sum(shard.num_bytes for shard in manifest.shards) / 1e6, 1),
         "faults": manifest.faults,
-        "fault table": storage.join(config.output, FAULTS),
+        "fault table": storage.join(manifest.root, FAULTS),
         "digest": manifest.digest,
-        "seconds": round(seconds, 1),
-        "images per second": round(manifest.num_images / seconds, 1) if result.written else 0.0,
+        "parent": manifest.parent,
     }
 
 

@@ -16,8 +16,12 @@ FaultPolicy = Literal["keep", "skip-image", "fail"]
 class IngestConfig:
     """COCO JSON and images to Parquet shards with a manifest."""
 
-    annotations: str
-    """COCO detection JSON: a file or an s3:// address."""
+    annotations: str = ""
+    """COCO detection JSON: a file or an s3:// address; empty: panoptic annotations alone."""
+    panoptic_annotations: str = ""
+    """COCO panoptic JSON; empty: none."""
+    panoptic_masks: str = ""
+    """Folder of the panoptic PNGs."""
     images: str
     """Folder of the images that the JSON's `file_name` fields name."""
     output: str
@@ -28,8 +32,34 @@ class IngestConfig:
     """Seed of the order in which records are written."""
     shard_bytes: int = 128 * 1024 * 1024
     """Target size of one shard in bytes of image data."""
+    split: str = ""
+    """Fractions, such as 0.8,0.1,0.1, of the folders train, val and test to write; empty: one data set."""
+    group_by: str = ""
+    """Field of the JSON's images whose values are not divided by --split."""
+    append: bool = False
+    """Add the images to the data set in --output, as new shards."""
+    classes: str = ""
+    """JSON of old class name to new name, or null to drop it; empty: as they are."""
     json: str = ""
     """File for the summary as JSON."""
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """The fractions of `split`.
+
+        Raises:
+            ConfigError: they are not numbers.
+        """
+        try:
+            return tuple(float(part) for part in self.split.split(","))
+        except ValueError as error:
+            raise ConfigError(f"--split is {self.split!r}: expected numbers such as 0.8,0.1,0.1.") from error
+
+    def __post_init__(self) -> None:
+        if self.split and self.append:
+            raise ConfigError("--split and --append exclude each other: append to one of the parts.")
+        if self.group_by and not self.split:
+            raise ConfigError("--group-by needs --split.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,23 +64,33 @@ def size(address: str) -> int:
     return int(info.size)
 
 
-def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
-    """Bytes of those of the named files that exist, by name relative to the folder.
+def list_files(folder: str) -> dict[str, int]:
+    """Bytes of all files in a folder and the folders in it, by name relative to it.
 
     Raises:
         StorageError: the folder does not exist or cannot be listed.
     """
     filesystem, path = resolve(folder)
-    wanted = set(names)
-    # One listing: an object store would need one request for each name.
     selector = fs.FileSelector(path, recursive=True)
     infos = attempt(folder, "listed", lambda: filesystem.get_file_info(selector))
     prefix = path.rstrip("/") + "/"
-    sizes = {info.path.removeprefix(prefix): info.size for info in infos if info.is_file}
-    found = {name: int(sizes[name]) for name in wanted & sizes.keys()}
+    return {info.path.removeprefix(prefix): int(info.size) for info in infos if info.is_file}
+
+
+def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of those of the named files that exist, by name relative to the folder; names may lead out of it.
+
+    Raises:
+        StorageError: the folder does not exist or cannot be listed.
+    """
+    # One listing: an object store would need one request for each name.
+    sizes = list_files(folder)
+    wanted = set(names)
+    found = {name: sizes[name] for name in wanted & sizes.keys()}
     # Names such as ../other/1.jpg are not in a listing.
     unlisted = sorted(wanted - sizes.keys())
-    paths = [prefix + name for name in unlisted]
+    filesystem, path = resolve(folder)
+    paths = [f"{path.rstrip('/')}/{name}" for name in unlisted]
     for name, info in zip(unlisted, attempt(folder, "listed", lambda: filesystem.get_file_info(paths))):
         if info.is_file:
             found[name] = int(info.size)

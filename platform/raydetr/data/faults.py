@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from pycocotools import mask
 
 from detr.image_processing.decode import DEFAULT_MAX_PIXELS, ImageError, decode_image, image_size
+from raydetr.data.duplicates import image_hash
 
 Problem = tuple[str, str]
 """A fault's code and what was found."""
@@ -20,6 +22,14 @@ EDGE_TOLERANCE = 1.0
 """Pixels that a box may reach over the image's edge unreported: rounding in annotation tools."""
 
 _EXIF_ORIENTATION = 0x0112
+
+_ENDINGS = {
+    **dict.fromkeys(("jpg", "jpeg", "jpe"), ("JPEG", "MPO")),
+    **dict.fromkeys(("tif", "tiff"), ("TIFF",)),
+    **dict.fromkeys(("png", "apng"), ("PNG",)),
+    **{ending: (ending.upper(),) for ending in ("webp", "bmp", "gif")},
+}
+"""Ending of a file's name → formats, by Pillow's names, that may be in it."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +42,20 @@ class ImageFacts:
     frame: tuple[int, int] | None
     """(height, width) that the boxes refer to: the JSON's, else the image's; None where neither is known."""
     faults: tuple[Problem, ...]
+    hash: int | None = None
+    """See `duplicates.image_hash`."""
 
 
-def inspect_image(data: bytes | None, json_height: int | None, json_width: int | None) -> ImageFacts:
+def inspect_image(
+    data: bytes | None, json_height: int | None, json_width: int | None, file_name: str = ""
+) -> ImageFacts:
     """Decode an image, once, and compare it with what the JSON says.
 
     Args:
         data: the encoded image; None where there is no file.
         json_height: as the JSON says; None where it says nothing.
         json_width: likewise.
+        file_name: whose ending promises a format.
     """
     claimed = None
     if json_height is not None and json_width is not None and min(json_height, json_width) > 0:
@@ -58,8 +73,9 @@ def inspect_image(data: bytes | None, json_height: int | None, json_width: int |
     if size[0] * size[1] > DEFAULT_MAX_PIXELS:
         text = f"{size[0]} x {size[1]} pixels; at most {DEFAULT_MAX_PIXELS:,} are decoded"
         return ImageFacts(*size, claimed or size, (("image-too-large", text),))
+    image_bits = None
     try:
-        decode_image(data)
+        image_bits = image_hash(decode_image(data))
     except ImageError as error:
         found.append((_decode_fault(data), str(error)))
     if (json_height, json_width) != (None, None) and (json_height, json_width) != size:
@@ -67,9 +83,8 @@ def inspect_image(data: bytes | None, json_height: int | None, json_width: int |
             f"the JSON says {json_height} x {json_width}, the image is {size[0]} x {size[1]} (height x width)"
         )
         found.append(("size-mismatch", text))
-    if (orientation := _orientation(data)) != 1:
-        found.append(("exif-orientation", f"EXIF orientation {orientation}"))
-    return ImageFacts(*size, claimed or size, tuple(found))
+    found += _header_problems(data, file_name)
+    return ImageFacts(*size, claimed or size, tuple(found), image_bits)
 
 
 def object_faults(
@@ -98,6 +113,8 @@ def object_faults(
         found.append(("unknown-category", f"category_id {item['category_id']}"))
     if (reason := _segmentation_fault(fields.get("segmentation"), item["segmentation"], frame)) is not None:
         found.append(("bad-segmentation", reason))
+    elif not found and item["segmentation"] and not item["iscrowd"] and frame is not None:
+        found += _mask_problems(item["segmentation"], item["bbox"])
     return found
 
 
@@ -223,11 +240,56 @@ def _decode_fault(data: bytes) -> str:
     return "unconvertible-image"
 
 
-def _orientation(data: bytes) -> int:
+def _mask_problems(segmentation: Mapping[str, Any], box: Sequence[float]) -> list[Problem]:
+    """Whether the box of a mask is elsewhere than the annotation's box: an intersection over union under a half."""
+    if (polygons := segmentation["polygons"]) is not None:
+        if not polygons:
+            return []
+        xs, ys = [x for p in polygons for x in p[::2]], [y for p in polygons for y in p[1::2]]
+        left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
+    else:
+        rle = segmentation["rle"]
+        height, width = rle["size"]
+        counts = (
+            rle["counts"]
+            or mask.frPyObjects({"size": rle["size"], "counts": rle["runs"]}, height, width)["counts"]
+        )
+        left, top, w, h = mask.toBbox({"size": rle["size"], "counts": counts}).tolist()
+        right, bottom = left + w, top + h
+    x, y, w, h = box
+    # A line or a point as mask has no area of its own: both are taken half a pixel larger on each side.
+    overlap = max(min(right, x + w) - max(left, x) + 1, 0.0) * max(min(bottom, y + h) - max(top, y) + 1, 0.0)
+    union = (right - left + 1) * (bottom - top + 1) + (w + 1) * (h + 1) - overlap
+    if overlap >= 0.5 * union or (min(w, h) < 4 and overlap > 0):
+        return []
+    spans = [round(value, 1) for value in (left, top, right - left, bottom - top)]
+    return [("mask-unlike-box", f"bbox {[round(value, 1) for value in box]}, but the mask spans {spans}")]
+
+
+def _header_problems(data: bytes, file_name: str) -> list[Problem]:
+    """What an image's header says that is worth reporting."""
+    found: list[Problem] = []
     with Image.open(io.BytesIO(data)) as image:
-        # The base class's method: PNG's own decodes the whole image to look for EXIF after its pixels.
-        try:
-            orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
-        except Exception:  # damaged EXIF says nothing about orientation
-            return 1
+        if (orientation := _orientation(image)) != 1:
+            found.append(("exif-orientation", f"EXIF orientation {orientation}"))
+        promised = _ENDINGS.get(file_name.rpartition(".")[2].lower())
+        if promised is not None and image.format not in promised:
+            found.append(("mislabelled-image", f"named {file_name}, but in format {image.format}"))
+        if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
+            found.append(("grey-image", f"mode {image.mode}"))
+        if image.mode.startswith("I"):
+            found.append(("deep-image", f"mode {image.mode}"))
+        if image.mode in ("CMYK", "YCCK"):
+            found.append(("cmyk-image", f"mode {image.mode}"))
+        if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
+            found.append(("animated-image", f"{getattr(image, 'n_frames', 2)} frames"))
+    return found
+
+
+def _orientation(image: Image.Image) -> int:
+    # The base class's method: PNG's own decodes the whole image to look for EXIF after its pixels.
+    try:
+        orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
+    except Exception:  # damaged EXIF says nothing about orientation
+        return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1

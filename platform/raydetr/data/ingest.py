@@ -3,30 +3,66 @@
 The driver reads the JSON and the sizes of the image files, and decides from them alone which record goes where;
 one task a shard then reads the images, checks them and writes the shard. So the result is a function of the input
 and the seed, and the driver never holds an image.
+
+Beside the shards, until the manifest is there, `.ingest/` holds what was found in each finished one: an ingest that
+was killed goes on from these.
 """
 
 import hashlib
 import json
-import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import ray
+import numpy as np
 
 from raydetr import cluster, storage
 from raydetr.config import FaultPolicy
-from raydetr.data.coco import CocoIndex, read_coco
-from raydetr.data.record import Entry, make_record
+from raydetr.data.box_statistics import BoxStatistics
+from raydetr.data.duplicates import near_duplicates
+from raydetr.data.inputs import Addresses, Inputs, read_inputs
+from raydetr.data.record import Entry
 from raydetr.data.report import fault_lines
-from raydetr.data.schema import SCHEMA_VERSION, Fault
-from raydetr.data.shard_writer import ShardSummary, write_manifest, write_shard
-from raydetr.data.shards import FAULTS, MANIFEST, ROW_GROUP_SIZE, Manifest
-from raydetr.errors import ConfigError, DataError, RaydetrError
+from raydetr.data.schema import Fault, without_notes
+from raydetr.data.shard_tasks import WORK, ShardResult, plan_shards, run, write_checked
+from raydetr.data.shard_writer import write_manifest
+from raydetr.data.shards import (
+    FAULTS,
+    MANIFEST,
+    Manifest,
+    Shard,
+    read_faults,
+    read_image_hashes,
+)
+from raydetr.data.split import Split, split_entries
+from raydetr.errors import ConfigError, DataError
 
+_SOURCE = "source.json"
 _OWN_FILES = re.compile(rf"(shard-\d{{6,}}\.parquet|{re.escape(FAULTS)})(\.[0-9a-f]{{32}}\.partial)?")
+_PARTIAL = re.compile(rf"(shard-\d{{6,}}\.parquet|{re.escape(FAULTS)}|{MANIFEST})\.[0-9a-f]{{32}}\.partial")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to ingest.
+
+    on_fault: keep marks and reports faults; skip-image leaves images out that have a fault or whose objects have
+        one; fail stops at the first.
+    seed: of the order of the records.
+    shard_bytes: size at which a shard is closed, in bytes of image files.
+    append: add the images to a data set that is there, as new shards.
+    """
+
+    on_fault: FaultPolicy = "keep"
+    seed: int = 0
+    shard_bytes: int = 128 * 1024 * 1024
+    append: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shard_bytes < 1:
+            raise ConfigError(f"--shard-bytes is {self.shard_bytes}; expected a positive number of bytes.")
 
 
 @dataclass(frozen=True)
@@ -40,190 +76,153 @@ class IngestResult:
     """Images left out by on_fault="skip-image"."""
 
 
-@dataclass(frozen=True)
-class _ShardResult:
-    summary: ShardSummary | None
-    faults: list[Fault]
-    num_images: int
-    error: RaydetrError | None = None
-
-
 def ingest(
-    annotations: str,
-    images: str,
+    addresses: Addresses,
     output: str,
-    *,
-    on_fault: FaultPolicy = "keep",
-    seed: int = 0,
-    shard_bytes: int = 128 * 1024 * 1024,
+    options: Options | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> IngestResult:
-    """Write a COCO detection data set as shards with a manifest, unless the output holds them already.
+    """Write a COCO data set as shards with a manifest, unless the output holds them already.
 
-    Connects to Ray when there is something to do (a job that needs more CPUs later has to connect before). The same input, seed, shard size and policy give the same bytes
-    in every file of the output, whatever the number of CPUs.
+    Connects to Ray when there is something to do (a job that needs more CPUs later has to connect before). The same
+    input, seed, shard size and policy give the same bytes in every file of the output, whatever the number of CPUs
+    and however often the ingest was ended and started again.
 
     Args:
-        annotations: address of the COCO detection JSON.
-        images: address of the folder that its file names refer to.
+        addresses: of what is read.
         output: address of the folder to write.
-        on_fault: keep marks and reports faults; skip-image leaves images out that have a fault or whose objects
-            have one; fail stops at the first.
-        seed: of the order of the records.
-        shard_bytes: size at which a shard is closed, in bytes of image files.
+        options: how.
         progress: called with (images done, images in all).
 
     Raises:
-        ConfigError: shard_bytes is not positive.
+        ConfigError: addresses that do not go together.
         StorageError: something cannot be read or written.
-        DataError: the JSON is not COCO detection, the images are not in the folder, the output holds other data,
-            or on_fault stops the ingest.
+        DataError: a JSON is not COCO, the images are not in the folder, the output holds other data, images to
+            append are there already, or on_fault stops the ingest.
     """
-    if shard_bytes < 1:
-        raise ConfigError(f"--shard-bytes is {shard_bytes}; expected a positive number of bytes.")
-    index = read_coco(annotations)
-    sizes = _image_sizes(index, annotations, images)
-    source = _fingerprint(index.digest, sizes, [on_fault, seed, shard_bytes])
-    if storage.exists(storage.join(output, MANIFEST)):
-        return _finished(output, source)
-    _check_policy(list(index.faults), on_fault)
-    _delete_leftovers(output)
+    inputs = read_inputs(addresses)
+    return _ingest(inputs, inputs.entries, inputs.faults, output, options or Options(), "", progress)
 
-    shards = plan_shards(index.entries, sizes, seed, shard_bytes)
+
+def ingest_split(
+    addresses: Addresses,
+    output: str,
+    split: Split,
+    options: Options | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, IngestResult]:
+    """As `ingest`, cut into parts: `output`/train, `output`/val and, with three fractions, `output`/test.
+
+    Images that are nearly the same in an earlier part are reported in the fault table of the later one.
+    """
+    inputs = read_inputs(addresses)
+    results: dict[str, IngestResult] = {}
+    faults = inputs.faults
+    for name, entries in split_entries(inputs.entries, split).items():
+        key = json.dumps([name, *asdict(split).values()])
+        others = [result.manifest for result in results.values()]
+        folder = storage.join(output, name)
+        results[name] = _ingest(inputs, entries, faults, folder, options or Options(), key, progress, others)
+        faults = ()
+    return results
+
+
+def _ingest(
+    inputs: Inputs,
+    entries: Sequence[Entry],
+    set_faults: Sequence[Fault],
+    output: str,
+    options: Options,
+    part: str,
+    progress: Callable[[int, int], None] | None,
+    others: Sequence[Manifest] = (),
+) -> IngestResult:
+    settings = [options.on_fault, options.seed, options.shard_bytes, part, options.append]
+    source = hashlib.sha256(json.dumps([inputs.digest, settings]).encode()).hexdigest()
+    base: Manifest | None = None
+    if storage.exists(storage.join(output, MANIFEST)):
+        base = Manifest.load(output)
+        if base.source == source or not options.append:
+            return _finished(base, source)
+        _check_appended(base, inputs, entries)
+    elif options.append:
+        raise DataError(f"{output}: no {MANIFEST}, so nothing to append to: leave --append out.")
+    _check_policy(list(set_faults), options.on_fault)
+    earlier = _prepare(output, source, base)
+
+    shards = plan_shards(entries, inputs.sizes, options.seed, options.shard_bytes)
     cluster.connect(cpus=1)
-    cluster.require_shared(images=images, output=output)
+    cluster.require_shared(images=inputs.addresses.images, output=output)
     work = partial(
-        _work,
-        images=storage.absolute(images),
+        write_checked,
+        images=storage.absolute(inputs.addresses.images),
+        masks=storage.absolute(inputs.addresses.panoptic_masks) if inputs.masks else "",
         output=storage.absolute(output),
-        category_ids=frozenset(category["id"] for category in index.categories),
-        skip=on_fault == "skip-image",
+        category_ids=frozenset(category["id"] for category in inputs.categories),
+        skip=options.on_fault == "skip-image",
     )
-    results: dict[int, _ShardResult] = {}
-    for number, result in _run(work, shards, sizes):
+    first = 1 + max((int(shard.file[6:-8]) for shard in base.shards), default=-1) if base else 0
+    results: dict[int, ShardResult] = {}
+    for number, result in run(work, shards, inputs, first):
         if result.error is not None:
             raise result.error
-        _check_policy(result.faults, on_fault)
+        _check_policy(result.faults, options.on_fault)
         results[number] = result
         if progress is not None:
-            progress(sum(done.num_images for done in results.values()), len(index.entries))
+            progress(sum(done.num_images for done in results.values()), len(entries))
     ordered = [results[number] for number in sorted(results)]
     summaries = [result.summary for result in ordered if result.summary is not None]
     if not summaries:
-        raise DataError(f"{annotations}: every image has a fault, so --on-fault skip-image leaves none.")
-    faults = [*index.faults, *(fault for result in ordered for fault in result.faults)]
-    manifest = write_manifest(output, summaries, index.categories, faults, seed=seed, source=source)
-    return IngestResult(manifest, True, len(index.entries) - manifest.num_images)
+        name = inputs.addresses.annotations or inputs.addresses.panoptic_annotations
+        raise DataError(f"{name}: every image has a fault, so --on-fault skip-image leaves none.")
+    boxes = sum((result.boxes for result in ordered), BoxStatistics())
+    json_name = inputs.addresses.annotations.rsplit("/", 1)[-1]
+    suspected = list(boxes.suspicions(json_name))
+    shown = [summary.shard for summary in summaries]
+    suspected += [fault for other in others for fault in _alike(storage.absolute(output), shown, other)]
+    _check_policy(suspected, options.on_fault)
+    found = [fault for result in ordered for fault in result.faults]
+    manifest = write_manifest(
+        output,
+        summaries,
+        inputs.categories,
+        [*earlier, *set_faults, *suspected, *found],
+        seed=options.seed,
+        source=source,
+        base=base,
+    )
+    storage.delete_folder(storage.join(output, WORK))
+    skipped = len(entries) + (base.num_images if base else 0) - manifest.num_images
+    return IngestResult(manifest, True, skipped)
 
 
-def plan_shards(
-    entries: Sequence[Entry], sizes: Mapping[str, int], seed: int, shard_bytes: int
-) -> list[list[Entry]]:
-    """Which image goes into which shard, and in which order.
+def _prepare(output: str, source: str, base: Manifest | None) -> list[Fault]:
+    """Make the output ready for this input: what an ingest of it left is kept, anything else that one left deleted.
 
-    The order is that of a keyed hash of the image ids: random, and the same however the JSON is sorted. Shards are
-    closed after whole row groups only.
-
-    Args:
-        entries: images of the data set.
-        sizes: file name → bytes, of those that exist.
-        seed: key of the hash.
-        shard_bytes: a shard is closed when its image files have as many bytes.
+    Returns the fault table that an append goes on from.
     """
-    ordered = sorted(entries, key=lambda entry: _order(seed, entry.image_id))
-    shards: list[list[Entry]] = []
-    filled = shard_bytes
-    for start in range(0, len(ordered), ROW_GROUP_SIZE):
-        if filled >= shard_bytes:
-            shards.append([])
-            filled = 0
-        group = ordered[start : start + ROW_GROUP_SIZE]
-        shards[-1] += group
-        filled += sum(sizes.get(entry.file_name, 0) for entry in group)
-    return shards
+    begun = storage.join(output, WORK, _SOURCE)
+    kept = {shard.file for shard in base.shards} | {FAULTS} if base else set()
+    going_on = storage.exists(begun) and storage.read_json(begun).get("source") == source
+    for name in storage.list_names(output):
+        own = _PARTIAL.fullmatch(name) if going_on else _OWN_FILES.fullmatch(name) or _PARTIAL.fullmatch(name)
+        if own and name not in kept:
+            storage.delete_file(storage.join(output, name))
+    if going_on:
+        return [Fault(**fault) for fault in storage.read_json(begun)["faults"]]
+    storage.delete_folder(storage.join(output, WORK))
+    earlier = read_faults(base) if base else []
+    storage.write_json(begun, {"source": source, "faults": [asdict(fault) for fault in earlier]})
+    return earlier
 
 
-def _order(seed: int, image_id: int) -> bytes:
-    return hashlib.blake2b(f"{seed}:{image_id}".encode(), digest_size=16).digest()
-
-
-def _run(
-    work: Callable[[int, list[tuple[Entry, bool]]], _ShardResult],
-    shards: Sequence[Sequence[Entry]],
-    sizes: Mapping[str, int],
-) -> Iterator[tuple[int, _ShardResult]]:
-    """Do the work of each shard in a Ray Data task of its own; results come as they are ready."""
-    rows = [
-        {
-            "shard": number,
-            "entries": pickle.dumps([(entry, entry.file_name in sizes) for entry in entries]),
-        }
-        for number, entries in enumerate(shards)
-    ]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    dataset.context.enable_progress_bars = False
-    dataset.context.print_on_execution_start = False
-    for row in dataset.map(partial(_task, work=work)).iter_rows():
-        yield row["shard"], pickle.loads(row["result"])
-
-
-def _task(
-    row: dict[str, Any], work: Callable[[int, list[tuple[Entry, bool]]], _ShardResult]
-) -> dict[str, Any]:
-    return {"shard": row["shard"], "result": pickle.dumps(work(row["shard"], pickle.loads(row["entries"])))}
-
-
-def _work(
-    number: int,
-    entries: Sequence[tuple[Entry, bool]],
-    *,
-    images: str,
-    output: str,
-    category_ids: frozenset[int],
-    skip: bool,
-) -> _ShardResult:
-    """Read, check and write one shard. An error is returned: raised in a task it would arrive as Ray's."""
-    faults: list[Fault] = []
-
-    def records() -> Iterator[dict[str, Any]]:
-        for entry, exists in entries:
-            data = storage.read_bytes(storage.join(images, entry.file_name)) if exists else None
-            record, found = make_record(entry, data, category_ids)
-            faults.extend(found)
-            if not (skip and found):
-                yield record
-
-    try:
-        summary = write_shard(output, number, records())
-    except RaydetrError as error:
-        return _ShardResult(None, [], 0, error)
-    return _ShardResult(summary, faults, len(entries))
-
-
-def _image_sizes(index: CocoIndex, annotations: str, images: str) -> dict[str, int]:
-    """File name → bytes, of those that exist."""
-    names = [entry.file_name for entry in index.entries]
-    sizes = storage.file_sizes(images, names)
-    if not sizes:
-        there = storage.list_names(images)[:5]
-        raise DataError(
-            f"{images}: none of the {len(names)} images that {annotations} names is there: it names {names[0]!r}, "
-            f"the folder has {there or 'nothing'}. Is --images the folder that the names are relative to?"
-        )
-    return sizes
-
-
-def _fingerprint(digest: str, sizes: Mapping[str, int], settings: Sequence[Any]) -> str:
-    content = [SCHEMA_VERSION, digest, sorted(sizes.items()), list(settings)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _finished(output: str, source: str) -> IngestResult:
+def _finished(manifest: Manifest, source: str) -> IngestResult:
     """The result of an ingest that was completed before."""
-    manifest = Manifest.load(output)
+    output = manifest.root
     if manifest.source != source:
         raise DataError(
-            f"{output}: holds the shards of other input or of other flags: give another --output, or delete it."
+            f"{output}: holds the shards of other input or of other flags: give another --output, delete it, or add "
+            "to it with --append."
         )
     present = storage.file_sizes(output, [shard.file for shard in manifest.shards])
     for shard in manifest.shards:
@@ -232,16 +231,40 @@ def _finished(output: str, source: str) -> IngestResult:
                 f"{output}: {shard.file} has {present.get(shard.file, 0)} bytes instead of {shard.num_bytes}: "
                 "delete the folder and run the ingest again."
             )
+    storage.delete_folder(storage.join(output, WORK))
     return IngestResult(manifest, False, 0)
 
 
+def _check_appended(base: Manifest, inputs: Inputs, entries: Sequence[Entry]) -> None:
+    if list(base.categories) != list(inputs.categories):
+        raise DataError(
+            f"{base.root}: its categories are not those of {inputs.addresses.annotations}: --append needs the same "
+            "list (see --classes)."
+        )
+    there = {image_id for shard in base.shards for image_id, _, _ in read_image_hashes(base.root, shard)}
+    if again := sorted(there & {entry.image_id for entry in entries}):
+        raise DataError(
+            f"{base.root}: has {len(again)} of the images to append already, such as image ids {again[:5]}: give only "
+            "new ones, with ids of their own."
+        )
+
+
+def _alike(output: str, shards: Sequence[Shard], other: Manifest) -> Iterator[Fault]:
+    """Images of `shards` that are nearly the same as one of another part of the data set."""
+    ours = [row for shard in shards for row in read_image_hashes(output, shard) if row[2] is not None]
+    theirs = [
+        row for shard in other.shards for row in read_image_hashes(other.root, shard) if row[2] is not None
+    ]
+    for mine, its in near_duplicates(_hashes(ours), _hashes(theirs)).tolist():
+        image_id, file, _ = ours[mine]
+        reason = f"nearly the same picture as {theirs[its][1]} (image {theirs[its][0]}) of {other.root}"
+        yield Fault("near-duplicate", file, image_id, None, reason)
+
+
+def _hashes(rows: Sequence[tuple[int, str, int | None]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.array([row[2] for row in rows], dtype=np.int64)
+
+
 def _check_policy(faults: Sequence[Fault], on_fault: FaultPolicy) -> None:
-    if on_fault == "fail" and faults:
-        raise DataError("--on-fault fail:\n" + "\n".join(fault_lines(faults)))
-
-
-def _delete_leftovers(output: str) -> None:
-    """Delete what an ingest that did not come to its end left; nothing that it did not write."""
-    for name in storage.list_names(output):
-        if _OWN_FILES.fullmatch(name):
-            storage.delete_file(storage.join(output, name))
+    if on_fault == "fail" and (found := without_notes(faults)):
+        raise DataError("--on-fault fail:\n" + "\n".join(fault_lines(found)))

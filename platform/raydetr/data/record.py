@@ -7,7 +7,11 @@ from typing import Any
 
 from raydetr.data import faults
 from raydetr.data.faults import as_int, as_numbers
+from raydetr.data.panoptic import Panoptic, inspect_panoptic
 from raydetr.data.schema import Fault, worst
+
+USUAL_QUERIES = 100
+"""Object queries of the published models: more objects in an image cannot all be found."""
 
 _COLUMNS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "keypoints")
 
@@ -19,20 +23,6 @@ class Annotation:
     position: int
     fields: dict[str, Any]
     codes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Panoptic:
-    """The annotation of an image in a panoptic JSON.
-
-    position: in the JSON's `annotations`.
-    file_name: of the PNG, relative to the folder of the panoptic masks.
-    segments: `segments_info`.
-    """
-
-    position: int
-    file_name: str
-    segments: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,7 @@ class Entry:
 
 
 def make_record(
-    entry: Entry, data: bytes | None, category_ids: frozenset[int]
+    entry: Entry, data: bytes | None, category_ids: frozenset[int], panoptic_png: bytes | None = None
 ) -> tuple[dict[str, Any], list[Fault]]:
     """The record of an image entry, and everything that is wrong with it. The image is decoded once, to check it.
 
@@ -58,11 +48,12 @@ def make_record(
         entry: of the COCO file.
         data: the encoded image; None where there is no file.
         category_ids: ids of the data set's categories.
+        panoptic_png: the encoded PNG of `entry.panoptic`; None where there is no file.
 
     Returns:
         A mapping with the columns of `schema.SCHEMA`, and its faults: the image's, then the objects' in order.
     """
-    facts = faults.inspect_image(data, entry.height, entry.width)
+    facts = faults.inspect_image(data, entry.height, entry.width, entry.file_name)
     found = [Fault(code, entry.file_name, entry.image_id, None, reason) for code, reason in facts.faults]
     objects = []
     for annotation in entry.annotations:
@@ -76,6 +67,19 @@ def make_record(
             if item["id"] is None:
                 reason = f"annotations[{annotation.position}]: {reason}"
             found.append(Fault(code, entry.file_name, entry.image_id, item["id"], reason))
+    segments: list[dict[str, Any]] | None = None
+    of_png: list[faults.Problem] = []
+    if entry.panoptic is not None:
+        segments, of_png, of_segments = inspect_panoptic(
+            entry.panoptic, panoptic_png, facts.frame, category_ids
+        )
+        name = entry.panoptic.file_name
+        found += [Fault(code, name, entry.image_id, None, reason) for code, reason in of_png]
+        found += [Fault(code, name, entry.image_id, number, reason) for number, code, reason in of_segments]
+    if not objects and not segments:
+        found.append(Fault("no-objects", entry.file_name, entry.image_id, None, "no annotation"))
+    if len(objects) > USUAL_QUERIES:
+        found.append(Fault("many-objects", entry.file_name, entry.image_id, None, f"{len(objects)} objects"))
     record = {
         "image_id": entry.image_id,
         "file_name": entry.file_name,
@@ -83,10 +87,11 @@ def make_record(
         "width": facts.width,
         "image": data,
         "objects": objects,
-        "panoptic_image": None,
-        "segments": None,
-        "fault": worst([code for code, _ in facts.faults]),
+        "panoptic_image": panoptic_png,
+        "segments": segments,
+        "fault": worst([code for code, _ in (*facts.faults, *of_png)]),
         "extra": _json(entry.extra),
+        "image_hash": facts.hash,
     }
     return record, found
 

@@ -4,12 +4,13 @@ A record is an image with what is known about it. Nothing readable is dropped: a
 stays, with the code of its fault.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the record schema and of manifest.json; readers refuse any other."""
 
 SEGMENTATION = pa.struct(
@@ -66,6 +67,7 @@ SCHEMA = pa.schema(
         ("segments", pa.list_(SEGMENT)),
         ("fault", pa.string()),
         ("extra", pa.string()),
+        ("image_hash", pa.int64()),  # see `duplicates.image_hash`; null where there is none
     ]
 )
 """One record. Nulls in `area`, `bbox`, `category_id`, `id`, `iscrowd`: absent from, or unreadable in, the JSON
@@ -83,9 +85,10 @@ FAULT_SCHEMA = pa.schema(
 )
 """One row of faults.parquet: a fault, where it is, and what was found there."""
 
-Effect = Literal["used", "box-only", "untrained", "left-out"]
+Effect = Literal["note", "used", "box-only", "untrained", "left-out"]
 """What a fault does. Every effect but `left-out` keeps the record or object in the shards and in evaluation.
 
+- note: no fault, but worth knowing: counted and reported, not marked in the record, ignored by --on-fault.
 - used: reported, trained on as usual.
 - box-only: trained on as a box; it has no mask.
 - untrained: an object leaves the targets; an image keeps its slot in the plan with zero weight.
@@ -98,7 +101,7 @@ class FaultKind:
     """A code of the fault table."""
 
     code: str
-    level: Literal["image", "object"]
+    level: Literal["set", "image", "object", "segment"]
     text: str
     effect: Effect
 
@@ -112,8 +115,14 @@ FAULTS: dict[str, FaultKind] = {
         FaultKind("unconvertible-image", "image", "the image cannot be converted to RGB", "untrained"),
         FaultKind("image-too-large", "image", "more pixels than the decoder accepts", "untrained"),
         FaultKind("size-mismatch", "image", "the size in the JSON is not the image's", "untrained"),
+        FaultKind("mislabelled-image", "image", "the file's name promises another format", "used"),
         FaultKind("exif-orientation", "image", "EXIF asks for a rotation, which is not applied", "used"),
+        FaultKind("missing-panoptic", "image", "the panoptic PNG does not exist", "box-only"),
+        FaultKind("unreadable-panoptic", "image", "the panoptic PNG is damaged or not RGB", "box-only"),
+        FaultKind("panoptic-size", "image", "the panoptic PNG has another size than the image", "box-only"),
+        FaultKind("unlabelled-segment", "image", "the PNG has ids that segments_info does not have", "used"),
         FaultKind("duplicate-image-id", "image", "another entry has the same image id", "left-out"),
+        FaultKind("malformed-panoptic", "image", "a panoptic annotation cannot be read", "left-out"),
         FaultKind("unknown-image", "object", "no image has this annotation's image_id", "left-out"),
         FaultKind("malformed-annotation", "object", "a field is missing or of a wrong type", "untrained"),
         FaultKind("non-finite-box", "object", "NaN or infinity in the box", "untrained"),
@@ -125,8 +134,27 @@ FAULTS: dict[str, FaultKind] = {
             "repeated-annotation", "object", "same id, category and box as an earlier one", "untrained"
         ),
         FaultKind("bad-segmentation", "object", "the segmentation is not a mask of this image", "box-only"),
+        FaultKind("mask-unlike-box", "object", "the mask's box and the box are different places", "used"),
         FaultKind("duplicate-annotation-id", "object", "another annotation has the same id", "used"),
         FaultKind("box-over-edge", "object", "over 1 px beyond the image; clipped in training", "used"),
+        FaultKind("malformed-segment", "segment", "a segment without readable id or category", "untrained"),
+        FaultKind(
+            "duplicate-segment-id", "segment", "another segment of the image has the same id", "untrained"
+        ),
+        FaultKind("unknown-segment-category", "segment", "no category has this category_id", "untrained"),
+        FaultKind("segment-not-in-png", "segment", "no pixel of the PNG has the segment's id", "untrained"),
+        FaultKind("segment-area", "segment", "the area is not the number of pixels", "used"),
+        FaultKind("segment-box", "segment", "the box is not that of the pixels", "used"),
+        FaultKind("boxes-normalised", "set", "boxes from 0 to 1 instead of in pixels", "used"),
+        FaultKind("boxes-as-corners", "set", "boxes x1, y1, x2, y2 instead of x, y, width, height", "used"),
+        FaultKind("near-duplicate", "set", "nearly the same image in two splits", "used"),
+        FaultKind("surplus-files", "set", "image files that the JSON does not name", "note"),
+        FaultKind("no-objects", "image", "nothing to detect", "note"),
+        FaultKind("many-objects", "image", "more objects than the usual 100 queries", "note"),
+        FaultKind("grey-image", "image", "grey, becomes RGB", "note"),
+        FaultKind("cmyk-image", "image", "CMYK, becomes RGB", "note"),
+        FaultKind("deep-image", "image", "more than 8 bits a channel, of which 8 are used", "note"),
+        FaultKind("animated-image", "image", "animated, of which the first frame is used", "note"),
     )
 }
 """Code → what it means and does: the one place that decides. The order is that of severity within a level."""
@@ -151,9 +179,15 @@ class Fault:
 
 def worst(codes: list[str]) -> str | None:
     """The code that a record or object with these faults carries; None without any."""
-    return min(codes, key=_SEVERITY.__getitem__, default=None)
+    faults = (code for code in codes if FAULTS[code].effect != "note")
+    return min(faults, key=_SEVERITY.__getitem__, default=None)
 
 
 def is_trained(code: str | None) -> bool:
     """Whether an image or object with this fault (None: without one) takes part in the loss."""
-    return code is None or FAULTS[code].effect in ("used", "box-only")
+    return code is None or FAULTS[code].effect in ("note", "used", "box-only")
+
+
+def without_notes(faults: Iterable[Fault]) -> list[Fault]:
+    """Those that are faults indeed."""
+    return [fault for fault in faults if FAULTS[fault.code].effect != "note"]

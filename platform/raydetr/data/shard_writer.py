@@ -83,6 +83,7 @@ def write_manifest(
     *,
     seed: int = 0,
     source: str = "",
+    base: Manifest | None = None,
 ) -> Manifest:
     """Complete a folder of shards: write faults.parquet, then manifest.json.
 
@@ -93,12 +94,13 @@ def write_manifest(
         faults: rows of faults.parquet.
         seed: what ordered the records.
         source: fingerprint of the input.
+        base: the data set that the shards are added to.
     """
     table = pa.Table.from_pylist([fault.row() for fault in faults], schema=FAULT_SCHEMA)
     with storage.open_output(storage.join(root, FAULTS)) as stream:
         pq.write_table(table, stream, compression="zstd")
     codes = table.column("code").to_pylist()
-    files = tuple(summary.shard for summary in shards)
+    files = (base.shards if base else ()) + tuple(summary.shard for summary in shards)
     manifest = Manifest(
         root=storage.absolute(root),
         schema_version=SCHEMA_VERSION,
@@ -106,13 +108,21 @@ def write_manifest(
         categories=tuple(dict(category) for category in categories),
         shards=files,
         num_images=sum(shard.num_images for shard in files),
-        num_objects=sum(summary.num_objects for summary in shards),
-        num_faulty_images=sum(summary.num_faulty_images for summary in shards),
-        num_faulty_objects=sum(summary.num_faulty_objects for summary in shards),
-        max_objects_per_image=max((summary.max_objects_per_image for summary in shards), default=0),
+        num_objects=sum(summary.num_objects for summary in shards) + (base.num_objects if base else 0),
+        num_faulty_images=sum(summary.num_faulty_images for summary in shards)
+        + (base.num_faulty_images if base else 0),
+        num_faulty_objects=sum(summary.num_faulty_objects for summary in shards)
+        + (base.num_faulty_objects if base else 0),
+        max_objects_per_image=max(
+            [
+                *(summary.max_objects_per_image for summary in shards),
+                base.max_objects_per_image if base else 0,
+            ]
+        ),
         row_group_size=ROW_GROUP_SIZE,
         faults={code: codes.count(code) for code in sorted(set(codes))},
         seed=seed,
+        parent=base.digest if base else "",
         source=source,
     )
     content = {name: value for name, value in asdict(manifest).items() if name != "root"}

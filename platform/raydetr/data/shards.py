@@ -75,6 +75,8 @@ class Manifest:
     """Fault code → rows of faults.parquet."""
     seed: int
     """Seed of the order of the records."""
+    parent: str
+    """Digest of the data set that this one was appended to; empty for one written at once."""
     source: str
     """Fingerprint of what was ingested and how; empty for shards that were not ingested from files."""
 
@@ -169,6 +171,12 @@ def read_records(manifest: Manifest, columns: Sequence[str] | None = None) -> It
     for shard in manifest.shards:
         for group in range(-(-shard.num_images // manifest.row_group_size)):
             yield from read_rows(manifest.root, shard.file, [group], columns).to_pylist()
+
+
+def read_image_hashes(root: str, shard: Shard) -> list[tuple[int, str, int | None]]:
+    """Image id, file name and perceptual hash (see `duplicates.image_hash`) of a shard's records."""
+    table = read_rows(root, shard.file, None, ["image_id", "file_name", "image_hash"])
+    return list(zip(*(table[name].to_pylist() for name in ("image_id", "file_name", "image_hash"))))
 
 
 def read_faults(manifest: Manifest) -> list[Fault]:

@@ -9,7 +9,8 @@ import ray
 from PIL import Image
 
 from raydetr import cluster, storage
-from raydetr.data.ingest import ingest
+from raydetr.data.ingest import Options, ingest
+from raydetr.data.inputs import Addresses
 from raydetr.data.report import print_progress
 from raydetr.data.scenes import STUFF, THINGS, make_scene, panoptic_map, polygons
 from raydetr.errors import ConfigError
@@ -111,10 +112,9 @@ def embedded(split: Literal["train", "val"], root: str = "runs/data") -> str:
         print(f"generating {num_images:,} images of the embedded {split} set in {folder}", flush=True)
         generate(folder, num_images, seed, run=_run_on_ray)
     ingest(
-        storage.join(folder, "annotations/instances.json"),
-        storage.join(folder, "images"),
+        Addresses(storage.join(folder, "annotations/instances.json"), storage.join(folder, "images")),
         shards,
-        shard_bytes=_SHARD_BYTES,
+        Options(shard_bytes=_SHARD_BYTES),
         progress=print_progress(f"ingest of the embedded {split} set"),
     )
     return shards

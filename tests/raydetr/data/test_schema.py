@@ -16,6 +16,7 @@ def test_the_record_has_the_columns_that_shards_promise() -> None:
         "segments",
         "fault",
         "extra",
+        "image_hash",
     ]
     assert [field.name for field in SCHEMA.field("objects").type.value_type] == [
         "id",
@@ -43,16 +44,21 @@ def test_every_code_says_what_it_means_and_does(code: str) -> None:
     kind = FAULTS[code]
     assert kind.code == code
     assert kind.text
-    assert is_trained(code) == (kind.effect in ("used", "box-only"))
+    assert is_trained(code) == (kind.effect in ("note", "used", "box-only"))
 
 
 def test_of_several_faults_one_that_excludes_outweighs_one_that_does_not() -> None:
-    for level in ("image", "object"):
-        codes = [code for code, kind in FAULTS.items() if kind.level == level and kind.effect != "left-out"]
+    for level in ("image", "object", "segment"):
+        codes = [
+            code
+            for code, kind in FAULTS.items()
+            if kind.level == level and kind.effect not in ("left-out", "note")
+        ]
         for code in codes:
             for other in codes:
                 assert is_trained(worst([code, other])) == (is_trained(code) and is_trained(other))
     assert worst([]) is None
+    assert worst(["grey-image", "no-objects"]) is None
 
 
 def test_a_fault_is_a_row_of_the_fault_table() -> None:

@@ -255,7 +255,7 @@ def test_crowds_and_excluding_faults_are_no_targets_and_other_faults_are() -> No
     objects.append(target([99, 0, 1, 1], iscrowd=1))
     boxes, _ = training_targets({"height": 100, "width": 200, "objects": objects}, {9: 0})
     kept = [OBJECT_CODES[int(x)] for x in boxes[:, 0]]
-    assert kept == ["bad-segmentation", "duplicate-annotation-id", "box-over-edge"]
+    assert kept == ["bad-segmentation", "mask-unlike-box", "duplicate-annotation-id", "box-over-edge"]
 
 
 @pytest.mark.parametrize("objects", [[], None, [target([0, 0, 1, 1], iscrowd=1)]])

@@ -1,0 +1,201 @@
+"""COCO panoptic annotations: read as a file, and checked image by image against their PNGs."""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy import ndimage
+
+from detr.image_processing.decode import DEFAULT_MAX_PIXELS
+from raydetr import storage
+from raydetr.data.faults import Problem, as_int, as_numbers
+from raydetr.data.schema import Fault, worst
+from raydetr.errors import DataError
+
+BOX_TOLERANCE = 1.0
+"""Pixels by which a segment's box may differ from its pixels' unreported."""
+
+
+@dataclass(frozen=True)
+class Panoptic:
+    """The annotation of an image in a panoptic JSON.
+
+    position: in the JSON's `annotations`.
+    file_name: of the PNG, relative to the folder of the panoptic masks.
+    segments: `segments_info`.
+    """
+
+    position: int
+    file_name: str
+    segments: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class PanopticIndex:
+    """A COCO panoptic file.
+
+    by_image: image id → its annotation; the last one where there are several.
+    categories: with `isthing`.
+    images: its image entries, as they are.
+    """
+
+    by_image: dict[int, Panoptic]
+    categories: tuple[dict[str, Any], ...]
+    images: tuple[dict[str, Any], ...]
+    faults: tuple[Fault, ...]
+    digest: str
+
+
+def read_panoptic(address: str) -> PanopticIndex:
+    """Read a COCO panoptic JSON.
+
+    Raises:
+        StorageError: it cannot be read.
+        DataError: it is not JSON, or not COCO panoptic: what is missing.
+    """
+    text = storage.read_bytes(address)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{address}: not JSON ({error}).") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list) or not content[key]:
+            raise DataError(
+                f"{address}: not COCO panoptic: expected an object with a list {key!r} that is not empty."
+            )
+    found: list[Fault] = []
+    by_image: dict[int, Panoptic] = {}
+    name = address.rsplit("/", 1)[-1]
+    for position, fields in enumerate(content["annotations"]):
+        image_id = as_int(fields.get("image_id")) if isinstance(fields, dict) else None
+        segments = fields.get("segments_info") if isinstance(fields, dict) else None
+        file = fields.get("file_name") if isinstance(fields, dict) else None
+        if (
+            image_id is None
+            or not isinstance(file, str)
+            or not isinstance(segments, list)
+            or not all(isinstance(segment, dict) for segment in segments)
+        ):
+            reason = f"annotations[{position}] lacks a readable image_id, file_name or segments_info"
+            found.append(Fault("malformed-panoptic", name, image_id, None, reason))
+            continue
+        by_image[image_id] = Panoptic(position, file, tuple(segments))
+    if not by_image:
+        raise DataError(
+            f"{address}: not COCO panoptic: no annotation has image_id, file_name and segments_info."
+        )
+    return PanopticIndex(
+        by_image,
+        tuple(content["categories"]),
+        tuple(image for image in content["images"] if isinstance(image, dict)),
+        tuple(found),
+        hashlib.sha256(text).hexdigest(),
+    )
+
+
+def inspect_panoptic(
+    panoptic: Panoptic, png: bytes | None, frame: tuple[int, int] | None, category_ids: frozenset[int]
+) -> tuple[list[dict[str, Any]], list[Problem], list[tuple[int | None, str, str]]]:
+    """The segments of an image as columns, and what is wrong with them.
+
+    Args:
+        panoptic: the annotation.
+        png: the encoded PNG of segment ids; None where there is no file.
+        frame: (height, width) of the image; None where it is not known.
+        category_ids: of the data set.
+
+    Returns:
+        Elements of the column `segments`; faults of the PNG; faults of segments as (segment id, code, reason).
+    """
+    rows: list[dict[str, Any]] = []
+    of_segments: list[tuple[int | None, str, str]] = []
+    ids, problem = _decode(png, frame)
+    found = [] if problem is None else [problem]
+    pixels = {} if ids is None else _measure(ids)
+    seen: set[int] = set()
+    for number, fields in enumerate(panoptic.segments):
+        box, area = as_numbers(fields.get("bbox")), as_numbers([fields.get("area")])
+        row: dict[str, Any] = {
+            "id": as_int(fields.get("id")),
+            "category_id": as_int(fields.get("category_id")),
+            "area": None if area is None else area[0],
+            "bbox": box if box is not None and len(box) == 4 else None,
+            "iscrowd": as_int(fields.get("iscrowd", 0)),
+        }
+        problems = _segment_problems(row, number, seen, pixels if ids is not None else None, category_ids)
+        row["fault"] = worst([code for code, _ in problems])
+        rows.append(row)
+        of_segments += [(row["id"], code, reason) for code, reason in problems]
+    if unnamed := sorted(set(pixels) - seen):
+        found.append(
+            ("unlabelled-segment", f"ids in the PNG that segments_info does not have: {unnamed[:5]}")
+        )
+    return rows, found, of_segments
+
+
+def _segment_problems(
+    row: Mapping[str, Any],
+    number: int,
+    seen: set[int],
+    pixels: Mapping[int, tuple[int, tuple[int, int, int, int]]] | None,
+    category_ids: frozenset[int],
+) -> list[Problem]:
+    where = f"segments_info[{number}]"
+    if row["id"] is None or row["category_id"] is None:
+        return [("malformed-segment", f"{where}: id {row['id']}, category_id {row['category_id']}")]
+    found: list[Problem] = []
+    if row["id"] in seen:
+        found.append(("duplicate-segment-id", f"{where}: id {row['id']} again"))
+    seen.add(row["id"])
+    if row["category_id"] not in category_ids:
+        found.append(("unknown-segment-category", f"{where}: category_id {row['category_id']}"))
+    if pixels is None:
+        return found
+    if row["id"] not in pixels:
+        return [*found, ("segment-not-in-png", f"{where}: no pixel of the PNG has id {row['id']}")]
+    area, box = pixels[row["id"]]
+    if row["area"] is not None and row["area"] != area:
+        found.append(("segment-area", f"{where}: area {row['area']:g}, but {area} pixels"))
+    if row["bbox"] is not None and max(abs(a - b) for a, b in zip(row["bbox"], box)) > BOX_TOLERANCE:
+        found.append(("segment-box", f"{where}: bbox {row['bbox']}, but its pixels span {list(box)}"))
+    return found
+
+
+def _decode(
+    png: bytes | None, frame: tuple[int, int] | None
+) -> tuple[npt.NDArray[np.int64] | None, Problem | None]:
+    if png is None:
+        return None, ("missing-panoptic", "no such file")
+    try:
+        with Image.open(io.BytesIO(png)) as image:
+            if image.width * image.height > DEFAULT_MAX_PIXELS:
+                return None, ("unreadable-panoptic", f"{image.height} x {image.width} pixels are too many")
+            if image.mode not in ("RGB", "RGBA"):
+                return None, ("unreadable-panoptic", f"pixels of mode {image.mode}; expected RGB")
+            values = np.asarray(image.convert("RGB"), dtype=np.int64)
+    except Exception as error:  # Pillow's readers raise whatever damaged bytes lead to
+        return None, ("unreadable-panoptic", f"not a PNG that can be read: {error}")
+    ids = values @ np.array([1, 256, 65536])
+    if frame is not None and ids.shape != frame:
+        return ids, (
+            "panoptic-size",
+            f"the PNG is {ids.shape[0]} x {ids.shape[1]}, the image {frame[0]} x {frame[1]}",
+        )
+    return ids, None
+
+
+def _measure(ids: npt.NDArray[np.int64]) -> dict[int, tuple[int, tuple[int, int, int, int]]]:
+    """Segment id → pixels and x, y, width, height; without 0, the unlabelled pixels."""
+    values, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    slices = ndimage.find_objects(inverse.reshape(ids.shape).astype(np.int32) + 1)
+    return {
+        int(value): (int(count), (x.start, y.start, x.stop - x.start, y.stop - y.start))
+        for value, count, (y, x) in zip(values, counts, slices, strict=True)
+        if value != 0
+    }
