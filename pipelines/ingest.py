@@ -18,13 +18,13 @@ The same command again goes on where it was ended; a complete output is left as 
 import time
 from typing import Any
 
-from raydetr import storage
 from raydetr.command import run
 from raydetr.config import IngestConfig
+from raydetr.data.html_report import write_report
 from raydetr.data.ingest import IngestResult, Options, ingest, ingest_split
 from raydetr.data.inputs import Addresses
-from raydetr.data.report import fault_lines, print_progress
-from raydetr.data.shards import FAULTS, read_faults
+from raydetr.data.report import counts, fault_lines, print_progress
+from raydetr.data.shards import read_faults
 from raydetr.data.split import Split
 
 
@@ -40,15 +40,25 @@ def main(config: IngestConfig) -> dict[str, Any]:
         split = Split(config.fractions, config.group_by, config.seed)
         results = ingest_split(addresses, config.output, split, options, progress)
         parts = {name: summarise(result) for name, result in results.items()}
+        report(config, results["train"])
         return {"output": config.output, **parts, "seconds": round(time.monotonic() - start, 1)}
     result = ingest(addresses, config.output, options, progress)
     seconds = time.monotonic() - start
+    summary = summarise(result)
+    report(config, result)
     return {
-        **summarise(result),
+        **summary,
         "output": config.output,
         "seconds": round(seconds, 1),
         "images per second": round(result.manifest.num_images / seconds, 1) if result.written else 0.0,
     }
+
+
+def report(config: IngestConfig, result: IngestResult) -> None:
+    """Write the data report, where one is asked for."""
+    if config.report:
+        write_report(result.manifest, config.report, config.num_queries)
+        print(f"report: {config.report}")
 
 
 def summarise(result: IngestResult) -> dict[str, Any]:
@@ -58,22 +68,7 @@ def summarise(result: IngestResult) -> dict[str, Any]:
         print(f"{manifest.root} is complete and made from this input: nothing to do.")
     if lines := fault_lines(read_faults(manifest)):
         print(f"\nfaults and notes of {manifest.root}", *lines, sep="\n  ")
-    return {
-        "output": manifest.root,
-        "written": result.written,
-        "images": manifest.num_images,
-        "images skipped": result.num_images_skipped,
-        "objects": manifest.num_objects,
-        "images with a fault": manifest.num_faulty_images,
-        "objects with a fault": manifest.num_faulty_objects,
-        "categories": len(manifest.categories),
-        "shards": len(manifest.shards),
-        "megabytes": round(sum(shard.num_bytes for shard in manifest.shards) / 1e6, 1),
-        "faults": manifest.faults,
-        "fault table": storage.join(manifest.root, FAULTS),
-        "digest": manifest.digest,
-        "parent": manifest.parent,
-    }
+    return counts(manifest) | {"written": result.written, "images skipped": result.num_images_skipped}
 
 
 if __name__ == "__main__":

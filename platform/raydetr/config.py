@@ -40,6 +40,10 @@ class IngestConfig:
     """Add the images to the data set in --output, as new shards."""
     classes: str = ""
     """JSON of old class name to new name, or null to drop it; empty: as they are."""
+    report: str = ""
+    """HTML page to write on what the data set holds, with pictures; empty: none. Of --split: on the first part."""
+    num_queries: int = 100
+    """Object queries that the report compares with."""
     json: str = ""
     """File for the summary as JSON."""
 

@@ -10,13 +10,18 @@ the first quarter of the images and the last. Rounds alternate between the two.
 import argparse
 import contextlib
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from shards_of_coco128 import coco128_shards
+from PIL import Image, ImageOps
+from shards_of_coco128 import SOURCE, coco128_shards
+from transformers import DetrImageProcessor
 
 from detr.augment import AugmentSpec
 from raydetr import cluster
@@ -49,6 +54,7 @@ def main() -> None:
     subjects: dict[str, Callable[[], Iterator[int]]] = {
         "loop": lambda: _loop(source),
         "stream": lambda: _stream(source),
+        "DataLoader": lambda: _data_loader(source, arguments.cpus),
     }
     rates: dict[str, list[tuple[float, float, float]]] = {name: [] for name in subjects}
     for _ in range(arguments.rounds):
@@ -60,7 +66,8 @@ def main() -> None:
         cpu, wall, first = (statistics.median(column) for column in zip(*rows, strict=True))
         print(f"| {name} | {cpu:.1f} | {wall:.1f} | {first:.1f} |")
     medians = {name: statistics.median(row[0] for row in rows) for name, rows in rates.items()}
-    print(f"stream ÷ loop, images per CPU second: {medians['stream'] / medians['loop']:.2f}")
+    for other in ("loop", "DataLoader"):
+        print(f"stream ÷ {other}, images per CPU second: {medians['stream'] / medians[other]:.2f}")
 
 
 def _measure(images: Iterator[int], total: int) -> tuple[float, float, float]:
@@ -111,6 +118,43 @@ def _loop(source: stream.Stream) -> Iterator[int]:
             size = plan.spec.micro_batch_size
             for unpacked in micro_batch.unpack(micro_batch.pack([(batch, examples)], size), size):
                 yield len(unpacked.image_ids)
+
+
+def _data_loader(source: stream.Stream, workers: int) -> Iterator[int]:
+    """What one would write with transformers: the same images in the same order, flipped, resized and padded."""
+    plan, files = source.plan, sorted((SOURCE / "train2017").iterdir())
+    batches = [
+        [slot.image_id for slot in batch.slots]
+        for task in plan.tasks(0, source.last_step, source.source.sizes)
+        for batch in plan.run(task, source.source.sizes(plan.windows[task.window]))
+    ]
+    loader = torch.utils.data.DataLoader(
+        _Files(files), batch_sampler=batches, num_workers=workers, collate_fn=_Collate()
+    )
+    for batch in loader:
+        yield len(batch["pixel_values"])
+
+
+class _Files(torch.utils.data.Dataset[Path]):
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+
+    def __getitem__(self, image_id: int) -> Path:
+        return self.files[image_id % len(self.files)]
+
+
+class _Collate:
+    """Decode, flip and resize as the recipe without its crop; normalise and pad as DetrImageProcessor does."""
+
+    def __init__(self) -> None:
+        self.processor = DetrImageProcessor()
+        self.random = random.Random(0)
+
+    def __call__(self, files: list[Path]) -> Any:
+        images = [Image.open(file).convert("RGB") for file in files]
+        images = [ImageOps.mirror(image) if self.random.random() < 0.5 else image for image in images]
+        size = {"shortest_edge": self.random.choice(AugmentSpec().shortest_edges), "longest_edge": 1333}
+        return self.processor(images, size=size, return_tensors="pt")
 
 
 def _stream(source: stream.Stream) -> Iterator[int]:

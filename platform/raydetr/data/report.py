@@ -2,8 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
+from raydetr import storage
 from raydetr.data.schema import FAULTS, Fault
+from raydetr.data.shards import FAULTS as FAULTS_FILE
+from raydetr.data.shards import Manifest
 
 MAX_EXAMPLES = 3
 
@@ -22,10 +26,28 @@ def fault_lines(faults: Iterable[Fault]) -> list[str]:
             continue
         found = by_code[code]
         lines.append(f"{code}: {len(found):,} ({kind.text}; {kind.effect})")
-        lines += [f"    {_place(fault)}: {fault.reason}" for fault in found[:MAX_EXAMPLES]]
+        lines += [f"    {place(fault)}: {fault.reason}" for fault in found[:MAX_EXAMPLES]]
         if len(found) > MAX_EXAMPLES:
             lines.append(f"    … and {len(found) - MAX_EXAMPLES:,} more in faults.parquet")
     return lines
+
+
+def counts(manifest: Manifest) -> dict[str, Any]:
+    """What is in a data set, for a summary."""
+    return {
+        "output": manifest.root,
+        "images": manifest.num_images,
+        "objects": manifest.num_objects,
+        "images with a fault": manifest.num_faulty_images,
+        "objects with a fault": manifest.num_faulty_objects,
+        "categories": len(manifest.categories),
+        "shards": len(manifest.shards),
+        "megabytes": round(sum(shard.num_bytes for shard in manifest.shards) / 1e6, 1),
+        "faults": manifest.faults,
+        "fault table": storage.join(manifest.root, FAULTS_FILE),
+        "digest": manifest.digest,
+        "parent": manifest.parent,
+    }
 
 
 def print_progress(what: str) -> Callable[[int, int], None]:
@@ -56,10 +78,11 @@ def print_progress(what: str) -> Callable[[int, int], None]:
     return show
 
 
-def _place(fault: Fault) -> str:
-    place = fault.file
+def place(fault: Fault) -> str:
+    """The file, image and annotation of a fault, in words."""
+    words = fault.file
     if fault.image_id is not None:
-        place += f", image {fault.image_id}"
+        words += f", image {fault.image_id}"
     if fault.annotation_id is not None:
-        place += f", annotation {fault.annotation_id}"
-    return place
+        words += f", annotation {fault.annotation_id}"
+    return words
