@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from detr.image_processing.pixels import resize
+from detr.image_processing.pixels import BILINEAR, NEAREST, resize
 from detr.image_processing.size import output_sizes
 
 RANDOM_NUMBERS = 8
@@ -191,14 +191,44 @@ def apply(
             f"{augmentation.input_size[0]} x {augmentation.input_size[1]}: the header and the recorded size differ"
         )
     boxes, kept = _transform_boxes(boxes_xyxy, augmentation)
+    return _transform_pixels(image, augmentation, BILINEAR), boxes, kept
+
+
+def apply_masks(masks: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
+    """Augment the masks, or the segment ids, of an image as `apply` does the image; values stay what they are.
+
+    Args:
+        masks: uint8 [..., height, width], of the size the augmentation was drawn for.
+        augmentation: from `draw`.
+
+    Returns:
+        uint8 [..., *augmentation.output_size], by the nearest pixel's value.
+
+    Raises:
+        ValueError: the masks have another size than the augmentation was drawn for.
+    """
+    if tuple(masks.shape[-2:]) != augmentation.input_size:
+        raise ValueError(
+            f"the masks have {masks.shape[-2]} x {masks.shape[-1]} pixels, but the augmentation was drawn for "
+            f"{augmentation.input_size[0]} x {augmentation.input_size[1]}"
+        )
+    if not masks.numel():
+        return masks.new_zeros((*masks.shape[:-2], *augmentation.output_size))
+    planes = masks.reshape(-1, 1, *masks.shape[-2:])
+    return _transform_pixels(planes, augmentation, NEAREST).reshape(
+        *masks.shape[:-2], *augmentation.output_size
+    )
+
+
+def _transform_pixels(image: torch.Tensor, augmentation: Augmentation, resample: int) -> torch.Tensor:
     if augmentation.flip:
         image = image.flip(-1)
     for step in augmentation.steps:
         if isinstance(step, Resize):
-            image = resize(image, (step.height, step.width))
+            image = resize(image, (step.height, step.width), resample)
         else:
             image = image[..., step.top : step.top + step.height, step.left : step.left + step.width]
-    return image, boxes, kept
+    return image
 
 
 def _choose(random: np.ndarray, choices: Sequence[int]) -> np.ndarray:

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
+NEAREST = 0
+"""Pillow's number for the nearest pixel."""
+
 BILINEAR = 2
 """Pillow's number for bilinear resampling, as `preprocessor_config.json` stores it."""
 

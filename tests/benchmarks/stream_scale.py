@@ -10,6 +10,7 @@ import argparse
 import io
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,7 @@ class Generated:
         heights, widths = np.array(SIZES)[numbers % len(SIZES)].T
         return Sizes(numbers, heights, widths)
 
-    def records(self, window: Window) -> pa.Table:
+    def records(self, window: Window, columns: Sequence[str] = ()) -> pa.Table:
         """One object in each image."""
         sizes = self.sizes(window)
         rows = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from detr.augment import RANDOM_NUMBERS, Augmentation, AugmentSpec, Crop, Resize, apply, draw
+from detr.augment import RANDOM_NUMBERS, Augmentation, AugmentSpec, Crop, Resize, apply, apply_masks, draw
 from detr.image_processing.pixels import resize
 from detr.image_processing.size import output_size
 
@@ -261,3 +261,27 @@ def test_the_augmentation_of_an_image_does_not_depend_on_its_neighbours():
         )
         assert alone[0] == together[index]
         assert together[index].output_size == tuple(together.output_sizes[index])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_masks_follow_the_image_as_torchvisions_do(seed):
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(40, 120, 2).tolist()
+    masks = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
+    augmentation = draw_one(rng, height, width, SMALL)
+    expected = masks
+    if augmentation.flip:
+        expected = functional.horizontal_flip(expected)
+    for step in augmentation.steps:
+        if isinstance(step, Resize):
+            expected = functional.resize(
+                expected, [step.height, step.width], interpolation=InterpolationMode.NEAREST_EXACT
+            )
+        else:
+            expected = functional.crop(expected, step.top, step.left, step.height, step.width)
+    assert torch.equal(apply_masks(masks, augmentation), expected)
+    assert apply_masks(masks[:0], augmentation).shape == (0, *augmentation.output_size)
+    with pytest.raises(ValueError, match="drawn for"):
+        apply_masks(masks[:, 1:], augmentation)

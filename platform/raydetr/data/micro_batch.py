@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("boxes", pa.list_(pa.float32())),
         ("class_labels", pa.list_(pa.int64())),
         ("skipped", pa.list_(pa.string())),
+        ("masks", pa.large_binary()),  # a bit a pixel, object after object; null where none are wanted
         ("pixels", pa.large_binary()),
     ]
 )
@@ -47,6 +48,7 @@ class Example:
     boxes: float32 [objects, 4], cxcywh relative to the augmented image.
     class_labels: int64 [objects], contiguous.
     skipped: why there are no pixels; empty when there are.
+    masks: 0 or 1 [objects, height, width] of the augmented image; None where no masks are wanted.
     """
 
     image_id: int
@@ -54,6 +56,7 @@ class Example:
     boxes: npt.NDArray[np.float32]
     class_labels: npt.NDArray[np.int64]
     skipped: str = ""
+    masks: npt.NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class TrainingBatch:
     pixels: uint8 [B, 3, height, width] in channels-last memory, zero where padded; read only.
     sizes: (height, width) of each image within it; (height, width) of the batch for an empty slot.
     weights: float32 [B], 1 for an image, 0 for an empty slot.
-    labels: per slot `image_id` int64 [1], `class_labels` int64 [n], `boxes` float32 [n, 4] cxcywh.
+    labels: per slot `image_id` int64 [1], `class_labels` int64 [n], `boxes` float32 [n, 4] cxcywh; where masks are
+        wanted `masks` bool [n, height, width] too, of the image without its padding.
     image_ids: of all records of the batch, the undecodable ones included.
     skipped: "image id: reason" of records whose image could not be decoded.
     """
@@ -117,6 +121,7 @@ def pack(micro_batches: Sequence[tuple[MicroBatch, Sequence[Example]]], size: in
                 "boxes": np.concatenate([e.boxes.reshape(-1) for e in examples]) if examples else [],
                 "class_labels": np.concatenate(labels) if labels else [],
                 "skipped": [f"{e.image_id}: {e.skipped}" for e in examples if e.skipped],
+                "masks": _pack_masks(examples),
             }
         )
     columns = [
@@ -142,6 +147,30 @@ def unpack(table: pa.Table, size: int) -> Iterator[TrainingBatch]:
             yield _batch(row, np.frombuffer(values, dtype=np.uint8)[start:stop], size)
 
 
+def _pack_masks(examples: Sequence[Example]) -> bytes | None:
+    """A bit a pixel, each example's padded to whole bytes; None where no masks are wanted, or nothing to be said."""
+    wanted = [example.masks for example in examples if example.masks is not None]
+    return b"".join(np.packbits(masks).tobytes() for masks in wanted) if wanted else None
+
+
+def _unpack_masks(row: dict[str, Any]) -> dict[int, Tensor] | None:
+    """Slot → bool [objects, height, width]."""
+    if row["masks"] is None:
+        return None
+    packed = np.frombuffer(row["masks"], dtype=np.uint8)
+    masks, start = {}, 0
+    for slot, shape in enumerate(zip(row["counts"], row["heights"], row["widths"], strict=True)):
+        size = math.prod(shape)
+        bits = np.unpackbits(packed[start : start + -(-size // 8)], count=size)
+        masks[slot] = torch.from_numpy(bits.reshape(shape)).bool()
+        start += -(-size // 8)
+    return masks
+
+
+def _no_masks(height: int, width: int) -> Tensor:
+    return torch.zeros((0, height, width), dtype=torch.bool)
+
+
 def _place(pixels: npt.NDArray[np.uint8], examples: Sequence[Example]) -> None:
     """Write images into the upper left corners of [slots, height, width, 3]."""
     for slot, example in zip(pixels, examples, strict=False):
@@ -162,6 +191,7 @@ def _batch(row: dict[str, Any], data: npt.NDArray[np.uint8], size: int) -> Train
         pixels = torch.zeros(size * height * width * 3, dtype=torch.uint8)
     boxes = torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4)
     class_labels = torch.tensor(row["class_labels"], dtype=torch.int64)
+    masks = _unpack_masks(row)
     counts = row["counts"] + [0] * (size - len(row["counts"]))
     image_ids = row["image_ids"] + [-1] * (size - len(row["image_ids"]))
     heights = row["heights"] + [0] * (size - len(row["heights"]))
@@ -175,9 +205,14 @@ def _batch(row: dict[str, Any], data: npt.NDArray[np.uint8], size: int) -> Train
         sizes=tuple((h or height, w or width) for h, w in zip(heights, widths, strict=True)),
         weights=torch.tensor([float(h > 0) for h in heights]),
         labels=[
-            {"image_id": torch.tensor([image_id]), "class_labels": own_labels, "boxes": own_boxes}
-            for image_id, own_labels, own_boxes in zip(
-                image_ids, class_labels.split(counts), boxes.split(counts), strict=True
+            {
+                "image_id": torch.tensor([image_id]),
+                "class_labels": own_labels,
+                "boxes": own_boxes,
+                **({} if masks is None else {"masks": masks.get(slot, _no_masks(height, width))}),
+            }
+            for slot, (image_id, own_labels, own_boxes) in enumerate(
+                zip(image_ids, class_labels.split(counts), boxes.split(counts), strict=True)
             )
         ],
         image_ids=tuple(row["image_ids"]),

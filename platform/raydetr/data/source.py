@@ -26,8 +26,8 @@ class Source(Protocol):
     def sizes(self, window: Window) -> Sizes:
         """Ids and image sizes of a window's records, without their pixels."""
 
-    def records(self, window: Window) -> pa.Table:
-        """The records of a window, with `RECORD_COLUMNS`."""
+    def records(self, window: Window, columns: Sequence[str] = RECORD_COLUMNS) -> pa.Table:
+        """The records of a window, with these columns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +48,9 @@ class ShardSource:
         index = _shard_index(self.root, self.files[window.shard])
         return to_sizes(index.slice(window.row_groups[0] * self.row_group_size, window.size))
 
-    def records(self, window: Window) -> pa.Table:
+    def records(self, window: Window, columns: Sequence[str] = RECORD_COLUMNS) -> pa.Table:
         """See `Source`."""
-        return read_rows(self.root, self.files[window.shard], range(*window.row_groups), RECORD_COLUMNS)
+        return read_rows(self.root, self.files[window.shard], range(*window.row_groups), columns)
 
 
 def shard_source(manifest: Manifest) -> ShardSource:

@@ -18,20 +18,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
+import torch
 from ray.data import DataContext, DataIterator, Dataset
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.train import DataConfig
 
-from detr.augment import apply
+from detr.augment import apply, apply_masks
 from detr.image_processing.decode import ImageError, decode_image
 from raydetr.data.balance import repeat_factors
+from raydetr.data.mask_targets import MASK_COLUMNS, MaskKind, mask_targets
 from raydetr.data.micro_batch import Example, TrainingBatch, pack, unpack
 from raydetr.data.plan import MicroBatch, Plan, PlanSpec, Slot, WindowTask
 from raydetr.data.schema import is_trained
 from raydetr.data.shards import Manifest, training_targets
-from raydetr.data.source import Source, layout, to_sizes
+from raydetr.data.source import RECORD_COLUMNS, Source, layout, to_sizes
 from raydetr.errors import ConfigError, DataError
 
 ROW_BYTES = 32 * 1024 * 1024
@@ -46,12 +48,14 @@ class Stream:
     plan: their order.
     last_step: one past the last step of the job.
     first_step: looked up whenever workers start: the step after the last committed one.
+    masks: which masks the labels have, see `mask_targets`.
     """
 
     source: Source
     plan: Plan
     last_step: int
     first_step: Callable[[], int]
+    masks: MaskKind = "none"
 
 
 def build_plan(manifest: Manifest, spec: PlanSpec, repeat_threshold: float = 0.0) -> Plan:
@@ -242,17 +246,19 @@ def _fill(table: pa.Table, stream: Stream, world_size: int) -> Iterator[pa.Table
     named = table.to_pylist()[0]
     task = WindowTask(**{**named, "shapes": tuple(map(tuple, named["shapes"]))})
     plan, labels = stream.plan, stream.source.labels
-    records = stream.source.records(plan.windows[task.window])
+    records = stream.source.records(plan.windows[task.window], [*RECORD_COLUMNS, *MASK_COLUMNS[stream.masks]])
 
     def filled(batch: MicroBatch) -> tuple[MicroBatch, list[Example]]:
         rows = (records.slice(slot.row, 1).to_pylist()[0] for slot in batch.slots)
-        return batch, [_example(row, slot, labels) for row, slot in zip(rows, batch.slots, strict=True)]
+        return batch, [
+            _example(row, slot, labels, stream.masks) for row, slot in zip(rows, batch.slots, strict=True)
+        ]
 
     for row in deal(plan.run(task, to_sizes(records)), plan.spec, world_size):
         yield pack([filled(batch) for batch in row], plan.spec.micro_batch_size)
 
 
-def _example(record: dict[str, Any], slot: Slot, labels: dict[int, int]) -> Example:
+def _example(record: dict[str, Any], slot: Slot, labels: dict[int, int], kind: MaskKind = "none") -> Example:
     nothing = np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)
     if not is_trained(record["fault"]):  # ingest found and reported it
         return Example(slot.image_id, None, *nothing)
@@ -260,6 +266,11 @@ def _example(record: dict[str, Any], slot: Slot, labels: dict[int, int]) -> Exam
         image = decode_image(record["image"])
     except ImageError as error:
         return Example(slot.image_id, None, *nothing, skipped=str(error))
-    boxes_xyxy, class_labels = training_targets(record, labels)
+    if kind == "none":
+        boxes_xyxy, class_labels = training_targets(record, labels)
+        pixels, boxes, kept = apply(image, boxes_xyxy, slot.augmentation)
+        return Example(slot.image_id, pixels, boxes, class_labels[kept])
+    boxes_xyxy, class_labels, masks = mask_targets(record, labels, kind)
     pixels, boxes, kept = apply(image, boxes_xyxy, slot.augmentation)
-    return Example(slot.image_id, pixels, boxes, class_labels[kept])
+    augmented = apply_masks(torch.from_numpy(masks[kept]), slot.augmentation).numpy()
+    return Example(slot.image_id, pixels, boxes, class_labels[kept], masks=augmented)

@@ -1,0 +1,87 @@
+"""What training learns of a record when it learns masks: instances, or all segments of a panoptic image."""
+
+import io
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from raydetr.data.schema import FAULTS, is_trained
+from raydetr.data.shards import is_target, training_targets
+
+MaskKind = Literal["none", "instance", "panoptic"]
+"""Which masks a stream carries."""
+
+MASK_COLUMNS: dict[MaskKind, list[str]] = {
+    "none": [],
+    "instance": ["objects.list.element.segmentation"],
+    "panoptic": ["panoptic_image", "segments"],
+}
+"""Columns that each kind needs besides those of `training_targets`."""
+
+UInt8Array = npt.NDArray[np.uint8]
+
+
+def mask_targets(
+    record: Mapping[str, Any], labels: Mapping[int, int], kind: MaskKind
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], UInt8Array]:
+    """The objects of a record that training learns with a mask.
+
+    Args:
+        record: a row with the columns of `training_targets` and of `MASK_COLUMNS`.
+        labels: category id → contiguous label.
+        kind: instance: the objects that have a mask, without crowds; panoptic: the segments of things and stuff, with
+            the boxes of their pixels.
+
+    Returns:
+        boxes_xyxy float64 [n, 4] in pixels; labels int64 [n]; masks uint8 [n, height, width], 0 or 1.
+    """
+    size = record["height"], record["width"]
+    if kind == "panoptic":
+        return _segments(record, labels, size)
+    kept = [item for item in record["objects"] or () if is_target(item) and _has_mask(item)]
+    boxes, class_labels = training_targets({**record, "objects": kept}, labels)
+    masks = np.zeros((len(kept), *size), dtype=np.uint8)
+    for target, item in zip(masks, kept, strict=True):
+        target[:] = _decode(item["segmentation"], *size)
+    return boxes, class_labels, masks
+
+
+def _has_mask(item: Mapping[str, Any]) -> bool:
+    segmentation = item["segmentation"]
+    fault = item.get("fault")
+    if not segmentation or (fault is not None and FAULTS[fault].effect == "box-only"):
+        return False
+    return segmentation["rle"] is not None or bool(segmentation["polygons"])
+
+
+def _decode(segmentation: Mapping[str, Any], height: int, width: int) -> UInt8Array:
+    if segmentation["polygons"] is not None:
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation["polygons"], height, width))
+    elif segmentation["rle"]["counts"] is None:
+        runs = {"size": segmentation["rle"]["size"], "counts": segmentation["rle"]["runs"]}
+        rle = coco_mask.frPyObjects(runs, height, width)
+    else:
+        rle = {"size": segmentation["rle"]["size"], "counts": segmentation["rle"]["counts"]}
+    return np.asarray(coco_mask.decode(rle), dtype=np.uint8)
+
+
+def _segments(
+    record: Mapping[str, Any], labels: Mapping[int, int], size: tuple[int, int]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], UInt8Array]:
+    nothing = np.zeros((0, 4)), np.zeros(0, dtype=np.int64), np.zeros((0, *size), dtype=np.uint8)
+    fault = record["fault"]
+    if record["panoptic_image"] is None or (fault is not None and FAULTS[fault].effect == "box-only"):
+        return nothing
+    pixels = np.asarray(Image.open(io.BytesIO(record["panoptic_image"])).convert("RGB"), dtype=np.int64)
+    ids = pixels @ np.array([1, 256, 65536])
+    kept = [segment for segment in record["segments"] or () if is_trained(segment["fault"])]
+    masks = np.array([ids == segment["id"] for segment in kept], dtype=np.uint8).reshape(len(kept), *size)
+    boxes = np.zeros((len(kept), 4))
+    for box, mask in zip(boxes, masks, strict=True):
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes, np.array([labels[segment["category_id"]] for segment in kept], dtype=np.int64), masks
