@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 from raydetr.config import TrainConfig
 from raydetr.data import stream
 from raydetr.data.micro_batch import unpack
-from raydetr.data.shards import Manifest
+from raydetr.data.shards import Manifest, read_rows
 from raydetr.data.source import shard_source
 from raydetr.training.distributed import step_totals
 from raydetr.training.loop import compute_gradients, create_state, parallelise, per_worker, to_device
@@ -169,7 +169,7 @@ def test_the_data_set_is_awkward(manifest: Manifest, reference: tuple[Any, dict[
     sizes = {
         (record["height"], record["width"])
         for shard in manifest.shards
-        for record in stream.read_rows(manifest.root, shard.file).to_pylist()
+        for record in read_rows(manifest.root, shard.file).to_pylist()
     }
     assert len(sizes) >= 30
     assert manifest.num_images == 61
