@@ -49,7 +49,7 @@ def main() -> None:
         Image.new("RGB", (24, 16), (90, 120, 30)).save(folder / "0.jpg")
         for number in range(1, count):
             if not (folder / f"{number}.jpg").exists():
-                os.link(folder / "0.jpg", folder / f"{number}.jpg")
+                shutil.copyfile(folder / "0.jpg", folder / f"{number}.jpg")
         images = [{"id": n, "file_name": f"{n}.jpg", "height": 16, "width": 24} for n in range(count)]
         annotations = [
             {

@@ -15,8 +15,8 @@ from raydetr.data.report import print_progress
 from raydetr.data.scenes import STUFF, THINGS, make_scene, panoptic_map, polygons
 from raydetr.errors import ConfigError
 
-GENERATOR_VERSION = 1
-"""Raised with every change of the images or annotations: embedded data of another version is made anew."""
+GENERATOR_VERSION = 2
+"""Raised with every change of the images, annotations or shards: embedded data of another version is made anew."""
 
 EMBEDDED = {"train": (4000, 0), "val": (500, 1)}
 """Split → number of images, seed."""
