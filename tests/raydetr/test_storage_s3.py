@@ -9,6 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydetr import filesystems, storage
+from raydetr.data.layout import Windows
+from raydetr.data.shard_writer import write_manifest, write_shard
+from raydetr.data.source import layout, shard_source
 from raydetr.errors import StorageError
 from tests.raydetr.s3 import S3
 
@@ -82,6 +85,35 @@ def test_a_body_that_breaks_off_is_read_again(s3: S3) -> None:
     s3.faults.cut = 3
     assert storage.read(s3.address("t.parquet"), pq.read_table) == table
     assert s3.faults.cut == 0
+
+
+def test_an_epoch_reads_the_bytes_of_the_shards_and_hardly_more(s3: S3) -> None:
+    rng = np.random.default_rng(0)
+    records = [
+        {
+            "image_id": number,
+            "file_name": f"{number}.jpg",
+            "height": 10,
+            "width": 10,
+            "image": rng.bytes(100_000),
+            "objects": [],
+            "panoptic_image": None,
+        }
+        for number in range(256)
+    ]
+    summary = write_shard(s3.address("shards"), 0, records)
+    assert summary is not None
+    manifest = write_manifest(s3.address("shards"), [summary], [{"id": 1, "name": "thing"}])
+    source = shard_source(manifest)
+    windows = Windows(layout(manifest), 4)
+    s3.faults.bytes_read = s3.faults.requests = 0
+    images = 0
+    for index in range(len(windows)):
+        assert len(source.sizes(windows[index]).image_ids) == windows[index].size
+        images += len(source.records(windows[index])["image"])
+    assert images == 256
+    assert s3.faults.bytes_read <= 1.05 * manifest.shards[0].num_bytes
+    assert s3.faults.requests < 40
 
 
 def test_what_stays_wrong_is_not_repeated_and_named_with_its_remedy(s3: S3) -> None:
