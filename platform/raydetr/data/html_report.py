@@ -142,7 +142,7 @@ def _summary(manifest: Manifest, counts: _Counts) -> str:
         "shards": f"{len(manifest.shards):,} ({megabytes:,.1f} MB)",
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
-    return f"<dl>{rows}</dl><p><dl><div><dt>digest</dt><dd class=small>{manifest.digest}</dd></div></dl>"
+    return f"<dl>{rows}<div><dt>digest</dt><dd class=small>{manifest.digest}</dd></div></dl>"
 
 
 def _faults(faults: Sequence[Fault]) -> str:
