@@ -31,6 +31,12 @@ _ALIASES = {
 _LEGACY_BACKBONE_KEYS = ("backbone", "use_timm_backbone", "backbone_kwargs")
 
 
+_WEIGHTS = (
+    *("class_cost", "bbox_cost", "giou_cost", "bbox_loss_coefficient", "giou_loss_coefficient"),
+    *("mask_loss_coefficient", "dice_loss_coefficient"),
+)
+
+
 def default_labels(num_labels: int) -> dict[int, str]:
     """``{0: "LABEL_0", ...}``, the names transformers gives to labels without names."""
     return {i: f"LABEL_{i}" for i in range(num_labels)}
@@ -248,6 +254,9 @@ class DetrConfig:
             del out["id2label"], out["label2id"]
         else:
             out["id2label"] = {str(i): name for i, name in self.id2label.items()}
+        for name in _WEIGHTS:  # integers in transformers, which refuses 1.0
+            if float(out[name]).is_integer():
+                out[name] = int(out[name])
         for name in ("return_dict", "output_attentions", "output_hidden_states", "dtype", "architectures"):
             if out[name] == getattr(DetrConfig, name):
                 del out[name]

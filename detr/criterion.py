@@ -66,6 +66,7 @@ def set_loss(
     class_weight_sum: float | Tensor | None = None,
     image_weights: Tensor | None = None,
     masks_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+    groups: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch.
 
@@ -82,6 +83,9 @@ def set_loss(
         image_weights: float [B], the weight of each image in every term; None: 1 each.
         masks_of: for segmentation: from image and query, int64 [M] each, to their mask logits float [M, h, w]. The
             labels then need ``masks`` [n, H, W] too.
+        groups: K groups of queries, each matched on its own: L counts the layers of the first group, then those of
+            the next, and so on. The loss is the mean over the groups; the masks and the terms that are returned are
+            those of the last group.
 
     Returns:
         The weighted sum, float [], and the terms: ``loss_ce``, ``loss_bbox``, ``loss_giou`` and
@@ -122,11 +126,12 @@ def set_loss(
             "loss_bbox": config.bbox_loss_coefficient,
             "loss_giou": config.giou_loss_coefficient,
         }
-        loss = torch.stack([coefficients[name] * terms[name].sum() for name in coefficients]).sum()
+        loss = torch.stack([coefficients[name] * terms[name].sum() for name in coefficients]).sum() / groups
     last = logits.shape[0] - 1
     loss_dict = {name: values[last] for name, values in terms.items()}
-    for layer in range(last):
-        loss_dict.update({f"{name}_{layer}": values[layer] for name, values in terms.items()})
+    first = logits.shape[0] - logits.shape[0] // groups
+    for layer in range(first, last):
+        loss_dict.update({f"{name}_{layer - first}": values[layer] for name, values in terms.items()})
     if masks_of is not None:
         query = matching.query[last] - matching.image * logits.shape[2]
         predicted = masks_of(matching.image, query)

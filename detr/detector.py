@@ -24,9 +24,9 @@ from detr.image_processing.size import canonical_shape
 from detr.postprocess import detections_of_all_queries
 
 if TYPE_CHECKING:
-    from detr.model import (
-        DetrForObjectDetection,
-    )  # imports timm, which tasks that only prepare images do without
+    # they import timm, which tasks that only prepare images do without
+    from detr.model import DetrForObjectDetection
+    from detr.segmentation import DetrForSegmentation
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +57,13 @@ class Detections:
         scores: float32 [Q] in 0..1.
         labels: int64 [Q], class indices of the model (names: `model.config.id2label`).
         boxes_xyxy: float32 [Q, 4], corners in pixels of the original image; not clipped to it.
+        queries: int64 [Q], which of the model's queries it was.
     """
 
     scores: np.ndarray
     labels: np.ndarray
     boxes_xyxy: np.ndarray
+    queries: np.ndarray
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -124,7 +126,7 @@ class ObjectDetector:
 
     def __init__(
         self,
-        model: "DetrForObjectDetection",
+        model: "DetrForObjectDetection | DetrForSegmentation",
         image_processor: DetrImageProcessor,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -138,17 +140,30 @@ class ObjectDetector:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        masks: bool = False,
     ) -> Self:
         """Load a model folder: model.safetensors, config.json and preprocessor_config.json.
+
+        Args:
+            folder: of the model.
+            device: where the model runs.
+            dtype: what it computes in.
+            masks: load it with its mask head.
 
         Raises:
             FileNotFoundError: the folder or one of the files is missing.
             ValueError: the files do not fit together.
         """
         from detr.model import DetrForObjectDetection
+        from detr.segmentation import DetrForSegmentation
 
-        model = DetrForObjectDetection.from_pretrained(folder, dtype=torch.float32)
+        kind = DetrForSegmentation if masks else DetrForObjectDetection
+        model = kind.from_pretrained(folder, dtype=torch.float32)
         return cls(model, DetrImageProcessor.from_pretrained(folder), device, dtype)
 
     def prepare(self, image: bytes | Image.Image | torch.Tensor) -> PreparedImage:
@@ -168,6 +183,15 @@ class ObjectDetector:
         """
         if not prepared:
             return []
+        return self.detections(self.run(prepared), prepared, top_k)
+
+    @torch.inference_mode()
+    def run(self, prepared: Sequence[PreparedImage]) -> Any:
+        """The model's own output for images of one canonical shape, of which there is at least one.
+
+        Raises:
+            ValueError: the images have different canonical shapes.
+        """
         shapes = sorted({image.pixels.shape for image in prepared})
         if len(shapes) > 1:
             raise ValueError(
@@ -178,13 +202,19 @@ class ObjectDetector:
         pixel_values = self.image_processor.rescale_and_normalize(pixels) * mask[:, None]
         pixel_values = pixel_values.to(torch.float32 if self._autocast else self.dtype)
         with torch.autocast(self.device.type, self.dtype, enabled=self._autocast):
-            outputs = self.model(pixel_values, pixel_mask=mask)
+            return self.model(pixel_values, pixel_mask=mask)
+
+    @staticmethod
+    def detections(
+        outputs: Any, prepared: Sequence[PreparedImage], top_k: int | None = None
+    ) -> list[Detections]:
+        """What `run` returned, as detections; see `detect`."""
         scores, labels, boxes = detections_of_all_queries(
             outputs, [image.original_size for image in prepared]
         )
         scores, order = scores.float().sort(descending=True, stable=True)
         return [
-            Detections(score[:top_k], label[rank][:top_k], box[rank][:top_k])
+            Detections(score[:top_k], label[rank][:top_k], box[rank][:top_k], rank[:top_k])
             for score, rank, label, box in zip(*_to_numpy(scores, order, labels, boxes.float()))
         ]
 

@@ -127,8 +127,14 @@ class DetrModel(DetrPreTrainedModel):
         decoder_inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        extra_queries: Tensor | None = None,
     ) -> DetrModelOutput:
-        """What follows the backbone: encoder and decoder. Arguments are those of `forward`."""
+        """What follows the backbone: encoder and decoder. Arguments are those of `forward`, and
+
+        Args:
+            extra_queries: float [K - 1, Q, D], the position embeddings of further groups of queries. The decoder's
+                output is then [B, K * Q, D], group after group, the model's own queries last.
+        """
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         cells, batch = features.cells, features.cells.shape[0]
@@ -139,11 +145,15 @@ class DetrModel(DetrPreTrainedModel):
         if encoded is None:
             encoded = self.encoder(cells, keep, position, attentions, states)
         memory = encoded.last_hidden_state
-        query_position = self.query_position_embeddings.weight.to(cells.dtype).expand(batch, -1, -1)
+        query_position, groups = self.query_position_embeddings.weight, 1
+        if extra_queries is not None:
+            groups += len(extra_queries)
+            query_position = torch.cat((extra_queries.flatten(0, 1), query_position))
+        query_position = query_position.to(cells.dtype).expand(batch, -1, -1)
         queries = torch.zeros_like(query_position) if decoder_inputs_embeds is None else decoder_inputs_embeds
         query_keep = None if decoder_attention_mask is None else decoder_attention_mask.to(torch.bool)
         decoded = self.decoder(
-            queries, query_position, query_keep, memory, keep, position, attentions, states
+            queries, query_position, query_keep, memory, keep, position, attentions, states, groups
         )
         return DetrModelOutput(
             last_hidden_state=decoded.last_hidden_state,
@@ -320,8 +330,11 @@ class DetrForObjectDetection(DetrPreTrainedModel):
         class_weight_sum: float | Tensor | None,
         image_weights: Tensor | None,
         masks_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+        groups: int = 1,
     ) -> dict[str, Any]:
         """Heads and loss on the output of the transformer; arguments are those of `forward` and `set_loss`.
+
+        With ``groups`` the intermediate hidden states are those of all groups, in the order of `set_loss`.
 
         Returns:
             The fields ``loss``, ``loss_dict``, ``logits``, ``pred_boxes`` and ``auxiliary_outputs``.
@@ -333,9 +346,13 @@ class DetrForObjectDetection(DetrPreTrainedModel):
             all_logits, all_boxes = logits[None], pred_boxes[None]
             if outputs.intermediate_hidden_states is not None:
                 aux_logits, aux_boxes = self.predict(outputs.intermediate_hidden_states[:-1])
-                auxiliary_outputs = [
-                    {"logits": c, "pred_boxes": b} for c, b in zip(aux_logits, aux_boxes, strict=True)
-                ]
+                if self.config.auxiliary_loss:
+                    own = (len(aux_logits) + 1) // groups - 1  # layers of group 0 before its last
+                    first = len(aux_logits) - own
+                    auxiliary_outputs = [
+                        {"logits": c, "pred_boxes": b}
+                        for c, b in zip(aux_logits[first:], aux_boxes[first:], strict=True)
+                    ]
                 all_logits = torch.cat((aux_logits, all_logits))
                 all_boxes = torch.cat((aux_boxes, all_boxes))
             if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -351,6 +368,7 @@ class DetrForObjectDetection(DetrPreTrainedModel):
                 class_weight_sum=class_weight_sum,
                 image_weights=image_weights,
                 masks_of=masks_of,
+                groups=groups,
             )
         return {
             "loss": loss,

@@ -105,6 +105,27 @@ class DetrForSegmentation(DetrPreTrainedModel):
             output_attentions,
             output_hidden_states,
         )
+        output = self.segment(
+            features, outputs, labels, num_boxes, class_weight_sum, image_weights, min_score=min_score
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def segment(
+        self,
+        features: ImageFeatures,
+        outputs: DetrModelOutput,
+        labels: Sequence[Mapping[str, Any]] | None,
+        num_boxes: float | Tensor | None,
+        class_weight_sum: float | Tensor | None,
+        image_weights: Tensor | None,
+        min_score: float | None = None,
+        groups: int = 1,
+    ) -> DetrSegmentationOutput:
+        """Heads and loss on the output of the transformer.
+
+        Arguments are those of `forward` and of `DetrForObjectDetection.detect`.
+        """
         queries = outputs.last_hidden_state
         assert queries is not None
         context = self._mask_context(features, outputs)
@@ -121,10 +142,10 @@ class DetrForSegmentation(DetrPreTrainedModel):
                 return matched
             return pred_masks[image, query]
 
-        detected = self.detr.detect(outputs, labels, num_boxes, class_weight_sum, image_weights, masks_of)
-        output = DetrSegmentationOutput(**detected, pred_masks=pred_masks, **hidden_outputs(outputs))
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        detected = self.detr.detect(
+            outputs, labels, num_boxes, class_weight_sum, image_weights, masks_of, groups
+        )
+        return DetrSegmentationOutput(**detected, pred_masks=pred_masks, **hidden_outputs(outputs))
 
     def _mask_context(self, features: ImageFeatures, outputs: DetrModelOutput) -> MaskContext:
         keep = None if features.keep is None else features.keep.flatten(1)

@@ -81,13 +81,20 @@ class DecoderLayer(_FeedForwardLayer):
         memory_key: Tensor,
         memory_mask: Tensor | None,
         output_attentions: bool,
+        groups: int = 1,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Float [B, Q, D] to float [B, Q, D], with self- and cross-attention weights when asked for.
 
-        ``memory_key`` is the encoder's output with the position embedding added.
+        ``memory_key`` is the encoder's output with the position embedding added. With ``groups`` K the Q queries are
+        K groups, one after the other, that do not see each other.
         """
+        batch = x.shape[0]
+        # Groups as images of a batch: no mask over all queries, and K times (Q / K)^2 scores in place of Q^2.
+        within = x.unflatten(1, (groups, -1)).flatten(0, 1) if groups > 1 else x
         at = x + query_position
-        attended, self_weights = self.self_attn(at, at, x, query_mask, output_attentions)
+        at = at.view_as(within) if groups > 1 else at
+        attended, self_weights = self.self_attn(at, at, within, query_mask, output_attentions)
+        attended = attended.unflatten(0, (batch, groups)).flatten(1, 2) if groups > 1 else attended
         x = self.self_attn_layer_norm(x + self._drop(attended))
         attended, cross_weights = self.encoder_attn(
             x + query_position, memory_key, memory, memory_mask, output_attentions
@@ -178,6 +185,7 @@ class Decoder(_Stack):
         memory_position: Tensor,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        groups: int = 1,
     ) -> DetrDecoderOutput:
         """Decode.
 
@@ -194,6 +202,8 @@ class Decoder(_Stack):
             memory_position: float [B, S, D], added to the keys of the cross-attention.
             output_attentions: also return the attention weights of each layer.
             output_hidden_states: also return the input and the output of each layer.
+            groups: K groups of Q / K queries each, one after the other, that do not see each other: every one is
+                decoded as if it were alone. ``query_keep`` must be None where K is not 1.
         """
         query_mask = None if query_keep is None else additive_mask(query_keep, queries.dtype)
         memory_mask = None if memory_keep is None else additive_mask(memory_keep, memory.dtype)
@@ -202,7 +212,15 @@ class Decoder(_Stack):
         hidden_states, attentions, cross_attentions, intermediate = [x], [], [], []
         for layer in self.layers:
             x, weights, cross_weights = self._run(
-                layer, x, query_position, query_mask, memory, memory_key, memory_mask, output_attentions
+                layer,
+                x,
+                query_position,
+                query_mask,
+                memory,
+                memory_key,
+                memory_mask,
+                output_attentions,
+                groups,
             )
             hidden_states.append(x)
             attentions.append(weights)

@@ -15,6 +15,9 @@ from detr.checkpoint_names import to_file_name
 from detr.config import DetrConfig
 from detr.model import DetrForObjectDetection
 from detr.segmentation import DetrForSegmentation
+from tests.exact_reference import exact_reference
+
+__all__ = ["exact_reference"]
 
 SMALL = {
     "backbone": "resnet18",
@@ -163,19 +166,3 @@ def make_batch() -> Callable[..., Batch]:
         return Batch(pixels, mask, labels)
 
     return make
-
-
-@pytest.fixture
-def exact_reference(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Transformers' loss in float64, where its class weights are float32 and fail."""
-
-    from transformers.loss import loss_for_object_detection as reference
-
-    class Float64Loss(reference.ImageLoss):
-        def __init__(self, matcher, num_classes, eos_coef, losses):
-            super().__init__(matcher, num_classes, eos_coef, losses)
-            self.empty_weight = nn.Buffer(self.empty_weight.double())
-            self.empty_weight[-1] = eos_coef
-
-    monkeypatch.setattr(reference, "ImageLoss", Float64Loss)
-    return reference.ForObjectDetectionLoss

@@ -293,3 +293,11 @@ def test_a_file_that_is_no_configuration_is_refused_with_its_path(tmp_path: Path
     with pytest.raises(error, match=message) as raised:
         DetrConfig.from_pretrained(tmp_path)
     assert str(tmp_path) in str(raised.value)
+
+
+def test_whole_weights_are_written_as_the_integers_that_transformers_wants(tmp_path: Path) -> None:
+    import transformers
+
+    DetrConfig(class_cost=1.0, bbox_cost=5.0, dice_loss_coefficient=2.0).save_pretrained(tmp_path)
+    theirs = transformers.DetrConfig.from_pretrained(tmp_path)
+    assert (theirs.class_cost, theirs.bbox_cost, theirs.dice_loss_coefficient) == (1, 5, 2)

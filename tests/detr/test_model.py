@@ -360,6 +360,7 @@ def test_a_new_model_starts_as_the_original():
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.known_issue(8)
 def test_a_new_model_learns_a_few_images_by_heart(make_batch):
     """From scratch, with the recipe's clipping: classes and boxes of four images after 300 steps."""
