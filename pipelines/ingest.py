@@ -11,7 +11,7 @@ On one machine:
 The same command again goes on where it was ended; a complete output is left as it is. More forms:
     --panoptic-annotations panoptic.json --panoptic-masks panoptic/     with or without --annotations
     --split 0.8,0.1,0.1 --group-by site         folders train, val and test; no site in two of them
-    --append                                    new images into new shards of the output
+    --append True                               new images into new shards of the output
     --classes classes.json                      merge, rename and drop classes: {"car": "vehicle", "dog": null}
 """
 
@@ -34,7 +34,7 @@ def main(config: IngestConfig) -> dict[str, Any]:
     addresses = Addresses(
         config.annotations, config.images, config.panoptic_annotations, config.panoptic_masks, config.classes
     )
-    options = Options(config.on_fault, config.seed, config.shard_bytes, config.append)
+    options = Options(config.on_fault, config.seed, config.shard_bytes, config.append, config.compare_with)
     progress = print_progress("ingest")
     if config.split:
         split = Split(config.fractions, config.group_by, config.seed)
@@ -66,7 +66,7 @@ def summarise(result: IngestResult) -> dict[str, Any]:
     manifest = result.manifest
     if not result.written:
         print(f"{manifest.root} is complete and made from this input: nothing to do.")
-    if lines := fault_lines(read_faults(manifest)):
+    if lines := fault_lines(read_faults(manifest.root)):
         print(f"\nfaults and notes of {manifest.root}", *lines, sep="\n  ")
     return counts(manifest) | {"written": result.written, "images skipped": result.num_images_skipped}
 

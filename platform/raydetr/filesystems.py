@@ -5,6 +5,7 @@ to AWS; settings can also stand in the address (`s3://bucket/key?endpoint_overri
 from the standard chain only: environment, configuration files, the machine's role.
 """
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -37,6 +38,16 @@ _TRANSIENT = (
     "Connection",
     "timed out",
 )
+_TRANSIENT_OF_MOUNTS = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+}
+"""Errors of a shared folder whose server is away for a moment."""
+
 _REMEDIES = {
     "ACCESS_DENIED": "the credentials that were found may not do this: check them and the bucket's policy",
     "HTTP status 403": "the credentials that were found may not do this: check them and the bucket's policy",
@@ -91,14 +102,16 @@ def attempt(address: str, doing: str, action: Callable[[], Result], seconds: flo
             return action()
         except OSError as error:
             left = end - time.monotonic()
-            if is_local(address) or not is_transient(error) or left <= 0:
+            if not is_transient(error, address) or left <= 0:
                 raise StorageError(f"{address}: cannot be {doing} ({_explain(error)}).") from error
         time.sleep(min(pause, left))
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def is_transient(error: OSError) -> bool:
-    """Whether an error of a remote file system may be gone when the same is tried again."""
+def is_transient(error: OSError, address: str) -> bool:
+    """Whether an error of a remote or a mounted file system may be gone when the same is tried again."""
+    if is_local(address):
+        return error.errno in _TRANSIENT_OF_MOUNTS
     text = str(error)
     if isinstance(error, FileNotFoundError | PermissionError) or any(name in text for name in _REMEDIES):
         return False

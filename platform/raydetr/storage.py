@@ -22,11 +22,20 @@ from raydetr.filesystems import attempt, is_local, is_transient, resolve
 Result = TypeVar("Result")
 
 _CHUNK = 16 * 1024 * 1024
+_PART = 4 * 1024 * 1024
+
+
+SHARED = "RAYDETR_STORAGE"
+"""Environment variable: the address that relative ones are relative to, instead of the current folder."""
 
 
 def absolute(address: str) -> str:
-    """A local address as absolute path; any other unchanged."""
-    return os.path.abspath(address) if is_local(address) else address
+    """A local address as absolute path, a relative one under RAYDETR_STORAGE where that is set; any other unchanged."""
+    if not is_local(address):
+        return address
+    if (shared := os.environ.get(SHARED)) and not os.path.isabs(address):
+        return join(shared, *os.path.normpath(address).split(os.sep))
+    return os.path.abspath(address)
 
 
 def join(address: str, *parts: str) -> str:
@@ -64,17 +73,35 @@ def size(address: str) -> int:
     return int(info.size)
 
 
-def list_files(folder: str) -> dict[str, int]:
-    """Bytes of all files in a folder and the folders in it, by name relative to it.
+def list_files(folder: str) -> Iterator[tuple[str, int]]:
+    """Name relative to the folder, and bytes, of all files in it and in the folders in it; in no order.
 
     Raises:
         StorageError: the folder does not exist or cannot be listed.
     """
     filesystem, path = resolve(folder)
-    selector = fs.FileSelector(path, recursive=True)
-    infos = attempt(folder, "listed", lambda: filesystem.get_file_info(selector))
     prefix = path.rstrip("/") + "/"
-    return {info.path.removeprefix(prefix): int(info.size) for info in infos if info.is_file}
+    if is_local(folder):
+        # Not by pyarrow, which has all of them in memory at once.
+        for name, size in _walk(path, folder):
+            yield name.removeprefix(prefix), size
+        return
+    selector = fs.FileSelector(path, recursive=True)
+    for info in attempt(folder, "listed", lambda: filesystem.get_file_info(selector)):
+        if info.is_file:
+            yield info.path.removeprefix(prefix), int(info.size)
+
+
+def _walk(path: str, folder: str) -> Iterator[tuple[str, int]]:
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    yield from _walk(entry.path, folder)
+                elif entry.is_file():
+                    yield os.fsencode(entry.path).decode("utf-8", "replace"), entry.stat().st_size
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be listed ({error}).") from error
 
 
 def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
@@ -83,18 +110,38 @@ def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
     Raises:
         StorageError: the folder does not exist or cannot be listed.
     """
-    # One listing: an object store would need one request for each name.
-    sizes = list_files(folder)
     wanted = set(names)
-    found = {name: sizes[name] for name in wanted & sizes.keys()}
     # Names such as ../other/1.jpg are not in a listing.
-    unlisted = sorted(wanted - sizes.keys())
+    outside = sorted(name for name in wanted if name.startswith(".."))
+    found = {}
+    if len(outside) < len(wanted):
+        # One listing: an object store would need one request for each name.
+        found = {name: size for name, size in list_files(folder) if name in wanted}
     filesystem, path = resolve(folder)
-    paths = [f"{path.rstrip('/')}/{name}" for name in unlisted]
-    for name, info in zip(unlisted, attempt(folder, "listed", lambda: filesystem.get_file_info(paths))):
+    paths = [f"{path.rstrip('/')}/{name}" for name in outside]
+    for name, info in zip(outside, attempt(folder, "listed", lambda: filesystem.get_file_info(paths))):
         if info.is_file:
             found[name] = int(info.size)
     return found
+
+
+def read_chunks(address: str) -> Iterator[bytes]:
+    """The content of a file, a few MB at a time.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    filesystem, path = resolve(address)
+    at = 0
+
+    def part() -> bytes:
+        with filesystem.open_input_file(path) as stream:
+            stream.seek(at)
+            return bytes(stream.read(_PART))
+
+    while data := attempt(address, "read", part):
+        yield data
+        at += len(data)
 
 
 def read_bytes(address: str) -> bytes:
@@ -128,7 +175,7 @@ def read(address: str, action: Callable[[pa.NativeFile], Result]) -> Result:
             try:
                 return action(stream)
             except OSError as error:
-                if not is_local(address) and is_transient(error):
+                if is_transient(error, address):
                     raise
                 return _Failed(error)
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import pipelines.ingest
 from pipelines.ingest import main
+from raydetr.command import run
 from raydetr.config import IngestConfig
 from raydetr.data.synthetic import generate
 from raydetr.errors import RaydetrError
@@ -67,7 +69,7 @@ def test_wrong_input_ends_with_its_message_and_no_traceback(tmp_path: Path) -> N
     (tmp_path / "list.json").write_text("[]")
     done = run_ingest("--annotations", "list.json", "--images", ".", "--output", "out", cwd=tmp_path)
     assert done.returncode == 2
-    assert "error: list.json: not COCO detection: the file holds a list" in done.stderr
+    assert "error: list.json: not COCO: the file holds a list" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -82,3 +84,21 @@ def test_a_path_that_does_not_exist_is_named(tmp_path: Path, name: str) -> None:
     paths[name] = str(tmp_path / "nowhere")
     with pytest.raises(RaydetrError, match="nowhere"):
         main(IngestConfig(**paths, output=str(tmp_path / "out")))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_images_are_appended_by_the_flags_that_the_docstring_shows(tmp_path: Path) -> None:
+    assert "--append True " in (pipelines.ingest.__doc__ or "")
+    generate(str(tmp_path / "coco"), 6, seed=0, size=32)
+    content = json.loads((tmp_path / "coco/annotations/instances.json").read_text())
+    for name, ids in (("first", range(1, 4)), ("rest", range(4, 7))):
+        images = [image for image in content["images"] if image["id"] in ids]
+        annotations = [item for item in content["annotations"] if item["image_id"] in ids]
+        part = {**content, "images": images, "annotations": annotations}
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+        flags = ["--annotations", str(tmp_path / f"{name}.json"), "--images", str(tmp_path / "coco/images")]
+        flags += ["--output", str(tmp_path / "out"), "--json", str(tmp_path / "summary.json")]
+        run(main, IngestConfig, args=[*flags, *(["--append", "True"] if name == "rest" else [])])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["images"], summary["shards"]) == (6, 2)
+    assert summary["parent"]

@@ -1,3 +1,4 @@
+import errno
 import os
 import threading
 from pathlib import Path
@@ -22,6 +23,24 @@ def test_a_written_file_reads_back_and_its_folders_are_made(tmp_path: Path) -> N
 def test_a_uri_and_a_path_name_the_same_file(tmp_path: Path) -> None:
     storage.write_bytes(f"file://{tmp_path}/x", b"1")
     assert storage.read_bytes(str(tmp_path / "x")) == b"1"
+
+
+def test_a_shared_folder_whose_server_is_away_for_a_moment_is_asked_again() -> None:
+    answers = iter([OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")])
+
+    def read() -> bytes:
+        if error := next(answers, None):
+            raise error
+        return b"1"
+
+    assert filesystems.attempt("/mnt/shared/x", "read", read) == b"1"
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def write() -> None:
+        raise full
+
+    with pytest.raises(StorageError, match="No space left"):
+        filesystems.attempt("/mnt/shared/x", "written", write)
 
 
 def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -147,6 +166,16 @@ def test_deleting_takes_what_is_there_and_nothing_else(tmp_path: Path) -> None:
     storage.delete_file(str(tmp_path / "b"))
     storage.delete_file(str(tmp_path / "b"))
     assert storage.list_names(str(tmp_path)) == []
+
+
+def test_relative_addresses_are_under_the_shared_storage_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(storage.SHARED, "s3://bucket/team/")
+    assert storage.absolute("runs/train") == "s3://bucket/team/runs/train"
+    assert storage.absolute("./runs//train/") == "s3://bucket/team/runs/train"
+    assert storage.absolute("/data") == "/data"
+    assert storage.absolute("s3://other/x") == "s3://other/x"
 
 
 def test_relative_addresses_become_absolute_and_uris_stay(

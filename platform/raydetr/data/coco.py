@@ -1,119 +1,82 @@
-"""COCO detection JSON: read and checked as a whole, and cut into one entry an image.
+"""COCO detection JSON: read and checked in one pass, into the tables of an `Index`.
 
 What is wrong with the file as a whole (not JSON, not COCO, no images) stops the ingest; what is wrong with one
 image or one annotation is a fault of that one, see `record`.
 """
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from raydetr import storage
 from raydetr.data.faults import as_int
-from raydetr.data.record import Annotation, Entry
-from raydetr.data.schema import Fault
+from raydetr.data.index import Index
+from raydetr.data.json_stream import kind, read_elements
 from raydetr.errors import DataError
+
+_LISTS = ("images", "annotations", "categories")
 
 
 @dataclass(frozen=True)
-class CocoIndex:
-    """A COCO detection file."""
+class CocoFile:
+    """What a COCO file has beside images and annotations.
+
+    categories: its classes.
+    digest: SHA-256 of the file.
+    """
 
     categories: tuple[dict[str, Any], ...]
-    entries: tuple[Entry, ...]
-    """One for each image id, in the order of the file."""
-    faults: tuple[Fault, ...]
-    """Of image entries and annotations that cannot be part of any record."""
-    digest: str = ""
-    """SHA-256 of the file."""
+    digest: str
 
 
-def read_coco(address: str) -> CocoIndex:
+def read_coco(address: str, index: Index) -> CocoFile:
     """Read a COCO detection JSON.
+
+    An image id that occurs more than once stands for the last entry that has it, as in pycocotools.
+
+    Args:
+        address: of the file.
+        index: takes its images and annotations.
 
     Raises:
         StorageError: it cannot be read.
         DataError: it is not JSON, or not COCO detection: which key is missing or of a wrong type, and where.
     """
-    text = storage.read_bytes(address)
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{address}: not JSON ({error}).") from error
-    return replace(parse_coco(content, address), digest=hashlib.sha256(text).hexdigest())
+    digest = hashlib.sha256()
+    keys: list[str] = []
+    categories: list[dict[str, Any]] = []
+    missing = MissingKeys(address)
+    for key, position, value, text in read_elements(address, digest):
+        if not position:
+            keys.append(key)
+        if key not in _LISTS:
+            continue
+        if position is None:
+            what = "is empty: nothing to ingest" if value == [] else f"is a {kind(value)}; expected a list"
+            raise DataError(f"{address}: {key!r} {what}.")
+        if not isinstance(value, dict):
+            raise DataError(f"{address}: {key}[{position}] is a {kind(value)}; expected an object.")
+        if key == "images":
+            add_image(index, value, position, text, address)
+        elif key == "annotations":
+            missing.look(value)
+            index.add_annotation(position, value, text)
+        else:
+            categories.append(value)
+    if absent := [key for key in _LISTS if key not in keys]:
+        raise DataError(f"{address}: not COCO detection: no key {absent[0]!r}; the file has {keys[:10]}.")
+    check_categories(categories, address)
+    missing.check()
+    index.join_annotations(address.rsplit("/", 1)[-1])
+    return CocoFile(tuple(categories), digest.hexdigest())
 
 
-def parse_coco(content: Any, source: str) -> CocoIndex:
-    """Check COCO detection content and group its annotations by image.
-
-    An image id that occurs more than once stands for the last entry that has it, as in pycocotools.
-
-    Args:
-        content: what the JSON file holds.
-        source: its name, for messages.
+def add_image(index: Index, fields: Mapping[str, Any], position: int, text: str, source: str) -> None:
+    """Check an image entry and add it.
 
     Raises:
-        DataError: it is not COCO detection.
+        DataError: it lacks an id or a file name.
     """
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{source}: not COCO detection: the file holds a {_kind(content)}; expected an object with the keys "
-            "images, annotations and categories."
-        )
-    images, annotations, categories = (
-        _list_of(content, key, source) for key in ("images", "annotations", "categories")
-    )
-    _check_categories(categories, source)
-    _check_annotations(annotations, source)
-    names = source.rsplit("/", 1)[-1]
-    found: list[Fault] = []
-    entries: dict[int, Entry] = {}
-    for position, fields in enumerate(images):
-        entry = _entry(fields, position, source)
-        if (earlier := entries.get(entry.image_id)) is not None:
-            reason = (
-                f"image id {entry.image_id} again in images[{position}] ({entry.file_name}), which is used"
-            )
-            found.append(Fault("duplicate-image-id", earlier.file_name, entry.image_id, None, reason))
-        entries[entry.image_id] = entry
-    by_image: dict[int, list[Annotation]] = {image_id: [] for image_id in entries}
-    for annotation in _with_duplicates(annotations):
-        fields = annotation.fields
-        image_id = as_int(fields.get("image_id"))
-        if image_id in by_image:
-            by_image[image_id].append(annotation)
-            continue
-        what = f"image_id {fields['image_id']!r}" if "image_id" in fields else "no image_id"
-        reason = f"annotations[{annotation.position}] has {what}"
-        found.append(Fault("unknown-image", names, image_id, as_int(fields.get("id")), reason))
-    return CocoIndex(
-        categories=tuple(categories),
-        entries=tuple(
-            replace(entry, annotations=tuple(by_image[image_id])) for image_id, entry in entries.items()
-        ),
-        faults=tuple(found),
-    )
-
-
-def _with_duplicates(annotations: list[dict[str, Any]]) -> Iterator[Annotation]:
-    """The annotations, those marked whose id an earlier one has."""
-    seen: dict[int, tuple[Any, ...]] = {}
-    for position, fields in enumerate(annotations):
-        annotation_id = as_int(fields.get("id"))
-        content = tuple(repr(fields.get(key)) for key in ("image_id", "category_id", "bbox"))
-        if annotation_id is None or annotation_id not in seen:
-            if annotation_id is not None:
-                seen[annotation_id] = content
-            yield Annotation(position, fields)
-        else:
-            same = seen[annotation_id] == content
-            code = "repeated-annotation" if same else "duplicate-annotation-id"
-            yield Annotation(position, fields, (code,))
-
-
-def _entry(fields: Mapping[str, Any], position: int, source: str) -> Entry:
     where = f"{source}: images[{position}]"
     for key in ("id", "file_name"):
         if key not in fields:
@@ -121,32 +84,22 @@ def _entry(fields: Mapping[str, Any], position: int, source: str) -> Entry:
     image_id, file_name = as_int(fields["id"]), fields["file_name"]
     if image_id is None:
         raise DataError(f"{where}: id is {fields['id']!r}; image ids must be integers of 64 bits.")
-    if not isinstance(file_name, str) or not file_name:
+    if not is_name(file_name):
         raise DataError(f"{where}: file_name is {file_name!r}; expected a name.")
-    height, width = as_int(fields.get("height")), as_int(fields.get("width"))
-    extra = {k: v for k, v in fields.items() if k not in ("id", "file_name", "height", "width")}
-    extra |= {k: fields[k] for k, v in (("height", height), ("width", width)) if v is None and k in fields}
-    return Entry(image_id, file_name, height, width, extra, ())
+    index.add_image(position, image_id, file_name, text)
 
 
-def _list_of(content: Mapping[str, Any], key: str, source: str) -> list[dict[str, Any]]:
-    """A list of objects under a key of the file."""
-    if key not in content:
-        raise DataError(
-            f"{source}: not COCO detection: no key {key!r}; the file has {sorted(map(str, content))[:10]}."
-        )
-    items = content[key]
-    if not isinstance(items, list):
-        raise DataError(f"{source}: {key!r} is a {_kind(items)}; expected a list.")
-    if not items:
-        raise DataError(f"{source}: {key!r} is empty: nothing to ingest.")
-    for position, item in enumerate(items):
-        if not isinstance(item, dict):
-            raise DataError(f"{source}: {key}[{position}] is a {_kind(item)}; expected an object.")
-    return items
+def is_name(value: Any) -> bool:
+    """Whether a value can be the name of a file: text, not empty, without half a pair of surrogates."""
+    return isinstance(value, str) and bool(value) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def _check_categories(categories: list[dict[str, Any]], source: str) -> None:
+def check_categories(categories: Sequence[dict[str, Any]], source: str) -> None:
+    """Check the categories, and make their ids integers.
+
+    Raises:
+        DataError: one lacks an id or a name, or has the id of another.
+    """
     seen: dict[int, str] = {}
     for position, category in enumerate(categories):
         where = f"{source}: categories[{position}]"
@@ -164,18 +117,31 @@ def _check_categories(categories: list[dict[str, Any]], source: str) -> None:
         seen[category_id] = name
 
 
-def _check_annotations(annotations: list[dict[str, Any]], source: str) -> None:
-    """A key that not one annotation has is a wrong kind of file rather than a fault of each."""
-    for key in ("id", "image_id", "category_id", "bbox"):
-        if not any(key in fields for fields in annotations):
-            hint = (
-                "this is a panoptic file: give the detection file (instances_….json)"
-                if "segments_info" in annotations[0]
-                else f"they have {sorted(annotations[0])}"
-            )
-            raise DataError(f"{source}: not COCO detection: no annotation has {key!r}; {hint}.")
+class MissingKeys:
+    """Keys that not one annotation has: a wrong kind of file rather than a fault of each."""
 
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._missing = {"id", "image_id", "category_id", "bbox"}
+        self._first: list[str] = []
 
-def _kind(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
+    def look(self, fields: Mapping[str, Any]) -> None:
+        """See an annotation."""
+        if self._missing:
+            self._first = self._first or sorted(fields)
+            self._missing.difference_update(fields)
+
+    def check(self) -> None:
+        """When all were seen.
+
+        Raises:
+            DataError: a key is missing.
+        """
+        for key in ("id", "image_id", "category_id", "bbox"):
+            if key in self._missing:
+                hint = (
+                    "this is a panoptic file: give it as --panoptic-annotations, or the detection file (instances_….json)"
+                    if "segments_info" in self._first
+                    else f"they have {self._first}"
+                )
+                raise DataError(f"{self._source}: not COCO detection: no annotation has {key!r}; {hint}.")

@@ -10,6 +10,7 @@ MAX_DISTANCE = 3
 """Bits in which the hashes of near-identical images may differ: the same picture compressed or scaled anew."""
 
 _MASK = np.uint64(0xFFFF)
+_PAIRS_AT_ONCE = 2**22
 
 
 def image_hash(image: Tensor) -> int | None:
@@ -62,9 +63,33 @@ def near_duplicates(first: Int64Array, second: Int64Array, max_distance: int = M
         parts = part_of_theirs[order]
         start = np.searchsorted(parts, part_of_ours, side="left")
         counts = np.searchsorted(parts, part_of_ours, side="right") - start
-        left = np.repeat(np.arange(len(ours)), counts)
-        place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        right = order[np.repeat(start, counts) + place]
-        close = np.bitwise_count(ours[left] ^ theirs[right]) <= max_distance
-        found.append(np.stack([left[close], right[close]], axis=1))
+        # Some parts are in very many pictures: those of a sky, of a dark edge.
+        cuts = np.flatnonzero(np.diff(np.cumsum(counts) // _PAIRS_AT_ONCE)) + 1
+        for ids in np.split(np.arange(len(ours)), cuts):
+            left = np.repeat(ids, counts[ids])
+            place = np.arange(len(left)) - np.repeat(np.cumsum(counts[ids]) - counts[ids], counts[ids])
+            right = order[np.repeat(start[ids], counts[ids]) + place]
+            close = np.bitwise_count(ours[left] ^ theirs[right]) <= max_distance
+            found.append(np.stack([left[close], right[close]], axis=1))
     return np.unique(np.concatenate(found), axis=0)
+
+
+def first_near_duplicates(first: Int64Array, second: Int64Array) -> Int64Array:
+    """Of each hash of a set that nearly occurs in another one: where it does so first.
+
+    There is one row for each, however many there are: frames of a camera that stands still are all alike.
+
+    Args:
+        first: int64 [n].
+        second: int64 [m].
+
+    Returns:
+        int64 [at most n, 2], indices into `first`, ascending, and `second`.
+    """
+    ours, which = np.unique(first, return_inverse=True)
+    theirs, places = np.unique(second, return_index=True)
+    earliest = np.full(len(ours), len(second), dtype=np.int64)
+    mine, its = near_duplicates(ours, theirs).T
+    np.minimum.at(earliest, mine, places[its])
+    found = np.flatnonzero(earliest[which] < len(second))
+    return np.stack([found, earliest[which][found]], axis=1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from pycocotools import mask
 
 from detr.image_processing.decode import DEFAULT_MAX_PIXELS, ImageError, decode_image, image_size
@@ -22,6 +23,7 @@ EDGE_TOLERANCE = 1.0
 """Pixels that a box may reach over the image's edge unreported: rounding in annotation tools."""
 
 _EXIF_ORIENTATION = 0x0112
+_TIFF_BITS = 0x0102
 
 _ENDINGS = {
     **dict.fromkeys(("jpg", "jpeg", "jpe"), ("JPEG", "MPO")),
@@ -277,13 +279,23 @@ def _header_problems(data: bytes, file_name: str) -> list[Problem]:
             found.append(("mislabelled-image", f"named {file_name}, but in format {image.format}"))
         if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
             found.append(("grey-image", f"mode {image.mode}"))
-        if image.mode.startswith("I"):
-            found.append(("deep-image", f"mode {image.mode}"))
+        if image.mode != "F" and (bits := _bits(image, data)) > 8:
+            found.append(("deep-image", f"{bits} bits a channel"))
         if image.mode in ("CMYK", "YCCK"):
             found.append(("cmyk-image", f"mode {image.mode}"))
         if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
             found.append(("animated-image", f"{getattr(image, 'n_frames', 2)} frames"))
     return found
+
+
+def _bits(image: Image.Image, data: bytes) -> int:
+    """Bits of a channel as they are stored: Pillow opens 16-bit colour as 8-bit RGB."""
+    if image.format == "PNG":
+        return data[24]  # after the signature: length and name of IHDR, width, height, bit depth
+    if isinstance(image, TiffImageFile):
+        bits = image.tag_v2.get(_TIFF_BITS, 1)
+        return int(max(bits) if isinstance(bits, tuple) else bits)
+    return 16 if image.mode.startswith("I") else 8
 
 
 def _orientation(image: Image.Image) -> int:

@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -17,7 +17,7 @@ from detr.image_processing.decode import ImageError, decode_image
 from raydetr import storage
 from raydetr.data.charts import bars, histogram
 from raydetr.data.keyed_random import generator
-from raydetr.data.report import MAX_EXAMPLES, place
+from raydetr.data.report import count_faults, place
 from raydetr.data.schema import FAULTS, Fault
 from raydetr.data.shards import Manifest, read_faults, read_records, read_rows
 from raydetr.data.source import layout
@@ -111,7 +111,7 @@ def write_report(manifest: Manifest, address: str, num_queries: int = 100) -> No
             f"<h1>{escape(title)}</h1>",
             _summary(manifest, counts),
             "<h2>Faults and notes</h2>",
-            _faults(read_faults(manifest)),
+            _faults(read_faults(manifest.root)),
             "<h2>Classes</h2>",
             _classes(manifest, counts),
             "<h2>Objects and images</h2>",
@@ -145,20 +145,17 @@ def _summary(manifest: Manifest, counts: _Counts) -> str:
     return f"<dl>{rows}<div><dt>digest</dt><dd class=small>{manifest.digest}</dd></div></dl>"
 
 
-def _faults(faults: Sequence[Fault]) -> str:
-    if not faults:
-        return "<p>None.</p>"
+def _faults(faults: Iterable[Fault]) -> str:
     rows = []
-    for code, kind in FAULTS.items():
-        found = [fault for fault in faults if fault.code == code]
-        if found:
-            examples = "".join(
-                f"<li>{escape(place(fault))}: {escape(fault.reason)}</li>" for fault in found[:MAX_EXAMPLES]
-            )
-            rows.append(
-                f"<tr><th scope=row>{code}</th><td class=number>{len(found):,}</td><td>{escape(kind.text)}"
-                f"<ul>{examples}</ul></td><td>{kind.effect}</td></tr>"
-            )
+    for code, (count, first) in count_faults(faults).items():
+        kind = FAULTS[code]
+        examples = "".join(f"<li>{escape(place(fault))}: {escape(fault.reason)}</li>" for fault in first)
+        rows.append(
+            f"<tr><th scope=row>{code}</th><td class=number>{count:,}</td><td>{escape(kind.text)}"
+            f"<ul>{examples}</ul></td><td>{kind.effect}</td></tr>"
+        )
+    if not rows:
+        return "<p>None.</p>"
     return (
         "<table><thead><tr><th>code</th><th class=number>count</th><th>what it is, first examples</th>"
         f"<th>effect</th></tr></thead>{''.join(rows)}</table>"

@@ -2,41 +2,46 @@
 
 The driver reads the JSON and the sizes of the image files, and decides from them alone which record goes where;
 one task a shard then reads the images, checks them and writes the shard. So the result is a function of the input
-and the seed, and the driver never holds an image.
+and the seed. The driver holds no image and no annotation, these are in tables on its disk (see `index`): it needs the
+same memory for any number of images.
 
-Beside the shards, until the manifest is there, `.ingest/` holds what was found in each finished one: an ingest that
-was killed goes on from these.
+Beside the shards, until the manifest is there, `.ingest/` holds what each is made of and what was found in each
+finished one: an ingest that was killed goes on from these.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
-
-import numpy as np
+from itertools import chain
 
 from raydetr import cluster, storage
 from raydetr.config import FaultPolicy
 from raydetr.data.box_statistics import BoxStatistics
-from raydetr.data.duplicates import near_duplicates
+from raydetr.data.index import disk_errors
 from raydetr.data.inputs import Addresses, Inputs, read_inputs
-from raydetr.data.record import Entry
 from raydetr.data.report import fault_lines
-from raydetr.data.schema import Fault, without_notes
-from raydetr.data.shard_tasks import WORK, ShardResult, plan_shards, run, write_checked
+from raydetr.data.schema import Fault
+from raydetr.data.shard_tasks import (
+    WORK,
+    ShardResult,
+    read_found,
+    record_order,
+    run,
+    write_checked,
+    write_work,
+)
 from raydetr.data.shard_writer import write_manifest
 from raydetr.data.shards import (
     FAULTS,
     MANIFEST,
     Manifest,
-    Shard,
     read_faults,
     read_image_hashes,
 )
-from raydetr.data.split import Split, split_entries
+from raydetr.data.split import Split, near_duplicates_of, split_images
 from raydetr.errors import ConfigError, DataError
 
 _SOURCE = "source.json"
@@ -53,12 +58,22 @@ class Options:
     seed: of the order of the records.
     shard_bytes: size at which a shard is closed, in bytes of image files.
     append: add the images to a data set that is there, as new shards.
+    compare_with: addresses of shards that must have no image in common with these, such as the training set's.
     """
 
     on_fault: FaultPolicy = "keep"
     seed: int = 0
     shard_bytes: int = 128 * 1024 * 1024
     append: bool = False
+    compare_with: tuple[str, ...] = ()
+
+    def compared(self) -> list[Manifest]:
+        """The data sets of `compare_with`.
+
+        Raises:
+            DataError: one of them is not there.
+        """
+        return [Manifest.load(address) for address in self.compare_with]
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:
@@ -100,8 +115,8 @@ def ingest(
         DataError: a JSON is not COCO, the images are not in the folder, the output holds other data, images to
             append are there already, or on_fault stops the ingest.
     """
-    inputs = read_inputs(addresses)
-    return _ingest(inputs, inputs.entries, inputs.faults, output, options or Options(), "", progress)
+    options = options or Options()
+    return _ingest(read_inputs(addresses), output, options, "", progress, others=options.compared())
 
 
 def ingest_split(
@@ -116,90 +131,109 @@ def ingest_split(
     Images that are nearly the same in an earlier part are reported in the fault table of the later one.
     """
     inputs = read_inputs(addresses)
+    with disk_errors():
+        parts = list(split_images(inputs.index, split))
+    options = options or Options()
+    compared = options.compared()
     results: dict[str, IngestResult] = {}
-    faults = inputs.faults
-    for name, entries in split_entries(inputs.entries, split).items():
+    for name in parts:
         key = json.dumps([name, *asdict(split).values()])
-        others = [result.manifest for result in results.values()]
+        earlier = [result.manifest for result in results.values()]
         folder = storage.join(output, name)
-        results[name] = _ingest(inputs, entries, faults, folder, options or Options(), key, progress, others)
-        faults = ()
+        results[name] = _ingest(
+            inputs, folder, options, name, progress, key, [*compared, *earlier], tell=not earlier
+        )
     return results
 
 
 def _ingest(
     inputs: Inputs,
-    entries: Sequence[Entry],
-    set_faults: Sequence[Fault],
     output: str,
     options: Options,
     part: str,
     progress: Callable[[int, int], None] | None,
+    key: str = "",
     others: Sequence[Manifest] = (),
+    tell: bool = True,
 ) -> IngestResult:
-    settings = [options.on_fault, options.seed, options.shard_bytes, part, options.append]
+    """Write one part of the input, whose key is `key`.
+
+    `others` have no image to share with it; `tell`: the faults of the files as a whole are told with this part.
+    """
+    settings = [options.on_fault, options.seed, options.shard_bytes, key, options.append]
+    settings += sorted(other.digest for other in others if options.compare_with)
     source = hashlib.sha256(json.dumps([inputs.digest, settings]).encode()).hexdigest()
     base: Manifest | None = None
     if storage.exists(storage.join(output, MANIFEST)):
         base = Manifest.load(output)
         if base.source == source or not options.append:
             return _finished(base, source)
-        _check_appended(base, inputs, entries)
+        _check_appended(base, inputs, part)
     elif options.append:
         raise DataError(f"{output}: no {MANIFEST}, so nothing to append to: leave --append out.")
-    _check_policy(list(set_faults), options.on_fault)
-    earlier = _prepare(output, source, base)
 
-    shards = plan_shards(entries, inputs.sizes, options.seed, options.shard_bytes)
+    def set_faults() -> Iterator[Fault]:
+        return inputs.index.faults() if tell else iter(())
+
+    _check_policy(set_faults(), options.on_fault)
+    _prepare(output, source, base)
     cluster.connect(cpus=1)
-    cluster.require_shared(images=inputs.addresses.images, output=output)
+    read_in_tasks = {"images": inputs.addresses.images, "panoptic_masks": inputs.addresses.panoptic_masks}
+    cluster.require_shared(**{flag: each for flag, each in read_in_tasks.items() if each}, output=output)
     work = partial(
         write_checked,
         images=storage.absolute(inputs.addresses.images),
-        masks=storage.absolute(inputs.addresses.panoptic_masks) if inputs.masks else "",
+        masks=storage.absolute(inputs.addresses.panoptic_masks) if inputs.addresses.panoptic_masks else "",
         output=storage.absolute(output),
         category_ids=frozenset(category["id"] for category in inputs.categories),
+        class_map=inputs.class_map,
         skip=options.on_fault == "skip-image",
     )
     first = 1 + max((int(shard.file[6:-8]) for shard in base.shards), default=-1) if base else 0
+    with disk_errors():
+        texts = inputs.index.texts(part, record_order(options.seed))
+        numbers = write_work(output, texts, options.shard_bytes, first)
+        num_images = inputs.index.count(part)
     results: dict[int, ShardResult] = {}
-    for number, result in run(work, shards, inputs, first):
+    done = 0
+    for number, result in run(work, numbers):
         if result.error is not None:
             raise result.error
         _check_policy(result.faults, options.on_fault)
-        results[number] = result
+        results[number] = replace(result, faults=[])
+        done += result.num_images
         if progress is not None:
-            progress(sum(done.num_images for done in results.values()), len(entries))
-    ordered = [results[number] for number in sorted(results)]
+            progress(done, num_images)
+    ordered = [results[number] for number in numbers]
     summaries = [result.summary for result in ordered if result.summary is not None]
     if not summaries:
-        name = inputs.addresses.annotations or inputs.addresses.panoptic_annotations
-        raise DataError(f"{name}: every image has a fault, so --on-fault skip-image leaves none.")
+        raise DataError(f"{inputs.name}: every image has a fault, so --on-fault skip-image leaves none.")
     boxes = sum((result.boxes for result in ordered), BoxStatistics())
-    json_name = inputs.addresses.annotations.rsplit("/", 1)[-1]
-    suspected = list(boxes.suspicions(json_name))
+    suspected = list(boxes.suspicions(inputs.addresses.annotations.rsplit("/", 1)[-1]))
     shown = [summary.shard for summary in summaries]
-    suspected += [fault for other in others for fault in _alike(storage.absolute(output), shown, other)]
+    suspected += [
+        fault for other in others for fault in near_duplicates_of(storage.absolute(output), shown, other)
+    ]
     _check_policy(suspected, options.on_fault)
-    found = [fault for result in ordered for fault in result.faults]
+    earlier = read_faults(storage.join(output, WORK)) if base else iter(())
     manifest = write_manifest(
         output,
         summaries,
         inputs.categories,
-        [*earlier, *set_faults, *suspected, *found],
+        chain(earlier, set_faults(), suspected, read_found(output, numbers)),
         seed=options.seed,
         source=source,
         base=base,
     )
     storage.delete_folder(storage.join(output, WORK))
-    skipped = len(entries) + (base.num_images if base else 0) - manifest.num_images
+    skipped = num_images + (base.num_images if base else 0) - manifest.num_images
     return IngestResult(manifest, True, skipped)
 
 
-def _prepare(output: str, source: str, base: Manifest | None) -> list[Fault]:
+def _prepare(output: str, source: str, base: Manifest | None) -> None:
     """Make the output ready for this input: what an ingest of it left is kept, anything else that one left deleted.
 
-    Returns the fault table that an append goes on from.
+    The fault table that an append goes on from is kept beside, since the append ends with another in its place.
     """
     begun = storage.join(output, WORK, _SOURCE)
     kept = {shard.file for shard in base.shards} | {FAULTS} if base else set()
@@ -208,12 +242,12 @@ def _prepare(output: str, source: str, base: Manifest | None) -> list[Fault]:
         own = _PARTIAL.fullmatch(name) if going_on else _OWN_FILES.fullmatch(name) or _PARTIAL.fullmatch(name)
         if own and name not in kept:
             storage.delete_file(storage.join(output, name))
-    if going_on:
-        return [Fault(**fault) for fault in storage.read_json(begun)["faults"]]
-    storage.delete_folder(storage.join(output, WORK))
-    earlier = read_faults(base) if base else []
-    storage.write_json(begun, {"source": source, "faults": [asdict(fault) for fault in earlier]})
-    return earlier
+    if not going_on:
+        storage.delete_folder(storage.join(output, WORK))
+        if base:
+            table = storage.read_bytes(storage.join(output, FAULTS))
+            storage.write_bytes(storage.join(output, WORK, FAULTS), table)
+        storage.write_json(begun, {"source": source})
 
 
 def _finished(manifest: Manifest, source: str) -> IngestResult:
@@ -222,7 +256,7 @@ def _finished(manifest: Manifest, source: str) -> IngestResult:
     if manifest.source != source:
         raise DataError(
             f"{output}: holds the shards of other input or of other flags: give another --output, delete it, or add "
-            "to it with --append."
+            "to it with --append True."
         )
     present = storage.file_sizes(output, [shard.file for shard in manifest.shards])
     for shard in manifest.shards:
@@ -231,40 +265,28 @@ def _finished(manifest: Manifest, source: str) -> IngestResult:
                 f"{output}: {shard.file} has {present.get(shard.file, 0)} bytes instead of {shard.num_bytes}: "
                 "delete the folder and run the ingest again."
             )
+    if not storage.exists(storage.join(output, FAULTS)):
+        raise DataError(f"{output}: {FAULTS} is gone: delete the folder and run the ingest again.")
     storage.delete_folder(storage.join(output, WORK))
     return IngestResult(manifest, False, 0)
 
 
-def _check_appended(base: Manifest, inputs: Inputs, entries: Sequence[Entry]) -> None:
+def _check_appended(base: Manifest, inputs: Inputs, part: str) -> None:
     if list(base.categories) != list(inputs.categories):
         raise DataError(
-            f"{base.root}: its categories are not those of {inputs.addresses.annotations}: --append needs the same "
-            "list (see --classes)."
+            f"{base.root}: its categories are not those of {inputs.name}: --append needs the same list (see --classes)."
         )
-    there = {image_id for shard in base.shards for image_id, _, _ in read_image_hashes(base.root, shard)}
-    if again := sorted(there & {entry.image_id for entry in entries}):
+    again: list[int] = []
+    for shard in base.shards:
+        ids = [image_id for image_id, _, _ in read_image_hashes(base.root, shard)]
+        again += inputs.index.ids_among(ids, part)
+    if again:
         raise DataError(
-            f"{base.root}: has {len(again)} of the images to append already, such as image ids {again[:5]}: give only "
-            "new ones, with ids of their own."
+            f"{base.root}: has {len(again)} of the images to append already, such as image ids {sorted(again)[:5]}: "
+            "give only new ones, with ids of their own."
         )
 
 
-def _alike(output: str, shards: Sequence[Shard], other: Manifest) -> Iterator[Fault]:
-    """Images of `shards` that are nearly the same as one of another part of the data set."""
-    ours = [row for shard in shards for row in read_image_hashes(output, shard) if row[2] is not None]
-    theirs = [
-        row for shard in other.shards for row in read_image_hashes(other.root, shard) if row[2] is not None
-    ]
-    for mine, its in near_duplicates(_hashes(ours), _hashes(theirs)).tolist():
-        image_id, file, _ = ours[mine]
-        reason = f"nearly the same picture as {theirs[its][1]} (image {theirs[its][0]}) of {other.root}"
-        yield Fault("near-duplicate", file, image_id, None, reason)
-
-
-def _hashes(rows: Sequence[tuple[int, str, int | None]]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.array([row[2] for row in rows], dtype=np.int64)
-
-
-def _check_policy(faults: Sequence[Fault], on_fault: FaultPolicy) -> None:
-    if on_fault == "fail" and (found := without_notes(faults)):
-        raise DataError("--on-fault fail:\n" + "\n".join(fault_lines(found)))
+def _check_policy(faults: Iterable[Fault], on_fault: FaultPolicy) -> None:
+    if on_fault == "fail" and (lines := fault_lines(fault for fault in faults if not fault.is_note)):
+        raise DataError("--on-fault fail:\n" + "\n".join(lines))

@@ -1,20 +1,22 @@
-"""What an ingest reads: COCO files, the images and panoptic PNGs that are there, joined to one entry an image."""
+"""What an ingest reads: COCO files, and which images and panoptic PNGs are there, joined in an `Index`."""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from raydetr import storage
 from raydetr.data.classes import ClassMap, load_classes
-from raydetr.data.coco import CocoIndex, parse_coco, read_coco
-from raydetr.data.panoptic import PanopticIndex, read_panoptic
-from raydetr.data.record import Annotation, Entry
+from raydetr.data.coco import read_coco
+from raydetr.data.index import Index, disk_errors
+from raydetr.data.panoptic_file import read_panoptic
 from raydetr.data.schema import SCHEMA_VERSION, Fault
 from raydetr.errors import ConfigError, DataError
 
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_REQUEST = 1000
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,21 @@ class Inputs:
     """What was found.
 
     categories: of the data set, stuff included where there are panoptic annotations.
-    entries: one an image.
-    sizes: file name → bytes, of the images that exist.
-    masks: file name → bytes, of the panoptic PNGs that exist.
-    faults: that concern no record of their own.
+    class_map: that made them of the categories of the files; None where these stay.
+    index: images, annotations, files and the faults that concern no record of their own.
     digest: of the files, their names and sizes.
     """
 
     addresses: Addresses
     categories: tuple[dict[str, Any], ...]
-    entries: tuple[Entry, ...]
-    sizes: dict[str, int]
-    masks: dict[str, int]
-    faults: tuple[Fault, ...]
+    class_map: ClassMap | None
+    index: Index
     digest: str
+
+    @property
+    def name(self) -> str:
+        """Address of the JSON that names the images."""
+        return self.addresses.annotations or self.addresses.panoptic_annotations
 
 
 def read_inputs(addresses: Addresses) -> Inputs:
@@ -72,82 +75,85 @@ def read_inputs(addresses: Addresses) -> Inputs:
         raise ConfigError(
             "--panoptic-annotations and --panoptic-masks go together: the JSON and the folder of PNGs."
         )
-    panoptic = read_panoptic(addresses.panoptic_annotations) if addresses.panoptic_annotations else None
+    with disk_errors():
+        return _read(addresses)
+
+
+def _read(addresses: Addresses) -> Inputs:
+    index = Index()
+    categories: tuple[dict[str, Any], ...] = ()
+    digests = []
     if addresses.annotations:
-        index = read_coco(addresses.annotations)
-    else:
-        assert panoptic is not None
-        index = _things(panoptic, addresses.panoptic_annotations)
-    categories, entries, faults = index.categories, index.entries, index.faults
-    if panoptic is not None:
+        detection = read_coco(addresses.annotations, index)
+        categories, digests = detection.categories, [detection.digest]
+    if addresses.panoptic_annotations:
+        panoptic = read_panoptic(addresses.panoptic_annotations, index, alone=not addresses.annotations)
         ids = {category["id"] for category in categories}
         categories += tuple(category for category in panoptic.categories if category["id"] not in ids)
-        entries = tuple(replace(entry, panoptic=panoptic.by_image.get(entry.image_id)) for entry in entries)
-        faults += panoptic.faults
-    if addresses.classes:
-        class_map = load_classes(addresses.classes, categories)
-        categories, entries = (
-            class_map.categories,
-            tuple(_with_classes(entry, class_map) for entry in entries),
-        )
-    there = storage.list_files(addresses.images)
-    sizes = {entry.file_name: there[entry.file_name] for entry in entries if entry.file_name in there}
-    outside = [entry.file_name for entry in entries if entry.file_name.startswith("..")]
-    sizes |= storage.file_sizes(addresses.images, outside) if outside else {}
-    if not sizes:
-        raise DataError(
-            f"{addresses.images}: none of the {len(entries)} images that "
-            f"{addresses.annotations or addresses.panoptic_annotations} names is there: it names "
-            f"{entries[0].file_name!r}, the folder has {sorted(there)[:5] or 'nothing'}. Is --images the folder that "
-            "the names are relative to?"
-        )
-    masks = storage.list_files(addresses.panoptic_masks) if panoptic is not None else {}
+        digests = [*(digests or [panoptic.digest]), panoptic.digest]
+    class_map = load_classes(addresses.classes, categories) if addresses.classes else None
+    _list_files(addresses, index)
     content = [
         SCHEMA_VERSION,
-        index.digest,
-        panoptic.digest if panoptic else "",
-        sorted(sizes.items()),
-        sorted(masks.items()),
+        *(digests if len(digests) == 2 else (*digests, "")),
+        index.files("image_files"),
+        index.files("mask_files"),
         storage.read_json(addresses.classes) if addresses.classes else None,
     ]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return Inputs(addresses, categories, entries, sizes, masks, (*faults, *_surplus(there, sizes)), digest)
-
-
-def _surplus(there: Mapping[str, int], named: Mapping[str, int]) -> list[Fault]:
-    surplus = sorted(name for name in there.keys() - named.keys() if name.lower().endswith(_IMAGE_ENDINGS))
-    if not surplus:
-        return []
-    return [Fault("surplus-files", surplus[0], None, None, f"{len(surplus):,} files, such as {surplus[:3]}")]
-
-
-def _things(panoptic: PanopticIndex, source: str) -> CocoIndex:
-    """Panoptic annotations as detection ones: the segments of things, numbered through."""
-    things = {category.get("id") for category in panoptic.categories if category.get("isthing", 1)}
-    annotations: list[dict[str, Any]] = [
-        {**segment, "id": 0, "image_id": image_id}
-        for image_id, annotation in panoptic.by_image.items()
-        for segment in annotation.segments
-        if segment.get("category_id") in things
-    ]
-    for number, fields in enumerate(annotations, 1):
-        fields["id"] = number
-    content = {
-        "images": list(panoptic.images),
-        "annotations": annotations,
-        "categories": [dict(category) for category in panoptic.categories],
-    }
-    return replace(parse_coco(content, source), digest=panoptic.digest)
-
-
-def _with_classes(entry: Entry, class_map: ClassMap) -> Entry:
-    annotations = tuple(
-        Annotation(each.position, fields, each.codes)
-        for each in entry.annotations
-        if (fields := class_map.apply(each.fields)) is not None
+    return Inputs(
+        addresses, class_map.categories if class_map else categories, class_map, index, _digest(content)
     )
-    panoptic = entry.panoptic
-    if panoptic is not None:
-        segments: Sequence[Any] = [class_map.apply(segment) for segment in panoptic.segments]
-        panoptic = replace(panoptic, segments=tuple(segment for segment in segments if segment is not None))
-    return replace(entry, annotations=annotations, panoptic=panoptic)
+
+
+def _list_files(addresses: Addresses, index: Index) -> None:
+    """Put the files that exist into the index, with the fault of those that no entry names."""
+    index.add_files("image_files", storage.list_files(addresses.images))
+    outside = index.files_outside()
+    while some := list(islice(outside, _REQUEST)):
+        index.add_files("image_files", storage.file_sizes(addresses.images, some).items())
+    if addresses.panoptic_masks:
+        index.add_files("mask_files", storage.list_files(addresses.panoptic_masks))
+    index.join_files()
+    if next(index.files("image_files"), None) is None:
+        first = next(index.entries()).file_name
+        raise DataError(
+            f"{addresses.images}: none of the {index.count()} images that "
+            f"{addresses.annotations or addresses.panoptic_annotations} names is there: it names {first!r}, the "
+            f"folder has {list(islice(index.surplus_files(), 5)) or 'nothing'}. Is --images the folder that the names "
+            "are relative to?"
+        )
+    _report_surplus(index, index.surplus_files(), "files")
+    if addresses.panoptic_masks:
+        count, there = index.panoptic_found()
+        if count and not there:
+            first = next(index.panoptics())[1]["file_name"]
+            raise DataError(
+                f"{addresses.panoptic_masks}: none of the {count} PNGs that {addresses.panoptic_annotations} names is "
+                f"there: it names {first!r}, the folder has {list(islice(index.surplus_masks(), 5)) or 'nothing'}. Is "
+                "--panoptic-masks the folder that the names are relative to?"
+            )
+        _report_surplus(index, index.surplus_masks(), "panoptic PNGs")
+
+
+def _report_surplus(index: Index, names: Iterator[str], what: str) -> None:
+    surplus = (name for name in names if name.lower().endswith(_IMAGE_ENDINGS))
+    if examples := list(islice(surplus, 3)):
+        count = len(examples) + sum(1 for _ in surplus)
+        reason = f"{count:,} {what}, such as {examples}"
+        index.add_fault(Fault("surplus-files", examples[0], None, None, reason))
+
+
+def _digest(content: Sequence[Any]) -> str:
+    """SHA-256 of a list's JSON, of which the iterators among its elements are never in memory as a whole."""
+    digest = hashlib.sha256(b"[")
+    for number, value in enumerate(content):
+        digest.update(b", " if number else b"")
+        if not isinstance(value, Iterator):
+            digest.update(json.dumps(value).encode())
+            continue
+        digest.update(b"[")
+        for place, item in enumerate(value):
+            digest.update(f"{', ' if place else ''}{json.dumps(item)}".encode())
+        digest.update(b"]")
+    digest.update(b"]")
+    return digest.hexdigest()

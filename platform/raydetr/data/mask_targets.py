@@ -12,13 +12,14 @@ from pycocotools import mask as coco_mask
 from raydetr.data.schema import FAULTS, is_trained
 from raydetr.data.shards import is_target, training_targets
 
-MaskKind = Literal["none", "instance", "panoptic"]
-"""Which masks a stream carries."""
+MaskKind = Literal["none", "instance", "panoptic", "panoptic-boxes"]
+"""Which masks a stream carries; panoptic-boxes: none, but the boxes of all panoptic segments."""
 
 MASK_COLUMNS: dict[MaskKind, list[str]] = {
     "none": [],
     "instance": ["objects.list.element.segmentation"],
     "panoptic": ["panoptic_image", "segments"],
+    "panoptic-boxes": ["panoptic_image", "segments"],
 }
 """Columns that each kind needs besides those of `training_targets`."""
 
@@ -33,14 +34,14 @@ def mask_targets(
     Args:
         record: a row with the columns of `training_targets` and of `MASK_COLUMNS`.
         labels: category id → contiguous label.
-        kind: instance: the objects that have a mask, without crowds; panoptic: the segments of things and stuff, with
-            the boxes of their pixels.
+        kind: instance: the objects that have a mask, without crowds; panoptic and panoptic-boxes: the segments of
+            things and stuff, with the boxes of their pixels.
 
     Returns:
         boxes_xyxy float64 [n, 4] in pixels; labels int64 [n]; masks uint8 [n, height, width], 0 or 1.
     """
     size = record["height"], record["width"]
-    if kind == "panoptic":
+    if kind in ("panoptic", "panoptic-boxes"):
         return _segments(record, labels, size)
     kept = [item for item in record["objects"] or () if is_target(item) and _has_mask(item)]
     boxes, class_labels = training_targets({**record, "objects": kept}, labels)

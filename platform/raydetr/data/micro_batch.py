@@ -1,11 +1,12 @@
 """Micro-batches as rows of a Ray Data stream: how they are packed, and what a training worker unpacks.
 
 A row is one worker's micro-batches of a few consecutive steps: what a row costs on its way, whatever its size, is
-then shared by several. Pixels stay uint8 until they are on the worker's device, a quarter of the bytes through the
-object store, and interleaved (channels last) as the decoder wrote them; the worker sees them where they lie in the
-object store, without a copy.
+then shared by several. Images stay uint8 and without padding until they are on the worker's device, an eighth or so of
+the bytes through the object store, and interleaved (channels last) as the decoder wrote them; the worker sees them
+where they lie in the object store, without a copy.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,8 +34,9 @@ SCHEMA = pa.schema(
         ("boxes", pa.list_(pa.float32())),
         ("class_labels", pa.list_(pa.int64())),
         ("skipped", pa.list_(pa.string())),
+        ("node", pa.string()),
         ("masks", pa.large_binary()),  # a bit a pixel, object after object; null where none are wanted
-        ("pixels", pa.large_binary()),
+        ("pixels", pa.large_binary()),  # image after image
     ]
 )
 
@@ -64,48 +66,62 @@ class TrainingBatch:
     """What a worker trains on: B slots, of which those with weight 0 must not change anything.
 
     step, position, epoch: its place in the plan; position ≥ M marks the filler of a worker without a micro-batch.
-    pixels: uint8 [B, 3, height, width] in channels-last memory, zero where padded; read only.
-    sizes: (height, width) of each image within it; (height, width) of the batch for an empty slot.
+    shape: (height, width) that its images are to be padded to, the same for all micro-batches of a step.
+    images: per slot uint8 [3, height, width], interleaved in memory, read only; None for an empty slot.
     weights: float32 [B], 1 for an image, 0 for an empty slot.
     labels: per slot `image_id` int64 [1], `class_labels` int64 [n], `boxes` float32 [n, 4] cxcywh; where masks are
         wanted `masks` bool [n, height, width] too, of the image without its padding.
     image_ids: of all records of the batch, the undecodable ones included.
     skipped: "image id: reason" of records whose image could not be decoded.
+    node: Ray's id of the node on which it was decoded; empty outside a cluster.
     """
 
     step: int
     position: int
     epoch: int
-    pixels: Tensor
-    sizes: tuple[tuple[int, int], ...]
+    shape: tuple[int, int]
+    images: tuple[Tensor | None, ...]
     weights: Tensor
     labels: list[dict[str, Tensor]]
     image_ids: tuple[int, ...]
     skipped: tuple[str, ...]
+    node: str = ""
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of the image in each slot; that of the batch for an empty one.
+
+        An empty slot is an image without padding: attention over nothing but padding is a case apart.
+        """
+        return tuple(
+            self.shape if image is None else (image.shape[1], image.shape[2]) for image in self.images
+        )
 
     def pixel_mask(self) -> Tensor:
         """bool [B, height, width], true on the pixels of an image, false on padding."""
-        height, width = self.pixels.shape[-2:]
+        height, width = self.shape
         heights, widths = torch.tensor(self.sizes).T
         return (torch.arange(height) < heights[:, None])[:, :, None] & (
             torch.arange(width) < widths[:, None]
         )[:, None, :]
 
 
-def pack(micro_batches: Sequence[tuple[MicroBatch, Sequence[Example]]], size: int) -> pa.Table:
-    """Micro-batches of `size` slots, each with its examples, as a table of one row.
+def pack(micro_batches: Sequence[tuple[MicroBatch, Sequence[Example]]], node: str = "") -> pa.Table:
+    """Micro-batches, each with its examples, as a table of one row.
 
-    One without examples takes no space for pixels.
+    Args:
+        micro_batches: as they are to be trained on.
+        node: on which this is done.
     """
-    offsets = np.cumsum(
-        [0, *(3 * size * math.prod(batch.shape) if examples else 0 for batch, examples in micro_batches)]
-    )
-    # One allocation for the row: joining micro-batches that were packed apart would copy their pixels again.
-    pixels = np.zeros(offsets[-1], dtype=np.uint8)
+    # One copy for the row: joining micro-batches that were packed apart would copy their pixels again.
+    images = [
+        [e.pixels.permute(1, 2, 0).reshape(-1).numpy() for e in examples if e.pixels is not None]
+        for _, examples in micro_batches
+    ]
+    offsets = np.cumsum([0, *(sum(map(len, each)) for each in images)])
+    pixels = np.concatenate([np.zeros(0, np.uint8), *itertools.chain(*images)])
     rows = []
-    for (batch, examples), start, stop in zip(micro_batches, offsets, offsets[1:], strict=False):
-        if examples:
-            _place(pixels[start:stop].reshape(size, *batch.shape, 3), examples)
+    for batch, examples in micro_batches:
         labels = [example.class_labels for example in examples]
         sizes = [(0, 0) if e.pixels is None else tuple(e.pixels.shape[1:]) for e in examples]
         rows.append(
@@ -121,6 +137,7 @@ def pack(micro_batches: Sequence[tuple[MicroBatch, Sequence[Example]]], size: in
                 "boxes": np.concatenate([e.boxes.reshape(-1) for e in examples]) if examples else [],
                 "class_labels": np.concatenate(labels) if labels else [],
                 "skipped": [f"{e.image_id}: {e.skipped}" for e in examples if e.skipped],
+                "node": node,
                 "masks": _pack_masks(examples),
             }
         )
@@ -171,39 +188,38 @@ def _no_masks(height: int, width: int) -> Tensor:
     return torch.zeros((0, height, width), dtype=torch.bool)
 
 
-def _place(pixels: npt.NDArray[np.uint8], examples: Sequence[Example]) -> None:
-    """Write images into the upper left corners of [slots, height, width, 3]."""
-    for slot, example in zip(pixels, examples, strict=False):
-        if example.pixels is not None:
-            _, height, width = example.pixels.shape
-            slot[:height, :width] = example.pixels.permute(1, 2, 0).numpy()
+def _images(row: dict[str, Any], data: npt.NDArray[np.uint8]) -> list[Tensor | None]:
+    """The images of a micro-batch, where they lie."""
+    if not data.size:
+        return [None] * len(row["heights"])
+    with warnings.catch_warnings():
+        # The object store's memory cannot be written: nobody does.
+        warnings.simplefilter("ignore", UserWarning)
+        pixels = torch.from_numpy(data)
+    sizes = list(zip(row["heights"], row["widths"], strict=True))
+    parts = pixels.split([3 * height * width for height, width in sizes])
+    return [
+        part.view(height, width, 3).permute(2, 0, 1) if height else None
+        for part, (height, width) in zip(parts, sizes, strict=True)
+    ]
 
 
 def _batch(row: dict[str, Any], data: npt.NDArray[np.uint8], size: int) -> TrainingBatch:
     height, width = row["shape"]
-    if data.size:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # the object store's memory cannot be written: nobody does
-            pixels = torch.from_numpy(data)
-    else:
-        pixels = torch.zeros(size * height * width * 3, dtype=torch.uint8)
+    images = _images(row, data)
+    images += [None] * (size - len(images))
     boxes = torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4)
     class_labels = torch.tensor(row["class_labels"], dtype=torch.int64)
     masks = _unpack_masks(row)
     counts = row["counts"] + [0] * (size - len(row["counts"]))
     image_ids = row["image_ids"] + [-1] * (size - len(row["image_ids"]))
-    heights = row["heights"] + [0] * (size - len(row["heights"]))
-    widths = row["widths"] + [0] * (size - len(row["widths"]))
     return TrainingBatch(
         step=row["step"],
         position=row["position"],
         epoch=row["epoch"],
-        pixels=pixels.view(size, height, width, 3).permute(0, 3, 1, 2),
-        # An empty slot is an image of zeros without padding: attention over nothing but padding is a case apart.
-        sizes=tuple((h or height, w or width) for h, w in zip(heights, widths, strict=True)),
-        weights=torch.tensor([float(h > 0) for h in heights]),
+        shape=(height, width),
+        images=tuple(images),
+        weights=torch.tensor([float(image is not None) for image in images]),
         labels=[
             {
                 "image_id": torch.tensor([image_id]),
@@ -217,4 +233,5 @@ def _batch(row: dict[str, Any], data: npt.NDArray[np.uint8], size: int) -> Train
         ],
         image_ids=tuple(row["image_ids"]),
         skipped=tuple(row["skipped"]),
+        node=row["node"],
     )

@@ -1,8 +1,6 @@
-"""COCO panoptic annotations: read as a file, and checked image by image against their PNGs."""
+"""COCO panoptic annotations of an image, checked against their PNG."""
 
-import hashlib
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +11,8 @@ from PIL import Image
 from scipy import ndimage
 
 from detr.image_processing.decode import DEFAULT_MAX_PIXELS
-from raydetr import storage
 from raydetr.data.faults import Problem, as_int, as_numbers
-from raydetr.data.schema import Fault, worst
-from raydetr.errors import DataError
+from raydetr.data.schema import worst
 
 BOX_TOLERANCE = 1.0
 """Pixels by which a segment's box may differ from its pixels' unreported."""
@@ -28,75 +24,14 @@ class Panoptic:
 
     position: in the JSON's `annotations`.
     file_name: of the PNG, relative to the folder of the panoptic masks.
-    segments: `segments_info`.
+    segments: `segments_info`, without those of dropped classes.
+    dropped: ids of these, which the PNG has all the same.
     """
 
     position: int
     file_name: str
     segments: tuple[dict[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class PanopticIndex:
-    """A COCO panoptic file.
-
-    by_image: image id → its annotation; the last one where there are several.
-    categories: with `isthing`.
-    images: its image entries, as they are.
-    """
-
-    by_image: dict[int, Panoptic]
-    categories: tuple[dict[str, Any], ...]
-    images: tuple[dict[str, Any], ...]
-    faults: tuple[Fault, ...]
-    digest: str
-
-
-def read_panoptic(address: str) -> PanopticIndex:
-    """Read a COCO panoptic JSON.
-
-    Raises:
-        StorageError: it cannot be read.
-        DataError: it is not JSON, or not COCO panoptic: what is missing.
-    """
-    text = storage.read_bytes(address)
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{address}: not JSON ({error}).") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list) or not content[key]:
-            raise DataError(
-                f"{address}: not COCO panoptic: expected an object with a list {key!r} that is not empty."
-            )
-    found: list[Fault] = []
-    by_image: dict[int, Panoptic] = {}
-    name = address.rsplit("/", 1)[-1]
-    for position, fields in enumerate(content["annotations"]):
-        image_id = as_int(fields.get("image_id")) if isinstance(fields, dict) else None
-        segments = fields.get("segments_info") if isinstance(fields, dict) else None
-        file = fields.get("file_name") if isinstance(fields, dict) else None
-        if (
-            image_id is None
-            or not isinstance(file, str)
-            or not isinstance(segments, list)
-            or not all(isinstance(segment, dict) for segment in segments)
-        ):
-            reason = f"annotations[{position}] lacks a readable image_id, file_name or segments_info"
-            found.append(Fault("malformed-panoptic", name, image_id, None, reason))
-            continue
-        by_image[image_id] = Panoptic(position, file, tuple(segments))
-    if not by_image:
-        raise DataError(
-            f"{address}: not COCO panoptic: no annotation has image_id, file_name and segments_info."
-        )
-    return PanopticIndex(
-        by_image,
-        tuple(content["categories"]),
-        tuple(image for image in content["images"] if isinstance(image, dict)),
-        tuple(found),
-        hashlib.sha256(text).hexdigest(),
-    )
+    dropped: frozenset[int] = frozenset()
 
 
 def inspect_panoptic(
@@ -132,7 +67,7 @@ def inspect_panoptic(
         row["fault"] = worst([code for code, _ in problems])
         rows.append(row)
         of_segments += [(row["id"], code, reason) for code, reason in problems]
-    if unnamed := sorted(set(pixels) - seen):
+    if unnamed := sorted(set(pixels) - seen - panoptic.dropped):
         found.append(
             ("unlabelled-segment", f"ids in the PNG that segments_info does not have: {unnamed[:5]}")
         )

@@ -306,10 +306,19 @@ def _cut(order: Int64Array, size: int) -> list[Int64Array]:
 
 
 def _whole(repeats: npt.NDArray[np.float64], total: int, offset: float) -> Int64Array:
-    """Repeats rounded to integers that sum to `total` ≥ their sum, each up or down: systematic sampling."""
-    ends = np.cumsum(repeats)
-    ends *= total / ends[-1]
-    return np.diff(np.floor(ends + offset * 0.999 + 1e-9), prepend=0).astype(np.int64)
+    """Repeats rounded to integers that sum to `total`, their sum rounded up; each is one of the two next to it.
+
+    Systematic sampling (Madow 1949) of the fractions, which are raised in proportion until they sum to a whole number.
+    """
+    whole = np.floor(repeats + 1e-9)
+    chances = np.clip(repeats - whole, 0, 1)
+    wanted = total - whole.sum()
+    while abs(chances.sum() - wanted) > 1e-9:
+        open_ = chances < 1
+        factor = (wanted - np.count_nonzero(~open_)) / chances[open_].sum()
+        chances[open_] = np.minimum(chances[open_] * factor, 1)
+    ends = np.cumsum(chances)
+    return (whole + np.diff(np.floor(ends + offset * 0.999999 + 1e-9), prepend=0)).astype(np.int64)
 
 
 class _StepShapes:

@@ -1,6 +1,7 @@
 """What an ingest tells the person in front of it: progress while it runs, faults when it is done."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,23 +13,29 @@ from raydetr.data.shards import Manifest
 MAX_EXAMPLES = 3
 
 
+def count_faults(faults: Iterable[Fault]) -> dict[str, tuple[int, list[Fault]]]:
+    """Code → how many faults have it, and the first of them; in the order of severity."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, list[Fault]] = {}
+    for fault in faults:
+        counts[fault.code] += 1
+        if counts[fault.code] <= MAX_EXAMPLES:
+            examples.setdefault(fault.code, []).append(fault)
+    return {code: (counts[code], examples[code]) for code in FAULTS if code in counts}
+
+
 def fault_lines(faults: Iterable[Fault]) -> list[str]:
     """A summary of faults: a line for each code with its count and effect, then its first examples.
 
     An example names the file, the image (or annotation) and what was found.
     """
-    by_code: dict[str, list[Fault]] = {}
-    for fault in faults:
-        by_code.setdefault(fault.code, []).append(fault)
     lines = []
-    for code, kind in FAULTS.items():
-        if code not in by_code:
-            continue
-        found = by_code[code]
-        lines.append(f"{code}: {len(found):,} ({kind.text}; {kind.effect})")
-        lines += [f"    {place(fault)}: {fault.reason}" for fault in found[:MAX_EXAMPLES]]
-        if len(found) > MAX_EXAMPLES:
-            lines.append(f"    … and {len(found) - MAX_EXAMPLES:,} more in faults.parquet")
+    for code, (count, examples) in count_faults(faults).items():
+        kind = FAULTS[code]
+        lines.append(f"{code}: {count:,} ({kind.text}; {kind.effect})")
+        lines += [f"    {place(fault)}: {fault.reason}" for fault in examples]
+        if count > len(examples):
+            lines.append(f"    … and {count - len(examples):,} more in faults.parquet")
     return lines
 
 

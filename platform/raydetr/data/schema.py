@@ -148,7 +148,7 @@ FAULTS: dict[str, FaultKind] = {
         FaultKind("boxes-normalised", "set", "boxes from 0 to 1 instead of in pixels", "used"),
         FaultKind("boxes-as-corners", "set", "boxes x1, y1, x2, y2 instead of x, y, width, height", "used"),
         FaultKind("near-duplicate", "set", "nearly the same image in two splits", "used"),
-        FaultKind("surplus-files", "set", "image files that the JSON does not name", "note"),
+        FaultKind("surplus-files", "set", "image files or PNGs that no JSON names", "note"),
         FaultKind("no-objects", "image", "nothing to detect", "note"),
         FaultKind("many-objects", "image", "more objects than the usual 100 queries", "note"),
         FaultKind("grey-image", "image", "grey, becomes RGB", "note"),
@@ -176,6 +176,11 @@ class Fault:
         """The row of `FAULT_SCHEMA`."""
         return {"level": FAULTS[self.code].level, **asdict(self)}
 
+    @property
+    def is_note(self) -> bool:
+        """Whether it is remarkable only."""
+        return FAULTS[self.code].effect == "note"
+
 
 def worst(codes: list[str]) -> str | None:
     """The code that a record or object with these faults carries; None without any."""
@@ -190,4 +195,4 @@ def is_trained(code: str | None) -> bool:
 
 def without_notes(faults: Iterable[Fault]) -> list[Fault]:
     """Those that are faults indeed."""
-    return [fault for fault in faults if FAULTS[fault.code].effect != "note"]
+    return [fault for fault in faults if not fault.is_note]

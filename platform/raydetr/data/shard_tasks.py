@@ -2,24 +2,29 @@
 
 import hashlib
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from itertools import groupby, islice
+from typing import Any, TypeVar
 
 import ray
 
 from raydetr import storage
 from raydetr.data.box_statistics import BoxStatistics
-from raydetr.data.inputs import Inputs
-from raydetr.data.record import Entry, make_record
+from raydetr.data.classes import ClassMap
+from raydetr.data.index import read_entry
+from raydetr.data.json_stream import read_elements
+from raydetr.data.record import make_record
 from raydetr.data.schema import Fault, without_notes
 from raydetr.data.shard_writer import ShardSummary, write_shard
 from raydetr.data.shards import ROW_GROUP_SIZE, Shard
 from raydetr.errors import RaydetrError
 
+Item = TypeVar("Item")
+
 WORK = ".ingest"
-"""Folder, beside the shards, of what was found in each finished one."""
+"""Folder, beside the shards, of what each is made of and what was found in each finished one."""
 
 
 @dataclass(frozen=True)
@@ -33,60 +38,64 @@ class ShardResult:
     error: RaydetrError | None = None
 
 
-def plan_shards(
-    entries: Sequence[Entry], sizes: Mapping[str, int], seed: int, shard_bytes: int
-) -> list[list[Entry]]:
-    """Which image goes into which shard, and in which order.
-
-    The order is that of a keyed hash of the image ids: random, and the same however the JSON is sorted. Shards are
-    closed after whole row groups only.
+def plan_shards(items: Iterable[tuple[Item, int]], shard_bytes: int) -> Iterator[tuple[int, list[Item]]]:
+    """Cut what is to be written into shards, which are closed after whole row groups only.
 
     Args:
-        entries: images of the data set.
-        sizes: file name → bytes, of those that exist.
-        seed: key of the hash.
+        items: each with the bytes of its image file, in the order of the records.
         shard_bytes: a shard is closed when its image files have as many bytes.
+
+    Yields:
+        The row groups: which shard it is of, from 0, and its items.
     """
-    ordered = sorted(entries, key=lambda entry: _order(seed, entry.image_id))
-    shards: list[list[Entry]] = []
-    filled = shard_bytes
-    for start in range(0, len(ordered), ROW_GROUP_SIZE):
+    remaining = iter(items)
+    number = filled = 0
+    while group := list(islice(remaining, ROW_GROUP_SIZE)):
         if filled >= shard_bytes:
-            shards.append([])
-            filled = 0
-        group = ordered[start : start + ROW_GROUP_SIZE]
-        shards[-1] += group
-        filled += sum(sizes.get(entry.file_name, 0) for entry in group)
-    return shards
+            number, filled = number + 1, 0
+        yield number, [item for item, _ in group]
+        filled += sum(size for _, size in group)
 
 
-def _order(seed: int, image_id: int) -> bytes:
-    return hashlib.blake2b(f"{seed}:{image_id}".encode(), digest_size=16).digest()
+def record_order(seed: int) -> Callable[[int], bytes]:
+    """What image ids are sorted by: a keyed hash, so the order is random and the same however the JSON is sorted."""
+    return lambda image_id: hashlib.blake2b(f"{seed}:{image_id}".encode(), digest_size=16).digest()
 
 
-def run(
-    work: Callable[[int, list[tuple[Entry, bool, bool]]], ShardResult],
-    shards: Sequence[Sequence[Entry]],
-    inputs: Inputs,
-    first: int,
-) -> Iterator[tuple[int, ShardResult]]:
+def write_work(output: str, items: Iterable[tuple[str, int]], shard_bytes: int, first: int) -> range:
+    """Write what each task has to do, beside the shards: a driver that held it would grow with the data set.
+
+    Args:
+        output: address of the folder of shards.
+        items: texts of `Index.texts`, in the order of the records.
+        shard_bytes: see `plan_shards`.
+        first: number of the first shard.
+
+    Returns:
+        The numbers of the shards.
+    """
+    there = set(storage.list_names(storage.join(output, WORK)))
+    number = first - 1
+    for number, groups in groupby(plan_shards(items, shard_bytes), lambda each: first + each[0]):
+        if there.isdisjoint((_entries_file(number), _result_file(number))):
+            with storage.open_output(storage.join(output, WORK, _entries_file(number))) as stream:
+                stream.write(b'{"images": [')
+                for place, (_, texts) in enumerate(groups):
+                    stream.write((",\n" if place else "").encode() + ",\n".join(texts).encode())
+                stream.write(b"]}")
+    return range(first, number + 1)
+
+
+def read_found(output: str, numbers: Iterable[int]) -> Iterator[Fault]:
+    """The faults that were found in finished shards."""
+    for number in numbers:
+        content = storage.read_json(storage.join(output, WORK, _result_file(number)))
+        yield from (Fault(**fault) for fault in content["faults"])
+
+
+def run(work: Callable[[int], ShardResult], numbers: Sequence[int]) -> Iterator[tuple[int, ShardResult]]:
     """Do the work of each shard in a Ray Data task of its own; results come as they are ready."""
-    rows = [
-        {
-            "shard": number,
-            "entries": pickle.dumps(
-                [
-                    (
-                        entry,
-                        entry.file_name in inputs.sizes,
-                        entry.panoptic is not None and entry.panoptic.file_name in inputs.masks,
-                    )
-                    for entry in entries
-                ]
-            ),
-        }
-        for number, entries in enumerate(shards, first)
-    ]
+    rows = [{"shard": number} for number in numbers]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
@@ -94,20 +103,18 @@ def run(
         yield row["shard"], pickle.loads(row["result"])
 
 
-def _task(
-    row: dict[str, Any], work: Callable[[int, list[tuple[Entry, bool, bool]]], ShardResult]
-) -> dict[str, Any]:
-    return {"shard": row["shard"], "result": pickle.dumps(work(row["shard"], pickle.loads(row["entries"])))}
+def _task(row: dict[str, Any], work: Callable[[int], ShardResult]) -> dict[str, Any]:
+    return {"shard": row["shard"], "result": pickle.dumps(work(row["shard"]))}
 
 
 def write_checked(
     number: int,
-    entries: Sequence[tuple[Entry, bool, bool]],
     *,
     images: str,
     masks: str,
     output: str,
     category_ids: frozenset[int],
+    class_map: ClassMap | None,
     skip: bool,
 ) -> ShardResult:
     """Read, check and write one shard, unless `.ingest/` says that it was.
@@ -116,19 +123,21 @@ def write_checked(
 
     Args:
         number: of the shard.
-        entries: each with whether its image, and its panoptic PNG, exist.
         images: address of the folder of images.
         masks: address of the folder of panoptic PNGs.
         output: address of the folder of shards.
         category_ids: of the data set.
+        class_map: what becomes of the categories.
         skip: leave out images with a fault.
     """
     faults: list[Fault] = []
     boxes = BoxStatistics()
+    count = 0
 
     def records() -> Iterator[dict[str, Any]]:
-        nonlocal boxes
-        for entry, exists, has_mask in entries:
+        nonlocal boxes, count
+        for element in read_elements(storage.join(output, WORK, _entries_file(number))):
+            entry, exists, has_mask = read_entry(element.value, class_map)
             data = storage.read_bytes(storage.join(images, entry.file_name)) if exists else None
             png = (
                 storage.read_bytes(storage.join(masks, entry.panoptic.file_name))
@@ -136,21 +145,30 @@ def write_checked(
                 else None
             )
             record, found = make_record(entry, data, category_ids, png)
+            count += 1
             faults.extend(found)
             boxes = boxes.add(record)
             if not (skip and without_notes(found)):
                 yield record
 
-    done = storage.join(output, WORK, f"shard-{number:06d}.json")
+    done = storage.join(output, WORK, _result_file(number))
     try:
         if storage.exists(done):
             return _from_json(storage.read_json(done))
         summary = write_shard(output, number, records())
-        result = ShardResult(summary, faults, len(entries), boxes)
+        result = ShardResult(summary, faults, count, boxes)
         storage.write_json(done, {**asdict(result), "error": None})
     except RaydetrError as error:
         return ShardResult(None, [], 0, error=error)
     return result
+
+
+def _entries_file(number: int) -> str:
+    return f"entries-{number:06d}.json"
+
+
+def _result_file(number: int) -> str:
+    return f"shard-{number:06d}.json"
 
 
 def _from_json(content: Mapping[str, Any]) -> ShardResult:

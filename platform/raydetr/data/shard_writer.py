@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 from raydetr import storage
 from raydetr.data.schema import FAULT_SCHEMA, SCHEMA, SCHEMA_VERSION, Fault
 from raydetr.data.shards import FAULTS, MANIFEST, ROW_GROUP_SIZE, Manifest, Shard, is_target
+
+_FAULT_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,18 @@ def write_manifest(
         source: fingerprint of the input.
         base: the data set that the shards are added to.
     """
-    table = pa.Table.from_pylist([fault.row() for fault in faults], schema=FAULT_SCHEMA)
-    with storage.open_output(storage.join(root, FAULTS)) as stream:
-        pq.write_table(table, stream, compression="zstd")
-    codes = table.column("code").to_pylist()
+    codes: Counter[str] = Counter()
+    remaining = iter(faults)
+    with (
+        storage.open_output(storage.join(root, FAULTS)) as stream,
+        pq.ParquetWriter(stream, FAULT_SCHEMA, compression="zstd") as writer,
+    ):
+        more = True
+        while more:
+            batch = list(islice(remaining, _FAULT_ROWS))
+            more = len(batch) == _FAULT_ROWS
+            codes.update(fault.code for fault in batch)
+            writer.write_table(pa.Table.from_pylist([fault.row() for fault in batch], schema=FAULT_SCHEMA))
     files = (base.shards if base else ()) + tuple(summary.shard for summary in shards)
     manifest = Manifest(
         root=storage.absolute(root),
@@ -120,7 +131,7 @@ def write_manifest(
             ]
         ),
         row_group_size=ROW_GROUP_SIZE,
-        faults={code: codes.count(code) for code in sorted(set(codes))},
+        faults=dict(sorted(codes.items())),
         seed=seed,
         parent=base.digest if base else "",
         source=source,

@@ -179,11 +179,12 @@ def read_image_hashes(root: str, shard: Shard) -> list[tuple[int, str, int | Non
     return list(zip(*(table[name].to_pylist() for name in ("image_id", "file_name", "image_hash"))))
 
 
-def read_faults(manifest: Manifest) -> list[Fault]:
-    """The rows of faults.parquet."""
-    table = storage.read(storage.join(manifest.root, FAULTS), pq.read_table)
-    rows = table.drop_columns("level").to_pylist()
-    return [Fault(**row) for row in rows]
+def read_faults(root: str) -> Iterator[Fault]:
+    """The rows of faults.parquet in a folder of shards, one row group in memory at a time."""
+    groups = storage.read(storage.join(root, FAULTS), lambda stream: pq.ParquetFile(stream).num_row_groups)
+    for group in range(groups):
+        for row in read_rows(root, FAULTS, [group]).drop_columns("level").to_pylist():
+            yield Fault(**row)
 
 
 def training_targets(
@@ -214,26 +215,30 @@ def coco_truth(manifest: Manifest) -> dict[str, Any]:
     on which its matching has no meaning. An absent or non-finite area is the box's, an absent iscrowd 0.
     Segmentations are left out.
     """
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for record in read_records(manifest, TRUTH_COLUMNS):
         images.append(
             {"id": record["image_id"], **{name: record[name] for name in ("file_name", "height", "width")}}
         )
-        for item in record["objects"]:
-            box = item["bbox"]
-            if item["id"] is None or item["category_id"] is None or box is None or not np.isfinite(box).all():
-                continue
-            area = item["area"]
-            if area is None or not math.isfinite(area):
-                area = box[2] * box[3]
-            annotations.append(
-                {**item, "image_id": record["image_id"], "area": area, "iscrowd": item["iscrowd"] or 0}
-            )
+        annotations += truth_annotations(record)
     return {
         "images": images,
         "annotations": annotations,
         "categories": [dict(c) for c in manifest.categories],
     }
+
+
+def truth_annotations(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The objects of a record with `TRUTH_COLUMNS` (and others) as annotations: see `coco_truth`."""
+    for item in record["objects"] or ():
+        box = item["bbox"]
+        if item["id"] is None or item["category_id"] is None or box is None or not np.isfinite(box).all():
+            continue
+        area = item["area"]
+        if area is None or not math.isfinite(area):
+            area = box[2] * box[3]
+        yield {**item, "image_id": record["image_id"], "area": area, "iscrowd": item["iscrowd"] or 0}
 
 
 def is_target(item: Mapping[str, Any]) -> bool:

@@ -9,7 +9,6 @@ workers streams on from the last committed step.
 """
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,16 +27,14 @@ from ray.train import DataConfig
 from detr.augment import apply, apply_masks
 from detr.image_processing.decode import ImageError, decode_image
 from raydetr.data.balance import repeat_factors
+from raydetr.data.in_flight import ROW_BYTES, fit_cluster
 from raydetr.data.mask_targets import MASK_COLUMNS, MaskKind, mask_targets
 from raydetr.data.micro_batch import Example, TrainingBatch, pack, unpack
 from raydetr.data.plan import MicroBatch, Plan, PlanSpec, Slot, WindowTask
 from raydetr.data.schema import is_trained
 from raydetr.data.shards import Manifest, training_targets
 from raydetr.data.source import RECORD_COLUMNS, Source, layout, to_sizes
-from raydetr.errors import ConfigError, DataError
-
-ROW_BYTES = 32 * 1024 * 1024
-"""Pixels of a row, about: enough that what a row costs by itself is little beside them."""
+from raydetr.errors import ClusterError, ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +90,15 @@ def dataset(stream: Stream, world_size: int, first_step: int) -> Dataset:
     previous = DataContext.get_current()
     DataContext._set_current(context)
     try:
+        in_flight = fit_cluster(stream.plan.spec, world_size)
         source = ray.data.read_datasource(_Windows(stream, first_step), override_num_blocks=1, num_cpus=0.01)
         return source.map_batches(
             _fill,
-            fn_kwargs={"stream": stream, "world_size": world_size},
+            fn_kwargs={"stream": stream, "world_size": world_size, "row_bytes": in_flight.row_bytes},
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
+            concurrency=in_flight.tasks,
         )
     finally:
         DataContext._set_current(previous)
@@ -115,7 +114,17 @@ class PlanDataConfig(DataConfig):
         *args: Any,  # noqa: ARG002  # handles and nodes of the workers: the order must not depend on them
         **kwargs: Any,  # noqa: ARG002
     ) -> list[dict[str, DataIterator]]:
-        """Build the execution for this number of workers, from the last committed step on."""
+        """Build the execution for this number of workers, from the last committed step on.
+
+        Raises:
+            ClusterError: the workers have all CPUs, so that the stream would wait for ever.
+        """
+        cpus = ray.cluster_resources().get("CPU", 0)
+        if cpus <= world_size:
+            raise ClusterError(
+                f"The {world_size} training workers hold all {cpus:g} CPUs of the cluster and leave none to the data "
+                "stream: add a node with CPUs, or lower --workers."
+            )
         shares: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
         for name, stream in datasets.items():
             rows = dataset(stream, world_size, stream.first_step())
@@ -158,7 +167,9 @@ def steps(
         raise DataError(f"The stream ended within step {gathered[0].step}.")
 
 
-def deal(micro_batches: Sequence[MicroBatch], spec: PlanSpec, world_size: int) -> Iterator[list[MicroBatch]]:
+def deal(
+    micro_batches: Sequence[MicroBatch], spec: PlanSpec, world_size: int, row_bytes: int = ROW_BYTES
+) -> Iterator[list[MicroBatch]]:
     """Rows of micro-batches such that row i is for rank i mod W, and each rank finds its own in order.
 
     A step is ⌈M / W⌉ · W micro-batches for W workers, the surplus being empty; micro-batch p of it is for rank
@@ -169,6 +180,7 @@ def deal(micro_batches: Sequence[MicroBatch], spec: PlanSpec, world_size: int) -
         micro_batches: consecutive ones of the plan, such as those of a window.
         spec: of the plan.
         world_size: W.
+        row_bytes: pixels of a row, about.
     """
     share = -(-spec.micro_batches // world_size)
     whole: list[list[MicroBatch]] = []
@@ -180,7 +192,7 @@ def deal(micro_batches: Sequence[MicroBatch], spec: PlanSpec, world_size: int) -
 
     for _, group in itertools.groupby(micro_batches, key=lambda batch: batch.step):
         step = list(group)
-        first, last = step[0], step[-1]
+        last = step[-1]
         if last.position == spec.micro_batches - 1:
             step += [
                 replace(last, position=position, window=-1, slots=())
@@ -190,10 +202,16 @@ def deal(micro_batches: Sequence[MicroBatch], spec: PlanSpec, world_size: int) -
             yield from rows()
             yield from ([batch] for batch in step)
             continue
-        whole.append(step)
-        if (len(whole) + 1) * share * spec.micro_batch_size * math.prod(first.shape) * 3 > ROW_BYTES:
+        if whole and sum(map(_pixels, [*whole, step])) > row_bytes * world_size:
             yield from rows()
+        whole.append(step)
     yield from rows()
+
+
+def _pixels(step: Sequence[MicroBatch]) -> int:
+    """Bytes of the images of micro-batches."""
+    sizes = (slot.augmentation.output_size for batch in step for slot in batch.slots)
+    return sum(3 * height * width for height, width in sizes)
 
 
 class _Pace(ExecutionCallback):
@@ -241,7 +259,7 @@ def _walk(stream: Stream, first_step: int) -> Iterator[pa.Table]:
         )
 
 
-def _fill(table: pa.Table, stream: Stream, world_size: int) -> Iterator[pa.Table]:
+def _fill(table: pa.Table, stream: Stream, world_size: int, row_bytes: int = ROW_BYTES) -> Iterator[pa.Table]:
     """The micro-batches of the window that `table`'s one row names, in rows as `deal` makes them."""
     named = table.to_pylist()[0]
     task = WindowTask(**{**named, "shapes": tuple(map(tuple, named["shapes"]))})
@@ -254,8 +272,9 @@ def _fill(table: pa.Table, stream: Stream, world_size: int) -> Iterator[pa.Table
             _example(row, slot, labels, stream.masks) for row, slot in zip(rows, batch.slots, strict=True)
         ]
 
-    for row in deal(plan.run(task, to_sizes(records)), plan.spec, world_size):
-        yield pack([filled(batch) for batch in row], plan.spec.micro_batch_size)
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    for row in deal(plan.run(task, to_sizes(records)), plan.spec, world_size, row_bytes):
+        yield pack([filled(batch) for batch in row], node)
 
 
 def _example(record: dict[str, Any], slot: Slot, labels: dict[int, int], kind: MaskKind = "none") -> Example:
@@ -272,5 +291,7 @@ def _example(record: dict[str, Any], slot: Slot, labels: dict[int, int], kind: M
         return Example(slot.image_id, pixels, boxes, class_labels[kept])
     boxes_xyxy, class_labels, masks = mask_targets(record, labels, kind)
     pixels, boxes, kept = apply(image, boxes_xyxy, slot.augmentation)
+    if kind == "panoptic-boxes":
+        return Example(slot.image_id, pixels, boxes, class_labels[kept])
     augmented = apply_masks(torch.from_numpy(masks[kept]), slot.augmentation).numpy()
     return Example(slot.image_id, pixels, boxes, class_labels[kept], masks=augmented)

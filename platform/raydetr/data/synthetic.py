@@ -1,10 +1,12 @@
 """Generated COCO folders, and the embedded data set: what a first run trains on without any download."""
 
+import io
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import ray
 from PIL import Image
 
@@ -41,7 +43,7 @@ def generate(folder: str, num_images: int, seed: int, size: int = 128, run: Run 
         generated.json                          the arguments; written last
 
     Args:
-        folder: local folder; files in it are overwritten.
+        folder: files in it are overwritten.
         num_images: 1 or more.
         seed: different seeds, different scenes.
         size: height and width of the images in pixels, at least 32.
@@ -52,8 +54,6 @@ def generate(folder: str, num_images: int, seed: int, size: int = 128, run: Run 
     """
     if num_images < 1 or size < 32:
         raise ConfigError(f"num_images {num_images} and size {size}: expected at least 1 and 32.")
-    for name in ("images", "annotations/panoptic"):
-        os.makedirs(os.path.join(folder, name), exist_ok=True)
     chunks = [
         (folder, range(start, min(start + _CHUNK, num_images)), seed, size)
         for start in range(0, num_images, _CHUNK)
@@ -95,7 +95,7 @@ def embedded(split: Literal["train", "val"], root: str = "runs/data") -> str:
 
     Args:
         split: train (4,000 images) or val (500).
-        root: local folder of both.
+        root: folder of both; on a cluster of several nodes one that they share.
 
     Returns:
         Address of the shards: `<root>/<split>`, absolute.
@@ -106,7 +106,7 @@ def embedded(split: Literal["train", "val"], root: str = "runs/data") -> str:
     marker = storage.join(folder, _MARKER)
     if not storage.exists(marker) or storage.read_json(marker) != _description(num_images, seed, 128):
         cluster.connect(cpus=1)
-        cluster.require_shared(data="")
+        cluster.require_shared(train_data=root)
         storage.delete_folder(folder)
         storage.delete_folder(shards)
         print(f"generating {num_images:,} images of the embedded {split} set in {folder}", flush=True)
@@ -138,8 +138,8 @@ def _write_scene(folder: str, index: int, seed: int, size: int) -> dict[str, Any
     colours, segments = panoptic_map(scene)
     image_id = index + 1  # from 1: pycocotools takes a match with annotation 0 for none
     name, png = f"{image_id:06d}.jpg", f"{image_id:06d}.png"
-    Image.fromarray(scene.pixels).save(os.path.join(folder, "images", name), quality=92)
-    Image.fromarray(colours).save(os.path.join(folder, "annotations", "panoptic", png), compress_level=1)
+    _write_image(folder, f"images/{name}", scene.pixels, format="JPEG", quality=92)
+    _write_image(folder, f"annotations/panoptic/{png}", colours, format="PNG", compress_level=1)
     return {
         "image": {"id": image_id, "file_name": name, "height": size, "width": size},
         "instances": [
@@ -171,6 +171,12 @@ def _run_on_ray(function: Callable[[T], R], arguments: Iterable[T]) -> Sequence[
 
 def _description(num_images: int, seed: int, size: int) -> dict[str, Any]:
     return {"version": GENERATOR_VERSION, "num_images": num_images, "seed": seed, "size": size}
+
+
+def _write_image(folder: str, name: str, pixels: npt.NDArray[np.uint8], **options: Any) -> None:
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, **options)
+    storage.write_bytes(storage.join(folder, name), encoded.getvalue())
 
 
 def _write_json(folder: str, name: str, content: Any) -> None:

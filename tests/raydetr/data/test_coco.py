@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from raydetr.data.coco import CocoIndex, parse_coco, read_coco
 from raydetr.data.faults import rle_runs
 from raydetr.data.record import make_record, to_annotation
 from raydetr.data.schema import SCHEMA, Fault, without_notes
 from raydetr.errors import DataError
+from tests.raydetr.data.coco_files import read_content, read_file
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}]
 HEIGHT, WIDTH = 30, 40
@@ -55,7 +55,7 @@ def coco(*annotations: dict[str, Any], **image: Any) -> dict[str, Any]:
 
 
 def record_of(content: dict[str, Any], data: bytes | None) -> tuple[dict[str, Any], list[Fault]]:
-    index = parse_coco(content, "x.json")
+    index = read_content(content)
     record, faults = make_record(index.entries[0], data, frozenset({3, 8}))
     # Through Arrow: what the schema cannot hold shows here.
     return pa.Table.from_pylist([record], schema=SCHEMA).to_pylist()[0], without_notes(faults)
@@ -273,7 +273,7 @@ def test_an_annotation_of_no_image_is_reported_and_in_no_record() -> None:
         annotation(id=3, image_id=None),
         annotation(id=4, image_id="5"),
     )
-    index = parse_coco(content, "dir/x.json")
+    index = read_content(content, "dir/x.json")
     assert [(fault.code, fault.file, fault.annotation_id) for fault in index.faults] == [
         ("unknown-image", "x.json", number) for number in (2, 3, 4)
     ]
@@ -285,7 +285,7 @@ def test_an_annotation_of_no_image_is_reported_and_in_no_record() -> None:
 def test_of_image_entries_with_one_id_the_last_is_used() -> None:
     content = coco(annotation())
     content["images"].append({"id": 5, "file_name": "b.jpg"})
-    index = parse_coco(content, "x.json")
+    index = read_content(content)
     assert [entry.file_name for entry in index.entries] == ["b.jpg"]
     assert len(index.entries[0].annotations) == 1
     fault = index.faults[0]
@@ -383,8 +383,8 @@ def test_an_exif_rotation_is_reported_and_not_applied(format: str, orientation: 
         ([], "the file holds a list"),
         ("text", "holds a text"),
         (None, "holds a null"),
-        ({"annotations": [], "categories": []}, "no key 'images'"),
-        ({"images": [{}], "categories": []}, "no key 'annotations'"),
+        ({"annotations": [annotation()], "categories": CATEGORIES}, "no key 'images'"),
+        ({"images": coco()["images"], "info": {}}, "no key 'annotations'.*'images', 'info'"),
         (coco(), "'annotations' is empty"),
         (coco(annotation()) | {"images": []}, "'images' is empty"),
         (coco(annotation()) | {"categories": []}, "'categories' is empty"),
@@ -406,13 +406,13 @@ def test_an_exif_rotation_is_reported_and_not_applied(format: str, orientation: 
 )
 def test_a_file_that_is_not_coco_detection_is_refused_with_what_is_wrong(content: Any, message: str) -> None:
     with pytest.raises(DataError, match=r"^x\.json: .*" + message):
-        parse_coco(content, "x.json")
+        read_content(content)
 
 
 def test_text_that_is_not_json_is_refused_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{\n'a'}")
     with pytest.raises(DataError, match=r"x\.json: not JSON .*line 2"):
-        read_coco(str(tmp_path / "x.json"))
+        read_file(str(tmp_path / "x.json"))
 
 
 @pytest.mark.parametrize(
@@ -430,8 +430,8 @@ def test_text_that_is_not_json_is_refused_with_its_line(tmp_path: Path) -> None:
 )
 def test_real_annotations_come_back_as_they_were(shared_data: Path, name: str) -> None:
     content = json.loads((shared_data / name).read_bytes())
-    index: CocoIndex = parse_coco(content, name)
-    assert index.faults == ()
+    index = read_file(str(shared_data / name))
+    assert index.faults == []
     back = {}
     for entry in index.entries:
         record, _ = make_record(entry, None, frozenset(c["id"] for c in index.categories))

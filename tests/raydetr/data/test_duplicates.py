@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from detr.image_processing.decode import decode_image
-from raydetr.data.duplicates import image_hash, near_duplicates
+from raydetr.data import duplicates
+from raydetr.data.duplicates import first_near_duplicates, image_hash, near_duplicates
 
 
 def picture(seed: int) -> Image.Image:
@@ -42,7 +43,11 @@ def test_pictures_without_contrast_have_no_hash() -> None:
 
 
 @pytest.mark.parametrize("max_distance", [0, 1, 2, 3])
-def test_pairs_are_those_of_a_comparison_of_all_with_all(max_distance: int) -> None:
+@pytest.mark.parametrize("at_once", [7, 2**22])
+def test_pairs_are_those_of_a_comparison_of_all_with_all(
+    max_distance: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "_PAIRS_AT_ONCE", at_once)
     rng = np.random.default_rng(max_distance)
     first = rng.integers(-(2**63), 2**63 - 1, 300)
     second = rng.integers(-(2**63), 2**63 - 1, 200)
@@ -64,3 +69,14 @@ def test_pairs_are_those_of_a_comparison_of_all_with_all(max_distance: int) -> N
     ]
     assert near_duplicates(first, second, max_distance).tolist() == expected
     assert len(expected) >= 10
+    firsts = dict(reversed(near_duplicates(first, second).tolist()))
+    assert dict(first_near_duplicates(first, second).tolist()) == firsts
+
+
+def test_very_many_pictures_that_are_alike_are_a_row_each() -> None:
+    rng = np.random.default_rng(0)
+    alike = 0x0F0F_1234_5678_0000 + rng.integers(0, 4, 60_000)  # two bits flicker
+    rows = first_near_duplicates(alike[:50_000], alike[50_000:])
+    assert rows[:, 0].tolist() == list(range(50_000))
+    assert rows[:, 1].max() < 100
+    assert first_near_duplicates(alike, np.zeros(0, dtype=np.int64)).shape == (0, 2)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from raydetr.data.charts import bars, histogram
-from raydetr.data.coco import read_coco
 from raydetr.data.html_report import write_report
 from raydetr.data.record import make_record
 from raydetr.data.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest
 from tests.awkward import record, write_awkward
+from tests.raydetr.data.coco_files import read_file
 
 VOID = {"meta", "img", "rect", "path", "line", "br"}
 
@@ -57,7 +57,7 @@ def report(manifest: Manifest, file: Path) -> Page:
 
 def test_counts_are_those_of_the_original(shared_data: Path, tmp_path: Path) -> None:
     file = shared_data / "coco128/annotations/instances_train2017.json"
-    index = read_coco(str(file))
+    index = read_file(str(file))
     category_ids = frozenset(category["id"] for category in index.categories)
     records = [
         make_record(entry, (shared_data / "coco128/train2017" / entry.file_name).read_bytes(), category_ids)[

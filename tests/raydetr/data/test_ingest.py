@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,15 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from raydetr.data.coco import read_coco
 from raydetr.data.ingest import IngestResult, Options, ingest
 from raydetr.data.inputs import Addresses
-from raydetr.data.record import make_record
+from raydetr.data.record import Entry, make_record
 from raydetr.data.schema import Fault, without_notes
-from raydetr.data.shard_tasks import plan_shards
+from raydetr.data.shard_tasks import plan_shards, record_order
 from raydetr.data.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest, coco_truth, read_faults, read_records, training_targets
 from raydetr.errors import ConfigError, DataError, StorageError
+from tests.raydetr.data.coco_files import read_file
 
 pytestmark = [
     pytest.mark.usefixtures("ray_local"),
@@ -93,7 +94,7 @@ def ingest_awkward(folder: Path, output: Path, **options: Any) -> IngestResult:
 
 
 def faults_of(manifest: Manifest) -> list[Fault]:
-    return without_notes(read_faults(manifest))
+    return without_notes(read_faults(manifest.root))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -126,7 +127,7 @@ def test_every_image_is_there_once_with_its_bytes(awkward: Path, ingested: Manif
 def test_every_fault_is_found_and_named_and_nothing_else(ingested: Manifest) -> None:
     assert sorted(fault.code for fault in faults_of(ingested)) == AWKWARD_CODES
     assert ingested.faults.keys() - set(AWKWARD_CODES) <= {"no-objects"}
-    found = {fault.code: fault for fault in read_faults(ingested)}
+    found = {fault.code: fault for fault in read_faults(ingested.root)}
     assert found["missing-file"].file == "3.png"
     assert found["unreadable-image"].image_id == 4
     assert found["size-mismatch"].image_id == 5
@@ -141,12 +142,16 @@ def test_every_fault_is_found_and_named_and_nothing_else(ingested: Manifest) -> 
 def test_the_same_input_gives_the_same_bytes_as_plain_calls_in_another_order(
     awkward: Path, ingested: Manifest, tmp_path: Path
 ) -> None:
-    index = read_coco(str(awkward / "train.json"))
+    index = read_file(str(awkward / "train.json"))
     paths = {entry.file_name: awkward / "images" / entry.file_name for entry in index.entries}
     sizes = {name: path.stat().st_size for name, path in paths.items() if path.exists()}
-    shards = plan_shards(index.entries, sizes, seed=0, shard_bytes=200_000)
+    key = record_order(0)
+    ordered = sorted(index.entries, key=lambda entry: key(entry.image_id))
+    shards: dict[int, list[Entry]] = {}
+    for number, group in plan_shards([(each, sizes.get(each.file_name, 0)) for each in ordered], 200_000):
+        shards.setdefault(number, []).extend(group)
     written, faults = {}, {}
-    for number in reversed(range(len(shards))):
+    for number in reversed(shards):
         made = [
             make_record(
                 entry,
@@ -185,13 +190,20 @@ def test_the_order_is_random_and_of_the_seed_alone(awkward: Path, ingested: Mani
     assert reseeded.digest != ingested.digest
 
 
-def test_shards_are_closed_at_their_size_after_whole_row_groups(awkward: Path) -> None:
-    index = read_coco(str(awkward / "train.json"))
-    sizes = {entry.file_name: 10 for entry in index.entries}
-    shards = plan_shards(index.entries, sizes, seed=0, shard_bytes=321)
-    assert [len(shard) for shard in shards] == [64, 37]
-    assert [len(s) for s in plan_shards(index.entries, sizes, 0, shard_bytes=320)] == [32, 32, 32, 5]
-    assert [len(s) for s in plan_shards(index.entries, {}, 0, shard_bytes=1)] == [101]
+@pytest.mark.parametrize(
+    ("size", "shard_bytes", "expected"),
+    [(10, 321, [64, 37]), (10, 320, [32, 32, 32, 5]), (0, 1, [101]), (1, 1, [32, 32, 32, 5])],
+)
+def test_shards_are_closed_at_their_size_after_whole_row_groups(
+    size: int, shard_bytes: int, expected: list[int]
+) -> None:
+    groups = list(plan_shards([(number, size) for number in range(101)], shard_bytes))
+    assert [number for _, group in groups for number in group] == list(range(101))
+    counts = Counter[int]()
+    for shard, group in groups:
+        assert len(group) == 32 or group is groups[-1][1]
+        counts[shard] += len(group)
+    assert [counts[shard] for shard in range(len(counts))] == expected
 
 
 def test_a_second_run_finds_the_output_complete_and_writes_nothing(awkward: Path, tmp_path: Path) -> None:
@@ -229,6 +241,13 @@ def test_a_complete_output_whose_shard_is_gone_is_an_error(awkward: Path, tmp_pa
     ingest_awkward(awkward, tmp_path / "out")
     (tmp_path / "out" / "shard-000001.parquet").unlink()
     with pytest.raises(DataError, match=r"shard-000001\.parquet has 0 bytes"):
+        ingest_awkward(awkward, tmp_path / "out")
+
+
+def test_a_complete_output_whose_fault_table_is_gone_is_an_error(awkward: Path, tmp_path: Path) -> None:
+    ingest_awkward(awkward, tmp_path / "out")
+    (tmp_path / "out" / "faults.parquet").unlink()
+    with pytest.raises(DataError, match=r"faults\.parquet is gone: delete"):
         ingest_awkward(awkward, tmp_path / "out")
 
 

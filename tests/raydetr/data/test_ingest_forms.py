@@ -4,24 +4,26 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from raydetr import storage
+from raydetr import cluster, storage
 from raydetr.data.ingest import Options, ingest, ingest_split
-from raydetr.data.inputs import Addresses
+from raydetr.data.inputs import Addresses, read_inputs
 from raydetr.data.schema import without_notes
 from raydetr.data.shards import Manifest, read_faults, read_records
 from raydetr.data.split import Split
 from raydetr.data.synthetic import generate
-from raydetr.errors import ConfigError, DataError
+from raydetr.errors import ClusterError, ConfigError, DataError
 from tests.raydetr.s3 import S3
 
 pytestmark = [
@@ -53,7 +55,8 @@ def ids(manifest: Manifest) -> list[int]:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.soak])])
 def test_an_ingest_killed_at_any_moment_goes_on_and_gives_the_same_bytes(
     generated: Path, tmp_path: Path, kills: int
 ) -> None:
@@ -139,10 +142,27 @@ def test_a_picture_in_two_parts_is_reported_even_when_compressed_anew(
     )
     parts = {name: set(ids(result.manifest)) for name, result in results.items()}
     expected = {n for n in range(1, 11) if (n in parts["train"]) != (n + 50 in parts["train"])}
-    found = [fault for fault in read_faults(results["val"].manifest) if fault.code == "near-duplicate"]
+    found = [fault for fault in read_faults(results["val"].manifest.root) if fault.code == "near-duplicate"]
     assert {fault.image_id % 50 for fault in found if fault.image_id} == expected
     assert len(expected) > 1
     assert "of " in found[0].reason
+
+    # The same for sets that come as files of their own, as COCO's training and validation sets do.
+    for name, kept in parts.items():
+        chosen = [image for image in images if image["id"] in kept]
+        own = [one] if 1 in kept else [{**one, "image_id": chosen[0]["id"]}]
+        (tmp_path / f"{name}.json").write_text(json.dumps({**content, "images": chosen, "annotations": own}))
+    train = ingest(
+        Addresses(str(tmp_path / "train.json"), str(folder)), str(tmp_path / "apart/train")
+    ).manifest
+    val = Addresses(str(tmp_path / "val.json"), str(folder))
+    compared = Options(compare_with=(train.root,))
+    apart = ingest(val, str(tmp_path / "apart/val"), compared).manifest
+    codes = [fault for fault in read_faults(apart.root) if fault.code == "near-duplicate"]
+    assert {fault.image_id for fault in codes} == {fault.image_id for fault in found}
+    assert not ingest(val, str(tmp_path / "apart/val"), compared).written
+    with pytest.raises(DataError, match="manifest"):
+        ingest(val, str(tmp_path / "apart/other"), Options(compare_with=(str(tmp_path / "nowhere"),)))
 
 
 def test_appended_images_come_in_new_shards_and_the_old_ones_stay(generated: Path, tmp_path: Path) -> None:
@@ -214,7 +234,7 @@ def test_panoptic_annotations_come_out_as_they_went_in(
     content = json.loads((folder / annotations).read_text())
     source = Addresses("", str(folder / images), str(folder / annotations), str(folder / masks))
     manifest = ingest(source, str(tmp_path / "out")).manifest
-    assert without_notes(read_faults(manifest)) == []
+    assert without_notes(read_faults(manifest.root)) == []
     by_image = {item["image_id"]: item for item in content["annotations"]}
     things = {category["id"] for category in content["categories"] if category["isthing"]}
     for row in read_records(manifest):
@@ -227,6 +247,64 @@ def test_panoptic_annotations_come_out_as_they_went_in(
             s["bbox"] for s in original["segments_info"] if s["category_id"] in things
         ]
     assert not by_image
+
+
+def test_segments_of_dropped_classes_are_no_fault_of_the_png(generated: Path, tmp_path: Path) -> None:
+    content = json.loads((generated / "annotations" / "panoptic.json").read_text())
+    names = [category["name"] for category in content["categories"]]
+    (tmp_path / "classes.json").write_text(json.dumps({names[0]: None, names[1]: names[2]}))
+    source = addresses(
+        generated,
+        panoptic_annotations=str(generated / "annotations/panoptic.json"),
+        panoptic_masks=str(generated / "annotations/panoptic"),
+        classes=str(tmp_path / "classes.json"),
+    )
+    manifest = ingest(source, str(tmp_path / "out"), SMALL).manifest
+    assert without_notes(read_faults(manifest.root)) == []
+    dropped = content["categories"][0]["id"]
+    expected = {
+        item["image_id"]: [s["id"] for s in item["segments_info"] if s["category_id"] != dropped]
+        for item in content["annotations"]
+    }
+    rows = read_records(manifest, ["image_id", "segments"])
+    assert {row["image_id"]: [s["id"] for s in row["segments"]] for row in rows} == expected
+    assert any(
+        len(item["segments_info"]) > len(expected[item["image_id"]]) for item in content["annotations"]
+    )
+
+
+def test_a_folder_of_other_pngs_is_refused_and_surplus_ones_are_said(generated: Path, tmp_path: Path) -> None:
+    masks, annotations = tmp_path / "masks", str(generated / "annotations/panoptic.json")
+    shutil.copytree(generated / "annotations/panoptic", masks)
+    (masks / "other.png").write_bytes(b"")
+    source = addresses(generated, panoptic_annotations=annotations, panoptic_masks=str(masks))
+    (fault,) = read_inputs(source).index.faults()
+    assert (fault.code, fault.file) == ("surplus-files", "other.png")
+    assert "1 panoptic PNGs" in fault.reason
+    source = replace(source, panoptic_masks=source.images)
+    with pytest.raises(DataError, match=r"none of the 200 PNGs .*000001\.png.*--panoptic-masks"):
+        ingest(source, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_on_several_nodes_a_local_address_that_tasks_read_is_refused(
+    generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: S3
+) -> None:
+    monkeypatch.setattr(cluster, "nodes", lambda: 2)
+    for path in (generated / "images").iterdir():
+        s3.client.upload_file(str(path), s3.bucket, f"images/{path.name}")
+    source = addresses(
+        generated,
+        panoptic_annotations=str(generated / "annotations/panoptic.json"),
+        panoptic_masks=str(generated / "annotations/panoptic"),
+    )
+    with pytest.raises(ClusterError, match="--images is the local address"):
+        ingest(source, s3.address("out"))
+    source = replace(source, images=s3.address("images"))
+    with pytest.raises(ClusterError, match="--panoptic-masks is the local address"):
+        ingest(source, s3.address("out"))
+    with pytest.raises(ClusterError, match="--output is the local address"):
+        ingest(replace(source, panoptic_annotations="", panoptic_masks=""), str(tmp_path / "out"))
 
 
 def test_every_fault_of_a_panoptic_png_is_found(generated: Path, tmp_path: Path) -> None:
@@ -257,7 +335,7 @@ def test_every_fault_of_a_panoptic_png_is_found(generated: Path, tmp_path: Path)
         generated, panoptic_annotations=str(tmp_path / "broken.json"), panoptic_masks=str(masks)
     )
     manifest = ingest(source, str(tmp_path / "out"), SMALL).manifest
-    found = {(fault.code, fault.image_id) for fault in without_notes(read_faults(manifest))}
+    found = {(fault.code, fault.image_id) for fault in without_notes(read_faults(manifest.root))}
     image = [item["image_id"] for item in items]
     assert found >= {
         ("missing-panoptic", image[0]),
@@ -289,7 +367,7 @@ def test_boxes_in_another_format_are_recognised_and_named(
     source = Addresses(str(tmp_path / "wrong.json"), str(generated / "images"))
     manifest = ingest(source, str(tmp_path / "out"), SMALL).manifest
     code = {"normalised": "boxes-normalised", "corners": "boxes-as-corners"}[wrong]
-    (fault,) = [fault for fault in read_faults(manifest) if fault.code.startswith("boxes-")]
+    (fault,) = [fault for fault in read_faults(manifest.root) if fault.code.startswith("boxes-")]
     assert fault.code == code
     assert fault.file == "wrong.json"
     with pytest.raises(DataError, match="--on-fault fail"):

@@ -25,7 +25,7 @@ def through(
     position: int = 0,
     epoch: int = 0,
 ) -> TrainingBatch:
-    (batch,) = unpack(pack([(MicroBatch(step, position, epoch, 0, (), shape), examples)], size), size)
+    (batch,) = unpack(pack([(MicroBatch(step, position, epoch, 0, (), shape), examples)]), size)
     return batch
 
 
@@ -37,11 +37,13 @@ def test_pixels_boxes_and_labels_survive(seed: int) -> None:
     assert (batch.step, batch.position, batch.epoch) == (7, 2, 1)
     assert batch.image_ids == (10, 11, 12)
     assert batch.weights.tolist() == [1, 1, 1, 0]
+    assert batch.shape == (64, 96)
+    assert batch.images[3] is None
     mask = batch.pixel_mask()
+    assert mask[3].all()
     for slot, one in enumerate(examples):
         _, height, width = one.pixels.shape
-        assert torch.equal(batch.pixels[slot, :, :height, :width], one.pixels)
-        assert batch.pixels[slot].sum() == one.pixels.sum()
+        assert torch.equal(batch.images[slot], one.pixels)
         assert mask[slot].sum() == height * width
         assert mask[slot, :height, :width].all()
         assert torch.equal(batch.labels[slot]["boxes"], torch.from_numpy(one.boxes))
@@ -60,11 +62,18 @@ def test_an_undecodable_image_is_named_and_weighs_nothing() -> None:
     assert batch.labels[1]["boxes"].shape == (2, 4)
 
 
-def test_a_filler_is_small_in_the_row_and_full_sized_on_the_worker() -> None:
-    row = pack([(MicroBatch(3, 4, 0, -1, (), (64, 96)), [])], 4)
+def test_a_batch_names_the_node_that_decoded_it() -> None:
+    packed = [(MicroBatch(0, position, 0, 0, (), (8, 8)), []) for position in range(2)]
+    assert [batch.node for batch in unpack(pack(packed, "0f3a"), 1)] == ["0f3a", "0f3a"]
+    assert [batch.node for batch in unpack(pack(packed), 1)] == ["", ""]
+
+
+def test_a_filler_is_small_in_the_row() -> None:
+    row = pack([(MicroBatch(3, 4, 0, -1, (), (64, 96)), [])])
     assert row.nbytes < 1000
     (batch,) = unpack(row, 4)
-    assert batch.pixels.shape == (4, 3, 64, 96)
+    assert batch.images == (None,) * 4
+    assert batch.sizes == ((64, 96),) * 4
     assert batch.weights.tolist() == [0] * 4
     assert batch.pixel_mask().all()
     assert [len(label["boxes"]) for label in batch.labels] == [0] * 4
@@ -77,22 +86,25 @@ def test_micro_batches_of_different_shapes_share_a_row_without_mixing() -> None:
         (MicroBatch(0, 2, 0, -1, (), (32, 64)), []),
         (MicroBatch(1, 0, 0, 0, (), (64, 32)), [example(rng, 3, 60, 32, 0)]),
     ]
-    batches = list(unpack(pack(packed, 2), 2))
+    batches = list(unpack(pack(packed), 2))
     assert [(batch.step, batch.position, batch.image_ids) for batch in batches] == [
         (0, 0, (1, 2)),
         (0, 2, ()),
         (1, 0, (3,)),
     ]
     for (_, examples), batch in zip(packed, batches, strict=True):
-        alone = through(examples, batch.pixels.shape[-2:], 2)
-        assert torch.equal(batch.pixels, alone.pixels)
+        alone = through(examples, batch.shape, 2)
+        for together, apart in zip(batch.images, alone.images, strict=True):
+            assert together is apart is None or torch.equal(together, apart)
         for together, apart in zip(batch.labels, alone.labels, strict=True):
             assert torch.equal(together["boxes"], apart["boxes"])
 
 
-def test_pixels_are_interleaved_and_not_copied() -> None:
-    row = pack([(MicroBatch(0, 0, 0, 0, (), (32, 32)), [example(np.random.default_rng(0), 1, 32, 32, 0)])], 1)
-    (batch,) = unpack(row, 1)
-    assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
+def test_images_are_interleaved_and_not_copied() -> None:
+    rng = np.random.default_rng(0)
+    row = pack([(MicroBatch(0, 0, 0, 0, (), (32, 32)), [example(rng, n, 20 + n, 31, 0) for n in range(2)])])
+    (batch,) = unpack(row, 2)
     values = row["micro_batches"].chunks[0].values.field("pixels").buffers()[2]
-    assert values.address <= batch.pixels.data_ptr() < values.address + values.size
+    for image in batch.images:
+        assert image.permute(1, 2, 0).is_contiguous()
+        assert values.address <= image.data_ptr() < values.address + values.size

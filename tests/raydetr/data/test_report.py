@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from raydetr.data.report import fault_lines, print_progress
@@ -32,3 +34,18 @@ def test_progress_prints_the_first_and_the_last_line_and_few_between(
     assert lines[0] == "ingest: 1 of 2,000 images"
     assert lines[-1].startswith("ingest: 2,000 of 2,000 images, ")
     assert len(lines) < 100
+
+
+def test_progress_says_the_rate_and_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 20.0, 22.0, 30.0])  # the start of the workers takes 20 seconds, which no rate counts
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    show = print_progress("ingest")
+    for done in (100, 300, 1000):
+        show(done, 1000)
+    assert capsys.readouterr().out.splitlines() == [
+        "ingest: 100 of 1,000 images",
+        "ingest: 300 of 1,000 images, 100 images/s, 7 s left",
+        "ingest: 1,000 of 1,000 images, 33 images/s",
+    ]

@@ -189,7 +189,7 @@ def test_faults_are_counted_and_read_back(tmp_path: Path) -> None:
     )
     manifest = write(tmp_path, some_records(3), per_shard=3, faults=faults)
     assert manifest.faults == {"empty-box": 2, "unknown-image": 1}
-    assert read_faults(manifest) == list(faults)
+    assert list(read_faults(manifest.root)) == list(faults)
 
 
 def test_a_folder_without_manifest_is_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from raydetr import storage
 from raydetr.data import synthetic
 from raydetr.data.scenes import (
     MIN_VISIBLE,
@@ -24,6 +25,7 @@ from raydetr.data.scenes import (
 from raydetr.data.shards import Manifest, read_faults, read_records, training_targets
 from raydetr.data.synthetic import embedded, generate
 from raydetr.errors import ConfigError
+from tests.raydetr.s3 import S3
 
 # pycocotools' decode, with numpy 2.
 pytestmark = pytest.mark.filterwarnings(
@@ -60,6 +62,18 @@ def test_polygons_rasterise_to_exactly_the_mask(scenes: list[Scene]) -> None:
     for scene in scenes:
         for thing in scene.things:
             assert np.array_equal(rasterised(polygons(thing.mask), len(thing.mask)), thing.mask)
+
+
+def test_a_generated_folder_is_the_same_on_s3(s3: S3, tmp_path: Path) -> None:
+    generate(str(tmp_path), 5, seed=3, size=48)
+    generate(s3.address("coco"), 5, seed=3, size=48)
+    keys = s3.keys()
+    files = {
+        str(file.relative_to(tmp_path)): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()
+    }
+    assert {key.removeprefix("coco/") for key in keys if key.startswith("coco/")} == set(files)
+    for name, content in files.items():
+        assert storage.read_bytes(s3.address(f"coco/{name}")) == content
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -234,7 +248,7 @@ def test_the_embedded_set_is_made_once_and_made_anew_after_a_change(
     manifests = Manifest.load(train), Manifest.load(val)
     assert [manifest.num_images for manifest in manifests] == [80, 40]
     assert manifests[0].id2label == dict(enumerate(THINGS))
-    assert read_faults(manifests[0]) == []
+    assert list(read_faults(train)) == []
     for row in read_records(manifests[0]):
         boxes, labels = training_targets(row, manifests[0].labels)
         scene = make_scene(0, row["image_id"] - 1)

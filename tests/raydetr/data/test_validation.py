@@ -4,6 +4,9 @@ import copy
 import io
 import json
 import random
+import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,11 @@ import pytest
 from PIL import Image
 
 from raydetr.data.box_statistics import BoxStatistics
-from raydetr.data.coco import parse_coco
 from raydetr.data.inputs import Addresses, read_inputs
 from raydetr.data.record import Entry, make_record
 from raydetr.data.schema import FAULT_SCHEMA, FAULTS, SCHEMA, Fault, without_notes
 from raydetr.errors import DataError
+from tests.raydetr.data.coco_files import read_content
 
 SIZE = (30, 40)
 
@@ -47,7 +50,7 @@ def faults_of(name: str, data: bytes, objects: int = 1) -> list[Fault]:
         else [{"id": 9999, "image_id": 2, "category_id": 3, "bbox": [1, 2, 9, 8]}],
         "categories": [{"id": 3, "name": "cat"}],
     }
-    return make_record(parse_coco(content, "x.json").entries[0], data, frozenset({3}))[1]
+    return make_record(read_content(content).entries[0], data, frozenset({3}))[1]
 
 
 FRAMES = [Image.new("RGB", (40, 30), (n, n, n)) for n in (0, 200)]
@@ -89,9 +92,27 @@ def test_files_that_nobody_names_are_counted(tmp_path: Path) -> None:
         "categories": [{"id": 1, "name": "thing"}],
     }
     (tmp_path / "x.json").write_text(json.dumps(content))
-    (fault,) = read_inputs(Addresses(str(tmp_path / "x.json"), str(tmp_path / "images"))).faults
+    (fault,) = read_inputs(Addresses(str(tmp_path / "x.json"), str(tmp_path / "images"))).index.faults()
     assert (fault.code, fault.file) == ("surplus-files", "2.jpg")
     assert "2 files, such as ['2.jpg', '3.PNG']" in fault.reason
+
+
+def test_a_full_disk_for_the_tables_is_said(tmp_path: Path) -> None:
+    content = {
+        "images": [{"id": n, "file_name": f"{n:0100}.jpg"} for n in range(20_000)],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    code = (
+        "import resource; from raydetr.data.inputs import Addresses, read_inputs\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "read_inputs(Addresses('x.json', '.'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert re.search(r"StorageError: The tables .* set SQLITE_TMPDIR", done.stderr), done.stderr
 
 
 def test_statistics_of_parts_add_up_and_few_boxes_prove_nothing() -> None:
@@ -167,7 +188,7 @@ def test_random_damage_is_refused_in_words_or_reported_and_never_crashes(
         for _ in range(rng.randrange(1, 4)):
             broken = damaged(rng, broken)
         try:
-            index = parse_coco(broken, "broken.json")
+            index = read_content(broken, "broken.json")
         except DataError as error:
             outcomes["refused" if str(error).startswith("broken.json: ") else "unclear"] += 1
             continue

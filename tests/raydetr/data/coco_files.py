@@ -1,0 +1,37 @@
+"""COCO content of a test as the ingest sees it."""
+
+import contextlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raydetr.data.coco import read_coco
+from raydetr.data.index import Index
+from raydetr.data.record import Entry
+from raydetr.data.schema import Fault
+
+
+class Read(NamedTuple):
+    """What was read from a COCO file."""
+
+    categories: tuple[dict[str, Any], ...]
+    entries: list[Entry]
+    faults: list[Fault]
+
+
+def read_file(address: str) -> Read:
+    """Read a COCO detection JSON."""
+    index = Index()
+    categories = read_coco(address, index).categories
+    index.join_files()
+    return Read(categories, list(index.entries()), list(index.faults()))
+
+
+def read_content(content: Any, name: str = "x.json") -> Read:
+    """Read content by way of a file of that name."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+        return read_file(name)
