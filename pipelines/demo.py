@@ -6,20 +6,24 @@ Tiny:            python pipelines/demo.py --steps 20 --output runs/tiny-demo
 It leaves in --output: summary.json, loss.png, predictions.png, answer.png. Give another --output for another run.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from raydetr import cluster, storage
 from raydetr.command import Clock, run, write_summary
-from raydetr.config import DemoConfig, EvaluateConfig, TrainConfig
+from raydetr.config import DemoConfig, EvaluateConfig
 from raydetr.data.shards import Manifest, read_records
 from raydetr.data.synthetic import embedded
 from raydetr.evaluation import report
 from raydetr.evaluation.evaluate import evaluate
 from raydetr.evaluation.pictures import model_detector
+from raydetr.evaluation.predict import read_predictions
+from raydetr.evaluation.score import coco_results
 from raydetr.registry import models, tracking
 from raydetr.registry.promote import promote
 from raydetr.serving.app import application, endpoint
 from raydetr.serving.client import detect
+from raydetr.training.recipes import RECIPES
 from raydetr.training.trainer import train
 
 
@@ -27,7 +31,8 @@ def main(config: DemoConfig) -> dict[str, Any]:
     """Every stage once; the summary says how long each took and what came of it."""
     output, uri = storage.absolute(config.output), tracking.resolve_uri("")
     clock = Clock()
-    training = TrainConfig(output=f"{output}/train", steps=config.steps, seed=config.seed, experiment="demo")
+    recipe = replace(RECIPES["small"], output=f"{output}/train", seed=config.seed, experiment="demo")
+    training = replace(recipe, steps=config.steps or recipe.steps)
     cluster.connect(training.workers + training.data_cpus)
     clock.stage("generate and ingest")
     train_data, val_data = embedded("train"), embedded("val")  # of other seeds: no scene is in both
@@ -45,7 +50,8 @@ def main(config: DemoConfig) -> dict[str, Any]:
     clock.stage("draw")
     difference = report.difference(answer["detections"], model_detector(champion)(image))
     report.loss_curve(tracking.metric_history(uri, trained["run_id"], "loss"), f"{output}/loss.png")
-    report.sheet(Manifest.load(val_data), scored["predictions"], f"{output}/predictions.png")
+    found = coco_results(read_predictions(scored["predictions"]))
+    report.sheet(Manifest.load(val_data), found, f"{output}/predictions.png")
     report.answer(image, answer["detections"], f"{output}/answer.png")
     clock.stop()
     summary = {

@@ -5,30 +5,41 @@ On one machine:  python pipelines/train.py --train-data shards/train --output ru
 Embedded data:   python pipelines/train.py
 Tiny:            python pipelines/train.py --steps 20 --output runs/tiny
 
-The same command again resumes the run at --output; a finished one returns at once.
+--recipe sets the defaults of all other flags: small, detr-r50, fine-tune, panoptic, panoptic-boxes, masks.
+The same command again resumes the run at --output; a finished one returns at once. Exit status: 0 finished, 2 an error
+that the message explains, 75 --max-hours are over and the run is at a checkpoint.
 """
 
 import argparse
 from typing import Any
 
 from raydetr.command import run
-from raydetr.config import RECIPES, EvaluateConfig, TrainConfig
-from raydetr.training.trainer import train
+from raydetr.config import EvaluateConfig
+from raydetr.training.config import TrainConfig
+from raydetr.training.recipes import RECIPES
 
 
 def main(config: TrainConfig) -> dict[str, Any]:
     """Train; evaluate the registered version where there are validation data."""
+    if config.replay:
+        from raydetr.training.non_finite import replay
+
+        return replay(config)
+    from raydetr.training.trainer import train
+
     summary = train(config)
-    if config.val_data:
+    if config.val_data and config.task == "detection":
         from raydetr.evaluation.evaluate import evaluate
 
-        summary |= evaluate(
+        scored = evaluate(
             EvaluateConfig(
                 model=summary.get("model", summary["model_folder"]),
                 data=config.val_data,
                 tracking_uri=config.tracking_uri,
             )
         )
+        summary |= scored["figures"]
+        summary |= {"validation_images": scored["images"], "predictions": scored["predictions"]}
     return summary
 
 

@@ -4,16 +4,22 @@ import logging
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import ray
+import ray.autoscaler.sdk
 
 import detr
 import raydetr
+from raydetr import storage
 from raydetr.errors import ClusterError
 
+WAIT_FOR_NODES = "RAYDETR_WAIT_FOR_NODES"
+"""Environment variable: seconds to wait for the nodes of an autoscaling cluster, which may begin with a head alone."""
 
-def connect(cpus: int = 2) -> None:
+
+def connect(cpus: int = 2, least: int | None = None) -> None:
     """Connect to the cluster that `RAY_ADDRESS` names (a Ray job has it), else start a local Ray.
 
     A second call does nothing. A cluster that happens to run on this machine is not joined: only an
@@ -22,6 +28,7 @@ def connect(cpus: int = 2) -> None:
     Args:
         cpus: logical CPUs the job needs in all, data tasks included. A local Ray is started with at least
             as many, more than the machine has if need be: they only bound how many processes run at once.
+        least: CPUs with which the job can begin; None: `cpus`.
 
     Raises:
         ClusterError: the cluster has fewer CPUs, or `detr` and `raydetr` come from two copies of the project.
@@ -40,12 +47,29 @@ def connect(cpus: int = 2) -> None:
                 include_dashboard=True,  # Ray Train asks its state API whether the controller lives
                 logging_level=logging.WARNING,
             )
-    available = int(ray.cluster_resources().get("CPU", 0))
-    if available < cpus:
+    available = _wait_for_cpus(cpus, float(os.environ.get(WAIT_FOR_NODES) or 0))
+    if available < (least := least or cpus):
         raise ClusterError(
-            f"The cluster has {available} CPUs and this job needs {cpus} (workers and at least one data task): "
+            f"The cluster has {available} CPUs and this job needs {least} (workers and at least one data task): "
             "add nodes, or lower --workers or --actors."
         )
+
+
+def _wait_for_cpus(cpus: int, seconds: float) -> int:
+    """How many CPUs the cluster has, once it has so many, or the time is over."""
+    until = time.monotonic() + seconds
+    available = int(ray.cluster_resources().get("CPU", 0))
+    if available >= cpus or not seconds:
+        return available
+    print(f"The cluster has {available} of {cpus} CPUs; asking its autoscaler for nodes.", flush=True)
+    ray.autoscaler.sdk.request_resources(num_cpus=cpus)
+    try:
+        while available < cpus and time.monotonic() < until:
+            time.sleep(1)
+            available = int(ray.cluster_resources().get("CPU", 0))
+    finally:
+        ray.autoscaler.sdk.request_resources(num_cpus=0)  # what is not used may go again
+    return available
 
 
 def quoted_interpreter() -> dict[str, str] | None:
@@ -97,7 +121,8 @@ def require_shared(**addresses: str) -> None:
     """
     if nodes() < 2:
         return
-    for flag, address in addresses.items():
+    for flag, given in addresses.items():
+        address = storage.absolute(given) if given else ""
         if "://" not in address or address.startswith(("file:", "sqlite:")):
             raise ClusterError(
                 f"--{flag.replace('_', '-')} is the local address {address or '(default)'!r} and the cluster has "

@@ -35,7 +35,7 @@ def run(
 ) -> None:
     """Parse flags of `config_class`, print them, call `main`, print its summary and write it to `--json`.
 
-    A `RaydetrError` ends the process with its message and status 2, without a traceback.
+    A `RaydetrError` ends the process with its message and its exit status, 2 for most, without a traceback.
 
     Args:
         main: takes the configuration, returns the summary: names to numbers, strings, lists or dicts.
@@ -56,7 +56,7 @@ def run(
         summary = dict(main(config))
     except RaydetrError as error:
         print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_status)
     print_summary(summary)
     if config.json:
         write_summary(config.json, summary)

@@ -8,6 +8,7 @@
     ├── DataError          a COCO file, a shard or a manifest
     ├── ClusterError       the Ray cluster: resources, versions, code of two roots
     ├── TrainingError      a run that cannot go on or cannot be resumed
+    │   └── OutOfTimeError a run that ended at a checkpoint since its time was up (exit status 75)
     ├── RegistryError      MLflow: unknown model, version, alias; a refused promotion
     └── ServingError       the endpoint
         └── RequestError   a request that is at fault (HTTP 4xx), with `.status`
@@ -18,6 +19,9 @@ Messages say what was found, where (file, record, flag), and what to do about it
 
 class RaydetrError(Exception):
     """Base of all errors that a user can act on."""
+
+    exit_status = 2
+    """Of a pipeline that ends with it."""
 
 
 class ConfigError(RaydetrError, ValueError):
@@ -38,6 +42,12 @@ class ClusterError(RaydetrError):
 
 class TrainingError(RaydetrError):
     """A training run cannot go on or cannot be resumed."""
+
+
+class OutOfTimeError(TrainingError):
+    """`--max-hours` are over; the same command goes on."""
+
+    exit_status = 75  # EX_TEMPFAIL: try again
 
 
 class RegistryError(RaydetrError):

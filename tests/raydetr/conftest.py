@@ -1,41 +1,15 @@
-"""What the tests of the platform share: one local Ray for all of them, and the real data where it is there."""
+"""What the tests of the platform share: the real data where it is there, an S3 server."""
 
-import gc
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
-from raydetr import cluster
+from tests.exact_reference import exact_reference
 from tests.raydetr.s3 import s3, s3_server
 
-__all__ = ["s3", "s3_server"]
+__all__ = ["exact_reference", "s3", "s3_server"]
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
-
-
-@pytest.fixture(scope="session")
-def ray_local() -> Iterator[None]:
-    """A Ray of this test session with eight logical CPUs (four workers and their data tasks); tests leave it running."""
-    if ray.is_initialized():
-        ray.shutdown()
-    ray.init(
-        address="local",
-        num_cpus=8,
-        runtime_env=cluster.quoted_interpreter(),
-        # Without it Ray Train can take its controller for dead and stop the workers.
-        include_dashboard=True,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # Ray does not wait for the processes it stops
-        ray.shutdown()
-        gc.collect()
 
 
 @pytest.fixture(scope="session")

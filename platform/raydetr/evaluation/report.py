@@ -1,7 +1,7 @@
 """Pictures of a run: the loss curve, and a sheet of images with truth beside prediction."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from PIL import Image, ImageDraw
 from detr.drawing import draw_detections
 from detr.image_processing.decode import decode_image
 from raydetr.data.shards import Manifest, read_records, training_targets
-from raydetr.evaluation.predict import read_predictions
-from raydetr.evaluation.score import coco_results
 
 SMOOTHING = 25
 CAPTION = 22
@@ -40,12 +38,14 @@ def loss_curve(losses: Sequence[tuple[int, float]], file: str) -> None:
     figure.savefig(file, dpi=120)
 
 
-def sheet(manifest: Manifest, predictions: str, file: str, count: int = 12, threshold: float = 0.5) -> None:
+def sheet(
+    manifest: Manifest, results: Iterable[dict[str, Any]], file: str, count: int = 12, threshold: float = 0.5
+) -> None:
     """Write a PNG of images of a data set, each twice: with its annotated and with its predicted boxes.
 
     Args:
         manifest: the data set; its first images are drawn.
-        predictions: address of its stored predictions.
+        results: detections in COCO's results form, of these images at least.
         file: the PNG.
         count: images.
         threshold: least score of a box that is drawn.
@@ -53,7 +53,7 @@ def sheet(manifest: Manifest, predictions: str, file: str, count: int = 12, thre
     pairs: list[tuple[Image.Image, Image.Image]] = []
     names = {item["id"]: item["name"] for item in manifest.categories}
     by_image: dict[int, list[dict[str, Any]]] = {}
-    for result in coco_results(read_predictions(predictions)):
+    for result in results:
         if result["score"] >= threshold:
             by_image.setdefault(result["image_id"], []).append(result)
     for record in read_records(manifest):

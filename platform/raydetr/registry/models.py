@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydetr.errors import ConfigError, RegistryError
 from raydetr.registry.card import model_card
+from raydetr.registry.sources import MODEL_FILES, cache_folder, fetch_folder, require_model_files
 from raydetr.registry.tracking import client, registry_errors
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 MODEL_NAME = "raydetr"
 CHALLENGER = "challenger"
 DIGEST_TAG = "model.digest"
-_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 _REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "scipy", "timm", "torch", "torchvision")
 _ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
@@ -38,7 +38,7 @@ class ResolvedModel:
     """A model address, pinned: what it means cannot change while a job runs."""
 
     address: str
-    """`models:/NAME/VERSION`, also where an alias was given, or an absolute folder."""
+    """`models:/NAME/VERSION`, also where an alias was given, an absolute folder, or the address on storage or hub."""
     uri: str
     """MLflow address; empty for a folder."""
     folder: str
@@ -83,7 +83,7 @@ def register(
     Raises:
         RegistryError: a file is missing, or MLflow refuses.
     """
-    _require_model_files(folder)
+    require_model_files(folder)
     all_tags = {DIGEST_TAG: folder_digest(folder), **{key: str(value) for key, value in (tags or {}).items()}}
     mlflow_client = client(uri)
     from mlflow.exceptions import MlflowException
@@ -112,8 +112,8 @@ def resolve(address: str, uri: str) -> ResolvedModel:
     """Find a model and bring its files to this machine.
 
     Args:
-        address: `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a folder.
-        uri: MLflow address from `tracking.resolve_uri`; not used for a folder.
+        address: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, a folder, `s3://…` or `hub:ORG/NAME`.
+        uri: MLflow address from `tracking.resolve_uri`; used for the first two only.
 
     Raises:
         ConfigError: the address has none of these forms.
@@ -130,7 +130,7 @@ def resolve(address: str, uri: str) -> ResolvedModel:
         version = find_version(mlflow_client, uri, name, alias=match["alias"], version=match["version"])
         directory = _version_directory(mlflow_client, uri, version)
     folder = model_folder(directory)
-    _require_model_files(folder)
+    require_model_files(folder)
     return ResolvedModel(
         address=f"models:/{name}/{version.version}",
         uri=uri,
@@ -185,7 +185,7 @@ def find_version(
 def folder_digest(folder: str) -> str:
     """sha256 (hex) over the names and contents of the files that make a model."""
     digest = hashlib.sha256()
-    for name in _FILES:
+    for name in MODEL_FILES:
         with open(os.path.join(folder, name), "rb") as stream:
             digest.update(f"{name}\n".encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
@@ -198,22 +198,10 @@ def model_folder(directory: str) -> str:
 
 
 def _resolve_folder(address: str) -> ResolvedModel:
-    if not address or re.match(r"[a-z][a-z0-9]+:", address):
-        raise ConfigError(
-            f"{address!r} is not a model address: give models:/NAME@ALIAS, models:/NAME/VERSION or a folder."
-        )
-    folder = model_folder(os.path.abspath(address))
-    _require_model_files(folder)
-    return ResolvedModel(folder, "", folder, None, None, folder_digest(folder))
-
-
-def _require_model_files(folder: str) -> None:
-    if not os.path.isdir(folder):
-        raise RegistryError(f"{folder}: no such folder. A model is a folder with {', '.join(_FILES)}.")
-    missing = [name for name in _FILES if not os.path.isfile(os.path.join(folder, name))]
-    if missing:
-        found = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
-        raise RegistryError(f"{folder}: not a model, {', '.join(missing)} missing; it holds {found}.")
+    folder = model_folder(fetch_folder(address))
+    require_model_files(folder)
+    remote = "://" in address or address.startswith("hub:")
+    return ResolvedModel(address if remote else folder, "", folder, None, None, folder_digest(folder))
 
 
 def _build_version(
@@ -251,7 +239,7 @@ def _version_directory(mlflow_client: "MlflowClient", uri: str, version: Any) ->
         location = mlflow_client.get_logged_model(location.removeprefix("models:/")).artifact_location
     if location.startswith("file:"):
         return str(mlflow.artifacts.download_artifacts(artifact_uri=location))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raydetr" / "models"
+    cache = cache_folder()
     identity = f"{uri} {location} {version.name} {version.version} {version.creation_timestamp}"
     target = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if not target.exists():

@@ -136,7 +136,12 @@ def start_run(
     return run_id
 
 
-def log_metrics(uri: str, run_id: str, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+def log_metrics(
+    uri: str,
+    run_id: str,
+    rows: Iterable[tuple[int, Mapping[str, float]]],
+    times_ms: Sequence[int] | None = None,
+) -> None:
     """Log metrics of several steps with few calls.
 
     Args:
@@ -144,12 +149,19 @@ def log_metrics(uri: str, run_id: str, rows: Iterable[tuple[int, Mapping[str, fl
         run_id: the run.
         rows: (step, {name: value}) pairs. A step that is logged again, because a restarted run redid it,
             replaces what `metric_history` gives for it.
+        times_ms: when each row was measured, milliseconds since 1970; None: now. Rows that are sent twice with the
+            same times are there once.
     """
     mlflow_client = client(uri)
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
-    metrics = [Metric(key, float(value), now, step) for step, row in rows for key, value in row.items()]
+    rows = list(rows)
+    times = [int(time.time() * 1000)] * len(rows) if times_ms is None else times_ms
+    metrics = [
+        Metric(key, float(value), at, step)
+        for (step, row), at in zip(rows, times, strict=True)
+        for key, value in row.items()
+    ]
     with registry_errors(uri):
         for batch in _batches(metrics, _METRICS_PER_CALL):
             mlflow_client.log_batch(run_id, metrics=batch)
@@ -162,6 +174,14 @@ def metric_history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
         metrics = mlflow_client.get_metric_history(run_id, name)
     latest = {metric.step: metric.value for metric in sorted(metrics, key=lambda metric: metric.timestamp)}
     return sorted(latest.items())
+
+
+def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run; those of these names are replaced."""
+    mlflow_client = client(uri)
+    with registry_errors(uri):
+        for key, value in tags.items():
+            mlflow_client.set_tag(run_id, key, value)
 
 
 def log_artifacts(uri: str, run_id: str, local_path: str, artifact_path: str | None = None) -> None:

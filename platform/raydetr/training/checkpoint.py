@@ -1,43 +1,32 @@
 """Checkpoints of a run: `OUTPUT/checkpoints/step-00000200/`, whole or not there.
 
-A checkpoint is written file by file and counts only once its marker, written last, is there; a reader never sees
-half of one. It is named by the number of steps done, which is also the step to go on with.
+    model/            the model as it would be served: the moving average of the weights where there is one
+    training.pt       what training needs besides: optimiser, raw weights, query groups
+    state.json        step, counts, configuration, data digest, metrics that were not sent yet
+    validation.json   figures of the model, once a validation is done
+    COMPLETE          the marker, written last
+
+A checkpoint is written file by file and counts only once its marker is there; a reader never sees half of one. It is
+named by the number of steps done, which is also the step to go on with.
 """
 
 import io
 import os
 import tempfile
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from detr import DetrForObjectDetection
-from detr.image_processing.processor import DetrImageProcessor
+from detr.query_groups import QueryGroups
 from raydetr import storage
-from raydetr.errors import TrainingError
-from raydetr.training.optim import MovingAverage
+from raydetr.errors import StorageError, TrainingError
+from raydetr.training.state import TrainingState
 
 MARKER = "COMPLETE"
 PREFIX = "step-"
-
-
-@dataclass
-class TrainingState:
-    """Everything that changes while training.
-
-    step: steps done.
-    images, skipped: images trained on, and those that could not be decoded, so far.
-    average: None without `--ema-decay`.
-    """
-
-    model: DetrForObjectDetection
-    optimizer: torch.optim.Optimizer
-    average: MovingAverage | None
-    processor: DetrImageProcessor
-    step: int = 0
-    images: int = 0
-    skipped: int = 0
+STATE = "state.json"
+VALIDATION = "validation.json"
 
 
 def address(output: str, step: int) -> str:
@@ -60,40 +49,42 @@ def last_committed_step(output: str) -> int:
     return max(committed_steps(output), default=0)
 
 
-def save(output: str, state: TrainingState, metadata: dict[str, Any], keep: int) -> str:
-    """Write a checkpoint, marker last, and then remove all but the latest `keep`. Returns its address.
+def save(output: str, state: TrainingState, metadata: dict[str, Any]) -> str:
+    """Write a checkpoint, marker last. Returns its address.
 
     Args:
         output: the run's folder.
         state: after `state.step` steps.
-        metadata: kept as JSON beside it.
-        keep: complete checkpoints to keep, this one included.
+        metadata: kept as JSON in it.
 
     Raises:
         StorageError: it cannot be written; earlier checkpoints are untouched.
     """
     target = address(output, state.step)
     storage.delete_folder(target)  # the rest of an attempt that ended half-way
-    with tempfile.TemporaryDirectory() as folder:
-        state.model.save_pretrained(os.path.join(folder, "model"))
-        state.processor.save_pretrained(os.path.join(folder, "model"))
-        storage.upload_folder(folder, target)
-    training = io.BytesIO()
-    torch.save(
-        {
-            "optimizer": state.optimizer.state_dict(),
-            "average": state.average.state_dict() if state.average else None,
-        },
-        training,
-    )
-    storage.write_bytes(storage.join(target, "training.pt"), training.getvalue())
-    progress = {"step": state.step, "images": state.images, "skipped": state.skipped}
-    storage.write_json(storage.join(target, "state.json"), {**metadata, **progress})
+    training: dict[str, Any] = {"optimizer": state.optimizer.state_dict()}
+    if isinstance(state.module, QueryGroups):
+        training["query_groups"] = state.module.training_state()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if state.average:
+                state.average.swap()  # the model holds the averages, the average the raw weights
+                training["raw"] = [value.clone() for value in state.average.values]
+            try:
+                state.model.save_pretrained(os.path.join(folder, "model"))
+            finally:
+                if state.average:
+                    state.average.swap()
+            state.processor.save_pretrained(os.path.join(folder, "model"))
+            storage.upload_folder(folder, target)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{target}: cannot be written ({error}).") from error
+    buffer = io.BytesIO()
+    torch.save(training, buffer)
+    storage.write_bytes(storage.join(target, "training.pt"), buffer.getvalue())
+    counts = {name: getattr(state, name) for name in ("step", "images", "skipped", "non_finite")}
+    storage.write_json(storage.join(target, STATE), {**metadata, **counts})
     storage.write_bytes(storage.join(target, MARKER), b"")
-    for step in committed_steps(output)[:-keep]:
-        # The marker goes first: what is left half deleted must not count.
-        storage.delete_file(storage.join(address(output, step), MARKER))
-        storage.delete_folder(address(output, step))
     return target
 
 
@@ -108,7 +99,7 @@ def load(output: str, step: int, state: TrainingState) -> dict[str, Any]:
         raise TrainingError(f"{source}: no complete checkpoint, though the data stream starts after it.")
     with tempfile.TemporaryDirectory() as folder:
         storage.download_folder(storage.join(source, "model"), folder)
-        saved = DetrForObjectDetection.from_pretrained(folder)
+        saved = type(state.model).from_pretrained(folder)
     dtype = next(state.model.parameters()).dtype
     state.model.load_state_dict(saved.to(dtype=dtype).state_dict())
     training = torch.load(
@@ -117,8 +108,48 @@ def load(output: str, step: int, state: TrainingState) -> dict[str, Any]:
         weights_only=True,
     )
     state.optimizer.load_state_dict(training["optimizer"])
+    if isinstance(state.module, QueryGroups):
+        state.module.load_training_state(training["query_groups"])
     if state.average:
-        state.average.load_state_dict(training["average"])
-    metadata: dict[str, Any] = storage.read_json(storage.join(source, "state.json"))
-    state.step, state.images, state.skipped = metadata["step"], metadata["images"], metadata["skipped"]
+        # The model now holds the averages, the average the raw weights: as after `swap`.
+        state.average.load_state_dict(training["raw"])
+        state.average.swap()
+    metadata: dict[str, Any] = read_state(output, step)
+    for name in ("step", "images", "skipped", "non_finite"):
+        setattr(state, name, metadata[name])
     return metadata
+
+
+def read_state(output: str, step: int) -> dict[str, Any]:
+    """The metadata and counts of a checkpoint."""
+    state: dict[str, Any] = storage.read_json(storage.join(address(output, step), STATE))
+    return state
+
+
+def write_validation(output: str, step: int, figures: dict[str, float]) -> None:
+    """Keep the figures of a checkpoint's model with it."""
+    storage.write_json(storage.join(address(output, step), VALIDATION), figures)
+
+
+def read_validation(output: str, step: int) -> dict[str, float] | None:
+    """The figures of a checkpoint's model; None where it was not validated, or not yet."""
+    file = storage.join(address(output, step), VALIDATION)
+    figures: dict[str, float] | None = storage.read_json(file) if storage.exists(file) else None
+    return figures
+
+
+def remove_surplus(output: str, keep: int, best: int | None, waiting: set[int]) -> None:
+    """Remove all checkpoints but the latest ones, the best one and those that are to be validated.
+
+    Args:
+        output: the run's folder.
+        keep: how many of the latest.
+        best: step of the best one so far.
+        waiting: steps whose validation is under way.
+    """
+    kept = {best} | waiting
+    for step in committed_steps(output)[:-keep]:
+        if step not in kept:
+            # The marker goes first: what is left half deleted must not count.
+            storage.delete_file(storage.join(address(output, step), MARKER))
+            storage.delete_folder(address(output, step))

@@ -25,28 +25,34 @@ class StepTotals:
     class_weight_sum: normaliser of the class loss: Σ over images of [min(n, Q) + eos · (Q − min(n, Q))] / W.
     images: images trained on.
     skipped: images that could not be decoded.
+    signal: what rank 0 has to say, see `signals`.
     """
 
     num_boxes: float
     class_weight_sum: float
     images: int
     skipped: int
+    signal: int = 0
 
 
-def step_totals(batches: Sequence[TrainingBatch], num_queries: int, eos_coefficient: float) -> StepTotals:
+def step_totals(
+    batches: Sequence[TrainingBatch], num_queries: int, eos_coefficient: float, signal: int = 0
+) -> StepTotals:
     """Sum the targets of a step over its micro-batches and workers, with one small all-reduce.
 
     Args:
         batches: this worker's micro-batches of the step.
         num_queries: Q of the model.
         eos_coefficient: weight of the no-object class.
+        signal: of rank 0, 0 on the others.
     """
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64)
+    sums[4] = signal
     for batch in batches:
         boxes, class_weight = target_counts(batch.labels, batch.weights, num_queries, eos_coefficient)
         images = float(batch.weights.sum())
-        sums += torch.tensor([boxes, class_weight, images, len(batch.skipped)], dtype=torch.float64)
-    boxes, class_weight, images, skipped = all_reduce(sums).tolist()
+        sums[:4] += torch.tensor([boxes, class_weight, images, len(batch.skipped)], dtype=torch.float64)
+    boxes, class_weight, images, skipped, said = all_reduce(sums).tolist()
     workers = world_size()
     return StepTotals(
         num_boxes=max(boxes, 1.0) / workers,
@@ -54,6 +60,7 @@ def step_totals(batches: Sequence[TrainingBatch], num_queries: int, eos_coeffici
         class_weight_sum=(class_weight if images else 1.0) / workers,
         images=int(images),
         skipped=int(skipped),
+        signal=int(said),
     )
 
 

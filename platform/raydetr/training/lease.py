@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from raydetr import storage
 from raydetr.errors import StorageError, TrainingError
@@ -36,7 +36,8 @@ def lease(output: str, duration_s: float = DURATION_S) -> Iterator[None]:
 
     def renew() -> None:
         while not stop.wait(duration_s / 4):
-            _write(address, owner, duration_s)
+            with suppress(StorageError):  # full or away for a while: the next one may be written
+                _write(address, owner, duration_s)
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
@@ -45,7 +46,8 @@ def lease(output: str, duration_s: float = DURATION_S) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        storage.delete_file(address)
+        with suppress(StorageError):  # it runs out by itself
+            storage.delete_file(address)
 
 
 def _write(address: str, owner: str, duration_s: float) -> None:

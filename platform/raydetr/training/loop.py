@@ -1,63 +1,123 @@
-"""The training loop of one worker. It reads as single-device code; what the others know enters through two sums."""
+"""The training loop of one worker."""
 
-import hashlib
+import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+import torch.distributed as dist
+from ray.train import ValidationTaskConfig
 
-from detr.image_processing.processor import DetrImageProcessor
-from raydetr import storage
-from raydetr.config import TrainConfig
 from raydetr.data import stream
 from raydetr.data.micro_batch import TrainingBatch
 from raydetr.data.shards import Manifest
-from raydetr.errors import TrainingError
-from raydetr.training import checkpoint
-from raydetr.training.distributed import all_reduce, step_totals, world_size
-from raydetr.training.model import build_model
-from raydetr.training.optim import MovingAverage, build_optimizer, set_learning_rates
-from raydetr.training.progress import Progress
+from raydetr.errors import StorageError, TrainingError
+from raydetr.training import checkpoint, non_finite, validation
+from raydetr.training.config import TrainConfig
+from raydetr.training.distributed import StepTotals, all_reduce, step_totals, world_size
+from raydetr.training.progress import Progress, say
+from raydetr.training.signals import Signal, Signals
+from raydetr.training.state import TrainingState, create_state, parallelise
+from raydetr.training.step import is_finite, train_step
+from raydetr.training.watchdog import Watchdog
 
-FAILURE = "failure.json"
+OUT_OF_TIME = "out of time"
+NO_PROGRESS = "no progress"
+PREEMPTED = "preempted"
 
 
-def train_worker(config: TrainConfig, run_id: str) -> None:
+@dataclass(frozen=True)
+class Job:
+    """What the driver tells every worker.
+
+    config: with addresses that every worker can read.
+    run_id: MLflow run to log to; empty: none.
+    deadline: time.time() at which to end; None: never.
+    background: validate in a task of its own, not between two steps.
+    board: see `watchdog`.
+    """
+
+    config: TrainConfig
+    run_id: str = ""
+    deadline: float | None = None
+    background: bool = False
+    board: Any = None
+
+
+def train_worker(job: Job) -> dict[str, str]:
     """Train from the step that the stream starts at to the last one, checkpointing on the way.
 
-    Args:
-        config: with addresses that every worker can read.
-        run_id: MLflow run to log to; empty: none.
-
-    A `TrainingError` of the loop is the same on every worker and would come again: it is left in the run's folder
-    for the driver and the workers end, since Ray Train would try whatever is raised again and again.
+    Returns:
+        `ended`: why before the last step, or empty; `error`: what is wrong, or empty. A `TrainingError` of the loop
+        is the same on every worker and would come again: it is returned, since Ray Train would try again whatever is
+        raised.
     """
     try:
-        _train(config, run_id)
+        return {"ended": _train(job), "error": ""}
     except TrainingError as error:
-        if ray.train.get_context().get_world_rank() == 0:
-            storage.write_json(storage.join(config.output, FAILURE), {"error": str(error)})
+        return {"ended": "", "error": str(error)}
 
 
-def _train(config: TrainConfig, run_id: str) -> None:
+def _train(job: Job) -> str:
+    config = job.config
+    rank = ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device()
     state = create_state(config, Manifest.load(config.train_data), device)
-    parallel = parallelise(state.model)
-    shard = ray.train.get_dataset_shard("train")
-    progress = Progress(config, run_id, rank=ray.train.get_context().get_world_rank())
-    for batches in timed(stream.steps(shard, config.micro_batch_size, per_worker(config)), progress):
-        if state.step != batches[0].step:
-            progress.restore(checkpoint.load(config.output, batches[0].step, state))
-        progress.add(train_step(parallel, state, batches, config), batches)
-        if state.step % config.checkpoint_every == 0 or state.step == config.steps:
-            commit(state, config, progress)
+    parallel = parallelise(state.module)
+    progress, signals = Progress(config, job.run_id, rank), Signals(rank, job.deadline)
+    watchdog = Watchdog(rank, config.hang_after_s, job.board, world_size())
+    watchdog.follow(state.module)
+    node = ray.get_runtime_context().get_node_id()
+    with watchdog.running():
+        batches_of_steps = stream.steps(
+            ray.train.get_dataset_shard("train"), config.micro_batch_size, per_worker(config)
+        )
+        for batches in timed(batches_of_steps, progress, watchdog, state):
+            step = batches[0].step
+            if state.step != step:
+                watchdog.enter("loading the checkpoint", step)
+                progress.restore(checkpoint.load(config.output, step, state))
+            watchdog.enter("waiting for the others", step)
+            model = state.model.config
+            totals = step_totals(batches, model.num_queries, model.eos_coefficient, signals.of_step())
+            metrics = train_step(parallel, state, batches, config, totals)
+            if not is_finite(metrics):
+                watchdog.enter("looking for what is not finite", step)
+                leave_out(state, batches, config, totals, metrics, rank)
+            count(state, config, totals, step)
+            metrics |= {"images": float(totals.images), "skipped": float(state.skipped)}
+            metrics["non_finite_steps"] = float(state.non_finite)
+            progress.add(metrics, batches, sum(batch.node not in ("", node) for batch in batches))
+
+            signal = Signal(totals.signal)
+            nodes = signals.preempted_nodes() if Signal.LOOK in signal else ()
+            if nodes and rank == 0:
+                say(
+                    f"step {step}: nodes {', '.join(nodes)} are about to be preempted: committing, and on with others"
+                )
+            ends = Signal.TIME_IS_UP in signal or Signal.NO_PROGRESS in signal or state.step == config.steps
+            if nodes or ends or state.step % config.checkpoint_every == 0:
+                watchdog.enter("writing a checkpoint", step)
+                if rank:
+                    watchdog.enter("waiting for the checkpoint")
+                commit(state, job, progress)
+                if not job.background and validation.is_due(config, state.step):
+                    watchdog.enter("validating", step, limited=False)
+                    validation.validate_together(config, job.run_id, state.step, rank, device)
+                signals.no_progress = rank == 0 and validation.has_stalled(config, state.step)
+            if ends:
+                if state.step == config.steps:
+                    return ""
+                return OUT_OF_TIME if Signal.TIME_IS_UP in signal else NO_PROGRESS
+            if nodes:
+                return PREEMPTED
+    return ""
 
 
 def per_worker(config: TrainConfig) -> int:
@@ -65,65 +125,12 @@ def per_worker(config: TrainConfig) -> int:
     return -(-config.micro_batches // world_size())
 
 
-def create_state(config: TrainConfig, manifest: Manifest, device: torch.device) -> checkpoint.TrainingState:
-    """A new model and its optimiser on the device, the same on every worker."""
-    # Channels last: 1.3 times the images of a small net per second and core.
-    model = build_model(config, manifest).to(memory_format=torch.channels_last).to(device)
-    if config.precision == "float64":
-        model.double()
-    model.train()
-    size = {"shortest_edge": config.test_edge, "longest_edge": config.longest_edge}
-    return checkpoint.TrainingState(
-        model=model,
-        optimizer=build_optimizer(model, config),
-        average=MovingAverage(model, config.ema_decay) if config.ema_decay else None,
-        processor=DetrImageProcessor(size=size),
-    )
-
-
-def parallelise(model: torch.nn.Module) -> torch.nn.Module:
-    """The model whose gradients are averaged over the workers; itself where there is one."""
-    if world_size() == 1:
-        return model
-    with warnings.catch_warnings():
-        # torch 2.15 renames the argument; 2.9 knows only this name. There are no buffers to broadcast: batch
-        # norm is frozen.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
-def train_step(
-    parallel: torch.nn.Module,
-    state: checkpoint.TrainingState,
-    batches: Sequence[TrainingBatch],
-    config: TrainConfig,
-) -> dict[str, float]:
-    """One optimiser step over this worker's micro-batches; returns the metrics of the whole step.
+def count(state: TrainingState, config: TrainConfig, totals: StepTotals, step: int) -> None:
+    """The step is done.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite, or too many images could not be decoded.
+        TrainingError: too many images could not be decoded.
     """
-    step = batches[0].step
-    totals = step_totals(batches, config.num_queries, state.model.config.eos_coefficient)
-    losses = compute_gradients(parallel, state, batches, config, totals.num_boxes, totals.class_weight_sum)
-    # Every worker holds its share of the losses times W: their mean is the loss of the global batch.
-    names = sorted(losses)
-    values = all_reduce(torch.stack([losses[name].double() for name in names]).cpu()) / world_size()
-    metrics = dict(zip(names, values.tolist(), strict=True))
-    parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-    metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm))
-    if not all(map(torch.isfinite, torch.tensor([metrics["loss"], metrics["grad_norm"]]))):
-        ids = [image_id for batch in batches for image_id in batch.image_ids]
-        raise TrainingError(
-            f"Step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; this worker's images "
-            f"{ids}. The last checkpoint is intact: give its model folder in {config.output}/checkpoints as "
-            "--model, with a lower --learning-rate and another --output."
-        )
-    metrics["learning_rate"] = set_learning_rates(state.optimizer, step, config)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=False)
-    if state.average:
-        state.average.update(step)
     state.step = step + 1
     state.images += totals.images
     state.skipped += totals.skipped
@@ -132,85 +139,104 @@ def train_step(
             f"Step {step}: {state.skipped} of {state.images + state.skipped} images could not be decoded, more "
             f"than --max-skipped {config.max_skipped}; see faults.parquet beside the shards."
         )
-    return metrics | {"images": float(totals.images), "skipped": float(state.skipped)}
 
 
-def compute_gradients(
-    parallel: torch.nn.Module,
-    state: checkpoint.TrainingState,
-    batches: Sequence[TrainingBatch],
+def leave_out(
+    state: TrainingState,
+    batches: list[TrainingBatch],
     config: TrainConfig,
-    num_boxes: float,
-    class_weight_sum: float,
-) -> dict[str, Tensor]:
-    """Accumulate the gradients of a step; returns this worker's sums of the loss terms, times W."""
-    sums: dict[str, Tensor] = {}
-    for batch in batches:
-        seed_dropout(config.seed, batch)
-        pixel_values, pixel_mask = to_device(batch, state)
-        synchronise = batch is batches[-1]
-        with accumulate(parallel, synchronise), autocast(config, pixel_values.device):
-            outputs = parallel(
-                pixel_values=pixel_values,
-                pixel_mask=pixel_mask,
-                labels=[
-                    {name: value.to(pixel_values.device) for name, value in each.items()}
-                    for each in batch.labels
-                ],
-                num_boxes=num_boxes,
-                class_weight_sum=class_weight_sum,
-                image_weights=batch.weights.to(pixel_values.device),
-            )
-            outputs.loss.backward()
-        for name, value in {"loss": outputs.loss, **outputs.loss_dict}.items():
-            sums[name] = sums.get(name, 0) + value.detach()
-    return sums
+    totals: StepTotals,
+    metrics: dict[str, float],
+    rank: int,
+) -> None:
+    """Keep the batch of a step whose loss or gradient is not finite, find the layer, and go on or stop.
 
-
-def to_device(batch: TrainingBatch, state: checkpoint.TrainingState) -> tuple[Tensor, Tensor]:
-    """(pixel_values [B, 3, H, W] normalised and zero where padded, pixel_mask bool [B, H, W])."""
-    parameter = next(state.model.parameters())
-    mask = batch.pixel_mask().to(parameter.device)
-    mean, std = (
-        torch.tensor(values, dtype=parameter.dtype, device=parameter.device)[:, None, None]
-        for values in (state.processor.image_mean, state.processor.image_std)
+    Raises:
+        TrainingError: `--on-non-finite stop`, or too many of them.
+    """
+    step = batches[0].step
+    state.optimizer.zero_grad(set_to_none=True)
+    try:
+        file = non_finite.keep(config.output, rank, state, batches, totals)
+        kept = f"Its batch is kept: pipelines/train.py --replay {file}"
+    except StorageError as error:  # of this worker alone: the others wait for it below
+        kept = f"Its batch could not be kept: {error}"
+    found = (
+        f"rank {rank}: {where}"
+        if (where := non_finite.first_bad_layer(state, batches, config, totals))
+        else ""
     )
-    pixels = batch.pixels.to(parameter.device, parameter.dtype)
-    return pixels.sub_(mean * 255).div_(std * 255).mul_(mask[:, None]), mask
+    state.optimizer.zero_grad(set_to_none=True)
+    ids = [image_id for batch in batches for image_id in batch.image_ids]
+    told: list[Any] = [(found, ids)]
+    if world_size() > 1:
+        told = [None] * world_size()
+        dist.all_gather_object(told, (found, ids))
+    places = "; ".join(place for place, _ in told if place) or "in no single layer: the sum overflows"
+    state.non_finite += 1
+    message = (
+        f"Step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; images "
+        f"{sorted(image_id for _, ids in told for image_id in ids)}. First not finite in {places}. "
+        f"{kept}"
+    )
+    if config.on_non_finite == "skip" and state.non_finite <= config.max_non_finite:
+        if rank == 0:
+            say(
+                f"{message}\nThe step is left out (number {state.non_finite} of at most {config.max_non_finite})."
+            )
+        return
+    raise TrainingError(
+        f"{message}. The last checkpoint is intact: give its model folder in {config.output}/checkpoints as "
+        "--model, with a lower --learning-rate and another --output, or --on-non-finite skip."
+    )
 
 
-def accumulate(parallel: torch.nn.Module, synchronise: bool) -> AbstractContextManager[None]:
-    """Gradients cross the network once a step, with the last micro-batch."""
-    if synchronise or not isinstance(parallel, DistributedDataParallel):
-        return nullcontext()
-    return parallel.no_sync()
+def commit(state: TrainingState, job: Job, progress: Progress) -> None:
+    """Write a checkpoint on rank 0, then send the metrics of the steps it stands for.
 
-
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 for what tolerates it; the criterion computes in float32 by itself."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
-
-
-def seed_dropout(seed: int, batch: TrainingBatch) -> None:
-    """Make dropout a function of (seed, step, micro-batch): no random state is carried over a restart."""
-    digest = hashlib.blake2b(f"{seed}/dropout/{batch.step}/{batch.position}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little", signed=True))
-
-
-def commit(state: checkpoint.TrainingState, config: TrainConfig, progress: Progress) -> None:
-    """Write a checkpoint on rank 0, then send the metrics of the steps it stands for."""
+    Raises:
+        TrainingError: it cannot be written, on all ranks.
+    """
+    config, error = job.config, ""
     if progress.rank == 0:
-        checkpoint.save(config.output, state, progress.uncommitted(), config.keep_checkpoints)
-        progress.send()
-    # Every worker reports: Ray Train waits for all of them, so none runs ahead of a checkpoint. The checkpoint
-    # itself is not handed over: Train would copy it, and file by file without a marker that comes last.
-    ray.train.report({"step": state.step})
+        try:
+            checkpoint.save(config.output, state, progress.uncommitted())
+            best, waiting = validation.best_checkpoint(config), validation.waiting_checkpoints(config)
+            checkpoint.remove_surplus(config.output, config.keep_checkpoints, best, waiting)
+            progress.send()
+        except StorageError as failure:
+            error = str(failure)
+    else:
+        progress.rows = []
+    # Rank 0 has the message; that there is one ends all of them here.
+    if all_reduce(torch.tensor([float(bool(error))])).item():
+        last = checkpoint.last_committed_step(config.output) if error else 0
+        raise TrainingError(
+            f"The checkpoint of step {state.step} cannot be written: {error} The run is complete up to step {last}: "
+            "make room or mend the storage, and give the same command again."
+        )
+    # Every worker reports: Ray Train waits for all of them, so none runs ahead of a checkpoint. What it is handed is
+    # no checkpoint but an empty folder: it would copy ours file by file, without a marker that comes last. It starts
+    # the validation, which finds ours by the step.
+    if progress.rank == 0 and job.background and validation.is_due(config, state.step):
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "step").write_text(str(state.step))
+            ray.train.report(
+                {"step": state.step},
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                validation=ValidationTaskConfig(fn_kwargs={"step": state.step}),
+            )
+    else:
+        ray.train.report({"step": state.step})
 
 
-def timed(batches: Iterator[list[TrainingBatch]], progress: Progress) -> Iterator[list[TrainingBatch]]:
+def timed(
+    batches: Iterator[list[TrainingBatch]], progress: Progress, watchdog: Watchdog, state: TrainingState
+) -> Iterator[list[TrainingBatch]]:
     """The same batches, with the time spent waiting for each told to `progress`."""
     while True:
         start = time.perf_counter()
+        watchdog.enter("waiting for data", state.step)
         try:
             batch = next(batches)
         except StopIteration:

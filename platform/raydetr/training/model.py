@@ -5,15 +5,28 @@ from pathlib import Path
 
 import torch
 
-from detr import DetrConfig, DetrForObjectDetection
+from detr import DetrConfig, DetrForObjectDetection, DetrForSegmentation
 from detr.backbone import load_pretrained_backbone
-from raydetr.config import TrainConfig
+from detr.image_processing.processor import DetrImageProcessor
 from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError
 from raydetr.registry import models, tracking
+from raydetr.training.config import TrainConfig
+
+_LOSS_FIELDS = (
+    "auxiliary_loss",
+    "class_cost",
+    "bbox_cost",
+    "giou_cost",
+    "bbox_loss_coefficient",
+    "giou_loss_coefficient",
+    "mask_loss_coefficient",
+    "dice_loss_coefficient",
+    "eos_coefficient",
+)
 
 
-def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetection:
+def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetection | DetrForSegmentation:
     """The model before the first step: a function of the configuration and its seed alone.
 
     Args:
@@ -24,16 +37,32 @@ def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetecti
         ConfigError: the backbone or its weights cannot be had.
     """
     torch.manual_seed(config.seed)
+    kind = DetrForSegmentation if config.segments else DetrForObjectDetection
+    chosen = {name: getattr(config, name) for name in _LOSS_FIELDS}
+    chosen["trainable_backbone_stages"] = config.trainable_backbone_stages
     if config.model:
         resolved = models.resolve(config.model, tracking.resolve_uri(config.tracking_uri))
-        return DetrForObjectDetection.from_pretrained(
-            resolved.folder, id2label=manifest.id2label, auxiliary_loss=config.auxiliary_loss
+        model = kind.from_pretrained(
+            resolved.folder, id2label=manifest.id2label, dropout=config.dropout, **chosen
         )
-    model = DetrForObjectDetection(
+    else:
+        model = _new_model(kind, config, manifest, chosen)
+    if config.freeze_detector and isinstance(model, DetrForSegmentation):
+        model.freeze_detector()
+    return model
+
+
+def _new_model(
+    kind: type[DetrForObjectDetection] | type[DetrForSegmentation],
+    config: TrainConfig,
+    manifest: Manifest,
+    chosen: dict[str, float | bool],
+) -> DetrForObjectDetection | DetrForSegmentation:
+    model = kind(
         DetrConfig(
             backbone=config.backbone,
             backbone_kwargs={"out_indices": list(config.backbone_out_indices)},
-            trainable_backbone_stages=config.trainable_backbone_stages,
+            use_pretrained_backbone=config.backbone_weights == "timm",
             d_model=config.d_model,
             encoder_layers=config.encoder_layers,
             decoder_layers=config.decoder_layers,
@@ -43,13 +72,19 @@ def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetecti
             decoder_ffn_dim=config.ffn_dim,
             num_queries=config.num_queries,
             dropout=config.dropout,
-            auxiliary_loss=config.auxiliary_loss,
+            compat=config.compat,
             id2label=manifest.id2label,
+            **chosen,
         )
     )
-    if config.backbone_weights:
+    if config.backbone_weights not in ("", "timm"):
         load_pretrained_backbone(model, weights_file(config.backbone_weights))
     return model
+
+
+def image_processor(config: TrainConfig) -> DetrImageProcessor:
+    """The processor that goes with the model: it resizes as evaluation and serving should."""
+    return DetrImageProcessor(size={"shortest_edge": config.test_edge, "longest_edge": config.longest_edge})
 
 
 def weights_file(source: str) -> str:

@@ -5,13 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from detr import DetrForObjectDetection
-from raydetr.config import TrainConfig
+from raydetr.training.config import TrainConfig
 
 
-def build_optimizer(model: DetrForObjectDetection, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, in two groups: the rest and the backbone (DETR, section A.4)."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     rest = [parameter for name, parameter in named if "backbone" not in name]
     backbone = [parameter for name, parameter in named if "backbone" in name]
     groups = [{"params": rest, "peak": config.learning_rate}]
@@ -26,15 +25,22 @@ def schedule(step: int, config: TrainConfig) -> float:
     done = step / config.steps
     if config.schedule == "cosine":
         return warmup * 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "constant":
+        return warmup
     return warmup * (1.0 if done < config.drop_at else 0.1)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> float:
-    """Set every group's learning rate for a step; returns that of the transformer."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> dict[str, float]:
+    """Set every group's learning rate for a step.
+
+    Returns:
+        `learning_rate` of the transformer and, where it is trained, `backbone_learning_rate`.
+    """
     share = schedule(step, config)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
-    return float(optimizer.param_groups[0]["lr"])
+    names = ("learning_rate", "backbone_learning_rate")
+    return {name: float(group["lr"]) for name, group in zip(names, optimizer.param_groups, strict=False)}
 
 
 class MovingAverage:

@@ -1,38 +1,35 @@
 """The driver of a training run: checks first, then Ray Train, then the finished model and its registration."""
 
+import contextlib
 import dataclasses
 import os
-import tempfile
 import time
 from functools import partial
 from typing import Any
 
-import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from detr.augment import AugmentSpec
 from raydetr import cluster, storage
-from raydetr.config import TrainConfig
-from raydetr.data.plan import PlanSpec
-from raydetr.data.shards import Manifest
+from raydetr.data.shards import Manifest, read_rows
 from raydetr.data.source import shard_source
 from raydetr.data.stream import PlanDataConfig, Stream, build_plan
 from raydetr.data.synthetic import embedded
-from raydetr.errors import ConfigError, TrainingError
-from raydetr.registry import models, tracking
-from raydetr.training import checkpoint
+from raydetr.errors import ConfigError, OutOfTimeError, RaydetrError, RegistryError, TrainingError
+from raydetr.registry import tracking
+from raydetr.training import checkpoint, scaling, validation
+from raydetr.training.config import TrainConfig
+from raydetr.training.finish import finish
 from raydetr.training.lease import lease
-from raydetr.training.loop import FAILURE, create_state
+from raydetr.training.loop import OUT_OF_TIME, PREEMPTED
 from raydetr.training.model import build_model
-from raydetr.training.worker import train_loop_per_worker
+from raydetr.training.run import open_run, plan_spec
+from raydetr.training.watchdog import Board
+from raydetr.training.worker import train_loop_per_worker, validate
 
 SUMMARY = "summary.json"
-RUN = "run.json"
-MODEL = "model"
-FREE_FIELDS = {"workers", "data_cpus", "max_failures", "keep_checkpoints", "accelerator", "json", "val_data"}
-"""Fields that may differ when a run is resumed: they change how it is computed, not what."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -43,25 +40,37 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         RaydetrError: what is wrong with the flags, the data or the cluster, before the first step; later a
-            run that cannot go on.
+            run that cannot go on. `OutOfTimeError` after `--max-hours`.
     """
+    start = time.time()
     finished = storage.join(storage.absolute(config.output), SUMMARY)
     if storage.exists(finished):
         print(f"{finished} is there: this run is finished. Give another --output for a new one.")
         return dict(storage.read_json(finished))
-    cluster.connect(config.workers + config.data_cpus)
+    cluster.connect(
+        config.workers + config.data_cpus, (config.min_workers or config.workers) + config.data_cpus
+    )
     config = resolve_addresses(config)
     cluster.require_shared(
-        train_data=config.train_data, output=config.output, tracking_uri=config.tracking_uri
+        train_data=config.train_data,
+        output=config.output,
+        tracking_uri=config.tracking_uri,
+        **({"val_data": config.val_data} if config.val_data else {}),
     )
     manifest = Manifest.load(config.train_data)
     check(config, manifest)
     with lease(config.output):
         run_id = open_run(config, manifest)
-        start = time.perf_counter()
-        if checkpoint.last_committed_step(config.output) < config.steps:
-            fit(config, manifest, run_id)
-        summary = finish(config, manifest, run_id, time.perf_counter() - start)
+        try:
+            last = checkpoint.last_committed_step(config.output)
+            if last < config.steps and not validation.has_stalled(config, last):
+                fit(config, manifest, run_id, start + 3600 * config.max_hours if config.max_hours else None)
+            summary = finish(config, manifest, run_id, time.time() - start)
+        except RaydetrError as error:
+            with contextlib.suppress(RegistryError):
+                status: tracking.RunStatus = "KILLED" if isinstance(error, OutOfTimeError) else "FAILED"
+                tracking.end_run(config.tracking_uri, run_id, status)
+            raise
         storage.write_json(finished, summary)
     return summary
 
@@ -71,6 +80,7 @@ def resolve_addresses(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         train_data=storage.absolute(config.train_data or embedded("train")),
+        val_data=storage.absolute(config.val_data) if config.val_data else "",
         output=storage.absolute(config.output),
         tracking_uri=tracking.resolve_uri(config.tracking_uri),
     )
@@ -80,157 +90,139 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
     """What can be known to be wrong before workers start.
 
     Raises:
-        ConfigError: there are images with more objects than the model has queries, or no such model can be built.
+        ConfigError: there are images with more objects than the model has queries, no masks where they are to be
+            learned, or no such model can be built.
+        DataError: there is no validation set at `--val-data`.
         RegistryError: there is no model at `--model`.
     """
-    if manifest.max_objects_per_image > config.num_queries:
-        raise ConfigError(
-            f"--num-queries is {config.num_queries}, but an image of {config.train_data} has "
-            f"{manifest.max_objects_per_image} objects: a model can find at most one object per query. Give "
-            f"--num-queries {manifest.max_objects_per_image} or more (with slack)."
-        )
     try:
-        build_model(config, manifest)
+        model = build_model(config, manifest)
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(f"The model cannot be built: {error}") from error
+    if config.task in ("detection", "instance") and manifest.max_objects_per_image > model.config.num_queries:
+        raise ConfigError(
+            f"The model has {model.config.num_queries} queries (--num-queries), but an image of {config.train_data} "
+            f"has {manifest.max_objects_per_image} objects: a model can find at most one object per query. Give "
+            f"--num-queries {manifest.max_objects_per_image} or more (with slack)."
+        )
+    _require_masks(config, config.train_data, manifest)
+    if config.val_data:
+        _require_masks(config, config.val_data, Manifest.load(config.val_data))
 
 
-def plan_spec(config: TrainConfig) -> PlanSpec:
-    """The order and augmentation that a configuration asks for."""
-    return PlanSpec(
-        seed=config.seed,
-        micro_batch_size=config.micro_batch_size,
-        micro_batches=config.micro_batches,
-        window_row_groups=config.window_row_groups,
-        group_sizes=config.group_sizes,
-        augmentation=AugmentSpec(
-            flip=config.flip,
-            shortest_edges=config.shortest_edges,
-            longest_edge=config.longest_edge,
-            crop=config.crop,
-            crop_shortest_edges=config.crop_shortest_edges,
-            crop_sizes=config.crop_sizes,
-        ),
+def _require_masks(config: TrainConfig, address: str, manifest: Manifest) -> None:
+    if config.task == "detection" or not manifest.shards:
+        return
+    instances = config.task == "instance"
+    columns = ["objects.list.element.segmentation"] if instances else ["panoptic_image"]
+    for record in read_rows(manifest.root, manifest.shards[0].file, None, columns).to_pylist():
+        if (
+            any(item["segmentation"] for item in record["objects"] or ())
+            if instances
+            else record["panoptic_image"]
+        ):
+            return
+    wanted = "annotations with a segmentation" if instances else "--panoptic-annotations and --panoptic-masks"
+    raise ConfigError(
+        f"--task is {config.task}, but no image of the first shard of {address} has "
+        f"{'a mask' if instances else 'a panoptic PNG'}: ingest the data with {wanted}."
     )
 
 
-def open_run(config: TrainConfig, manifest: Manifest) -> str:
-    """The MLflow run of this output folder: a new one, or the one it was begun with.
-
-    Raises:
-        TrainingError: the folder belongs to a run with other flags or other data.
-    """
-    identity = {
-        name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS
-    } | {"data_digest": manifest.digest}
-    address = storage.join(config.output, RUN)
-    run_id = None
-    if storage.exists(address):
-        begun = storage.read_json(address)
-        # JSON has no tuples: compare what JSON makes of both.
-        differing = sorted(name for name in identity if _plain(identity[name]) != begun["identity"].get(name))
-        if differing:
-            raise TrainingError(
-                f"{config.output} holds a run that was begun with other values of {', '.join(differing)}: give "
-                "the same flags to go on with it, or another --output."
-            )
-        run_id = begun["run_id"]
-    run_id = tracking.start_run(
-        config.tracking_uri,
-        config.experiment,
-        os.path.basename(config.output.rstrip("/")),
-        identity,
-        {"data_digest": manifest.digest},
-        run_id,
-    )
-    storage.write_json(address, {"run_id": run_id, "identity": identity})
-    return run_id
-
-
-def fit(config: TrainConfig, manifest: Manifest, run_id: str) -> None:
-    """Run the workers until the last step is committed.
+def fit(config: TrainConfig, manifest: Manifest, run_id: str, deadline: float | None) -> None:
+    """Run the workers until the last step is committed, or the run ends early.
 
     Raises:
         TrainingError: more workers failed than `--max-failures`, or the loop itself raised.
+        OutOfTimeError: the time was up.
     """
     stream = Stream(
         source=shard_source(manifest),
         plan=build_plan(manifest, plan_spec(config), config.repeat_threshold),
         last_step=config.steps,
         first_step=partial(checkpoint.last_committed_step, config.output),
+        masks=config.masks,
     )
-    print(
-        f"{stream.plan.steps_per_epoch} steps an epoch, {config.steps / stream.plan.steps_per_epoch:.1f} epochs; "
-        f"from step {stream.first_step()}",
-        flush=True,
-    )
-    trainer = TorchTrainer(
-        train_loop_per_worker,
-        train_loop_config={"config": config, "run_id": run_id},
-        scaling_config=ScalingConfig(
-            num_workers=config.workers,
+    background = validates_in_background(config)
+    while True:
+        first = stream.first_step()
+        print(
+            f"{stream.plan.steps_per_epoch} steps an epoch, {config.steps / stream.plan.steps_per_epoch:.1f} epochs; "
+            f"from step {first}",
+            flush=True,
+        )
+        outcome = _run_workers(config, stream, run_id, deadline, background)
+        if outcome["error"]:
+            raise TrainingError(outcome["error"])
+        if outcome["ended"] != PREEMPTED:
+            break
+        # At once, on other nodes: what is done on one that goes is done again. Ray gives nothing new to it.
+    if outcome["ended"] == OUT_OF_TIME:
+        raise OutOfTimeError(
+            f"{config.output}: --max-hours {config.max_hours:g} are over; step "
+            f"{checkpoint.last_committed_step(config.output)} of {config.steps} is committed. The same command goes on."
+        )
+
+
+def _run_workers(
+    config: TrainConfig, stream: Stream, run_id: str, deadline: float | None, background: bool
+) -> dict[str, str]:
+    """What `train_worker` returned once all workers have ended, however often they were started again."""
+    # The time after which Ray Train ends a worker whose process does not even answer.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hang_after_s)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # Ray Train V2, which mypy does not see: `ray.train` chooses at run time.
+    trainer: Any = scaling.Trainer(  # type: ignore[call-arg]
+        train_loop_per_worker,  # type: ignore[arg-type]
+        train_loop_config={
+            "config": config,
+            "run_id": run_id,
+            "deadline": deadline,
+            "background": background,
+            "board": ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote(),
+        },
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=(config.min_workers, config.workers)  # type: ignore[arg-type]
+            if config.min_workers
+            else config.workers,
+            elastic_resize_monitor_interval_s=scaling.RESIZE_EVERY_S,
             use_gpu=config.accelerator == "gpu",
             resources_per_worker={"CPU": 1, **({"GPU": 1} if config.accelerator == "gpu" else {})},
         ),
         run_config=RunConfig(
             # A name of its own: what to go on from is decided by our checkpoints alone.
-            name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{stream.first_step()}",
             storage_path=storage.join(config.output, "ray"),
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
         datasets={"train": stream},  # type: ignore[dict-item]  # what PlanDataConfig takes
         dataset_config=PlanDataConfig(),
+        validation_config=ValidationConfig(
+            partial(validate, config=config, run_id=run_id),
+            ray_remote_kwargs={"num_cpus": config.validation_cpus, "num_gpus": config.validation_gpus},
+        )
+        if background
+        else None,
     )
-    failure = storage.join(config.output, FAILURE)
-    storage.delete_file(failure)
     try:
-        trainer.fit()
+        outcome: dict[str, str] | None = trainer.fit().return_value
     except TrainingFailedError as error:
         raise TrainingError(f"{config.output}: training stopped: {error}") from error
-    if storage.exists(failure):
-        raise TrainingError(storage.read_json(failure)["error"])
+    return outcome or {"ended": "", "error": "the workers ended without a word"}
 
 
-def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float) -> dict[str, Any]:
-    """Write the finished model, register it, end the MLflow run; returns the summary."""
-    state = create_state(config, manifest, torch.device("cpu"))
-    checkpoint.load(config.output, config.steps, state)
-    if state.average:
-        state.average.swap()
-    losses = tracking.metric_history(config.tracking_uri, run_id, "loss")
-    summary: dict[str, Any] = {
-        "run_id": run_id,
-        "steps": state.step,
-        "images": state.images,
-        "skipped_images": state.skipped,
-        "seconds": seconds,
-        "images_per_second": state.images / seconds,
-        "first_loss": _mean([value for _, value in losses[:20]]),
-        "last_loss": _mean([value for _, value in losses[-20:]]),
-        "data_digest": manifest.digest,
-        "model_folder": storage.join(config.output, MODEL),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        state.model.float().save_pretrained(folder)
-        state.processor.save_pretrained(folder)
-        storage.upload_folder(folder, summary["model_folder"])
-        if config.name:
-            version = models.register(
-                config.tracking_uri,
-                run_id,
-                folder,
-                config.name,
-                alias="challenger",
-                tags={"data_digest": manifest.digest},
-            )
-            summary |= {"model": f"models:/{config.name}/{version}", "model_version": version}
-    tracking.end_run(config.tracking_uri, run_id)
-    return summary
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def validates_in_background(config: TrainConfig) -> bool:
+    """Whether the cluster has resources for the validation besides those of training; says so where it has not."""
+    if not config.validate_every:
+        return False
+    there = ray.cluster_resources()
+    gpus = config.workers * (config.accelerator == "gpu") + config.validation_gpus
+    cpus = config.workers + config.data_cpus + config.validation_cpus
+    if there.get("CPU", 0) >= cpus and there.get("GPU", 0) >= gpus:
+        return True
+    print(
+        f"Training pauses for each validation: beside workers and data the cluster has no {config.validation_cpus:g} "
+        f"CPU and {config.validation_gpus:g} GPU for it.",
+        flush=True,
+    )
+    return False

@@ -1,13 +1,26 @@
-"""Where Ray Train enters a worker. Apart from the loop, so that Train's controller need not import torch."""
+"""Where Ray Train enters a worker and a validation. Apart from both, so that Train's controller need not import torch."""
 
 import logging
+from typing import Any
 
-from raydetr.config import TrainConfig
+import ray.train
+from ray.train.v2._internal.execution import context
+
+from raydetr.training.config import TrainConfig
 
 
-def train_loop_per_worker(arguments: dict[str, TrainConfig | str]) -> None:
-    """Run `loop.train_worker` with the entries of `arguments`: config, run_id."""
-    from raydetr.training.loop import train_worker
+def train_loop_per_worker(arguments: dict[str, Any]) -> dict[str, str]:
+    """Run `loop.train_worker` with the fields of `loop.Job`."""
+    from raydetr.training.loop import Job, train_worker
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line per worker and checkpoint otherwise
-    train_worker(**arguments)  # type: ignore[arg-type]
+    # A line per worker and checkpoint otherwise; Ray 2.60 names one of the loggers by its file.
+    for name in ("ray.train", context.__file__):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return train_worker(Job(**arguments))
+
+
+def validate(_: ray.train.Checkpoint, config: TrainConfig, run_id: str, step: int) -> dict[str, float]:
+    """Run `validation.validate_checkpoint` in the task that Ray Train starts for it."""
+    from raydetr.training.validation import validate_checkpoint
+
+    return validate_checkpoint(config, run_id, step)

@@ -8,6 +8,7 @@ import torch
 
 from detr.detector import ObjectDetector
 from detr.model import DetrForObjectDetection
+from raydetr import storage
 from raydetr.errors import ConfigError, RegistryError
 from raydetr.registry.models import folder_digest, local_folder, register, resolve
 from raydetr.registry.tracking import client, start_run
@@ -111,7 +112,7 @@ def test_what_is_not_there_is_answered_with_what_is(tracking_uri, run_id, folder
         resolve("models:/raydetr/7", tracking_uri)
 
 
-@pytest.mark.parametrize("address", ["models:/raydetr", "models:/raydetr/latest", "hub:a/b", ""])
+@pytest.mark.parametrize("address", ["models:/raydetr", "models:/raydetr/latest", ""])
 def test_other_addresses_are_refused(tracking_uri, address):
     with pytest.raises(ConfigError, match="models:/NAME@ALIAS"):
         resolve(address, tracking_uri)
@@ -143,3 +144,33 @@ def test_the_digest_changes_with_each_file(folder, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "eos_coefficient": 0.2}))
     assert folder_digest(str(copy)) != folder_digest(str(folder))
+
+
+def test_a_model_on_storage_is_fetched_and_a_changed_one_again(s3, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    address = s3.address("models/tiny")
+    storage.upload_folder(str(folder), address)
+    model = resolve(address, "")
+    assert (model.address, model.digest) == (address, folder_digest(str(folder)))
+    assert DetrForObjectDetection.from_pretrained(model.folder).config.num_labels == 3
+    other = save_tiny_detr(tmp_path / "other", NAMES, seed=5)
+    storage.upload_folder(str(other), address)
+    assert resolve(address, "").digest == folder_digest(str(other)) != model.digest
+    assert folder_digest(model.folder) == model.digest, "who resolved it before keeps what it had"
+    with pytest.raises(RegistryError, match="not a folder with config"):
+        resolve(s3.address("models/nothing"), "")
+
+
+def test_a_model_of_the_hub_comes_from_its_cache_and_one_that_is_not_there_is_named(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cache = tmp_path / "models--someone--detr"
+    shutil.copytree(folder, cache / "snapshots/0123abcd")
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("0123abcd")
+    model = resolve("hub:someone/detr", "")
+    assert (model.address, model.digest) == ("hub:someone/detr", folder_digest(str(folder)))
+    with pytest.raises(RegistryError, match="hub:someone/else"):
+        resolve("hub:someone/else", "")

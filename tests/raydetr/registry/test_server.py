@@ -1,14 +1,8 @@
 """The registry through a real MLflow server instead of SQLite."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from raydetr.registry.models import folder_digest, register, resolve
@@ -21,33 +15,14 @@ from raydetr.registry.tracking import (
     resolve_uri,
     start_run,
 )
+from tests.mlflow_server import mlflow_server
 from tests.tiny_detr import save_tiny_detr
 
 
 @pytest.fixture
 def server(tmp_path: Path, unused_port: int) -> Iterator[str]:
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(unused_port)]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--workers", "1"]
-    command += ["--artifacts-destination", str(tmp_path / "served")]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONWARNINGS": "ignore"}
-    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    with open(tmp_path / "server.log", "wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True
-        )
-    uri = f"http://127.0.0.1:{unused_port}"
-    try:
-        while True:
-            assert process.poll() is None, (tmp_path / "server.log").read_text()
-            try:
-                httpx.get(f"{uri}/health")
-                break
-            except httpx.ConnectError:
-                time.sleep(0.2)
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+    with mlflow_server(unused_port, tmp_path):
+        yield f"http://127.0.0.1:{unused_port}"
 
 
 def test_a_server_keeps_runs_and_versions_as_sqlite_does(server, tmp_path, monkeypatch):

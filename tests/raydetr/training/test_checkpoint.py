@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from raydetr import storage
-from raydetr.config import TrainConfig
 from raydetr.data.shards import Manifest
 from raydetr.errors import StorageError, TrainingError
 from raydetr.training import checkpoint
-from raydetr.training.loop import create_state
+from raydetr.training.config import TrainConfig
+from raydetr.training.state import TrainingState, create_state
 from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
 
@@ -26,7 +26,7 @@ def config(manifest: Manifest, tmp_path: Path) -> TrainConfig:
     return make_config(manifest.root, str(tmp_path / "run"))
 
 
-def trained_state(config: TrainConfig, manifest: Manifest, step: int) -> checkpoint.TrainingState:
+def trained_state(config: TrainConfig, manifest: Manifest, step: int) -> TrainingState:
     """A state whose weights, optimiser and average all have moved."""
     state = create_state(config, manifest, torch.device("cpu"))
     generator = torch.Generator().manual_seed(step)
@@ -45,7 +45,7 @@ def test_weights_optimiser_average_and_counts_come_back_exactly(
 ) -> None:
     config = dataclasses.replace(config, precision=precision)
     saved = trained_state(config, manifest, 5)
-    checkpoint.save(config.output, saved, {"metrics": [[4, {"loss": 1.5}]]}, keep=2)
+    checkpoint.save(config.output, saved, {"metrics": [[4, {"loss": 1.5}]]})
     loaded = create_state(config, manifest, torch.device("cpu"))
     metadata = checkpoint.load(config.output, 5, loaded)
     assert metadata["metrics"] == [[4, {"loss": 1.5}]]
@@ -66,7 +66,7 @@ def test_weights_optimiser_average_and_counts_come_back_exactly(
 def test_a_checkpoint_counts_only_when_everything_is_written(
     failing: str, config: TrainConfig, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(config.output, trained_state(config, manifest, 3), {}, keep=2)
+    checkpoint.save(config.output, trained_state(config, manifest, 3), {})
     write = storage.write_bytes
     written = []
 
@@ -78,11 +78,11 @@ def test_a_checkpoint_counts_only_when_everything_is_written(
 
     monkeypatch.setattr(storage, "write_bytes", fail)
     with pytest.raises(StorageError):
-        checkpoint.save(config.output, trained_state(config, manifest, 6), {}, keep=2)
+        checkpoint.save(config.output, trained_state(config, manifest, 6), {})
     assert checkpoint.last_committed_step(config.output) == 3
     assert not any(address.endswith(checkpoint.MARKER) for address in written)
     monkeypatch.undo()
-    checkpoint.save(config.output, trained_state(config, manifest, 6), {}, keep=2)
+    checkpoint.save(config.output, trained_state(config, manifest, 6), {})
     assert checkpoint.last_committed_step(config.output) == 6
 
 
@@ -90,7 +90,8 @@ def test_only_the_latest_are_kept(config: TrainConfig, manifest: Manifest) -> No
     state = trained_state(config, manifest, 1)
     for step in (1, 2, 3, 4):
         state.step = step
-        checkpoint.save(config.output, state, {}, keep=2)
+        checkpoint.save(config.output, state, {})
+        checkpoint.remove_surplus(config.output, keep=2, best=None, waiting=set())
     assert checkpoint.committed_steps(config.output) == [3, 4]
     assert len(storage.list_names(storage.join(config.output, "checkpoints"))) == 2
 
@@ -105,6 +106,6 @@ def test_the_model_of_a_checkpoint_loads_on_its_own(config: TrainConfig, manifes
     from detr.detector import ObjectDetector
     from tests.tiny_detr import png
 
-    address = checkpoint.save(config.output, trained_state(config, manifest, 2), {}, keep=1)
+    address = checkpoint.save(config.output, trained_state(config, manifest, 2), {})
     detector = ObjectDetector.from_pretrained(storage.join(address, "model"))
     assert len(detector.detect([detector.prepare(png(40, 60))])[0].scores) == config.num_queries

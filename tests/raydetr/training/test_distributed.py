@@ -20,8 +20,8 @@ def batch(counts: Sequence[int | None]) -> TrainingBatch:
         step=0,
         position=0,
         epoch=0,
-        pixels=torch.zeros(len(counts), 3, 4, 4, dtype=torch.uint8),
-        sizes=((4, 4),) * len(counts),
+        shape=(4, 4),
+        images=tuple(None if count is None else torch.zeros(3, 4, 4, dtype=torch.uint8) for count in counts),
         weights=torch.tensor([float(count is not None) for count in counts]),
         labels=[
             {

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from raydetr.config import RECIPES, TrainConfig
 from raydetr.data.shards import Manifest
-from raydetr.training.loop import create_state
+from raydetr.training.config import TrainConfig
 from raydetr.training.optim import MovingAverage, build_optimizer, schedule, set_learning_rates
+from raydetr.training.recipes import RECIPES
+from raydetr.training.state import create_state
 from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
 

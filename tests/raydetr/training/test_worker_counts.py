@@ -12,14 +12,17 @@ import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from raydetr.config import TrainConfig
 from raydetr.data import stream
 from raydetr.data.micro_batch import unpack
 from raydetr.data.shards import Manifest, read_rows
 from raydetr.data.source import shard_source
+from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import step_totals
-from raydetr.training.loop import compute_gradients, create_state, parallelise, per_worker, to_device
-from raydetr.training.trainer import plan_spec
+from raydetr.training.loop import per_worker
+from raydetr.training.optim import set_learning_rates
+from raydetr.training.run import plan_spec
+from raydetr.training.state import create_state, parallelise
+from raydetr.training.step import to_device, train_step
 from tests import training_record
 from tests.awkward import write_awkward
 
@@ -33,7 +36,7 @@ STEPS = 24
 CONFIG = TrainConfig(
     workers=1,
     steps=STEPS,
-    backbone="resnet18",
+    backbone="test_resnet",
     backbone_out_indices=(1, 2, 3, 4),
     backbone_weights="",
     d_model=32,
@@ -42,9 +45,10 @@ CONFIG = TrainConfig(
     attention_heads=4,
     ffn_dim=32,
     num_queries=8,
-    micro_batch_size=2,
-    micro_batches=4,
+    micro_batch_size=1,
+    micro_batches=8,
     precision="float64",
+    warmup_steps=0,
     shortest_edges=(48, 64),
     longest_edge=96,
     crop=True,
@@ -52,6 +56,10 @@ CONFIG = TrainConfig(
     crop_sizes=(32, 64),
     window_row_groups=1,
 )
+
+
+Images = list[tuple[int, str, str]]
+"""Id, checksum of the boxes and checksum of the pixels of each."""
 
 
 def first_step(step: int) -> int:
@@ -63,7 +71,7 @@ def gradient(model: torch.nn.Module) -> torch.Tensor:
 
 
 def record_worker(arguments: dict[str, Any]) -> None:
-    """Runs in a Train worker: what the model receives, and the gradient of every step."""
+    """Runs in a Train worker: what the model receives, the loss and the clipped gradient of every step."""
     config, folder = arguments["config"], Path(arguments["folder"])
     state = create_state(config, Manifest.load(config.train_data), torch.device("cpu"))
     rank = ray.train.get_context().get_world_rank()
@@ -73,55 +81,70 @@ def record_worker(arguments: dict[str, Any]) -> None:
         images = training_record.fingerprints(kwargs)
         training_record.append(folder / f"{rank}.jsonl", {"step": step, "images": images})
 
+    def keep_gradient(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        torch.save(gradient(state.model), folder / f"gradient-{step}.pt")
+
     state.model.register_forward_pre_hook(hook, with_kwargs=True)
+    if rank == 0:
+        state.optimizer.register_step_pre_hook(keep_gradient)
     parallel = parallelise(state.model)
     for batches in stream.steps(
         ray.train.get_dataset_shard("train"), config.micro_batch_size, per_worker(config)
     ):
         step = batches[0].step
         totals = step_totals(batches, config.num_queries, state.model.config.eos_coefficient)
-        compute_gradients(parallel, state, batches, config, totals.num_boxes, totals.class_weight_sum)
+        metrics = train_step(parallel, state, batches, config, totals)
         if rank == 0:
-            torch.save(gradient(state.model), folder / f"gradient-{step}.pt")
-        state.model.zero_grad()
+            training_record.append(folder / "losses.json", {"step": step, "loss": metrics["loss"]})
 
 
-def build_stream(config: TrainConfig, manifest: Manifest, start: int = 0) -> stream.Stream:
+def build_stream(config: TrainConfig, manifest: Manifest, start: int = 0, stop: int = STEPS) -> stream.Stream:
     plan = stream.build_plan(manifest, plan_spec(config))
     return stream.Stream(
-        source=shard_source(manifest), plan=plan, last_step=STEPS, first_step=partial(first_step, start)
+        source=shard_source(manifest), plan=plan, last_step=stop, first_step=partial(first_step, start)
     )
 
 
-def run_workers(config: TrainConfig, manifest: Manifest, folder: Path, start: int = 0) -> None:
+def run_workers(
+    config: TrainConfig, manifest: Manifest, folder: Path, start: int = 0, stop: int = STEPS
+) -> None:
     folder.mkdir()
     TorchTrainer(
         record_worker,
         train_loop_config={"config": config, "folder": str(folder)},
         scaling_config=ScalingConfig(num_workers=config.workers, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(storage_path=str(folder / "ray")),
-        datasets={"train": build_stream(config, manifest, start)},
+        datasets={"train": build_stream(config, manifest, start, stop)},
         dataset_config=stream.PlanDataConfig(),
     ).fit()
 
 
-def received(folder: Path) -> dict[int, list[tuple[int, str, str]]]:
+def sorted_images(rows: list[dict[str, Any]]) -> Images:
+    return sorted((row["image_id"], row["boxes"], row["pixels"]) for row in rows)
+
+
+def received(folder: Path) -> dict[int, Images]:
     """Step → what the model received in it, sorted, over all ranks."""
     rows = [row for file in sorted(folder.glob("*.jsonl")) for row in training_record.read(file)]
     rows.sort(key=lambda row: row["step"])
     return {
-        step: sorted((i["image_id"], i["boxes"], i["pixels"]) for row in group for i in row["images"])
+        step: sorted_images([image for row in group for image in row["images"]])
         for step, group in itertools.groupby(rows, key=lambda row: row["step"])
     }
 
 
-def one_process(
-    config: TrainConfig, manifest: Manifest
-) -> tuple[dict[int, torch.Tensor], dict[int, list[int]]]:
-    """Gradients of each step on its global batch in one forward pass, with the criterion's own normalisers.
+@dataclasses.dataclass
+class Reference:
+    """Step → what one process receives and computes, and the number of boxes of each micro-batch."""
 
-    Also, for each step, the number of boxes of each micro-batch.
-    """
+    images: dict[int, Images]
+    losses: dict[int, float]
+    gradients: dict[int, torch.Tensor]
+    boxes: dict[int, list[int]]
+
+
+def one_process(config: TrainConfig, manifest: Manifest) -> Reference:
+    """Train on each global batch in one forward pass, with the criterion's own normalisers."""
     job = build_stream(config, manifest)
     rows = [
         batch
@@ -130,22 +153,30 @@ def one_process(
         for batch in unpack(row, config.micro_batch_size)
     ]
     state = create_state(config, manifest, torch.device("cpu"))
-    gradients, boxes = {}, {}
+    reference = Reference({}, {}, {}, {})
     for step, group in itertools.groupby(rows, key=lambda row: row.step):
         batches = list(group)
         pixel_values, pixel_mask = zip(*(to_device(batch, state) for batch in batches), strict=True)
         keep = torch.cat([batch.weights for batch in batches]).bool()
         labels = [label for batch in batches for label in batch.labels]
-        loss = state.model(
-            pixel_values=torch.cat(pixel_values)[keep],
-            pixel_mask=torch.cat(pixel_mask)[keep],
-            labels=[label for label, kept in zip(labels, keep, strict=True) if kept],
-        ).loss
+        arguments = {
+            "pixel_values": torch.cat(pixel_values)[keep],
+            "pixel_mask": torch.cat(pixel_mask)[keep],
+            "labels": [label for label, kept in zip(labels, keep, strict=True) if kept],
+        }
+        reference.images[step] = sorted_images(
+            training_record.fingerprints(arguments | {"image_weights": torch.ones(int(keep.sum()))})
+        )
+        loss = state.model(**arguments).loss
         state.model.zero_grad()
         loss.backward()
-        gradients[step] = gradient(state.model)
-        boxes[step] = [sum(len(label["boxes"]) for label in batch.labels) for batch in batches]
-    return gradients, boxes
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
+        set_learning_rates(state.optimizer, step, config)
+        state.optimizer.step()
+        reference.losses[step] = loss.item()
+        reference.gradients[step] = gradient(state.model)
+        reference.boxes[step] = [sum(len(label["boxes"]) for label in batch.labels) for batch in batches]
+    return reference
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +190,11 @@ def config(manifest: Manifest) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def reference(
-    config: TrainConfig, manifest: Manifest
-) -> tuple[dict[int, torch.Tensor], dict[int, list[int]]]:
+def reference(config: TrainConfig, manifest: Manifest) -> Reference:
     return one_process(config, manifest)
 
 
-def test_the_data_set_is_awkward(manifest: Manifest, reference: tuple[Any, dict[int, list[int]]]) -> None:
+def test_the_data_set_is_awkward(manifest: Manifest, reference: Reference) -> None:
     sizes = {
         (record["height"], record["width"])
         for shard in manifest.shards
@@ -173,46 +202,49 @@ def test_the_data_set_is_awkward(manifest: Manifest, reference: tuple[Any, dict[
     }
     assert len(sizes) >= 30
     assert manifest.num_images == 61
-    boxes = list(reference[1].values())
+    boxes = list(reference.boxes.values())
     assert any(sum(each) == 0 for each in boxes), "no step in which all ranks are without boxes"
-    assert any(0 < sum(each) < 4 for each in boxes), "no step with fewer boxes than workers"
+    assert any(0 < sum(each) < 8 for each in boxes), "no step with fewer boxes than workers"
     assert any(sum(each) > 4 and 0 in each for each in boxes), "no step in which one rank is without boxes"
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4])
-def test_any_number_of_workers_receives_the_same_and_computes_the_gradient_of_one_process(
+def test_every_image_is_received_once_an_epoch(
+    config: TrainConfig, manifest: Manifest, reference: Reference
+) -> None:
+    per_epoch = build_stream(config, manifest).plan.steps_per_epoch
+    ids = [image_id for step in range(per_epoch) for image_id, _, _ in reference.images[step]]
+    assert len(ids) == len(set(ids)) == 61 - 2, "two of the 61 images have no pixels"
+
+
+@pytest.mark.parametrize(
+    "workers", [1, 2, 3, 4, *(pytest.param(workers, marks=pytest.mark.soak) for workers in (5, 6, 7, 8))]
+)
+def test_any_number_of_workers_receives_the_same_and_trains_as_one_process(
     workers: int,
     config: TrainConfig,
     manifest: Manifest,
-    reference: tuple[dict[int, torch.Tensor], dict[int, list[int]]],
+    reference: Reference,
     tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
     ray_local: None,
 ) -> None:
     folder = tmp_path / "run"
     run_workers(dataclasses.replace(config, workers=workers), manifest, folder)
-    images = received(folder)
-    kept = tmp_path_factory.getbasetemp() / "received.pt"
-    if workers == 1:
-        torch.save(images, kept)
-        per_epoch = build_stream(config, manifest).plan.steps_per_epoch
-        ids = [image_id for step in range(per_epoch) for image_id, _, _ in images[step]]
-        assert len(ids) == len(set(ids)) == 61 - 2, "two of the 61 images have no pixels"
-    assert images == torch.load(kept)
-    gradients, _ = reference
-    assert sorted(images) == sorted(gradients) == list(range(STEPS))
-    for step, wanted in gradients.items():
+    assert received(folder) == reference.images
+    losses = {row["step"]: row["loss"] for row in training_record.read(folder / "losses.json")}
+    assert sorted(losses) == sorted(reference.losses) == list(range(STEPS))
+    for step, wanted in reference.gradients.items():
+        assert losses[step] == pytest.approx(reference.losses[step], rel=1e-9), f"step {step}"
         got = torch.load(folder / f"gradient-{step}.pt")
         assert (got - wanted).norm() <= 1e-9 * wanted.norm(), f"step {step}"
 
 
-def test_a_run_goes_on_at_a_step_with_another_number_of_workers(
-    config: TrainConfig,
-    manifest: Manifest,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    ray_local: None,
+def test_a_run_goes_on_with_other_numbers_of_workers(
+    config: TrainConfig, manifest: Manifest, reference: Reference, tmp_path: Path, ray_local: None
 ) -> None:
-    whole = torch.load(tmp_path_factory.getbasetemp() / "received.pt")
-    run_workers(dataclasses.replace(config, workers=3), manifest, tmp_path / "rest", start=7)
-    assert received(tmp_path / "rest") == {step: images for step, images in whole.items() if step >= 7}
+    """After seven steps, such as with four workers: three, and four again."""
+    got: dict[int, Images] = {}
+    for workers, start, stop in ((3, 7, 15), (4, 15, STEPS)):
+        folder = tmp_path / f"from-{start}"
+        run_workers(dataclasses.replace(config, workers=workers), manifest, folder, start, stop)
+        got |= received(folder)
+    assert got == {step: images for step, images in reference.images.items() if step >= 7}

@@ -1,0 +1,46 @@
+"""Look whether a training run can work before it costs money: the flags are those of pipelines/train.py.
+
+On a cluster:    ray job submit -- python pipelines/doctor.py --train-data s3://bucket/train --output s3://bucket/runs/1
+On one machine:  python pipelines/doctor.py --train-data shards/train --output runs/mine
+Embedded data:   python pipelines/doctor.py
+Tiny:            python pipelines/doctor.py --overfit-steps 20 --output runs/tiny
+
+It prints a line for each finding: ok, warn or FAIL, with the remedy. It looks at cluster, versions and code on every
+node, storage, MLflow, data, labels and masks; draws the first batch (OUTPUT/doctor/batch.png); overfits eight images;
+and estimates hours, memory and epochs. Exit status: 0 nothing failed, 2 something did.
+"""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from raydetr.command import print_summary, run, write_summary
+from raydetr.doctor.config import DoctorConfig
+from raydetr.errors import RaydetrError
+from raydetr.training.recipes import RECIPES
+
+
+def main(config: DoctorConfig) -> dict[str, Any]:
+    """Examine; the summary.
+
+    Raises:
+        RaydetrError: something failed.
+    """
+    from raydetr.doctor.examine import examine
+
+    print()
+    summary = examine(config)
+    if summary["failed"]:
+        print_summary(summary)
+        if config.json:
+            write_summary(config.json, summary)
+        raise RaydetrError(f"the run cannot work as it is: {', '.join(summary['failed'])} failed, see above.")
+    return summary
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default="small")
+    recipe, flags = parser.parse_known_args()
+    default = DoctorConfig(**dataclasses.asdict(RECIPES[recipe.recipe]))
+    run(main, DoctorConfig, default=default, args=flags)

@@ -1,0 +1,222 @@
+"""The first batch of a run, made by the functions of its data stream, looked at and drawn."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from detr.drawing import class_color, draw_detections, draw_segments
+from raydetr import storage
+from raydetr.data import stream
+from raydetr.data.micro_batch import TrainingBatch, unpack
+from raydetr.data.shards import Manifest
+from raydetr.data.source import shard_source
+from raydetr.data.stream import Stream, build_plan
+from raydetr.doctor.findings import Finding
+from raydetr.errors import StorageError
+from raydetr.training.config import TrainConfig
+from raydetr.training.run import plan_spec
+
+LONGEST_S = 20.0
+"""How long data is read to see how fast that is, the first step apart."""
+
+_CELL, _COLUMNS, _IMAGES, _CAPTION, _GAP = 360, 4, 16, 24, 10
+_TINY = 4
+"""Pixels of a box, as the model gets the image, below which there is next to nothing to see."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was read.
+
+    batches: the micro-batches of the first step.
+    others: of the steps after it.
+    images_per_second: made ready by one process.
+    """
+
+    batches: list[TrainingBatch]
+    others: list[TrainingBatch]
+    images_per_second: float
+
+    @property
+    def all(self) -> list[TrainingBatch]:
+        """Of all steps."""
+        return self.batches + self.others
+
+
+def stream_of(config: TrainConfig, manifest: Manifest, last_step: int) -> Stream:
+    """The stream of a run, its first steps."""
+    return Stream(
+        source=shard_source(manifest),
+        plan=build_plan(manifest, plan_spec(config), config.repeat_threshold),
+        last_step=last_step,
+        first_step=int,
+        masks=config.masks,
+    )
+
+
+def first_batches(config: TrainConfig, manifest: Manifest) -> Drawn:
+    """Make the first step, and go on for about a window or 20 seconds."""
+    per_step = config.micro_batch_size * config.micro_batches
+    window = config.window_row_groups * manifest.row_group_size
+    made = stream_of(config, manifest, max(1, min(window, manifest.num_images) // per_step))
+    batches: list[TrainingBatch] = []
+    start = time.perf_counter()
+    for batch in walk(made, config.micro_batch_size):
+        batches.append(batch)
+        if batch.step > 0 and time.perf_counter() - start > LONGEST_S:
+            break
+    seconds = time.perf_counter() - start
+    images = sum(len(batch.image_ids) for batch in batches)
+    first = [batch for batch in batches if batch.step == 0]
+    return Drawn(first, batches[len(first) :], images / seconds)
+
+
+def walk(made: Stream, micro_batch_size: int) -> Iterator[TrainingBatch]:
+    """The micro-batches of a stream for one worker, made in this process as data tasks would."""
+    for window in stream._walk(made, 0):
+        for row in stream._fill(window, made, world_size=1, row_bytes=1):
+            yield from unpack(row, micro_batch_size)
+
+
+def findings(config: TrainConfig, drawn: Drawn) -> Iterator[Finding]:
+    """What is odd about the images and targets that the model would get."""
+    labels = [
+        label for batch in drawn.all for label, image in zip(batch.labels, batch.images) if image is not None
+    ]
+    images = sum(len(batch.image_ids) for batch in drawn.all)
+    yield from _damaged(config, drawn.all, images)
+    with_objects = sum(len(label["boxes"]) > 0 for label in labels)
+    sides = np.array(
+        [
+            side
+            for batch in drawn.all
+            for label, image in zip(batch.labels, batch.images)
+            if image is not None
+            for side in (label["boxes"][:, 2:].numpy() * (image.shape[2], image.shape[1])).min(
+                axis=1, initial=np.inf
+            )
+        ]
+    )
+    outside = sum(_outside(label["boxes"].numpy()) for label in labels)
+    if outside:
+        yield Finding(
+            "batch", "FAIL", f"{outside} of {len(sides)} boxes are not inside their image.", "see faults."
+        )
+    share = with_objects / max(len(labels), 1)
+    text = f"{share:.0%} of {len(labels)} images have objects, {len(sides)} in all"
+    if share < 0.25:
+        yield Finding(
+            "batch",
+            "warn" if with_objects else "FAIL",
+            f"{text}.",
+            "see whether the annotations belong to these images; DETR learns little from images without objects.",
+        )
+    tiny = (sides < _TINY).mean() if len(sides) else 0.0
+    if tiny > 0.2:
+        yield Finding(
+            "batch",
+            "warn",
+            f"{tiny:.0%} of the boxes are less than {_TINY} pixels wide or high when the model gets them.",
+            "raise --shortest-edges and --longest-edge (and --test-edge), or cut the images into tiles.",
+        )
+    pixels = sum(
+        image.shape[1] * image.shape[2]
+        for each in drawn.batches
+        for image in each.images
+        if image is not None
+    )
+    height, width = drawn.batches[0].shape
+    slots = sum(float(each.weights.sum()) for each in drawn.batches)
+    padding = 1 - pixels / max(slots * height * width, 1)
+    if not outside and share >= 0.25:
+        yield Finding(
+            "batch",
+            "ok",
+            f"step 0 has {slots:g} images padded to {height} x {width} ({padding:.0%} padding); {text}, all boxes inside.",
+        )
+
+
+def picture(drawn: Drawn, names: dict[int, str], file: str) -> Iterator[Finding]:
+    """Draw the images of the first step with their targets, into a PNG at an address."""
+    cells: list[tuple[Image.Image, str]] = []
+    for batch in drawn.batches:
+        for image, label in zip(batch.images, batch.labels):
+            if image is not None and len(cells) < _IMAGES:
+                cells.append(_cell(image.permute(1, 2, 0).numpy(), label, names))
+    if not cells:
+        return
+    buffer = BytesIO()
+    _page(cells).save(buffer, "PNG")
+    try:
+        storage.write_bytes(file, buffer.getvalue())
+    except StorageError as error:
+        yield Finding("picture", "warn", f"the batch is not drawn: {error}")
+    else:
+        yield Finding(
+            "picture", "ok", f"{file}: look whether the boxes are on the objects and the names right."
+        )
+
+
+def _damaged(config: TrainConfig, batches: list[TrainingBatch], images: int) -> Iterator[Finding]:
+    skipped = [reason for batch in batches for reason in batch.skipped]
+    if not skipped:
+        return
+    text = f"{len(skipped)} of {images} images cannot be decoded, such as image {skipped[0]}."
+    if len(skipped) > config.max_skipped * images and len(skipped) > 1:
+        yield Finding(
+            "images",
+            "FAIL",
+            f"{text} The run would stop at a share of {config.max_skipped:g}.",
+            "copy or ingest the data again, or raise --max-skipped.",
+        )
+    else:
+        yield Finding("images", "warn", text, "none: they have no weight in their step.")
+
+
+def _outside(boxes_cxcywh: np.ndarray) -> int:
+    low, high = boxes_cxcywh[:, :2] - boxes_cxcywh[:, 2:] / 2, boxes_cxcywh[:, :2] + boxes_cxcywh[:, 2:] / 2
+    inside = (low > -1e-3).all(axis=1) & (high < 1 + 1e-3).all(axis=1) & (boxes_cxcywh[:, 2:] > 0).all(axis=1)
+    return int((~inside).sum())
+
+
+def _cell(pixels: np.ndarray, label: dict, names: dict[int, str]) -> tuple[Image.Image, str]:  # type: ignore[type-arg]
+    height, width = pixels.shape[:2]
+    scale = _CELL / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    classes = label["class_labels"].tolist()
+    boxes = label["boxes"].numpy().astype(np.float64)
+    corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
+    corners *= [*size, *size]
+    if "masks" in label:
+        masks = [
+            Image.fromarray(mask).resize(size, Image.Resampling.NEAREST) for mask in label["masks"].numpy()
+        ]
+        stack = np.array([np.asarray(mask) for mask in masks]).reshape(len(masks), size[1], size[0])
+        segments = [{"label_id": each} for each in classes]
+        drawn = draw_segments(image, stack, segments, names, enlarge_below=0, opacity=0.35)
+        for box, each in zip(corners, classes):
+            ImageDraw.Draw(drawn).rectangle(tuple(box), outline=class_color(each))
+    else:
+        drawn = draw_detections(image, corners, classes, names=names, enlarge_below=0)
+    return drawn, f"image {int(label['image_id'])}, {width} x {height}, objects: {len(classes)}"
+
+
+def _page(cells: list[tuple[Image.Image, str]]) -> Image.Image:
+    columns = min(_COLUMNS, len(cells))
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    heights = [max(image.height for image, _ in row) + _CAPTION + _GAP for row in rows]
+    page = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, sum(heights) + _GAP), "white")
+    draw = ImageDraw.Draw(page)
+    top = _GAP
+    for row, height in zip(rows, heights):
+        for column, (image, caption) in enumerate(row):
+            left = _GAP + column * (_CELL + _GAP)
+            draw.text((left, top), caption, fill="#444444", font_size=14)
+            page.paste(image, (left, top + _CAPTION))
+        top += height
+    return page

@@ -1,0 +1,102 @@
+"""The end of a run: its model, its last metrics, its version in the registry."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from detr import DetrForObjectDetection, DetrForSegmentation
+from raydetr import storage
+from raydetr.data.shards import Manifest
+from raydetr.errors import RegistryError
+from raydetr.registry import models, tracking
+from raydetr.training import checkpoint, validation
+from raydetr.training.config import TrainConfig
+from raydetr.training.progress import Row, say, send_rows
+
+MODEL = "model"
+PATIENCE_S = 300.0
+"""How long the end of a run waits for an MLflow server that does not answer."""
+
+Result = TypeVar("Result")
+
+
+def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float) -> dict[str, Any]:
+    """Write the finished model, register it, end the MLflow run; returns the summary.
+
+    Raises:
+        RegistryError: MLflow does not answer for five minutes; the same command does this part again.
+    """
+    last = checkpoint.last_committed_step(config.output)
+    best = validation.best_checkpoint(config) if config.keep_best and config.validate_every else None
+    chosen = last if best is None else best
+    state = checkpoint.read_state(config.output, last)
+    patiently(lambda: send_what_is_missing(config, run_id, last))
+    losses = tracking.metric_history(config.tracking_uri, run_id, "loss")
+    summary: dict[str, Any] = {
+        "run_id": run_id,
+        "steps": last,
+        "model_step": chosen,
+        **{name: state[name] for name in ("images", "non_finite")},
+        "skipped_images": state["skipped"],
+        "seconds": seconds,
+        "images_per_second": state["images"] / seconds,
+        "first_loss": _mean([value for _, value in losses[:20]]),
+        "last_loss": _mean([value for _, value in losses[-20:]]),
+        "data_digest": manifest.digest,
+        "model_folder": storage.join(config.output, MODEL),
+    }
+    tags = {"data_digest": manifest.digest}
+    if figures := checkpoint.read_validation(config.output, chosen):
+        summary |= {f"val_{name}": value for name, value in figures.items()}
+        if best is not None:
+            # Whoever judges the model must not take the data that it was chosen by.
+            tags["chosen_on_digest"] = Manifest.load(config.val_data).digest
+    with tempfile.TemporaryDirectory() as folder:
+        source = storage.join(checkpoint.address(config.output, chosen), "model")
+        storage.download_folder(source, folder)
+        kind = DetrForSegmentation if config.segments else DetrForObjectDetection
+        kind.from_pretrained(folder).float().save_pretrained(folder)
+        storage.upload_folder(folder, summary["model_folder"])
+        if config.name:
+            version = patiently(
+                lambda: models.register(
+                    config.tracking_uri, run_id, folder, config.name, alias="challenger", tags=tags
+                )
+            )
+            summary |= {"model": f"models:/{config.name}/{version}", "model_version": version}
+    tracking.end_run(config.tracking_uri, run_id)
+    return summary
+
+
+def send_what_is_missing(config: TrainConfig, run_id: str, last: int) -> None:
+    """Send what MLflow did not take while training: it is in the checkpoints."""
+    rows: list[Row] = [
+        (int(step), int(at), values)
+        for step, at, values in checkpoint.read_state(config.output, last)["metrics"]
+    ]
+    send_rows(config.tracking_uri, run_id, rows)
+    name = validation.main_figure(config)
+    sent = {step for step, _ in tracking.metric_history(config.tracking_uri, run_id, f"val_{name}")}
+    for step in checkpoint.committed_steps(config.output):
+        figures = checkpoint.read_validation(config.output, step)
+        if figures and step not in sent:
+            values = {f"val_{key}": value for key, value in figures.items()}
+            tracking.log_metrics(config.tracking_uri, run_id, [(step, values)])
+
+
+def patiently(action: Callable[[], Result]) -> Result:
+    """Do something with MLflow; again for `PATIENCE_S` while it does not answer."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return action()
+        except RegistryError as error:
+            if time.monotonic() >= end:
+                raise
+            say(f"{error} Trying again in 5 s.")
+            time.sleep(5)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,112 @@
+"""What a run is: its identity, the MLflow run that belongs to it, the order of its data."""
+
+import dataclasses
+import os
+import sys
+from importlib import metadata
+from typing import Any
+
+import ray
+import torch
+
+from detr.augment import AugmentSpec
+from raydetr import storage
+from raydetr.data.plan import PlanSpec
+from raydetr.data.shards import Manifest
+from raydetr.errors import TrainingError
+from raydetr.registry import tracking
+from raydetr.training.config import TrainConfig
+
+RUN = "run.json"
+FREE_FIELDS = {
+    "accelerator",
+    "data_cpus",
+    "hang_after_s",
+    "json",
+    "keep_best",
+    "keep_checkpoints",
+    "max_failures",
+    "max_hours",
+    "max_non_finite",
+    "min_workers",
+    "patience",
+    "replay",
+    "val_data",
+    "validate_every",
+    "validation_cpus",
+    "validation_gpus",
+    "validation_images",
+    "workers",
+}
+"""Fields that may differ when a run is resumed: they change how it is computed or followed, not what."""
+
+
+def plan_spec(config: TrainConfig) -> PlanSpec:
+    """The order and augmentation that a configuration asks for."""
+    return PlanSpec(
+        seed=config.seed,
+        micro_batch_size=config.micro_batch_size,
+        micro_batches=config.micro_batches,
+        window_row_groups=config.window_row_groups,
+        group_sizes=config.group_sizes,
+        augmentation=AugmentSpec(
+            flip=config.flip,
+            shortest_edges=config.shortest_edges,
+            longest_edge=config.longest_edge,
+            crop=config.crop,
+            crop_shortest_edges=config.crop_shortest_edges,
+            crop_sizes=config.crop_sizes,
+        ),
+    )
+
+
+def open_run(config: TrainConfig, manifest: Manifest) -> str:
+    """The MLflow run of this output folder: a new one, or the one it was begun with.
+
+    Raises:
+        TrainingError: the folder belongs to a run with other flags or other data.
+    """
+    identity = {
+        name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS
+    } | {"data_digest": manifest.digest}
+    address = storage.join(config.output, RUN)
+    run_id = None
+    if storage.exists(address):
+        begun = storage.read_json(address)
+        # JSON has no tuples: compare what JSON makes of both.
+        differing = sorted(name for name in identity if _plain(identity[name]) != begun["identity"].get(name))
+        if differing:
+            raise TrainingError(
+                f"{config.output} holds a run that was begun with other values of {', '.join(differing)}: give "
+                "the same flags to go on with it, or another --output."
+            )
+        run_id = begun["run_id"]
+    run_id = tracking.start_run(
+        config.tracking_uri,
+        config.experiment,
+        os.path.basename(config.output.rstrip("/")),
+        dataclasses.asdict(config) | {"data_digest": manifest.digest},
+        {"data_digest": manifest.digest, **environment()},
+        run_id,
+    )
+    storage.write_json(address, {"run_id": run_id, "identity": identity})
+    return run_id
+
+
+def environment() -> dict[str, str]:
+    """What a run was computed with, as tags."""
+    versions = {
+        f"environment.{name}": metadata.version(name) for name in ("torch", "ray", "timm", "torchvision")
+    }
+    there = ray.cluster_resources()
+    return versions | {
+        "environment.python": sys.version.split()[0],
+        "environment.cuda": str(torch.version.cuda),
+        "environment.nodes": str(len([node for node in ray.nodes() if node["Alive"]])),
+        "environment.cpus": f"{there.get('CPU', 0):g}",
+        "environment.gpus": f"{there.get('GPU', 0):g}",
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,133 @@
+"""The first batch and the overfit: what is drawn, what is noticed, what is learned."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from raydetr.doctor import batch, trial
+from raydetr.errors import DataError
+from tests.raydetr.doctor.set_ups import configure, lines, write_data
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_first_batch_is_that_of_the_run(tmp_path: Path) -> None:
+    manifest, config = write_data(tmp_path), configure(tmp_path)
+    drawn = batch.first_batches(config, manifest)
+    made = batch.stream_of(config, manifest, 1)
+    expected = [[slot.image_id for slot in each.slots] for each in made.plan.explain(0, made.source.sizes)]
+    assert [list(each.image_ids) for each in drawn.batches] == expected
+    assert {each.step for each in drawn.others} == {1, 2, 3}
+    assert drawn.images_per_second > 0
+    (line,) = lines(batch.findings(config, drawn))
+    assert line.startswith("ok    batch: step 0 has 8 images padded to")
+
+
+def test_the_picture_shows_the_boxes_where_the_targets_are(tmp_path: Path) -> None:
+    def grey(_: int, made: dict) -> None:
+        file = BytesIO()
+        Image.new("RGB", (80, 60), (128, 128, 128)).save(file, "PNG")
+        box = {**made["objects"][0], "bbox": [20.0, 15.0, 40.0, 30.0]}
+        made |= {"image": file.getvalue(), "height": 60, "width": 80, "objects": [box]}
+
+    manifest = write_data(tmp_path, grey)
+    config = configure(tmp_path, flip=0.0)
+    (line,) = lines(
+        batch.picture(batch.first_batches(config, manifest), manifest.id2label, f"{tmp_path}/batch.png")
+    )
+    assert line.startswith("ok    picture")
+    with Image.open(tmp_path / "batch.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    cell = pixels[10 + 24 : 10 + 24 + 270, 10 : 10 + 360]  # 360 x 270: the first of four in a row
+    off = np.abs(cell - 128).max(axis=2) > 20
+    rows, columns = np.flatnonzero(off[:, 180:200].any(axis=1)), np.flatnonzero(off[130:150].any(axis=0))
+    assert (columns[0], columns[-1]) == (pytest.approx(90, abs=4), pytest.approx(270, abs=4))
+    assert rows[-1] == pytest.approx(202, abs=4)
+    assert rows[0] == pytest.approx(67, abs=4), "the label is at the left corner"
+
+
+def test_damaged_images_are_named(tmp_path: Path) -> None:
+    def cut(number: int, made: dict) -> None:
+        if number % 3 == 0:
+            made["image"] = made["image"][: len(made["image"]) // 2]
+
+    manifest, config = write_data(tmp_path, cut), configure(tmp_path)
+    first, *_ = lines(batch.findings(config, batch.first_batches(config, manifest)))
+    assert first.startswith("FAIL  images: ")
+    assert "images cannot be decoded, such as image 1" in first
+    few = replace(config, max_skipped=0.9)
+    assert lines(batch.findings(few, batch.first_batches(few, manifest)))[0].startswith("warn  images: ")
+
+
+def test_images_without_objects_are_noticed(tmp_path: Path) -> None:
+    def empty(number: int, made: dict) -> None:
+        if number % 10:
+            made["objects"] = []
+
+    manifest, config = write_data(tmp_path, empty), configure(tmp_path)
+    (line,) = lines(batch.findings(config, batch.first_batches(config, manifest)))
+    assert line.startswith("warn  batch: ")
+    assert "of 32 images have objects" in line
+
+
+def test_boxes_of_a_few_pixels_are_noticed(tmp_path: Path) -> None:
+    def tiny(_: int, made: dict) -> None:
+        for item in made["objects"]:
+            item["bbox"][2:] = [3.0, 3.0]
+
+    manifest, config = write_data(tmp_path, tiny), configure(tmp_path)
+    line = lines(batch.findings(config, batch.first_batches(config, manifest)))[0]
+    assert line.startswith("warn  batch: ")
+    assert "% of the boxes are less than 4 pixels wide or high" in line
+
+
+def test_eight_images_are_learned_by_the_runs_own_step(tmp_path: Path) -> None:
+    manifest, config = write_data(tmp_path), configure(tmp_path)
+    done = trial.make(config, manifest, batch.first_batches(config, manifest).batches)
+    (line,) = lines(trial.finding(config, done))
+    assert line.startswith("ok    overfit: 8 images, "), line
+    assert done.ended == "fallen"
+    assert done.losses[-1] < 0.95 * done.losses[0]
+    assert done.images == 4, "half of the step: that of one of two workers"
+    assert done.step_seconds > 0
+    assert done.memory_gib > 0.1
+    assert 0 <= done.figures["AP50"] <= 1
+
+
+def test_a_model_that_cannot_learn_is_named(tmp_path: Path) -> None:
+    manifest = write_data(tmp_path)
+    config = configure(tmp_path, learning_rate=0.0, backbone_learning_rate=0.0, overfit_steps=8)
+    losses, ended, _, _ = trial.overfit(config, manifest, torch.device("cpu"))
+    assert ended == "steps"
+    assert max(losses) < 1.001 * min(losses)
+    done = trial.Trial(1.0, 8, 1.0, None, losses, ended, 1.0, {})
+    (line,) = lines(trial.finding(config, done))
+    assert line.startswith("FAIL  overfit: 8 images, 8 steps")
+    assert "it has not fallen to 0.9 of its start. Remedy: look at batch.png" in line
+
+
+def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    manifest = write_data(tmp_path)
+    config = configure(tmp_path, learning_rate=1e30, clip_norm=0.0, warmup_steps=0)
+    losses, ended, _, figures = trial.overfit(config, manifest, torch.device("cpu"))
+    assert (ended, figures) == ("not finite", {})
+    done = trial.Trial(1.0, 8, 1.0, None, losses, ended, 1.0, figures)
+    assert lines(trial.finding(config, done))[0].startswith("FAIL  overfit: ")
+
+
+def test_images_without_anything_to_learn_are_an_error(tmp_path: Path) -> None:
+    manifest = write_data(tmp_path, lambda _, made: made.update(objects=[]))
+    with pytest.raises(DataError, match="none of the first 500 images can be decoded and has objects"):
+        trial.eight_images(configure(tmp_path), manifest, str(tmp_path / "few"))

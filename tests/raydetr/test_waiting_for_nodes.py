@@ -1,0 +1,49 @@
+"""A job on an autoscaling cluster waits for the nodes it needs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+CODE = """
+import os, threading, time
+import ray
+from ray.cluster_utils import Cluster
+from raydetr import cluster, errors
+
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+os.environ["RAY_ADDRESS"] = nodes.address
+os.environ["RAYDETR_WAIT_FOR_NODES"] = "3"
+start = time.monotonic()
+try:
+    cluster.connect(2)
+except errors.ClusterError as error:
+    print("refused", error)
+assert time.monotonic() - start >= 3
+
+os.environ["RAYDETR_WAIT_FOR_NODES"] = "120"
+waiting = threading.Thread(target=cluster.connect, args=(2,))
+waiting.start()
+time.sleep(2)
+assert waiting.is_alive()
+nodes.add_node(num_cpus=2)
+waiting.join()
+print("there", ray.cluster_resources()["CPU"])
+ray.shutdown()
+nodes.shutdown()
+"""
+
+
+def test_it_waits_until_they_are_there_or_the_time_is_over() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], cwd=ROOT / "platform", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "The cluster has 0 of 2 CPUs; asking its autoscaler for nodes." in done.stdout
+    assert "refused The cluster has 0 CPUs and this job needs 2" in done.stdout
+    assert "there 2.0" in done.stdout

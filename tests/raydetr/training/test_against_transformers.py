@@ -1,0 +1,112 @@
+"""Fifty optimiser steps of ours and of transformers' model in a plain loop, from the same weights on the same batches."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from raydetr.data.shards import Manifest
+from raydetr.training.config import TrainConfig
+from raydetr.training.state import TrainingState, create_state
+from raydetr.training.step import to_arguments
+from tests.awkward import write_awkward
+from tests.training_steps import batches_of_steps, train_here
+
+STEPS = 50
+
+
+def make_config(folder: str, precision: Any) -> TrainConfig:
+    return TrainConfig(
+        train_data=folder,
+        workers=1,
+        steps=STEPS,
+        backbone="resnet18",
+        backbone_out_indices=(1, 2, 3, 4),
+        backbone_weights="",
+        trainable_backbone_stages=5,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        attention_heads=4,
+        ffn_dim=32,
+        num_queries=8,
+        compat="transformers",
+        ema_decay=0.0,
+        micro_batch_size=4,
+        micro_batches=1,
+        learning_rate=1e-4,
+        backbone_learning_rate=1e-5,
+        clip_norm=0.1,
+        warmup_steps=0,
+        schedule="constant",
+        precision=precision,
+        shortest_edges=(48, 64),
+        longest_edge=96,
+        window_row_groups=1,
+        max_skipped=1.0,
+    )
+
+
+def their_losses(
+    config: TrainConfig, manifest: Manifest, state: TrainingState, model: nn.Module
+) -> list[float]:
+    """A plain loop: what a user of transformers would write, on the images that can be decoded."""
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if "backbone" not in n and p.requires_grad]},
+        {"params": [p for n, p in named if "backbone" in n and p.requires_grad], "lr": 1e-5},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    losses = []
+    for (batch,) in batches_of_steps(config, manifest):
+        given, keep = to_arguments(batch, state), batch.weights.bool()
+        for label in given["labels"]:
+            label["boxes"] = label["boxes"].to(given["pixel_values"].dtype)
+        loss = model(
+            pixel_values=given["pixel_values"][keep],
+            pixel_mask=given["pixel_mask"][keep].long(),
+            labels=[label for label, kept in zip(given["labels"], keep, strict=True) if kept],
+        ).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-8), ("float32", 1e-2)])
+def test_the_losses_of_fifty_steps_equal_those_of_transformers(
+    precision: Any,
+    tolerance: float,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import transformers
+
+    if precision == "float64":
+        request.getfixturevalue("exact_reference")
+
+    manifest = write_awkward(tmp_path / "data")
+    config = make_config(manifest.root, precision)
+    state = create_state(config, manifest, torch.device("cpu"))
+    with (
+        torch.no_grad()
+    ):  # with fresh weights all queries are alike, and the matching is a matter of rounding
+        state.model.model.query_position_embeddings.weight.normal_(generator=torch.Generator().manual_seed(0))
+    state.model.save_pretrained(tmp_path / "model")
+    theirs = transformers.DetrForObjectDetection.from_pretrained(
+        tmp_path / "model", dtype=getattr(torch, precision)
+    ).train()
+    theirs.requires_grad_(True)
+    wanted = their_losses(config, manifest, state, theirs)
+    got = [metrics["loss"] for metrics in train_here(config, manifest, state)]
+    difference = max(abs(ours - reference) for ours, reference in zip(got, wanted, strict=True))
+    with capsys.disabled():
+        print(f"\n{precision}: the largest difference of {STEPS} losses is {difference:.1e}")
+    assert len(got) == STEPS
+    assert max(wanted) - min(wanted) > 0.5, "the losses hardly move"
+    assert difference <= tolerance

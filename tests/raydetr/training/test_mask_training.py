@@ -1,0 +1,170 @@
+"""Masks of instances and panoptic segments are learned, jointly or in two steps."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr import DetrForObjectDetection, DetrForSegmentation
+from detr.detector import ObjectDetector
+from raydetr.data.ingest import ingest
+from raydetr.data.inputs import Addresses
+from raydetr.data.shards import Manifest
+from raydetr.data.synthetic import generate
+from raydetr.errors import ConfigError
+from raydetr.evaluation.in_process import figures, predict_share
+from raydetr.training.config import TrainConfig
+from raydetr.training.recipes import RECIPES
+from raydetr.training.state import TrainingState, create_state
+from raydetr.training.trainer import check
+from tests.awkward import write_awkward
+from tests.training_steps import train_here
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def manifest(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = tmp_path_factory.mktemp("scenes")
+    generate(str(folder / "coco"), 24, seed=3)
+    files = [str(folder / "coco" / name) for name in ("annotations/instances.json", "images")]
+    panoptic = [str(folder / "coco" / name) for name in ("annotations/panoptic.json", "annotations/panoptic")]
+    if not Path(panoptic[1]).is_dir():
+        panoptic[1] = str(folder / "coco" / "panoptic")
+    return ingest(Addresses(*files, *panoptic), str(folder / "shards")).manifest
+
+
+def config(manifest: Manifest, **changes: object) -> TrainConfig:
+    return replace(
+        TrainConfig(
+            train_data=manifest.root,
+            workers=1,
+            steps=6,
+            backbone="resnet18",
+            backbone_out_indices=(1, 2, 3, 4),
+            backbone_weights="",
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=2,
+            ffn_dim=32,
+            num_queries=12,
+            micro_batch_size=2,
+            micro_batches=2,
+            shortest_edges=(64,),
+            test_edge=64,
+            window_row_groups=1,
+            name="",
+        ),
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def moved(before: dict[str, torch.Tensor], state: TrainingState) -> set[str]:
+    """The first parts of the names of parameters that changed."""
+    after = state.model.state_dict()
+    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+def test_masks_are_learned_jointly(manifest: Manifest, task: str) -> None:
+    chosen = config(manifest, task=task, query_groups=2)
+    check(chosen, manifest)
+    state = create_state(chosen, manifest, CPU)
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    metrics = train_here(chosen, manifest, state)
+    assert all(row["loss_mask"] > 0 and row["loss_dice"] > 0 for row in metrics)
+    assert moved(before, state) == {"detr", "mask_head", "bbox_attention"}
+
+
+def test_masks_are_learned_in_a_second_step_that_leaves_the_detector_alone(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    first = config(manifest, task="panoptic-boxes")
+    boxes = create_state(first, manifest, CPU)
+    assert isinstance(boxes.model, DetrForObjectDetection)
+    metrics = train_here(first, manifest, boxes)
+    assert "loss_mask" not in metrics[0]
+    boxes.model.save_pretrained(tmp_path / "boxes")
+    boxes.processor.save_pretrained(tmp_path / "boxes")
+    second = config(manifest, task="panoptic", freeze_detector=True, model=str(tmp_path / "boxes"))
+    state = create_state(second, manifest, CPU)
+    assert isinstance(state.model, DetrForSegmentation)
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    for name, value in boxes.model.state_dict().items():
+        assert torch.equal(before[f"detr.{name}"], value), (
+            "the second step begins with the detector of the first"
+        )
+    train_here(second, manifest, state)
+    assert moved(before, state) == {"mask_head", "bbox_attention"}
+
+
+def test_boxes_of_things_and_stuff_are_those_of_their_pixels(manifest: Manifest) -> None:
+    detection, segments = (
+        create_state(config(manifest, task=task), manifest, CPU) for task in ("detection", "panoptic-boxes")
+    )
+    assert detection.model.config.id2label == segments.model.config.id2label
+    kinds = {
+        task: predict_share(ObjectDetector(state.model, state.processor), manifest, kind)  # type: ignore[arg-type]
+        for task, state, kind in (("none", detection, "none"), ("panoptic-boxes", segments, "panoptic-boxes"))
+    }
+    assert len(kinds["panoptic-boxes"].annotations) > len(kinds["none"].annotations)
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+def test_the_truth_as_prediction_is_scored_one(manifest: Manifest, task: str) -> None:
+    state = create_state(config(manifest, task=task), manifest, CPU)
+    share = predict_share(ObjectDetector(state.model, state.processor), manifest, task)  # type: ignore[arg-type]
+    assert -1 <= figures(share, manifest, task)["AP"] < 0.9  # type: ignore[arg-type]
+    for image in share.images:
+        own = [item for item in share.annotations if item["image_id"] == image["id"]]
+        boxes = torch.tensor([item["bbox"] for item in own], dtype=torch.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        share.found[image["id"]] = {
+            "scores": torch.ones(len(own)),
+            "labels": torch.tensor([item["category_id"] for item in own], dtype=torch.int64),
+            "boxes": boxes,
+        }
+        if task == "instance":
+            share.found[image["id"]]["masks"] = masks(own, image)
+        elif image["id"] in share.segments:
+            share.segments[image["id"]] |= truth_as_map(share.segments[image["id"]])
+    scored = figures(share, manifest, task)  # type: ignore[arg-type]
+    assert scored["AP"] == pytest.approx(1)
+    assert scored["mask_AP" if task == "instance" else "PQ"] == pytest.approx(1)
+
+
+def masks(annotations: list[dict[str, object]], image: dict[str, int]) -> torch.Tensor:
+    from pycocotools import mask as coco_mask
+
+    height, width = image["height"], image["width"]
+    decoded = [
+        torch.from_numpy(
+            coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(item["segmentation"], height, width)))
+        )
+        for item in annotations
+    ]
+    return torch.stack(decoded) if decoded else torch.zeros(0, height, width)
+
+
+def truth_as_map(segments: dict[str, object]) -> dict[str, object]:
+    from detr.metrics.panoptic import _read_map
+
+    return {
+        "map": _read_map(segments["png"]),  # type: ignore[arg-type]
+        "found": [{"id": s["id"], "category_id": s["category_id"]} for s in segments["truth"]],  # type: ignore[attr-defined]
+    }
+
+
+def test_data_without_masks_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    boxes_only = write_awkward(tmp_path / "data", shards=(8,))
+    with pytest.raises(ConfigError, match="no image of the first shard"):
+        check(config(boxes_only, task="panoptic"), boxes_only)
+
+
+def test_the_recipes_of_masks_are_whole() -> None:
+    assert RECIPES["panoptic"].segments
+    assert RECIPES["masks"].freeze_detector
+    assert RECIPES["panoptic-boxes"].task == "panoptic-boxes"
+    with pytest.raises(ConfigError, match="--freeze-detector"):
+        TrainConfig(freeze_detector=True)

@@ -1,0 +1,222 @@
+"""A loss or gradient that is not finite: named, kept, replayed; left out without a trace, or the end of the run."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from raydetr import storage
+from raydetr.data import stream
+from raydetr.data.micro_batch import TrainingBatch, unpack
+from raydetr.data.shards import Manifest
+from raydetr.errors import ConfigError, TrainingError
+from raydetr.training import loop, non_finite
+from raydetr.training.config import TrainConfig
+from raydetr.training.distributed import step_totals
+from raydetr.training.state import TrainingState, create_state
+from raydetr.training.step import is_finite, train_step
+from tests.awkward import write_awkward
+from tests.cluster.recorded_training import config as make_config
+from tests.raydetr.training.test_worker_counts import build_stream
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_awkward(tmp_path_factory.mktemp("data"), shards=(24,), empty=0.0)
+
+
+@pytest.fixture
+def config(manifest: Manifest, tmp_path: Path) -> TrainConfig:
+    plain = make_config(manifest.root, str(tmp_path / "run"))
+    return dataclasses.replace(plain, workers=1, query_groups=2, dropout=0.1, on_non_finite="skip")
+
+
+@pytest.fixture
+def state(config: TrainConfig, manifest: Manifest) -> TrainingState:
+    return create_state(config, manifest, torch.device("cpu"))
+
+
+@pytest.fixture
+def batches(config: TrainConfig, manifest: Manifest) -> list[TrainingBatch]:
+    """The micro-batches of step 0."""
+    job = build_stream(config, manifest)
+    window = next(iter(stream._walk(job, 0)))
+    first = next(stream._fill(window, job, world_size=1))
+    return [batch for batch in unpack(first, config.micro_batch_size) if batch.step == 0]
+
+
+def do_step(state: TrainingState, batches: list[TrainingBatch], config: TrainConfig) -> dict[str, float]:
+    """A step as the loop does it."""
+    totals = step_totals(batches, config.num_queries, config.eos_coefficient)
+    metrics = train_step(state.module, state, batches, config, totals)
+    if not is_finite(metrics):
+        loop.leave_out(state, batches, config, totals, metrics, rank=0)
+    loop.count(state, config, totals, batches[0].step)
+    return metrics
+
+
+class Explodes(nn.Module):
+    """A layer that is not finite forwards, or backwards."""
+
+    def __init__(self, layer: nn.Module, forwards: float = 1.0, backwards: float = 1.0) -> None:
+        super().__init__()
+        self.layer, self.forwards, self.backwards = layer, forwards, backwards
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.layer(x) * self.forwards
+        out.register_hook(lambda gradient: gradient * self.backwards)
+        return out
+
+
+def break_weights(state: TrainingState) -> None:
+    with torch.no_grad():
+        state.model.model.encoder.layers[0].fc1.weight[0, 0] = float("nan")
+
+
+def break_forward(state: TrainingState) -> None:
+    layer = state.model.model.encoder.layers[0]
+    layer.fc1 = Explodes(layer.fc1, forwards=float("inf"))
+
+
+def break_backward(state: TrainingState) -> None:
+    layer = state.model.model.encoder.layers[0]
+    layer.fc1 = Explodes(layer.fc1, backwards=float("nan"))
+
+
+def break_loss(state: TrainingState) -> None:
+    """Finite logits whose loss overflows."""
+    with torch.no_grad():
+        state.model.class_labels_classifier.bias[0] = 3e38
+        state.model.class_labels_classifier.bias[1] = -3e38
+
+
+PLACES: dict[str, tuple[Callable[[TrainingState], None], str]] = {
+    "weights": (break_weights, "the weights: "),
+    "forward": (break_forward, "the forward pass: "),
+    "loss": (break_loss, "the loss: "),
+    "backward": (break_backward, "the backward pass: "),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_first_bad_layer_is_named(
+    place: str,
+    state: TrainingState,
+    batches: list[TrainingBatch],
+    config: TrainConfig,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    do_break, told = PLACES[place]
+    do_break(state)
+    do_step(state, batches, config)
+    out = capfd.readouterr().out
+    assert f"First not finite in rank 0: {told}" in out
+    if place != "loss":
+        assert "encoder.layers.0.fc1" in out
+
+
+def test_the_kept_batch_replays_to_the_same_place(
+    state: TrainingState, batches: list[TrainingBatch], config: TrainConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    break_weights(state)
+    do_step(state, batches, config)
+    out = capfd.readouterr().out
+    file = out.split("--replay ", 1)[1].split()[0]
+    replayed = non_finite.replay(dataclasses.replace(config, replay=file))
+    assert replayed.pop("step") == 0
+    assert len(replayed) == config.micro_batches
+    first = next(iter(replayed.values()))
+    assert first.startswith("the weights: ")
+    assert first in out
+
+
+def test_a_kept_batch_replays_with_the_loss_that_it_had(
+    state: TrainingState, batches: list[TrainingBatch], config: TrainConfig
+) -> None:
+    """Weights, query groups, dropout and normalisers are those of the step: nothing else would find the place."""
+    totals = step_totals(batches, config.num_queries, config.eos_coefficient)
+    file = non_finite.keep(config.output, 0, state, batches, totals)
+    losses = []
+
+    def note(model: nn.Module, arguments: dict, _: TrainConfig) -> str:
+        losses.append(float(model(**arguments).loss.detach()))
+        return ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(non_finite, "probe", note)
+        assert non_finite.first_bad_layer(state, batches, config, totals) == ""
+        non_finite.replay(dataclasses.replace(config, replay=file))
+    half = len(losses) // 2
+    assert half == config.micro_batches
+    assert losses[:half] == losses[half:]
+
+
+def test_a_step_left_out_changes_nothing_but_the_count(
+    state: TrainingState, batches: list[TrainingBatch], config: TrainConfig, manifest: Manifest
+) -> None:
+    do_step(state, batches, config)  # the optimiser has moments
+    before = copy.deepcopy(
+        (state.module.state_dict(), state.optimizer.state_dict(), state.average.state_dict())
+    )
+    later = [dataclasses.replace(batch, step=1) for batch in batches]
+    hook = state.model.class_labels_classifier.register_forward_hook(lambda _, __, out: out * float("nan"))
+    metrics = do_step(state, later, config)
+    hook.remove()
+    assert not is_finite(metrics)
+    after = state.module.state_dict(), state.optimizer.state_dict(), state.average.state_dict()
+    for name, value in before[0].items():
+        assert torch.equal(value, after[0][name]), name
+    for index, moments in before[1]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, after[1]["state"][index][name]), (index, name)
+    assert all(torch.equal(a, b) for a, b in zip(before[2], after[2], strict=True))
+    assert (state.step, state.non_finite) == (2, 1)
+    assert all(parameter.grad is None for parameter in state.module.parameters())
+
+
+def test_the_run_stops_with_step_images_layer_and_file(
+    state: TrainingState, batches: list[TrainingBatch], config: TrainConfig
+) -> None:
+    break_forward(state)
+    with pytest.raises(TrainingError) as raised:
+        do_step(state, batches, dataclasses.replace(config, on_non_finite="stop"))
+    told = str(raised.value)
+    ids = sorted(image_id for batch in batches for image_id in batch.image_ids)
+    assert "Step 0: loss nan" in told or "Step 0: loss inf" in told
+    assert f"images {ids}" in told
+    assert "encoder.layers.0.fc1" in told
+    file = told.split("--replay ", 1)[1].split()[0].rstrip(".")
+    assert storage.exists(file)
+    assert "--on-non-finite skip" in told, "the remedy"
+
+
+def test_too_many_steps_left_out_stop_the_run(
+    state: TrainingState, batches: list[TrainingBatch], config: TrainConfig
+) -> None:
+    break_forward(state)
+    few = dataclasses.replace(config, max_non_finite=2)
+    for step in (0, 1):
+        do_step(state, [dataclasses.replace(batch, step=step) for batch in batches], few)
+    with pytest.raises(TrainingError, match="Step 2: "):
+        do_step(state, [dataclasses.replace(batch, step=2) for batch in batches], few)
+
+
+def test_a_file_that_is_no_kept_batch_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(b"no batch")
+    with pytest.raises(ConfigError, match="not a batch saved by a training run"):
+        non_finite.replay(dataclasses.replace(config, replay=str(tmp_path / "x.pt")))
+
+
+def test_a_disk_that_is_full_does_not_hide_the_step(
+    state: TrainingState, batches: list[TrainingBatch], config: TrainConfig, tmp_path: Path
+) -> None:
+    """Where the batch cannot be kept the message still has everything else, on every rank alike."""
+    (tmp_path / "file").write_text("")
+    break_forward(state)
+    nowhere = dataclasses.replace(config, on_non_finite="stop", output=str(tmp_path / "file"))
+    with pytest.raises(TrainingError, match=r"Step 0: .*encoder.layers.0.fc1.*could not be kept"):
+        do_step(state, batches, nowhere)

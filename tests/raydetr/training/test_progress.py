@@ -1,0 +1,159 @@
+"""Metrics reach MLflow once, however often a run restarts and whether or not MLflow answers; on a real SQLite store."""
+
+import contextlib
+import dataclasses
+import socket
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raydetr.data.micro_batch import TrainingBatch
+from raydetr.registry import tracking
+from raydetr.training.config import TrainConfig
+from raydetr.training.progress import Progress
+from tests.cluster.recorded_training import config as make_config
+from tests.raydetr.training.test_distributed import batch
+
+Run = tuple[TrainConfig, str]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    config = make_config("", str(tmp_path))
+    config = dataclasses.replace(config, tracking_uri=tracking.resolve_uri(config.tracking_uri))
+    return config, tracking.start_run(config.tracking_uri, "training", "run", {}, {})
+
+
+def metrics(step: int) -> dict[str, float]:
+    return {"loss": 10.0 - step, "grad_norm": 1.0, "images": 4.0}
+
+
+def add(progress: Progress, *steps: int) -> None:
+    for step in steps:
+        one: TrainingBatch = dataclasses.replace(batch([1]), step=step)
+        progress.add(metrics(step), [one])
+
+
+def values(run: Run, name: str = "loss") -> list[tuple[int, float]]:
+    """All that MLflow has of a metric, repeated ones included."""
+    config, run_id = run
+    history = tracking.client(config.tracking_uri).get_metric_history(run_id, name)
+    return sorted((metric.step, metric.value) for metric in history)
+
+
+@contextlib.contextmanager
+def away(run: Run) -> Iterator[None]:
+    """The store lets nobody write."""
+    file = run[0].tracking_uri.removeprefix("sqlite:///")
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.execute("ALTER TABLE metrics RENAME TO hidden")
+        database.commit()
+        try:
+            yield
+        finally:
+            database.execute("ALTER TABLE hidden RENAME TO metrics")
+            database.commit()
+
+
+def test_metrics_are_sent_when_their_checkpoint_is_committed_and_not_before(run: Run) -> None:
+    progress = Progress(*run, rank=0)
+    add(progress, 0, 1, 2)
+    assert values(run) == []
+    assert [row[0] for row in progress.uncommitted()["metrics"]] == [0, 1, 2]
+    progress.send()
+    assert values(run) == [(0, 10.0), (1, 9.0), (2, 8.0)]
+    assert progress.rows == []
+
+
+def test_metrics_are_kept_while_mlflow_is_away_and_sent_once_afterwards(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    progress = Progress(*run, rank=0)
+    add(progress, 0, 1)
+    with away(run):
+        progress.send()
+        assert "The metrics of 2 steps are kept in the checkpoint" in capfd.readouterr().out
+        add(progress, 2)
+        assert [row[0] for row in progress.uncommitted()["metrics"]] == [0, 1, 2]
+        progress.send()
+    add(progress, 3)
+    progress.send()
+    assert values(run) == [(step, 10.0 - step) for step in range(4)]
+
+
+def test_sending_the_same_rows_twice_leaves_one_value_a_step(run: Run) -> None:
+    """A run that was killed between its checkpoint and what it sent goes on from that checkpoint and sends again."""
+    progress = Progress(*run, rank=0)
+    add(progress, 0, 1, 2)
+    checkpoint = progress.uncommitted()
+    progress.send()
+    resumed = Progress(*run, rank=0)
+    resumed.restore(checkpoint)
+    assert values(run) == [(0, 10.0), (1, 9.0), (2, 8.0)]
+    assert resumed.rows == []
+
+
+def test_what_a_killed_run_had_not_sent_is_sent_when_it_goes_on(run: Run) -> None:
+    progress = Progress(*run, rank=0)
+    add(progress, 0, 1)
+    checkpoint = progress.uncommitted()  # and killed
+    resumed = Progress(*run, rank=0)
+    resumed.restore(checkpoint)
+    add(resumed, 2)
+    resumed.send()
+    assert values(run) == [(0, 10.0), (1, 9.0), (2, 8.0)]
+
+
+def test_what_a_server_lost_of_the_last_minutes_is_sent_again_when_the_run_goes_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new head's server goes on from a copy of the database, which is a minute old."""
+    progress = Progress(*run, rank=0)
+    add(progress, 0)
+    progress.send()
+    file = run[0].tracking_uri.removeprefix("sqlite:///")
+    copy = Path(file).read_bytes()
+    add(progress, 1, 2)
+    checkpoint = progress.uncommitted()
+    progress.send()
+    later = progress.uncommitted()
+    Path(file).write_bytes(copy)
+    assert values(run) == [(0, 10.0)]
+    Progress(*run, rank=0).restore(later)
+    assert values(run) == [(0, 10.0), (1, 9.0), (2, 8.0)]
+    assert later == checkpoint
+    monkeypatch.setattr("raydetr.training.progress.RESEND_S", -1.0)
+    assert progress.uncommitted() == {"metrics": []}, "what is old enough is not kept"
+
+
+def test_other_ranks_send_nothing(run: Run) -> None:
+    other = Progress(*run, rank=1)
+    other.restore({"metrics": [[0, 1, {"loss": 1.0}]]})
+    assert values(run) == []
+
+
+def test_a_server_that_is_gone_is_noticed_at_once(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    """MLflow's own client tries again for minutes, in which all workers would wait."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        progress = Progress(dataclasses.replace(run[0], tracking_uri=uri), run[1], rank=0)
+        add(progress, 0)
+        progress.send()
+    assert "No MLflow server answers" in capfd.readouterr().out
+    assert len(progress.uncommitted()["metrics"]) == 1
+
+
+def test_a_line_tells_step_loss_speed_and_time_left(
+    run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raydetr.training.progress.LINE_EVERY_S", 0.0)
+    progress = Progress(*run, rank=0)
+    add(progress, 0)
+    assert capfd.readouterr().out == "", "the first step pays for starting up"
+    add(progress, 1)
+    line = capfd.readouterr().out
+    assert line.startswith(f"step 2/{run[0].steps}  loss 9.000  ")
+    assert " left" in line

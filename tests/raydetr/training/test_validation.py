@@ -1,0 +1,127 @@
+"""Which checkpoint is the best, which are kept, when a run ends early: all read from the checkpoints themselves."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from raydetr import storage
+from raydetr.training import checkpoint, validation
+from raydetr.training.config import TrainConfig
+from tests.awkward import write_awkward
+from tests.cluster.recorded_training import config as make_config
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return dataclasses.replace(
+        make_config(str(tmp_path / "data"), str(tmp_path / "run")),
+        val_data=str(tmp_path / "data"),
+        checkpoint_every=5,
+        validate_every=10,
+        keep_checkpoints=2,
+        patience=3,
+        steps=200,
+    )
+
+
+def commit(config: TrainConfig, step: int) -> None:
+    """A complete checkpoint, as far as this module looks, and what the loop removes after it."""
+    for name in ("model/config.json", checkpoint.STATE, checkpoint.MARKER):
+        storage.write_bytes(storage.join(checkpoint.address(config.output, step), name), b"{}")
+    checkpoint.remove_surplus(
+        config.output,
+        config.keep_checkpoints,
+        validation.best_checkpoint(config),
+        validation.waiting_checkpoints(config),
+    )
+
+
+def validate(config: TrainConfig, step: int, ap: float) -> None:
+    checkpoint.write_validation(config.output, step, {"AP": ap, "AP50": 2 * ap})
+
+
+def test_the_latest_the_best_and_those_under_validation_are_kept(config: TrainConfig) -> None:
+    for step in range(5, 45, 5):
+        commit(config, step)
+    assert checkpoint.committed_steps(config.output) == [10, 20, 30, 35, 40], "10, 20, 30 are to be validated"
+    validate(config, 10, 0.1)
+    validate(config, 20, 0.3)
+    commit(config, 45)
+    assert checkpoint.committed_steps(config.output) == [20, 30, 40, 45], "20 is the best, 30 is waiting"
+    for step, ap in ((30, 0.2), (40, 0.4)):
+        validate(config, step, ap)
+    commit(config, 50)
+    assert checkpoint.committed_steps(config.output) == [40, 45, 50]
+    assert len(storage.list_names(storage.join(config.output, "checkpoints"))) == 3, "nothing half deleted"
+
+
+def test_the_earlier_of_equals_is_the_best(config: TrainConfig) -> None:
+    for step in (10, 20):
+        commit(config, step)
+        validate(config, step, 0.25)
+    assert validation.best_checkpoint(config) == 10
+
+
+def test_without_a_validation_there_is_no_best(config: TrainConfig) -> None:
+    commit(config, 10)
+    assert validation.best_checkpoint(config) is None
+    assert not validation.has_stalled(config, 10)
+
+
+def test_a_failed_validation_is_neither_best_nor_waited_for(config: TrainConfig) -> None:
+    commit(config, 10)
+    checkpoint.write_validation(config.output, 10, {})
+    assert validation.best_checkpoint(config) is None
+    assert validation.waiting_checkpoints(config) == set()
+
+
+@pytest.mark.parametrize(("known", "stalled"), [((10, 20, 30), False), ((10, 20, 30, 40), True)])
+def test_a_run_has_stalled_after_as_many_validations_without_a_better_one_as_patience_says(
+    known: tuple[int, ...], stalled: bool, config: TrainConfig
+) -> None:
+    for step in known:
+        commit(config, step)
+        validate(config, step, 0.5 if step == 10 else 0.4)
+    assert validation.has_stalled(config, known[-1]) is stalled
+    # A resumed run has nothing but the same folder.
+    assert validation.has_stalled(dataclasses.replace(config, workers=1), known[-1]) is stalled
+    assert not validation.has_stalled(dataclasses.replace(config, patience=0), known[-1])
+
+
+def test_a_validation_that_is_still_under_way_holds_back_the_early_end(config: TrainConfig) -> None:
+    for step in (10, 20, 30, 40):
+        commit(config, step)
+    for step in (10, 20, 40):
+        validate(config, step, 0.5 if step == 10 else 0.4)
+    assert not validation.has_stalled(config, 40), "30 may be better yet"
+    validate(config, 30, 0.4)
+    assert validation.has_stalled(config, 40)
+
+
+def test_a_better_one_starts_patience_anew(config: TrainConfig) -> None:
+    for step, ap in ((10, 0.5), (20, 0.4), (30, 0.6), (40, 0.5), (50, 0.5)):
+        commit(config, step)
+        validate(config, step, ap)
+    assert not validation.has_stalled(config, 50)
+
+
+def test_a_failed_validation_is_said_and_does_not_end_the_run(
+    config: TrainConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_awkward(Path(config.train_data), shards=(8,))
+    commit(config, 10)  # whose model cannot be loaded
+    assert validation.validate_checkpoint(config, "", 10) == {}
+    assert "step 10: the validation failed" in capfd.readouterr().out
+    assert checkpoint.read_validation(config.output, 10) == {}
+
+
+def test_a_failed_validation_between_two_steps_does_not_end_the_run_either(
+    config: TrainConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_awkward(Path(config.train_data), shards=(8,))
+    commit(config, 10)
+    validation.validate_together(config, "", 10, 0, torch.device("cpu"))
+    assert "step 10: the validation failed" in capfd.readouterr().out
+    assert validation.waiting_checkpoints(config) == set()
