@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-cluster check format clean
+.PHONY: demo test test-cluster soak check format clean
 demo: $(READY)
 	$(BIN)/python pipelines/demo.py
 
@@ -12,7 +12,10 @@ test: $(READY)
 	$(BIN)/python -m pytest -m 'not slow and not cluster'
 
 test-cluster: $(READY)
-	$(BIN)/python -m pytest -m 'slow or cluster'
+	$(BIN)/python -m pytest -m '(slow or cluster) and not soak'
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,11 +1,16 @@
-"""Options of the test session, and the record of how far the model library is from its references."""
+"""Options of the test session, its Ray, and the record of how far the model library is from its references."""
 
+import gc
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import ray
 
+from raydetr import cluster
 from tests.checklist import Outcome, write_table
 
 
@@ -54,6 +59,27 @@ def checkpoint(request: pytest.FixtureRequest) -> Path:
     if folder is None:
         pytest.skip("no trained checkpoint: give one with --checkpoint PATH")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A Ray of this test session with ten logical CPUs (eight workers and their data tasks); tests leave it running."""
+    if ray.is_initialized():
+        ray.shutdown()
+    ray.init(
+        address="local",
+        num_cpus=10,
+        runtime_env=cluster.quoted_interpreter(),
+        # Without it Ray Train can take its controller for dead and stop the workers.
+        include_dashboard=True,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # Ray does not wait for the processes it stops
+        ray.shutdown()
+        gc.collect()
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -9,7 +9,10 @@ import pytest
 from raydetr import config
 from raydetr.data import schema
 from raydetr.data.shards import Manifest
+from raydetr.doctor.config import DoctorConfig
 from raydetr.serving.app import api
+from raydetr.training.config import TrainConfig
+from raydetr.training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "interfaces.md").read_text()
@@ -23,13 +26,22 @@ def row(first: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["ingest", "train", "evaluate", "promote", "predict", "serve", "demo"])
 def test_the_flags_of_a_pipeline_are_listed(name: str) -> None:
-    fields = dataclasses.fields(getattr(config, f"{name.capitalize()}Config"))
+    flags = TrainConfig if name == "train" else getattr(config, f"{name.capitalize()}Config")
+    fields = dataclasses.fields(flags)
     assert row(f"`{name}`") == [f"--{field.name.replace('_', '-')}" for field in fields]
     assert (ROOT / "pipelines" / f"{name}.py").exists()
 
 
+def test_the_doctors_flags_are_those_of_train_and_those_listed() -> None:
+    trained = {field.name for field in dataclasses.fields(TrainConfig)}
+    own = [field.name for field in dataclasses.fields(DoctorConfig) if field.name not in trained]
+    assert trained < {field.name for field in dataclasses.fields(DoctorConfig)}
+    assert row("`doctor`") == [f"--{name.replace('_', '-')}" for name in own]
+    assert (ROOT / "pipelines" / "doctor.py").exists()
+
+
 def test_the_recipes_are_listed() -> None:
-    assert re.search(r"`--recipe (\S+)`", PAGE)[1].split("|") == list(config.RECIPES)
+    assert re.search(r"`--recipe (\S+)`", PAGE)[1].split("|") == list(RECIPES)
 
 
 def test_the_fields_of_shards_are_listed() -> None:

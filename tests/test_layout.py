@@ -10,11 +10,12 @@ SOURCES = [file for part in ("detr", "platform", "pipelines") for file in sorted
 FORBIDDEN = {
     "detr": ["raydetr", "pipelines", "ray", "mlflow", "transformers", "tests"],
     "platform/raydetr": ["pipelines", "transformers", "tests"],
-    "platform/raydetr/evaluation": ["raydetr.training", "raydetr.serving"],
-    "platform/raydetr/serving": ["raydetr.training"],
-    "platform/raydetr/training": ["raydetr.serving"],
-    "platform/raydetr/registry": ["raydetr.serving", "raydetr.training"],
-    "platform/raydetr/data": ["raydetr.serving", "raydetr.training", "raydetr.evaluation"],
+    "platform/raydetr/doctor": ["raydetr.serving"],
+    "platform/raydetr/evaluation": ["raydetr.doctor", "raydetr.training", "raydetr.serving"],
+    "platform/raydetr/serving": ["raydetr.doctor", "raydetr.training"],
+    "platform/raydetr/training": ["raydetr.doctor", "raydetr.serving"],
+    "platform/raydetr/registry": ["raydetr.doctor", "raydetr.serving", "raydetr.training"],
+    "platform/raydetr/data": ["raydetr.doctor", "raydetr.serving", "raydetr.training", "raydetr.evaluation"],
     "pipelines": ["tests", "transformers"],
 }
 

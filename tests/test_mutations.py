@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ["detr", "platform", "pipelines", "tests", "pyproject.toml"]
+PARTS = ["detr", "platform", "pipelines", "tests", "docs", "pyproject.toml", "cluster.yaml"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ MUTATIONS = {
     ),
     "the boxes are normalised per worker": Mutation(
         "platform/raydetr/training/distributed.py",
-        "boxes, class_weight, images, skipped = all_reduce(sums).tolist()\n    workers = world_size()",
-        "boxes, class_weight, images, skipped = sums.tolist()\n    workers = 1",
+        "boxes, class_weight, images, skipped, said = all_reduce(sums).tolist()\n    workers = world_size()",
+        "boxes, class_weight, images, skipped, said = sums.tolist()\n    workers = 1",
         ("tests/raydetr/training/test_distributed.py",),
     ),
     "the number of boxes is clamped after the division, as in the original": Mutation(
@@ -64,9 +64,27 @@ MUTATIONS = {
     ),
     "a padded slot weighs as much as an image": Mutation(
         "platform/raydetr/data/micro_batch.py",
-        "weights=torch.tensor([float(h > 0) for h in heights])",
-        "weights=torch.tensor([1.0 for h in heights])",
+        "weights=torch.tensor([float(image is not None) for image in images])",
+        "weights=torch.tensor([1.0 for image in images])",
         ("tests/raydetr/data/test_micro_batch.py",),
+    ),
+    "spot is asked for again after it was refused": Mutation(
+        "platform/raydetr/autoscaling.py",
+        "matching, not refused, not node_type",
+        "matching, not node_type",
+        ("tests/raydetr/test_autoscaling.py",),
+    ),
+    "jobs need no token": Mutation(
+        "cluster.yaml",
+        "--env RAY_AUTH_MODE=token",
+        "--env RAY_AUTH_MODE=disabled",
+        ("tests/cluster/test_cluster_yaml.py",),
+    ),
+    "the dashboard listens to the world": Mutation(
+        "cluster.yaml",
+        "--dashboard-host=127.0.0.1",
+        "--dashboard-host=0.0.0.0",
+        ("tests/cluster/test_cluster_yaml.py",),
     ),
 }
 

@@ -1,5 +1,6 @@
 """Shards for the benchmarks: coco128's records over and over, under ids of their own."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -7,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from raydetr import storage
 from raydetr.data.coco import read_coco
-from raydetr.data.record import make_record
+from raydetr.data.index import Index
+from raydetr.data.record import Entry, make_record
 from raydetr.data.shard_writer import ShardSummary, write_manifest, write_shard
 from raydetr.data.shards import MANIFEST, Manifest
 
@@ -17,26 +21,48 @@ SOURCE = Path(__file__).parents[3] / "shared" / "data" / "coco128"
 RECORDS_PER_SHARD = 512
 
 
-def coco128_shards(root: str, num_images: int) -> Manifest:
-    """A folder of shards with `num_images` records, made once."""
-    folder = os.path.join(root, f"coco128-{num_images}")
+def coco128_shards(root: str, num_images: int, side: int | None = None) -> Manifest:
+    """A folder of shards with `num_images` records, made once; `side` bounds their longer side in pixels."""
+    folder = os.path.join(root, f"coco128-{num_images}" + (f"-{side}" if side else ""))
     if not storage.exists(storage.join(folder, MANIFEST)):
-        index = read_coco(str(SOURCE / "annotations" / "instances_train2017.json"))
-        category_ids = frozenset(category["id"] for category in index.categories)
+        index = Index()
+        file = read_coco(str(SOURCE / "annotations" / "instances_train2017.json"), index)
+        index.join_files()
+        category_ids = frozenset(category["id"] for category in file.categories)
+        made = [_record(entry, category_ids, side) for entry in index.entries()]
 
         def records(start: int) -> Iterator[dict[str, Any]]:
             for number in range(start, min(start + RECORDS_PER_SHARD, num_images)):
-                entry = replace(index.entries[number % len(index.entries)], image_id=number)
-                data = (SOURCE / "train2017" / entry.file_name).read_bytes()
-                yield make_record(entry, data, category_ids)[0]
+                yield {**made[number % len(made)], "image_id": number}
 
         summaries: list[ShardSummary] = []
         for number, start in enumerate(range(0, num_images, RECORDS_PER_SHARD)):
             summary = write_shard(folder, number, records(start))
             assert summary is not None
             summaries.append(summary)
-        write_manifest(folder, summaries, index.categories)
+        write_manifest(folder, summaries, file.categories)
     return Manifest.load(folder)
+
+
+def _record(entry: Entry, category_ids: frozenset[int], side: int | None) -> dict[str, Any]:
+    data = (SOURCE / "train2017" / entry.file_name).read_bytes()
+    if side is not None:
+        image = Image.open(io.BytesIO(data))
+        factor = side / max(image.size)
+        image = image.resize((round(factor * image.width), round(factor * image.height)))
+        file = io.BytesIO()
+        image.convert("RGB").save(file, "JPEG")
+        data = file.getvalue()
+        entry = replace(
+            entry,
+            height=image.height,
+            width=image.width,
+            annotations=tuple(
+                replace(each, fields={**each.fields, "bbox": [factor * v for v in each.fields["bbox"]]})
+                for each in entry.annotations
+            ),
+        )
+    return make_record(entry, data, category_ids)[0]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""A stream of many times the object store: is anything spilled, and how much memory do the workers take?
+"""The stream's memory: through a small object store, and with ever larger data sets.
 
-python tests/benchmarks/stream_memory.py [--store 512] [--images 1200]
+    python tests/benchmarks/stream_memory.py
+
+First a stream of nearly four times the object store: is anything spilled to disk? Then 80,000 small images, from a data set
+of 5,000 over and over, of 20,000 and of 80,000: the most that any process, and the object store, has.
 """
 
-import argparse
+import os
 import re
 import time
 
@@ -15,54 +18,88 @@ from shards_of_coco128 import coco128_shards
 from detr.augment import AugmentSpec
 from raydetr.data import stream
 from raydetr.data.plan import PlanSpec
+from raydetr.data.shards import Manifest
 from raydetr.data.source import shard_source
+
+SMALL = AugmentSpec(
+    shortest_edges=(96, 112, 128), longest_edge=213, crop_shortest_edges=(64, 80, 96), crop_sizes=(60, 96)
+)
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--store", type=int, default=512, help="MiB of the object store")
-    parser.add_argument("--images", type=int, default=1200)
-    arguments = parser.parse_args()
-    spec = PlanSpec(seed=0, micro_batch_size=2, micro_batches=4, augmentation=AugmentSpec())
-    print("| shards' records | images streamed | GB of batches | spilled | largest worker, MiB | seconds |")
-    print("|---|---|---|---|---|---|")
-    for records in (256, 1024, 4096):
-        manifest = coco128_shards("runs/benchmarks", records)
-        ray.init(
-            address="local", num_cpus=2, object_store_memory=arguments.store * 2**20, log_to_driver=False
-        )
-        plan = stream.build_plan(manifest, spec)
-        job = stream.Stream(
-            source=shard_source(manifest),
-            plan=plan,
-            last_step=arguments.images // 8,
-            first_step=lambda: 0,
-        )
-        begin, gigabytes, peak = time.perf_counter(), 0.0, 0.0
-        (split,) = stream.dataset(job, 1, 0).streaming_split(1, equal=False)
-        for number, batches in enumerate(stream.steps(split, 2, 4)):
-            gigabytes += sum(batch.pixels.nbytes for batch in batches) / 1e9
-            if number % 10 == 0:
-                peak = max(peak, _largest_worker())
-        spilled = re.search(r"Spilled (\d+ \w+)", memory_summary(stats_only=True))
-        seconds = time.perf_counter() - begin
+    """Print both tables."""
+    print("| store, MiB | CPUs | images | GB of images | spilled | seconds |\n|---|---|---|---|---|---|")
+    manifest = coco128_shards("runs/benchmarks", 1024)
+    for store, cpus in ((512, 2), (512, 8), (1024, 2), (2048, 8)):
+        row = _stream(manifest, 8 * (store // 3), AugmentSpec(), store, cpus)
         print(
-            f"| {records:,} | {arguments.images:,} | {gigabytes:.1f} | {spilled[1] if spilled else 'nothing'} "
-            f"| {peak:.0f} | {seconds:.0f} |",
+            f"| {store} | {cpus} | {row['images']:,.0f} | {row['gigabytes']:.1f} | {row['spilled']:.0f} MiB "
+            f"| {row['seconds']:.0f} |",
             flush=True,
         )
-        ray.shutdown()
+    print("\n| records | driver, MiB | data worker | coordinator | object store | spilled | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for records in (5_000, 20_000, 80_000):
+        manifest = coco128_shards("runs/benchmarks", records, side=100)
+        row = _stream(manifest, 80_000, SMALL, 1024, 2)
+        print(
+            f"| {records:,} | {row['driver']:.0f} | {row['worker']:.0f} | {row['coordinator']:.0f} "
+            f"| {row['store']:.0f} | {row['spilled']:.0f} MiB | {row['seconds']:.0f} |",
+            flush=True,
+        )
 
 
-def _largest_worker() -> float:
-    """MiB of a data worker's own memory; what it maps of the object store is not counted."""
-    sizes = [0.0]
+def _stream(
+    manifest: Manifest, images: int, augmentation: AugmentSpec, store: int, cpus: int
+) -> dict[str, float]:
+    """Stream so many images through a store of so many MiB; figures of it, memory in MiB."""
+    spec = PlanSpec(seed=0, micro_batch_size=2, micro_batches=4, augmentation=augmentation)
+    ray.init(address="local", num_cpus=cpus, object_store_memory=store * 2**20, log_to_driver=False)
+    job = stream.Stream(
+        source=shard_source(manifest),
+        plan=stream.build_plan(manifest, spec),
+        last_step=images // 8,
+        first_step=lambda: 0,
+    )
+    begin = time.perf_counter()
+    peaks = {"driver": 0.0, "worker": 0.0, "coordinator": 0.0, "store": 0.0}
+    gigabytes, looked = 0.0, begin
+    (split,) = stream.dataset(job, 1, 0).streaming_split(1, equal=False)
+    for batches in stream.steps(split, 2, 4):
+        gigabytes += (
+            sum(image.nbytes for batch in batches for image in batch.images if image is not None) / 1e9
+        )
+        if time.perf_counter() - looked > 0.1:
+            peaks = {name: max(peaks[name], now) for name, now in _memory().items()}
+            looked = time.perf_counter()
+    spilled = re.search(r"Spilled (\d+) MiB", memory_summary(stats_only=True))
+    seconds = time.perf_counter() - begin
+    ray.shutdown()
+    return {
+        **peaks,
+        "images": images,
+        "gigabytes": gigabytes,
+        "spilled": float(spilled[1]) if spilled else 0.0,
+        "seconds": seconds,
+    }
+
+
+def _memory() -> dict[str, float]:
+    """MiB that the processes have for themselves, and that are in the object store."""
+    used = re.search(r"Plasma memory usage (\d+) MiB", memory_summary(stats_only=True))
+    found = {"driver": _own(psutil.Process(os.getpid())), "worker": 0.0, "coordinator": 0.0}
     for process in psutil.Process().children(recursive=True):
-        if any("ray::" in part for part in process.cmdline()):
-            info = process.memory_info()
-            sizes.append((info.rss - info.shared) / 2**20)
-    return max(sizes)
+        command = " ".join(process.cmdline())
+        if "ray::" in command:
+            kind = "coordinator" if "SplitCoordinator" in command else "worker"
+            found[kind] = max(found[kind], _own(process))
+    return {**found, "store": float(used[1]) if used else 0.0}
+
+
+def _own(process: psutil.Process) -> float:
+    """What a process maps of the object store is not counted."""
+    info = process.memory_info()
+    return (info.rss - info.shared) / 2**20
 
 
 if __name__ == "__main__":

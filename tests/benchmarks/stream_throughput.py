@@ -116,7 +116,7 @@ def _loop(source: stream.Stream) -> Iterator[int]:
                 for slot in batch.slots
             ]
             size = plan.spec.micro_batch_size
-            for unpacked in micro_batch.unpack(micro_batch.pack([(batch, examples)], size), size):
+            for unpacked in micro_batch.unpack(micro_batch.pack([(batch, examples)]), size):
                 yield len(unpacked.image_ids)
 
 

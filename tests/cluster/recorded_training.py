@@ -1,18 +1,28 @@
-"""A training run that records what its model receives: python -m tests.cluster.recorded_training TRAIN_DATA OUTPUT.
+"""A training run that records what its model receives, and hangs where it is told to.
 
-Each worker appends to OUTPUT/records/<process id>.jsonl a row per forward pass: step, rank, images.
+    python -m tests.cluster.recorded_training TRAIN_DATA OUTPUT [flags of pipelines/train.py]
+
+Each worker appends to RECORDS/<process id>.jsonl a row per forward pass: step, rank, node, time, images. A worker that
+finds the file RECORDS/hang-<rank> removes it and sleeps in its forward pass. The environment variable RECORDS is set
+where Ray starts; with ONE_DISK the nodes of the cluster are processes of one machine, which share its disk. PACE_S is
+the least time of a step in seconds, RESIZE_EVERY_S how often an elastic run looks for more nodes.
 """
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 
 from detr import DetrForObjectDetection
-from raydetr.config import TrainConfig
-from raydetr.training import trainer
+from detr.query_groups import QueryGroups
+from raydetr import cluster
+from raydetr.command import run
+from raydetr.training import scaling, trainer
+from raydetr.training.config import TrainConfig
 from tests import training_record
 
 STEPS = 60
@@ -26,7 +36,7 @@ def config(train_data: str, output: str) -> TrainConfig:
         workers=2,
         steps=STEPS,
         checkpoint_every=7,
-        backbone="resnet18",
+        backbone="test_resnet",
         backbone_out_indices=(1, 2, 3, 4),
         backbone_weights="",
         d_model=32,
@@ -46,35 +56,51 @@ def config(train_data: str, output: str) -> TrainConfig:
     )
 
 
-def recorded_loop(arguments: dict[str, Any]) -> None:
+def recorded_loop(arguments: dict[str, Any]) -> dict[str, str]:
     """The real loop in a worker, with a hook on the model's forward."""
     from raydetr.training import loop
 
-    folder = Path(arguments["config"].output) / "records"
-    folder.mkdir(exist_ok=True)
+    folder = Path(os.environ["RECORDS"])
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{os.getpid()}.jsonl"
     rank = ray.train.get_context().get_world_rank()
     now = {"step": -1}
-    step, forward = loop.train_step, DetrForObjectDetection.forward
+    node = ray.get_runtime_context().get_node_id()
+    step, kinds = loop.train_step, (DetrForObjectDetection, QueryGroups)
+    forwards = [kind.forward for kind in kinds]
 
-    def recorded_step(parallel: Any, state: Any, batches: Any, config: TrainConfig) -> Any:
+    def recorded_step(parallel: Any, state: Any, batches: Any, *rest: Any) -> Any:
         now["step"] = batches[0].step
-        return step(parallel, state, batches, config)
+        time.sleep(float(os.environ.get("PACE_S", "0")))
+        return step(parallel, state, batches, *rest)
 
-    def recorded_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        row = {"step": now["step"], "rank": rank, "images": training_record.fingerprints(kwargs)}
-        training_record.append(file, row)
-        return forward(self, *args, **kwargs)
+    def recorded(forward: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            row = {"step": now["step"], "rank": rank, "node": node, "time": time.time()}
+            training_record.append(file, {**row, "images": training_record.fingerprints(kwargs)})
+            hang = folder / f"hang-{rank}"
+            if hang.exists():
+                hang.unlink()
+                time.sleep(3600)
+            return forward(self, *args, **kwargs)
+
+        return call
 
     loop.train_step = recorded_step
-    DetrForObjectDetection.forward = recorded_forward
+    for kind, forward in zip(kinds, forwards, strict=True):
+        kind.forward = recorded(forward)
     try:
-        loop.train_worker(**arguments)
+        return loop.train_worker(loop.Job(**arguments))
     finally:  # Ray may use the process again
-        loop.train_step, DetrForObjectDetection.forward = step, forward
+        loop.train_step = step
+        for kind, forward in zip(kinds, forwards, strict=True):
+            kind.forward = forward
 
 
 if __name__ == "__main__":
     trainer.train_loop_per_worker = recorded_loop
-    summary = trainer.train(config(sys.argv[1], sys.argv[2]))
-    print(summary)
+    if os.environ.get("ONE_DISK"):
+        cluster.require_shared = lambda **_: None
+    if every := os.environ.get("RESIZE_EVERY_S"):
+        scaling.RESIZE_EVERY_S = float(every)
+    run(trainer.train, TrainConfig, default=config(*sys.argv[1:3]), args=sys.argv[3:])

@@ -1,0 +1,49 @@
+"""How long a worker waits for the first step of an epoch, against any other step.
+
+    python tests/benchmarks/epoch_boundary.py [--epochs 6] [--step-seconds 0.5]
+
+The worker takes as long for a step as given, longer than the stream needs to make one; small images, so that an epoch
+is short. A stream that stopped between epochs would show as the start of one: seconds.
+"""
+
+import argparse
+import statistics
+import time
+
+from shards_of_coco128 import coco128_shards
+
+from detr.augment import AugmentSpec
+from raydetr import cluster
+from raydetr.data import stream
+from raydetr.data.plan import PlanSpec
+from raydetr.data.source import shard_source
+
+
+def main() -> None:
+    """Print the waits."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--step-seconds", type=float, default=0.5)
+    arguments = parser.parse_args()
+    manifest = coco128_shards("runs/benchmarks", 256, side=160)
+    augmentation = AugmentSpec(shortest_edges=(112, 128, 144), longest_edge=213, crop=False)
+    spec = PlanSpec(seed=0, micro_batch_size=8, micro_batches=2, augmentation=augmentation)
+    plan = stream.build_plan(manifest, spec)
+    last = arguments.epochs * plan.steps_per_epoch
+    source = stream.Stream(source=shard_source(manifest), plan=plan, last_step=last, first_step=lambda: 0)
+    cluster.connect(2)
+    (split,) = stream.dataset(source, 1, 0).streaming_split(1, equal=False)
+    waits: dict[bool, list[float]] = {True: [], False: []}
+    begin = time.perf_counter()
+    for number, _ in enumerate(stream.steps(split, spec.micro_batch_size, spec.micro_batches)):
+        if number:  # the first one waits for the stream to start
+            waits[number % plan.steps_per_epoch == 0].append(time.perf_counter() - begin)
+        time.sleep(arguments.step_seconds)
+        begin = time.perf_counter()
+    for boundary, name in ((True, "first step of an epoch"), (False, "any other step")):
+        rows = [1000 * wait for wait in waits[boundary]]
+        print(f"{name}: {len(rows)} waits, median {statistics.median(rows):.0f} ms, most {max(rows):.0f} ms")
+
+
+if __name__ == "__main__":
+    main()

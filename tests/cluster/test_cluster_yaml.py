@@ -1,0 +1,232 @@
+"""cluster.yaml and the manifests against the models of those who read them: Ray, EC2, KubeRay. No network, no cluster."""
+
+import copy
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import botocore.loaders
+import botocore.model
+import botocore.validate
+import jsonschema
+import pytest
+import ray
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "platform" / "deploy"
+CONFIG = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+NODE_TYPES = CONFIG["available_node_types"]
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def run_instances() -> botocore.model.Shape:
+    """What EC2 takes to start an instance."""
+    model = botocore.loaders.Loader().load_service_model("ec2", "service-2")
+    return botocore.model.ServiceModel(model, "ec2").operation_model("RunInstances").input_shape
+
+
+def faults(value: Any, shape: botocore.model.Shape) -> list[str]:
+    """What EC2 would not take, values of enumerations included, which botocore leaves to the service."""
+    report = botocore.validate.ParamValidator().validate(value, shape)
+    return [*([report.generate_report()] if report.has_errors() else []), *wrong_names(value, shape)]
+
+
+def wrong_names(value: Any, shape: botocore.model.Shape) -> Iterator[str]:
+    if shape.type_name == "structure" and isinstance(value, dict):
+        for name, member in shape.members.items():
+            if name in value:
+                yield from wrong_names(value[name], member)
+    elif shape.type_name == "list" and isinstance(value, list):
+        for item in value:
+            yield from wrong_names(item, shape.member)
+    elif shape.type_name == "string" and shape.enum and value not in shape.enum:
+        yield f"{value!r} is no {shape.name}"
+
+
+def instance(node_type: str) -> dict[str, Any]:
+    return {"MinCount": 1, "MaxCount": 1, **copy.deepcopy(NODE_TYPES[node_type]["node_config"])}
+
+
+def commands() -> list[str]:
+    return [*CONFIG["head_start_ray_commands"], *CONFIG["worker_start_ray_commands"]]
+
+
+def environment() -> dict[str, str]:
+    options = [shlex.split(option) for option in CONFIG["docker"]["run_options"]]
+    return dict(option[1].split("=", 1) for option in options if option[0] == "--env")
+
+
+def test_ray_takes_the_file() -> None:
+    validate_config(prepare_config(copy.deepcopy(CONFIG)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(idle_timeout="10"),
+        lambda c: c.update(max_workers="16"),
+        lambda c: c["docker"].update(run_option=[]),
+        lambda c: c["auth"].update(ssh_key="x"),
+        lambda c: c["available_node_types"]["gpu_spot"].update(max=8),
+        lambda c: c["available_node_types"]["gpu_spot"].pop("resources"),
+        lambda c: c.update(head_node_type="heads"),
+        lambda c: c.update(max_workers=0, available_node_types=with_min_workers(1)),
+    ],
+)
+def test_ray_refuses_a_file_with_a_mistake(change: Change) -> None:
+    config = copy.deepcopy(CONFIG)
+    change(config)
+    with pytest.raises((jsonschema.ValidationError, ValueError, KeyError)):
+        validate_config(prepare_config(config))
+
+
+def with_min_workers(count: int) -> dict[str, Any]:
+    types = copy.deepcopy(NODE_TYPES)
+    types["cpu_worker"]["min_workers"] = count
+    return types
+
+
+@pytest.mark.parametrize("node_type", NODE_TYPES)
+def test_ec2_takes_every_node(node_type: str, run_instances: botocore.model.Shape) -> None:
+    assert faults(instance(node_type), run_instances) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(Instancetype="g5.2xlarge"),
+        lambda c: c.update(InstanceType="g5.3xlarge"),
+        lambda c: c.update(IamInstanceProfile="raydetr"),
+        lambda c: c.update(SecurityGroupIds="sg-1"),
+        lambda c: c["InstanceMarketOptions"].update(MarketType="spots"),
+        lambda c: c["InstanceMarketOptions"].update(MaxPrice="1"),
+        lambda c: c["BlockDeviceMappings"][0]["Ebs"].update(VolumeSize="200"),
+        lambda c: c["MetadataOptions"].update(HttpTokens="yes"),
+    ],
+)
+def test_ec2_refuses_a_node_with_a_mistake(change: Change, run_instances: botocore.model.Shape) -> None:
+    config = instance("gpu_spot")
+    change(config)
+    assert faults(config, run_instances)
+
+
+def test_the_head_does_not_train_and_spot_has_an_equal_on_demand() -> None:
+    assert NODE_TYPES[CONFIG["head_node_type"]]["resources"] == {"CPU": 0}
+    spot, on_demand = NODE_TYPES["gpu_spot"], NODE_TYPES["gpu_on_demand"]
+    market = spot["node_config"].pop("InstanceMarketOptions")
+    try:
+        assert market == {"MarketType": "spot"}
+        assert spot == on_demand
+    finally:
+        spot["node_config"]["InstanceMarketOptions"] = market
+
+
+def test_the_autoscaler_has_bounds() -> None:
+    assert CONFIG["idle_timeout_minutes"] > 0
+    for name, node_type in NODE_TYPES.items():
+        if name != CONFIG["head_node_type"]:
+            assert node_type["min_workers"] == 0 < node_type["max_workers"] <= CONFIG["max_workers"]
+
+
+def test_no_port_is_open_to_the_world() -> None:
+    # Ray opens ssh to the world in every group that it makes, so it must make none.
+    assert all(node_type["node_config"].get("SecurityGroupIds") for node_type in NODE_TYPES.values())
+    assert "security_group" not in CONFIG["provider"]
+    assert CONFIG["provider"]["use_internal_ips"] is True
+    assert "--dashboard-host=127.0.0.1" in CONFIG["head_start_ray_commands"][-1]
+    assert not any("0.0.0.0" in command for command in commands())
+    for document in manifests():
+        for service in (document["spec"].get("type"), *find(document, "serviceType")):
+            assert service in (None, "ClusterIP")
+        assert not any(find(document, "hostPort"))
+
+
+def test_a_token_is_asked_for_everywhere() -> None:
+    assert environment()["RAY_AUTH_MODE"] == "token"
+    assert CONFIG["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert rayjob()["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+
+
+def test_no_credentials_are_written_down() -> None:
+    text = (ROOT / "cluster.yaml").read_text() + "".join(file.read_text() for file in DEPLOY.iterdir())
+    assert all(node_type["node_config"]["IamInstanceProfile"] for node_type in NODE_TYPES.values())
+    assert not any(word in text for word in ("AWS_ACCESS_KEY", "AWS_SECRET", "RAY_AUTH_TOKEN="))
+
+
+def test_storage_and_tracking_are_shared_on_every_node() -> None:
+    assert environment()["RAYDETR_STORAGE"].startswith("s3://")
+    starts = [command for command in commands() if "ray start" in command]
+    assert len(starts) == 2
+    for start in starts:
+        assert "MLFLOW_TRACKING_URI=" in start
+        assert "PYTHONPATH=.:platform ray start" in start
+
+
+def manifests() -> Iterator[dict[str, Any]]:
+    for file in sorted(DEPLOY.glob("*.yaml")):
+        yield from yaml.safe_load_all(file.read_text())
+
+
+def rayjob() -> dict[str, Any]:
+    return next(document for document in manifests() if document["kind"] == "RayJob")
+
+
+def find(value: Any, name: str) -> Iterator[Any]:
+    """The values of a key, wherever it is."""
+    if isinstance(value, dict):
+        if name in value:
+            yield value[name]
+        for item in value.values():
+            yield from find(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from find(item, name)
+
+
+def test_the_rayjob_has_what_kuberay_requires() -> None:
+    job = rayjob()
+    assert job["apiVersion"] == "ray.io/v1"
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == ray.__version__
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    for group in cluster["workerGroupSpecs"]:
+        assert group["groupName"]
+        assert group["minReplicas"] == group["replicas"] == 0 < group["maxReplicas"]
+        assert isinstance(group["rayStartParams"], dict)
+    for pod in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = pod["template"]["spec"]["containers"]
+        assert {"name", "image", "resources"} <= container.keys()
+        environment = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert environment["PYTHONPATH"] == ".:platform"
+        assert environment["RAYDETR_STORAGE"].startswith("s3://")
+        assert json.dumps(environment)  # all of them strings, as Kubernetes wants them
+        assert all(isinstance(value, str) for value in environment.values())
+
+
+def test_the_entrypoints_are_there() -> None:
+    python, script, *flags = shlex.split(rayjob()["spec"]["entrypoint"])
+    assert python == "python"
+    assert (ROOT / script).is_file()
+    assert script.startswith("pipelines/")
+    known = (ROOT / "docs" / "interfaces.md").read_text()
+    assert all(flag in known for flag in flags if flag.startswith("--"))
+    for command in (c for document in manifests() for c in find(document, "command")):
+        assert (ROOT / command[1]).is_file()
+    for command in commands():
+        for word in command.split():
+            if word.endswith(".py"):
+                assert (ROOT / word).is_file(), word
+
+
+def test_the_image_is_made_of_files_that_are_there() -> None:
+    lines = (DEPLOY / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert all((ROOT / name).exists() for name in copied)
+    version = next(line for line in lines if line.startswith("FROM ")).split(":")[1].split("-")[0]
+    assert version == "3.11"

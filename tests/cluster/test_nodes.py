@@ -1,0 +1,141 @@
+"""Nodes that go and come: an elastic run shrinks and grows with them, a notice costs no step."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests import training_record
+from tests.awkward import write_awkward
+from tests.cluster.fault_runs import Run, attempts, environment, losses, received, start
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+EXACT = ["--precision", "float64", "--dropout", "0.1", "--query-groups", "2"]
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def cluster(output: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head with one CPU; the nodes of a test are processes of this machine, and share its disk."""
+    for name, value in environment(output).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**28})
+    yield cluster
+    cluster.shutdown()
+
+
+def add_nodes(cluster: Cluster, count: int) -> None:
+    for _ in range(count):
+        cluster.add_node(wait=False, num_cpus=1, object_store_memory=2**28)
+
+
+def node_of_a_worker(cluster: Cluster, run: Run) -> str:
+    """Id of a node with a worker and without the head."""
+    rows = [training_record.read(run.records / f"{process}.jsonl")[-1] for process in run.alive()]
+    return next(row["node"] for row in rows if row["node"] != cluster.head_node.node_id)
+
+
+@pytest.mark.soak
+def test_a_run_goes_on_with_three_workers_of_four_and_grows_again(cluster: Cluster, output: Path) -> None:
+    """Four workers, three, four: the records, and the losses of one that nothing happened to."""
+    manifest = write_awkward(output.with_name("data"))
+    flags = [
+        *EXACT,
+        "--steps",
+        "90",
+        "--workers",
+        "4",
+        "--min-workers",
+        "1",
+        "--data-cpus",
+        "1",
+        "--checkpoint-every",
+        "5",
+    ]
+    add_nodes(cluster, 4)
+    env = {"RAY_ADDRESS": cluster.address, "ONE_DISK": "1", "PACE_S": "0.3", "RESIZE_EVERY_S": "3"}
+    with start(manifest.root, output, *flags, env=env) as run:
+        run.reach(12, workers=4)
+        lost = node_of_a_worker(cluster, run)
+        cluster.remove_node(
+            next(node for node in cluster.worker_nodes if node.node_id == lost), allow_graceful=False
+        )
+        killed = time.time()
+        run.until(lambda: len(attempts(run.records)) > 1, "a second attempt")
+        run.reach(attempts(run.records)[-1].first + 6, workers=3)
+        add_nodes(cluster, 1)
+        run.wait()
+    tries = attempts(output / "records")
+    steps, redone = received(output / "records")
+    print(
+        f"workers {[len(each.processes) for each in tries]}, steps lost {redone}, "
+        f"{tries[1].begun - killed:.0f} s from the loss of the node to the next step"
+    )
+    assert [len(each.processes) for each in tries] == [4, 3, 4]
+    assert sorted(steps) == list(range(90))
+
+    undisturbed = output.with_name("undisturbed")
+    with start(manifest.root, undisturbed, *EXACT, "--steps", "90", "--workers", "2") as run:
+        run.wait()
+    assert received(undisturbed / "records")[0] == steps
+    wanted, got = losses(undisturbed), losses(output)
+    assert sorted(got) == sorted(wanted)
+    largest = max(abs(got[step] / wanted[step] - 1) for step in wanted)
+    print(f"losses differ from those of two undisturbed workers by at most {largest:.1e} of theirs")
+    assert largest < 1e-6
+
+
+def test_a_notice_of_preemption_commits_the_step_and_the_run_leaves_the_node(
+    cluster: Cluster, output: Path
+) -> None:
+    """No checkpoint is due before the end."""
+    manifest = write_awkward(output.with_name("data"))
+    add_nodes(cluster, 3)
+    env = {"RAY_ADDRESS": cluster.address, "ONE_DISK": "1", "PACE_S": "0.3"}
+    with start(manifest.root, output, "--steps", "60", "--checkpoint-every", "60", env=env) as run:
+        run.reach(5, workers=2)
+        node = node_of_a_worker(cluster, run)
+        drain(cluster.address, node, 300)
+        noticed = time.time()
+        log = run.wait()
+    first, second = attempts(output / "records")
+    steps, lost = received(output / "records")
+    print(f"steps lost {lost}, {second.begun - noticed:.0f} s from the notice to the first step elsewhere")
+    assert f"nodes {node} are about to be preempted" in log
+    assert sorted(steps) == list(range(60))
+    assert lost == [0]
+    assert node in nodes(output, first.processes.values())
+    assert node not in nodes(output, second.processes.values())
+    assert sorted(losses(output)) == list(range(60))
+
+
+def drain(address: str, node: str, seconds: int) -> None:
+    """What platform/deploy/spot_notice.py does."""
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "drain-node",
+        "--address",
+        address,
+        "--node-id",
+        node,
+    ]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "it goes"]
+    subprocess.run([*command, "--deadline-remaining-seconds", str(seconds)], check=True)
+
+
+def nodes(output: Path, processes: Iterable[int]) -> set[str]:
+    """Ids of the nodes that processes ran on."""
+    files = [output / "records" / f"{process}.jsonl" for process in processes]
+    return {row["node"] for file in files for row in training_record.read(file)}

@@ -1,0 +1,45 @@
+"""The steps of a run in one process: its real stream without Ray, and its real training step."""
+
+import itertools
+from collections.abc import Iterator
+
+from raydetr.data import stream
+from raydetr.data.micro_batch import TrainingBatch, unpack
+from raydetr.data.shards import Manifest
+from raydetr.data.source import shard_source
+from raydetr.training.config import TrainConfig
+from raydetr.training.distributed import step_totals
+from raydetr.training.run import plan_spec
+from raydetr.training.state import TrainingState
+from raydetr.training.step import train_step
+
+
+def batches_of_steps(config: TrainConfig, manifest: Manifest) -> Iterator[list[TrainingBatch]]:
+    """The micro-batches of steps 0 to `config.steps` − 1."""
+    plan = stream.build_plan(manifest, plan_spec(config))
+    job = stream.Stream(
+        source=shard_source(manifest),
+        plan=plan,
+        last_step=config.steps,
+        first_step=lambda: 0,
+        masks=config.masks,
+    )
+    rows = (
+        batch
+        for window in stream._walk(job, 0)
+        for row in stream._fill(window, job, world_size=1)
+        for batch in unpack(row, config.micro_batch_size)
+    )
+    for _, group in itertools.groupby(rows, key=lambda batch: batch.step):
+        yield list(group)
+
+
+def train_here(config: TrainConfig, manifest: Manifest, state: TrainingState) -> list[dict[str, float]]:
+    """Do all steps; their metrics."""
+    metrics = []
+    for batches in batches_of_steps(config, manifest):
+        model = state.model.config
+        totals = step_totals(batches, model.num_queries, model.eos_coefficient)
+        metrics.append(train_step(state.module, state, batches, config, totals))
+        state.step += 1
+    return metrics
