@@ -5,7 +5,8 @@
 Each worker appends to RECORDS/<process id>.jsonl a row per forward pass: step, rank, node, time, images. A worker that
 finds the file RECORDS/hang-<rank> removes it and sleeps in its forward pass. The environment variable RECORDS is set
 where Ray starts; with ONE_DISK the nodes of the cluster are processes of one machine, which share its disk. PACE_S is
-the least time of a step in seconds, RESIZE_EVERY_S how often an elastic run looks for more nodes.
+the least time of a step in seconds, RESIZE_EVERY_S how often an elastic run looks for more nodes. While the file
+RECORDS/slow exists, a step takes two seconds more.
 """
 
 import os
@@ -71,7 +72,7 @@ def recorded_loop(arguments: dict[str, Any]) -> dict[str, str]:
 
     def recorded_step(parallel: Any, state: Any, batches: Any, *rest: Any) -> Any:
         now["step"] = batches[0].step
-        time.sleep(float(os.environ.get("PACE_S", "0")))
+        time.sleep(float(os.environ.get("PACE_S", "0")) + 2 * (folder / "slow").exists())
         return step(parallel, state, batches, *rest)
 
     def recorded(forward: Any) -> Any:

@@ -101,12 +101,17 @@ def test_a_notice_of_preemption_commits_the_step_and_the_run_leaves_the_node(
     """No checkpoint is due before the end."""
     manifest = write_awkward(output.with_name("data"))
     add_nodes(cluster, 3)
-    env = {"RAY_ADDRESS": cluster.address, "ONE_DISK": "1", "PACE_S": "0.3"}
+    env = {"RAY_ADDRESS": cluster.address, "ONE_DISK": "1"}
+    slow = output / "records/slow"
+    slow.parent.mkdir(parents=True)
+    slow.touch()
     with start(manifest.root, output, "--steps", "60", "--checkpoint-every", "60", env=env) as run:
         run.reach(5, workers=2)
         node = node_of_a_worker(cluster, run)
         drain(cluster.address, node, 300)
         noticed = time.time()
+        run.until(lambda: "are about to be preempted" in run.log.read_text(), "the notice is heard")
+        slow.unlink()
         log = run.wait()
     first, second = attempts(output / "records")
     steps, lost = received(output / "records")
