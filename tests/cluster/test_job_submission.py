@@ -1,6 +1,7 @@
 """`ray job submit`, bare and with an uploaded copy, on a head started as cluster.yaml starts it."""
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -89,6 +90,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "MLFLOW_TRACKING_URI": f"sqlite:///{project}/runs/mlflow.db",
     }
     head = subprocess.Popen(["bash", "-c", f"{command} --block"], env=env, stdout=subprocess.DEVNULL)
