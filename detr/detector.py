@@ -185,6 +185,10 @@ class ObjectDetector:
             return []
         return self.detections(self.run(prepared), prepared, top_k)
 
+    def detect_image(self, image: bytes | Image.Image | torch.Tensor) -> list[dict[str, Any]]:
+        """All detections in one image, see `prepare`, as plain values, see `Detections.to_dicts`."""
+        return self.detect([self.prepare(image)])[0].to_dicts(self.model.config.id2label)
+
     @torch.inference_mode()
     def run(self, prepared: Sequence[PreparedImage]) -> Any:
         """The model's own output for images of one canonical shape, of which there is at least one.

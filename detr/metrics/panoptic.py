@@ -85,7 +85,7 @@ class PanopticEvaluator:
             if image_id not in self._truth:
                 raise ValueError(f"{where} is not in the truth ({len(self._truth)} images)")
             truth = self._truth[image_id]
-            true_map = _read_map((self._folder / truth["file_name"]).read_bytes())
+            true_map = read_panoptic_png((self._folder / truth["file_name"]).read_bytes())
             found_map = _predicted_map(prediction, where)
             if found_map.shape != true_map.shape:
                 raise ValueError(f"{where}: the prediction is {found_map.shape}, the truth {true_map.shape}")
@@ -169,7 +169,7 @@ def _categories_of_segments(segments_info: Sequence[Mapping[str, Any]], where: s
 
 def _predicted_map(prediction: Mapping[str, Any], where: str) -> np.ndarray:
     if "png_string" in prediction:
-        return _read_map(prediction["png_string"])
+        return read_panoptic_png(prediction["png_string"])
     if "segmentation" not in prediction:
         raise ValueError(f"{where}: the prediction has neither png_string nor segmentation")
     segmentation = prediction["segmentation"]
@@ -178,7 +178,7 @@ def _predicted_map(prediction: Mapping[str, Any], where: str) -> np.ndarray:
     return np.maximum(np.asarray(segmentation), VOID).astype(np.int64)
 
 
-def _read_map(png: bytes) -> np.ndarray:
+def read_panoptic_png(png: bytes) -> np.ndarray:
     """Ids int64 [H, W] of a panoptic PNG: red + 256 green + 65536 blue."""
     with Image.open(BytesIO(png)) as image:
         return np.asarray(image.convert("RGB")) @ np.array([1, 256, 65536])

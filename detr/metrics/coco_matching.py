@@ -1,0 +1,238 @@
+"""Detections of a whole data set matched with its truth by COCO's rules, from columns of numbers.
+
+hotcoco does it, a port of pycocotools in Rust. What has to be known of it (1.3) is written here once: it reads image
+ids as float64, in which large ones are not distinct, so they become positions; ids of annotations start at 1, since a
+match with 0 is none; of results given as an array it takes the area of the box for that of a mask.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hotcoco
+import numpy as np
+
+Columns = dict[str, np.ndarray]
+
+NUM_IOUS = 10
+"""IoU thresholds of COCO: 0.5, 0.55, … 0.95."""
+TRUE, FALSE, IGNORED = 1, 0, -1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Detections matched with a truth, and the precision and recall that follow.
+
+    coco: `hotcoco.COCOeval`, accumulated; its images are positions in `image_ids`.
+    image_ids: int64 [images], ascending.
+    category_ids: int64 [categories], ascending, as the last axes of `coco.eval["precision"]`.
+    objects: rows of the truth: `image_id`, `category_id`, `bbox` (x, y, width, height), `area`, `iscrowd`.
+    found: rows of the detections of known categories: `image_id`, `category_id`, `bbox` and `score`, for masks `rle`.
+    """
+
+    coco: Any
+    image_ids: np.ndarray
+    category_ids: np.ndarray
+    objects: Columns
+    found: Columns
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which detections are true at each IoU threshold, over objects of all sizes.
+
+    Detections are in the order in which precision is accumulated: by category, descending score, image.
+
+    image, category: int64 [n], positions in `Evaluation.image_ids` and `category_ids`.
+    score: float64 [n].
+    row: int64 [n], of `Evaluation.found`.
+    status: int8 [10, n]: `TRUE`, `FALSE`, or `IGNORED` (matched with a crowd, or beyond 100 of an image's category).
+    object_image, object_category: int64 [objects], of the truth without crowds.
+    object_row: int64 [objects], of `Evaluation.objects`.
+    found_by: int64 [10, objects], row of `Evaluation.found` of the detection that has the object; -1 where none has.
+    num_images, num_categories: of the truth.
+    """
+
+    image: np.ndarray
+    category: np.ndarray
+    score: np.ndarray
+    row: np.ndarray
+    status: np.ndarray
+    object_image: np.ndarray
+    object_category: np.ndarray
+    object_row: np.ndarray
+    found_by: np.ndarray
+    num_images: int
+    num_categories: int
+
+
+def evaluate_detections(truth: Mapping[str, Any], found: Columns, iou_type: str = "bbox") -> Evaluation:
+    """Match detections with a COCO dict, and accumulate precision and recall.
+
+    Args:
+        truth: `images`, `categories`, and `annotations` with `image_id`, `category_id`, `bbox` (x, y, width, height),
+            `area`, `iscrowd` where it is not 0, and for "segm" `segmentation`.
+        found: a row for each detection: `image_id` and `category_id` int64 [n], `score` float64 [n]; for "bbox"
+            `bbox` float64 [n, 4] (x, y, width, height); for "segm" `rle` object [n], RLE dicts of COCO.
+        iou_type: "bbox" or "segm".
+
+    Raises:
+        ValueError: the truth lacks a field, or a detection is in an image that it does not have.
+    """
+    image_ids = np.unique(np.array([image["id"] for image in truth["images"]], np.int64))
+    category_ids = np.unique(np.array([category["id"] for category in truth["categories"]], np.int64))
+    unknown = np.setdiff1d(found["image_id"], image_ids)
+    if len(unknown):
+        raise ValueError(
+            f"there are detections in {len(unknown)} images that the truth does not have, such as image_id {unknown[0]}"
+        )
+    annotations = truth.get("annotations", ())
+    objects = columns_of_records(annotations, "annotation", {"area": np.float64, "iscrowd": np.int64})
+    if iou_type == "segm":
+        objects["segmentation"] = _segmentations(annotations)
+    objects = _select(objects, "image_id", image_ids)
+    objects = _select(objects, "category_id", category_ids)
+    found = _select(found, "category_id", category_ids)
+
+    coco_truth = hotcoco.COCO.from_arrays(
+        _images(truth["images"], image_ids, with_sizes=iou_type == "segm"),
+        [{"id": int(category_id), "name": str(category_id)} for category_id in category_ids],
+        np.searchsorted(image_ids, objects["image_id"]),
+        objects["category_id"],
+        objects["bbox"],
+        ids=np.arange(1, len(objects["image_id"]) + 1),
+        area=objects["area"],
+        iscrowd=objects["iscrowd"],
+        segmentation=objects["segmentation"].tolist() if iou_type == "segm" else None,
+    )
+    positions = np.searchsorted(image_ids, found["image_id"])
+    results: Any
+    if iou_type == "segm":
+        results = [
+            {"image_id": image, "category_id": category, "segmentation": rle, "score": score}
+            for image, category, rle, score in zip(
+                positions.tolist(), found["category_id"].tolist(), found["rle"], found["score"].tolist()
+            )
+        ]
+    else:
+        results = np.empty((len(positions), 7))
+        results[:, 0], results[:, 5], results[:, 6] = positions, found["score"], found["category_id"]
+        results[:, 1:5] = found["bbox"]
+    coco_found = coco_truth.load_res(results)
+    del results  # some hundred bytes for each detection, which hotcoco has copied
+    coco = hotcoco.COCOeval(coco_truth, coco_found, iou_type)
+    coco.evaluate()
+    coco.accumulate()
+    return Evaluation(coco, image_ids, category_ids, objects, found)
+
+
+def matches_of(evaluation: Evaluation) -> Matches:
+    """Which detections are true, at COCO's ten IoU thresholds."""
+    found, objects = evaluation.found, evaluation.objects
+    image = np.searchsorted(evaluation.image_ids, found["image_id"])
+    category = np.searchsorted(evaluation.category_ids, found["category_id"])
+    order = np.lexsort((np.arange(len(image)), image, -found["score"], category))
+    object_rows = np.flatnonzero(objects["iscrowd"] == 0)
+    status = np.full((NUM_IOUS, len(image) + 1), IGNORED, np.int8)  # by hotcoco's ids, which start at 1
+    found_by = np.full((NUM_IOUS, len(objects["iscrowd"]) + 1), -1)
+    for index, threshold in enumerate(evaluation.coco.params.iou_thrs):
+        # No detection has the score 2: it saves the search for faulty labels.
+        diagnostics = evaluation.coco.image_diagnostics(iou_thr=threshold, score_thr=2.0)
+        status[index, np.fromiter(diagnostics["dt_status"].keys(), np.int64)] = FALSE
+        status[index, np.fromiter(diagnostics["dt_match"].keys(), np.int64)] = TRUE
+        ids = np.fromiter(diagnostics["gt_match"].keys(), np.int64)
+        found_by[index, ids] = np.fromiter(diagnostics["gt_match"].values(), np.int64) - 1
+    return Matches(
+        image=image[order],
+        category=category[order],
+        score=found["score"][order],
+        row=order,
+        status=status[:, 1:][:, order],
+        object_image=np.searchsorted(evaluation.image_ids, objects["image_id"][object_rows]),
+        object_category=np.searchsorted(evaluation.category_ids, objects["category_id"][object_rows]),
+        object_row=object_rows,
+        found_by=found_by[:, 1:][:, object_rows],
+        num_images=len(evaluation.image_ids),
+        num_categories=len(evaluation.category_ids),
+    )
+
+
+def columns_of_records(
+    records: Sequence[Mapping[str, Any]], kind: str, fields: Mapping[str, type]
+) -> Columns:
+    """COCO records as arrays.
+
+    Args:
+        records: dicts with `image_id`, `category_id`, `bbox` and the fields.
+        kind: what they are, for messages.
+        fields: further field to dtype; `iscrowd` is 0 where a record has none.
+
+    Returns:
+        `image_id` and `category_id` int64 [n], `bbox` float64 [n, 4], and each field [n].
+
+    Raises:
+        ValueError: a record lacks a field or is not finite; the message names the first one.
+    """
+    fields = {"category_id": np.int64, **fields}
+    try:
+        columns: Columns = {"image_id": np.array([record["image_id"] for record in records], np.int64)}
+        columns["bbox"] = np.array([record["bbox"] for record in records], np.float64).reshape(
+            len(records), 4
+        )
+        for name, dtype in fields.items():
+            values = [record.get(name, 0) if name == "iscrowd" else record[name] for record in records]
+            columns[name] = np.array(values, dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        for index, record in enumerate(records if len(records) > 1 else []):
+            columns_of_records([record], f"{kind} {index}", fields)
+        raise ValueError(
+            f"{kind} needs image_id, bbox (x, y, width, height), {', '.join(fields)}; found {str(records[0])[:300]}"
+        ) from error
+    finite = np.isfinite(columns["bbox"]).all(axis=1)
+    for name in fields:
+        finite &= np.isfinite(columns[name])
+    if not finite.all():
+        index = int(np.argmin(finite))
+        raise ValueError(f"{kind} {index} is not finite: {str(records[index])[:300]}")
+    return columns
+
+
+def _images(
+    images: Sequence[Mapping[str, Any]], image_ids: np.ndarray, with_sizes: bool
+) -> list[dict[str, int]]:
+    """The images as positions in `image_ids`, with the sizes that polygons are drawn at."""
+    if not with_sizes:
+        return [{"id": position} for position in range(len(image_ids))]
+    sizes = {image["id"]: image for image in images}
+    for image_id, image in sizes.items():
+        if not {"height", "width"} <= image.keys():
+            raise ValueError(
+                f"image {image_id} of the truth has no height and width, which iou_types 'segm' needs"
+            )
+    # An image that cannot be decoded may have no size; nothing was found in it, so that its objects are missed.
+    return [
+        {
+            "id": position,
+            "height": int(sizes[image_id]["height"] or 1),
+            "width": int(sizes[image_id]["width"] or 1),
+        }
+        for position, image_id in enumerate(image_ids.tolist())
+    ]
+
+
+def _segmentations(annotations: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Polygons or RLE of each annotation, object [n]."""
+    segmentations = np.empty(len(annotations), object)
+    for index, annotation in enumerate(annotations):
+        if not annotation.get("segmentation"):
+            raise ValueError(
+                f"annotation {index} has no segmentation, which iou_types 'segm' needs: {str(annotation)[:300]}"
+            )
+        segmentations[index] = annotation["segmentation"]
+    return segmentations
+
+
+def _select(columns: Columns, name: str, wanted: np.ndarray) -> Columns:
+    """The rows whose `name` is one of the wanted values."""
+    rows = np.isin(columns[name], wanted)
+    return columns if rows.all() else {key: column[rows] for key, column in columns.items()}

@@ -1,0 +1,331 @@
+"""Scoring against the reference evaluators: CPU seconds and peak memory, each in a process of its own.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/scoring.py [--images 5000 --detections 100]
+
+Boxes and masks: COCO's 12 figures of synthetic predictions, from columns as they are in a table of predictions and from
+dicts for pycocotools. Panoptic: PQ of 100 pairs of maps against panopticapi's rules in numpy. Memory is what scoring adds
+to the process after the data are made. A full analysis, with intervals from 1,000 resamples, has a row of its own.
+The figures of both must be equal.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+SIDE = 640
+CATEGORIES = 80
+FIGURES = ("AP", "AP50", "AP75")
+
+
+def main() -> None:
+    """Run each case in a process of its own and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--detections", type=int, default=100)
+    parser.add_argument("--case", choices=sorted(CASES), help="run one case and print JSON")
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(CASES[options.case](options.images, options.detections)))
+        return
+    print("| what | ours, CPU s | reference, CPU s | ratio | ours, MiB | reference, MiB |", flush=True)
+    print("|---|---|---|---|---|---|")
+    for what, ours, reference, images, detections in (
+        ("boxes", "boxes", "pycocotools boxes", options.images, options.detections),
+        ("masks", "masks", "pycocotools masks", max(options.images // 10, 1), options.detections),
+        ("panoptic", "panoptic", "panoptic reference", 100, 0),
+        ("analysis", "analysis", None, options.images, options.detections),
+    ):
+        first = _run(ours, images, detections)
+        name = f"{what}, {images} images" + (f" x {detections}" if detections else "")
+        if reference is None:
+            print(f"| {name} | {first['cpu_s']:.2f} | | | {first['memory_mib']:.0f} | |", flush=True)
+            continue
+        second = _run(reference, images, detections)
+        assert np.allclose(first["figures"], second["figures"], atol=1e-9, rtol=0), (first, second)
+        print(
+            f"| {name} | {first['cpu_s']:.2f} | {second['cpu_s']:.2f} | {second['cpu_s'] / first['cpu_s']:.1f} "
+            f"| {first['memory_mib']:.0f} | {second['memory_mib']:.0f} |",
+            flush=True,
+        )
+
+
+def _run(case: str, images: int, detections: int) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        __file__,
+        "--case",
+        case,
+        "--images",
+        str(images),
+        "--detections",
+        str(detections),
+    ]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _measure(score: Callable[[], Any]) -> dict[str, Any]:
+    """CPU seconds of the process, all threads, and what its peak grows by."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    figures = [float(value) for value in score()]
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"cpu_s": seconds, "memory_mib": (peak - before) / 1024, "figures": figures}
+
+
+def _columns(images: int, detections: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Objects (7.4 an image, a hundredth of them crowds) and detections, a third of them near an object."""
+    rng = np.random.default_rng(0)
+    share = 1 / np.arange(1, CATEGORIES + 1)
+
+    def boxes(count: int) -> np.ndarray:
+        sizes = np.exp(rng.uniform(np.log(8), np.log(SIDE / 2), (count, 2)))
+        return np.concatenate([rng.uniform(0, SIDE - sizes), sizes], axis=1)
+
+    def categories(count: int) -> np.ndarray:
+        return rng.choice(np.arange(1, CATEGORIES + 1), count, p=share / share.sum())
+
+    counts = rng.poisson(7.4, images) + 1
+    total, found = int(counts.sum()), images * detections
+    objects = {
+        "image_id": np.repeat(np.arange(images), counts),
+        "category_id": categories(total),
+        "bbox": boxes(total),
+        "iscrowd": (rng.random(total) < 0.01).astype(int),
+    }
+    image_id = np.repeat(np.arange(images), detections)
+    like = (np.cumsum(counts) - counts)[image_id] + rng.integers(0, 1 << 30, found) % counts[image_id]
+    near = rng.random(found) < 0.3
+    box = np.where(near[:, None], objects["bbox"][like] + rng.normal(0, 6, (found, 4)), boxes(found))
+    box[:, 2:] = box[:, 2:].clip(1)
+    same = near & (rng.random(found) < 0.85)
+    score = np.where(near, rng.beta(4, 2, found), rng.beta(1, 6, found))
+    order = np.lexsort((-score, image_id))
+    predicted = {
+        "image_id": image_id,
+        "category_id": np.where(same, objects["category_id"][like], categories(found)),
+        "bbox": box,
+        "score": score,
+    }
+    return objects, {name: column[order] for name, column in predicted.items()}
+
+
+def _rectangle(box: np.ndarray) -> dict[str, Any]:
+    """A mask of two rectangles, as RLE."""
+    from pycocotools import mask
+
+    x, y, width, height = box
+    parts = [box, [x + width / 2, y + height / 2, width / 3, height]]
+    rle = mask.merge(mask.frPyObjects(np.array(parts), SIDE, SIDE))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def _truth(objects: dict[str, np.ndarray], images: int, masks: bool) -> dict[str, Any]:
+    annotations = [
+        {
+            "id": number + 1,
+            "image_id": int(objects["image_id"][number]),
+            "category_id": int(objects["category_id"][number]),
+            "bbox": box.tolist(),
+            "area": float(box[2] * box[3]),
+            "iscrowd": int(objects["iscrowd"][number]),
+            "segmentation": _rectangle(box) if masks else None,
+        }
+        for number, box in enumerate(objects["bbox"])
+    ]
+    return {
+        "images": [{"id": image, "height": SIDE, "width": SIDE} for image in range(images)],
+        "categories": [{"id": number, "name": str(number)} for number in range(1, CATEGORIES + 1)],
+        "annotations": annotations,
+    }
+
+
+def _table(found: dict[str, np.ndarray], images: int, detections: int, masks: bool) -> pa.Table:
+    from raydetr.evaluation.predictions import PREDICTION_SCHEMA
+
+    offsets = pa.array(np.arange(0, len(found["score"]) + 1, detections, dtype=np.int32))
+
+    def lists(values: pa.Array) -> pa.Array:
+        return pa.ListArray.from_arrays(offsets, values)
+
+    boxes = pa.FixedSizeListArray.from_arrays(pa.array(found["bbox"].ravel(), pa.float32()), 4)
+    rles = [_rectangle(box)["counts"].encode() for box in found["bbox"]] if masks else None
+    columns = {
+        "image_id": pa.array(np.arange(images)),
+        "height": pa.array(np.full(images, SIDE)),
+        "width": pa.array(np.full(images, SIDE)),
+        "category_id": lists(pa.array(found["category_id"])),
+        "score": lists(pa.array(found["score"], pa.float32())),
+        "bbox": lists(boxes),
+        "mask": pa.nulls(images) if rles is None else lists(pa.array(rles, pa.binary())),
+        "panoptic": pa.nulls(images),
+        "segments": pa.nulls(images),
+        "error": pa.nulls(images),
+    }
+    return pa.table(columns).cast(PREDICTION_SCHEMA)
+
+
+def _ours(images: int, detections: int, masks: bool = False) -> dict[str, Any]:
+    from raydetr.evaluation.figures import evaluate_predictions, figures_of
+
+    objects, found = _columns(images, detections)
+    truth, table = _truth(objects, images, masks), _table(found, images, detections, masks)
+    prefix = "mask_" if masks else ""
+
+    def score() -> list[float]:
+        figures = figures_of(evaluate_predictions(truth, table))
+        return [figures[prefix + name] for name in FIGURES]
+
+    return _measure(score)
+
+
+def _pycocotools(images: int, detections: int, iou_types: tuple[str, ...] = ("bbox",)) -> dict[str, Any]:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    objects, found = _columns(images, detections)
+    masks = "segm" in iou_types
+    truth = _truth(objects, images, masks)
+    # What a table keeps are float32.
+    boxes, scores = found["bbox"].astype(np.float32).tolist(), found["score"].astype(np.float32).tolist()
+    rows = list(zip(found["image_id"].tolist(), found["category_id"].tolist(), boxes, scores))
+    rles = [_rectangle(box) for box in found["bbox"]] if masks else []
+
+    def score() -> list[float]:
+        for iou_type in iou_types:
+            results = [{"image_id": i, "category_id": c, "bbox": b, "score": s} for i, c, b, s in rows]
+            if iou_type == "segm":
+                names = ("image_id", "category_id", "score")
+                results = [
+                    {name: result[name] for name in names} | {"segmentation": rle}
+                    for result, rle in zip(results, rles, strict=True)
+                ]
+            coco = COCO()
+            coco.dataset = truth
+            coco.createIndex()
+            evaluation = COCOeval(coco, coco.loadRes(results), iou_type)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return evaluation.stats[:3].tolist()
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return _measure(score)
+
+
+def _analysis(images: int, detections: int) -> dict[str, Any]:
+    from raydetr.evaluation.analysis import analyse
+    from raydetr.evaluation.truth import Truth
+
+    objects, found = _columns(images, detections)
+    coco, table = _truth(objects, images, False), _table(found, images, detections, False)
+    truth = Truth(coco["categories"], coco["images"], coco["annotations"])
+
+    def score() -> list[float]:
+        figures = analyse(truth, table)["figures"]
+        return [figures[name] for name in FIGURES]
+
+    return _measure(score)
+
+
+def _maps(images: int) -> tuple[dict[int, Any], dict[int, Any], list[dict[str, Any]]]:
+    """Maps of rectangles at COCO's size, some 12 segments each, and predictions near them."""
+    from raydetr.evaluation.predictions import panoptic_png
+
+    rng = np.random.default_rng(0)
+    truth, found = {}, {}
+    for image in range(images):
+        ids = np.zeros((480, SIDE), np.int64)
+        for segment in rng.integers(1, 2**24, 15).tolist():
+            y, x, height, width = rng.integers([0, 0, 40, 40], [440, SIDE - 40, 300, 300])
+            ids[y : y + height, x : x + width] = segment
+        category = {int(i): int(i % CATEGORIES) + 1 for i in np.unique(ids) if i}
+        segments = [
+            {"id": i, "category_id": c, "area": int((ids == i).sum()), "iscrowd": 0}
+            for i, c in category.items()
+        ]
+        truth[image] = panoptic_png(ids), segments
+        moved = np.roll(ids, rng.integers(-8, 9, 2), (0, 1))
+        found[image] = panoptic_png(moved), {int(i): category[int(i)] for i in np.unique(moved) if i}
+    categories = [{"id": i, "name": str(i), "isthing": i % 2} for i in range(1, CATEGORIES + 1)]
+    return truth, found, categories
+
+
+def _panoptic(images: int, _: int) -> dict[str, Any]:
+    from raydetr.evaluation.panoptic_quality import count_maps, panoptic_figures
+
+    truth, found, categories = _maps(images)
+    names = ("PQ", "SQ", "RQ")
+
+    def score() -> list[float]:
+        figures = panoptic_figures(count_maps(truth, found, categories))
+        return [figures[name] for name in names]
+
+    return _measure(score)
+
+
+def _panoptic_reference(images: int, _: int) -> dict[str, Any]:
+    """panopticapi's `pq_compute_single_core`: ids of both maps combined, and counted by `np.unique`."""
+    from raydetr.evaluation.predictions import panoptic_ids
+
+    truth, found, _categories = _maps(images)
+
+    def score() -> list[float]:
+        totals = np.zeros((CATEGORIES + 1, 4))
+        for image, (png, segments) in truth.items():
+            true, predicted = (
+                panoptic_ids(png).astype(np.uint64),
+                panoptic_ids(found[image][0]).astype(np.uint64),
+            )
+            of_found = found[image][1]
+            ids, areas = np.unique(predicted, return_counts=True)
+            area = dict(zip(ids.tolist(), areas.tolist()))
+            labels, counts = np.unique(true * np.uint64(1 << 24) + predicted, return_counts=True)
+            shared = {divmod(label, 1 << 24): n for label, n in zip(labels.tolist(), counts.tolist())}
+            of_truth = {segment["id"]: segment for segment in segments}
+            hit_true, hit_found = set(), set()
+            for (i, j), n in shared.items():
+                if i not in of_truth or j not in of_found or of_truth[i]["category_id"] != of_found[j]:
+                    continue
+                iou = n / (area[j] + of_truth[i]["area"] - n - shared.get((0, j), 0))
+                if iou > 0.5:
+                    totals[of_found[j], :2] += iou, 1
+                    hit_true.add(i)
+                    hit_found.add(j)
+            for i, segment in of_truth.items():
+                totals[segment["category_id"], 3] += i not in hit_true
+            for j, category in of_found.items():
+                void = shared.get((0, j), 0) / area[j]
+                totals[category, 2] += j not in hit_found and void <= 0.5
+        iou, true_positive, false, missed = totals[totals[:, 1:].sum(axis=1) > 0].T
+        weight = true_positive + (false + missed) / 2
+        pairs = (iou / weight, iou / np.maximum(true_positive, 1), true_positive / weight)
+        return [float(values.mean()) for values in pairs]
+
+    return _measure(score)
+
+
+CASES: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "boxes": _ours,
+    "masks": lambda images, detections: _ours(images, detections, masks=True),
+    "panoptic": _panoptic,
+    "analysis": _analysis,
+    "pycocotools boxes": _pycocotools,
+    # Ours scores boxes beside masks, so that the reference does too.
+    "pycocotools masks": lambda images, detections: _pycocotools(images, detections, ("bbox", "segm")),
+    "panoptic reference": _panoptic_reference,
+}
+
+
+if __name__ == "__main__":
+    main()
