@@ -13,11 +13,21 @@ from raydetr.registry import tracking
 
 
 @contextlib.contextmanager
-def mlflow_server(port: int, folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A server that answers at a port; its database and artifacts stay in `folder` for another one."""
+def mlflow_server(
+    port: int, folder: Path, artifacts: str = "", proxied: bool = True
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A server that answers at a port; its database and artifacts stay in `folder` for another one.
+
+    artifacts: where it keeps them instead, e.g. `s3://bucket/artifacts`.
+    proxied: clients send artifacts through the server; else to their place themselves.
+    """
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
-    command += ["--artifacts-destination", str(folder / "served")]
+    command += ["--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"]
+    if proxied:
+        command += ["--artifacts-destination", artifacts or str(folder / "served")]
+    else:
+        command += ["--no-serve-artifacts", "--default-artifact-root", artifacts]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONWARNINGS": "ignore"}
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     with (folder / "server.log").open("ab") as log:

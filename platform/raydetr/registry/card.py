@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from raydetr.registry.gate import CHOSEN_ON_TAG, TRAINED_ON_TAG
 from raydetr.registry.tracking import GIT_TAG
 
 _TEXT = """---
@@ -15,22 +16,43 @@ tags: [object-detection, detr]
 DETR object detector ({backbone}, {queries} queries), trained with raydetr.
 
 - classes: {classes}
+- training data (digest of the shards): {trained_on}
+- data that chose the checkpoint or the end of training: {chosen_on}
 - training run: {run_id} ({run_name})
 - code revision: {revision}
 {tags}
-Intended use: detecting objects of the classes above in images like those it was trained on. It has been
-tested on nothing else; its figures on a data set are tags of the registered version (`evaluation.<digest>`).
+## Figures
+
+{figures}
+
+Evaluations come later than this card: they are tags of the registered version (`evaluation.<data digest>`), their
+reports lie in its directory (`reports/`), and each decision to promote it or not is a tag as well (`promotion.…`).
+
+## Intended use and limits
+
+Detecting objects of the classes above in images like those it was trained on. It has been tested on nothing else: on
+other cameras, places or subjects its figures do not hold before it is evaluated there. Scores are not probabilities;
+choose a threshold by the report of an evaluation. It knows nothing of classes that it was not trained on, and is not
+meant to identify persons or to decide alone where a mistake can harm someone.
+
+## How to load
 
 ```python
-from detr import DetrForObjectDetection, DetrImageProcessor  # or from transformers
+from detr import {kind}, DetrImageProcessor  # or from transformers
 
-model = DetrForObjectDetection.from_pretrained(folder)
+model = {kind}.from_pretrained(folder)
 image_processor = DetrImageProcessor.from_pretrained(folder)
 ```
 """
 
 
-def model_card(folder: str, name: str, run: Any, tags: Mapping[str, str]) -> str:
+def model_card(
+    folder: str,
+    name: str,
+    run: Any,
+    tags: Mapping[str, str],
+    figures: Mapping[str, float] | None = None,
+) -> str:
     """Markdown for the README.md of a version.
 
     Args:
@@ -38,17 +60,28 @@ def model_card(folder: str, name: str, run: Any, tags: Mapping[str, str]) -> str
         name: registered name.
         run: MLflow's entity of the run that trained it.
         tags: of the version, listed one a line.
+        figures: what is known of it, e.g. losses and `val_AP`; a table.
     """
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as stream:
         config = json.load(stream)
     labels = config.get("id2label") or {}
+    masks = "DetrForSegmentation" in (config.get("architectures") or ())
+    rows = "".join(f"| {key} | {value:.6g} |\n" for key, value in (figures or {}).items())
     return _TEXT.format(
         name=name,
         backbone=config.get("backbone") or "backbone in config.json",
         queries=config.get("num_queries", "?"),
         classes=", ".join(str(labels[key]) for key in sorted(labels, key=int)) or "not named",
+        trained_on=tags.get(TRAINED_ON_TAG, "not known"),
+        chosen_on=tags.get(CHOSEN_ON_TAG, "none"),
         run_id=run.info.run_id,
         run_name=run.info.run_name,
         revision=run.data.tags.get(GIT_TAG, "not known"),
-        tags="".join(f"- {key}: {value}\n" for key, value in sorted(tags.items())),
+        tags="".join(
+            f"- {key}: {value}\n"
+            for key, value in sorted(tags.items())
+            if key not in (TRAINED_ON_TAG, CHOSEN_ON_TAG)
+        ),
+        figures=f"| of training | |\n|---|---|\n{rows}" if rows else "None were known when this was written.",
+        kind="DetrForSegmentation" if masks else "DetrForObjectDetection",
     )

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 MODEL_NAME = "raydetr"
 CHALLENGER = "challenger"
 DIGEST_TAG = "model.digest"
+MODEL_ID_TAG = "model.id"
+"""Of MLflow's entity whose artifacts are the version's directory; its database does not keep it with the version."""
 _REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "scipy", "timm", "torch", "torchvision")
 _ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
@@ -65,6 +67,7 @@ def register(
     name: str = MODEL_NAME,
     alias: str = CHALLENGER,
     tags: Mapping[str, str] | None = None,
+    figures: Mapping[str, float] | None = None,
 ) -> int:
     """Make a model folder the next version of a registered model and point an alias at it.
 
@@ -76,6 +79,7 @@ def register(
         name: registered model, made where it does not exist.
         alias: moved to the new version.
         tags: of the version, e.g. the data digest.
+        figures: what training found, for the model card.
 
     Returns:
         the version.
@@ -93,7 +97,7 @@ def register(
         model = mlflow_client.create_logged_model(
             run.info.experiment_id, name=name, source_run_id=run_id, tags=all_tags
         )
-        directory = _build_version(scratch, folder, model.model_id, name, run, all_tags)
+        directory = _build_version(scratch, folder, model.model_id, name, run, all_tags, figures or {})
         mlflow_client.log_model_artifacts(model.model_id, directory)
         mlflow_client.finalize_logged_model(model.model_id, "READY")
         try:
@@ -102,7 +106,11 @@ def register(
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         version = mlflow_client.create_model_version(
-            name, model.artifact_location, run_id=run_id, tags=all_tags, model_id=model.model_id
+            name,
+            model.artifact_location,
+            run_id=run_id,
+            tags={**all_tags, MODEL_ID_TAG: model.model_id},
+            model_id=model.model_id,
         ).version
         mlflow_client.set_registered_model_alias(name, alias, str(version))
     return int(version)
@@ -121,21 +129,16 @@ def resolve(address: str, uri: str) -> ResolvedModel:
     """
     if not address.startswith("models:"):
         return _resolve_folder(address)
-    match = _ADDRESS.fullmatch(address)
-    if match is None:
-        raise ConfigError(f"{address!r}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION.")
-    name = match["name"]
-    mlflow_client = client(uri)
+    version = registered_version(address, uri)
     with registry_errors(uri):
-        version = find_version(mlflow_client, uri, name, alias=match["alias"], version=match["version"])
-        directory = _version_directory(mlflow_client, uri, version)
+        directory = _version_directory(client(uri), uri, version)
     folder = model_folder(directory)
     require_model_files(folder)
     return ResolvedModel(
-        address=f"models:/{name}/{version.version}",
+        address=f"models:/{version.name}/{version.version}",
         uri=uri,
         folder=folder,
-        name=name,
+        name=version.name,
         version=int(version.version),
         digest=version.tags.get(DIGEST_TAG) or folder_digest(folder),
     )
@@ -144,6 +147,24 @@ def resolve(address: str, uri: str) -> ResolvedModel:
 def local_folder(model: ResolvedModel) -> str:
     """The model's folder on the machine of the caller, which may be another one than resolved it."""
     return model.folder if os.path.isdir(model.folder) else resolve(model.address, model.uri).folder
+
+
+def registered_version(address: str, uri: str) -> Any:
+    """MLflow's entity of the version at an address; no file is fetched.
+
+    Raises:
+        ConfigError: it begins with `models:` and goes on wrongly.
+        RegistryError: it is a folder, or there is no such model, version or alias.
+    """
+    if not address.startswith("models:"):
+        raise RegistryError(
+            f"{address} is a folder: only a registered version has aliases (models:/NAME@ALIAS, models:/NAME/VERSION)."
+        )
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise ConfigError(f"{address!r}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION.")
+    with registry_errors(uri):
+        return find_version(client(uri), uri, match["name"], alias=match["alias"], version=match["version"])
 
 
 def find_version(
@@ -205,14 +226,20 @@ def _resolve_folder(address: str) -> ResolvedModel:
 
 
 def _build_version(
-    scratch: str, folder: str, model_id: str, name: str, run: Any, tags: Mapping[str, str]
+    scratch: str,
+    folder: str,
+    model_id: str,
+    name: str,
+    run: Any,
+    tags: Mapping[str, str],
+    figures: Mapping[str, float],
 ) -> str:
     """Write the directory of a version; MLflow's own writer, told everything, so that it infers nothing."""
     staged = os.path.join(scratch, "model")
     shutil.copytree(folder, staged)
     card = Path(staged, "README.md")
     if not card.exists():
-        card.write_text(model_card(folder, name, run, tags), encoding="utf-8")
+        card.write_text(model_card(folder, name, run, tags, figures), encoding="utf-8")
     directory = os.path.join(scratch, "version")
     with warnings.catch_warnings():
         # MLflow at its first import, about its own types.

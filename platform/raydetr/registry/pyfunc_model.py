@@ -31,9 +31,7 @@ class DetrModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-defined]  
             for each image all queries' detections, best first: `{"score", "label", "label_id",
             "box": {"xmin", "ymin", "xmax", "ymax"}}` with boxes in pixels of the image.
         """
-        prepared = (self.detector.prepare(data) for data in model_input)
-        id2label = self.detector.model.config.id2label
-        return [self.detector.detect([image])[0].to_dicts(id2label) for image in prepared]
+        return [self.detector.detect_image(data) for data in model_input]
 
 
 mlflow.models.set_model(DetrModel())

@@ -238,7 +238,7 @@ def _experiment_id(mlflow_client: "MlflowClient", uri: str, name: str) -> str:
     found = mlflow_client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(mlflow_client.create_experiment(name, _artifact_location(uri, name)))
+            return str(mlflow_client.create_experiment(name, artifact_location(uri, name)))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -250,7 +250,7 @@ def _experiment_id(mlflow_client: "MlflowClient", uri: str, name: str) -> str:
     return str(found.experiment_id)
 
 
-def _artifact_location(uri: str, experiment: str) -> str | None:
+def artifact_location(uri: str, experiment: str) -> str | None:
     """Beside the database for SQLite (MLflow's default is the current folder); a server chooses its own."""
     if not uri.startswith(_SQLITE):
         return None

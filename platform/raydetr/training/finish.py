@@ -10,6 +10,7 @@ from raydetr import storage
 from raydetr.data.shards import Manifest
 from raydetr.errors import RegistryError
 from raydetr.registry import models, tracking
+from raydetr.registry.gate import CHOSEN_ON_TAG, TRAINED_ON_TAG
 from raydetr.training import checkpoint, validation
 from raydetr.training.config import TrainConfig
 from raydetr.training.progress import Row, say, send_rows
@@ -28,8 +29,8 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
         RegistryError: MLflow does not answer for five minutes; the same command does this part again.
     """
     last = checkpoint.last_committed_step(config.output)
-    best = validation.best_checkpoint(config) if config.keep_best and config.validate_every else None
-    chosen = last if best is None else best
+    best = validation.best_checkpoint(config) if config.validate_every else None
+    chosen = best if config.keep_best and best is not None else last
     state = checkpoint.read_state(config.output, last)
     patiently(lambda: send_what_is_missing(config, run_id, last))
     losses = tracking.metric_history(config.tracking_uri, run_id, "loss")
@@ -46,12 +47,14 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
         "data_digest": manifest.digest,
         "model_folder": storage.join(config.output, MODEL),
     }
-    tags = {"data_digest": manifest.digest}
+    tags = {TRAINED_ON_TAG: manifest.digest}
     if figures := checkpoint.read_validation(config.output, chosen):
         summary |= {f"val_{name}": value for name, value in figures.items()}
-        if best is not None:
-            # Whoever judges the model must not take the data that it was chosen by.
-            tags["chosen_on_digest"] = Manifest.load(config.val_data).digest
+    if best is not None and (config.keep_best or config.patience):
+        # Whoever judges the model must not take the data that chose its checkpoint or its end: the gate asks.
+        tags[CHOSEN_ON_TAG] = Manifest.load(config.val_data).digest
+    known = {name: summary[name] for name in ("steps", "images", "first_loss", "last_loss")}
+    known |= {name: value for name, value in summary.items() if name.startswith("val_")}
     with tempfile.TemporaryDirectory() as folder:
         source = storage.join(checkpoint.address(config.output, chosen), "model")
         storage.download_folder(source, folder)
@@ -61,7 +64,13 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
         if config.name:
             version = patiently(
                 lambda: models.register(
-                    config.tracking_uri, run_id, folder, config.name, alias="challenger", tags=tags
+                    config.tracking_uri,
+                    run_id,
+                    folder,
+                    config.name,
+                    alias="challenger",
+                    tags=tags,
+                    figures=known,
                 )
             )
             summary |= {"model": f"models:/{config.name}/{version}", "model_version": version}

@@ -53,6 +53,25 @@ def test_a_registered_version_is_the_folder_with_a_card_without_pickle(tracking_
     assert entity.tags["data.digest"] == "abc"
 
 
+def test_the_card_has_data_figures_revision_and_intended_use(tracking_uri, folder):
+    run_id = start_run(tracking_uri, "training", "run", {}, {"mlflow.source.git.commit": "0abc"})
+    tags = {"data_digest": "d" * 64, "chosen_on_digest": "e" * 64}
+    figures = {"steps": 300, "last_loss": 1.25, "val_AP": 0.4375}
+    register(tracking_uri, run_id, str(folder), tags=tags, figures=figures)
+    card = Path(resolve("models:/raydetr/1", tracking_uri).folder, "README.md").read_text()
+    for line in (
+        f"- training data (digest of the shards): {'d' * 64}",
+        f"- data that chose the checkpoint or the end of training: {'e' * 64}",
+        "- code revision: 0abc",
+        "| steps | 300 |",
+        "| last_loss | 1.25 |",
+        "| val_AP | 0.4375 |",
+        "## Intended use and limits",
+        "from detr import DetrForObjectDetection, DetrImageProcessor",
+    ):
+        assert line in card, card
+
+
 def test_a_second_version_moves_the_alias_and_leaves_the_first(tracking_uri, run_id, folder, tmp_path):
     register(tracking_uri, run_id, str(folder))
     other = save_tiny_detr(tmp_path / "other", NAMES, seed=1)

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from raydetr.errors import RegistryError
@@ -44,6 +47,35 @@ def test_evaluations_are_kept_for_each_data_set(two_versions, tmp_path):
     assert {digest: record["images"] for digest, record in evaluations(model).items()} == {"d1": 3, "d2": 5}
     assert evaluations(resolve("models:/raydetr/2", two_versions)) == {}
     assert evaluations(resolve(str(tmp_path / "0"), "")) == {}
+
+
+def test_a_record_that_is_too_long_for_a_tag_is_refused_with_what_is_long_in_it(two_versions):
+    model = resolve("models:/raydetr/1", two_versions)
+    record = {**RECORD, "undecodable": {str(i): "cut short" for i in range(400)}}
+    with pytest.raises(
+        RegistryError, match=r"on d1 has \d+ characters as JSON.* 5000 .*shorten 'undecodable'"
+    ):
+        put_evaluation(model, "d1", record)
+    assert evaluations(model) == {}
+    fits = {**RECORD, "undecodable": "x" * (5000 - len(json.dumps({**RECORD, "undecodable": ""})))}
+    put_evaluation(model, "d1", fits)
+    assert evaluations(model) == {"d1": fits}
+
+
+def test_the_report_lies_in_the_versions_directory_and_its_address_is_a_tag(two_versions, tmp_path):
+    page = tmp_path / "output" / "report.html"
+    page.parent.mkdir()
+    page.write_text("<p>figures</p>")
+    digest = "0123456789abcdef" * 4
+    model = resolve("models:/raydetr/1", two_versions)
+    put_evaluation(model, digest, {**RECORD, "report": str(page)})
+    page.unlink()
+    version = client(two_versions).get_model_version("raydetr", "1")
+    assert version.tags["report.0123456789ab"] == str(page)
+    directory = Path(resolve("models:/raydetr/1", two_versions).folder).parents[1]
+    assert (directory / "reports" / "0123456789ab.html").read_text() == "<p>figures</p>"
+    put_evaluation(model, "d2", {**RECORD, "report": str(tmp_path / "nowhere.html")})
+    assert set(evaluations(model)) == {digest, "d2"}, "the gate tells of a report that is not there"
 
 
 def test_a_folder_cannot_be_promoted(two_versions, tmp_path):

@@ -1,12 +1,18 @@
 """The registry through a real MLflow server instead of SQLite."""
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from detr.detector import ObjectDetector
+from detr.model import DetrForObjectDetection
+from raydetr.registry.ledger import Ledger
 from raydetr.registry.models import folder_digest, register, resolve
-from raydetr.registry.promote import promote, put_evaluation
+from raydetr.registry.promote import evaluations, promote, put_evaluation
 from raydetr.registry.tracking import (
     end_run,
     log_artifacts,
@@ -16,7 +22,7 @@ from raydetr.registry.tracking import (
     start_run,
 )
 from tests.mlflow_server import mlflow_server
-from tests.tiny_detr import save_tiny_detr
+from tests.tiny_detr import png, save_tiny_detr
 
 
 @pytest.fixture
@@ -47,3 +53,77 @@ def test_a_server_keeps_runs_and_versions_as_sqlite_does(server, tmp_path, monke
     again = resolve("models:/raydetr@champion", uri)
     assert again.folder == model.folder
     assert Path(again.folder, "model.safetensors").stat().st_mtime_ns == downloaded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("proxied", [True, False], ids=["through the server", "past the server"])
+def test_a_version_whose_files_lie_in_s3_loads_everywhere(s3, tmp_path, unused_port, monkeypatch, proxied):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", s3.endpoint)
+    folder = save_tiny_detr(tmp_path / "tiny", ["disc", "square"], edge=64)
+    with mlflow_server(unused_port, tmp_path, s3.address("artifacts"), proxied):
+        uri = resolve_uri(f"http://127.0.0.1:{unused_port}")
+        run_id = start_run(uri, "training", "run", {}, {})
+        register(uri, run_id, str(folder))
+        assert list(filter(lambda key: key.endswith("artifacts/model/model.safetensors"), s3.keys()))
+        assert not list(filter(lambda key: key.endswith((".pkl", ".pickle", ".pt", ".bin")), s3.keys()))
+
+        model = resolve("models:/raydetr@challenger", uri)
+        assert folder_digest(model.folder) == folder_digest(str(folder))
+        (tmp_path / "report.html").write_text("<p>figures</p>")
+        put_evaluation(model, "d1", {"figures": {"AP": 0.5}, "report": str(tmp_path / "report.html")})
+        assert list(filter(lambda key: key.endswith("reports/d1.html"), s3.keys()))
+
+        import mlflow
+
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        answer = mlflow.pyfunc.load_model("models:/raydetr/1").predict([png(64, 96)])[0]
+    detector = ObjectDetector.from_pretrained(folder)
+    expected = detector.detect([detector.prepare(png(64, 96))])[0]
+    assert [each["score"] for each in answer] == expected.scores.tolist()
+    ours = DetrForObjectDetection.from_pretrained(model.folder).eval()
+    theirs = transformers.DetrForObjectDetection.from_pretrained(model.folder).eval()
+    pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pixels).logits, theirs(pixels).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_away_for_a_while_loses_nothing(tmp_path, unused_port, monkeypatch):
+    """Registering, putting an evaluation on file and promoting begin while nobody answers, and end well."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = str(save_tiny_detr(tmp_path / "tiny", ["disc"], edge=64))
+    uri = f"http://127.0.0.1:{unused_port}"
+    with mlflow_server(unused_port, tmp_path):
+        run_id = start_run(uri, "training", "run", {}, {})
+        register(uri, run_id, folder)
+        model = resolve("models:/raydetr/1", uri)
+        put_evaluation(model, "d0", {"figures": {"AP": 0.25}})
+    actions = [
+        lambda: register(uri, run_id, folder, alias="second"),
+        lambda: put_evaluation(model, "d1", {"figures": {"AP": 0.5}}),
+        lambda: promote(uri, "models:/raydetr/1", "champion"),
+    ]
+    errors: list[Exception] = []
+
+    def attempt(action):
+        try:
+            action()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=attempt, args=(action,)) for action in actions]
+    for thread in threads:
+        thread.start()
+    time.sleep(10)
+    assert all(thread.is_alive() for thread in threads), errors
+    with mlflow_server(unused_port, tmp_path):
+        for thread in threads:
+            thread.join(240)
+        assert not any(thread.is_alive() for thread in threads)
+        assert not errors
+        assert resolve("models:/raydetr@second", uri).version == 2
+        assert set(evaluations(model)) == {"d0", "d1"}
+        assert resolve("models:/raydetr@champion", uri).version == 1
+        assert len(Ledger(uri, "raydetr", "champion").entries()) == 1
