@@ -3,24 +3,24 @@
 On one machine:  make demo   (or: python pipelines/demo.py)
 Tiny:            python pipelines/demo.py --steps 20 --output runs/tiny-demo
 
-It leaves in --output: summary.json, loss.png, predictions.png, answer.png. Give another --output for another run.
+It leaves in --output: summary.json, loss.png, predictions.png, answer.png. Another --output is another run.
 """
 
 from dataclasses import replace
 from typing import Any
 
+from detr.detector import ObjectDetector
 from raydetr import cluster, storage
 from raydetr.command import Clock, run, write_summary
-from raydetr.config import DemoConfig, EvaluateConfig
+from raydetr.config import DemoConfig, EvaluateConfig, PromoteConfig
 from raydetr.data.shards import Manifest, read_records
 from raydetr.data.synthetic import embedded
 from raydetr.evaluation import report
+from raydetr.evaluation.coco_files import coco_results
 from raydetr.evaluation.evaluate import evaluate
-from raydetr.evaluation.pictures import model_detector
 from raydetr.evaluation.predict import read_predictions
-from raydetr.evaluation.score import coco_results
+from raydetr.evaluation.promotion import promote
 from raydetr.registry import models, tracking
-from raydetr.registry.promote import promote
 from raydetr.serving.app import application, endpoint
 from raydetr.serving.client import detect
 from raydetr.training.recipes import RECIPES
@@ -35,46 +35,47 @@ def main(config: DemoConfig) -> dict[str, Any]:
     training = replace(recipe, steps=config.steps or recipe.steps)
     cluster.connect(training.workers + training.data_cpus)
     clock.stage("generate and ingest")
-    train_data, val_data = embedded("train"), embedded("val")  # of other seeds: no scene is in both
+    _, val_data = embedded("train"), embedded("val")  # of other seeds: no scene is in both
     clock.stage("train")
     trained = train(training)
     clock.stage("evaluate")
     scored = evaluate(EvaluateConfig(model=trained["model"], data=val_data))
     clock.stage("promote")
-    promote(uri, trained["model"], "champion")
+    judge = {"data": scored["data_digest"], "allow_chosen_on": True}
+    promoted = promote(PromoteConfig(model=trained["model"], **judge))
     champion = models.resolve("models:/raydetr@champion", uri)
     clock.stage("serve one validation image over HTTP")
     image = next(read_records(Manifest.load(val_data)))["image"]
     with endpoint(application(champion), "127.0.0.1", config.port) as url:
         answer = detect(url, image, threshold=0.0)
     clock.stage("draw")
-    difference = report.difference(answer["detections"], model_detector(champion)(image))
+    own = ObjectDetector.from_pretrained(champion.folder).detect_image(image)
     report.loss_curve(tracking.metric_history(uri, trained["run_id"], "loss"), f"{output}/loss.png")
     found = coco_results(read_predictions(scored["predictions"]))
     report.sheet(Manifest.load(val_data), found, f"{output}/predictions.png")
     report.answer(image, answer["detections"], f"{output}/answer.png")
     clock.stop()
     summary = {
-        "AP": scored["AP"],
-        "AP50": scored["AP50"],
+        **{name: scored[name] for name in ("AP", "AP50")},
         "validation_images": scored["images"],
         "images_per_second": trained["images_per_second"],
         "model_version": champion.address,
-        "answer_differs_from_model_by": difference,
+        "promoted": promoted["promoted"],
+        "answer_differs_from_model_by": report.difference(answer["detections"], own),
         "seconds": clock.seconds,
         "total_seconds": round(sum(clock.seconds.values()), 1),
         "answer": answer,
         "training": trained,
         "evaluation": scored,
-        "train_data": train_data,
     }
     write_summary(f"{output}/summary.json", summary)
-    print(NEXT.format(output=config.output, uri=uri))
+    print(NEXT.format(output=config.output, uri=uri, report=scored["report"]))
     return summary
 
 
 NEXT = """
-Look at {output}/predictions.png, {output}/loss.png and {output}/answer.png.
+Look at {output}/predictions.png, {output}/loss.png, {output}/answer.png and the evaluation's report:
+{report}
 Runs and models:  .venv/bin/mlflow ui --backend-store-uri {uri}
 Your own data:    .venv/bin/python pipelines/ingest.py --annotations FILE.json --images FOLDER --output runs/data/mine
                   .venv/bin/python pipelines/train.py --train-data runs/data/mine --num-queries 100 --output runs/mine

@@ -1,26 +1,18 @@
-"""Score a model on a validation set: COCO's 12 figures, predictions, and the record that a promotion asks for.
+"""Score a model on a data set: COCO's figures of boxes and masks, panoptic quality, predictions, a report as a page, and
+the record that a promotion asks for.
 
 On a cluster:    ray job submit -- python pipelines/evaluate.py --data s3://bucket/val --actors 8 --output s3://...
 On one machine:  python pipelines/evaluate.py --model models:/raydetr@challenger --data shards/val
+A COCO folder:   python pipelines/evaluate.py --annotations my/val.json --images my/val
 Tiny:            python pipelines/evaluate.py
 
-The same model, data and settings are scored once; another call gives the stored figures.
+The same model, data and settings are scored once, however many start at once; another call gives the stored figures, one
+that was interrupted goes on. Exit status: 0 scored, 4 --metric is below --least, 2 an error.
 """
-
-from typing import Any
 
 from raydetr.command import run
 from raydetr.config import EvaluateConfig
 from raydetr.evaluation.evaluate import evaluate
 
-
-def main(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate; the summary."""
-    summary = evaluate(config)
-    if summary["already_scored"]:
-        print(f"\n{summary['model']} is already scored on this data: these are the stored figures.")
-    return summary
-
-
 if __name__ == "__main__":
-    run(main, EvaluateConfig)
+    run(evaluate, EvaluateConfig)

@@ -1,44 +1,61 @@
-"""Detect objects in a folder of images: pictures with boxes, and results.json in COCO's results form.
+"""Predict a folder or a bucket of images: detections or segments as Parquet and COCO JSON, and pictures.
 
 On a cluster:    ray job submit -- python pipelines/predict.py --images s3://bucket/photos --output s3://bucket/out
-On one machine:  python pipelines/predict.py --images photos --output runs/predict
+On one machine:  python pipelines/predict.py --images photos --output runs/predict --pictures True
 By an endpoint:  python pipelines/predict.py --images photos --endpoint http://127.0.0.1:8000
+
+The same command again goes on with an interrupted run. Files that are no images are listed in images.json.
 """
 
 from typing import Any
 
 from raydetr import storage
+from raydetr.cluster import connect, require_shared
 from raydetr.command import run
 from raydetr.config import PredictConfig
-from raydetr.evaluation.pictures import Detect, detect_folder, model_detector
+from raydetr.evaluation import batch
+from raydetr.evaluation.actors import ActorOptions
+from raydetr.evaluation.pictures import write_pictures
+from raydetr.evaluation.predictions import PredictionSettings
 from raydetr.registry.models import resolve
 from raydetr.registry.tracking import resolve_uri
-from raydetr.serving.client import detect, health
-
-
-def endpoint_detector(endpoint: str) -> Detect:
-    """All detections of a running endpoint."""
-    health(endpoint)
-    return lambda data: detect(endpoint, data, threshold=0.0)["detections"]
+from raydetr.serving import client
 
 
 def main(config: PredictConfig) -> dict[str, Any]:
-    """Detect by the endpoint where one is given, else by the model in this process; the summary."""
+    """Predict by the endpoint where one is given, else by actors with the model; the summary."""
+    output = storage.absolute(config.output)
     if config.endpoint:
-        source, detector = config.endpoint, endpoint_detector(config.endpoint)
+        source = config.endpoint
+        client.health(source)
+        images = batch.list_images(config.images)
+        predictions, labels = batch.predict_by_endpoint(
+            images, lambda data: client.detect(source, data, threshold=0.0)["detections"]
+        )
     else:
         model = resolve(config.model or "models:/raydetr@champion", resolve_uri(config.tracking_uri))
-        source, detector = model.address, model_detector(model)
-    output = storage.absolute(config.output)
-    made = detect_folder(config.images, output, detector, config.threshold)
-    return {
-        "detected_by": source,
-        "images": made.images,
-        "objects": made.objects,
-        "unreadable": len(made.unreadable),
-        "pictures": storage.join(output, "pictures"),
+        source, labels = model.address, batch.label_names(model)
+        images = batch.list_images(config.images)
+        connect(config.actors + 1)
+        require_shared(images=config.images, output=config.output)
+        settings = PredictionSettings(config.masks, config.precision, config.segment_threshold)
+        options = ActorOptions(config.actors, config.batch_size, config.num_gpus)
+        predictions = batch.predict_by_model(images, model, options, settings, output)
+    named = batch.with_names(predictions, images)
+    batch.write_files(named, labels, output)
+    summary = {
+        "predicted_by": source,
+        "images": len(images.names),
+        "unreadable": len(named) - named.column("error").null_count,
+        "objects": batch.count_above(named, config.threshold),
+        "predictions": storage.join(output, "predictions.parquet"),
         "results": storage.join(output, "results.json"),
     }
+    if config.pictures:
+        connect(1)
+        write_pictures(named, images.folder, labels, output, config.threshold)
+        summary["pictures"] = storage.join(output, "pictures")
+    return summary
 
 
 if __name__ == "__main__":

@@ -1,31 +1,43 @@
-"""Move an alias (champion) to a model version (the challenger) that has an evaluation on file.
+"""Move an alias (champion) to a model version (the challenger) that the gate lets through.
 
 On a cluster:    ray job submit -- python pipelines/promote.py --tracking-uri http://mlflow:5000
-On one machine:  python pipelines/promote.py --model models:/raydetr/3 --alias champion
-Tiny:            python pipelines/promote.py
+On one machine:  python pipelines/promote.py --model models:/raydetr/3 --margin 0.005 --max-latency-ms 200
+Tiny:            python pipelines/promote.py --allow-chosen-on True
+Back:            python pipelines/promote.py --undo True
+
+Both versions need an evaluation on the same data (pipelines/evaluate.py). The embedded validation set also chooses the
+best checkpoint, hence the flag of the tiny call. Exit status: 0 promoted, 3 refused, 2 an error.
 """
 
 from typing import Any
 
 from raydetr.command import run
 from raydetr.config import PromoteConfig
-from raydetr.registry.promote import promote
-from raydetr.registry.tracking import resolve_uri
+from raydetr.errors import PromotionRefused
+from raydetr.evaluation.promotion import promote
 
 
 def main(config: PromoteConfig) -> dict[str, Any]:
-    """Promote; the summary."""
-    done = promote(resolve_uri(config.tracking_uri), config.model, config.alias)
-    before = "nothing" if done.previous is None else f"version {done.previous}"
-    print(f"\n{done.name}@{done.alias}: from {before} to version {done.version}")
-    return {
-        "model": done.name,
-        "alias": done.alias,
-        "from_version": "none" if done.previous is None else done.previous,
-        "version": done.version,
-        **{f"AP on {digest[:12]}": e["figures"]["AP"] for digest, e in done.evaluations.items()},
-        "evaluations": {digest: record["figures"] for digest, record in done.evaluations.items()},
-    }
+    """Promote or undo; the summary.
+
+    Raises:
+        PromotionRefused: the gate's rules do not hold; the summary is printed and written all the same.
+    """
+    summary = promote(config)
+    print()
+    for rule in summary["rules"]:
+        print(
+            f"  {'ok  ' if rule['passed'] else 'FAIL'}  {rule['rule']}: {rule['found']} (asked for: {rule['limit']})"
+        )
+    before = "nothing" if summary["from_version"] == "none" else f"version {summary['from_version']}"
+    alias = f"{summary['model']}@{summary['alias']}"
+    if not summary["promoted"]:
+        refusal = PromotionRefused(f"{alias} stays at {before}: {summary['reason']}.")
+        refusal.summary = summary
+        raise refusal
+    would = "would go " if config.dry_run else ""
+    print(f"\n{alias}: {would}from {before} to version {summary['version']}: {summary['reason']}")
+    return summary
 
 
 if __name__ == "__main__":

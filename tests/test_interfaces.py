@@ -10,6 +10,7 @@ from raydetr import config
 from raydetr.data import schema
 from raydetr.data.shards import Manifest
 from raydetr.doctor.config import DoctorConfig
+from raydetr.evaluation.predictions import PREDICTION_SCHEMA
 from raydetr.serving.app import api
 from raydetr.training.config import TrainConfig
 from raydetr.training.recipes import RECIPES
@@ -51,6 +52,10 @@ def test_the_fields_of_shards_are_listed() -> None:
     assert row("`manifest.json`") == [
         field.name for field in dataclasses.fields(Manifest) if field.name != "root"
     ]
+
+
+def test_the_columns_of_predictions_are_listed() -> None:
+    assert row("`predictions.parquet`")[2:-2] == PREDICTION_SCHEMA.names
 
 
 def test_the_routes_are_listed() -> None:

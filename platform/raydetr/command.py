@@ -35,7 +35,8 @@ def run(
 ) -> None:
     """Parse flags of `config_class`, print them, call `main`, print its summary and write it to `--json`.
 
-    A `RaydetrError` ends the process with its message and its exit status, 2 for most, without a traceback.
+    A `RaydetrError` ends the process with its message and its exit status, 2 for most, without a traceback; the
+    summary that it may carry is printed and written like any other.
 
     Args:
         main: takes the configuration, returns the summary: names to numbers, strings, lists or dicts.
@@ -55,8 +56,15 @@ def run(
         print_config(config)
         summary = dict(main(config))
     except RaydetrError as error:
+        if error.summary is not None:
+            conclude(config, error.summary)
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    conclude(config, summary)
+
+
+def conclude(config: Config, summary: Mapping[str, Any]) -> None:
+    """Print a summary, and write it to `--json` where that is given."""
     print_summary(summary)
     if config.json:
         write_summary(config.json, summary)

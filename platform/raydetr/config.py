@@ -71,14 +71,137 @@ class IngestConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Score a model on shards with the 12 COCO figures."""
+    """Score a model on a data set: COCO's figures of boxes and masks, panoptic quality, a report."""
 
     model: str = "models:/raydetr@challenger"
     """Model address."""
     data: str = ""
-    """Shards to score on; empty: the embedded validation set."""
+    """Shards to score on; empty: those of --images, else the embedded validation set."""
+    annotations: str = ""
+    """COCO detection JSON of a data set that is no shards yet: they are made first, once."""
+    images: str = ""
+    """Folder of its images."""
+    panoptic_annotations: str = ""
+    """Its COCO panoptic JSON; empty: none."""
+    panoptic_masks: str = ""
+    """Folder of its panoptic PNGs."""
+    task: Literal["auto", "detection", "instance", "panoptic", "panoptic-boxes"] = "auto"
+    """detection: boxes of objects; instance: and their masks; panoptic: boxes and masks of things and stuff;
+    panoptic-boxes: their boxes; auto: what the model predicts and the data set has."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """What the model computes in."""
+    segment_threshold: float = 0.5
+    """Least score of a query that becomes a panoptic segment."""
     output: str = ""
-    """Folder for predictions and metrics.json; empty: runs/evaluations/<model>-<data digest>."""
+    """Folder for predictions, analysis.json, report.html and metrics.json; empty: runs/evaluations/<model>-<data
+    digest>."""
+    coco_json: bool = False
+    """Write the predictions as COCO results too: results.json, of panoptic ones panoptic.json and PNGs."""
+    actors: int = 1
+    """Model replicas (Ray Data actors)."""
+    batch_size: int = 8
+    """Images of one canonical shape per forward pass."""
+    num_gpus: float = 0.0
+    """GPUs per model replica; 0 runs on CPU."""
+    metric: str = "AP"
+    """Figure that --least is about."""
+    least: float = 0.0
+    """Below it the exit status is 4 and the run and the version are tagged `below`; 0: no bound."""
+    tracking_uri: str = ""
+    """MLflow tracking address; empty: MLFLOW_TRACKING_URI, else SQLite under runs/."""
+    json: str = ""
+    """File for the summary as JSON."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "actors", "batch_size")
+        if bool(self.images) != bool(self.annotations or self.panoptic_annotations):
+            raise ConfigError(
+                "--images goes with --annotations or --panoptic-annotations, and these with it."
+            )
+        if self.images and self.data:
+            raise ConfigError("--data and --images exclude each other: give shards, or a COCO folder.")
+        if not 0 <= self.segment_threshold < 1:
+            raise ConfigError(
+                f"--segment-threshold is {self.segment_threshold}: it is from 0 to less than 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromoteConfig:
+    """Move an alias to a model version that the gate lets through, or back (`--undo True`).
+
+    The gate compares the challenger with the version that the alias points to, on data that both are evaluated on.
+    """
+
+    model: str = "models:/raydetr@challenger"
+    """Model address of the version to promote, the challenger."""
+    alias: str = "champion"
+    """Alias to move."""
+    data: str = ""
+    """Data to judge by: a digest, its beginning (8 digits or more), or the address of the shards; empty: the one data
+    set that both versions are evaluated on."""
+    metric: str = "AP"
+    """Figure that must be better: AP, AP50, mask_AP, PQ or another that the comparison has."""
+    margin: float = 0.0
+    """The challenger's figure minus the champion's must be more than this; negative: so much worse will do."""
+    tolerance: float = 0.0
+    """How far below 0 the lower end of that difference's bootstrap interval may lie; 0: better beyond chance."""
+    max_class_drop: float = 0.05
+    """No class may lose more AP than this where its interval is wholly below 0, that is, beyond chance."""
+    min_class_objects: int = 10
+    """Classes with fewer objects in the data are not looked at."""
+    max_latency_ms: float = 0.0
+    """Most milliseconds of one image (95th percentile, measured now on this machine); 0: not measured."""
+    latency_images: int = 50
+    """Images of the data that latency is measured on, the first ones."""
+    allow_chosen_on: bool = False
+    """Accept data that a version was trained on, or that its best checkpoint or its end was chosen by, as judge."""
+    reason: str = ""
+    """Why, in your words; kept with the decision."""
+    report: str = ""
+    """HTML page of the comparison to write; it is an artifact of the decision's MLflow run in any case."""
+    undo: bool = False
+    """Move the alias back to where it was before its last promotion instead; again: one promotion further."""
+    dry_run: bool = False
+    """Decide and tell, but move and record nothing."""
+    tracking_uri: str = ""
+    """MLflow tracking address; empty: MLFLOW_TRACKING_URI, else SQLite under runs/."""
+    json: str = ""
+    """File for the summary as JSON, also of a refusal."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "latency_images")
+        for name in ("tolerance", "max_class_drop", "min_class_objects", "max_latency_ms"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative."
+                )
+        if len(self.reason) > 500:
+            raise ConfigError(f"--reason has {len(self.reason)} characters: 500 at most are kept.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Detect objects in a folder of images: a Parquet file, COCO results, and pictures where asked for."""
+
+    images: str
+    """Folder or bucket of images (JPEG, PNG, WebP), folders in it included, or one file."""
+    output: str = "runs/predict"
+    """Folder for predictions.parquet, results.json and images.json."""
+    model: str = ""
+    """Model address; empty with an empty endpoint: models:/raydetr@champion."""
+    endpoint: str = ""
+    """Address of a running endpoint, e.g. http://127.0.0.1:8000; instead of a model."""
+    task: Literal["detection", "instance", "panoptic"] = "detection"
+    """instance: a mask of every detection; panoptic: one map of segments; both by a model with a mask head."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """What the model computes in."""
+    segment_threshold: float = 0.5
+    """Least score of a query that becomes a panoptic segment."""
+    pictures: bool = False
+    """Write each image with its detections into the folder `pictures`."""
+    threshold: float = 0.5
+    """Lowest score of a detection that is drawn and counted; the files hold all of them."""
     actors: int = 1
     """Model replicas (Ray Data actors)."""
     batch_size: int = 8
@@ -92,46 +215,17 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "actors", "batch_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromoteConfig:
-    """Move an alias to a model version that has an evaluation on file."""
-
-    model: str = "models:/raydetr@challenger"
-    """Model address of the version to promote."""
-    alias: str = "champion"
-    """Alias to move."""
-    tracking_uri: str = ""
-    """MLflow tracking address; empty: MLFLOW_TRACKING_URI, else SQLite under runs/."""
-    json: str = ""
-    """File for the summary as JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictConfig:
-    """Detect objects in a folder of images: pictures with boxes and a COCO results JSON."""
-
-    images: str
-    """Folder of images (JPEG, PNG, WebP), or one file."""
-    output: str = "runs/predict"
-    """Folder for the pictures and results.json."""
-    model: str = ""
-    """Model address; empty with an empty endpoint: models:/raydetr@champion."""
-    endpoint: str = ""
-    """Address of a running endpoint, e.g. http://127.0.0.1:8000; instead of a model."""
-    threshold: float = 0.5
-    """Lowest score of a box that is drawn; results.json holds all of them."""
-    tracking_uri: str = ""
-    """MLflow tracking address; empty: MLFLOW_TRACKING_URI, else SQLite under runs/."""
-    json: str = ""
-    """File for the summary as JSON."""
-
-    def __post_init__(self) -> None:
         if self.model and self.endpoint:
             raise ConfigError("--model and --endpoint exclude each other: give one of them.")
+        if self.endpoint and self.task != "detection":
+            raise ConfigError(f"--task {self.task}: an endpoint answers with boxes; give a model.")
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"--threshold is {self.threshold}: a score is between 0 and 1.")
+
+    @property
+    def masks(self) -> Literal["none", "instance", "panoptic"]:
+        """Which masks are predicted."""
+        return "none" if self.task == "detection" else self.task
 
 
 @dataclass(frozen=True, kw_only=True)

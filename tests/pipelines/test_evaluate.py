@@ -4,11 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from pipelines.evaluate import main
+from raydetr import storage
 from raydetr.config import EvaluateConfig
+from raydetr.data.shards import coco_truth
 from raydetr.errors import ConfigError, RegistryError
+from raydetr.evaluation.evaluate import evaluate
 from raydetr.registry.models import register, resolve
 from raydetr.registry.promote import promote
 from raydetr.registry.tracking import client, metric_history, resolve_uri, start_run
@@ -52,8 +57,31 @@ def test_a_version_is_scored_once_and_can_then_be_promoted(tmp_path):
     assert "already scored" in second.stdout
     again = json.loads((tmp_path / "second.json").read_text())
     assert again == {**summary, "already_scored": True}
+    page = Path(summary["report"]).read_text()
+    assert "raydetr" in page
+    assert "</html>" in page
+    assert storage.read_json(summary["output"] + "/analysis.json")["images"] == 23
+
     runs = client(uri).search_runs([client(uri).get_experiment_by_name("evaluation").experiment_id])
     assert len(runs) == 1
+
+    third = run_evaluate(
+        tmp_path, "--data", "shards", "--least", "0.99", "--coco-json", "True", "--json", "third.json"
+    )
+    assert third.returncode == 4
+    assert "is below 0.99" in third.stderr
+    assert json.loads((tmp_path / "third.json").read_text()) == again
+    tags = client(uri).get_model_version("raydetr", "1").tags
+    assert "is below 0.99" in tags[f"below.{manifest.digest[:12]}"]
+    results = json.loads((Path(summary["output"]) / "results.json").read_text())
+    truth = COCO()
+    truth.dataset = coco_truth(manifest)
+    truth.createIndex()
+    oracle = COCOeval(truth, truth.loadRes(results), "bbox")
+    oracle.evaluate()
+    oracle.accumulate()
+    oracle.summarize()
+    np.testing.assert_allclose(list(summary["figures"].values()), oracle.stats, atol=1e-12)
 
     promote(uri, "models:/raydetr@challenger", "champion")
     assert resolve("models:/raydetr@champion", uri).version == 1
@@ -72,7 +100,7 @@ def test_what_cannot_be_scored_is_a_clear_error(tmp_path, monkeypatch, flags, er
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(error, match=message):
-        main(EvaluateConfig(**flags))
+        evaluate(EvaluateConfig(**flags))
 
 
 def test_the_command_ends_an_error_with_its_message_and_status_2(tmp_path):

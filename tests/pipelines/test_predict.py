@@ -16,11 +16,14 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def test_a_model_folder_gives_pictures_and_results(photos, tmp_path):
+def test_a_model_folder_gives_pictures_and_results(ray_local, photos, tmp_path):
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
     output = tmp_path / "out"
-    summary = main(PredictConfig(images=str(photos), model=str(model), output=str(output), threshold=0.2))
-    assert (summary["images"], summary["unreadable"], summary["detected_by"]) == (2, 0, str(model))
+    chosen = PredictConfig(
+        images=str(photos), model=str(model), output=str(output), threshold=0.2, pictures=True
+    )
+    summary = main(chosen)
+    assert (summary["images"], summary["unreadable"], summary["predicted_by"]) == (2, 0, str(model))
     results = json.loads((output / "results.json").read_text())
     assert len(results) == 2 * 12
     assert summary["objects"] == sum(result["score"] >= 0.2 for result in results)

@@ -1,29 +1,313 @@
+"""The gate from the command to the alias, over SQLite, with comparisons computed from predictions."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from pipelines.promote import main
 from raydetr.config import PromoteConfig
-from raydetr.errors import RegistryError
-from raydetr.registry.models import register, resolve
-from raydetr.registry.promote import put_evaluation
-from raydetr.registry.tracking import resolve_uri, start_run
+from raydetr.data.shards import Manifest
+from raydetr.errors import ConfigError, PromotionRefused, RegistryError
+from raydetr.evaluation import promotion
+from raydetr.registry.models import register
+from raydetr.registry.tracking import client, resolve_uri, start_run
+from tests.awkward import write_awkward
+from tests.raydetr.registry.judged import guesses, put_on_file
+from tests.raydetr.registry.versions import bare_versions
 from tests.tiny_detr import save_tiny_detr
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+ROOT = Path(__file__).parents[2]
+BLUR = 0.12
 
 
-def test_a_promotion_tells_from_where_to_where(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_awkward(tmp_path_factory.mktemp("shards"), shards=(50, 31))
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three versions without an evaluation."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    bare_versions(resolve_uri(f"sqlite:///{folder}/mlflow.db"), 3, evaluated=False)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def config(database: Path, tmp_path: Path) -> PromoteConfig:
+    shutil.copy(database, tmp_path / "mlflow.db")
     uri = resolve_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    register(uri, start_run(uri, "training", "run", {}, {}), str(save_tiny_detr(tmp_path / "tiny", ["ant"])))
-    config = PromoteConfig(tracking_uri=uri)
-    with pytest.raises(RegistryError, match="no evaluation on file"):
+    client(uri).set_registered_model_alias("raydetr", "champion", "1")
+    return PromoteConfig(
+        tracking_uri=uri, model="models:/raydetr/2", json=str(tmp_path / "summary.json"), min_class_objects=10
+    )
+
+
+def champion(config: PromoteConfig) -> int:
+    return int(client(config.tracking_uri).get_registered_model("raydetr").aliases["champion"])
+
+
+def tags(config: PromoteConfig, version: int) -> dict[str, dict]:
+    """The decisions that a version carries."""
+    of = client(config.tracking_uri).get_model_version("raydetr", str(version)).tags
+    return {key: json.loads(value) for key, value in of.items() if key.startswith("promotion.")}
+
+
+def put(config: PromoteConfig, tmp_path: Path, version: int, data: Manifest, predictions, **changes):
+    folder = tmp_path / f"evaluation-{version}-{data.digest[:8]}"
+    return put_on_file(config.tracking_uri, version, data, predictions, folder, **changes)
+
+
+def refused(config: PromoteConfig) -> str:
+    """The reason of a refusal, which has left the alias where it was and is kept on both versions."""
+    before = champion(config)
+    with pytest.raises(PromotionRefused) as error:
+        main(config)
+    assert error.value.exit_status == 3
+    assert champion(config) == before
+    reason = error.value.summary["reason"]
+    assert f"raydetr@champion stays at version {before}: {reason}" in str(error.value)
+    challenger = int(config.model.rpartition("/")[2])
+    for version in (before, challenger):
+        (kept,) = tags(config, version).values()
+        assert (kept["promoted"], kept["reason"], kept["old"], kept["new"]) == (
+            False,
+            reason,
+            before,
+            challenger,
+        )
+    print("\nREASON", reason)
+    return reason
+
+
+def test_a_better_one_becomes_champion_with_page_and_reason_on_both_versions(config, data, tmp_path, capsys):
+    put(config, tmp_path, 1, data, guesses(data, BLUR))
+    put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
+    page = tmp_path / "page.html"
+    summary = main(replace(config, report=str(page), reason="night images"))
+    assert champion(config) == 2
+    printed = capsys.readouterr().out
+    assert "raydetr@champion: from version 1 to version 2: AP 0." in printed
+    assert "ok    AP is better beyond chance: 95 % of resamples between" in printed
+    assert summary["reason"].endswith("(night images)")
+    assert summary["figures"]["AP"]["delta"] > 0.05
+    assert (summary["from_version"], summary["version"], summary["data_digest"]) == (1, 2, data.digest)
+    for version in (1, 2):
+        kept = tags(config, version)["promotion.champion.0001"]
+        assert kept["promoted"]
+        assert kept["reason"] == summary["reason"]
+        assert kept["page"] == summary["page"]
+        assert kept["rules"] == summary["rules"]
+        assert (kept["old"], kept["new"], kept["data"]) == (1, 2, data.digest)
+        assert "@" in kept["by"]
+    mlflow = client(config.tracking_uri)
+    artifact = mlflow.download_artifacts(summary["run_id"], "comparison.html")
+    assert Path(artifact).read_bytes() == page.read_bytes()
+    assert "night images" in page.read_text()
+    run = mlflow.get_run(summary["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["promoted"] == "True"
+    print("\nREASON", summary["reason"])
+
+
+def test_an_equal_one_is_refused(config, data, tmp_path):
+    for version in (1, 2):
+        put(config, tmp_path, version, data, guesses(data, BLUR))
+    reason = refused(config)
+    assert "AP is better: +0.0000" in reason
+    assert "beyond chance" not in reason
+
+
+def test_a_slightly_worse_one_is_refused_and_passes_where_that_much_is_allowed(config, data, tmp_path):
+    put(config, tmp_path, 1, data, guesses(data, BLUR))
+    put(config, tmp_path, 2, data, guesses(data, BLUR * 1.02))
+    assert "AP is better: -0.0" in refused(config)
+    assert main(replace(config, margin=-0.05, tolerance=0.1))["promoted"]
+    assert champion(config) == 2
+
+
+def test_one_class_much_worse_is_refused_by_name(config, data, tmp_path):
+    put(config, tmp_path, 1, data, guesses(data, BLUR))
+    put(config, tmp_path, 2, data, guesses(data, {"ant": 0.01, "bee": 0.3, "cat": 0.01}))
+    reason = refused(config)
+    assert reason.startswith("no class is much worse: bee -0.")
+    assert "AP is better" not in reason
+    assert main(replace(config, max_class_drop=1.0))["promoted"]
+
+
+def test_other_data_are_refused(config, data, tmp_path):
+    other = write_awkward(tmp_path / "other", shards=(20,), seed=1)
+    put(config, tmp_path, 1, data, guesses(data, BLUR))
+    put(config, tmp_path, 2, other, guesses(other, BLUR / 2))
+    assert (
+        f"both are evaluated on the same data: version 2 on {other.digest[:12]}; "
+        f"version 1 on {data.digest[:12]}, asked for: the same"
+    ) in refused(config)
+    put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
+    put(config, tmp_path, 1, other, guesses(other, BLUR))
+    with pytest.raises(ConfigError, match=f"several data sets to judge by: .*{other.digest[:12]}"):
+        main(config)
+    assert main(replace(config, data=other.root))["data_digest"] == other.digest
+
+
+def test_data_that_changed_on_storage_are_refused(config, data, tmp_path):
+    shards = tmp_path / "copied"
+    shutil.copytree(data.root, shards)
+    copied = Manifest.load(str(shards))
+    for version, blur in ((1, BLUR), (2, BLUR / 2)):
+        put(config, tmp_path, version, copied, guesses(copied, blur))
+    shutil.rmtree(shards)
+    now = write_awkward(shards, shards=(20,), seed=1)
+    assert f"the data are unchanged: {now.digest} at {shards}" in refused(config)
+
+
+def test_the_data_that_chose_the_checkpoint_are_refused_unless_allowed(config, data, tmp_path):
+    put(config, tmp_path, 1, data, guesses(data, BLUR))
+    put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
+    client(config.tracking_uri).set_model_version_tag("raydetr", "2", "chosen_on_digest", data.digest)
+    reason = refused(config)
+    assert f"the judge is impartial: {data.digest[:12]}: version 2's checkpoint was chosen by it" in reason
+    assert main(replace(config, allow_chosen_on=True))["promoted"]
+
+
+def test_a_missing_report_is_refused(config, data, tmp_path):
+    put(config, tmp_path, 1, data, guesses(data, BLUR))
+    record = put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
+    Path(record["report"]).unlink()
+    assert f"the report is there: missing of 2: {record['report']}" in refused(config)
+
+
+def test_an_evaluation_kept_without_a_report_is_refused(config, data, tmp_path):
+    put(config, tmp_path, 1, data, guesses(data, BLUR), report=None)
+    put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
+    assert "missing of 1: its evaluation was kept without one" in refused(config)
+
+
+def test_predictions_that_are_not_those_that_were_scored_are_refused(config, data, tmp_path):
+    put(config, tmp_path, 1, data, guesses(data, BLUR))
+    record = put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
+    shutil.copy(tmp_path / f"evaluation-1-{data.digest[:8]}/predictions.parquet", record["predictions"])
+    assert "the predictions give the figures on file: challenger's AP" in refused(config)
+
+
+def test_of_two_promotions_at_once_the_second_is_refused(config, data, tmp_path, monkeypatch):
+    """The third version is promoted while the second one is being compared."""
+    for version, blur in ((1, BLUR), (2, BLUR / 2), (3, BLUR / 3)):
+        put(config, tmp_path, version, data, guesses(data, blur))
+    compare = promotion.compare
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(promotion, "compare", compare)
+        assert main(replace(config, model="models:/raydetr/3"))["promoted"]
+        return compare(*arguments)
+
+    monkeypatch.setattr(promotion, "compare", meanwhile)
+    with pytest.raises(PromotionRefused) as error:
+        main(config)
+    reason = error.value.summary["reason"]
+    print("\nREASON", reason)
+    assert reason.startswith("no other promotion meanwhile: version 3 since ")
+    assert reason.endswith("asked for: champion still version 1: promote again")
+    assert champion(config) == 3
+    (kept,) = tags(config, 2).values()
+    assert not kept["promoted"]
+    page = client(config.tracking_uri).download_artifacts(error.value.summary["run_id"], "comparison.html")
+    assert "no other promotion meanwhile" in Path(page).read_text()
+    with pytest.raises(PromotionRefused, match="stays at version 3: AP is better: -0"):
         main(config)
 
-    put_evaluation(resolve("models:/raydetr/1", uri), "digest", {"figures": {"AP": 0.5, "AP50": 0.75}})
-    summary = main(config)
-    assert "raydetr@champion: from nothing to version 1" in capsys.readouterr().out
-    assert (summary["from_version"], summary["version"]) == ("none", 1)
-    assert summary["evaluations"] == {"digest": {"AP": 0.5, "AP50": 0.75}}
-    assert summary["AP on digest"] == 0.5
 
-    assert main(config)["from_version"] == 1
-    assert "from version 1 to version 1" in capsys.readouterr().out
+def test_a_first_version_needs_an_evaluation_with_its_report_alone(config, data, tmp_path, capsys):
+    client(config.tracking_uri).delete_registered_model_alias("raydetr", "champion")
+    with pytest.raises(PromotionRefused, match="it is evaluated: version 2 on nothing"):
+        main(config)
+    record = put(config, tmp_path, 2, data, guesses(data, BLUR))
+    summary = main(config)
+    assert (summary["from_version"], summary["reason"]) == ("none", "there was no champion")
+    assert "raydetr@champion: from nothing to version 2: there was no champion" in capsys.readouterr().out
+    assert summary["evaluations"] == {data.digest: record["figures"]}
+    again = main(config)
+    assert (again["moved"], again["reason"]) == (False, "version 2 is the champion already")
+
+
+def test_a_dry_run_decides_and_leaves_no_trace(config, data, tmp_path):
+    put(config, tmp_path, 1, data, guesses(data, BLUR))
+    put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
+    summary = main(replace(config, dry_run=True, report=str(tmp_path / "page.html")))
+    assert summary["promoted"]
+    assert not summary["moved"]
+    assert (tmp_path / "page.html").is_file()
+    with pytest.raises(PromotionRefused, match="AP is better"):
+        main(replace(config, dry_run=True, margin=0.9))
+    assert champion(config) == 1
+    assert tags(config, 1) == tags(config, 2) == {}
+    assert client(config.tracking_uri).get_experiment_by_name("promotion") is None
+
+
+def test_a_promotion_is_undone_with_one_command(config, data, tmp_path, capsys):
+    put(config, tmp_path, 1, data, guesses(data, BLUR))
+    put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
+    main(config)
+    assert main(replace(config, undo=True, reason="it misses cats"))["version"] == 1
+    assert (
+        "raydetr@champion: from version 2 to version 1: the last promotion is undone"
+        in capsys.readouterr().out
+    )
+    assert champion(config) == 1
+    assert tags(config, 2)["promotion.champion.0002"]["reason"] == "promotion 1 undone (it misses cats)"
+    with pytest.raises(RegistryError, match="nothing to undo"):
+        main(replace(config, undo=True))
+
+
+def test_a_figure_that_the_comparison_does_not_have_is_an_error(config, data, tmp_path):
+    for version in (1, 2):
+        put(config, tmp_path, version, data, guesses(data, BLUR))
+    with pytest.raises(ConfigError, match="--metric PQ: the comparison has AP, AP50"):
+        main(replace(config, metric="PQ"))
+
+
+def test_latency_is_measured_of_both_and_bounds_the_challenger(data, tmp_path):
+    uri = resolve_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    run_id = start_run(uri, "training", "run", {}, {})
+    for seed in (0, 1):
+        model = save_tiny_detr(tmp_path / f"tiny-{seed}", ["ant", "bee", "cat"], edge=64, seed=seed)
+        register(uri, run_id, str(model))
+    for version, blur in ((1, BLUR), (2, BLUR / 2)):
+        put_on_file(uri, version, data, guesses(data, blur), tmp_path / str(version))
+        client(uri).set_model_version_tag("raydetr", str(version), "model.digest", f"digest {version}")
+    client(uri).set_registered_model_alias("raydetr", "champion", "1")
+    config = PromoteConfig(tracking_uri=uri, latency_images=8, max_latency_ms=1e-3)
+    with pytest.raises(
+        PromotionRefused, match=r"it is fast enough: challenger \d+\.\d ms, champion \d+\.\d ms \(95th"
+    ):
+        main(config)
+    assert main(replace(config, max_latency_ms=1e6))["promoted"]
+
+
+def test_the_exit_status_says_what_happened_and_the_json_has_the_decision(config, data, tmp_path):
+    put(config, tmp_path, 1, data, guesses(data, BLUR))
+    put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform", "PYTHONWARNINGS": "ignore"}
+
+    def promote(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "pipelines/promote.py"), "--tracking-uri", config.tracking_uri]
+        command += ["--json", config.json, *flags]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    refusal = promote("--model", "models:/raydetr/2", "--margin", "0.9")
+    assert refusal.returncode == 3, refusal.stderr
+    assert "error: raydetr@champion stays at version 1: AP is better: +0." in refusal.stderr
+    assert "FAIL  AP is better" in refusal.stdout
+    summary = json.loads(Path(config.json).read_text())
+    assert not summary["promoted"]
+    assert [rule["rule"] for rule in summary["rules"] if not rule["passed"]] == ["AP is better"]
+    done = promote("--model", "models:/raydetr/2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(Path(config.json).read_text())["promoted"]
+    assert champion(config) == 2

@@ -21,6 +21,7 @@ from raydetr.data.report import count_faults, place
 from raydetr.data.schema import FAULTS, Fault
 from raydetr.data.shards import Manifest, read_faults, read_records, read_rows
 from raydetr.data.source import layout
+from raydetr.html import document
 
 THUMBNAIL = 320
 SHEET = 12
@@ -34,24 +35,6 @@ _COLUMNS = [
 _SIDES = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 _ASPECTS = (1 / 4, 1 / 2, 1 / 1.25, 1.25, 2, 4)
 _EDGES = (0, 128, 256, 384, 512, 640, 800, 1024, 1333, 2048)
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1c2733;--soft:#5c6b7a;--line:#d8dee6;--paper:#fff;--bar:#2f6db3;--mark:#c2410c}
-@media(prefers-color-scheme:dark){:root{--ink:#e6ebf0;--soft:#9fb0c0;--line:#34414e;--paper:#12181f;--bar:#6aa5e6;--mark:#fb923c}}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1100px;margin:0 auto;padding:1rem}
-h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.2rem;margin:2.2rem 0 .6rem;border-bottom:1px solid var(--line)}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:.6rem;margin:0}
-dt{color:var(--soft);font-size:.85rem}dd{margin:0;font-size:1.25rem;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
-dd.small{font-size:.8rem;font-family:ui-monospace,monospace}
-table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.2rem .6rem .2rem 0;vertical-align:top;font-weight:400}
-thead th{color:var(--soft);font-size:.85rem}.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.bars th{width:30%;overflow-wrap:anywhere}.bars th,.bars td{vertical-align:middle}.bars svg{width:100%;height:.8rem;display:block}.hidden{position:absolute;left:-9999px}
-svg rect{fill:var(--bar)}svg text{fill:var(--soft);font-size:12px}svg path{stroke:var(--line)}svg line{stroke:var(--mark);stroke-width:2}
-figure{margin:0}figcaption{color:var(--soft);font-size:.9rem;overflow-wrap:anywhere}.chart{width:100%;height:auto}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:1.2rem}
-.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(220px,1fr));gap:1rem}.sheet img{width:100%;height:auto;border-radius:4px}
-ul{margin:.2rem 0;padding-left:1.1rem;color:var(--soft);font-size:.9rem;overflow-wrap:anywhere}
-.scroll{max-height:34rem;overflow:auto}@media print{.scroll{max-height:none}figure,tr{break-inside:avoid}}
-"""
 
 
 @dataclass
@@ -121,12 +104,7 @@ def write_report(manifest: Manifest, address: str, num_queries: int = 100) -> No
             "<h2>Images with a fault</h2>" + _sheet(manifest, faulty) if faulty else "",
         )
     )
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
-    )
-    storage.write_bytes(address, page.encode())
+    storage.write_bytes(address, document(title, body))
 
 
 def _summary(manifest: Manifest, counts: _Counts) -> str:
@@ -258,7 +236,7 @@ def _draw(manifest: Manifest, record: dict[str, Any]) -> Image.Image:
             continue
         boxes.append([box[0], box[1], box[0] + box[2], box[1] + box[3]])
         labels.append(f"{name} (crowd)" if item["iscrowd"] else name)
-        if item["segmentation"] and (region := _mask(item["segmentation"], height, width)) is not None:
+        if item["segmentation"] and (region := decode_mask(item["segmentation"], height, width)) is not None:
             segments.append({"id": len(segments) + 1, "label_id": labels[-1]})
             regions[region.astype(bool)] = len(segments)
     picture: Any = image
@@ -271,7 +249,8 @@ def _draw(manifest: Manifest, record: dict[str, Any]) -> Image.Image:
     return draw_detections(picture, np.array(boxes).reshape(-1, 4), labels)
 
 
-def _mask(segmentation: dict[str, Any], height: int, width: int) -> np.ndarray | None:
+def decode_mask(segmentation: dict[str, Any], height: int, width: int) -> np.ndarray | None:
+    """The mask of an object: uint8 [height, width], 0 or 1; None where there is no polygon."""
     if segmentation["polygons"] is not None:
         if not segmentation["polygons"]:
             return None

@@ -164,7 +164,7 @@ def overfit(
         if ended != "not finite":
             dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
             detector = ObjectDetector(state.model, state.processor, device, dtype)
-            found = figures(predict_share(detector, few, config.masks), few, config.masks)
+            found = figures(predict_share(detector, few, config.masks))
     return losses, ended, seconds, found
 
 

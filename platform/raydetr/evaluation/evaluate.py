@@ -1,53 +1,201 @@
 """One evaluation from addresses to figures; what pipelines/evaluate.py runs."""
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from detr.metrics.coco import METRIC_NAMES
+from detr.config import DetrConfig
 from raydetr import storage
 from raydetr.cluster import connect, require_shared
 from raydetr.config import EvaluateConfig
-from raydetr.data.shards import Manifest
+from raydetr.data.ingest import ingest
+from raydetr.data.inputs import Addresses
+from raydetr.data.mask_targets import MaskKind
+from raydetr.data.report import print_progress
+from raydetr.data.shards import Manifest, read_records
 from raydetr.data.synthetic import embedded
-from raydetr.evaluation.predict import PredictOptions, predict
-from raydetr.evaluation.record import find, keep
+from raydetr.errors import BelowBoundError, ConfigError, DataError
+from raydetr.evaluation.actors import ActorOptions
+from raydetr.evaluation.coco_files import write_coco_files
+from raydetr.evaluation.page import write_page
+from raydetr.evaluation.predict import predict, read_predictions
+from raydetr.evaluation.predictions import Masks, PredictionSettings
+from raydetr.evaluation.record import ANALYSIS, evaluation_key, find, keep, make, tag_bound
 from raydetr.evaluation.score import score
-from raydetr.registry.models import resolve
+from raydetr.lease import lease
+from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.registry.tracking import resolve_uri
+
+WAIT_S = 24 * 3600.0
+"""How long a second evaluation of the same waits for the first, whose figures are then its own."""
+_SEARCHED = 64
+"""Records that are looked at for masks."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What, besides model and data, the figures depend on. No threshold for boxes: all queries' detections count."""
+
+    task: str
+    precision: str = "float32"
+    segment_threshold: float = 0.5
+    max_detections: int = 100
+
+    @property
+    def kind(self) -> MaskKind:
+        """Of the truth."""
+        return "none" if self.task == "detection" else self.task  # type: ignore[return-value]
+
+    @property
+    def masks(self) -> Masks:
+        """What is predicted."""
+        return self.task if self.task in ("instance", "panoptic") else "none"  # type: ignore[return-value]
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a model on shards, or find the record of the same evaluation.
 
     Returns:
-        summary: model, data, data_digest, images, undecodable, the 12 figures by name and again together as
-        `figures`, run_id, predictions, output, and whether it was `already_scored`.
+        summary: model, data, data_digest, task, images, undecodable, the figures by name and again together as
+        `figures`, run_id, predictions, report, output, and whether it was `already_scored`.
+
+    Raises:
+        BelowBoundError: `metric` is below `least`; with the summary.
     """
     uri = resolve_uri(config.tracking_uri)
     model = resolve(config.model, uri)
-    cpus = config.actors + 1
-    if not config.data:
-        connect(cpus)  # before `embedded`, which asks for less
-    manifest = Manifest.load(config.data or embedded("val"))
-    output = storage.absolute(config.output or f"runs/evaluations/{model.label}-{manifest.digest[:12]}")
-    record = find(model, manifest, output)
+    manifest = _data(config)
+    settings = _settings(config, model, manifest)
+    output = storage.absolute(config.output or _default_output(model, manifest, settings))
+    record = find(model, manifest, asdict(settings), output)
     known = record is not None
     if record is None:
-        connect(cpus)
-        require_shared(data=config.data, output=config.output, tracking_uri=uri)
-        options = PredictOptions(config.actors, config.batch_size, config.num_gpus)
-        predictions = predict(model, manifest, options, output)
-        record = keep(uri, model, manifest, score(predictions, manifest), predictions, output)
-    figures = {name: record["figures"][name] for name in METRIC_NAMES}
-    return {
+        connect(config.actors + 1)
+        require_shared(data=config.data or config.images, output=config.output, tracking_uri=uri)
+        with lease(output, wait_s=WAIT_S):
+            record = find(model, manifest, asdict(settings), output)
+            known = record is not None
+            record = record or _evaluate(config, uri, model, manifest, settings, output)
+    if known:
+        print(f"{model.address} is already scored on these data: these are the stored figures.", flush=True)
+    if config.coco_json:
+        write_coco_files(read_predictions(record["predictions"]), manifest, output)
+    summary = {
         "model": model.address,
         "data": manifest.root,
         "data_digest": manifest.digest,
+        "task": settings.task,
         "images": record["images"],
-        "undecodable": len(record["undecodable"]),
-        **figures,
-        "figures": figures,
+        "undecodable": record["num_undecodable"],
+        **record["figures"],
+        "figures": record["figures"],
         "run_id": record["run_id"],
         "predictions": record["predictions"],
+        "report": record["report"],
         "output": output,
         "already_scored": known,
     }
+    if config.least:
+        _check_bound(config, uri, model, record, summary)
+    return summary
+
+
+def _evaluate(
+    config: EvaluateConfig,
+    uri: str,
+    model: ResolvedModel,
+    manifest: Manifest,
+    settings: Settings,
+    output: str,
+) -> dict[str, Any]:
+    options = ActorOptions(config.actors, config.batch_size, config.num_gpus)
+    of = PredictionSettings(settings.masks, config.precision, settings.segment_threshold)
+    predictions = predict(model, manifest, options, output, of)
+    scored = score(predictions, manifest, settings.kind)
+    record = make(model, manifest, asdict(settings), scored.figures, scored.undecodable, predictions, output)
+    storage.write_json(storage.join(output, ANALYSIS), scored.analysis)
+    write_page(record["report"], record, scored.analysis, manifest, read_predictions(predictions))
+    return keep(uri, model, record, scored.analysis, output)
+
+
+def _data(config: EvaluateConfig) -> Manifest:
+    """The shards to score on, made where they are a COCO folder."""
+    cpus = config.actors + 1
+    if config.data:
+        return Manifest.load(storage.absolute(config.data))
+    connect(cpus)  # before `embedded`, which asks for less
+    if not config.images:
+        return Manifest.load(embedded("val"))
+    given = config.annotations, config.images, config.panoptic_annotations, config.panoptic_masks
+    addresses = Addresses(*(storage.absolute(each) if each else "" for each in given))
+    name = "-".join(storage.absolute(config.images).rstrip("/").split("/")[-2:])
+    return ingest(
+        addresses, storage.absolute(f"runs/data/{name}"), progress=print_progress("ingest")
+    ).manifest
+
+
+def _settings(config: EvaluateConfig, model: ResolvedModel, manifest: Manifest) -> Settings:
+    """The settings, with what `auto` means for this model and these data.
+
+    Raises:
+        ConfigError: the model has no masks, or it and the data have no figure of this name.
+        DataError: the data set has no masks.
+    """
+    has_head = "DetrForSegmentation" in (DetrConfig.from_pretrained(model.folder).architectures or ())
+    has_masks, has_segments = _masks_of(manifest)
+    task = config.task
+    if task == "auto":
+        task = "detection"
+        if has_head and has_segments:
+            task = "panoptic"
+        elif has_head and has_masks:
+            task = "instance"
+    if task in ("instance", "panoptic") and not has_head:
+        raise ConfigError(f"--task {task}: {model.address} is a detector without masks.")
+    if (task == "instance" and not has_masks) or (task.startswith("panoptic") and not has_segments):
+        raise DataError(f"--task {task}: the first {_SEARCHED} records of {manifest.root} have none.")
+    return Settings(task, config.precision, config.segment_threshold)
+
+
+def _masks_of(manifest: Manifest) -> tuple[bool, bool]:
+    """Whether objects have masks, and whether there are panoptic segments."""
+    columns = ["objects.list.element.segmentation", "segments"]
+    masks = segments = False
+    for number, record in enumerate(read_records(manifest, columns)):
+        if number == _SEARCHED or (masks and segments):
+            break
+        segments = segments or bool(record["segments"])
+        masks = masks or any(
+            each["segmentation"]
+            and (each["segmentation"]["rle"] is not None or each["segmentation"]["polygons"])
+            for each in record["objects"] or ()
+        )
+    return masks, segments
+
+
+def _default_output(model: ResolvedModel, manifest: Manifest, settings: Settings) -> str:
+    folder = f"runs/evaluations/{model.label}-{manifest.digest[:12]}"
+    if settings == Settings("detection"):
+        return folder
+    return f"{folder}-{settings.task}-{evaluation_key(model, manifest, asdict(settings))[:8]}"
+
+
+def _check_bound(
+    config: EvaluateConfig, uri: str, model: ResolvedModel, record: dict[str, Any], summary: dict[str, Any]
+) -> None:
+    figures = record["figures"]
+    if config.metric not in figures:
+        raise ConfigError(f"--metric {config.metric}: not a figure of this evaluation: {', '.join(figures)}.")
+    below = figures[config.metric] < config.least
+    found = f"{config.metric} {figures[config.metric]:.4f} is below {config.least:g}"
+    tag_bound(uri, model, record, found if below else "")
+    if below:
+        error = BelowBoundError(
+            f"{model.address} on {manifest_name(record)}: {found}. Look at {record['report']}."
+        )
+        error.summary = summary
+        raise error
+
+
+def manifest_name(record: dict[str, Any]) -> str:
+    """The data set of a record, for messages."""
+    return f"{record['data']['address']} ({record['data']['digest'][:12]})"

@@ -1,93 +1,179 @@
 """What is kept of an evaluation, so that the same one is not done twice.
 
-`metrics.json` in the output folder; a run in the MLflow experiment `evaluation`, so that figures can be compared
-over time; and, for a registered version, the record on file that a promotion asks for (`registry.promote`). They
-are written in this order.
+A run in the MLflow experiment `evaluation`, so that figures can be compared over time, with the report; `metrics.json`
+in the output folder; and, for a registered version, the record on file that a promotion asks for
+(`registry.promote`). They are written in this order, and an evaluation that was ended between two of them writes the
+same ones when it is started again: the run in MLflow is known by the tag `evaluation.key`.
 """
 
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from raydetr import storage
 from raydetr.data.shards import Manifest
-from raydetr.evaluation.score import SETTINGS, Score
 from raydetr.registry.models import ResolvedModel
 from raydetr.registry.promote import evaluations, put_evaluation
-from raydetr.registry.tracking import end_run, log_metrics, start_run
+from raydetr.registry.tracking import (
+    client,
+    end_run,
+    log_artifacts,
+    log_metrics,
+    registry_errors,
+    set_tags,
+    start_run,
+)
 
 EXPERIMENT = "evaluation"
 METRICS = "metrics.json"
-SCHEMA_VERSION = 1
+ANALYSIS = "analysis.json"
+REPORT = "report.html"
+KEY_TAG = "evaluation.key"
+BELOW_TAG = "below"
+SCHEMA_VERSION = 2
+MAX_UNDECODABLE = 10
+"""Images that the record names with the reason; the predictions have them all."""
 
 
-def find(model: ResolvedModel, manifest: Manifest, output: str) -> dict[str, Any] | None:
-    """The record of this model on this data with these settings; None where there is none yet.
+def evaluation_key(model: ResolvedModel, manifest: Manifest, settings: Mapping[str, Any]) -> str:
+    """Names an evaluation, as hexadecimal digits: equal keys, equal figures."""
+    of = json.dumps([model.label, model.digest, manifest.digest, dict(settings)], sort_keys=True)
+    return hashlib.sha256(of.encode()).hexdigest()[:32]
+
+
+def find(
+    model: ResolvedModel, manifest: Manifest, settings: Mapping[str, Any], output: str
+) -> dict[str, Any] | None:
+    """The record of this model on this data with these settings; None where there is none yet, or its predictions or
+    its report are gone.
 
     Args:
         model: from `registry.models.resolve`.
         manifest: of the shards.
+        settings: what, besides the two, the figures depend on.
         output: folder where `keep` would put metrics.json.
     """
+    key = evaluation_key(model, manifest, settings)
     on_file = evaluations(model).get(manifest.digest)
-    if on_file is not None and _is_of(on_file, model, manifest):
+    if on_file is not None and _is_whole(on_file, key):
         return on_file
     file = storage.join(output, METRICS)
     record = storage.read_json(file) if storage.exists(file) else None
-    if not isinstance(record, dict) or not _is_of(record, model, manifest):
+    if not isinstance(record, dict) or not _is_whole(record, key):
         return None
     if model.version is not None:  # an earlier one ended between metrics.json and here
         put_evaluation(model, manifest.digest, record)
     return record
 
 
-def keep(
-    uri: str, model: ResolvedModel, manifest: Manifest, score: Score, predictions: str, output: str
+def make(
+    model: ResolvedModel,
+    manifest: Manifest,
+    settings: Mapping[str, Any],
+    figures: Mapping[str, float],
+    undecodable: Mapping[int, str],
+    predictions: str,
+    output: str,
 ) -> dict[str, Any]:
-    """Write the record of an evaluation to its places.
+    """The record of an evaluation: schema_version, key, model, data, settings, figures, images, undecodable and their
+    number, addresses of predictions, analysis and report."""
+    named = sorted(undecodable.items())[:MAX_UNDECODABLE]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "key": evaluation_key(model, manifest, settings),
+        "model": {key: value for key, value in asdict(model).items() if key not in ("uri", "folder")},
+        "data": {"address": manifest.root, "digest": manifest.digest},
+        "settings": dict(settings),
+        "figures": dict(figures),
+        "images": manifest.num_images,
+        "num_undecodable": len(undecodable),
+        "undecodable": {str(image_id): reason[:200] for image_id, reason in named},
+        "predictions": predictions,
+        "analysis": storage.join(output, ANALYSIS),
+        "report": storage.join(output, REPORT),
+    }
+
+
+def keep(
+    uri: str, model: ResolvedModel, record: Mapping[str, Any], analysis: Mapping[str, Any], output: str
+) -> dict[str, Any]:
+    """Write the record of an evaluation, whose report is there, to its places.
 
     Args:
         uri: MLflow address from `tracking.resolve_uri`.
         model: what was scored.
-        manifest: on what.
-        score: the outcome.
-        predictions: address of the predictions file.
+        record: from `make`.
+        analysis: its figures of each class are metrics of the run.
         output: folder for metrics.json.
 
     Returns:
-        the record: schema_version, model, data, settings, figures, images, undecodable, predictions, run_id.
+        the record with `run_id`.
     """
-    about = {
-        "model": {key: value for key, value in asdict(model).items() if key not in ("uri", "folder")},
-        "data": {"address": manifest.root, "digest": manifest.digest},
-        "settings": SETTINGS,
+    digest = record["data"]["digest"]
+    params = {
+        f"{part}.{key}": value
+        for part in ("model", "data", "settings")
+        for key, value in record[part].items()
     }
-    params = {f"{part}.{key}": value for part, values in about.items() for key, value in values.items()}
-    name = f"{model.label} on {manifest.digest[:12]}"
-    run_id = start_run(uri, EXPERIMENT, name, params, {"data.digest": manifest.digest})
-    log_metrics(uri, run_id, [(0, {**score.figures, "undecodable": len(score.undecodable)})])
+    tags = {"data.digest": digest, KEY_TAG: record["key"]}
+    name = f"{model.label} on {digest[:12]}"
+    run_id = start_run(uri, EXPERIMENT, name, params, tags, run_id=_begun(uri, record["key"]))
+    values = {**record["figures"], "undecodable": record["num_undecodable"], **_of_classes(analysis)}
+    with registry_errors(uri):
+        started = int(client(uri).get_run(run_id).info.start_time)
+    log_metrics(uri, run_id, [(0, values)], [started])  # at one time: sent twice, they are there once
+    with tempfile.TemporaryDirectory() as folder:
+        for address in (record["report"], record["analysis"]):
+            file = os.path.join(folder, os.path.basename(address))
+            with open(file, "wb") as stream:
+                stream.write(storage.read_bytes(address))
+        log_artifacts(uri, run_id, folder)
     end_run(uri, run_id)
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        **about,
-        "figures": score.figures,
-        "images": score.images,
-        "undecodable": {str(image_id): reason for image_id, reason in score.undecodable.items()},
-        "predictions": predictions,
-        "run_id": run_id,
-    }
-    storage.write_json(storage.join(output, METRICS), record)
+    kept = {**record, "run_id": run_id}
+    storage.write_json(storage.join(output, METRICS), kept)
     if model.version is not None:
-        put_evaluation(model, manifest.digest, record)
-    return record
+        put_evaluation(model, digest, kept)
+    return kept
 
 
-def _is_of(record: dict[str, Any], model: ResolvedModel, manifest: Manifest) -> bool:
-    try:
-        return (
-            record["schema_version"] == SCHEMA_VERSION
-            and record["model"]["digest"] == model.digest
-            and record["data"]["digest"] == manifest.digest
-            and record["settings"] == SETTINGS
+def tag_bound(uri: str, model: ResolvedModel, record: Mapping[str, Any], found: str) -> None:
+    """Tag the run and the version with what is below its bound; an empty text removes what was there."""
+    set_tags(uri, record["run_id"], {BELOW_TAG: found})
+    if model.version is None:
+        return
+    with registry_errors(uri):
+        client(uri).set_model_version_tag(
+            str(model.name), str(model.version), f"{BELOW_TAG}.{record['data']['digest'][:12]}", found
         )
-    except (KeyError, TypeError):  # written by something else
+
+
+def _begun(uri: str, key: str) -> str | None:
+    """The run of an evaluation that was ended before its record was complete."""
+    mlflow_client = client(uri)
+    with registry_errors(uri):
+        experiment = mlflow_client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            return None
+        runs = mlflow_client.search_runs([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{key}'")
+    return str(runs[0].info.run_id) if runs else None
+
+
+def _of_classes(analysis: Mapping[str, Any]) -> dict[str, float]:
+    """AP and PQ of each class by a name that MLflow accepts."""
+    values: dict[str, float] = {}
+    for each in analysis["classes"]:
+        name = re.sub(r"[^\w\-. /]", "_", str(each["name"]))
+        values |= {f"{key}/{name}": each[key] for key in ("AP", "mask_AP", "PQ") if key in each}
+    return values
+
+
+def _is_whole(record: Mapping[str, Any], key: str) -> bool:
+    """Whether a record is of this evaluation, written by this version, and what it refers to is still there."""
+    if record.get("schema_version") != SCHEMA_VERSION or record.get("key") != key:
         return False
+    return all(storage.exists(record[name]) for name in ("predictions", "report"))

@@ -18,11 +18,11 @@ from raydetr.data.source import shard_source
 from raydetr.data.stream import PlanDataConfig, Stream, build_plan
 from raydetr.data.synthetic import embedded
 from raydetr.errors import ConfigError, OutOfTimeError, RaydetrError, RegistryError, TrainingError
+from raydetr.lease import lease
 from raydetr.registry import tracking
 from raydetr.training import checkpoint, scaling, validation
 from raydetr.training.config import TrainConfig
 from raydetr.training.finish import finish
-from raydetr.training.lease import lease
 from raydetr.training.loop import OUT_OF_TIME, PREEMPTED
 from raydetr.training.model import build_model
 from raydetr.training.run import open_run, plan_spec

@@ -120,11 +120,11 @@ def _predict(config: TrainConfig, step: int, device: str, number: int = 0, of: i
 
 def _conclude(config: TrainConfig, run_id: str, step: int, share: Share) -> dict[str, float]:
     manifest = Manifest.load(config.val_data)
-    found = figures(share, manifest, config.masks)
+    found = figures(share)
     checkpoint.write_validation(config.output, step, found)
     name = main_figure(config)
     say(
-        f"step {step}: validation on {len(share.images)} images: {name} {found[name]:.3f}, AP50 {found['AP50']:.3f}"
+        f"step {step}: validation on {len(share.truth.images)} images: {name} {found[name]:.3f}, AP50 {found['AP50']:.3f}"
     )
     if run_id:
         try:

@@ -1,9 +1,12 @@
 import dataclasses
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -11,13 +14,10 @@ from detr.detector import ObjectDetector
 from detr.image_processing.decode import ImageError
 from raydetr.data.shards import Manifest, read_records
 from raydetr.errors import DataError
-from raydetr.evaluation.predict import (
-    PREDICTION_SCHEMA,
-    PredictOptions,
-    check_complete,
-    predict,
-    read_predictions,
-)
+from raydetr.evaluation import predict as module
+from raydetr.evaluation.actors import ActorOptions, run_actors
+from raydetr.evaluation.predict import check_complete, predict, read_predictions
+from raydetr.evaluation.predictions import PREDICTION_SCHEMA, PredictionSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # its copy of itself
 
@@ -28,11 +28,12 @@ CATEGORY_IDS = {0: 90, 2: 3, 3: 7}  # label → category id of cat, ant, bee; 1 
 @pytest.fixture(scope="module")
 def predictions(ray_local, model, manifest, tmp_path_factory) -> pa.Table:
     output = tmp_path_factory.mktemp("one")
-    return read_predictions(predict(model, manifest, PredictOptions(actors=1, batch_size=8), str(output)))
+    return read_predictions(predict(model, manifest, ActorOptions(actors=1, batch_size=8), str(output)))
 
 
 def test_every_image_has_the_detections_that_the_detector_finds_in_it_alone(predictions, model, manifest):
     assert predictions.schema.equals(PREDICTION_SCHEMA)
+    assert predictions["mask"].null_count == predictions["panoptic"].null_count == len(predictions)
     detector = ObjectDetector.from_pretrained(model.folder)
     rows = {row["image_id"]: row for row in predictions.to_pylist()}
     assert len(rows) == len(predictions) == manifest.num_images
@@ -63,14 +64,85 @@ def test_images_that_cannot_be_decoded_are_listed_with_the_reason(predictions):
     assert "missing-file" in errors[1035]
 
 
-def test_detections_do_not_depend_on_actors_or_batch_size(ray_local, predictions, model, manifest, tmp_path):
-    others = read_predictions(predict(model, manifest, PredictOptions(2, 1), str(tmp_path)))
-    for name in ("image_id", "category_id", "error"):
+def assert_same(others: pa.Table, predictions: pa.Table) -> None:
+    for name in ("image_id", "category_id", "error", "height", "width"):
         assert others[name].to_pylist() == predictions[name].to_pylist()
     for name in ("score", "bbox"):
         ours, theirs = (table[name].combine_chunks().flatten() for table in (predictions, others))
         ours, theirs = (x.flatten() if pa.types.is_list(x.type) else x for x in (ours, theirs))
         np.testing.assert_allclose(theirs, ours, atol=1e-3 if name == "bbox" else 1e-5)
+
+
+@pytest.mark.parametrize(("actors", "batch_size"), [(2, 1), (3, 5), (7, 8)])
+def test_detections_do_not_depend_on_actors_or_batch_size(
+    ray_local, predictions, model, manifest, tmp_path, actors, batch_size
+):
+    others = read_predictions(predict(model, manifest, ActorOptions(actors, batch_size), str(tmp_path)))
+    assert_same(others, predictions)
+
+
+def actor_processes() -> dict[int, float]:
+    """Id → time of start, of the processes that predict."""
+    found = {}
+    for process in psutil.process_iter(["cmdline", "create_time"]):
+        if "_Actor" in "".join(process.info["cmdline"] or ()):
+            found[process.pid] = process.info["create_time"]
+    return found
+
+
+def test_an_actor_that_is_killed_costs_no_image(ray_local, predictions, model, manifest):
+    windows = [
+        {"file": shard.file, "groups": [group], "skip": []}
+        for shard in manifest.shards
+        for group in range(-(-shard.num_images // manifest.row_group_size))
+    ]
+    before = actor_processes()
+    rows = run_actors(
+        model, windows, manifest.root, manifest.categories, PredictionSettings(), ActorOptions(2, 1)
+    )
+    tables = [next(rows)]
+    killed = sorted(set(actor_processes().items()) - set(before.items()), key=lambda each: each[1])[0][0]
+    os.kill(killed, signal.SIGKILL)
+    tables += rows
+    assert_same(pa.concat_tables(tables).sort_by("image_id"), predictions)
+
+
+def test_an_interrupted_run_goes_on_and_a_finished_one_is_left_alone(
+    ray_local, predictions, model, manifest, tmp_path, monkeypatch
+):
+    predicted: list[int] = []
+
+    def counted(*arguments):
+        for rows in run_actors(*arguments):
+            predicted.append(len(rows))
+            yield rows
+            if interrupt and sum(predicted) > 20:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run_actors", counted)
+    monkeypatch.setattr(module, "PART_S", 0.0)
+    interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, manifest, ActorOptions(1, 2), str(tmp_path))
+    done = sum(predicted)
+    assert 20 < done < manifest.num_images
+    assert not (tmp_path / "predictions.parquet").exists()
+    interrupt = False
+    assert_same(read_predictions(predict(model, manifest, ActorOptions(2, 3), str(tmp_path))), predictions)
+    assert sum(predicted) <= manifest.num_images + 8, "only what was not written is done again"
+    assert [file.name for file in tmp_path.iterdir()] == ["predictions.parquet"]
+
+    count = len(predicted)
+    predict(model, manifest, ActorOptions(), str(tmp_path))
+    assert len(predicted) == count
+    settings = PredictionSettings(precision="bf16")
+    others = read_predictions(predict(model, manifest, ActorOptions(), str(tmp_path), settings))
+    assert len(predicted) > count, "other settings are other work"
+    assert others["image_id"].to_pylist() == predictions["image_id"].to_pylist()
+    best, wanted = (
+        [row["score"][0] for row in each.to_pylist() if not row["error"]] for each in (others, predictions)
+    )
+    np.testing.assert_allclose(best, wanted, atol=0.1)
 
 
 def test_a_damaged_shard_is_an_error_that_names_it(ray_local, model, manifest, tmp_path):
@@ -80,7 +152,7 @@ def test_a_damaged_shard_is_an_error_that_names_it(ray_local, model, manifest, t
     (tmp_path / manifest.shards[1].file).write_bytes(data[: len(data) // 2])
     broken = dataclasses.replace(manifest, root=str(tmp_path))
     with pytest.raises(DataError, match=f"{manifest.shards[1].file}.*damaged") as error:
-        predict(model, broken, PredictOptions(), str(tmp_path / "output"))
+        predict(model, broken, ActorOptions(), str(tmp_path / "output"))
     assert "ray/data" not in str(error.value)
     assert not (tmp_path / "output").exists()
 
@@ -89,10 +161,10 @@ def test_a_data_set_of_other_categories_or_without_images_is_refused_before_anyt
     model, manifest, tmp_path
 ):
     with pytest.raises(DataError, match="no images"):
-        predict(model, dataclasses.replace(manifest, num_images=0), PredictOptions(), str(tmp_path))
+        predict(model, dataclasses.replace(manifest, num_images=0), ActorOptions(), str(tmp_path))
     other = dataclasses.replace(manifest, categories=({"id": 1, "name": "zebra"},))
     with pytest.raises(DataError, match="zebra"):
-        predict(model, other, PredictOptions(), str(tmp_path))
+        predict(model, other, ActorOptions(), str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from pycocotools.cocoeval import COCOeval
 
 from raydetr.data.shards import coco_truth
 from raydetr.errors import DataError
-from raydetr.evaluation.predict import PREDICTION_SCHEMA
-from raydetr.evaluation.score import coco_results, score
+from raydetr.evaluation.coco_files import coco_results
+from raydetr.evaluation.predictions import PREDICTION_SCHEMA
+from raydetr.evaluation.score import score
 
 
 def write_predictions(path, manifest, rng=None):
@@ -50,7 +51,7 @@ def test_the_figures_of_perturbed_predictions_are_those_of_pycocotools(manifest,
         truth = COCO()
         truth.dataset = coco_truth(manifest)
         truth.createIndex()
-        oracle = COCOeval(truth, truth.loadRes(coco_results(table)), "bbox")
+        oracle = COCOeval(truth, truth.loadRes(list(coco_results(table))), "bbox")
         oracle.evaluate()
         oracle.accumulate()
         oracle.summarize()

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pycocotools import mask as coco_mask
 
 from detr import DetrForObjectDetection, DetrForSegmentation
 from detr.detector import ObjectDetector
@@ -108,52 +110,38 @@ def test_boxes_of_things_and_stuff_are_those_of_their_pixels(manifest: Manifest)
         task: predict_share(ObjectDetector(state.model, state.processor), manifest, kind)  # type: ignore[arg-type]
         for task, state, kind in (("none", detection, "none"), ("panoptic-boxes", segments, "panoptic-boxes"))
     }
-    assert len(kinds["panoptic-boxes"].annotations) > len(kinds["none"].annotations)
+    boxes = {kind: len(share.truth.annotations) for kind, share in kinds.items()}
+    assert boxes["panoptic-boxes"] > boxes["none"]
 
 
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
 def test_the_truth_as_prediction_is_scored_one(manifest: Manifest, task: str) -> None:
     state = create_state(config(manifest, task=task), manifest, CPU)
     share = predict_share(ObjectDetector(state.model, state.processor), manifest, task)  # type: ignore[arg-type]
-    assert -1 <= figures(share, manifest, task)["AP"] < 0.9  # type: ignore[arg-type]
-    for image in share.images:
-        own = [item for item in share.annotations if item["image_id"] == image["id"]]
-        boxes = torch.tensor([item["bbox"] for item in own], dtype=torch.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        share.found[image["id"]] = {
-            "scores": torch.ones(len(own)),
-            "labels": torch.tensor([item["category_id"] for item in own], dtype=torch.int64),
-            "boxes": boxes,
+    assert -1 <= figures(share)["AP"] < 0.9
+    for row, image in zip(share.rows, share.truth.images, strict=True):
+        row["image_id"] = image["id"]
+        own = [item for item in share.truth.annotations if item["image_id"] == image["id"]]
+        row |= {
+            "score": [1.0] * len(own),
+            "category_id": [item["category_id"] for item in own],
+            "bbox": [item["bbox"] for item in own],
         }
         if task == "instance":
-            share.found[image["id"]]["masks"] = masks(own, image)
-        elif image["id"] in share.segments:
-            share.segments[image["id"]] |= truth_as_map(share.segments[image["id"]])
-    scored = figures(share, manifest, task)  # type: ignore[arg-type]
+            row |= {"mask": [run_lengths(item, image) for item in own]}
+            row |= {"height": image["height"], "width": image["width"]}
+        elif image["id"] in share.truth.panoptic:
+            png, segments = share.truth.panoptic[image["id"]]
+            found = [{"id": s["id"], "category_id": s["category_id"], "score": 1.0} for s in segments]
+            row |= {"panoptic": png, "segments": found}
+    scored = figures(share)
     assert scored["AP"] == pytest.approx(1)
     assert scored["mask_AP" if task == "instance" else "PQ"] == pytest.approx(1)
 
 
-def masks(annotations: list[dict[str, object]], image: dict[str, int]) -> torch.Tensor:
-    from pycocotools import mask as coco_mask
-
-    height, width = image["height"], image["width"]
-    decoded = [
-        torch.from_numpy(
-            coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(item["segmentation"], height, width)))
-        )
-        for item in annotations
-    ]
-    return torch.stack(decoded) if decoded else torch.zeros(0, height, width)
-
-
-def truth_as_map(segments: dict[str, object]) -> dict[str, object]:
-    from detr.metrics.panoptic import _read_map
-
-    return {
-        "map": _read_map(segments["png"]),  # type: ignore[arg-type]
-        "found": [{"id": s["id"], "category_id": s["category_id"]} for s in segments["truth"]],  # type: ignore[attr-defined]
-    }
+def run_lengths(annotation: dict[str, Any], image: dict[str, Any]) -> bytes:
+    polygons = coco_mask.frPyObjects(annotation["segmentation"], image["height"], image["width"])
+    return coco_mask.merge(polygons)["counts"]
 
 
 def test_data_without_masks_is_refused_before_the_first_step(tmp_path: Path) -> None:

@@ -1,19 +1,20 @@
 """One driver at a time; a dead one's lease runs out."""
 
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from raydetr import storage
-from raydetr.errors import TrainingError
-from raydetr.training.lease import FILE, lease
+from raydetr.errors import LeaseError
+from raydetr.lease import FILE, lease
 
 
 def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     with (
         lease(str(tmp_path), 1.0),
-        pytest.raises(TrainingError, match="held by another driver"),
+        pytest.raises(LeaseError, match="held by another driver"),
         lease(str(tmp_path), 1.0),
     ):
         pass
@@ -38,3 +39,23 @@ def test_the_lease_is_renewed_beyond_its_duration(tmp_path: Path) -> None:
         first = storage.read_json(f"{tmp_path}/{FILE}")["expires"]
         time.sleep(0.8)
         assert storage.read_json(f"{tmp_path}/{FILE}")["expires"] > max(first, time.time())
+
+
+def test_of_several_that_begin_at_once_one_works_at_a_time_and_the_others_wait(tmp_path: Path) -> None:
+    working: list[int] = []
+    worked: list[int] = []
+
+    def work(number: int) -> None:
+        with lease(str(tmp_path), 2.0, wait_s=60):
+            working.append(number)
+            time.sleep(0.1)
+            assert working == [number]
+            working.remove(number)
+            worked.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(worked) == [0, 1, 2, 3]

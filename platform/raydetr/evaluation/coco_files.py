@@ -1,0 +1,88 @@
+"""Predictions as the files that COCO's own tools read."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from raydetr import storage
+from raydetr.data.shards import Manifest, read_records
+
+
+def coco_results(predictions: pa.Table) -> Iterator[dict[str, Any]]:
+    """Predictions in COCO's results form.
+
+    Args:
+        predictions: of `PREDICTION_SCHEMA`.
+
+    Yields:
+        image_id, category_id, bbox (x, y, width, height), score, and where there are masks segmentation (RLE).
+    """
+    for batch in predictions.select(
+        ["image_id", "height", "width", "category_id", "bbox", "score", "mask"]
+    ).to_batches(1024):
+        for row in batch.to_pylist():
+            masks = row["mask"] or [None] * len(row["score"])
+            for category, box, score, mask in zip(
+                row["category_id"], row["bbox"], row["score"], masks, strict=True
+            ):
+                result = {
+                    "image_id": row["image_id"],
+                    "category_id": category,
+                    "bbox": box,
+                    "score": score,
+                }
+                if mask is not None:
+                    size = [row["height"], row["width"]]
+                    result["segmentation"] = {"size": size, "counts": mask.decode()}
+                yield result
+
+
+def write_results(predictions: pa.Table, address: str) -> None:
+    """Write all detections as COCO results JSON, a few at a time."""
+    with storage.open_output(address) as stream:
+        separator = b"["
+        for result in coco_results(predictions):
+            stream.write(separator + json.dumps(result).encode())
+            separator = b",\n"
+        stream.write(b"[]\n" if separator == b"[" else b"]\n")
+
+
+def write_coco_files(predictions: pa.Table, manifest: Manifest, output: str) -> list[str]:
+    """Write results.json, and of panoptic predictions panoptic.json and the folder panoptic.
+
+    Args:
+        predictions: of `PREDICTION_SCHEMA`, of a whole data set.
+        manifest: of the shards.
+        output: address of a folder.
+
+    Returns:
+        addresses of the JSON files.
+    """
+    results = storage.join(output, "results.json")
+    write_results(predictions, results)
+    if predictions.column("panoptic").null_count == predictions.num_rows:
+        return [results]
+    names = {
+        record["image_id"]: record["file_name"]
+        for record in read_records(manifest, ["image_id", "file_name"])
+    }
+    annotations = list(_write_panoptic(predictions, names, storage.join(output, "panoptic")))
+    panoptic = storage.join(output, "panoptic.json")
+    content = {"annotations": annotations, "categories": [dict(c) for c in manifest.categories]}
+    storage.write_bytes(panoptic, json.dumps(content).encode())
+    return [results, panoptic]
+
+
+def _write_panoptic(predictions: pa.Table, names: Mapping[int, str], folder: str) -> Iterator[dict[str, Any]]:
+    """PNGs, named like the images; entries of COCO's panoptic results."""
+    for batch in predictions.select(["image_id", "panoptic", "segments"]).to_batches(256):
+        for row in batch.to_pylist():
+            if row["panoptic"] is None:
+                continue
+            name = str(PurePosixPath(names[row["image_id"]]).with_suffix(".png"))
+            storage.write_bytes(storage.join(folder, name), row["panoptic"])
+            segments = [{"id": s["id"], "category_id": s["category_id"]} for s in row["segments"]]
+            yield {"image_id": row["image_id"], "file_name": name, "segments_info": segments}

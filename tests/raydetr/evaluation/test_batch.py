@@ -1,0 +1,158 @@
+"""Predictions of files that belong to no data set."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from detr import DetrConfig, DetrForSegmentation
+from detr.detector import ObjectDetector
+from detr.image_processing.processor import DetrImageProcessor
+from raydetr.errors import DataError, RequestError
+from raydetr.evaluation import batch
+from raydetr.evaluation.actors import ActorOptions
+from raydetr.evaluation.pictures import draw, write_pictures
+from raydetr.evaluation.predictions import PredictionSettings, Predictor, panoptic_ids, panoptic_png, table
+from raydetr.registry.models import resolve
+from tests.tiny_detr import png, save_tiny_detr, separate_the_queries
+
+ENDPOINT_BOX = {"xmin": 1.0, "ymin": 2.0, "xmax": 11.0, "ymax": 22.0}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "my photos"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "b.png").write_bytes(png(60, 90, seed=1))
+    (folder / "deep/a.JPG").write_bytes(png(80, 50, seed=2))
+    (folder / "c.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> ObjectDetector:
+    folder = save_tiny_detr(tmp_path_factory.mktemp("segmenter") / "tiny", ["sky", "dog"], edge=64)
+    model = DetrForSegmentation(DetrConfig.from_pretrained(folder, encoder_attention_heads=8))
+    separate_the_queries(model, 5)
+    return ObjectDetector(model, DetrImageProcessor.from_pretrained(folder))
+
+
+def test_a_folder_gives_a_table_coco_results_and_pictures(ray_local, photos, model, tmp_path):
+    output = tmp_path / "out"
+    images = batch.list_images(str(photos))
+    assert images.names == ["b.png", "c.png", "deep/a.JPG"]
+    labels = batch.label_names(model)
+    predictions = batch.with_names(
+        batch.predict_by_model(images, model, ActorOptions(2, 4), PredictionSettings(), str(output)), images
+    )
+    batch.write_files(predictions, labels, str(output))
+    assert write_pictures(predictions, images.folder, labels, str(output), 0.3) == 2
+
+    kept = pq.read_table(output / "predictions.parquet")
+    assert kept["file_name"].to_pylist() == images.names
+    assert [bool(error) for error in kept["error"].to_pylist()] == [False, True, False]
+    listed = json.loads((output / "images.json").read_text())
+    assert listed["images"] == [
+        {"id": 1, "file_name": "b.png", "height": 60, "width": 90},
+        {"id": 3, "file_name": "deep/a.JPG", "height": 80, "width": 50},
+    ]
+    assert list(listed["unreadable"]) == ["c.png"]
+    assert listed["categories"] == [{"id": label, "name": labels[label]} for label in sorted(labels)]
+
+    detector = ObjectDetector.from_pretrained(model.folder)
+    found = detector.detect([detector.prepare((photos / "b.png").read_bytes())])[0]
+    results = json.loads((output / "results.json").read_text())
+    of_b = [result for result in results if result["image_id"] == 1]
+    np.testing.assert_allclose([result["score"] for result in of_b], found.scores, atol=1e-5)
+    assert [result["category_id"] for result in of_b] == found.labels.tolist()
+    boxes = np.array([result["bbox"] for result in of_b])
+    np.testing.assert_allclose(boxes[:, :2] + boxes[:, 2:], found.boxes_xyxy[:, 2:], atol=1e-3)
+    assert batch.count_above(predictions, 0.3) == sum(result["score"] >= 0.3 for result in results)
+    with Image.open(output / "pictures/deep/a.JPG") as picture:
+        assert picture.format == "JPEG"
+    assert {file.name for file in output.iterdir()} == {
+        "predictions.parquet",
+        "results.json",
+        "images.json",
+        "pictures",
+    }
+
+
+@pytest.mark.parametrize("masks", ["instance", "panoptic"])
+def test_masks_and_segments_are_predicted_at_the_size_of_the_image_and_drawn(segmenter, masks):
+    data = png(60, 90, seed=4)
+    prepared = segmenter.prepare(data)
+    predictor = Predictor(segmenter, None, PredictionSettings(masks, segment_threshold=0.1))
+    (row,) = table(predictor.rows([1], [prepared])).to_pylist()
+    assert (row["height"], row["width"]) == (60, 90)
+    if masks == "instance":
+        assert len(row["mask"]) == len(row["score"]) == 12
+        assert row["panoptic"] is None
+    else:
+        ids = panoptic_ids(row["panoptic"])
+        assert ids.shape == (60, 90)
+        assert set(np.unique(ids)) - {0} == {segment["id"] for segment in row["segments"]}
+        assert row["segments"]
+        assert np.array_equal(panoptic_ids(panoptic_png(ids)), ids)
+    names = {0: "sky", 1: "dog"}
+    plain, drawn = (np.asarray(draw(data, row, names, threshold)) for threshold in (1.0, 0.0))
+    assert plain.shape == drawn.shape
+    assert (masks == "panoptic") == np.array_equal(plain, drawn), "segments have had their threshold"
+
+
+def test_boxes_are_drawn_from_the_threshold_on(segmenter):
+    data = png(60, 90, seed=4)
+    row = table(
+        Predictor(segmenter, None, PredictionSettings()).rows([1], [segmenter.prepare(data)])
+    ).to_pylist()[0]
+    plain, drawn = (np.asarray(draw(data, row, {0: "sky", 1: "dog"}, threshold)) for threshold in (1.0, 0.0))
+    assert not np.array_equal(plain, drawn)
+
+
+def test_an_endpoint_gives_the_same_table_and_refusals_of_an_image_are_passed_over(photos):
+    images = batch.list_images(str(photos))
+
+    def answer(data: bytes) -> list[dict]:
+        if data == b"no image":
+            raise RequestError(415, "not an image")
+        return [{"score": 0.5, "label": "ant", "label_id": 2, "box": ENDPOINT_BOX}]
+
+    predictions, labels = batch.predict_by_endpoint(images, answer)
+    assert labels == {2: "ant"}
+    first, refused, _ = predictions.to_pylist()
+    assert (first["category_id"], first["bbox"]) == ([2], [[1.0, 2.0, 10.0, 20.0]])
+    assert refused["error"] == "not an image"
+    assert refused["score"] == []
+
+    def refuse(data: bytes) -> list[dict]:
+        raise RequestError(404, "no")
+
+    with pytest.raises(RequestError):
+        batch.predict_by_endpoint(images, refuse)
+
+
+def test_a_folder_without_images_and_a_missing_folder_are_errors(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(DataError, match="no image among 1 entries"):
+        batch.list_images(str(tmp_path))
+    with pytest.raises(DataError, match="no such file or folder"):
+        batch.list_images(str(tmp_path / "nowhere"))
+
+
+def test_one_file_is_a_folder_of_one(photos):
+    images = batch.list_images(str(photos / "b.png"))
+    assert images.address(1) == str(photos / "b.png")
+
+
+def test_the_labels_of_a_model_are_its_categories(tmp_path):
+    """The original weights have several labels of one name, which no data set can have."""
+    folder = save_tiny_detr(tmp_path / "tiny", ["N/A", "ant", "N/A"], edge=64)
+    assert batch.label_names(resolve(str(folder), "")) == {0: "N/A", 1: "ant", 2: "N/A"}
+    with torch.no_grad():
+        predictor = Predictor(ObjectDetector.from_pretrained(folder), None, PredictionSettings())
+    assert predictor.category_ids.tolist() == [0, 1, 2]
