@@ -139,7 +139,8 @@ def test_no_port_is_open_to_the_world() -> None:
     assert all(node_type["node_config"].get("SecurityGroupIds") for node_type in NODE_TYPES.values())
     assert "security_group" not in CONFIG["provider"]
     assert CONFIG["provider"]["use_internal_ips"] is True
-    assert "--dashboard-host=127.0.0.1" in CONFIG["head_start_ray_commands"][-1]
+    (head,) = [command for command in CONFIG["head_start_ray_commands"] if "ray start --head" in command]
+    assert "--dashboard-host=127.0.0.1" in head
     assert not any("0.0.0.0" in command for command in commands())
     for document in manifests():
         for service in (document["spec"].get("type"), *find(document, "serviceType")):
@@ -150,7 +151,7 @@ def test_no_port_is_open_to_the_world() -> None:
 def test_a_token_is_asked_for_everywhere() -> None:
     assert environment()["RAY_AUTH_MODE"] == "token"
     assert CONFIG["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
-    assert rayjob()["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    assert [job["rayClusterSpec"]["authOptions"] for job in rayjobs()] == [{"mode": "token"}] * 2
 
 
 def test_no_credentials_are_written_down() -> None:
@@ -173,8 +174,10 @@ def manifests() -> Iterator[dict[str, Any]]:
         yield from yaml.safe_load_all(file.read_text())
 
 
-def rayjob() -> dict[str, Any]:
-    return next(document for document in manifests() if document["kind"] == "RayJob")
+def rayjobs() -> list[dict[str, Any]]:
+    """The specifications of the training and of the scheduled evaluation."""
+    kinds = {document["kind"]: document["spec"] for document in manifests()}
+    return [kinds["RayJob"], kinds["RayCronJob"]["jobTemplate"]]
 
 
 def find(value: Any, name: str) -> Iterator[Any]:
@@ -189,10 +192,16 @@ def find(value: Any, name: str) -> Iterator[Any]:
             yield from find(item, name)
 
 
-def test_the_rayjob_has_what_kuberay_requires() -> None:
-    job = rayjob()
-    assert job["apiVersion"] == "ray.io/v1"
-    cluster = job["spec"]["rayClusterSpec"]
+def test_kubernetes_is_told_which_api_the_jobs_are_of() -> None:
+    ours = [each for each in manifests() if each["kind"].startswith("Ray")]
+    assert {document["apiVersion"] for document in ours} == {"ray.io/v1"}
+    (cron,) = [document for document in ours if document["kind"] == "RayCronJob"]
+    assert len(cron["spec"]["schedule"].split()) == 5
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["train", "evaluate"])
+def test_the_rayjobs_have_what_kuberay_requires(number: int) -> None:
+    cluster = rayjobs()[number]["rayClusterSpec"]
     assert cluster["rayVersion"] == ray.__version__
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     for group in cluster["workerGroupSpecs"]:
@@ -210,12 +219,13 @@ def test_the_rayjob_has_what_kuberay_requires() -> None:
 
 
 def test_the_entrypoints_are_there() -> None:
-    python, script, *flags = shlex.split(rayjob()["spec"]["entrypoint"])
-    assert python == "python"
-    assert (ROOT / script).is_file()
-    assert script.startswith("pipelines/")
     known = (ROOT / "docs" / "interfaces.md").read_text()
-    assert all(flag in known for flag in flags if flag.startswith("--"))
+    for job in rayjobs():
+        python, script, *flags = shlex.split(job["entrypoint"])
+        assert python == "python"
+        assert (ROOT / script).is_file()
+        assert script.startswith("pipelines/")
+        assert all(flag in known for flag in flags if flag.startswith("--"))
     for command in (c for document in manifests() for c in find(document, "command")):
         assert (ROOT / command[1]).is_file()
     for command in commands():
