@@ -1,0 +1,178 @@
+"""The evaluation's pages in a real browser: they sort, they choose, they fit a phone, and they ask nobody for anything."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
+
+from raydetr.data.shards import Manifest
+from raydetr.evaluation.analysis import analyse
+from raydetr.evaluation.compare import compare
+from raydetr.evaluation.page import write_page
+from raydetr.evaluation.page_comparison import write_comparison
+from raydetr.evaluation.truth import read_truth
+from tests.awkward import write_awkward
+from tests.raydetr.evaluation.page_examples import make_record, spoilt_predictions
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium: install one (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=120_000)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both pages of the same data."""
+    folder = tmp_path_factory.mktemp("pages")
+    manifest: Manifest = write_awkward(folder / "data")
+    old, new = (spoilt_predictions(manifest, seed, harm=harm) for seed, harm in ((0, 1.0), (1, 0.5)))
+    truth = read_truth(manifest, "none")
+    before, after = (analyse(truth, each, resamples=50) for each in (old, new))
+    records = make_record(manifest, before), make_record(manifest, after, 4)
+    files = {"evaluation": folder / "evaluation.html", "comparison": folder / "comparison.html"}
+    write_page(str(files["evaluation"]), records[0], before, manifest, old)
+    comparison = compare(truth, old, new, resamples=50)
+    rules = [{"rule": "AP is better", "passed": True, "found": "+0.1", "limit": "more than 0"}]
+    decision = {"promoted": True, "reason": "AP is better", "rules": rules}
+    write_comparison(str(files["comparison"]), *records, comparison, manifest, old, new, decision)
+    return files
+
+
+@pytest.fixture
+def open_page(browser: Browser, pages: dict[str, Path]) -> Iterator[Open]:
+    """Opens a page by its name; at the end it must have logged nothing and asked for no other address."""
+    opened, messages, requests = [], [], []
+
+    def open_one(name: str, width: int = 1280, dark: bool = False) -> Page:
+        page = browser.new_page(
+            viewport={"width": width, "height": 800}, color_scheme="dark" if dark else "light"
+        )
+        page.set_default_timeout(120_000)
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(pages[name].as_uri())
+        opened.append(pages[name].as_uri())
+        return page
+
+    yield open_one
+    for context in browser.contexts:
+        context.close()
+    assert messages == []
+    assert [url for url in requests if not url.startswith("data:")] == opened
+
+
+def column(table: Locator, index: int) -> list[str]:
+    return table.evaluate("(t, i) => [...t.tBodies[0].rows].map((row) => row.cells[i].dataset.v)", index)
+
+
+def test_a_click_on_a_header_sorts_and_another_one_turns_it_around(open_page: Open) -> None:
+    table = open_page("evaluation").locator("#classes-table")
+    header = table.locator("thead th").nth(3)
+    header.locator("button").click()
+    assert header.get_attribute("aria-sort") == "descending"
+    values = [float(value) for value in column(table, 3)]
+    assert values == sorted(values, reverse=True)
+    header.locator("button").click()
+    assert header.get_attribute("aria-sort") == "ascending"
+    assert [float(value) for value in column(table, 3)] == sorted(values)
+    assert table.locator("[aria-sort]").count() == 1
+
+
+@pytest.mark.parametrize("key", ["Enter", "Space"])
+def test_a_header_sorts_by_the_keyboard_alone(open_page: Open, key: str) -> None:
+    page = open_page("evaluation")
+    table = page.locator("#classes-table")
+    table.locator("thead button").first.focus()
+    page.keyboard.press(key)
+    assert table.locator("thead th").first.get_attribute("aria-sort") == "ascending"
+    assert column(table, 0) == sorted(column(table, 0))
+    page.keyboard.press("Tab")
+    page.keyboard.press(key)
+    assert table.locator("thead th").nth(1).get_attribute("aria-sort") == "descending"
+
+
+def test_choosing_a_class_draws_its_curve_and_choosing_none_takes_it_away(open_page: Open) -> None:
+    page = open_page("evaluation")
+    curve, legend = page.locator(".chart .curve.one"), page.locator("#curve-legend")
+    assert curve.get_attribute("d") == ""
+    assert not legend.is_visible()
+    drawn = set()
+    for name in ("ant", "bee"):
+        page.select_option("#curve-class", label=name)
+        drawn.add(curve.get_attribute("d"))
+        assert legend.inner_text() == name
+    assert len(drawn) == 2
+    page.select_option("#curve-class", label="none")
+    assert curve.get_attribute("d") == ""
+
+
+@pytest.mark.parametrize("name", ["evaluation", "comparison"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window(open_page: Open, name: str, width: int) -> None:
+    page = open_page(name, width, dark=True)
+    page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert sum(int(part) for part in paper[4:-1].split(",")) < 150  # dark
+
+
+def test_truth_and_prediction_can_be_hidden(open_page: Open) -> None:
+    page = open_page("evaluation")
+    truth, found = (
+        page.locator(".shot .truth:has(.line)").first,
+        page.locator(".shot .found:has(.line)").first,
+    )
+    shown = page.locator("#images details[open] .shot .truth.key:has(.line)").first
+    assert shown.is_visible()
+    page.uncheck("#show-truth")
+    assert not shown.is_visible()
+    page.check("#show-truth")
+    assert shown.is_visible()
+    line = "(e) => getComputedStyle(e.querySelector('.line')).strokeDasharray"
+    assert truth.evaluate(line) == "none"
+    assert found.evaluate(line) != "none"  # dashed: told apart without colour
+
+
+def test_a_picture_grows_and_shrinks(open_page: Open) -> None:
+    page = open_page("evaluation")
+    picture, button = page.locator("#images .shot").first, page.locator("#images button").first
+    narrow = picture.bounding_box()
+    button.click()
+    wide = picture.bounding_box()
+    assert narrow is not None
+    assert wide is not None
+    assert wide["width"] > 1.5 * narrow["width"]
+    assert button.get_attribute("aria-pressed") == "true"
+    button.click()
+    again = picture.bounding_box()
+    assert again is not None
+    assert again["width"] == narrow["width"]
+
+
+def test_every_chart_and_picture_has_a_name(open_page: Open) -> None:
+    for name in ("evaluation", "comparison"):
+        page = open_page(name)
+        images = page.locator("svg:not([aria-hidden]), img")
+        names = images.evaluate_all("(all) => all.map((e) => e.getAttribute('aria-label') || e.alt)")
+        assert names
+        assert all(names)
+
+
+def test_paper_shows_what_is_folded_away(open_page: Open) -> None:
+    page = open_page("evaluation")
+    assert page.locator("details:not([open])").count() > 0
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open])").count() == 0
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details:not([open])").count() > 0
