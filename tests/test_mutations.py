@@ -86,6 +86,24 @@ MUTATIONS = {
         "--dashboard-host=0.0.0.0",
         ("tests/cluster/test_cluster_yaml.py",),
     ),
+    "two promotions at once both win": Mutation(
+        "platform/raydetr/registry/ledger.py",
+        "return written[number] == entry",
+        "return True",
+        ("tests/raydetr/registry/test_ledger.py",),
+    ),
+    "the bootstrap of a comparison is not paired": Mutation(
+        "platform/raydetr/evaluation/compare.py",
+        "[_side(truth, table, seed, resamples) for table in (old, new)]",
+        "[_side(truth, table, seed + number, resamples) for number, table in enumerate((old, new))]",
+        ("tests/raydetr/evaluation/test_compare.py",),
+    ),
+    "predictions of other settings are taken for those that are asked for": Mutation(
+        "platform/raydetr/evaluation/predict.py",
+        "[model.digest, manifest.digest, asdict(settings)]",
+        "[model.digest, manifest.digest]",
+        ("tests/raydetr/evaluation/test_predict.py",),
+    ),
 }
 
 

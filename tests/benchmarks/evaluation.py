@@ -1,0 +1,97 @@
+"""Images per second of an evaluation's predictions against the same model in a plain loop of one process.
+
+    python tests/benchmarks/evaluation.py [--images 512] [--actors 2] [--rounds 3]
+
+The loop reads, decodes, prepares and predicts in one thread, batches of equal shapes as the actors have them. The
+evaluation does the same by Ray Data actors of one thread each. Both rates leave the start out: from the first quarter
+of the images on. Rounds alternate; the aim is 0.9 of actors × loop. Images are coco128's, at the size of the recipe
+`small`'s cousin for photos: shortest edge 240.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from shards_of_coco128 import coco128_shards
+
+from detr import DetrConfig, DetrForObjectDetection, DetrImageProcessor
+from raydetr import cluster
+from raydetr.data.shards import Manifest, read_records
+from raydetr.evaluation.actors import ActorOptions, load_detector, run_actors
+from raydetr.evaluation.predict import _windows
+from raydetr.evaluation.predictions import PredictionSettings, Predictor
+from raydetr.registry.models import ResolvedModel, resolve
+
+BATCH = 8
+
+
+def main() -> None:
+    """Print the rates and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    manifest = coco128_shards("runs/benchmarks", arguments.images)
+    with tempfile.TemporaryDirectory() as folder:
+        model = _model(folder, manifest)
+        cluster.connect(arguments.actors + 1)
+        loops, evaluations = [], []
+        for _ in range(arguments.rounds):
+            loops.append(_rate(_loop(model, manifest), manifest.num_images))
+            evaluations.append(_rate(_actors(model, manifest, arguments.actors), manifest.num_images))
+            print(
+                f"loop {loops[-1]:.2f} images/s, {arguments.actors} actors {evaluations[-1]:.2f}", flush=True
+            )
+    loop, found = statistics.median(loops), statistics.median(evaluations)
+    print(
+        f"medians: loop {loop:.2f}, actors {found:.2f} images/s: {found / (arguments.actors * loop):.2f} of actors × loop"
+    )
+
+
+def _model(folder: str, manifest: Manifest) -> ResolvedModel:
+    config = DetrConfig(backbone="resnet18", num_queries=100, id2label=manifest.id2label)
+    DetrForObjectDetection(config).save_pretrained(folder)
+    DetrImageProcessor(size={"shortest_edge": 240, "longest_edge": 400}).save_pretrained(folder)
+    return resolve(folder, "")
+
+
+def _rate(done: Iterator[int], total: int) -> float:
+    """Images per second from the first quarter on; `done` yields how many were finished."""
+    count, first, begun = 0, 0, 0.0
+    for finished in done:
+        count += finished
+        if not begun and count >= total / 4:
+            first, begun = count, time.perf_counter()
+    return (count - first) / (time.perf_counter() - begun)
+
+
+def _loop(model: ResolvedModel, manifest: Manifest) -> Iterator[int]:
+    predictor = Predictor(
+        load_detector(model.folder, PredictionSettings()), manifest.categories, PredictionSettings()
+    )
+    waiting = defaultdict(list)
+    for record in read_records(manifest, ["image_id", "image"]):
+        prepared = predictor.detector.prepare(record["image"])
+        like = waiting[prepared.shape]
+        like.append((record["image_id"], prepared))
+        if len(like) == BATCH:
+            yield len(predictor.rows(*zip(*waiting.pop(prepared.shape))))
+    for like in waiting.values():
+        yield len(predictor.rows(*zip(*like)))
+
+
+def _actors(model: ResolvedModel, manifest: Manifest, actors: int) -> Iterator[int]:
+    windows = _windows(manifest, actors, set())
+    options = ActorOptions(actors, BATCH)
+    for rows in run_actors(model, windows, manifest.root, manifest.categories, PredictionSettings(), options):
+        yield len(rows)
+
+
+if __name__ == "__main__":
+    main()
