@@ -22,7 +22,7 @@ from detr import DetrConfig, DetrForObjectDetection, DetrImageProcessor
 from raydetr import cluster
 from raydetr.data.shards import Manifest, read_records
 from raydetr.evaluation.actors import ActorOptions, load_detector, run_actors
-from raydetr.evaluation.predict import _windows
+from raydetr.evaluation.predict import windows_of
 from raydetr.evaluation.predictions import PredictionSettings, Predictor
 from raydetr.registry.models import ResolvedModel, resolve
 
@@ -87,7 +87,7 @@ def _loop(model: ResolvedModel, manifest: Manifest) -> Iterator[int]:
 
 
 def _actors(model: ResolvedModel, manifest: Manifest, actors: int) -> Iterator[int]:
-    windows = _windows(manifest, actors, set())
+    windows = windows_of(manifest, actors, set())
     options = ActorOptions(actors, BATCH)
     for rows in run_actors(model, windows, manifest.root, manifest.categories, PredictionSettings(), options):
         yield len(rows)

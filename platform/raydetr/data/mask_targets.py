@@ -1,14 +1,13 @@
 """What training learns of a record when it learns masks: instances, or all segments of a panoptic image."""
 
-import io
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from pycocotools import mask as coco_mask
 
+from detr.metrics.panoptic import read_panoptic_png
 from raydetr.data.schema import FAULTS, is_trained
 from raydetr.data.shards import is_target, training_targets
 
@@ -77,8 +76,7 @@ def _segments(
     fault = record["fault"]
     if record["panoptic_image"] is None or (fault is not None and FAULTS[fault].effect == "box-only"):
         return nothing
-    pixels = np.asarray(Image.open(io.BytesIO(record["panoptic_image"])).convert("RGB"), dtype=np.int64)
-    ids = pixels @ np.array([1, 256, 65536])
+    ids = read_panoptic_png(record["panoptic_image"])
     kept = [segment for segment in record["segments"] or () if is_trained(segment["fault"])]
     masks = np.array([ids == segment["id"] for segment in kept], dtype=np.uint8).reshape(len(kept), *size)
     boxes = np.zeros((len(kept), 4))

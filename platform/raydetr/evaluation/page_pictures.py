@@ -15,12 +15,12 @@ from pycocotools import mask as coco_mask
 
 from detr.drawing import draw_segments
 from detr.image_processing.decode import ImageError, decode_image
+from detr.metrics.panoptic import read_panoptic_png
 from raydetr.data.html_report import decode_mask
 from raydetr.data.mask_targets import MaskKind, mask_targets
 from raydetr.data.shards import Manifest, read_rows, truth_annotations
 from raydetr.evaluation.page_matching import Item
 from raydetr.evaluation.page_overlay import Overlay
-from raydetr.evaluation.predictions import panoptic_ids
 
 SIDE = 512
 """Longer side of an embedded picture, in pixels."""
@@ -95,7 +95,7 @@ class Album:
         segments = shot.segments if found is None else found["segments"]
         if png is None:
             return ""
-        ids = panoptic_ids(png)
+        ids = read_panoptic_png(png)
         if ids.shape != shot.image.size[::-1]:
             return ""
         infos = [

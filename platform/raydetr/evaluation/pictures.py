@@ -13,9 +13,9 @@ from pycocotools import mask as coco_mask
 
 from detr.drawing import draw_detections, draw_segments
 from detr.image_processing.decode import decode_image
+from detr.metrics.panoptic import read_panoptic_png
 from raydetr import storage
 from raydetr.evaluation.batch import FORMATS, extension
-from raydetr.evaluation.predictions import panoptic_ids
 
 _IMAGES_OF_A_TASK = 32
 
@@ -70,7 +70,7 @@ def draw(data: bytes, row: Mapping[str, Any], labels: Mapping[int, str], thresho
     image = decode_image(data)
     if row["panoptic"] is not None:
         segments = [{**each, "label_id": each["category_id"]} for each in row["segments"]]
-        return draw_segments(image, panoptic_ids(row["panoptic"]), segments, names=labels)
+        return draw_segments(image, read_panoptic_png(row["panoptic"]), segments, names=labels)
     count = sum(score >= threshold for score in row["score"])
     if row["mask"] is not None:
         size = [row["height"], row["width"]]

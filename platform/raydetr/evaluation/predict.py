@@ -71,7 +71,7 @@ def predict(
     done = set(parts.image_ids())
     if done:
         print(f"  {len(done)} of {manifest.num_images} images were predicted before", flush=True)
-    if windows := _windows(manifest, options.actors, done):
+    if windows := windows_of(manifest, options.actors, done):
         started = shown = time.monotonic()
         for rows in run_actors(model, windows, manifest.root, manifest.categories, settings, options):
             parts.add(rows)
@@ -181,7 +181,7 @@ def _key_of(address: str) -> str | None:
     return None if found is None else found.decode()
 
 
-def _windows(manifest: Manifest, actors: int, done: set[int]) -> list[dict[str, Any]]:
+def windows_of(manifest: Manifest, actors: int, done: set[int]) -> list[dict[str, Any]]:
     """Runs of row groups of one shard, what one task prepares: a few for each actor where there are enough."""
     size = manifest.row_group_size
     groups = [-(-shard.num_images // size) for shard in manifest.shards]

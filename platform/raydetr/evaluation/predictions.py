@@ -1,16 +1,15 @@
 """What a model finds in images, as rows of a table: the form in which predictions are kept and scored."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from detr.detector import Detections, ObjectDetector, PreparedImage
 from detr.metrics.masks import encode_masks
+from detr.metrics.panoptic import write_panoptic_png
 from detr.postprocess import post_process_panoptic_segmentation
 from detr.postprocess.view import image_views
 from raydetr.errors import DataError
@@ -146,7 +145,7 @@ class Predictor:
                 ids[ids == item["id"]] = 0
             else:
                 segments.append({"id": item["id"], "category_id": category_id, "score": item["score"]})
-        return {"panoptic": panoptic_png(ids), "segments": segments}
+        return {"panoptic": write_panoptic_png(ids), "segments": segments}
 
 
 def error_row(image_id: int, reason: str) -> dict[str, Any]:
@@ -157,21 +156,3 @@ def error_row(image_id: int, reason: str) -> dict[str, Any]:
 def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Rows as a table of `PREDICTION_SCHEMA`."""
     return pa.Table.from_pylist(list(rows), schema=PREDICTION_SCHEMA)
-
-
-def panoptic_png(ids: np.ndarray) -> bytes:
-    """A PNG whose colours encode segment ids as COCO does.
-
-    Args:
-        ids: int [H, W], 0 is void.
-    """
-    colors = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(colors).save(file, "PNG")
-    return file.getvalue()
-
-
-def panoptic_ids(png: bytes) -> np.ndarray:
-    """The segment ids, int64 [H, W], that a PNG of COCO's panoptic format encodes."""
-    with Image.open(io.BytesIO(png)) as image:
-        return np.asarray(image.convert("RGB")) @ np.array([1, 256, 65536])

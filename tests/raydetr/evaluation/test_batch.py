@@ -12,11 +12,12 @@ from PIL import Image
 from detr import DetrConfig, DetrForSegmentation
 from detr.detector import ObjectDetector
 from detr.image_processing.processor import DetrImageProcessor
+from detr.metrics.panoptic import read_panoptic_png, write_panoptic_png
 from raydetr.errors import DataError, RequestError
 from raydetr.evaluation import batch
 from raydetr.evaluation.actors import ActorOptions
 from raydetr.evaluation.pictures import draw, write_pictures
-from raydetr.evaluation.predictions import PredictionSettings, Predictor, panoptic_ids, panoptic_png, table
+from raydetr.evaluation.predictions import PredictionSettings, Predictor, table
 from raydetr.registry.models import resolve
 from tests.tiny_detr import png, save_tiny_detr, separate_the_queries
 
@@ -94,11 +95,11 @@ def test_masks_and_segments_are_predicted_at_the_size_of_the_image_and_drawn(seg
         assert len(row["mask"]) == len(row["score"]) == 12
         assert row["panoptic"] is None
     else:
-        ids = panoptic_ids(row["panoptic"])
+        ids = read_panoptic_png(row["panoptic"])
         assert ids.shape == (60, 90)
         assert set(np.unique(ids)) - {0} == {segment["id"] for segment in row["segments"]}
         assert row["segments"]
-        assert np.array_equal(panoptic_ids(panoptic_png(ids)), ids)
+        assert np.array_equal(read_panoptic_png(write_panoptic_png(ids)), ids)
     names = {0: "sky", 1: "dog"}
     plain, drawn = (np.asarray(draw(data, row, names, threshold)) for threshold in (1.0, 0.0))
     assert plain.shape == drawn.shape
