@@ -10,6 +10,7 @@ import pyarrow as pa
 from detr.detector import Detections, ObjectDetector, PreparedImage
 from detr.metrics.masks import encode_masks
 from detr.metrics.panoptic import write_panoptic_png
+from detr.metrics.panoptic_matching import VOID
 from detr.postprocess import post_process_panoptic_segmentation
 from detr.postprocess.view import image_views
 from raydetr.errors import DataError
@@ -137,7 +138,9 @@ class Predictor:
 
     def _segments(self, found: Mapping[str, Any]) -> dict[str, Any]:
         """A panoptic map as PNG, and its segments; those of categories that the data set does not have are void."""
-        ids = found["segmentation"].cpu().numpy().astype(np.int64)
+        ids = np.maximum(
+            found["segmentation"].cpu().numpy().astype(np.int64), VOID
+        )  # -1 where nothing is kept
         segments = []
         for item in found["segments_info"]:
             category_id = int(self.category_ids[item["label_id"]])

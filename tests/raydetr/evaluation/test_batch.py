@@ -106,6 +106,13 @@ def test_masks_and_segments_are_predicted_at_the_size_of_the_image_and_drawn(seg
     assert (masks == "panoptic") == np.array_equal(plain, drawn), "segments have had their threshold"
 
 
+def test_an_image_without_a_segment_is_void(segmenter):
+    predictor = Predictor(segmenter, None, PredictionSettings("panoptic", segment_threshold=0.999))
+    (row,) = predictor.rows([1], [segmenter.prepare(png(60, 90, seed=4))])
+    assert row["segments"] == []
+    assert not read_panoptic_png(row["panoptic"]).any()
+
+
 def test_boxes_are_drawn_from_the_threshold_on(segmenter):
     data = png(60, 90, seed=4)
     row = table(

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -17,11 +18,15 @@ from raydetr.errors import DataError
 from raydetr.evaluation import predict as module
 from raydetr.evaluation.actors import ActorOptions, run_actors
 from raydetr.evaluation.predict import check_complete, predict, read_predictions
-from raydetr.evaluation.predictions import PREDICTION_SCHEMA, PredictionSettings
+from raydetr.evaluation.predictions import PREDICTION_SCHEMA, PredictionSettings, Predictor, table
+from raydetr.evaluation.score import figures_of_table
+from raydetr.evaluation.truth import Truth
+from tests.tiny_detr import png, save_tiny_detr
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # its copy of itself
 
 ROOT = Path(__file__).parents[3]
+COCO128 = ROOT.parent / "shared/data/coco128/annotations/instances_train2017.json"
 CATEGORY_IDS = {0: 90, 2: 3, 3: 7}  # label → category id of cat, ant, bee; 1 is dog, which the data set lacks
 
 
@@ -145,6 +150,36 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_is_left_alone(
     np.testing.assert_allclose(best, wanted, atol=0.1)
 
 
+@pytest.mark.skipif(not COCO128.is_file(), reason="the photos of COCO are not there")
+def test_a_model_of_91_labels_is_scored_on_80_categories_by_their_names(tmp_path):
+    """The original weights have a label for each of COCO's ids, of which eleven are no category."""
+    categories = json.loads(COCO128.read_text())["categories"]
+    assert (len(categories), max(category["id"] for category in categories)) == (80, 90)
+    names = {category["id"]: category["name"] for category in categories}
+    folder = save_tiny_detr(tmp_path / "tiny", [names.get(label, "N/A") for label in range(91)], edge=64)
+    detector = ObjectDetector.from_pretrained(folder)
+    prepared = detector.prepare(png(60, 90))
+    (row,) = Predictor(detector, categories, PredictionSettings()).rows([7], [prepared])
+    found = detector.detect([prepared])[0]
+    kept = [label for label in found.labels.tolist() if label in names]
+    assert row["category_id"].tolist() == kept, "its labels are COCO's ids"
+    truth = Truth(categories, images=[{"id": 7, "height": 60, "width": 90, "file_name": "7.png"}])
+    for number, (category_id, box) in enumerate(zip(row["category_id"].tolist(), row["bbox"], strict=True)):
+        box = [float(side) for side in box]
+        area = box[2] * box[3]
+        truth.annotations.append(
+            {
+                "id": number + 1,
+                "image_id": 7,
+                "category_id": category_id,
+                "bbox": box,
+                "area": area,
+                "iscrowd": 0,
+            }
+        )
+    assert figures_of_table(truth, table([row]))["AP"] == pytest.approx(1)
+
+
 def test_a_damaged_shard_is_an_error_that_names_it(ray_local, model, manifest, tmp_path):
     for shard in manifest.shards:
         data = Path(manifest.root, shard.file).read_bytes()
@@ -154,7 +189,7 @@ def test_a_damaged_shard_is_an_error_that_names_it(ray_local, model, manifest, t
     with pytest.raises(DataError, match=f"{manifest.shards[1].file}.*damaged") as error:
         predict(model, broken, ActorOptions(), str(tmp_path / "output"))
     assert "ray/data" not in str(error.value)
-    assert not (tmp_path / "output").exists()
+    assert not (tmp_path / "output/predictions.parquet").exists()
 
 
 def test_a_data_set_of_other_categories_or_without_images_is_refused_before_anything_runs(
