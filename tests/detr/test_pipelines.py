@@ -108,7 +108,8 @@ def test_detections_equal_transformers(detection_folder, their_detector, differe
             assert [one["box"] for one in mine] == [one["box"] for one in other]
             for a, b in zip(mine, other):
                 difference(abs(a["score"] - b["score"]))
-                assert a["score"] == pytest.approx(b["score"], abs=1e-5)
+                # `confident` multiplies the logits, and with them the noise of float32, which depends on the CPU.
+                assert a["score"] == pytest.approx(b["score"], abs=5e-5)
             count += len(mine)
     assert count > 8
     json.dumps(got)  # plain values
