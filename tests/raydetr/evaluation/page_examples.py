@@ -7,10 +7,11 @@ import pyarrow as pa
 
 from detr.metrics.coco import METRIC_NAMES, coco_detection_metrics
 from detr.metrics.masks import encode_masks
+from detr.metrics.panoptic import read_panoptic_png, write_panoptic_png
 from raydetr.data.html_report import decode_mask
 from raydetr.data.shards import Manifest, coco_truth, read_records, truth_annotations
 from raydetr.evaluation.page_matching import Item, judge
-from raydetr.evaluation.predictions import error_row, panoptic_ids, panoptic_png, table
+from raydetr.evaluation.predictions import error_row, table
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 MIN_SCORE = 0.3
@@ -72,11 +73,11 @@ def _mask(item: dict[str, Any], record: dict[str, Any]) -> bytes:
 
 def _panoptic(record: dict[str, Any]) -> dict[str, Any]:
     """The truth's segments, every fifth left out, moved by six pixels."""
-    ids = panoptic_ids(record["panoptic_image"])
+    ids = read_panoptic_png(record["panoptic_image"])
     segments = [each for index, each in enumerate(record["segments"]) if index % 5 != 1]
     ids = np.roll(np.where(np.isin(ids, [each["id"] for each in segments]), ids, 0), 6, axis=1)
     kept = [{"id": each["id"], "category_id": each["category_id"], "score": 0.9} for each in segments]
-    return {"panoptic": panoptic_png(ids), "segments": kept}
+    return {"panoptic": write_panoptic_png(ids), "segments": kept}
 
 
 def make_analysis(manifest: Manifest, predictions: pa.Table) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from detr.metrics.panoptic import write_panoptic_png
 from raydetr.errors import DataError
 from raydetr.evaluation.analysis import analyse
 from raydetr.evaluation.panoptic_quality import (
@@ -15,7 +16,6 @@ from raydetr.evaluation.panoptic_quality import (
     panoptic_figures,
     resampled_quality,
 )
-from raydetr.evaluation.predictions import panoptic_png
 from raydetr.evaluation.truth import Truth
 from tests.detr.metrics.test_panoptic import CATEGORIES, random_data, reference
 from tests.raydetr.evaluation.tables import table_of
@@ -158,7 +158,7 @@ def test_the_truth_as_prediction_is_perfect(unknown):
 def test_a_png_of_ids_comes_back(tmp_path):
     ids = np.random.default_rng(0).integers(0, 2**24, (5, 9))
     counts = count_maps(
-        {1: (panoptic_png(ids), [{"id": int(ids[0, 0]), "category_id": 1, "area": 1, "iscrowd": 0}])},
+        {1: (write_panoptic_png(ids), [{"id": int(ids[0, 0]), "category_id": 1, "area": 1, "iscrowd": 0}])},
         {1: (np.where(np.arange(45).reshape(5, 9) == 0, 4, 0), {4: 1})},
         CATEGORIES,
     )
