@@ -240,7 +240,7 @@ def _analysis(images: int, detections: int) -> dict[str, Any]:
 
 def _maps(images: int) -> tuple[dict[int, Any], dict[int, Any], list[dict[str, Any]]]:
     """Maps of rectangles at COCO's size, some 12 segments each, and predictions near them."""
-    from raydetr.evaluation.predictions import panoptic_png
+    from detr.metrics.panoptic import write_panoptic_png
 
     rng = np.random.default_rng(0)
     truth, found = {}, {}
@@ -254,9 +254,9 @@ def _maps(images: int) -> tuple[dict[int, Any], dict[int, Any], list[dict[str, A
             {"id": i, "category_id": c, "area": int((ids == i).sum()), "iscrowd": 0}
             for i, c in category.items()
         ]
-        truth[image] = panoptic_png(ids), segments
+        truth[image] = write_panoptic_png(ids), segments
         moved = np.roll(ids, rng.integers(-8, 9, 2), (0, 1))
-        found[image] = panoptic_png(moved), {int(i): category[int(i)] for i in np.unique(moved) if i}
+        found[image] = write_panoptic_png(moved), {int(i): category[int(i)] for i in np.unique(moved) if i}
     categories = [{"id": i, "name": str(i), "isthing": i % 2} for i in range(1, CATEGORIES + 1)]
     return truth, found, categories
 
@@ -276,7 +276,7 @@ def _panoptic(images: int, _: int) -> dict[str, Any]:
 
 def _panoptic_reference(images: int, _: int) -> dict[str, Any]:
     """panopticapi's `pq_compute_single_core`: ids of both maps combined, and counted by `np.unique`."""
-    from raydetr.evaluation.predictions import panoptic_ids
+    from detr.metrics.panoptic import read_panoptic_png
 
     truth, found, _categories = _maps(images)
 
@@ -284,8 +284,8 @@ def _panoptic_reference(images: int, _: int) -> dict[str, Any]:
         totals = np.zeros((CATEGORIES + 1, 4))
         for image, (png, segments) in truth.items():
             true, predicted = (
-                panoptic_ids(png).astype(np.uint64),
-                panoptic_ids(found[image][0]).astype(np.uint64),
+                read_panoptic_png(png).astype(np.uint64),
+                read_panoptic_png(found[image][0]).astype(np.uint64),
             )
             of_found = found[image][1]
             ids, areas = np.unique(predicted, return_counts=True)
