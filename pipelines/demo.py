@@ -6,7 +6,7 @@ Tiny:            python pipelines/demo.py --steps 20 --output runs/tiny-demo
 It leaves in --output: summary.json, loss.png, predictions.png, answer.png. Another --output is another run.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from detr.detector import ObjectDetector
@@ -22,7 +22,7 @@ from raydetr.evaluation.predict import read_predictions
 from raydetr.evaluation.promotion import promote
 from raydetr.registry import models, tracking
 from raydetr.serving.app import application, endpoint
-from raydetr.serving.client import detect
+from raydetr.serving.client import Client
 from raydetr.training.recipes import RECIPES
 from raydetr.training.trainer import train
 
@@ -46,8 +46,8 @@ def main(config: DemoConfig) -> dict[str, Any]:
     champion = models.resolve("models:/raydetr@champion", uri)
     clock.stage("serve one validation image over HTTP")
     image = next(read_records(Manifest.load(val_data)))["image"]
-    with endpoint(application(champion), "127.0.0.1", config.port) as url:
-        answer = detect(url, image, threshold=0.0)
+    with endpoint(application(champion), "127.0.0.1", config.port) as url, Client(url) as client:
+        answer = asdict(client.detect(image, threshold=0.0))
     clock.stage("draw")
     own = ObjectDetector.from_pretrained(champion.folder).detect_image(image)
     report.loss_curve(tracking.metric_history(uri, trained["run_id"], "loss"), f"{output}/loss.png")

@@ -4,9 +4,12 @@ On a cluster:    ray job submit -- python pipelines/predict.py --images s3://buc
 On one machine:  python pipelines/predict.py --images photos --output runs/predict --pictures True
 By an endpoint:  python pipelines/predict.py --images photos --endpoint http://127.0.0.1:8000
 
-The same command again goes on with an interrupted run. Files that are no images are listed in images.json.
+The same command again goes on with an interrupted run. Files that are no images are listed in images.json. An endpoint's
+token is taken from the environment variable RAYDETR_TOKEN, where a process list does not show it.
 """
 
+import os
+from dataclasses import asdict
 from typing import Any
 
 from raydetr import storage
@@ -19,7 +22,9 @@ from raydetr.evaluation.pictures import write_pictures
 from raydetr.evaluation.predictions import PredictionSettings
 from raydetr.registry.models import resolve
 from raydetr.registry.tracking import resolve_uri
-from raydetr.serving import client
+from raydetr.serving.client import Client
+
+TOKEN = "RAYDETR_TOKEN"
 
 
 def main(config: PredictConfig) -> dict[str, Any]:
@@ -27,11 +32,12 @@ def main(config: PredictConfig) -> dict[str, Any]:
     output = storage.absolute(config.output)
     if config.endpoint:
         source = config.endpoint
-        client.health(source)
-        images = batch.list_images(config.images)
-        predictions, labels = batch.predict_by_endpoint(
-            images, lambda data: client.detect(source, data, threshold=0.0)["detections"]
-        )
+        with Client(source, token=os.environ.get(TOKEN)) as client:
+            client.health()
+            images = batch.list_images(config.images)
+            predictions, labels = batch.predict_by_endpoint(
+                images, lambda data: [asdict(found) for found in client.detect(data, 0.0).detections]
+            )
     else:
         model = resolve(config.model or "models:/raydetr@champion", resolve_uri(config.tracking_uri))
         source, labels = model.address, batch.label_names(model)

@@ -1,10 +1,11 @@
-"""Answer POST /v1/detect with a model, until Ctrl-C or SIGTERM.
+"""Answer POST /v1/detect and /v1/segment with a model, until Ctrl-C or SIGTERM.
 
-On a cluster:    ray job submit -- python pipelines/serve.py --host 0.0.0.0 --num-gpus 1 --replicas 4
+On a cluster:    ray job submit -- python pipelines/serve.py --device gpu --replicas 4 --host 0.0.0.0 --tokens FILE
 On one machine:  python pipelines/serve.py --model models:/raydetr@champion --port 8000
 Tiny:            python pipelines/serve.py
 
 Then: curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/detect?threshold=0.5'
+As a service that outlives its driver: platform/deploy/serve.yaml (serve deploy), rayservice.yaml (Kubernetes).
 """
 
 import signal
@@ -14,27 +15,31 @@ from typing import Any
 from raydetr.cluster import connect, require_shared
 from raydetr.command import run, write_summary
 from raydetr.config import ServeConfig
-from raydetr.registry.models import resolve
 from raydetr.registry.tracking import resolve_uri
-from raydetr.serving.app import application, endpoint
-from raydetr.serving.detector import Batching
+from raydetr.serving.app import endpoint, from_config, require_gpus
 
 
 def main(config: ServeConfig) -> dict[str, Any]:
     """Serve until a signal comes; the summary."""
-    uri = resolve_uri(config.tracking_uri)
-    model = resolve(config.model, uri)
-    connect(cpus=config.replicas + 1)
-    require_shared(model=uri if model.version is not None else config.model)
+    model, app = from_config(config)
+    least = config.replicas + config.ingress_replicas
+    connect(cpus=max(config.max_replicas + config.ingress_replicas, least), least=least)
+    require_shared(model=resolve_uri(config.tracking_uri) if model.version is not None else config.model)
+    require_gpus(config)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    batching = Batching(config.max_batch_size, config.batch_wait_s)
-    app = application(model, replicas=config.replicas, num_gpus=config.num_gpus, batching=batching)
     with endpoint(app, config.host, config.port) as url:
-        summary = {"model": model.address, "endpoint": url, "replicas": config.replicas}
+        summary = {
+            "model": model.address,
+            "endpoint": url,
+            "device": config.device,
+            "precision": config.precision,
+            "replicas": config.replicas,
+        }
         print(
-            f"\n{model.label} is ready:\n  curl --data-binary @photo.jpg '{url}/v1/detect?threshold=0.5'",
+            f"\n{model.label} is ready on {config.device}:\n"
+            f"  curl --data-binary @photo.jpg '{url}/v1/detect?threshold=0.5'",
             flush=True,
         )
         if config.json:

@@ -230,33 +230,75 @@ class PredictConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Answer POST /v1/detect with the model behind an alias."""
+    """Answer POST /v1/detect and /v1/segment with the model behind an alias."""
 
     model: str = "models:/raydetr@champion"
     """Model address."""
+    follow_s: float = 10.0
+    """Seconds between looks where an alias points; the version it moves to is checked and then served. 0: never."""
     host: str = "127.0.0.1"
-    """Address to bind to."""
+    """Address to bind to; another than this machine's own wants --tokens."""
     port: int = 8000
     """Port to bind to."""
+    tokens: str = ""
+    """File of a line `sha256hex  name` for each token; read again when it changes. Empty: everybody may ask."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Of the model replicas. gpu is never replaced by cpu: without GPUs it is an error."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: the model runs under autocast."""
+    num_gpus: float = 0.0
+    """GPUs of a model replica with --device gpu, may be a fraction; 0: one."""
     replicas: int = 1
-    """Model replicas."""
+    """Model replicas; of autoscaling: at the beginning."""
+    min_replicas: int = 1
+    """Least model replicas of autoscaling; 0: none while nobody asks."""
+    max_replicas: int = 0
+    """Most model replicas; 0: no autoscaling."""
+    ingress_replicas: int = 1
+    """Processes that answer HTTP and prepare images."""
     max_batch_size: int = 8
     """Most images of one canonical shape per forward pass."""
     batch_wait_s: float = 0.01
     """Longest time an image waits for others, in seconds."""
-    num_gpus: float = 0.0
-    """GPUs per model replica; 0 runs on CPU."""
+    max_queued_images: int = 64
+    """Images that wait for a replica, besides those that replicas have; beyond it the answer is 429."""
+    max_bytes: int = 20 * 1024 * 1024
+    """Most bytes of a request's body."""
+    max_pixels: int = 89_478_485
+    """Most pixels of an image."""
+    max_images: int = 16
+    """Most images of a request."""
+    deadline_s: float = 60.0
+    """Seconds within which a request is answered; then 504, and its work is dropped."""
     tracking_uri: str = ""
     """MLflow tracking address; empty: MLFLOW_TRACKING_URI, else SQLite under runs/."""
     json: str = ""
     """File for the summary as JSON, written once the endpoint is ready."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "replicas", "max_batch_size")
+        _require_positive(
+            self,
+            *("replicas", "ingress_replicas", "max_batch_size", "max_queued_images"),
+            *("max_bytes", "max_pixels", "max_images"),
+        )
         if not 0 < self.port < 65536:
             raise ConfigError(f"--port is {self.port}: give one between 1 and 65535.")
-        if self.batch_wait_s < 0:
-            raise ConfigError(f"--batch-wait-s is {self.batch_wait_s}: it must not be negative.")
+        if self.deadline_s <= 0:
+            raise ConfigError(f"--deadline-s is {self.deadline_s}: it must be above 0.")
+        for name in ("batch_wait_s", "follow_s", "num_gpus", "min_replicas", "max_replicas"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative."
+                )
+        if self.num_gpus and self.device == "cpu":
+            raise ConfigError(f"--num-gpus is {self.num_gpus} and --device is cpu: say --device gpu.")
+        if self.max_replicas and self.max_replicas < max(self.min_replicas, self.replicas):
+            raise ConfigError(
+                f"--max-replicas is {self.max_replicas}, less than --replicas {self.replicas} or --min-replicas "
+                f"{self.min_replicas}."
+            )
+        if self.min_replicas != 1 and not self.max_replicas:
+            raise ConfigError(f"--min-replicas is {self.min_replicas} without --max-replicas: give both.")
 
 
 def _require_positive(config: object, *names: str) -> None:

@@ -17,6 +17,7 @@ from raydetr.config import PredictConfig, ServeConfig
 from raydetr.errors import ConfigError
 from raydetr.registry.models import register
 from raydetr.registry.tracking import resolve_uri, start_run
+from raydetr.serving.app import from_config
 from tests.tiny_detr import png, save_tiny_detr
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -79,11 +80,35 @@ def test_the_endpoint_answers_until_it_is_told_to_stop(server, tmp_path, unused_
         httpx.get(f"{url}/health")
 
 
+@pytest.mark.cluster
+def test_gpus_that_are_not_there_are_an_error_and_never_a_cpu(tmp_path, unused_port):
+    model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
+    command = [sys.executable, str(ROOT / "pipelines/serve.py"), "--port", str(unused_port)]
+    command += ["--model", str(model), "--device", "gpu", "--replicas", "2"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "--device gpu needs 2 GPUs for 2 replicas and the cluster has 0" in ended.stderr
+
+
+def test_another_address_than_this_machines_own_wants_tokens(tmp_path):
+    model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
+    with pytest.raises(ConfigError, match="give a file of token hashes with --tokens"):
+        from_config(ServeConfig(model=str(model), host="0.0.0.0"))
+
+
 def test_flags_that_cannot_work_are_refused():
     for flags, message in (
         ({"port": 0}, "--port is 0"),
         ({"replicas": 0}, "--replicas is 0"),
+        ({"max_queued_images": 0}, "--max-queued-images is 0"),
         ({"batch_wait_s": -1.0}, "--batch-wait-s is -1.0"),
+        ({"deadline_s": 0.0}, "--deadline-s is 0.0"),
+        ({"num_gpus": 1.0}, "--num-gpus is 1.0 and --device is cpu"),
+        ({"min_replicas": 0}, "--min-replicas is 0 without --max-replicas"),
+        ({"min_replicas": 3, "max_replicas": 2}, "--max-replicas is 2, less than"),
     ):
         with pytest.raises(ConfigError, match=message):
             ServeConfig(**flags)

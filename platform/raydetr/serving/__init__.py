@@ -1,1 +1,3 @@
-"""The endpoint: `app` (HTTP), `images` (bytes to prepared image), `detector` (model), `client`."""
+"""The endpoint, from the outside in: `middleware` and `auth`, `routes`, `bodies` and `images`, `ingress`, `detector`; `app`
+puts them together, `versions` follows an alias, `client` asks.
+"""

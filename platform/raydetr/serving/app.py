@@ -1,155 +1,195 @@
-"""The Ray Serve application: HTTP in front, the model replicas behind it."""
+"""The Ray Serve application: HTTP in front (`ingress`), the model replicas behind it (`detector`)."""
 
-import asyncio
 import contextlib
 import logging
+import os
 import socket
-from collections.abc import Iterator
-from http import HTTPStatus
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import ray
-from fastapi import FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from ray import serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
-from detr.config import DetrConfig
-from detr.detector import Detections, PreparedImage, prepare_image
-from detr.image_processing.decode import ImageError
-from detr.image_processing.processor import DetrImageProcessor
-from raydetr.errors import ConfigError, RequestError, ServingError
-from raydetr.registry.models import ResolvedModel, local_folder
+from raydetr import cluster
+from raydetr.config import ServeConfig
+from raydetr.errors import ClusterError, ConfigError, ServingError
+from raydetr.registry.models import ResolvedModel, resolve
+from raydetr.registry.tracking import resolve_uri
+from raydetr.serving.auth import Tokens, require_tokens
 from raydetr.serving.detector import Batching, Detector
-from raydetr.serving.images import Limits, check_image, read_body
-from raydetr.serving.schemas import (
-    Detection,
-    DetectResponse,
-    ErrorDetail,
-    ErrorResponse,
-    HealthResponse,
-    ImageInfo,
-    ModelInfo,
-)
+from raydetr.serving.images import Limits
+from raydetr.serving.ingress import DETECTOR, Ingress, Options, new_api
+from raydetr.serving.loaded import Precision
+from raydetr.serving.refusals import RETRY_AFTER_S
+from raydetr.serving.versions import Alias
 
-_BODY = {"schema": {"type": "string", "format": "binary"}}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse, "description": HTTPStatus(status).phrase}
-    for status in (400, 413, 415, 422)
-}
-
-api = FastAPI(title="raydetr", description="Object detection with DETR")
+api = new_api()
+"""The routes, for their documentation; every process that answers has its own."""
+_SMALL_REQUESTS = 64
+"""Requests for health and the like that are answered while all others are refused."""
+_REFUSE = BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S)
 
 
-@api.exception_handler(RequestError)
-async def _request_error(_: Request, error: RequestError) -> JSONResponse:
-    return _error(error.status, str(error))
+@dataclass(frozen=True)
+class Replicas:
+    """How many model replicas there are, on what."""
 
-
-@api.exception_handler(RequestValidationError)
-async def _validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-    problems = "; ".join(f"{e['loc'][-1]}: {e['msg']} (got {e['input']!r})" for e in error.errors())
-    return _error(422, problems)
-
-
-@api.exception_handler(HTTPException)
-async def _http_error(_: Request, error: HTTPException) -> JSONResponse:
-    return _error(error.status_code, str(error.detail))
-
-
-def _error(status: int, message: str) -> JSONResponse:
-    body = ErrorResponse(error=ErrorDetail(status=status, message=message))
-    return JSONResponse(body.model_dump(), status)
-
-
-@serve.ingress(api)
-class Ingress:
-    """HTTP: reads and prepares images on CPU threads, asks a model replica, writes JSON."""
-
-    def __init__(self, model: ResolvedModel, limits: Limits, detector: DeploymentHandle[Any]) -> None:
-        folder = local_folder(model)
-        self.image_processor = DetrImageProcessor.from_pretrained(folder)
-        self.id2label = DetrConfig.from_pretrained(folder).id2label
-        self.model = ModelInfo(name=model.name or model.label, version=model.version)
-        self.limits = limits
-        self.detector = detector
-
-    @api.get("/health")
-    async def health(self) -> HealthResponse:
-        """Whether requests are answered, and by which model."""
-        return HealthResponse(status="ok", model=self.model)
-
-    @api.post(
-        "/v1/detect",
-        responses=_ERRORS,
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"image/jpeg": _BODY, "image/png": _BODY, "image/webp": _BODY},
-            }
-        },
-    )
-    async def detect(
-        self, request: Request, threshold: Annotated[float, Query(ge=0, le=1)] = 0.5
-    ) -> DetectResponse:
-        """Detect objects in the image that is the request's body; those with a score above the threshold."""
-        data = await read_body(request.stream(), request.headers.get("content-length"), self.limits)
-        prepared = await asyncio.to_thread(self._prepare, data)
-        found = await self.detector.detect.remote(prepared)
-        return self._response(prepared, found, threshold)
-
-    def _prepare(self, data: bytes) -> PreparedImage:
-        check_image(data, self.limits)
-        try:
-            return prepare_image(data, self.image_processor)
-        except ImageError as error:
-            raise RequestError(400, f"The image cannot be decoded: {error}.") from error
-
-    def _response(self, prepared: PreparedImage, found: Detections, threshold: float) -> DetectResponse:
-        height, width = prepared.original_size
-        detections = [
-            Detection.model_validate(detection)
-            for detection in found.to_dicts(self.id2label)
-            if detection["score"] >= threshold
-        ]
-        return DetectResponse(
-            model=self.model, image=ImageInfo(height=height, width=width), detections=detections
-        )
+    count: int = 1
+    """At the beginning; for good where `most` is 0."""
+    least: int = 1
+    """Of autoscaling; 0 lets the last one go while nobody asks."""
+    most: int = 0
+    """Of autoscaling; 0: there is none."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    num_gpus: float = 1.0
+    """Of each replica, on GPUs."""
+    precision: Precision = "float32"
+    idle_s: float = 600.0
+    """Of autoscaling: how long there has to be less to do before a replica goes, in seconds."""
+    queued: int = 64
+    """Images that wait for a replica, besides those that replicas have; beyond it requests are refused."""
 
 
 def application(
     model: ResolvedModel,
     *,
-    replicas: int = 1,
-    num_gpus: float = 0.0,
+    replicas: Replicas = Replicas(),  # frozen
     batching: Batching = Batching(),  # noqa: B008  # frozen
     limits: Limits = Limits(),  # noqa: B008  # frozen
+    tokens: str = "",
+    alias: Alias | None = None,
+    ingress_replicas: int = 1,
 ) -> serve.Application:
     """The application that `serve.run` starts.
 
     Args:
-        model: from `registry.models.resolve`; every replica loads just this version.
+        model: from `registry.models.resolve`; every replica begins with just this version.
         replicas: of the model.
-        num_gpus: of each replica; 0 runs it on CPU.
         batching: of each replica.
         limits: on one request.
+        tokens: file of token hashes; empty: everybody may ask.
+        alias: followed to newer versions; None stays with `model`.
+        ingress_replicas: processes that answer HTTP and prepare images.
     """
+    on_gpu = replicas.device == "gpu"
+    ongoing = 4 * batching.max_size  # one batch on the device, the next ones complete
+    options = Options(
+        limits=limits,
+        most_requests=ongoing * max(replicas.count, replicas.most) + replicas.queued,
+        tokens=tokens,
+        alias=alias,
+        scales_to_zero=replicas.most > 0 and replicas.least == 0,
+    )
     detector = serve.deployment(
-        name="Detector",
-        num_replicas=replicas,
-        ray_actor_options={"num_cpus": 1, "num_gpus": num_gpus},
-        max_ongoing_requests=4 * batching.max_size,
+        name=DETECTOR,
+        ray_actor_options={"num_cpus": 1, "num_gpus": replicas.num_gpus if on_gpu else 0},
+        max_ongoing_requests=ongoing,
+        # Serve takes what it has not handed on yet for queued, and would refuse more than it must where many come at
+        # once. So the ingress counts single images exactly, and this is for requests of several.
+        max_queued_requests=max(options.most_requests, limits.max_images),
+        backpressure_config=_REFUSE,
+        graceful_shutdown_timeout_s=limits.deadline_s,
+        max_constructor_retry_count=3,
+        **_scale(replicas, batching),
     )(Detector)
     ingress = serve.deployment(
         name="Ingress",
+        num_replicas=ingress_replicas,
         ray_actor_options={"num_cpus": 1},
-        max_ongoing_requests=4 * batching.max_size * replicas,
+        max_ongoing_requests=options.most_requests + _SMALL_REQUESTS,
+        max_queued_requests=options.most_requests + _SMALL_REQUESTS,
+        backpressure_config=_REFUSE,
+        graceful_shutdown_timeout_s=limits.deadline_s,
+        max_constructor_retry_count=3,
     )(Ingress)
-    device = "cuda" if num_gpus else "cpu"
-    return ingress.bind(model, limits, detector.bind(model, batching, device))
+    device = "cuda" if on_gpu else "cpu"
+    return ingress.bind(model, options, detector.bind(model, batching, device, replicas.precision))
+
+
+def _scale(replicas: Replicas, batching: Batching) -> dict[str, Any]:
+    if not replicas.most:
+        return {"num_replicas": replicas.count}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=replicas.least,
+            initial_replicas=min(max(replicas.count, replicas.least), replicas.most),
+            max_replicas=replicas.most,
+            # With fewer the batches are not full.
+            target_ongoing_requests=batching.max_size,
+            downscale_delay_s=replicas.idle_s,
+        )
+    }
+
+
+def from_config(config: ServeConfig) -> tuple[ResolvedModel, serve.Application]:
+    """The model that an address means now, and its application.
+
+    Raises:
+        ConfigError: the host can be reached from other machines and there is no file of tokens, or it cannot be read.
+        RegistryError: there is no such model.
+    """
+    require_tokens(config.host, config.tokens or None)
+    if config.tokens:
+        Tokens(config.tokens)  # a file that cannot be read is refused here, not in the replica
+    uri = resolve_uri(config.tracking_uri)
+    model = resolve(config.model, uri)
+    follows = config.follow_s > 0 and config.model.startswith("models:") and "@" in config.model
+    return model, application(
+        model,
+        replicas=Replicas(
+            config.replicas,
+            config.min_replicas,
+            config.max_replicas,
+            config.device,
+            config.num_gpus or 1.0,
+            config.precision,
+            queued=config.max_queued_images,
+        ),
+        batching=Batching(config.max_batch_size, config.batch_wait_s),
+        limits=Limits(config.max_bytes, config.max_pixels, config.max_images, deadline_s=config.deadline_s),
+        tokens=os.path.abspath(config.tokens) if config.tokens else "",
+        alias=Alias(config.model, uri, config.follow_s) if follows else None,
+        ingress_replicas=config.ingress_replicas,
+    )
+
+
+def build(args: Mapping[str, Any]) -> serve.Application:
+    """What `serve deploy` and KubeRay import: `raydetr.serving.app:build`.
+
+    Args:
+        args: fields of `ServeConfig`; `host` is that of the file's `http_options`, by default all addresses.
+
+    Raises:
+        ConfigError: there is no such field, or a value cannot work.
+    """
+    try:
+        config = ServeConfig(**{"host": "0.0.0.0", **args})
+    except TypeError as error:
+        raise ConfigError(
+            f"args of the Serve configuration: {error}; its names are ServeConfig's."
+        ) from error
+    return from_config(config)[1]
+
+
+def require_gpus(config: ServeConfig) -> None:
+    """Refuse to wait for GPUs that will not come; a CPU is never taken in their place.
+
+    Raises:
+        ClusterError: `--device gpu` and the connected cluster, which does not scale, has too few.
+    """
+    if config.device != "gpu" or float(os.environ.get(cluster.WAIT_FOR_NODES) or 0):
+        return
+    needed = max(config.replicas, config.min_replicas) * (config.num_gpus or 1.0)
+    there = ray.cluster_resources().get("GPU", 0.0)
+    if there < needed:
+        raise ClusterError(
+            f"--device gpu needs {needed:g} GPUs for {config.replicas} replicas and the cluster has {there:g} "
+            f"(and {ray.cluster_resources().get('CPU', 0):g} CPUs): add GPU nodes, lower --replicas or --num-gpus, "
+            "or say --device cpu."
+        )
 
 
 @contextlib.contextmanager

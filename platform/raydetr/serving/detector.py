@@ -1,14 +1,26 @@
-"""The model replica: prepared images in, detections out, in batches of equal canonical shape."""
+"""The model replica: prepared images in, detections or segments out, in batches of equal canonical shape."""
 
 import asyncio
+import logging
+import time
+from collections import OrderedDict, defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ray import serve
 
-from detr.detector import Detections, ObjectDetector, PreparedImage
-from raydetr.registry.models import ResolvedModel, local_folder
+from detr.detector import PreparedImage
+from raydetr.errors import RaydetrError
+from raydetr.registry.models import ResolvedModel
+from raydetr.serving.loaded import Failure, LoadedModel, Precision
+from raydetr.serving.metrics import ReplicaMetrics
+from raydetr.serving.segments import SegmentRequest
+
+logger = logging.getLogger("ray.serve")
+KEPT_VERSIONS = 2
+"""Versions that a replica holds, those that were asked for last: the one that answers, and the one before or next."""
 
 
 @dataclass(frozen=True)
@@ -21,30 +33,155 @@ class Batching:
     """Longest time that an image waits for others of its shape, in seconds."""
 
 
-class Detector:
-    """A model on one device, with one `serve.batch` queue for each canonical shape.
+@dataclass(frozen=True)
+class Result:
+    """What became of one image."""
 
-    Only equal shapes share a forward pass, so an answer never depends on who else is in the batch.
+    value: Any
+    """`detr.detector.Detections`, what `segments.segments` gives, or a `Failure`."""
+    model_ms: float
+    """Time of its batch on the device, in milliseconds."""
+
+
+@dataclass(eq=False)
+class _Job:
+    version: LoadedModel
+    image: PreparedImage
+    request: SegmentRequest | None
+    since: float = field(default_factory=time.monotonic)
+    gone: bool = False
+    """Its client does not wait any more."""
+
+
+class Detector:
+    """Model versions on one device, with one `serve.batch` queue for each canonical shape.
+
+    Only equal shapes share a forward pass, so an answer never depends on who else is in the batch. A request says
+    which version it was prepared for; one that is not here yet is loaded beside the others.
+
+    Args:
+        model: the version to begin with: loaded, checked and warm before the replica counts as ready.
+        batching: of the queues.
+        device: torch's name of it.
+        precision: what the model computes in.
+
+    Raises:
+        ServingError: the version does not answer its reference image as it should.
     """
 
-    def __init__(self, model: ResolvedModel, batching: Batching, device: str) -> None:
-        self.detector = ObjectDetector.from_pretrained(local_folder(model), device=device)
-        self.batching = batching
-        self.queues: dict[tuple[int, int], Callable[[PreparedImage], Awaitable[Detections]]] = {}
+    def __init__(
+        self, model: ResolvedModel, batching: Batching, device: str, precision: Precision = "float32"
+    ) -> None:
+        self.batching, self.device, self.precision = batching, device, precision
+        self.metrics = ReplicaMetrics()
+        self.versions: OrderedDict[str, LoadedModel] = OrderedDict([(_key(model), self._load(model))])
+        self.loading: dict[str, asyncio.Task[LoadedModel]] = {}
+        self.queues: dict[tuple[str, tuple[int, int]], Callable[[_Job], Awaitable[Result]]] = {}
         # One thread: one batch at a time is on the device, and the event loop is free to fill the next.
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="detect")
 
-    async def detect(self, image: PreparedImage) -> Detections:
+    async def detect(self, model: ResolvedModel, image: PreparedImage) -> Result:
         """Detections of one image, computed together with others of its shape that wait."""
-        queue = self.queues.get(image.shape)
+        return await self._answer(_Job(await self._version(model), image, None))
+
+    async def segment(self, model: ResolvedModel, image: PreparedImage, request: SegmentRequest) -> Result:
+        """Segments of one image, computed together with others of its shape that wait."""
+        return await self._answer(_Job(await self._version(model), image, request))
+
+    async def load(self, model: ResolvedModel) -> str | None:
+        """Have a version loaded, checked and warm; the one that answers now goes on answering meanwhile.
+
+        Returns:
+            None, or why the version cannot be served.
+        """
+        try:
+            await self._version(model)
+        except (RaydetrError, OSError, ValueError, RuntimeError) as error:
+            logger.exception("%s cannot be served", model.label)
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    async def check_health(self) -> None:
+        """Serve asks this now and then, and replaces the replica where it fails: the device must still compute."""
+        newest = next(reversed(self.versions.values()))
+        await asyncio.get_running_loop().run_in_executor(None, _touch, newest)
+
+    async def _version(self, model: ResolvedModel) -> LoadedModel:
+        key = _key(model)
+        if (version := self.versions.get(key)) is not None:
+            self.versions.move_to_end(key)  # what is asked for is the last to go
+            return version
+        task = self.loading.get(key)
+        if task is None:
+            task = self.loading[key] = asyncio.create_task(self._add(key, model))
+            task.add_done_callback(lambda _: self.loading.pop(key))
+        # A client that goes away must not end what others wait for.
+        return await asyncio.shield(task)
+
+    async def _add(self, key: str, model: ResolvedModel) -> LoadedModel:
+        version = await asyncio.to_thread(self._load, model)
+        self.versions[key] = version
+        while len(self.versions) > KEPT_VERSIONS:
+            self.versions.popitem(last=False)
+        return version
+
+    def _load(self, model: ResolvedModel) -> LoadedModel:
+        version = LoadedModel.load(model, self.device, self.precision)
+        version.check()
+        return version
+
+    async def _answer(self, job: _Job) -> Result:
+        task = "detect" if job.request is None else "segment"
+        queue = self.queues.get((task, job.image.shape))
         if queue is None:
-            queue = self.queues[image.shape] = self._new_queue()
-        return await queue(image)
+            queue = self.queues[task, job.image.shape] = self._new_queue(task)
+        try:
+            return await queue(job)
+        except asyncio.CancelledError:
+            job.gone = True
+            raise
 
-    def _new_queue(self) -> Callable[[PreparedImage], Awaitable[Detections]]:
+    def _new_queue(self, task: str) -> Callable[[_Job], Awaitable[Result]]:
         @serve.batch(max_batch_size=self.batching.max_size, batch_wait_timeout_s=self.batching.wait_s)
-        async def detect_batch(images: list[PreparedImage]) -> list[Detections]:
+        async def run_batch(jobs: list[_Job]) -> list[Result]:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.executor, self.detector.detect, images)
+            return await loop.run_in_executor(self.executor, self._run, task, jobs)
 
-        return detect_batch
+        return run_batch
+
+    def _run(self, task: str, jobs: list[_Job]) -> list[Result]:
+        """Results of a batch, in order; while an alias moves it may hold jobs of two versions."""
+        started = time.monotonic()
+        results = {id(job): Result(Failure(499, "The client has gone."), 0.0) for job in jobs}
+        groups: dict[int, list[_Job]] = defaultdict(list)
+        for job in jobs:
+            self.metrics.queue_wait_ms.observe(1000 * (started - job.since))
+            if not job.gone:
+                groups[id(job.version)].append(job)
+        for group in groups.values():
+            begun = time.monotonic()
+            values = self._values(group)
+            took = 1000 * (time.monotonic() - begun)
+            self.metrics.model_ms.observe(took, {"task": task})
+            self.metrics.batch_size.observe(len(group), {"task": task})
+            for job, value in zip(group, values, strict=True):
+                if isinstance(value, Failure):
+                    self.metrics.out_of_memory.inc()
+                results[id(job)] = Result(value, took)
+        return [results[id(job)] for job in jobs]
+
+    @staticmethod
+    def _values(group: list[_Job]) -> list[Any]:
+        version = group[0].version
+        if group[0].request is None:
+            return version.detect([job.image for job in group])
+        return version.segment([(job.image, job.request) for job in group if job.request is not None])
+
+
+def _key(model: ResolvedModel) -> str:
+    return f"{model.address} {model.digest}"
+
+
+def _touch(version: LoadedModel) -> None:
+    """A calculation on the model's device: after an error in a kernel CUDA fails every one."""
+    next(version.detector.model.parameters()).sum().item()

@@ -1,0 +1,85 @@
+"""Follows an alias of the registry: the version that it moves to is served once the replicas have proved that it can."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from raydetr.registry.models import ResolvedModel, registered_version, resolve
+
+logger = logging.getLogger("ray.serve")
+_FIRST_PAUSE_S = 30.0
+_LONGEST_PAUSE_S = 600.0
+
+
+@dataclass(frozen=True)
+class Alias:
+    """What is followed."""
+
+    address: str
+    """`models:/NAME@ALIAS`."""
+    uri: str
+    """MLflow address from `tracking.resolve_uri`."""
+    every_s: float = 10.0
+    """Time between looks, in seconds."""
+
+
+class Follower:
+    """Looks where an alias points, and has a new version taken over.
+
+    Args:
+        alias: what is followed.
+        model: the version that is served now.
+        take: serves a version, or returns why it cannot be; called on the follower's thread.
+        clock: seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        alias: Alias,
+        model: ResolvedModel,
+        take: Callable[[ResolvedModel], str | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.alias, self.served, self._take, self._clock = alias, model.address, take, clock
+        self._refused = ""
+        self._pause_s = 0.0
+        self._again_at = 0.0
+
+    def start(self) -> None:
+        """Look every so often on a thread of its own, as long as the process lives."""
+        threading.Thread(target=self._follow, name="follow-alias", daemon=True).start()
+
+    def look(self) -> None:
+        """Look once. Whatever goes wrong, the version that is served stays, the log says why, and a version that was
+        refused is tried again after a pause, each time a longer one.
+        """
+        address = self.served
+        try:
+            found = registered_version(self.alias.address, self.alias.uri)
+            address = f"models:/{found.name}/{found.version}"
+            if address == self.served:
+                self._refused = ""
+                return
+            if address == self._refused and self._clock() < self._again_at:
+                return
+            reason = self._take(resolve(address, self.alias.uri))
+        except Exception as error:  # a registry or a storage that is away must not end the thread
+            reason = f"{type(error).__name__}: {error}"
+        if reason is None:
+            logger.warning("%s is %s now, before %s", self.alias.address, address, self.served)
+            self.served, self._refused = address, ""
+            return
+        self._pause_s = (
+            min(2 * self._pause_s, _LONGEST_PAUSE_S) if address == self._refused else _FIRST_PAUSE_S
+        )
+        self._refused, self._again_at = address, self._clock() + self._pause_s
+        logger.error(
+            "%s does not answer for %s, %s goes on: %s", address, self.alias.address, self.served, reason
+        )
+
+    def _follow(self) -> None:
+        while True:
+            time.sleep(self.alias.every_s)
+            self.look()
