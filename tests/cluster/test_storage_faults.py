@@ -39,6 +39,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.soak
 def test_a_full_disk_is_one_clear_error_and_with_room_the_same_command_finishes(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     disk = tmp_path / "disk"
