@@ -13,7 +13,7 @@ import pytest
 
 from detr.detector import ObjectDetector
 from detr.image_processing.decode import ImageError
-from raydetr.data.shards import Manifest, read_records
+from raydetr.data.shards import Manifest, read_records, read_rows
 from raydetr.errors import DataError
 from raydetr.evaluation import predict as module
 from raydetr.evaluation.actors import ActorOptions, run_actors
@@ -96,11 +96,13 @@ def actor_processes() -> dict[int, float]:
 
 
 def test_an_actor_that_is_killed_costs_no_image(ray_local, predictions, model, manifest):
-    windows = [
-        {"file": shard.file, "groups": [group], "skip": []}
-        for shard in manifest.shards
-        for group in range(-(-shard.num_images // manifest.row_group_size))
-    ]
+    windows = []  # of one image each, so that most are still to come when the first is there
+    for shard in manifest.shards:
+        for group in range(-(-shard.num_images // manifest.row_group_size)):
+            ids = read_rows(manifest.root, shard.file, [group], ["image_id"])["image_id"].to_pylist()
+            for image_id in ids:
+                others = [each for each in ids if each != image_id]
+                windows.append({"file": shard.file, "groups": [group], "skip": others})
     before = actor_processes()
     rows = run_actors(
         model, windows, manifest.root, manifest.categories, PredictionSettings(), ActorOptions(2, 1)
