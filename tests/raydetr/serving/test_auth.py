@@ -2,6 +2,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -220,7 +221,10 @@ def test_lines_may_have_the_form_of_sha256sum_of_windows_and_of_tabs():
 
 def test_the_commands_of_the_docstring_make_a_token_that_works(tmp_path):
     documented = textwrap.dedent(auth.__doc__.split("::\n", 1)[1].split("The client", 1)[0])
-    commands = documented.replace("python -c", f"{sys.executable} -c") + '\nprintf %s "$TOKEN" > bob.token'
+    commands = (
+        documented.replace("python -c", f"{shlex.quote(sys.executable)} -c")
+        + '\nprintf %s "$TOKEN" > bob.token'
+    )
     subprocess.run(["bash", "-ec", commands.replace("alice", "bob", 1)], cwd=tmp_path, check=True)
     tokens = Tokens(tmp_path / "tokens")
     for name in ("alice", "bob"):

@@ -23,6 +23,7 @@ from tests.tiny_detr import png, save_tiny_detr
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.soak,
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
 ]
 ADDRESS = "models:/raydetr@champion"
