@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from pycocotools import mask as coco_mask
 
 import raydetr.serving.page
@@ -125,17 +125,6 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> ObjectDetector:
     model = DetrForSegmentation(DetrConfig.from_pretrained(folder, encoder_attention_heads=8))
     separate_the_queries(model, 2)
     return ObjectDetector(model, DetrImageProcessor.from_pretrained(folder))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium: install one (Debian: apt-get install chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=120_000)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

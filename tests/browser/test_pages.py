@@ -1,11 +1,10 @@
 """The evaluation's pages in a real browser: they sort, they choose, they fit a phone, and they ask nobody for anything."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page
 
 from raydetr.data.shards import Manifest
 from raydetr.evaluation.analysis import analyse
@@ -17,17 +16,6 @@ from tests.awkward import write_awkward
 from tests.raydetr.evaluation.page_examples import make_record, spoilt_predictions
 
 Open = Callable[..., Page]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium: install one (Debian: apt-get install chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=120_000)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from detr.drawing import draw_detections, draw_segments
 from detr.image_processing.decode import ImageError, decode_image
 from raydetr import storage
 from raydetr.data.charts import bars, histogram
 from raydetr.data.keyed_random import generator
+from raydetr.data.mask_targets import decode_mask, has_mask
 from raydetr.data.report import count_faults, place
 from raydetr.data.schema import FAULTS, Fault
 from raydetr.data.shards import Manifest, read_faults, read_records, read_rows
@@ -236,7 +236,8 @@ def _draw(manifest: Manifest, record: dict[str, Any]) -> Image.Image:
             continue
         boxes.append([box[0], box[1], box[0] + box[2], box[1] + box[3]])
         labels.append(f"{name} (crowd)" if item["iscrowd"] else name)
-        if item["segmentation"] and (region := decode_mask(item["segmentation"], height, width)) is not None:
+        if has_mask(item["segmentation"]):
+            region = decode_mask(item["segmentation"], height, width)
             segments.append({"id": len(segments) + 1, "label_id": labels[-1]})
             regions[region.astype(bool)] = len(segments)
     picture: Any = image
@@ -247,17 +248,3 @@ def _draw(manifest: Manifest, record: dict[str, Any]) -> Image.Image:
         ]
         picture = draw_segments(image, regions, infos, names=dict.fromkeys(ids.values(), ""), enlarge_below=1)
     return draw_detections(picture, np.array(boxes).reshape(-1, 4), labels)
-
-
-def decode_mask(segmentation: dict[str, Any], height: int, width: int) -> np.ndarray | None:
-    """The mask of an object: uint8 [height, width], 0 or 1; None where there is no polygon."""
-    if segmentation["polygons"] is not None:
-        if not segmentation["polygons"]:
-            return None
-        return np.asarray(
-            coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation["polygons"], height, width)))
-        )
-    rle = segmentation["rle"]
-    if rle["counts"] is None:
-        rle = coco_mask.frPyObjects({"size": rle["size"], "counts": rle["runs"]}, height, width)
-    return np.asarray(coco_mask.decode({"size": rle["size"], "counts": rle["counts"]}))

@@ -46,19 +46,24 @@ def mask_targets(
     boxes, class_labels = training_targets({**record, "objects": kept}, labels)
     masks = np.zeros((len(kept), *size), dtype=np.uint8)
     for target, item in zip(masks, kept, strict=True):
-        target[:] = _decode(item["segmentation"], *size)
+        target[:] = decode_mask(item["segmentation"], *size)
     return boxes, class_labels, masks
 
 
 def _has_mask(item: Mapping[str, Any]) -> bool:
-    segmentation = item["segmentation"]
     fault = item.get("fault")
-    if not segmentation or (fault is not None and FAULTS[fault].effect == "box-only"):
+    return has_mask(item["segmentation"]) and (fault is None or FAULTS[fault].effect != "box-only")
+
+
+def has_mask(segmentation: Mapping[str, Any] | None) -> bool:
+    """Whether the `segmentation` of an object of a record is a mask."""
+    if not segmentation:
         return False
     return segmentation["rle"] is not None or bool(segmentation["polygons"])
 
 
-def _decode(segmentation: Mapping[str, Any], height: int, width: int) -> UInt8Array:
+def decode_mask(segmentation: Mapping[str, Any], height: int, width: int) -> UInt8Array:
+    """The mask of an object of a record: uint8 [height, width], 0 or 1; it has polygons or run lengths."""
     if segmentation["polygons"] is not None:
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation["polygons"], height, width))
     elif segmentation["rle"]["counts"] is None:

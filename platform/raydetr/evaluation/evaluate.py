@@ -9,13 +9,14 @@ from raydetr.cluster import connect, require_shared
 from raydetr.config import EvaluateConfig
 from raydetr.data.ingest import ingest
 from raydetr.data.inputs import Addresses
-from raydetr.data.mask_targets import MaskKind
+from raydetr.data.mask_targets import MaskKind, has_mask
 from raydetr.data.report import print_progress
 from raydetr.data.shards import Manifest, read_records
 from raydetr.data.synthetic import embedded
 from raydetr.errors import BelowBoundError, ConfigError, DataError
 from raydetr.evaluation.actors import ActorOptions
 from raydetr.evaluation.coco_files import write_coco_files
+from raydetr.evaluation.figures import figure_names
 from raydetr.evaluation.page import write_page
 from raydetr.evaluation.predict import predict, read_predictions
 from raydetr.evaluation.predictions import Masks, PredictionSettings
@@ -153,6 +154,9 @@ def _settings(config: EvaluateConfig, model: ResolvedModel, manifest: Manifest) 
         raise ConfigError(f"--task {task}: {model.address} is a detector without masks.")
     if (task == "instance" and not has_masks) or (task.startswith("panoptic") and not has_segments):
         raise DataError(f"--task {task}: the first {_SEARCHED} records of {manifest.root} have none.")
+    known = figure_names(masks=task == "instance", panoptic=task == "panoptic")
+    if config.metric not in known:
+        raise ConfigError(f"--metric {config.metric}: the figures of --task {task} are {', '.join(known)}.")
     return Settings(task, config.precision, config.segment_threshold)
 
 
@@ -164,11 +168,7 @@ def _masks_of(manifest: Manifest) -> tuple[bool, bool]:
         if number == _SEARCHED or (masks and segments):
             break
         segments = segments or bool(record["segments"])
-        masks = masks or any(
-            each["segmentation"]
-            and (each["segmentation"]["rle"] is not None or each["segmentation"]["polygons"])
-            for each in record["objects"] or ()
-        )
+        masks = masks or any(has_mask(each["segmentation"]) for each in record["objects"] or ())
     return masks, segments
 
 
@@ -183,19 +183,12 @@ def _check_bound(
     config: EvaluateConfig, uri: str, model: ResolvedModel, record: dict[str, Any], summary: dict[str, Any]
 ) -> None:
     figures = record["figures"]
-    if config.metric not in figures:
-        raise ConfigError(f"--metric {config.metric}: not a figure of this evaluation: {', '.join(figures)}.")
     below = figures[config.metric] < config.least
     found = f"{config.metric} {figures[config.metric]:.4f} is below {config.least:g}"
     tag_bound(uri, model, record, found if below else "")
     if below:
         error = BelowBoundError(
-            f"{model.address} on {manifest_name(record)}: {found}. Look at {record['report']}."
+            f"{model.address} on {summary['data']} ({summary['data_digest'][:12]}): {found}. Look at {record['report']}."
         )
         error.summary = summary
         raise error
-
-
-def manifest_name(record: dict[str, Any]) -> str:
-    """The data set of a record, for messages."""
-    return f"{record['data']['address']} ({record['data']['digest'][:12]})"

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from detr.metrics.coco import coco_figures
+from detr.metrics.coco import METRIC_NAMES, coco_figures
 from detr.metrics.coco_matching import Columns, Evaluation, evaluate_detections
 from raydetr.errors import DataError
-from raydetr.evaluation.panoptic_quality import PanopticCounts, panoptic_figures
+from raydetr.evaluation.panoptic_quality import NAMES, PanopticCounts, panoptic_figures
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,13 @@ def figures_of(evaluations: Evaluations, panoptic: PanopticCounts | None = None)
     if evaluations.masks is not None:
         figures |= {f"mask_{name}": value for name, value in coco_figures(evaluations.masks).items()}
     return figures if panoptic is None else figures | panoptic_figures(panoptic)
+
+
+def figure_names(masks: bool, panoptic: bool) -> list[str]:
+    """The names that `figures_of` gives, in its order."""
+    names = [*METRIC_NAMES, *(f"mask_{name}" for name in METRIC_NAMES if masks)]
+    groups = ("", "_things", "_stuff") if panoptic else ()
+    return names + [f"{name}{group}" for group in groups for name in NAMES]
 
 
 def has_masks(predictions: pa.Table) -> bool:

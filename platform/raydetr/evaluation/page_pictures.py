@@ -16,8 +16,7 @@ from pycocotools import mask as coco_mask
 from detr.drawing import draw_segments
 from detr.image_processing.decode import ImageError, decode_image
 from detr.metrics.panoptic import read_panoptic_png
-from raydetr.data.html_report import decode_mask
-from raydetr.data.mask_targets import MaskKind, mask_targets
+from raydetr.data.mask_targets import MaskKind, decode_mask, has_mask, mask_targets
 from raydetr.data.shards import Manifest, read_rows, truth_annotations
 from raydetr.evaluation.page_matching import Item
 from raydetr.evaluation.page_overlay import Overlay
@@ -210,7 +209,7 @@ def _shot(record: dict[str, Any], manifest: Manifest, kind: MaskKind) -> Shot | 
             objects.append(Item(manifest.category_ids[label], (x0, y0, x1 - x0, y1 - y0)))
     for item in truth_annotations(record) if kind in ("none", "instance") else ():
         mask = None
-        if kind == "instance" and item["segmentation"] and item["fault"] in (None, "box-over-edge"):
+        if kind == "instance" and has_mask(item["segmentation"]) and item["fault"] in (None, "box-over-edge"):
             mask = decode_mask(item["segmentation"], height, width)
         x, y, w, h = map(float, item["bbox"])
         objects.append(Item(item["category_id"], (x, y, w, h), crowd=bool(item["iscrowd"]), mask=mask))

@@ -12,9 +12,8 @@ busy server turns away, or that do not reach it, are repeated, see `exchange`.
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import anyio  # which httpx brings
 import httpx
@@ -279,15 +278,3 @@ class AsyncClient(Calls):
         finally:
             if response is not None:
                 await response.aclose()
-
-
-def detect(endpoint: str, image: bytes, threshold: float = 0.5, timeout_s: float = 60.0) -> dict[str, Any]:
-    """One `Client.detect`, as the JSON of `serving.schemas.DetectResponse`."""
-    with Client(endpoint, timeout_s=timeout_s) as client:
-        return asdict(client.detect(image, threshold))
-
-
-def health(endpoint: str, timeout_s: float = 10.0) -> dict[str, Any]:
-    """One `Client.health`, as the JSON of `serving.schemas.HealthResponse`."""
-    with Client(endpoint, timeout_s=timeout_s) as client:
-        return asdict(client.health())

@@ -8,7 +8,7 @@ import pyarrow as pa
 from detr.metrics.coco import METRIC_NAMES, coco_detection_metrics
 from detr.metrics.masks import encode_masks
 from detr.metrics.panoptic import read_panoptic_png, write_panoptic_png
-from raydetr.data.html_report import decode_mask
+from raydetr.data.mask_targets import decode_mask, has_mask
 from raydetr.data.shards import Manifest, coco_truth, read_records, truth_annotations
 from raydetr.evaluation.page_matching import Item, judge
 from raydetr.evaluation.predictions import error_row, table
@@ -63,8 +63,9 @@ def spoilt_predictions(manifest: Manifest, seed: int, masks: bool = False, harm:
 def _mask(item: dict[str, Any], record: dict[str, Any]) -> bytes:
     """The object's mask moved by four pixels, or its box filled."""
     height, width = record["height"], record["width"]
-    decoded = decode_mask(item["segmentation"], height, width) if item["segmentation"] else None
-    if decoded is None:
+    if has_mask(item["segmentation"]):
+        decoded = decode_mask(item["segmentation"], height, width)
+    else:
         x, y, w, h = (round(value) for value in item["bbox"])
         decoded = np.zeros((height, width), np.uint8)
         decoded[y : y + h, x : x + w] = 1

@@ -28,7 +28,7 @@ from PIL import Image
 from raydetr.errors import RequestError, ServingError
 from raydetr.serving import calls, exchange, schemas
 from raydetr.serving.bodies import images_of_multipart
-from raydetr.serving.client import AsyncClient, Client, detect, health
+from raydetr.serving.client import AsyncClient, Client
 from raydetr.serving.exchange import Answer, Lost, Send, Wait
 from raydetr.serving.images import Limits
 from raydetr.serving.results import Box, Detection, ImageSize, Model, ServedModel, Times
@@ -458,13 +458,6 @@ def test_a_client_keeps_its_connection_and_survives_its_end(server: Scripted) ->
         for _ in range(3):
             client.detect(b"image")
     assert ports[0] == ports[1] != ports[2]
-
-
-def test_the_shorthands_give_plain_json(server: Scripted) -> None:
-    server.replies.extend([reply(200, DETECTED), reply(200, {"status": "ok", "model": MODEL})])
-    answer = detect(server.url, b"image", 0.0)
-    assert answer["detections"][0] == DETECTION
-    assert health(server.url) == {"status": "ok", "model": MODEL}
 
 
 def waits(outcomes: list[Answer | Lost], timeout_s: float = 1e6, retries: int = 50) -> list[float]:
