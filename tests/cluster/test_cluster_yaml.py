@@ -170,8 +170,10 @@ def test_storage_and_tracking_are_shared_on_every_node() -> None:
 
 
 def manifests() -> Iterator[dict[str, Any]]:
+    """The documents for Kubernetes; serve.yaml is for `serve deploy`."""
     for file in sorted(DEPLOY.glob("*.yaml")):
-        yield from yaml.safe_load_all(file.read_text())
+        if file.name != "serve.yaml":
+            yield from yaml.safe_load_all(file.read_text())
 
 
 def rayjobs() -> list[dict[str, Any]]:
