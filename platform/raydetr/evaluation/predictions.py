@@ -59,7 +59,7 @@ class Predictor:
     Args:
         detector: with its mask head, where masks are asked for.
         categories: of the data set, COCO entries; labels that it does not have are left out. None: there is no data
-            set, and category ids are the model's labels.
+            set, category ids are the model's labels, and its configuration says which are stuff.
         settings: what is predicted.
 
     Raises:
@@ -74,9 +74,12 @@ class Predictor:
     ) -> None:
         self.detector, self.settings = detector, settings
         id2label = detector.model.config.id2label
-        labels = sorted(id2label) if categories is None else match_categories(id2label, categories)
-        self.category_ids = np.array(labels)
-        stuff = {int(category["id"]) for category in categories or () if not category.get("isthing", 1)}
+        if categories is None:
+            self.category_ids = np.array(sorted(id2label))
+            stuff = set(getattr(detector.model.config, "stuff_label_ids", ()))
+        else:
+            self.category_ids = np.array(match_categories(id2label, categories))
+            stuff = {int(category["id"]) for category in categories if not category.get("isthing", 1)}
         self._stuff_labels = [label for label, each in enumerate(self.category_ids.tolist()) if each in stuff]
 
     def rows(self, image_ids: Sequence[int], prepared: Sequence[PreparedImage]) -> list[dict[str, Any]]:

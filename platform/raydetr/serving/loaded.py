@@ -77,7 +77,9 @@ class LoadedModel:
 
     def __init__(self, detector: ObjectDetector, segmenter: ObjectDetector | None, label: str) -> None:
         self.detector, self.segmenter, self.label = detector, segmenter, label
-        self.id2label: dict[int, str] = detector.model.config.id2label
+        config = detector.model.config
+        self.id2label: dict[int, str] = config.id2label
+        self.stuff: list[int] = getattr(config, "stuff_label_ids", [])
 
     @classmethod
     def load(cls, model: ResolvedModel, device: str, precision: Precision = "float32") -> Self:
@@ -148,6 +150,7 @@ class LoadedModel:
                 image,
                 request,
                 self.id2label,
+                self.stuff,
             )
             for i, (image, request) in enumerate(jobs)
         ]

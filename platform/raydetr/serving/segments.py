@@ -1,7 +1,7 @@
 """From a segmentation model's output for one image to what POST /v1/segment answers: masks never leave as tensors."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,7 +35,11 @@ class SegmentRequest:
 
 
 def segments(
-    outputs: SegmentationOutput, image: PreparedImage, request: SegmentRequest, id2label: Mapping[int, str]
+    outputs: SegmentationOutput,
+    image: PreparedImage,
+    request: SegmentRequest,
+    id2label: Mapping[int, str],
+    stuff: Collection[int] = (),
 ) -> dict[str, Any]:
     """The fields `segments` and `map` of `schemas.SegmentResponse`, at the size of the image as it was sent.
 
@@ -44,6 +48,7 @@ def segments(
         image: whose padding is cut off the masks.
         request: what is asked.
         id2label: class index to name.
+        stuff: class indices of which a panoptic map has one segment each.
     """
     sizes: dict[str, Any] = {
         "target_sizes": [image.original_size],
@@ -59,9 +64,13 @@ def segments(
                 outputs, request.threshold, integer_maps=True, **sizes
             )
         else:
-            # Nothing is fused: which classes are stuff belongs to data sets, a model folder does not say it.
             results = post_process_panoptic_segmentation(
-                outputs, request.threshold, label_ids_to_fuse=(), integer_maps=True, merge_fused=True, **sizes
+                outputs,
+                request.threshold,
+                label_ids_to_fuse=stuff,
+                integer_maps=True,
+                merge_fused=True,
+                **sizes,
             )
         # The map of an image without a segment is -1.
         ids, found = results[0]["segmentation"].clamp(min=0), results[0]["segments_info"]

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,8 +39,13 @@ def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetecti
     """
     torch.manual_seed(config.seed)
     kind = DetrForSegmentation if config.segments else DetrForObjectDetection
-    chosen = {name: getattr(config, name) for name in _LOSS_FIELDS}
+    chosen: dict[str, Any] = {name: getattr(config, name) for name in _LOSS_FIELDS}
     chosen["trainable_backbone_stages"] = config.trainable_backbone_stages
+    things = {category["id"]: category.get("isthing", 1) for category in manifest.categories}
+    if stuff := [label for label, category in enumerate(manifest.category_ids) if not things[category]]:
+        chosen["stuff_label_ids"] = (
+            stuff  # config.json keeps it: a panoptic prediction has one segment of each
+        )
     if config.model:
         resolved = models.resolve(config.model, tracking.resolve_uri(config.tracking_uri))
         model = kind.from_pretrained(
@@ -56,7 +62,7 @@ def _new_model(
     kind: type[DetrForObjectDetection] | type[DetrForSegmentation],
     config: TrainConfig,
     manifest: Manifest,
-    chosen: dict[str, float | bool],
+    chosen: dict[str, Any],
 ) -> DetrForObjectDetection | DetrForSegmentation:
     model = kind(
         DetrConfig(

@@ -94,6 +94,13 @@ def test_a_model_with_a_mask_head_detects_as_without(tmp_path):
     )
 
 
+def test_a_configuration_says_which_classes_are_stuff(model, tmp_path):
+    assert LoadedModel.load(model, "cpu").stuff == []
+    folder = save_tiny_detr(tmp_path / "tiny", NAMES, edge=64)
+    DetrConfig.from_pretrained(folder, stuff_label_ids=[0, 2]).save_pretrained(folder)
+    assert LoadedModel.load(resolve(str(folder), ""), "cpu").stuff == [0, 2]
+
+
 def test_a_version_whose_outputs_are_not_finite_is_refused(model, tmp_path):
     damaged = damaged_copy(model, tmp_path)
     file = Path(damaged.folder, "model.safetensors")

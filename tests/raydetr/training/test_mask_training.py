@@ -79,6 +79,16 @@ def test_masks_are_learned_jointly(manifest: Manifest, task: str) -> None:
     assert moved(before, state) == {"detr", "mask_head", "bbox_attention"}
 
 
+def test_the_configuration_says_which_classes_are_stuff(manifest: Manifest) -> None:
+    model = create_state(config(manifest, task="panoptic"), manifest, CPU).model
+    stuff = {category["name"] for category in manifest.categories if not category.get("isthing", 1)}
+    assert (
+        {model.config.id2label[label] for label in model.config.to_dict()["stuff_label_ids"]}
+        == stuff
+        != set()
+    )
+
+
 def test_masks_are_learned_in_a_second_step_that_leaves_the_detector_alone(
     manifest: Manifest, tmp_path: Path
 ) -> None:
