@@ -8,8 +8,9 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/python pipelines/demo.py
 
+# Two processes, each with a Ray of its own: half of the time is waiting.
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not slow and not cluster'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not cluster'
 
 test-cluster: $(READY)
 	$(BIN)/python -m pytest -m '(slow or cluster) and not soak'
