@@ -1,0 +1,157 @@
+"""The endpoint beside the bare model, and beside a plain FastAPI app with transformers: images per second and waiting.
+
+    python tests/benchmarks/serving.py [--seconds 20] [--rounds 3] [--clients 1 8 32 128]
+
+One model (resnet18, images of coco128 with a shortest edge of 480 pixels), one machine: the endpoint has a replica of one
+thread for every core, and its clients, its HTTP side and the model share the cores. The bare model runs in the faster of
+two ways: one process on all cores, or one process a core; its images are prepared beforehand, in batches of equal
+shapes. Rounds alternate. Then images come at four times what the endpoint answers.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detr import DetrConfig, DetrForObjectDetection, DetrImageProcessor
+from detr.detector import ObjectDetector
+from raydetr import cluster
+from raydetr.registry.models import resolve
+from raydetr.serving.app import Replicas, application, endpoint
+from raydetr.serving.detector import Batching
+
+HERE = Path(__file__).parent
+IMAGES = HERE.parents[2] / "shared" / "data" / "coco128" / "train2017"
+BATCH = 8
+PORT, RIVAL_PORT = 8731, 8732
+CORES = len(os.sched_getaffinity(0))
+
+
+def main() -> None:
+    """Print a table, and the figures under overload."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 128])
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, _rival(_save_model(folder)), _served(folder) as url:
+        rates: dict[str, list[float]] = defaultdict(list)
+        for _ in range(given.rounds):
+            rates["bare, one process"].append(bare(folder, 1, CORES, given.seconds))
+            rates["bare, a process a core"].append(bare(folder, CORES, 1, given.seconds))
+            rival = ask(f"http://127.0.0.1:{RIVAL_PORT}", given.seconds, "--clients", "8")
+            rates["FastAPI and transformers, 8 clients"].append(rival["images_per_second"])
+            for clients in given.clients:
+                seen = ask(url, given.seconds, "--clients", str(clients))
+                rates[f"endpoint, {clients} clients"].append(seen["images_per_second"])
+                print(f"{clients} clients: {json.dumps(seen)}", flush=True)
+        medians = {name: statistics.median(each) for name, each in rates.items()}
+        limit = max(rate for name, rate in medians.items() if name.startswith("bare"))
+        rival_rate = medians["FastAPI and transformers, 8 clients"]
+        print(f"\n{CORES} cores, {given.rounds} rounds of {given.seconds:g} s, medians, images per second:")
+        for name, rate in medians.items():
+            print(
+                f"{name:38} {rate:7.2f}  {rate / limit:5.2f} of bare  {rate / rival_rate:5.2f} of FastAPI's"
+            )
+        capacity = max(rate for name, rate in medians.items() if name.startswith("endpoint"))
+        seen = ask(url, given.seconds, "--rate", f"{4 * capacity:.1f}")
+        share = seen["images_per_second"] / capacity
+        print(f"\nat {4 * capacity:.1f} images per second: {share:.2f} of the capacity, {json.dumps(seen)}")
+
+
+def ask(url: str, seconds: float, *flags: str) -> dict[str, Any]:
+    """What clients in another process see."""
+    command = [sys.executable, str(HERE / "serving_clients.py"), f"{url}/v1/detect", *flags]
+    command += ["--images", str(IMAGES), "--seconds", str(seconds)]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return found
+
+
+def bare(folder: str, processes: int, threads: int, seconds: float) -> float:
+    """Images per second of the model alone."""
+    context = multiprocessing.get_context("spawn")
+    ready, counts = context.Barrier(processes), context.SimpleQueue()
+    started = [
+        context.Process(target=_run_bare, args=(folder, threads, seconds, ready, counts))
+        for _ in range(processes)
+    ]
+    for process in started:
+        process.start()
+    rate = sum(counts.get() for _ in started)
+    for process in started:
+        process.join()
+    return rate
+
+
+def _run_bare(folder: str, threads: int, seconds: float, ready: Any, counts: Any) -> None:
+    torch.set_num_threads(threads)
+    detector = ObjectDetector.from_pretrained(folder)
+    alike = defaultdict(list)
+    for file in sorted(IMAGES.glob("*.jpg")):
+        image = detector.prepare(file.read_bytes())
+        alike[image.shape].append(image)
+    batches = [each[i : i + BATCH] for each in alike.values() for i in range(0, len(each), BATCH)]
+    detector.detect(batches[0])
+    ready.wait()
+    # Whole passes, so that the mixture of shapes is that of the clients.
+    count, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        for batch in batches:
+            count += len(detector.detect(batch))
+    counts.put(count / (time.perf_counter() - begun))
+
+
+@contextlib.contextmanager
+def _served(folder: str) -> Iterator[str]:
+    cluster.connect(CORES + 1)
+    app = application(resolve(folder, ""), replicas=Replicas(count=CORES), batching=Batching(BATCH, 0.01))
+    with endpoint(app, "127.0.0.1", PORT) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def _rival(folder: str) -> Iterator[None]:
+    process = subprocess.Popen([sys.executable, str(HERE / "serving_rival.py"), folder, str(RIVAL_PORT)])
+    try:
+        until = time.monotonic() + 120
+        while not _answers(f"http://127.0.0.1:{RIVAL_PORT}/openapi.json"):
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError("the FastAPI app did not start")
+            time.sleep(0.5)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return bool(urllib.request.urlopen(url, timeout=5).status == 200)
+    except (urllib.error.URLError, TimeoutError):
+        return False
+
+
+def _save_model(folder: str) -> str:
+    torch.manual_seed(0)
+    config = DetrConfig(backbone="resnet18", id2label={i: f"class {i}" for i in range(91)})
+    DetrForObjectDetection(config).save_pretrained(folder)
+    DetrImageProcessor(size={"shortest_edge": 480, "longest_edge": 800}).save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()
