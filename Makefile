@@ -16,7 +16,7 @@ test-cluster: $(READY)
 	$(BIN)/python -m pytest -m '(slow or cluster) and not soak'
 
 soak: $(READY)
-	$(BIN)/python -m pytest -m soak
+	RAYDETR_SOAK_MINUTES=60 $(BIN)/python -m pytest -m soak
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -236,6 +236,12 @@ class ServeConfig:
     """Model address."""
     follow_s: float = 10.0
     """Seconds between looks where an alias points; the version it moves to is checked and then served. 0: never."""
+    challenger: str = ""
+    """Address of a second version to try on live traffic; an alias is followed. Empty: none."""
+    canary: float = 0.0
+    """Share of requests that the challenger answers, 0 to 1."""
+    shadow: float = 0.0
+    """Share of detections that it makes too, unseen, to be compared with the answer, 0 to 1."""
     host: str = "127.0.0.1"
     """Address to bind to; another than this machine's own wants --tokens."""
     port: int = 8000
@@ -296,6 +302,14 @@ class ServeConfig:
             raise ConfigError(
                 f"--max-replicas is {self.max_replicas}, less than --replicas {self.replicas} or --min-replicas "
                 f"{self.min_replicas}."
+            )
+        for name in ("canary", "shadow"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"--{name} is {getattr(self, name)}: it is a share, 0 to 1.")
+        if bool(self.challenger) != bool(self.canary or self.shadow):
+            raise ConfigError(
+                f"--challenger is {self.challenger!r}, --canary {self.canary} and --shadow {self.shadow}: give a "
+                "challenger and at least one share of the traffic for it, or none of them."
             )
         if self.min_replicas != 1 and not self.max_replicas:
             raise ConfigError(f"--min-replicas is {self.min_replicas} without --max-replicas: give both.")

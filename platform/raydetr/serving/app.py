@@ -13,13 +13,14 @@ from ray import serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
-from raydetr import cluster
+from raydetr import cluster, storage
 from raydetr.config import ServeConfig
 from raydetr.errors import ClusterError, ConfigError, ServingError
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.registry.tracking import resolve_uri
 from raydetr.serving.auth import Tokens, require_tokens
-from raydetr.serving.detector import Batching, Detector
+from raydetr.serving.challenger import Trial
+from raydetr.serving.detector import KEPT_VERSIONS, Batching, Detector
 from raydetr.serving.images import Limits
 from raydetr.serving.ingress import DETECTOR, Ingress, Options, new_api
 from raydetr.serving.loaded import Precision
@@ -61,6 +62,7 @@ def application(
     limits: Limits = Limits(),  # noqa: B008  # frozen
     tokens: str = "",
     alias: Alias | None = None,
+    trial: Trial | None = None,
     ingress_replicas: int = 1,
 ) -> serve.Application:
     """The application that `serve.run` starts.
@@ -72,6 +74,7 @@ def application(
         limits: on one request.
         tokens: file of token hashes; empty: everybody may ask.
         alias: followed to newer versions; None stays with `model`.
+        trial: a challenger on live traffic.
         ingress_replicas: processes that answer HTTP and prepare images.
     """
     on_gpu = replicas.device == "gpu"
@@ -81,6 +84,7 @@ def application(
         most_requests=ongoing * max(replicas.count, replicas.most) + replicas.queued,
         tokens=tokens,
         alias=alias,
+        trial=trial,
         scales_to_zero=replicas.most > 0 and replicas.least == 0,
     )
     detector = serve.deployment(
@@ -106,7 +110,8 @@ def application(
         max_constructor_retry_count=3,
     )(Ingress)
     device = "cuda" if on_gpu else "cpu"
-    return ingress.bind(model, options, detector.bind(model, batching, device, replicas.precision))
+    kept = KEPT_VERSIONS + (trial is not None)
+    return ingress.bind(model, options, detector.bind(model, batching, device, replicas.precision, kept))
 
 
 def _scale(replicas: Replicas, batching: Batching) -> dict[str, Any]:
@@ -119,6 +124,10 @@ def _scale(replicas: Replicas, batching: Batching) -> dict[str, Any]:
             max_replicas=replicas.most,
             # With fewer the batches are not full.
             target_ongoing_requests=batching.max_size,
+            # A replica is there within 10 s plus the time to load the model, so a burst is not waited out: Serve hears
+            # of it within 10 s (`metrics_interval_s`, which Ray 2.60 warns of where it is set) and then acts soon.
+            upscale_delay_s=2.0,
+            look_back_period_s=15.0,
             downscale_delay_s=replicas.idle_s,
         )
     }
@@ -152,8 +161,21 @@ def from_config(config: ServeConfig) -> tuple[ResolvedModel, serve.Application]:
         limits=Limits(config.max_bytes, config.max_pixels, config.max_images, deadline_s=config.deadline_s),
         tokens=os.path.abspath(config.tokens) if config.tokens else "",
         alias=Alias(config.model, uri, config.follow_s) if follows else None,
+        trial=_trial(config, uri),
         ingress_replicas=config.ingress_replicas,
     )
+
+
+def _trial(config: ServeConfig, uri: str) -> Trial | None:
+    """What `--challenger` asks for. Whether it can be served is found out beside the champion: an endpoint must not
+    stay away since there is no challenger.
+    """
+    if not config.challenger:
+        return None
+    is_folder = not config.challenger.startswith(("models:", "hub:"))
+    address = storage.absolute(config.challenger) if is_folder else config.challenger
+    alias = Alias(address, uri, config.follow_s)
+    return Trial(alias, config.canary, config.shadow, 2 * config.max_batch_size)
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:

@@ -31,8 +31,11 @@ from raydetr.errors import ConfigError
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/v2/health/live", "/v2/health/ready"})
-"""What needs no token: the page and the questions of load balancers."""
+OPEN_PATHS = frozenset(
+    {"/", "/health", "/ready", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"}
+    | {f"/docs-assets/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")}
+)
+"""What needs no token: the page, the documentation, and the questions of load balancers."""
 
 _LOG = logging.getLogger(__name__)
 _LINE = re.compile(r"([0-9A-Fa-f]{64})\s+(\S.{0,99})", re.ASCII)

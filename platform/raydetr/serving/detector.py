@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from raydetr.serving.segments import SegmentRequest
 
 logger = logging.getLogger("ray.serve")
 KEPT_VERSIONS = 2
-"""Versions that a replica holds, those that were asked for last: the one that answers, and the one before or next."""
+"""Versions that a replica holds: the one that answers, and the one before or next; with a challenger one more."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class _Job:
     version: LoadedModel
     image: PreparedImage
     request: SegmentRequest | None
+    in_background: bool = False
+    """Nobody waits for it."""
     since: float = field(default_factory=time.monotonic)
     gone: bool = False
     """Its client does not wait any more."""
@@ -64,36 +66,56 @@ class Detector:
         batching: of the queues.
         device: torch's name of it.
         precision: what the model computes in.
+        kept_versions: that it holds, those that were asked for last.
+
+    What is asked in the background never shares a batch with what clients wait for, and gets the device only in their
+    pauses: at most one such batch can be on it when a client comes.
 
     Raises:
         ServingError: the version does not answer its reference image as it should.
     """
 
     def __init__(
-        self, model: ResolvedModel, batching: Batching, device: str, precision: Precision = "float32"
+        self,
+        model: ResolvedModel,
+        batching: Batching,
+        device: str,
+        precision: Precision = "float32",
+        kept_versions: int = KEPT_VERSIONS,
     ) -> None:
         self.batching, self.device, self.precision = batching, device, precision
+        self.kept_versions = kept_versions
         self.metrics = ReplicaMetrics()
         self.versions: OrderedDict[str, LoadedModel] = OrderedDict([(_key(model), self._load(model))])
         self.loading: dict[str, asyncio.Task[LoadedModel]] = {}
-        self.queues: dict[tuple[str, tuple[int, int]], Callable[[_Job], Awaitable[Result]]] = {}
+        self.queues: dict[tuple[str, tuple[int, int], bool], Callable[[_Job], Awaitable[Result]]] = {}
+        self._batches = 0  # of clients, on the device or waiting for it
+        self._pause = asyncio.Event()
+        self._background = asyncio.Lock()
         # One thread: one batch at a time is on the device, and the event loop is free to fill the next.
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="detect")
 
-    async def detect(self, model: ResolvedModel, image: PreparedImage) -> Result:
+    async def detect(self, model: ResolvedModel, image: PreparedImage, in_background: bool = False) -> Result:
         """Detections of one image, computed together with others of its shape that wait."""
-        return await self._answer(_Job(await self._version(model), image, None))
+        return await self._answer(_Job(await self._version(model), image, None, in_background))
 
     async def segment(self, model: ResolvedModel, image: PreparedImage, request: SegmentRequest) -> Result:
         """Segments of one image, computed together with others of its shape that wait."""
         return await self._answer(_Job(await self._version(model), image, request))
 
-    async def load(self, model: ResolvedModel) -> str | None:
+    async def load(self, model: ResolvedModel, in_use: Sequence[ResolvedModel] = ()) -> str | None:
         """Have a version loaded, checked and warm; the one that answers now goes on answering meanwhile.
+
+        Args:
+            model: the version.
+            in_use: versions that do not make room for it, asked for lately or not.
 
         Returns:
             None, or why the version cannot be served.
         """
+        for used in in_use:
+            if _key(used) in self.versions:
+                self.versions.move_to_end(_key(used))
         try:
             await self._version(model)
         except (RaydetrError, OSError, ValueError, RuntimeError) as error:
@@ -121,7 +143,7 @@ class Detector:
     async def _add(self, key: str, model: ResolvedModel) -> LoadedModel:
         version = await asyncio.to_thread(self._load, model)
         self.versions[key] = version
-        while len(self.versions) > KEPT_VERSIONS:
+        while len(self.versions) > self.kept_versions:
             self.versions.popitem(last=False)
         return version
 
@@ -132,22 +154,38 @@ class Detector:
 
     async def _answer(self, job: _Job) -> Result:
         task = "detect" if job.request is None else "segment"
-        queue = self.queues.get((task, job.image.shape))
+        key = (task, job.image.shape, job.in_background)
+        queue = self.queues.get(key)
         if queue is None:
-            queue = self.queues[task, job.image.shape] = self._new_queue(task)
+            queue = self.queues[key] = self._new_queue(task, job.in_background)
         try:
             return await queue(job)
         except asyncio.CancelledError:
             job.gone = True
             raise
 
-    def _new_queue(self, task: str) -> Callable[[_Job], Awaitable[Result]]:
+    def _new_queue(self, task: str, in_background: bool) -> Callable[[_Job], Awaitable[Result]]:
         @serve.batch(max_batch_size=self.batching.max_size, batch_wait_timeout_s=self.batching.wait_s)
         async def run_batch(jobs: list[_Job]) -> list[Result]:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.executor, self._run, task, jobs)
+            return await (self._in_a_pause if in_background else self._at_once)(task, jobs)
 
         return run_batch
+
+    async def _at_once(self, task: str, jobs: list[_Job]) -> list[Result]:
+        self._batches += 1
+        self._pause.clear()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.executor, self._run, task, jobs)
+        finally:
+            self._batches -= 1
+            if not self._batches:
+                self._pause.set()
+
+    async def _in_a_pause(self, task: str, jobs: list[_Job]) -> list[Result]:
+        async with self._background:
+            while self._batches:
+                await self._pause.wait()
+            return await asyncio.get_running_loop().run_in_executor(self.executor, self._run, task, jobs)
 
     def _run(self, task: str, jobs: list[_Job]) -> list[Result]:
         """Results of a batch, in order; while an alias moves it may hold jobs of two versions."""

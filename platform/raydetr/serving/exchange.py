@@ -72,8 +72,8 @@ Exchange = Generator[Send | Wait, Answer | Lost | None, T]
 def exchange(request: httpx.Request, read: Callable[[Any], T], timeout_s: float, retries: int) -> Exchange[T]:
     """Send a request until it is answered, with more and more time between, and read the answer.
 
-    Repeated are 429, 503 and connections that are refused, or lost before an answer begins: nothing else would come
-    out differently.
+    Repeated are 429, 503, connections that are refused or lost before an answer begins, and 500 in another form than
+    the endpoint's: nothing else would come out differently.
 
     Args:
         request: its `timeout` extension is set here.
@@ -122,9 +122,20 @@ def _pause(outcome: Answer | Lost, repeat: int) -> float | None:
     if isinstance(outcome, Lost):
         again = isinstance(outcome.error, (httpx.NetworkError, httpx.RemoteProtocolError))
         return backoff if again and not outcome.begun else None
-    if outcome.status not in (429, 503):
+    if outcome.status not in (429, 503) and not _died(outcome):
         return None
     return _retry_after(outcome.headers.get("retry-after", "")) + backoff
+
+
+def _died(answer: Answer) -> bool:
+    """Whether the process that worked on the request died: Ray Serve's proxy answers 500 for it, in plain text."""
+    if answer.status != 500:
+        return False
+    try:
+        json.loads(answer.body)
+    except ValueError:
+        return True
+    return False
 
 
 def _retry_after(value: str) -> float:

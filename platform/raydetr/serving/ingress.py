@@ -1,21 +1,28 @@
 """The deployment that answers HTTP: the routes on a `Service`, what is around them, and the alias that it follows."""
 
+import threading
+import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatusOverview
 from starlette.datastructures import Headers, MutableHeaders
 
 from raydetr.registry.models import ResolvedModel
 from raydetr.serving import open_inference, routes
 from raydetr.serving.auth import Tokens
+from raydetr.serving.challenger import Challenger, Trial
 from raydetr.serving.images import Limits
-from raydetr.serving.metrics import Measured, RequestMetrics
+from raydetr.serving.metrics import Measured, RequestMetrics, ShadowMetrics
 from raydetr.serving.middleware import log_requests, protect
+from raydetr.serving.openapi import documented_api
 from raydetr.serving.refusals import add_handlers
 from raydetr.serving.service import Current, Service
+from raydetr.serving.shadow import Shadow
 from raydetr.serving.versions import Alias, Follower
 
 if TYPE_CHECKING:
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 DETECTOR = "Detector"
 """Name of the model replicas' deployment."""
 _LOAD_TIMEOUT_S = 600.0
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,13 +46,19 @@ class Options:
     """File of token hashes, see `auth`; empty: everybody may ask."""
     alias: Alias | None = None
     """Followed, where there is one."""
+    trial: Trial | None = None
+    """A challenger, where one is tried."""
     scales_to_zero: bool = False
     """Whether no replica is a state in which requests may come."""
 
 
-def new_api() -> FastAPI:
-    """The routes, with what their errors answer; they need a `Service` in `api.state.service`."""
-    api = FastAPI(title="raydetr", description="Object detection and segmentation with DETR")
+def new_api(*, secured: bool = False) -> FastAPI:
+    """The routes, with what their errors answer; they need a `Service` in `api.state.service`.
+
+    Args:
+        secured: whether tokens are required, for the documentation.
+    """
+    api = documented_api(secured=secured)
     add_handlers(api)
     api.include_router(routes.router)
     api.include_router(open_inference.router)
@@ -83,14 +97,24 @@ class Ingress:
         self.service = Service(
             Current.of(model, options.limits), detector, options.limits, options.most_requests, self._is_ready
         )
+        # Champion and challenger may move at once, and replicas have room for one version besides those in use.
+        self._loading = threading.Lock()
         self._show_version()
         if options.alias is not None:
-            Follower(options.alias, model, self._take).start()
+            Follower(options.alias, model.address, self._take).start()
+        if options.trial is not None:
+            self.shadow = Shadow(
+                options.trial.shadow,
+                options.trial.most_shadows,
+                partial(self.service.detect, in_background=True),
+                ShadowMetrics(),
+            )
+            Follower(options.trial.alias, "", self._try).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this after the constructor."""
         log_requests()
-        api = new_api()
+        api = new_api(secured=bool(self.options.tokens))
         api.state.service = self.service
         protect(api, self.options.limits, Tokens(self.options.tokens) if self.options.tokens else None)
         api.add_middleware(Measured, metrics=self.metrics)
@@ -100,16 +124,40 @@ class Ingress:
     def _take(self, model: ResolvedModel) -> str | None:
         """Have all replicas load and check a version beside the one that answers; then requests use it."""
         current = Current.of(model, self.options.limits)
-        reasons: list[str | None] = self.detector.broadcast("load", model).results(timeout_s=_LOAD_TIMEOUT_S)
-        if not reasons:  # none is there: the first of them says whether the version is good
-            reasons = [self.detector.load.remote(model).result(timeout_s=_LOAD_TIMEOUT_S)]
-        refused = [reason for reason in reasons if reason is not None]
+        with self._loading:
+            refused = self._load(model)
+            if refused is None:
+                self.service.current = current
         self.metrics.swaps.inc(tags={"outcome": "refused" if refused else "served"})
-        if refused:
-            return refused[0]
-        self.service.current = current
         self._show_version()
-        return None
+        return refused
+
+    def _try(self, model: ResolvedModel) -> str | None:
+        """Have all replicas load and check a challenger; then it gets its share."""
+        assert self.options.trial is not None
+        current = Current.of(model, self.options.limits)
+        until = time.monotonic() + _LOAD_TIMEOUT_S
+        while (replicas := self._replicas()) is None or replicas.status == "UPDATING":
+            if time.monotonic() > until:
+                return "the model replicas have not all started"
+            time.sleep(_LOOK_S)  # those that are not there yet would not be asked
+        with self._loading:
+            refused = self._load(model)
+            if refused is None:
+                self.service.challenger = Challenger(
+                    self.options.trial, current, self.shadow, self.metrics.canary_fallbacks.inc
+                )
+        return refused
+
+    def _load(self, model: ResolvedModel) -> str | None:
+        """None once every replica has the version; else why one cannot serve it."""
+        challenger = self.service.challenger
+        in_use = [self.service.current.model, *([challenger.current.model] if challenger else [])]
+        everywhere = self.detector.broadcast("load", model, in_use)
+        reasons: list[str | None] = everywhere.results(timeout_s=_LOAD_TIMEOUT_S)
+        if not reasons:  # none is there: the first of them says whether the version is good
+            reasons = [self.detector.load.remote(model, in_use).result(timeout_s=_LOAD_TIMEOUT_S)]
+        return next((reason for reason in reasons if reason is not None), None)
 
     def check_health(self) -> None:
         """Serve asks this now and then; a gauge that is not set again ceases to be exported."""
@@ -122,9 +170,15 @@ class Ingress:
 
     def _is_ready(self) -> bool:
         """By Serve's account: a replica that runs has answered its reference image in its constructor."""
-        application = serve.status().applications.get(self.app_name)
-        detector = application.deployments.get(DETECTOR) if application else None
+        detector = self._replicas()
         if detector is None:
             return False
         running = any(count for state, count in detector.replica_states.items() if state == "RUNNING")
-        return bool(running or (self.options.scales_to_zero and detector.status == "HEALTHY"))
+        # While the first one is starting requests wait for it; where it cannot start the status is another.
+        waits = self.options.scales_to_zero and detector.status in ("HEALTHY", "UPSCALING", "DOWNSCALING")
+        return bool(running or waits)
+
+    def _replicas(self) -> DeploymentStatusOverview | None:
+        """Serve's account of the model replicas."""
+        application = serve.status().applications.get(self.app_name)
+        return application.deployments.get(DETECTOR) if application else None

@@ -15,6 +15,8 @@ _MS: list[float] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_
 
 _IMAGES: list[float] = [1, 2, 4, 8, 16, 32, 64]
 
+_SCORES: list[float] = [0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
+
 
 def _tags(*names: str) -> Any:
     return names  # Ray declares a tuple of one
@@ -52,6 +54,27 @@ class RequestMetrics:
         self.model_version = Gauge("raydetr_model_version", "Registered version that answers.", ("model",))
         self.swaps = Counter(
             "raydetr_model_swaps_total", "Versions that an alias moved to, by outcome.", ("outcome",)
+        )
+        self.canary_fallbacks = Counter(
+            "raydetr_canary_fallbacks_total",
+            "Requests that the champion answered after the challenger failed.",
+        )
+
+
+class ShadowMetrics:
+    """Of a challenger beside the version that answers."""
+
+    def __init__(self) -> None:
+        self.images = Counter(
+            "raydetr_shadow_images_total",
+            "Images that a challenger was to detect too, by outcome.",
+            ("outcome",),
+        )
+        self.detections = Counter(
+            "raydetr_shadow_detections_total", "Objects in these images, by who found them.", ("outcome",)
+        )
+        self.score_difference = Histogram(
+            "raydetr_shadow_score_difference", "Between two scores of one object with one label.", _SCORES
         )
 
 

@@ -6,57 +6,58 @@ https://github.com/kserve/open-inference-protocol
 
 from typing import Annotated
 
-from fastapi import APIRouter, Response
-from pydantic import BaseModel
+from fastapi import APIRouter, Path, Response
+from pydantic import BaseModel, Field
 
 from raydetr.errors import RequestError
+from raydetr.serving.schemas import ErrorResponse
 from raydetr.serving.service import Current, Service, ServiceOf
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-ModelName = Annotated[str, "of /v1/models"]
+ModelName = Annotated[str, Path(description="As GET /v1/models gives it.")]
 
 
 class ServerMetadata(BaseModel):
     """Answer of GET /v2."""
 
-    name: str
-    version: str
-    extensions: list[str]
+    name: str = Field(examples=["raydetr"])
+    version: str = Field(description="Of the protocol.", examples=["2"])
+    extensions: list[str] = Field(examples=[[]])
 
 
 class Live(BaseModel):
     """Answer of GET /v2/health/live."""
 
-    live: bool
+    live: bool = Field(examples=[True])
 
 
 class Ready(BaseModel):
     """Answer of GET /v2/health/ready."""
 
-    ready: bool
+    ready: bool = Field(examples=[True])
 
 
 class ModelReady(BaseModel):
     """Answer of GET /v2/models/{name}/ready."""
 
-    name: str
-    ready: bool
+    name: str = Field(examples=["raydetr"])
+    ready: bool = Field(examples=[True])
 
 
 class Tensor(BaseModel):
     """One input or output of a model; -1 stands for any size."""
 
-    name: str
-    datatype: str
-    shape: list[int]
+    name: str = Field(examples=["boxes_xyxy"])
+    datatype: str = Field(examples=["FP32"])
+    shape: list[int] = Field(examples=[[-1, 4]])
 
 
 class ModelMetadata(BaseModel):
     """Answer of GET /v2/models/{name}."""
 
-    name: str
-    versions: list[str]
-    platform: str
+    name: str = Field(examples=["raydetr"])
+    versions: list[str] = Field(examples=[["3"]])
+    platform: str = Field(examples=["pytorch_detr"])
     inputs: list[Tensor]
     outputs: list[Tensor]
 
@@ -73,7 +74,7 @@ async def live() -> Live:
     return Live(live=True)
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", responses={503: {"model": Ready}})
 async def ready(service: ServiceOf, response: Response) -> Ready:
     """Whether a model replica is ready, as GET /ready."""
     is_ready = await service.is_ready()
@@ -81,7 +82,7 @@ async def ready(service: ServiceOf, response: Response) -> Ready:
     return Ready(ready=is_ready)
 
 
-@router.get("/models/{name}")
+@router.get("/models/{name}", responses={404: {"model": ErrorResponse}})
 async def model(name: ModelName, service: ServiceOf) -> ModelMetadata:
     """What the model takes and gives, in the protocol's words."""
     current = _require(name, service)
@@ -99,7 +100,7 @@ async def model(name: ModelName, service: ServiceOf) -> ModelMetadata:
     )
 
 
-@router.get("/models/{name}/ready")
+@router.get("/models/{name}/ready", responses={404: {"model": ErrorResponse}, 503: {"model": ModelReady}})
 async def model_ready(name: ModelName, service: ServiceOf, response: Response) -> ModelReady:
     """Whether a replica with the model is ready."""
     _require(name, service)

@@ -28,11 +28,44 @@ from raydetr.serving.schemas import (
 )
 from raydetr.serving.segments import Format, Kind, SegmentRequest
 from raydetr.serving.service import Current, ServiceOf
+from raydetr.serving.shadow import Seen
 
 router = APIRouter()
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_IMAGES = {"type": "array", "items": {"type": "string", "contentMediaType": "image/*"}}
-_SEVERAL = {"schema": {"type": "object", "properties": {"images": _IMAGES}, "required": ["images"]}}
+_IMAGES = {
+    "type": "array",
+    "items": {"type": "string", "contentMediaType": "image/*", "minLength": 1},
+    "minItems": 1,
+}
+_FORM = {
+    "schema": {
+        "type": "object",
+        "properties": {"images": _IMAGES},
+        "required": ["images"],
+        "additionalProperties": False,
+    }
+}
+_GREY = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAEUlEQVR42mNsYEAFTAwjWgAAmZAAoFDIQrAAAAAASUVORK5CYII="
+_JSON = {
+    "schema": {
+        "type": "object",
+        "properties": {
+            "images": {
+                "type": "array",
+                "items": {
+                    "type": "string",
+                    "contentEncoding": "base64",
+                    "contentMediaType": "image/*",
+                    "minLength": 1,
+                },
+                "minItems": 1,
+            }
+        },
+        "required": ["images"],
+        "additionalProperties": False,
+    },
+    "example": {"images": [_GREY]},
+}
 _ONE = dict.fromkeys(("image/jpeg", "image/png", "image/webp", "application/octet-stream"), _BINARY)
 
 
@@ -46,13 +79,24 @@ async def page() -> HTMLResponse:
     return HTMLResponse(index())
 
 
-@router.get("/health")
+@router.get("/health", tags=["State"], summary="Whether it lives")
 async def health(service: ServiceOf) -> HealthResponse:
     """Whether requests are answered, and by which model."""
     return HealthResponse(status="ok", model=service.current.info)
 
 
-@router.get("/ready", responses={503: {"model": ReadyResponse}})
+@router.get(
+    "/ready",
+    tags=["State"],
+    summary="Whether it is ready",
+    responses={
+        503: {
+            "model": ReadyResponse,
+            "description": "Service Unavailable",
+            "content": {"application/json": {"example": {"ready": False}}},
+        }
+    },
+)
 async def ready(service: ServiceOf, response: Response) -> ReadyResponse:
     """Whether a model replica is there and warm; 503 where not."""
     is_ready = await service.is_ready()
@@ -60,24 +104,24 @@ async def ready(service: ServiceOf, response: Response) -> ReadyResponse:
     return ReadyResponse(ready=is_ready)
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", tags=["Images"], summary="The models that answer")
 async def models(service: ServiceOf) -> ModelsResponse:
-    """The model that answers, its labels and what it can do."""
-    current = service.current
-    labels = [current.id2label[label] for label in sorted(current.id2label)]
-    info = current.info
-    return ModelsResponse(
-        models=[ServedModel(name=info.name, version=info.version, labels=labels, tasks=list(current.tasks))]
-    )
+    """The model that answers, its labels and what it can do; then the challenger, where one is tried."""
+    challenger = service.challenger
+    tried = challenger is not None and challenger.is_other_than(service.current)
+    shown = [service.current, challenger.current] if challenger is not None and tried else [service.current]
+    return ModelsResponse(models=[_served(current) for current in shown])
 
 
 @router.post(
     "/v1/detect",
-    responses=_errors(400, 401, 408, 413, 415, 422, 429, 503, 504),
+    tags=["Images"],
+    summary="Boxes of objects",
+    responses=_errors(400, 408, 413, 415, 422, 429, 503, 504),
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {**_ONE, "multipart/form-data": _SEVERAL, "application/json": _SEVERAL},
+            "content": {**_ONE, "multipart/form-data": _FORM, "application/json": _JSON},
         }
     },
 )
@@ -86,57 +130,82 @@ async def detect(
     service: ServiceOf,
     threshold: Annotated[float, Query(ge=0, le=1, description="Least score.")] = 0.5,
     top_k: Annotated[int | None, Query(ge=1, description="Most detections of an image.")] = None,
-    classes: Annotated[list[str] | None, Query(description="Label names to keep.")] = None,
+    classes: Annotated[list[str] | None, Query(description="Label names to keep; repeated.")] = None,
 ) -> DetectResponse | DetectManyResponse:
     """Detect objects in the image that is the body, or in those of a form or of JSON."""
     begun = time.monotonic()
-    with service.request() as current:
+
+    async def by(current: Current) -> DetectResponse | DetectManyResponse:
         wanted = _label_ids(classes, current)
-        sent = await read_images(request, service.limits)
         prepared = await current.preparer.prepare(sent.images)
         prepared_at = time.monotonic()
         found = await service.detect(prepared, current)
-    results = [
-        _detections(image, result.value, current, threshold, top_k, wanted)
-        for image, result in zip(prepared, found, strict=True)
-    ]
-    request.state.model = current.model.label
-    times = _times(begun, prepared_at, max(result.model_ms for result in found))
-    if sent.many:
-        return DetectManyResponse(model=current.info, results=results, times=times)
-    return DetectResponse(
-        model=current.info, image=results[0].image, detections=results[0].detections, times=times
-    )
+        service.shadow(Seen(sent.images, prepared, [result.value for result in found]), current)
+        results = [
+            _detections(image, result.value, current, threshold, top_k, wanted)
+            for image, result in zip(prepared, found, strict=True)
+        ]
+        request.state.model = current.model.label
+        times = _times(begun, prepared_at, max(result.model_ms for result in found))
+        if sent.many:
+            return DetectManyResponse(model=current.info, results=results, times=times)
+        return DetectResponse(
+            model=current.info, image=results[0].image, detections=results[0].detections, times=times
+        )
+
+    with service.request() as champion:
+        _label_ids(classes, champion)  # before the body is read
+        sent = await read_images(request, service.limits)
+        return await service.answer("detect", champion, by, begun)
 
 
 @router.post(
     "/v1/segment",
-    responses=_errors(400, 401, 408, 409, 413, 415, 422, 429, 503, 504),
-    openapi_extra={"requestBody": {"required": True, "content": {**_ONE, "multipart/form-data": _SEVERAL}}},
+    tags=["Images"],
+    summary="Masks of objects or classes",
+    responses=_errors(400, 408, 409, 413, 415, 422, 429, 503, 504),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {**_ONE, "multipart/form-data": _FORM, "application/json": _JSON},
+        }
+    },
 )
 async def segment(
     request: Request,
     service: ServiceOf,
-    kind: Kind = "instance",
+    kind: Annotated[Kind, Query(description="What a segment is: see docs/serving.md.")] = "instance",
     threshold: Annotated[float, Query(ge=0, le=1, description="Least score of a segment.")] = 0.5,
-    format: Format = "rle",
+    format: Annotated[
+        Format, Query(description="rle: each segment's run lengths; png: one map of all.")
+    ] = "rle",
 ) -> SegmentResponse:
     """Segment one image: run lengths of each segment, or one map of all as PNG."""
     begun = time.monotonic()
-    with service.request() as current:
-        sent = await read_images(request, service.limits)
-        if len(sent.images) != 1:
-            raise RequestError(422, f"{len(sent.images)} images were sent: segmentation takes one.")
+
+    async def by(current: Current) -> SegmentResponse:
         (image,) = await current.preparer.prepare(sent.images)
         prepared_at = time.monotonic()
         result = await service.segment(image, current, SegmentRequest(kind, threshold, format))
-    request.state.model = current.model.label
-    return SegmentResponse(
-        model=current.info,
-        image=_size(image),
-        times=_times(begun, prepared_at, result.model_ms),
-        **result.value,
-    )
+        request.state.model = current.model.label
+        return SegmentResponse(
+            model=current.info,
+            image=_size(image),
+            times=_times(begun, prepared_at, result.model_ms),
+            **result.value,
+        )
+
+    with service.request() as champion:
+        sent = await read_images(request, service.limits)
+        if len(sent.images) != 1:
+            raise RequestError(422, f"{len(sent.images)} images were sent: segmentation takes one.")
+        return await service.answer("segment", champion, by, begun)
+
+
+def _served(current: Current) -> ServedModel:
+    labels = [current.id2label[label] for label in sorted(current.id2label)]
+    info = current.info
+    return ServedModel(name=info.name, version=info.version, labels=labels, tasks=list(current.tasks))
 
 
 def _label_ids(classes: Sequence[str] | None, current: Current) -> set[int] | None:

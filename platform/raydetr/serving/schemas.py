@@ -1,6 +1,23 @@
 """The JSON that the endpoint answers with."""
 
-from pydantic import BaseModel, Field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_MODEL = {"name": "raydetr", "version": 3}
+_IMAGE = {"height": 480, "width": 640}
+_TIMES = {"prepare_ms": 6.1, "model_ms": 41.8, "total_ms": 52.7}
+_CAT = {
+    "score": 0.982,
+    "label": "cat",
+    "label_id": 17,
+    "box": {"xmin": 12.6, "ymin": 52.8, "xmax": 314.9, "ymax": 470.3},
+}
+_MASK = {"size": [480, 640], "counts": "oZ31m>3N1N2O1O0O2N1O"}
+
+
+def _example(**values: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [values]})
 
 
 class Box(BaseModel):
@@ -53,6 +70,8 @@ class DetectResponse(BaseModel):
     detections: list[Detection]
     times: Times
 
+    model_config = _example(model=_MODEL, image=_IMAGE, detections=[_CAT], times=_TIMES)
+
 
 class DetectResult(BaseModel):
     """One image of several."""
@@ -67,6 +86,8 @@ class DetectManyResponse(BaseModel):
     model: ModelInfo
     results: list[DetectResult]
     times: Times
+
+    model_config = _example(model=_MODEL, results=[{"image": _IMAGE, "detections": [_CAT]}], times=_TIMES)
 
 
 class Mask(BaseModel):
@@ -97,6 +118,14 @@ class SegmentResponse(BaseModel):
     )
     times: Times
 
+    model_config = _example(
+        model=_MODEL,
+        image=_IMAGE,
+        segments=[{"id": 1, "label": "cat", "label_id": 17, "score": 0.982, "mask": _MASK}],
+        map=None,
+        times=_TIMES,
+    )
+
 
 class ServedModel(BaseModel):
     """A model that answers, and what it can do."""
@@ -112,6 +141,8 @@ class ModelsResponse(BaseModel):
 
     models: list[ServedModel]
 
+    model_config = _example(models=[{**_MODEL, "labels": ["cat", "dog"], "tasks": ["detect", "segment"]}])
+
 
 class HealthResponse(BaseModel):
     """Answer of GET /health."""
@@ -119,11 +150,15 @@ class HealthResponse(BaseModel):
     status: str
     model: ModelInfo
 
+    model_config = _example(status="ok", model=_MODEL)
+
 
 class ReadyResponse(BaseModel):
     """Answer of GET /ready: 200 where it is true, else 503."""
 
     ready: bool
+
+    model_config = _example(ready=True)
 
 
 class ErrorDetail(BaseModel):
@@ -137,3 +172,10 @@ class ErrorResponse(BaseModel):
     """Answer with any 4xx or 5xx status."""
 
     error: ErrorDetail
+
+    model_config = _example(
+        error={
+            "status": 415,
+            "message": "The body is not an image that can be read: its first bytes are not those of a format.",
+        }
+    )

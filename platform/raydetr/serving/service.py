@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 from fastapi import Depends, Request
 from ray.exceptions import RayActorError
@@ -26,6 +27,10 @@ from raydetr.serving.images import Limits, Preparer
 from raydetr.serving.loaded import Failure, has_masks
 from raydetr.serving.refusals import RETRY_AFTER_S, Unavailable, too_many
 from raydetr.serving.schemas import ModelInfo
+from raydetr.serving.shadow import Seen
+
+if TYPE_CHECKING:
+    from raydetr.serving.challenger import Challenger
 
 T = TypeVar("T")
 LOST_REPLICAS = 3
@@ -41,6 +46,10 @@ class Current:
     preparer: Preparer
     id2label: dict[int, str]
     tasks: tuple[str, ...]
+
+    def prepares_otherwise_than(self, other: "Current") -> bool:
+        """Whether an image prepared for one version is none for the other."""
+        return self.preparer.image_processor.to_dict() != other.preparer.image_processor.to_dict()
 
     @classmethod
     def of(cls, model: ResolvedModel, limits: Limits) -> Self:
@@ -77,12 +86,13 @@ class Service:
     ) -> None:
         self.current, self.detector, self.limits = current, detector, limits
         self.most_requests = most_requests
+        self.challenger: Challenger | None = None  # set where one is tried
         self._replicas_ready = replicas_ready
         self._requests = 0
 
     @contextlib.contextmanager
     def request(self) -> Iterator[Current]:
-        """One request within the bound; the version that it uses throughout.
+        """One request within the bound; the version that answers it, if the challenger does not.
 
         Raises:
             Unavailable: 429 where there are too many; before anything of the body is read.
@@ -95,13 +105,42 @@ class Service:
         finally:
             self._requests -= 1
 
-    async def detect(self, images: Iterable[PreparedImage], current: Current) -> list[Result]:
-        """Detections of images, which the model replicas get at once.
+    async def answer(
+        self, task: str, champion: Current, run: Callable[[Current], Awaitable[T]], begun: float
+    ) -> T:
+        """What `run` makes of the challenger, for its share of requests, or else of the champion.
+
+        Args:
+            task: detect or segment.
+            champion: from `request`.
+            run: computes a version's answer.
+            begun: when the request came, by `time.monotonic`; the challenger has half of the deadline.
+        """
+        challenger = self.challenger
+        if challenger is not None:
+            within_s = begun + self.limits.deadline_s / 2 - time.monotonic()
+            tried = await challenger.answer(task, champion, run, within_s)
+            if tried is not None:
+                return tried
+        return await run(champion)
+
+    def shadow(self, seen: Seen, current: Current) -> None:
+        """Have the challenger detect the same images too, for its share, once the champion has answered."""
+        challenger = self.challenger
+        if challenger is not None and challenger.is_other_than(current):
+            busy = 2 * self._requests > self.most_requests
+            challenger.shadow.consider(seen, current, challenger.current, busy)
+
+    async def detect(
+        self, images: Sequence[PreparedImage], current: Current, in_background: bool = False
+    ) -> list[Result]:
+        """Detections of images, which the model replicas get at once; in the background: in pauses of the others.
 
         Raises:
             Unavailable: of one of them.
         """
-        return await _all([self._ask("detect", current.model, image) for image in images])
+        more = (True,) if in_background else ()
+        return await _all([self._ask("detect", current.model, image, *more) for image in images])
 
     async def segment(self, image: PreparedImage, current: Current, request: Any) -> Result:
         """Segments of an image.

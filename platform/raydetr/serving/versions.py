@@ -18,11 +18,11 @@ class Alias:
     """What is followed."""
 
     address: str
-    """`models:/NAME@ALIAS`."""
+    """`models:/NAME@ALIAS`; also an address that cannot move."""
     uri: str
     """MLflow address from `tracking.resolve_uri`."""
     every_s: float = 10.0
-    """Time between looks, in seconds."""
+    """Time between looks, in seconds; 0: there is none after the first."""
 
 
 class Follower:
@@ -30,7 +30,7 @@ class Follower:
 
     Args:
         alias: what is followed.
-        model: the version that is served now.
+        served: address of the version that is served now, `models:/NAME/VERSION`; empty: none yet.
         take: serves a version, or returns why it cannot be; called on the follower's thread.
         clock: seconds; for tests.
     """
@@ -38,37 +38,48 @@ class Follower:
     def __init__(
         self,
         alias: Alias,
-        model: ResolvedModel,
+        served: str,
         take: Callable[[ResolvedModel], str | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.alias, self.served, self._take, self._clock = alias, model.address, take, clock
+        self.alias, self.served, self._take, self._clock = alias, served, take, clock
         self._refused = ""
+        self._trouble = ""
         self._pause_s = 0.0
         self._again_at = 0.0
 
     def start(self) -> None:
-        """Look every so often on a thread of its own, as long as the process lives."""
+        """Look every so often on a thread of its own, as long as the process lives; at once where nothing is served,
+        and only then where `every_s` is 0.
+        """
         threading.Thread(target=self._follow, name="follow-alias", daemon=True).start()
 
     def look(self) -> None:
         """Look once. Whatever goes wrong, the version that is served stays, the log says why, and a version that was
         refused is tried again after a pause, each time a longer one.
         """
-        address = self.served
         try:
-            found = registered_version(self.alias.address, self.alias.uri)
-            address = f"models:/{found.name}/{found.version}"
-            if address == self.served:
-                self._refused = ""
-                return
-            if address == self._refused and self._clock() < self._again_at:
-                return
+            address = self._find()
+        except Exception as error:  # a registry that is away must not end the thread
+            trouble = f"{type(error).__name__}: {error}"
+            if trouble != self._trouble:
+                logger.error(
+                    "%s cannot be found, %s goes on: %s", self.alias.address, self.served or "none", trouble
+                )
+            self._trouble = trouble
+            return
+        self._trouble = ""
+        if address == self.served:
+            self._refused = ""
+            return
+        if address == self._refused and self._clock() < self._again_at:
+            return
+        try:
             reason = self._take(resolve(address, self.alias.uri))
-        except Exception as error:  # a registry or a storage that is away must not end the thread
+        except Exception as error:  # nor must a storage
             reason = f"{type(error).__name__}: {error}"
         if reason is None:
-            logger.warning("%s is %s now, before %s", self.alias.address, address, self.served)
+            logger.warning("%s is %s now, before %s", self.alias.address, address, self.served or "none")
             self.served, self._refused = address, ""
             return
         self._pause_s = (
@@ -76,10 +87,23 @@ class Follower:
         )
         self._refused, self._again_at = address, self._clock() + self._pause_s
         logger.error(
-            "%s does not answer for %s, %s goes on: %s", address, self.alias.address, self.served, reason
+            "%s does not answer for %s, %s goes on: %s",
+            address,
+            self.alias.address,
+            self.served or "none",
+            reason,
         )
 
+    def _find(self) -> str:
+        """Address of what the alias means now."""
+        if not self.alias.address.startswith("models:"):
+            return self.alias.address
+        found = registered_version(self.alias.address, self.alias.uri)
+        return f"models:/{found.name}/{found.version}"
+
     def _follow(self) -> None:
-        while True:
+        if not self.served:
+            self.look()
+        while self.alias.every_s > 0:
             time.sleep(self.alias.every_s)
             self.look()

@@ -95,8 +95,9 @@ def test_a_refused_request_is_not_read(api):
 @pytest.mark.parametrize(
     "path",
     [
-        "/docs",
-        "/openapi.json",
+        "/docs/",
+        "/docs-assets/../whoami",
+        "/redoc",
         "/nowhere",
         "/health/",
         "//health",

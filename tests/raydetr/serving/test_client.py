@@ -304,8 +304,13 @@ def test_an_endpoint_is_ready_or_not_and_is_asked_once(server: Scripted, ask: As
 
 @pytest.mark.parametrize(
     "trouble",
-    [error(429, "busy", Retry_After="0"), error(503, "no replica"), reset],
-    ids=["429", "503", "reset"],
+    [
+        error(429, "busy", Retry_After="0"),
+        error(503, "no replica"),
+        reset,
+        reply(500, b"Internal Server Error"),
+    ],
+    ids=["429", "503", "reset", "500 of Ray's proxy"],
 )
 def test_what_passes_is_repeated_with_the_same_body(server: Scripted, ask: Ask, trouble: Reply) -> None:
     server.replies.extend([trouble, trouble, trouble, reply(200, DETECTED)])

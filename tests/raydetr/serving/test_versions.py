@@ -58,7 +58,8 @@ def now() -> list[float]:
 @pytest.fixture
 def follower(registry, taker, now) -> Follower:
     registry.point_at(1)
-    return Follower(Alias(ADDRESS, registry.uri), resolve(ADDRESS, registry.uri), taker, clock=lambda: now[0])
+    served = resolve(ADDRESS, registry.uri).address
+    return Follower(Alias(ADDRESS, registry.uri), served, taker, clock=lambda: now[0])
 
 
 def test_a_version_is_taken_once_when_the_alias_moves_and_when_it_moves_back(registry, follower, taker):
@@ -98,9 +99,30 @@ def test_another_version_after_a_refused_one_is_taken_at_once(registry, follower
     assert follower.served == "models:/raydetr/3"
 
 
+def test_what_is_served_by_nobody_yet_is_looked_for_until_it_is_there_and_logged_once(
+    registry, taker, caplog
+):
+    follower = Follower(Alias("models:/raydetr@next", registry.uri), "", taker)
+    follower.look()
+    follower.look()
+    assert caplog.text.count("has no alias 'next'") == 1
+    client(registry.uri).set_registered_model_alias("raydetr", "next", "2")
+    follower.look()
+    client(registry.uri).delete_registered_model_alias("raydetr", "next")
+    assert (taker.taken, follower.served) == ([2], "models:/raydetr/2")
+
+
+def test_a_folder_is_taken_once(taker, tmp_path):
+    folder = str(save_tiny_detr(tmp_path / "tiny", ["ant"], edge=64))
+    follower = Follower(Alias(folder, "", every_s=0), "", taker)
+    follower.look()
+    follower.look()
+    assert (taker.taken, follower.served) == ([None], folder)
+
+
 def test_a_registry_that_is_away_leaves_the_version_in_place(registry, taker, tmp_path, caplog):
     model = resolve(ADDRESS, registry.uri)
-    follower = Follower(Alias("models:/gone@champion", registry.uri), model, taker)
+    follower = Follower(Alias("models:/gone@champion", registry.uri), model.address, taker)
     follower.look()
     assert taker.taken == []
     assert follower.served == model.address

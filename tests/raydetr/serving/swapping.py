@@ -1,0 +1,100 @@
+"""A registry with versions to swap, and replicas to kill: what the tests of a running endpoint share."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import ray
+from ray import serve
+from safetensors.torch import load_file, save_file
+
+from detr.detector import ObjectDetector
+from raydetr.registry.models import register
+from raydetr.registry.tracking import client, resolve_uri, start_run
+from raydetr.serving.ingress import DETECTOR as DETECTOR
+from tests.tiny_detr import save_tiny_detr
+
+ADDRESS = "models:/raydetr@champion"
+INGRESS = "Ingress"
+
+
+class Registry:
+    """Versions 1, 2, … of the model `raydetr` in a database of its own, and the alias `champion`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.uri = resolve_uri(f"sqlite:///{folder}/runs/mlflow.db")
+        self._run = start_run(self.uri, "training", "run", {}, {})
+
+    def add(self, model: Path) -> int:
+        return register(self.uri, self._run, str(model))
+
+    def point_at(self, version: int) -> None:
+        client(self.uri).set_registered_model_alias("raydetr", "champion", str(version))
+
+
+class Endpoint(Registry):
+    """Versions 1 and 2 are good, 3 is not; `url` is set by who starts it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.detectors: dict[int, ObjectDetector] = {}
+        self.folders: dict[int, Path] = {}
+        # Another image size and other labels: a request prepared for one version cannot be answered by the other.
+        for version, (names, edge) in enumerate([(["ant", "bee"], 64), (["cow", "dog", "eel"], 96)], 1):
+            model = save_tiny_detr(folder / f"tiny-{version}", names, seed=version, edge=edge)
+            self.add(model)
+            self.folders[version] = model
+            self.detectors[version] = ObjectDetector.from_pretrained(model)
+        self.add(save_broken_detr(folder / "broken"))
+        self.url = ""
+        self.point_at(1)
+
+    def version(self) -> int:
+        return httpx.get(f"{self.url}/health", timeout=60).json()["model"]["version"]
+
+    def wait_for(self, what: Callable[[], bool], seconds: float = 120.0) -> None:
+        until = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < until, [line for line in exported() if "ray_raydetr_" in line]
+            time.sleep(0.5)
+
+
+def save_broken_detr(folder: Path) -> Path:
+    """A model that answers with NaN."""
+    weights_file = save_tiny_detr(folder, ["ant", "bee"], edge=64) / "model.safetensors"
+    weights = load_file(weights_file)
+    weights["class_labels_classifier.bias"][:] = float("nan")
+    save_file(weights, weights_file, {"format": "pt"})
+    return folder
+
+
+def replicas(deployment: str) -> list[str]:
+    """Names of its replicas that live, those that are starting included."""
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    return sorted(name for name in names if f"raydetr#{deployment}#" in name)
+
+
+def running(deployment: str) -> int:
+    """How many of its replicas are ready."""
+    states = serve.status().applications["raydetr"].deployments[deployment].replica_states
+    return sum(count for state, count in states.items() if state == "RUNNING")
+
+
+def kill(replica: str) -> None:
+    """End its process at once, as a crash does."""
+    ray.kill(ray.get_actor(replica, namespace="serve"))
+
+
+def exported() -> list[str]:
+    port = ray.nodes()[0]["MetricsExportPort"]
+    return httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text.splitlines()
+
+
+def metric(name: str, **labels: str) -> float:
+    """The sum of a metric over what this node exports."""
+    lines = [line for line in exported() if line.startswith(f"ray_{name}{{")]
+    wanted = [f'{label}="{value}"' for label, value in labels.items()]
+    found = [line for line in lines if all(re.search(rf"[{{,]{re.escape(each)}", line) for each in wanted)]
+    return sum(float(line.rpartition(" ")[2]) for line in found)

@@ -1,0 +1,128 @@
+"""Replicas that come when there is something to do, from none to four, and go again; and those that cannot come."""
+
+import concurrent.futures
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+from ray import serve
+
+from raydetr.registry.models import ResolvedModel, resolve
+from raydetr.serving.app import Replicas, application, endpoint
+from raydetr.serving.detector import Batching
+from raydetr.serving.images import Limits
+from tests.raydetr.serving.swapping import DETECTOR, running, save_broken_detr
+from tests.raydetr.serving.test_app import unused_port
+from tests.tiny_detr import png, save_tiny_detr
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+MOST = 4
+CLIENTS = 32
+LOAD = """
+import sys, time
+sys.path[:0] = sys.argv[2:]
+begun = time.monotonic()
+from raydetr.registry.models import resolve
+from raydetr.serving.loaded import LoadedModel
+LoadedModel.load(resolve(sys.argv[1], ""), "cpu").check()
+print(time.monotonic() - begun)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
+    return resolve(str(save_tiny_detr(tmp_path_factory.mktemp("model") / "tiny", ["ant"], edge=96)), "")
+
+
+@pytest.fixture(scope="module")
+def url(ray_local, model) -> Iterator[str]:
+    replicas = Replicas(count=0, least=0, most=MOST, idle_s=5.0, queued=4 * CLIENTS)
+    batching = Batching(max_size=2, wait_s=0.01)
+    app = application(model, replicas=replicas, batching=batching, limits=Limits(deadline_s=180.0))
+    with endpoint(app, "127.0.0.1", unused_port()) as url:
+        yield url
+
+
+class Load:
+    """So many clients, each with one request after the other, while the context lasts."""
+
+    def __init__(self, url: str, clients: int) -> None:
+        self.url, self.stop, self.statuses = url, threading.Event(), Counter[int]()
+        self.threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(clients)]
+
+    def _ask(self, number: int) -> None:
+        data = png(60, 90, seed=number)
+        with httpx.Client(timeout=200) as http:
+            while not self.stop.is_set():
+                self.statuses[http.post(f"{self.url}/v1/detect", content=data).status_code] += 1
+
+    def __enter__(self) -> "Load":
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 240.0) -> float:
+    """The time it took, in seconds."""
+    begun = time.monotonic()
+    while not what():
+        assert time.monotonic() < begun + seconds, serve.status().applications["raydetr"].deployments
+        time.sleep(0.25)
+    return time.monotonic() - begun
+
+
+def ready(url: str) -> tuple[int, bool]:
+    response = httpx.get(f"{url}/ready", timeout=60)
+    return response.status_code, response.json()["ready"]
+
+
+def load_time(model: ResolvedModel) -> float:
+    """Of the model in a process of its own, in seconds, with the imports."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, model.folder, *sys.path], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+def test_from_none_to_four_replicas_and_back_every_request_is_answered(url, model):
+    assert running(DETECTOR) == 0
+    with concurrent.futures.ThreadPoolExecutor(12) as threads:
+        asked = [
+            threads.submit(httpx.post, f"{url}/v1/detect", content=png(60, 90, seed), timeout=200)
+            for seed in range(12)
+        ]
+        answers_are_ready: set[tuple[int, bool]] = set()
+        first = wait_for(lambda: answers_are_ready.add(ready(url)) or running(DETECTOR) >= 1)
+        assert {each.result().status_code for each in asked} == {200}
+    assert answers_are_ready == {(200, True)}, "a request would have been answered"
+    with Load(url, CLIENTS) as load:
+        all_of_them = wait_for(lambda: running(DETECTOR) == MOST)
+    assert set(load.statuses) == {200}
+    gone = wait_for(lambda: running(DETECTOR) == 0)
+    assert httpx.post(f"{url}/v1/detect", content=png(60, 90), timeout=200).status_code == 200
+    print(
+        f"\nfirst replica after {first:.1f} s, {MOST} after {all_of_them:.1f} s more ({load.statuses.total()} requests "
+        f"answered meanwhile), none {gone:.1f} s after the last request; the model loads in {load_time(model):.1f} s"
+    )
+
+
+def test_where_the_model_cannot_load_health_answers_and_ready_is_503(url, tmp_path):
+    app = application(resolve(str(save_broken_detr(tmp_path / "broken")), ""))
+    with pytest.raises(RuntimeError, match="Deploying application broken failed"):
+        serve.run(app, name="broken", route_prefix="/broken")
+    assert httpx.get(f"{url}/broken/health", timeout=60).json()["status"] == "ok"
+    assert ready(f"{url}/broken") == (503, False)
+    response = httpx.post(f"{url}/broken/v1/detect", content=png(60, 90), timeout=200)
+    assert response.status_code == 503
+    assert "Traceback" not in response.text
+    serve.delete("broken")

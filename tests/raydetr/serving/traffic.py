@@ -1,0 +1,275 @@
+"""Mixed traffic on an endpoint, each answer compared with the stored one of the version that it names."""
+
+import asyncio
+import base64
+import dataclasses
+import io
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from detr import DetrConfig, DetrForSegmentation
+from raydetr.registry.models import resolve
+from raydetr.serving.client import AsyncClient, Client
+from raydetr.serving.loaded import LoadedModel
+from raydetr.serving.segments import SegmentRequest
+from tests.tiny_detr import png, save_tiny_detr, separate_the_queries
+
+KINDS = [(kind, form) for kind in ("instance", "panoptic", "semantic") for form in ("rle", "png")]
+THRESHOLD = 0.2
+"""Of segments."""
+
+
+def encoded(height: int, width: int, seed: int, form: str, mode: str = "RGB") -> bytes:
+    file = io.BytesIO()
+    Image.open(io.BytesIO(png(height, width, seed))).convert(mode).save(file, form)
+    return file.getvalue()
+
+
+IMAGES = [
+    encoded(60, 90, 0, "PNG"),
+    encoded(90, 60, 1, "JPEG"),
+    encoded(80, 80, 2, "WEBP"),
+    encoded(50, 120, 3, "PNG", "RGBA"),
+    encoded(120, 50, 4, "JPEG", "L"),
+]
+BAD: list[tuple[str, dict[str, Any], int]] = [
+    ("/v1/detect", {"content": b""}, 400),
+    ("/v1/detect", {"content": b"text"}, 415),
+    ("/v1/detect", {"content": IMAGES[0][:80]}, 400),
+    ("/v1/detect", {"json": {"images": ["no base64!"]}}, 422),
+    ("/v1/segment?kind=none", {"content": IMAGES[0]}, 422),
+    ("/v1/nothing", {"content": IMAGES[0]}, 404),
+]
+
+
+def save_segmenter(folder: Path, names: list[str], seed: int, edge: int) -> Path:
+    """A tiny model with a mask head."""
+    path = save_tiny_detr(folder, names, seed=seed, edge=edge)
+    model = DetrForSegmentation(DetrConfig.from_pretrained(path, encoder_attention_heads=8))
+    separate_the_queries(model, 10 + seed)
+    model.save_pretrained(path)
+    return path
+
+
+class Stored:
+    """What each version answers to each of `IMAGES`, computed in this process.
+
+    Args:
+        folders: of the versions.
+    """
+
+    def __init__(self, folders: Mapping[int, Path]) -> None:
+        self._detections: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._segments: dict[tuple[int, int, str, str], dict[str, Any]] = {}
+        for version, folder in folders.items():
+            model = LoadedModel.load(resolve(str(folder), ""), "cpu")
+            for number, data in enumerate(IMAGES):
+                image = model.detector.prepare(data)
+                found: Any = model.detect([image])[0]
+                self._detections[version, number] = found.to_dicts(model.id2label)
+                for kind, form in KINDS:
+                    request: Any = SegmentRequest(kind, THRESHOLD, form)  # type: ignore[arg-type]
+                    segments: Any = model.segment([(image, request)])[0]
+                    self._segments[version, number, kind, form] = segments
+
+    def check_detections(self, version: int | None, number: int, answered: list[Any]) -> None:
+        """Answers of all scores, as their JSON says them."""
+        assert version is not None
+        expected = self._detections[version, number]
+        assert [each["label"] for each in answered] == [each["label"] for each in expected]
+        for ours, theirs in zip(answered, expected, strict=True):
+            assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
+            assert ours["box"] == pytest.approx(theirs["box"], abs=2e-3)
+
+    def check_segments(
+        self, version: int | None, number: int, kind: str, form: str, segments: list[Any], map: bytes | None
+    ) -> None:
+        assert version is not None
+        expected = self._segments[version, number, kind, form]
+        assert map == (base64.b64decode(expected["map"]) if form == "png" else None)
+        named = [(each["id"], each["label"]) for each in segments]
+        assert named == [(each["id"], each["label"]) for each in expected["segments"]]
+        for ours, theirs in zip(segments, expected["segments"], strict=True):
+            assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
+            if form == "rle":
+                assert ours["mask"]["counts"] == theirs["mask"]["counts"]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A request without the answer that it should have had; times of `time.monotonic`."""
+
+    begun: float
+    ended: float
+    what: str
+
+
+@dataclass
+class Seen:
+    """What one client saw."""
+
+    requests: Counter[str] = field(default_factory=Counter)
+    versions: Counter[int] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, what: str, version: int | None) -> None:
+        self.requests[what] += 1
+        if version is not None:
+            self.versions[version] += 1
+
+
+class Traffic:
+    """Clients, each with one request after the other, as long as the context lasts.
+
+    Two never repeat a request, one of them sends what is refused too; two use `raydetr.serving.client`, blocking and
+    asynchronous, the latter with several requests at a time.
+    """
+
+    def __init__(self, url: str, stored: Stored, seed: int) -> None:
+        self.url, self.stored, self.stop = url, stored, threading.Event()
+        self.plain, self.ours = [Seen(), Seen(), Seen()], [Seen(), Seen()]
+        runs: list[tuple[Callable[[random.Random, Seen], None], Seen]] = [
+            *[(self._plain, seen) for seen in self.plain[:2]],
+            (self._bad, self.plain[2]),
+            (self._blocking, self.ours[0]),
+            (self._asynchronous, self.ours[1]),
+        ]
+        self.threads = [
+            threading.Thread(target=self._until_wrong, args=(run, random.Random(seed + place), seen))
+            for place, (run, seen) in enumerate(runs)
+        ]
+
+    @property
+    def wrong(self) -> list[str]:
+        return [what for seen in self.plain + self.ours for what in seen.wrong]
+
+    def _until_wrong(
+        self, run: Callable[[random.Random, Seen], None], rng: random.Random, seen: Seen
+    ) -> None:
+        try:
+            run(rng, seen)
+        except Exception as error:  # shown at the end, with what else was seen
+            seen.wrong.append(f"{run.__name__}: {type(error).__name__}: {error}"[:1000])
+
+    def _plain(self, rng: random.Random, seen: Seen) -> None:
+        with httpx.Client(timeout=120) as http:
+            while not self.stop.is_set():
+                rng.choice([self._raw, self._raw, self._several, self._segment, self._segment])(
+                    http, rng, seen
+                )
+
+    def _raw(self, http: httpx.Client, rng: random.Random, seen: Seen) -> None:
+        number = rng.randrange(len(IMAGES))
+        answer = self._post(http, seen, "/v1/detect?threshold=0", {"content": IMAGES[number]}, 200)
+        if answer is not None:
+            version = answer["model"]["version"]
+            self.stored.check_detections(version, number, answer["detections"])
+            seen.add("detect, raw", version)
+
+    def _several(self, http: httpx.Client, rng: random.Random, seen: Seen) -> None:
+        numbers = rng.sample(range(len(IMAGES)), rng.randint(1, 3))
+        form = rng.choice(["multipart", "JSON"])
+        body: dict[str, Any] = {"files": [("images", ("image", IMAGES[number])) for number in numbers]}
+        if form == "JSON":
+            body = {"json": {"images": [base64.b64encode(IMAGES[number]).decode() for number in numbers]}}
+        answer = self._post(http, seen, "/v1/detect?threshold=0", body, 200)
+        if answer is not None:
+            version = answer["model"]["version"]
+            for number, result in zip(numbers, answer["results"], strict=True):
+                self.stored.check_detections(version, number, result["detections"])
+            seen.add(f"detect, {form}", version)
+
+    def _segment(self, http: httpx.Client, rng: random.Random, seen: Seen) -> None:
+        number, (kind, form) = rng.randrange(len(IMAGES)), rng.choice(KINDS)
+        route = f"/v1/segment?kind={kind}&format={form}&threshold={THRESHOLD}"
+        answer = self._post(http, seen, route, {"content": IMAGES[number]}, 200)
+        if answer is not None:
+            version = answer["model"]["version"]
+            map = None if answer["map"] is None else base64.b64decode(answer["map"])
+            self.stored.check_segments(version, number, kind, form, answer["segments"], map)
+            seen.add(f"segment, {form}", version)
+
+    def _bad(self, rng: random.Random, seen: Seen) -> None:
+        with httpx.Client(timeout=120) as http:
+            while not self.stop.wait(0.5):
+                route, body, status = rng.choice(BAD)
+                if self._post(http, seen, route, body, status) is not None:
+                    seen.add("refused", None)
+
+    def _post(
+        self, http: httpx.Client, seen: Seen, route: str, body: dict[str, Any], status: int
+    ) -> Any | None:
+        begun = time.monotonic()
+        try:
+            response = http.post(self.url + route, **body)
+        except httpx.HTTPError as error:
+            seen.failed.append(Failed(begun, time.monotonic(), repr(error)))
+            return None
+        ended = time.monotonic()
+        if response.status_code != status:
+            what = f"{response.status_code}, not {status}: {response.text[:200]}"
+            seen.failed.append(Failed(begun, ended, what))
+            return None
+        if status == 200:
+            seen.seconds.append(ended - begun)
+        return response.json()
+
+    def _blocking(self, rng: random.Random, seen: Seen) -> None:
+        with Client(self.url, timeout_s=120) as client:
+            while not self.stop.is_set():
+                self._check_detected(client.detect_many(IMAGES, threshold=0.0), seen)
+                number, (kind, form) = rng.randrange(len(IMAGES)), rng.choice(KINDS)
+                self._check_segmented(
+                    client.segment(IMAGES[number], kind, THRESHOLD, form),  # type: ignore[arg-type]
+                    number,
+                    kind,
+                    form,
+                    seen,
+                )
+
+    def _asynchronous(self, rng: random.Random, seen: Seen) -> None:
+        async def ask() -> None:
+            async with AsyncClient(self.url, timeout_s=120) as client:
+                while not self.stop.is_set():
+                    kind, form = rng.choice(KINDS)
+                    segmented, *detected = await asyncio.gather(
+                        client.segment(IMAGES[0], kind, THRESHOLD, form),  # type: ignore[arg-type]
+                        *(client.detect(data, threshold=0.0) for data in IMAGES),
+                    )
+                    self._check_detected(detected, seen)
+                    self._check_segmented(segmented, 0, kind, form, seen)
+
+        asyncio.run(ask())
+
+    def _check_detected(self, results: Any, seen: Seen) -> None:
+        for number, result in enumerate(results):
+            detections = [dataclasses.asdict(each) for each in result.detections]
+            self.stored.check_detections(result.model.version, number, detections)
+            seen.add("detect, our client", result.model.version)
+
+    def _check_segmented(self, result: Any, number: int, kind: str, form: str, seen: Seen) -> None:
+        segments = [dataclasses.asdict(each) for each in result.segments]
+        self.stored.check_segments(result.model.version, number, kind, form, segments, result.map)
+        seen.add("segment, our client", result.model.version)
+
+    def __enter__(self) -> "Traffic":
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
