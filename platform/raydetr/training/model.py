@@ -2,7 +2,6 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,13 +38,8 @@ def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetecti
     """
     torch.manual_seed(config.seed)
     kind = DetrForSegmentation if config.segments else DetrForObjectDetection
-    chosen: dict[str, Any] = {name: getattr(config, name) for name in _LOSS_FIELDS}
+    chosen: dict[str, float | bool] = {name: getattr(config, name) for name in _LOSS_FIELDS}
     chosen["trainable_backbone_stages"] = config.trainable_backbone_stages
-    things = {category["id"]: category.get("isthing", 1) for category in manifest.categories}
-    if stuff := [label for label, category in enumerate(manifest.category_ids) if not things[category]]:
-        chosen["stuff_label_ids"] = (
-            stuff  # config.json keeps it: a panoptic prediction has one segment of each
-        )
     if config.model:
         resolved = models.resolve(config.model, tracking.resolve_uri(config.tracking_uri))
         model = kind.from_pretrained(
@@ -55,6 +49,11 @@ def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetecti
         model = _new_model(kind, config, manifest, chosen)
     if config.freeze_detector and isinstance(model, DetrForSegmentation):
         model.freeze_detector()
+    # config.json keeps it: a panoptic prediction has one segment of each.
+    things = {category["id"]: category.get("isthing", 1) for category in manifest.categories}
+    stuff = [label for label, category in enumerate(manifest.category_ids) if not things[category]]
+    if stuff or hasattr(model.config, "stuff_label_ids"):
+        model.config.stuff_label_ids = stuff
     return model
 
 
@@ -62,7 +61,7 @@ def _new_model(
     kind: type[DetrForObjectDetection] | type[DetrForSegmentation],
     config: TrainConfig,
     manifest: Manifest,
-    chosen: dict[str, Any],
+    chosen: dict[str, float | bool],
 ) -> DetrForObjectDetection | DetrForSegmentation:
     model = kind(
         DetrConfig(

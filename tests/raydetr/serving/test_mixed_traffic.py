@@ -28,12 +28,12 @@ from tests.raydetr.serving.traffic import Stored, Traffic, save_segmenter
 
 MINUTES = float(os.environ.get("RAYDETR_SOAK_MINUTES", "10"))
 SEED = 7
-# Other labels and another image size each: a request prepared for one version cannot be answered by another.
+# Names, size and seed of each. Other labels and sizes: a request prepared for one cannot be answered by another.
 VERSIONS = {
-    1: (["ant", "bee"], 64),
-    2: (["cow", "dog", "eel"], 96),
-    3: (["fox", "gnu"], 80),
-    4: (["hen", "ibis", "jay"], 72),
+    1: (["ant", "bee"], 64, 18),
+    2: (["cow", "dog", "eel"], 96, 19),
+    3: (["fox", "gnu"], 80, 11),
+    4: (["hen", "ibis", "jay"], 72, 21),
 }
 REPLICAS = 2  # of each deployment
 WARM_UP = 0.4
@@ -132,8 +132,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
 def stored(registry, tmp_path_factory: pytest.TempPathFactory) -> Stored:
     folder = tmp_path_factory.mktemp("models")
     folders = {
-        version: save_segmenter(folder / f"tiny-{version}", names, version, edge)
-        for version, (names, edge) in VERSIONS.items()
+        version: save_segmenter(folder / f"tiny-{version}", names, seed, edge)
+        for version, (names, edge, seed) in VERSIONS.items()
     }
     assert [registry.add(path) for path in folders.values()] == list(VERSIONS)
     registry.point_at(1)
