@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 DETECTOR = "Detector"
 """Name of the model replicas' deployment."""
 _LOAD_TIMEOUT_S = 600.0
+_FIRST_LOOK_S = 30.0
+"""Longest that a new process waits for the registry and the replicas before it answers with its first version."""
 _LOOK_S = 0.5
 
 
@@ -101,7 +103,8 @@ class Ingress:
         self._loading = threading.Lock()
         self._show_version()
         if options.alias is not None:
-            Follower(options.alias, model.address, self._take).start()
+            # A process that replaces another one must not go back to the version that the application began with.
+            Follower(options.alias, model.address, self._take).start(within_s=_FIRST_LOOK_S)
         if options.trial is not None:
             self.shadow = Shadow(
                 options.trial.shadow,

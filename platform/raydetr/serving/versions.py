@@ -47,12 +47,17 @@ class Follower:
         self._trouble = ""
         self._pause_s = 0.0
         self._again_at = 0.0
+        self._looked = threading.Event()
 
-    def start(self) -> None:
-        """Look every so often on a thread of its own, as long as the process lives; at once where nothing is served,
-        and only then where `every_s` is 0.
+    def start(self, within_s: float = 0.0) -> None:
+        """Look at once, and then every so often unless `every_s` is 0, on a thread of its own, as long as the process
+        lives.
+
+        Args:
+            within_s: longest time to wait for the end of the first look, in seconds.
         """
         threading.Thread(target=self._follow, name="follow-alias", daemon=True).start()
+        self._looked.wait(within_s)
 
     def look(self) -> None:
         """Look once. Whatever goes wrong, the version that is served stays, the log says why, and a version that was
@@ -102,8 +107,8 @@ class Follower:
         return f"models:/{found.name}/{found.version}"
 
     def _follow(self) -> None:
-        if not self.served:
-            self.look()
+        self.look()
+        self._looked.set()
         while self.alias.every_s > 0:
             time.sleep(self.alias.every_s)
             self.look()

@@ -127,3 +127,11 @@ def test_a_registry_that_is_away_leaves_the_version_in_place(registry, taker, tm
     assert taker.taken == []
     assert follower.served == model.address
     assert "no registered model 'gone'" in caplog.text
+
+
+def test_a_process_that_starts_later_begins_with_the_version_that_the_alias_has_by_then(registry, taker):
+    registry.point_at(2)
+    follower = Follower(Alias(ADDRESS, registry.uri, every_s=0), "models:/raydetr/1", taker)
+    follower.start(within_s=60)
+    assert taker.taken == [2]
+    assert follower.served == "models:/raydetr/2"
