@@ -94,6 +94,8 @@ class Detector:
         self._background = asyncio.Lock()
         # One thread: one batch at a time is on the device, and the event loop is free to fill the next.
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="detect")
+        # Always the same one: what a thread has freed stays with it, and each new one would add to that.
+        self.loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
 
     async def detect(self, model: ResolvedModel, image: PreparedImage, in_background: bool = False) -> Result:
         """Detections of one image, computed together with others of its shape that wait."""
@@ -141,7 +143,7 @@ class Detector:
         return await asyncio.shield(task)
 
     async def _add(self, key: str, model: ResolvedModel) -> LoadedModel:
-        version = await asyncio.to_thread(self._load, model)
+        version = await asyncio.get_running_loop().run_in_executor(self.loader, self._load, model)
         self.versions[key] = version
         while len(self.versions) > self.kept_versions:
             self.versions.popitem(last=False)

