@@ -10,6 +10,7 @@ from PIL import Image
 from detr.config import DetrConfig
 from detr.image_processing.processor import DetrImageProcessor
 from detr.model import DetrForObjectDetection
+from detr.segmentation import DetrForSegmentation
 
 
 def save_tiny_detr(folder: Path, names: Sequence[str], seed: int = 0, edge: int = 96) -> Path:
@@ -31,6 +32,14 @@ def save_tiny_detr(folder: Path, names: Sequence[str], seed: int = 0, edge: int 
     model.save_pretrained(folder)
     size = {"shortest_edge": edge, "longest_edge": 2 * edge}
     DetrImageProcessor(size=size).save_pretrained(folder)
+    return folder
+
+
+def add_mask_head(folder: Path, seed: int = 12) -> Path:
+    """Make the model of a folder one with a mask head; its weights are drawn anew."""
+    model = DetrForSegmentation(DetrConfig.from_pretrained(folder, encoder_attention_heads=8))
+    separate_the_queries(model, seed)
+    model.save_pretrained(folder)
     return folder
 
 

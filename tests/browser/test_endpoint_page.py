@@ -25,14 +25,11 @@ from playwright.sync_api import Browser, Page, expect
 from pycocotools import mask as coco_mask
 
 import raydetr.serving.page
-from detr.config import DetrConfig
 from detr.detector import ObjectDetector
 from detr.image_processing.decode import ImageError
-from detr.image_processing.processor import DetrImageProcessor
-from detr.segmentation import DetrForSegmentation
 from raydetr.serving.page import index
 from raydetr.serving.segments import SegmentRequest, segments
-from tests.tiny_detr import png, save_tiny_detr, separate_the_queries
+from tests.tiny_detr import add_mask_head, png, save_tiny_detr
 
 NAMES = ["ant", "bee", "cat", "<b>dog</b>"]
 MODEL = {"name": "raydetr", "version": 3}
@@ -122,9 +119,7 @@ def application(server: Server) -> FastAPI:
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory: pytest.TempPathFactory) -> ObjectDetector:
     folder = save_tiny_detr(tmp_path_factory.mktemp("model") / "tiny", NAMES)
-    model = DetrForSegmentation(DetrConfig.from_pretrained(folder, encoder_attention_heads=8))
-    separate_the_queries(model, 2)
-    return ObjectDetector(model, DetrImageProcessor.from_pretrained(folder))
+    return ObjectDetector.from_pretrained(add_mask_head(folder, 2), masks=True)
 
 
 @pytest.fixture

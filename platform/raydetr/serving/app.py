@@ -124,8 +124,8 @@ def _scale(replicas: Replicas, batching: Batching) -> dict[str, Any]:
             max_replicas=replicas.most,
             # With fewer the batches are not full.
             target_ongoing_requests=batching.max_size,
-            # A replica is there within 10 s plus the time to load the model, so a burst is not waited out: Serve hears
-            # of it within 10 s (`metrics_interval_s`, which Ray 2.60 warns of where it is set) and then acts soon.
+            # Serve's own are 30 s each: a burst would be over. It hears of one every 10 s (`metrics_interval_s`, which
+            # Ray 2.60 warns of where it is set).
             upscale_delay_s=2.0,
             look_back_period_s=15.0,
             downscale_delay_s=replicas.idle_s,

@@ -64,7 +64,11 @@ class Challenger:
         Raises:
             Unavailable: 429, since it is as full for the champion.
         """
-        if not self.is_other_than(champion) or task not in self.current.tasks or not _draw(self.trial.canary):
+        if (
+            not self.is_other_than(champion)
+            or task not in self.current.tasks
+            or random.random() >= self.trial.canary
+        ):
             return None
         try:
             async with asyncio.timeout(within_s):
@@ -81,7 +85,3 @@ class Challenger:
     def is_other_than(self, champion: Current) -> bool:
         """Whether there is something to try: the alias may be at the champion's own version."""
         return self.current.model.address != champion.model.address
-
-
-def _draw(share: float) -> bool:
-    return random.random() < share

@@ -139,8 +139,7 @@ class Service:
         Raises:
             Unavailable: of one of them.
         """
-        more = (True,) if in_background else ()
-        return await _all([self._ask("detect", current.model, image, *more) for image in images])
+        return await _all([self._ask("detect", current.model, image, in_background) for image in images])
 
     async def segment(self, image: PreparedImage, current: Current, request: Any) -> Result:
         """Segments of an image.

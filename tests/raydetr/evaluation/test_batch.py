@@ -9,9 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detr import DetrConfig, DetrForSegmentation
 from detr.detector import ObjectDetector
-from detr.image_processing.processor import DetrImageProcessor
 from detr.metrics.panoptic import read_panoptic_png, write_panoptic_png
 from raydetr.errors import DataError, RequestError
 from raydetr.evaluation import batch
@@ -19,7 +17,7 @@ from raydetr.evaluation.actors import ActorOptions
 from raydetr.evaluation.pictures import draw, write_pictures
 from raydetr.evaluation.predictions import PredictionSettings, Predictor, table
 from raydetr.registry.models import resolve
-from tests.tiny_detr import png, save_tiny_detr, separate_the_queries
+from tests.tiny_detr import add_mask_head, png, save_tiny_detr
 
 ENDPOINT_BOX = {"xmin": 1.0, "ymin": 2.0, "xmax": 11.0, "ymax": 22.0}
 
@@ -38,9 +36,7 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def segmenter(tmp_path_factory: pytest.TempPathFactory) -> ObjectDetector:
     folder = save_tiny_detr(tmp_path_factory.mktemp("segmenter") / "tiny", ["sky", "dog"], edge=64)
-    model = DetrForSegmentation(DetrConfig.from_pretrained(folder, encoder_attention_heads=8))
-    separate_the_queries(model, 5)
-    return ObjectDetector(model, DetrImageProcessor.from_pretrained(folder))
+    return ObjectDetector.from_pretrained(add_mask_head(folder, 5), masks=True)
 
 
 def test_a_folder_gives_a_table_coco_results_and_pictures(ray_local, photos, model, tmp_path):

@@ -37,7 +37,7 @@ class Replica:
         self.fault: Exception | None = None
         self.detect, self.segment = _Method(self._detect), _Method(self._segment)
 
-    def _detect(self, _: ResolvedModel, image: Any) -> Result:
+    def _detect(self, _: ResolvedModel, image: Any, in_background: bool) -> Result:
         return self._result(lambda: self.loaded.detect([image])[0])
 
     def _segment(self, _: ResolvedModel, image: Any, request: Any) -> Result:

@@ -1,9 +1,11 @@
 """A registry with versions to swap, and replicas to kill: what the tests of a running endpoint share."""
 
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import httpx
 import ray
@@ -18,6 +20,24 @@ from tests.tiny_detr import save_tiny_detr
 
 ADDRESS = "models:/raydetr@champion"
 INGRESS = "Ingress"
+
+
+class Clients:
+    """Threads of a test that go on until the context ends; then `stop` is set."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
 
 
 class Registry:

@@ -13,7 +13,6 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from ray import serve
 
-from detr import DetrConfig, DetrForSegmentation
 from detr.detector import ObjectDetector
 from detr.metrics.panoptic import read_panoptic_png
 from detr.postprocess import post_process_instance_segmentation, post_process_semantic_segmentation
@@ -25,7 +24,7 @@ from raydetr.serving.detector import Batching, Detector
 from raydetr.serving.images import Limits
 from raydetr.serving.ingress import Ingress, Options
 from raydetr.serving.page import index
-from tests.tiny_detr import png, save_tiny_detr, separate_the_queries
+from tests.tiny_detr import add_mask_head, png, save_tiny_detr
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -40,9 +39,7 @@ def unused_port() -> int:
 def model(tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
     """With a mask head."""
     folder = save_tiny_detr(tmp_path_factory.mktemp("model") / "tiny", NAMES, edge=64)
-    model = DetrForSegmentation(DetrConfig.from_pretrained(folder, encoder_attention_heads=8))
-    separate_the_queries(model, 12)
-    model.save_pretrained(folder)
+    add_mask_head(folder)
     return dataclasses.replace(resolve(str(folder), ""), name="raydetr", version=3)
 
 

@@ -17,12 +17,11 @@ from PIL import Image
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
-from detr import DetrConfig, DetrForSegmentation
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.serving.auth import Tokens
 from raydetr.serving.images import Limits
 from tests.raydetr.serving.in_process import application
-from tests.tiny_detr import png, save_tiny_detr, separate_the_queries
+from tests.tiny_detr import add_mask_head, png, save_tiny_detr
 
 TOKEN = "a-token-of-the-test"
 LIMITS = Limits(max_bytes=200_000, max_pixels=300 * 300, max_images=3)
@@ -41,9 +40,7 @@ IMAGES = [png(60, 90), png(90, 60, seed=1), encoded("JPEG"), encoded("WEBP")]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> ResolvedModel:
     folder = save_tiny_detr(tmp_path_factory.mktemp("model") / "tiny", ["ant", "bee"], edge=64)
-    model = DetrForSegmentation(DetrConfig.from_pretrained(folder, encoder_attention_heads=8))
-    separate_the_queries(model, 12)
-    model.save_pretrained(folder)
+    add_mask_head(folder)
     return dataclasses.replace(resolve(str(folder), ""), name=MODEL, version=3)
 
 

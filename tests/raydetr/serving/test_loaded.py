@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from detr import DetrConfig, DetrForSegmentation
+from detr import DetrConfig
 from detr.detector import ObjectDetector
 from raydetr.errors import ServingError
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.serving.loaded import OUT_OF_MEMORY, LoadedModel, in_parts
-from tests.tiny_detr import png, save_tiny_detr, separate_the_queries
+from tests.tiny_detr import add_mask_head, png, save_tiny_detr
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -25,10 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
 
 
 def with_masks(folder: Path) -> ResolvedModel:
-    model = DetrForSegmentation(DetrConfig.from_pretrained(folder, encoder_attention_heads=8))
-    separate_the_queries(model, 12)
-    model.save_pretrained(folder)
-    return resolve(str(folder), "")
+    return resolve(str(add_mask_head(folder)), "")
 
 
 class SmallDevice:

@@ -24,7 +24,8 @@ from raydetr.serving.detector import Batching
 from raydetr.serving.versions import Alias
 from tests.raydetr.serving.swapping import ADDRESS, DETECTOR, INGRESS, Registry, kill, replicas, running
 from tests.raydetr.serving.test_app import unused_port
-from tests.raydetr.serving.traffic import Stored, Traffic, save_segmenter
+from tests.raydetr.serving.traffic import Stored, Traffic
+from tests.tiny_detr import add_mask_head, save_tiny_detr
 
 MINUTES = float(os.environ.get("RAYDETR_SOAK_MINUTES", "10"))
 SEED = 7
@@ -132,7 +133,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
 def stored(registry, tmp_path_factory: pytest.TempPathFactory) -> Stored:
     folder = tmp_path_factory.mktemp("models")
     folders = {
-        version: save_segmenter(folder / f"tiny-{version}", names, seed, edge)
+        version: add_mask_head(save_tiny_detr(folder / f"tiny-{version}", names, seed, edge), 10 + seed)
         for version, (names, edge, seed) in VERSIONS.items()
     }
     assert [registry.add(path) for path in folders.values()] == list(VERSIONS)

@@ -16,7 +16,7 @@ from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.serving.app import Replicas, application, endpoint
 from raydetr.serving.detector import Batching
 from raydetr.serving.images import Limits
-from tests.raydetr.serving.swapping import DETECTOR, running, save_broken_detr
+from tests.raydetr.serving.swapping import DETECTOR, Clients, running, save_broken_detr
 from tests.raydetr.serving.test_app import unused_port
 from tests.tiny_detr import png, save_tiny_detr
 
@@ -48,11 +48,12 @@ def url(ray_local, model) -> Iterator[str]:
         yield url
 
 
-class Load:
+class Load(Clients):
     """So many clients, each with one request after the other, while the context lasts."""
 
     def __init__(self, url: str, clients: int) -> None:
-        self.url, self.stop, self.statuses = url, threading.Event(), Counter[int]()
+        super().__init__()
+        self.url, self.statuses = url, Counter[int]()
         self.threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(clients)]
 
     def _ask(self, number: int) -> None:
@@ -60,16 +61,6 @@ class Load:
         with httpx.Client(timeout=200) as http:
             while not self.stop.is_set():
                 self.statuses[http.post(f"{self.url}/v1/detect", content=data).status_code] += 1
-
-    def __enter__(self) -> "Load":
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        for thread in self.threads:
-            thread.join()
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 240.0) -> float:

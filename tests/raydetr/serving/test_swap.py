@@ -11,7 +11,7 @@ from raydetr.registry.models import resolve
 from raydetr.serving.app import Replicas, application, endpoint
 from raydetr.serving.detector import Batching
 from raydetr.serving.versions import Alias
-from tests.raydetr.serving.swapping import ADDRESS, DETECTOR, Endpoint, kill, metric, replicas
+from tests.raydetr.serving.swapping import ADDRESS, DETECTOR, Clients, Endpoint, kill, metric, replicas
 from tests.raydetr.serving.test_app import assert_is_answer, unused_port
 from tests.tiny_detr import png
 
@@ -23,11 +23,12 @@ pytestmark = [
 SHAPES = [(60, 90), (90, 60), (80, 80)]
 
 
-class Load:
+class Load(Clients):
     """Requests one after the other from some threads, as long as the context lasts."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.stop, self.answers = url, threading.Event(), []
+        super().__init__()
+        self.url, self.answers = url, []
         self.threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(3)]
 
     def _ask(self, number: int) -> None:
@@ -38,16 +39,6 @@ class Load:
                 data = png(*SHAPES[seed % 3], seed=seed)
                 response = http.post(f"{self.url}/v1/detect?threshold=0", content=data)
                 self.answers.append((data, response.status_code, response.json()))
-
-    def __enter__(self) -> "Load":
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        for thread in self.threads:
-            thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,13 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from detr import DetrConfig, DetrForSegmentation
 from detr.metrics.panoptic import read_panoptic_png
 from raydetr.registry.models import resolve
 from raydetr.serving.client import AsyncClient, Client
 from raydetr.serving.loaded import LoadedModel
 from raydetr.serving.segments import SegmentRequest
-from tests.tiny_detr import png, save_tiny_detr, separate_the_queries
+from tests.raydetr.serving.swapping import Clients
+from tests.tiny_detr import png
 
 KINDS = [(kind, form) for kind in ("instance", "panoptic", "semantic") for form in ("rle", "png")]
 THRESHOLD = 0.2
@@ -53,15 +53,6 @@ BAD: list[tuple[str, dict[str, Any], int]] = [
     ("/v1/segment?kind=none", {"content": IMAGES[0]}, 422),
     ("/v1/nothing", {"content": IMAGES[0]}, 404),
 ]
-
-
-def save_segmenter(folder: Path, names: list[str], seed: int, edge: int) -> Path:
-    """A tiny model with a mask head."""
-    path = save_tiny_detr(folder, names, seed=seed, edge=edge)
-    model = DetrForSegmentation(DetrConfig.from_pretrained(path, encoder_attention_heads=8))
-    separate_the_queries(model, 10 + seed)
-    model.save_pretrained(path)
-    return path
 
 
 class Stored:
@@ -146,7 +137,7 @@ class Seen:
             self.versions[version] += 1
 
 
-class Traffic:
+class Traffic(Clients):
     """Clients, each with one request after the other, as long as the context lasts.
 
     Two never repeat a request, one of them sends what is refused too; two use `raydetr.serving.client`, blocking and
@@ -154,7 +145,8 @@ class Traffic:
     """
 
     def __init__(self, url: str, stored: Stored, seed: int) -> None:
-        self.url, self.stored, self.stop = url, stored, threading.Event()
+        super().__init__()
+        self.url, self.stored = url, stored
         self.plain, self.ours = [Seen(), Seen(), Seen()], [Seen(), Seen()]
         runs: list[tuple[Callable[[random.Random, Seen], None], Seen]] = [
             *[(self._plain, seen) for seen in self.plain[:2]],
@@ -279,13 +271,3 @@ class Traffic:
         segments = [dataclasses.asdict(each) for each in result.segments]
         self.stored.check_segments(result.model.version, number, kind, form, segments, result.map)
         seen.add("segment, our client", result.model.version)
-
-    def __enter__(self) -> "Traffic":
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        for thread in self.threads:
-            thread.join()
