@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr.config import DetrConfig
-from detr.frozen_batch_norm import freeze_batch_norm
+from detr.frozen_batch_norm import fold_into_convolutions, freeze_batch_norm
 from detr.state_dict import read_state_dict
 
 # transformers' ResNetConfig by (layer_type, depths): the timm net that is the same network.
@@ -54,6 +54,7 @@ class ConvEncoder(nn.Module):
         if config.backbone_config["model_type"] == "timm_backbone":
             config.backbone_config["out_indices"] = list(info.out_indices)
         freeze_batch_norm(net, config.compat)
+        fold_into_convolutions(net)
         freeze_stages(net, config.trainable_backbone_stages)
         self.model = net
         if isinstance(pretrained, str):

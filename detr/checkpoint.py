@@ -16,6 +16,7 @@ from torch import Tensor
 
 from detr.checkpoint_names import BACKBONE_PREFIX, adapt_names, to_resnet_name
 from detr.config import DetrConfig, read_config
+from detr.fast import is_optimized
 from detr.frozen_batch_norm import differs_from_transformers
 from detr.original_checkpoint import original_config
 from detr.state_dict import WEIGHTS_NAME, read_model_weights, read_state_dict
@@ -236,7 +237,14 @@ def save_model(
         model: the model.
         folder: where to.
         max_shard_size: bytes, or text such as "5GB", from which on the weights are several files with an index.
+
+    Raises:
+        ValueError: the model comes from `optimize`, whose weights are no longer those of the network.
     """
+    if is_optimized(model):
+        raise ValueError(
+            "this model comes from optimize() and cannot be saved: save the one it was made from"
+        )
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from detr.segmentation import DetrForSegmentation
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
     """An image ready for the model; can be pickled.
@@ -147,7 +150,7 @@ class ObjectDetector:
         *,
         masks: bool = False,
     ) -> Self:
-        """Load a model folder: model.safetensors, config.json and preprocessor_config.json.
+        """Load a model folder: model.safetensors, config.json and preprocessor_config.json; made fast (`optimize`).
 
         Args:
             folder: of the model.
@@ -163,8 +166,9 @@ class ObjectDetector:
         from detr.segmentation import DetrForSegmentation
 
         kind = DetrForSegmentation if masks else DetrForObjectDetection
-        model = kind.from_pretrained(folder, dtype=torch.float32)
-        return cls(model, DetrImageProcessor.from_pretrained(folder), device, dtype)
+        half = dtype in _HALF
+        model = kind.from_pretrained(folder, dtype=torch.float32 if half else dtype).to(device)
+        return cls(model.optimize(pack=not half), DetrImageProcessor.from_pretrained(folder), device, dtype)
 
     def prepare(self, image: bytes | Image.Image | torch.Tensor) -> PreparedImage:
         """See `prepare_image`; with this detector's image processor."""
@@ -224,7 +228,7 @@ class ObjectDetector:
 
     @property
     def _autocast(self) -> bool:
-        return self.dtype in (torch.float16, torch.bfloat16)
+        return self.dtype in _HALF
 
 
 def _pixel_mask(

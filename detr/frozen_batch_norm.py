@@ -1,9 +1,16 @@
-"""Batch norm that never changes, as DETR uses it in the backbone: batches are too small for statistics."""
+"""Batch norm that never changes, as DETR uses it in the backbone: batches are too small for statistics.
+
+It is an affine map of each channel, so the convolution before it does it too, with a scaled weight: that saves a pass
+over every activation, and another in the backward pass. Parameters and their gradients stay those of the two layers.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+from torch import Tensor, fx, nn
 
 TRANSFORMERS_EPS = 1e-5
 
@@ -15,6 +22,9 @@ class FrozenBatchNorm2d(nn.Module):
         num_features: channels.
         eps: added to the variance.
         activation: applied to the result; timm's ``BatchNormAct2d`` carries one.
+
+    Attributes:
+        folded: the convolution before it does the affine map; only the activation is left.
     """
 
     weight: Tensor
@@ -32,6 +42,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
         self.act = nn.Identity() if activation is None else activation
+        self.folded = False
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The affine map that this layer is: float [C] and float [C]."""
@@ -40,9 +51,89 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float [B, C, h, w] to float [B, C, h, w] of the same dtype, also under autocast."""
+        if self.folded:
+            return self.act(x)
         scale, shift = (t.to(x.dtype).view(1, -1, 1, 1) for t in self.scale_and_shift())
         # addcmul keeps no activation for the backward pass, F.batch_norm would keep its input
         return self.act(torch.addcmul(shift, x, scale))
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution and the affine map of the frozen batch norm behind it, as one convolution."""
+
+    # In a tuple: a module of its own would stand twice in the state dict.
+    norm: tuple[FrozenBatchNorm2d]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Float [B, C, h, w] to float [B, C', h', w']."""
+        return self._conv_forward(input, *self.weight_and_bias())
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor]:
+        """Those of the one convolution."""
+        scale, shift = self.norm[0].scale_and_shift()
+        bias = shift if self.bias is None else shift + self.bias * scale
+        return self.weight * scale.view(-1, 1, 1, 1), bias
+
+
+def fold_into_convolutions(net: nn.Module) -> None:
+    """Let every convolution that only a frozen batch norm reads do its affine map, in place.
+
+    Names in the state dict stay. A net that cannot be traced, because its forward branches on values, is left alone.
+    """
+    try:
+        graph = trace(net)
+    except (fx.proxy.TraceError, TypeError, RuntimeError):
+        return
+    for node in nodes_of(graph):
+        norm = called_module(graph, node)
+        if not isinstance(norm, FrozenBatchNorm2d):
+            continue
+        convolution = called_module(graph, node.args[0])
+        if type(convolution) is nn.Conv2d and feeds_only(graph, node.args[0], node):
+            # In place, so that hooks and names stay.
+            folded: Any = convolution
+            folded.__class__ = FoldedConv2d
+            folded.norm = (norm,)
+            norm.folded = True
+
+
+class _Tracer(fx.Tracer):
+    """Convolutions and norms stay whole, and so does what timm says cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self._leaves = (FrozenBatchNorm2d, FoldedConv2d, *get_notrace_modules())
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(net: nn.Module) -> fx.GraphModule:
+    """The calls of a timm net as a graph, which shares its modules.
+
+    Raises:
+        torch.fx.proxy.TraceError: its forward branches on values.
+    """
+    return fx.GraphModule(net, _Tracer().trace(net))
+
+
+def nodes_of(graph: fx.GraphModule) -> list[Any]:
+    """The nodes of a graph, in the order in which they are computed; Any, since fx types what they hold loosely."""
+    return list(graph.graph.nodes)
+
+
+def called_module(graph: fx.GraphModule, node: Any) -> nn.Module | None:
+    """The module that a node calls, if it does."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    return graph.get_submodule(str(node.target))
+
+
+def feeds_only(graph: fx.GraphModule, node: Any, user: Any) -> bool:
+    """Whether a node's result is read by ``user`` alone, and both call modules that are called nowhere else."""
+    calls = [each.target for each in nodes_of(graph) if each.op == "call_module"]
+    once = all(calls.count(each.target) == 1 for each in (node, user) if each.op == "call_module")
+    return list(node.users) == [user] and once
 
 
 @torch.no_grad()

@@ -1,0 +1,91 @@
+"""One table of how fast everything is, each row beside what a user would take instead.
+
+    python tests/benchmarks/bench.py [--only WORD] [--json FILE] [--compare FILE]
+
+Every row times ours and the reference in turn in one process of one thread and asserts that their outputs are equal.
+The ratio is that of the medians, with the lowest and the highest of a single round beside it. The rows are kept as JSON
+(`runs/benchmarks/bench.json`), and `--compare` prints an earlier file's ratios beside the new ones.
+"""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import rows_model
+import torch
+from pairs import Row
+
+ROWS = [*rows_model.ROWS]
+
+
+def main() -> None:
+    """Print the table, row by row, and keep it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help="rows whose function has this in its name")
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/bench.json"))
+    parser.add_argument("--compare", type=Path, help="an earlier JSON file")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows only")
+    options = parser.parse_args()
+    chosen = [make for make in ROWS if (options.only or "") in make.__name__]
+    if options.list:
+        print("\n".join(make.__name__ for make in chosen))
+        return
+    torch.set_num_threads(1)
+    machine = _machine()
+    earlier = {} if options.compare is None else _ratios(options.compare)
+    print(f"{machine['processor']}, torch {machine['torch']} ({machine['capability']}), one thread\n")
+    print("| work | reference | ours, s | reference, s | ratio | lowest, highest | aim | least | before |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    rows: list[Row] = []
+    for make in chosen:
+        rows.append(make())
+        print(_line(rows[-1], earlier), flush=True)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        content = {"machine": machine, "rows": [row.as_dict() for row in rows]}
+        options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    print()
+    for row in rows:
+        if row.note:
+            print(f"- {row.work}: {row.note}")
+
+
+def _line(row: Row, earlier: dict[str, float]) -> str:
+    cells = [
+        row.work,
+        row.reference,
+        f"{row.seconds:.3g}",
+        f"{row.reference_seconds:.3g}",
+        f"{row.ratio:.2f}",
+        f"{row.lowest:.2f}, {row.highest:.2f}",
+        "" if row.aim is None else f"{row.aim:g}",
+        "" if row.least is None else f"{row.least:g}",
+        f"{earlier[row.work]:.2f}" if row.work in earlier else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _ratios(file: Path) -> dict[str, float]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return {row["work"]: row["ratio"] for row in content["rows"]}
+
+
+def _machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip()
+        for line in (cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else [])
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": f"{len(names)} × {names[0]}" if names else platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""A model for inference gives what the plain model gives, and the model itself is left alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from detr import DetrForObjectDetection, DetrForSegmentation
+from detr.fast import _PackedConv2d
+from tests.detr.conftest import separate_the_queries, small_config
+
+# residual sums and ReLU; ReLU6 without residual activation; SiLU and gates; pre-activation; no batch norm
+BACKBONES = [
+    "resnet18",
+    "resnet50",
+    "efficientnet_lite0",
+    "mobilenetv3_small_050",
+    "regnety_002",
+    "convnext_atto",
+]
+
+
+def make_model(backbone: str, **changes: object) -> DetrForObjectDetection:
+    model = DetrForObjectDetection(small_config(backbone=backbone, **changes)).eval()
+    separate_the_queries(model, seed=1)
+    return model
+
+
+def maximum_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return (got.double() - exact).abs().max().item()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.inference_mode()
+def test_it_is_as_exact_as_the_plain_model(backbone: str) -> None:
+    plain = make_model(backbone)
+    fast = plain.optimize()
+    pixels = torch.randn(2, 3, 97, 130, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 97, 130, dtype=torch.int64)
+    mask[1, 64:] = 0
+    exact = copy.deepcopy(plain).double()(pixels.double(), mask)
+    expected, got = plain(pixels, mask), fast(pixels, mask)
+    for name in ("logits", "pred_boxes"):
+        error, allowed = maximum_error(got[name], exact[name]), maximum_error(expected[name], exact[name])
+        assert error <= 3 * allowed + 1e-6, name
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (3, 3, 50, 171), (1, 3, 224, 96)])
+@torch.inference_mode()
+def test_one_copy_takes_images_of_any_size(shape: tuple[int, ...]) -> None:
+    plain = make_model("resnet18")
+    fast = plain.optimize()
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # a second time: nothing it keeps was overwritten
+        torch.testing.assert_close(fast(pixels).logits, plain(pixels).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_all_maps_of_the_backbone_and_the_masks_are_those_of_the_plain_model() -> None:
+    plain = DetrForSegmentation(
+        small_config(backbone="resnet50", encoder_attention_heads=8, decoder_attention_heads=8)
+    ).eval()
+    separate_the_queries(plain, seed=2)
+    fast = plain.optimize()
+    pixels = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    maps = [m.detr.model.backbone(pixels) for m in (plain, fast)]
+    assert len(maps[0]) == 4
+    for expected, got in zip(*maps, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fast(pixels).pred_masks, plain(pixels).pred_masks, atol=1e-3, rtol=1e-3)
+
+
+def test_the_model_itself_stays_as_it_is() -> None:
+    plain = make_model("resnet18").train()
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    fast = plain.optimize()
+    with torch.no_grad():
+        for parameter in fast.parameters():
+            parameter.add_(1)
+    assert plain.training
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_resnet_has_no_norm_and_no_sum_left() -> None:
+    fast = make_model("resnet18").optimize()
+    graph = fast.model.backbone.conv_encoder.model.graph_module
+    kinds = {type(graph.get_submodule(n.target)) for n in graph.graph.nodes if n.op == "call_module"}
+    # a feature map that is returned must not be overwritten, but here each is read by one sum at most before
+    assert kinds <= {_PackedConv2d, nn.MaxPool2d, nn.ReLU}
+    assert _PackedConv2d in kinds
+
+
+def test_what_is_optimised_cannot_be_saved(tmp_path) -> None:
+    with pytest.raises(ValueError, match="optimize"):
+        make_model("resnet18").optimize().save_pretrained(tmp_path)
+
+
+def test_a_net_that_cannot_be_traced_stays_as_it_is() -> None:
+    class Branches(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return self.net(x if x.sum() > 0 else -x)
+
+    plain = make_model("resnet18")
+    encoder = plain.model.backbone.conv_encoder
+    encoder.model = Branches(encoder.model)
+    fast = plain.optimize()
+    assert isinstance(fast.model.backbone.conv_encoder.model, Branches)
+
+
+def test_float64_is_folded_and_not_packed() -> None:
+    plain = make_model("resnet18").double()
+    fast = plain.optimize()
+    pixels = torch.randn(1, 3, 64, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(pixels).logits, plain(pixels).logits, atol=1e-10, rtol=1e-10)
