@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/scoring.py [--images 5000 --detections 100]
 
 Boxes and masks: COCO's 12 figures of synthetic predictions, from columns as they are in a table of predictions and from
-dicts for pycocotools. Panoptic: PQ of 100 pairs of maps against panopticapi's rules in numpy. Memory is what scoring adds
+dicts for pycocotools. Panoptic: PQ of 100 pairs of maps in the way of panopticapi. Memory is what scoring adds
 to the process after the data are made. A full analysis, with intervals from 1,000 resamples, has a row of its own.
 The figures of both must be equal.
 """
@@ -240,7 +240,7 @@ def _analysis(images: int, detections: int) -> dict[str, Any]:
 
 def _maps(images: int) -> tuple[dict[int, Any], dict[int, Any], list[dict[str, Any]]]:
     """Maps of rectangles at COCO's size, some 12 segments each, and predictions near them."""
-    from detr.metrics.panoptic import write_panoptic_png
+    from detr.panoptic_png import write_panoptic_png
 
     rng = np.random.default_rng(0)
     truth, found = {}, {}
@@ -275,44 +275,10 @@ def _panoptic(images: int, _: int) -> dict[str, Any]:
 
 
 def _panoptic_reference(images: int, _: int) -> dict[str, Any]:
-    """panopticapi's `pq_compute_single_core`: ids of both maps combined, and counted by `np.unique`."""
-    from detr.metrics.panoptic import read_panoptic_png
+    from panopticapi_way import panoptic_quality
 
-    truth, found, _categories = _maps(images)
-
-    def score() -> list[float]:
-        totals = np.zeros((CATEGORIES + 1, 4))
-        for image, (png, segments) in truth.items():
-            true, predicted = (
-                read_panoptic_png(png).astype(np.uint64),
-                read_panoptic_png(found[image][0]).astype(np.uint64),
-            )
-            of_found = found[image][1]
-            ids, areas = np.unique(predicted, return_counts=True)
-            area = dict(zip(ids.tolist(), areas.tolist()))
-            labels, counts = np.unique(true * np.uint64(1 << 24) + predicted, return_counts=True)
-            shared = {divmod(label, 1 << 24): n for label, n in zip(labels.tolist(), counts.tolist())}
-            of_truth = {segment["id"]: segment for segment in segments}
-            hit_true, hit_found = set(), set()
-            for (i, j), n in shared.items():
-                if i not in of_truth or j not in of_found or of_truth[i]["category_id"] != of_found[j]:
-                    continue
-                iou = n / (area[j] + of_truth[i]["area"] - n - shared.get((0, j), 0))
-                if iou > 0.5:
-                    totals[of_found[j], :2] += iou, 1
-                    hit_true.add(i)
-                    hit_found.add(j)
-            for i, segment in of_truth.items():
-                totals[segment["category_id"], 3] += i not in hit_true
-            for j, category in of_found.items():
-                void = shared.get((0, j), 0) / area[j]
-                totals[category, 2] += j not in hit_found and void <= 0.5
-        iou, true_positive, false, missed = totals[totals[:, 1:].sum(axis=1) > 0].T
-        weight = true_positive + (false + missed) / 2
-        pairs = (iou / weight, iou / np.maximum(true_positive, 1), true_positive / weight)
-        return [float(values.mean()) for values in pairs]
-
-    return _measure(score)
+    truth, found, categories = _maps(images)
+    return _measure(lambda: panoptic_quality(truth, found, categories))
 
 
 CASES: dict[str, Callable[[int, int], dict[str, Any]]] = {
