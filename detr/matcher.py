@@ -1,11 +1,12 @@
 """Hungarian matching of predictions and targets, for all decoder layers at once.
 
-L decoder layers, B batch, Q queries, C classes, N the largest number of objects in one image, T objects in the
-batch, M matches per layer: the sum over images of min(Q, objects).
+L decoder layers, B batch, Q queries, C classes, T objects in the batch, M matches per layer: the sum over images of
+min(Q, objects).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class Matching:
 
 
 def matching_cost(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, cost: MatchingCost) -> Tensor:
-    """Cost of every pair of a query and a target of the same image.
+    """Cost of every pair of a target and a query of its image.
 
     Args:
         logits: float [L, B, Q, C + 1].
@@ -61,20 +62,15 @@ def matching_cost(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, cost: 
         cost: weights of the terms.
 
     Returns:
-        float [L, B, Q, N]; columns past the objects of an image mean nothing.
+        float [L, T, Q].
     """
-    batch, most = len(targets.counts), max(targets.counts)
-    slots = [b * most + i for b, count in enumerate(targets.counts) for i in range(count)]
-    slot = torch.tensor(slots).to(logits.device, non_blocking=True)
-    ids = targets.class_ids.new_zeros(batch * most).index_copy(0, slot, targets.class_ids)
-    wanted = boxes_cxcywh.new_ones(batch * most, 4).index_copy(0, slot, targets.boxes_cxcywh)
-    ids = ids.view(1, batch, 1, most).expand(logits.shape[0], -1, logits.shape[2], -1)
-    wanted = wanted.view(1, batch, 1, most, 4)
-    boxes = boxes_cxcywh[:, :, :, None]
-    # The L1 distance and GIoU one coordinate at a time would be leaner; at 6 x 8 x 100 x 100 it is small as it is.
-    class_cost = -logits.softmax(-1).gather(3, ids)
-    bbox_cost = (boxes - wanted).abs().sum(-1)
-    giou_cost = -elementwise_generalized_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(wanted))
+    owners = [image for image, count in enumerate(targets.counts) for _ in range(count)]
+    image = torch.tensor(owners).to(logits.device, non_blocking=True)
+    wanted = targets.boxes_cxcywh[:, None]
+    class_cost = -logits.softmax(-1)[:, image, :, targets.class_ids].transpose(0, 1)
+    bbox_cost = (boxes_cxcywh[:, image] - wanted).abs().sum(-1)
+    boxes_xyxy = box_cxcywh_to_xyxy(boxes_cxcywh)[:, image]
+    giou_cost = -elementwise_generalized_iou(boxes_xyxy, box_cxcywh_to_xyxy(wanted))
     return cost.class_cost * class_cost + cost.bbox_cost * bbox_cost + cost.giou_cost * giou_cost
 
 
@@ -129,20 +125,20 @@ def assign(
     """Solve the assignments.
 
     Args:
-        costs: float [L, B, Q, N].
-        counts: objects per image, length B.
+        costs: float [L, T, Q].
+        counts: objects per image, length B; their sum is T.
 
     Returns:
         int64 [L, M] flat query and int64 [L, M] flat target indices, as in `Matching`.
     """
-    layers, _, queries, _ = costs.shape
+    layers, _, queries = costs.shape
     offsets = np.concatenate(([0], np.cumsum(counts)))
     query, target = [], []
-    for layer in range(layers):
-        for image, count in enumerate(counts):
-            rows, columns = linear_sum_assignment(finite_cost(costs[layer, image, :, :count]))
+    for of_layer in costs:
+        for image, (start, end) in enumerate(itertools.pairwise(offsets)):
+            rows, columns = linear_sum_assignment(finite_cost(of_layer[start:end].T))
             query.append(rows + image * queries)
-            target.append(columns + offsets[image])
+            target.append(columns + start)
     return np.concatenate(query).reshape(layers, -1), np.concatenate(target).reshape(layers, -1)
 
 
