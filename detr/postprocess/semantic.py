@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detr.outputs import ModelOutput
@@ -63,5 +64,28 @@ def post_process_semantic_segmentation(
 
 def _best_class(scores: Tensor, view: View) -> Tensor:
     """The map int64 [height, width] of scores [classes, h, w], which are resized class by class."""
-    maps = (view.resize(scores[c : c + 1])[0] for c in range(len(scores)))
-    return running_argmax(maps, len(scores)).long()
+    classes = _possible_classes(scores)
+    maps = (view.resize(scores[c : c + 1])[0] for c in classes.tolist())
+    return classes[running_argmax(maps, len(classes)).long()]
+
+
+@torch.no_grad()
+def _possible_classes(scores: Tensor) -> Tensor:
+    """The classes that are the best of some pixel, and perhaps others, once scores [classes, h, w] are resized.
+
+    A resized pixel lies between the four cells around it, or fewer at the border. A class can be the best there only
+    if in one of these cells it has no less than another class has in all four. Of 250 classes some ten can.
+
+    Returns:
+        int64 [n], ascending.
+    """
+    height, width = scores.shape[-2:]
+    block = min(height, 2), min(width, 2)
+    winners = torch.bincount(running_argmax(scores, len(scores)).flatten()).nonzero().flatten()
+    in_all_four = -F.max_pool2d(-scores[winners], block, stride=1)
+    reached = in_all_four.amax(0, keepdim=True)
+    # The least of what is reached in the blocks that a cell is of.
+    needed = -F.max_pool2d(-reached, block, stride=1, padding=(block[0] - 1, block[1] - 1))
+    # Weights that in rounding sum up to a little more than 1 must not make a difference. Scores are not negative.
+    needed *= 1 - 8 * torch.finfo(scores.dtype).eps
+    return (~(scores < needed)).flatten(1).any(1).nonzero().flatten()
