@@ -1,34 +1,14 @@
 """From COCO panoptic annotations, a PNG of segment ids with `segments_info`, to a model's labels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from scipy import ndimage
 
 from detr.image_processing.annotations import Labels
-from detr.image_transforms import rgb_to_id
-
-
-@dataclass(frozen=True)
-class SegmentMap:
-    """Which pixel belongs to which segment, from which masks are cut out after the resize.
-
-    Attributes:
-        ids: int64 [height, width].
-        segments: int64 [n], the id of each segment.
-    """
-
-    ids: torch.Tensor
-    segments: torch.Tensor
-
-    def masks(self) -> torch.Tensor:
-        """Bool [n, height, width]."""
-        return self.ids == self.segments[:, None, None]
+from detr.image_processing.segment_map import SegmentMap, number_segments
+from detr.panoptic_png import read_panoptic_png
 
 
 def check_panoptic(annotations: Sequence[Any], number_of_images: int, masks_path: str | Path | None) -> Path:
@@ -93,8 +73,7 @@ def panoptic_labels(
             f"image_id {_id(annotation)}: the PNG of its segments {file} does not exist: masks_path is the folder that "
             "the file_name of the annotations is relative to"
         )
-    with Image.open(file) as image:
-        ids = rgb_to_id(np.array(image.convert("RGB")))
+    ids = read_panoptic_png(file.read_bytes())
     if ids.shape != (height, width):
         raise ValueError(
             f"image_id {_id(annotation)}: {file} is {ids.shape[0]} x {ids.shape[1]}, the image {height} x {width} "
@@ -103,11 +82,12 @@ def panoptic_labels(
     segments = annotation["segments_info"]
     try:
         ids_of_segments = torch.as_tensor([segment["id"] for segment in segments], dtype=torch.int64)
+        segment_map, boxes = number_segments(ids, ids_of_segments.tolist())
         labels = {
             "size": torch.tensor([height, width]),
             "image_id": torch.as_tensor([_id(annotation)], dtype=torch.int64),
             "class_labels": torch.as_tensor([s["category_id"] for s in segments], dtype=torch.int64),
-            "boxes": segment_boxes(ids, ids_of_segments.tolist()),
+            "boxes": boxes.float(),
             "area": torch.as_tensor([segment["area"] for segment in segments], dtype=torch.float32),
             "iscrowd": torch.as_tensor([segment["iscrowd"] for segment in segments], dtype=torch.int64),
             "orig_size": torch.tensor([height, width]),
@@ -117,25 +97,7 @@ def panoptic_labels(
             f"image_id {_id(annotation)}: each segment needs id, category_id, iscrowd (integers) and area, but reading "
             f"them failed with {type(error).__name__}: {error}"
         ) from error
-    return labels, SegmentMap(torch.from_numpy(ids.astype(np.int64)), ids_of_segments)
-
-
-def segment_boxes(ids: np.ndarray, segments: Sequence[int]) -> torch.Tensor:
-    """Corners float32 [n, 4] of the pixels with each id, first and last pixel; zeros without any.
-
-    Args:
-        ids: int [height, width].
-        segments: n ids.
-    """
-    known, places = np.unique(ids, return_inverse=True)
-    slices = ndimage.find_objects(places.reshape(ids.shape) + 1)
-    boxes = torch.zeros(len(segments), 4)
-    position = {int(value): index for index, value in enumerate(known)}
-    for row, segment in enumerate(segments):
-        if segment in position:
-            y, x = slices[position[segment]]
-            boxes[row] = torch.tensor([x.start, y.start, x.stop - 1, y.stop - 1], dtype=torch.float32)
-    return boxes
+    return labels, segment_map
 
 
 def _id(annotation: Mapping[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from detr.image_processing.annotations import (
 from detr.image_processing.batch import BatchFeature
 from detr.image_processing.layouts import image_to_tensor, list_images
 from detr.image_processing.masks import resize_map, torch_nearest_indices
-from detr.image_processing.panoptic import SegmentMap, check_panoptic, panoptic_labels
+from detr.image_processing.panoptic import check_panoptic, panoptic_labels
 from detr.image_processing.pixels import (
     BILINEAR,
     channel_values,
@@ -28,6 +28,7 @@ from detr.image_processing.pixels import (
     pad_to_batch,
     resize,
 )
+from detr.image_processing.segment_map import SegmentMap
 from detr.image_processing.settings import pad_size_dict, read_settings, size_dict, write_settings
 from detr.image_processing.size import output_size
 from detr.postprocess.methods import PostProcessingMethods
@@ -318,7 +319,7 @@ class DetrImageProcessor(PostProcessingMethods):
         if self.do_resize:
             labels = resize_labels(labels, size, self.scale_keypoints)
         if segments is not None:
-            resized = SegmentMap(self.resize_map(segments.ids, size), segments.segments)
+            resized = SegmentMap(self.resize_map(segments.numbers, size), segments.segments)
             labels = labels | {"masks": resized.masks()}
         elif "masks" in labels:
             labels = labels | {"masks": self.resize_map(labels["masks"], size)}

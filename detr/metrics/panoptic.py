@@ -8,15 +8,14 @@ does not grow with the pixels, and processes exchange next to nothing. The rules
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from detr.metrics.panoptic_matching import VOID, Counts, match_segments, mean_quality, quality
+from detr.panoptic_png import read_panoptic_png, write_panoptic_png
 
 logger = logging.getLogger(__name__)
 
@@ -176,22 +175,6 @@ def _predicted_map(prediction: Mapping[str, Any], where: str) -> np.ndarray:
     if isinstance(segmentation, torch.Tensor):
         segmentation = segmentation.detach().cpu().numpy()
     return np.maximum(np.asarray(segmentation), VOID).astype(np.int64)
-
-
-def read_panoptic_png(png: bytes) -> np.ndarray:
-    """Ids int64 [H, W] of a panoptic PNG: red + 256 green + 65536 blue."""
-    with Image.open(BytesIO(png)) as image:
-        # Four bytes a pixel are one number; sums of the colours would take as long as reading the PNG.
-        pixels = np.asarray(image.convert("RGB").convert("RGBA"))
-    return (pixels.view("<u4")[..., 0] & 0xFFFFFF).astype(np.int64)
-
-
-def write_panoptic_png(ids: np.ndarray) -> bytes:
-    """A panoptic PNG of ids int [H, W], 0 being void."""
-    colors = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
-    file = BytesIO()
-    Image.fromarray(colors).save(file, "PNG")
-    return file.getvalue()
 
 
 def _table(figures: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -103,10 +103,10 @@ def _intersections(true_map: np.ndarray, found_map: np.ndarray) -> tuple[np.ndar
 
     Over runs of equal pairs rather than pixels: a map has some 5,000 runs and 300,000 pixels to sort.
     """
-    true, found = true_map.ravel().astype(np.int64), found_map.ravel().astype(np.int64)
-    changes = np.flatnonzero((np.diff(true) != 0) | (np.diff(found) != 0)) + 1
+    true, found = true_map.ravel(), found_map.ravel()
+    changes = np.flatnonzero((true[1:] != true[:-1]) | (found[1:] != found[:-1])) + 1
     starts = np.concatenate([[0], changes])
-    lengths = np.diff(np.concatenate([starts, [true.size]]))
+    lengths = np.diff(starts, append=true.size)
     true_ids, rows = np.unique(true[starts], return_inverse=True)
     found_ids, columns = np.unique(found[starts], return_inverse=True)
     pixels = np.bincount(rows * len(found_ids) + columns, lengths, len(true_ids) * len(found_ids))

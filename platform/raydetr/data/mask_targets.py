@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
-from detr.metrics.panoptic import read_panoptic_png
+from detr.panoptic_png import read_panoptic_png
 from raydetr.data.schema import FAULTS, is_trained
 from raydetr.data.shards import is_target, training_targets
 

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 from detr.drawing import draw_segments
 from detr.image_processing.decode import ImageError, decode_image
-from detr.metrics.panoptic import read_panoptic_png
+from detr.panoptic_png import read_panoptic_png
 from raydetr.data.mask_targets import MaskKind, decode_mask, has_mask, mask_targets
 from raydetr.data.shards import Manifest, read_rows, truth_annotations
 from raydetr.evaluation.page_matching import Item

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from detr.metrics.panoptic import read_panoptic_png
 from detr.metrics.panoptic_matching import VOID, match_segments, mean_quality, quality
+from detr.panoptic_png import read_panoptic_png
 from raydetr.errors import DataError
 
 NAMES = ("PQ", "SQ", "RQ")

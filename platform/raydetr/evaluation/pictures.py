@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from detr.drawing import draw_detections, draw_segments
 from detr.image_processing.decode import decode_image
-from detr.metrics.panoptic import read_panoptic_png
+from detr.panoptic_png import read_panoptic_png
 from raydetr import storage
 from raydetr.evaluation.batch import FORMATS, extension
 

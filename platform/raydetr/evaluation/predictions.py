@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from detr.detector import Detections, ObjectDetector, PreparedImage
 from detr.metrics.masks import encode_masks
-from detr.metrics.panoptic import write_panoptic_png
 from detr.metrics.panoptic_matching import VOID
+from detr.panoptic_png import write_panoptic_png
 from detr.postprocess import post_process_panoptic_segmentation
 from detr.postprocess.view import image_views
 from raydetr.errors import DataError

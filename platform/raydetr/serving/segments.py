@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from detr.detector import PreparedImage
-from detr.metrics.panoptic import write_panoptic_png
+from detr.panoptic_png import write_panoptic_png
 from detr.postprocess import (
     SegmentationOutput,
     post_process_instance_segmentation,

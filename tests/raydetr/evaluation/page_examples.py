@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from detr.metrics.coco import METRIC_NAMES, coco_detection_metrics
 from detr.metrics.masks import encode_masks
-from detr.metrics.panoptic import read_panoptic_png, write_panoptic_png
+from detr.panoptic_png import read_panoptic_png, write_panoptic_png
 from raydetr.data.mask_targets import decode_mask, has_mask
 from raydetr.data.shards import Manifest, coco_truth, read_records, truth_annotations
 from raydetr.evaluation.page_matching import Item, judge

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from detr.detector import ObjectDetector
-from detr.metrics.panoptic import read_panoptic_png, write_panoptic_png
+from detr.panoptic_png import read_panoptic_png, write_panoptic_png
 from raydetr.errors import DataError, RequestError
 from raydetr.evaluation import batch
 from raydetr.evaluation.actors import ActorOptions

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detr.metrics.panoptic import write_panoptic_png
+from detr.panoptic_png import write_panoptic_png
 from raydetr.errors import DataError
 from raydetr.evaluation.analysis import analyse
 from raydetr.evaluation.panoptic_quality import (

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from ray import serve
 
 from detr.detector import ObjectDetector
-from detr.metrics.panoptic import read_panoptic_png
+from detr.panoptic_png import read_panoptic_png
 from detr.postprocess import post_process_instance_segmentation, post_process_semantic_segmentation
 from raydetr.errors import ConfigError, RequestError, ServingError
 from raydetr.registry.models import ResolvedModel, resolve

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from detr.metrics.panoptic import read_panoptic_png
+from detr.panoptic_png import read_panoptic_png
 from raydetr.registry.models import resolve
 from raydetr.serving.client import AsyncClient, Client
 from raydetr.serving.loaded import LoadedModel
