@@ -6,13 +6,14 @@ datasets/coco.py): flip half of the images; resize the shorter side to a random 
 before that, resize to one of three lengths and cut out a random rectangle.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from detr.image_processing.pixels import BILINEAR, NEAREST, resize
+from detr.image_processing.masks import resize_map, torch_nearest_indices
+from detr.image_processing.pixels import resize
 from detr.image_processing.size import output_sizes
 
 RANDOM_NUMBERS = 8
@@ -191,7 +192,7 @@ def apply(
             f"{augmentation.input_size[0]} x {augmentation.input_size[1]}: the header and the recorded size differ"
         )
     boxes, kept = _transform_boxes(boxes_xyxy, augmentation)
-    return _transform_pixels(image, augmentation, BILINEAR), boxes, kept
+    return _transform_pixels(image, augmentation, resize), boxes, kept
 
 
 def apply_masks(masks: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
@@ -214,18 +215,23 @@ def apply_masks(masks: torch.Tensor, augmentation: Augmentation) -> torch.Tensor
         )
     if not masks.numel():
         return masks.new_zeros((*masks.shape[:-2], *augmentation.output_size))
-    planes = masks.reshape(-1, 1, *masks.shape[-2:])
-    return _transform_pixels(planes, augmentation, NEAREST).reshape(
-        *masks.shape[:-2], *augmentation.output_size
-    )
+    return _transform_pixels(masks, augmentation, _resize_masks)
 
 
-def _transform_pixels(image: torch.Tensor, augmentation: Augmentation, resample: int) -> torch.Tensor:
+def _resize_masks(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return resize_map(masks, size, torch_nearest_indices)
+
+
+def _transform_pixels(
+    image: torch.Tensor,
+    augmentation: Augmentation,
+    resize_to: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
+) -> torch.Tensor:
     if augmentation.flip:
         image = image.flip(-1)
     for step in augmentation.steps:
         if isinstance(step, Resize):
-            image = resize(image, (step.height, step.width), resample)
+            image = resize_to(image, (step.height, step.width))
         else:
             image = image[..., step.top : step.top + step.height, step.left : step.left + step.width]
     return image
