@@ -1,22 +1,43 @@
 """COCO's panoptic PNGs, whose colours are the ids of segments: id = R + 256 G + 256 * 256 B."""
 
+import struct
 from io import BytesIO
 
 import numpy as np
 from PIL import Image
 
+try:
+    from kornia_rs import io as kornia_io  # type: ignore[import-untyped,import-not-found,unused-ignore]
+except ImportError:  # optional: the same pixels in a quarter of the time
+    kornia_io = None
 
-def read_panoptic_png(png: bytes) -> np.ndarray:
-    """Ids int32 [height, width] of a panoptic PNG; 0 is void.
+_MAX_PIXELS = 89_478_485
+"""As `detr.image_processing.decode.DEFAULT_MAX_PIXELS`: the other reader allocates what the header says."""
+
+
+def read_panoptic_colors(png: bytes) -> np.ndarray:
+    """Colours uint8 [height, width, 3] of a panoptic PNG.
 
     Raises:
         OSError, SyntaxError, ValueError: what Pillow raises for bytes that are no image, and damaged ones.
     """
+    if kornia_io is not None and len(png) > 26 and png[12:16] == b"IHDR":
+        width, height, depth, kind = struct.unpack(">IIBB", png[16:26])
+        if (depth, kind) == (8, 2) and 0 < width * height <= _MAX_PIXELS:  # eight bits, RGB
+            try:
+                return np.asarray(kornia_io.decode_image_png_u8(png, (height, width), "rgb"))
+            except Exception:  # it has no class of its own; Pillow gives the reason, or reads it
+                pass
     with Image.open(BytesIO(png)) as image:
-        colors = image if image.mode == "RGB" else image.convert("RGB")
-        # Pillow holds the three colours of a pixel in four bytes, which as they are make one number.
-        pixels = np.frombuffer(colors.tobytes("raw", "RGBX"), "<i4")
-        return (pixels & 0xFFFFFF).reshape(image.height, image.width)
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def read_panoptic_png(png: bytes) -> np.ndarray:
+    """Ids int32 [height, width] of a panoptic PNG; 0 is void. Raises what `read_panoptic_colors` does."""
+    colors = read_panoptic_colors(png)
+    # Pillow makes four bytes of the three of a pixel, which as they are make one number: a third of rgb_to_id's time.
+    pixels = np.frombuffer(Image.fromarray(colors).tobytes("raw", "RGBX"), "<i4")
+    return (pixels & 0xFFFFFF).reshape(colors.shape[:2])
 
 
 def write_panoptic_png(ids: np.ndarray) -> bytes:

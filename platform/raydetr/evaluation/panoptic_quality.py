@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from detr.image_transforms import rgb_to_id
 from detr.metrics.panoptic_matching import VOID, match_segments, mean_quality, quality
-from detr.panoptic_png import read_panoptic_png
+from detr.panoptic_png import read_panoptic_colors
 from raydetr.errors import DataError
 
 NAMES = ("PQ", "SQ", "RQ")
@@ -77,7 +78,7 @@ def count_maps(
     for image_id in sorted(truth):
         png, segments = truth[image_id]
         try:
-            true_map = read_panoptic_png(png)
+            true_map = read_panoptic_colors(png)
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
             left_out[image_id] = f"the PNG of its segments cannot be read ({error})"
             continue
@@ -105,14 +106,15 @@ def _match(
     if found is None:
         return match_segments(true_map, true_segments, np.zeros_like(true_map), {})
     encoded, categories = found
-    found_map = read_panoptic_png(encoded) if isinstance(encoded, bytes) else encoded
-    if found_map.shape != true_map.shape:
+    found_map = read_panoptic_colors(encoded) if isinstance(encoded, bytes) else encoded
+    if found_map.shape[:2] != true_map.shape[:2]:
         raise DataError(
-            f"image {image_id}: the predicted map of segments is {found_map.shape} (height, width), the true one "
-            f"{true_map.shape}: ingest the data again, and see its faults."
+            f"image {image_id}: the predicted map of segments is {found_map.shape[:2]} (height, width), the true one "
+            f"{true_map.shape[:2]}: ingest the data again, and see its faults."
         )
     unknown = [segment for segment, category in categories.items() if category not in known]
     if unknown:
+        found_map = rgb_to_id(found_map) if found_map.ndim == 3 else found_map
         found_map = np.where(np.isin(found_map, unknown), VOID, found_map)
     segments = {segment: category for segment, category in categories.items() if category in known}
     try:
