@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-cluster soak check format clean
+.PHONY: demo test test-cluster soak bench check format clean
 demo: $(READY)
 	$(BIN)/python pipelines/demo.py
 
@@ -17,6 +17,10 @@ test-cluster: $(READY)
 
 soak: $(READY)
 	RAYDETR_SOAK_MINUTES=60 $(BIN)/python -m pytest -m soak
+
+# What everything costs beside what a user would take instead: `make bench BENCH='--only single'` for some rows.
+bench: $(READY)
+	$(BIN)/python tests/benchmarks/bench.py $(BENCH)
 
 check: $(READY)
 	$(BIN)/ruff check .

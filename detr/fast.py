@@ -77,11 +77,12 @@ def _fast_backbone(net: nn.Module, pack: bool) -> nn.Module:
 def _fold_batch_norms(graph: fx.GraphModule) -> None:
     """Convolutions take their norm's weight and bias for good, and what then does nothing is left out."""
     for node in nodes_of(graph):
-        module: Any = called_module(graph, node)
+        module = called_module(graph, node)
         if isinstance(module, FoldedConv2d):
+            convolution: Any = module
             weight, bias = module.weight_and_bias()
-            module.__class__ = nn.Conv2d
-            module.weight, module.bias = (nn.Parameter(each.clone(), False) for each in (weight, bias))
+            convolution.weight, convolution.bias = (nn.Parameter(t.clone(), False) for t in (weight, bias))
+            convolution.__class__ = nn.Conv2d
         elif isinstance(module, FrozenBatchNorm2d) and module.folded:
             graph.set_submodule(str(node.target), module.act)
     for node in nodes_of(graph):

@@ -199,7 +199,10 @@ def training_step() -> Row:
     return row
 
 
-ROWS: list[Callable[[], Row]] = [single, plain, bfloat16, mixed_sizes, panoptic, panoptic_kept, training_step]
+ROWS: dict[str, Callable[[], Row]] = {
+    each.__name__: each
+    for each in (single, plain, bfloat16, mixed_sizes, panoptic, panoptic_kept, training_step)
+}
 
 
 def _twins(segmentation: bool = False, **changes: Any) -> tuple[Any, Any]:

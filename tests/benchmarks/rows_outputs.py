@@ -1,6 +1,6 @@
 """Post-processing of segmentation and the loss against transformers: rows of the table that `bench.py` prints.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=tests/benchmarks python -c "import rows_outputs as r; [print(row()) for row in r.ROWS]"
+    OMP_NUM_THREADS=1 PYTHONPATH=tests/benchmarks python -c "import rows_outputs as r; [print(row()) for row in r.ROWS.values()]"
 
 Outputs are made up as those of a trained model are: in each image ten queries of a hundred have an object, the others
 say "no object", and their masks, of a batch of 800 x 1066, hardly overlap. Maps and segments must be equal to the bit.
@@ -135,9 +135,11 @@ def criterion() -> Row:
     )
 
 
-ROWS: list[Callable[[], Row]] = [
-    lambda: segments("instance maps", "post_process_instance_segmentation"),
-    lambda: segments("panoptic maps", "post_process_panoptic_segmentation", label_ids_to_fuse=STUFF),
-    semantic,
-    criterion,
-]
+ROWS: dict[str, Callable[[], Row]] = {
+    "instance_maps": lambda: segments("instance maps", "post_process_instance_segmentation"),
+    "panoptic_maps": lambda: segments(
+        "panoptic maps", "post_process_panoptic_segmentation", label_ids_to_fuse=STUFF
+    ),
+    "semantic_maps": semantic,
+    "criterion": criterion,
+}

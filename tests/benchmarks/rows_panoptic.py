@@ -1,6 +1,6 @@
 """Panoptic quality of PNGs against panopticapi's way: a row of the table that `bench.py` prints.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=tests/benchmarks python -c "import rows_panoptic as r; [print(row()) for row in r.ROWS]"
+    OMP_NUM_THREADS=1 PYTHONPATH=tests/benchmarks python -c "import rows_panoptic as r; [print(row()) for row in r.ROWS.values()]"
 
 The truth are 200 maps of COCO. Predictions are these maps, a few pixels aside, under ids from 1 as a model gives them,
 with some segments left out and some of another category; written by `write_panoptic_png`.
@@ -76,4 +76,4 @@ def quality() -> Row:
     )
 
 
-ROWS: list[Callable[[], Row]] = [quality]
+ROWS: dict[str, Callable[[], Row]] = {"quality": quality}

@@ -1,6 +1,6 @@
 """Images and annotations to a model's inputs against transformers: rows of the table that `bench.py` prints.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=tests/benchmarks python -c "import rows_processing as r; [print(row()) for row in r.ROWS]"
+    OMP_NUM_THREADS=1 PYTHONPATH=tests/benchmarks python -c "import rows_processing as r; [print(row()) for row in r.ROWS.values()]"
 
 Photos of COCO of 480 x 640 pixels become uint8 of 800 x 1066, with their masks at that size. Ours is measured twice: as
 the image processor does it, which is called as transformers' is, and with the functions of the training stream, from a
@@ -172,11 +172,15 @@ def _row(
     )
 
 
-ROWS: list[Callable[[], Row]] = [
-    lambda: _row("JPEG to uint8 800 x 1066", "none", processor, 2.5, 2),
-    lambda: _row("JPEG to uint8 800 x 1066, as the stream", "none", stream, 2.5, 2),
-    lambda: _row("JPEG and polygons to pixels and masks", "instance", processor, 4, 2.5),
-    lambda: _row("JPEG and polygons to pixels and masks, as the stream", "instance", stream, 4, 2.5),
-    lambda: _row("JPEG and panoptic PNG to pixels and masks", "panoptic", processor, 6, 4),
-    lambda: _row("JPEG and panoptic PNG to pixels and masks, as the stream", "panoptic", stream, 6, 4),
-]
+ROWS: dict[str, Callable[[], Row]] = {
+    "jpeg": lambda: _row("JPEG to uint8 800 x 1066", "none", processor, 2.5, 2),
+    "jpeg_stream": lambda: _row("JPEG to uint8 800 x 1066, as the stream", "none", stream, 2.5, 2),
+    "polygons": lambda: _row("JPEG and polygons to pixels and masks", "instance", processor, 4, 2.5),
+    "polygons_stream": lambda: _row(
+        "JPEG and polygons to pixels and masks, as the stream", "instance", stream, 4, 2.5
+    ),
+    "segments": lambda: _row("JPEG and panoptic PNG to pixels and masks", "panoptic", processor, 6, 4),
+    "segments_stream": lambda: _row(
+        "JPEG and panoptic PNG to pixels and masks, as the stream", "panoptic", stream, 6, 4
+    ),
+}
