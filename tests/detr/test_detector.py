@@ -234,7 +234,11 @@ def test_a_model_folder_gives_the_same_detector(detector, tmp_path):
     loaded = ObjectDetector.from_pretrained(tmp_path)
     prepared = [detector.prepare(random_image(np.random.default_rng(9), 60, 80))]
     assert loaded.image_processor == detector.image_processor
-    assert np.array_equal(loaded.detect(prepared)[0].boxes_xyxy, detector.detect(prepared)[0].boxes_xyxy)
+    (got,), (expected,) = loaded.detect(prepared), detector.detect(prepared)
+    # What is loaded is optimised, which rounds otherwise.
+    np.testing.assert_allclose(got.boxes_xyxy, expected.boxes_xyxy, atol=1e-3)
+    np.testing.assert_allclose(got.scores, expected.scores, atol=1e-5)
+    assert np.array_equal(got.labels, expected.labels)
 
 
 def test_bfloat16_is_close_and_leaves_the_weights_in_float32(twins):
