@@ -98,6 +98,12 @@ MUTATIONS = {
         "[_side(truth, table, seed + number, resamples) for number, table in enumerate((old, new))]",
         ("tests/raydetr/evaluation/test_compare.py",),
     ),
+    "a promotion by masks or segments looks at the boxes of its classes": Mutation(
+        "platform/raydetr/registry/gate.py",
+        'comparison["classes"][config.metric]',
+        'comparison["classes"]["AP"]',
+        ("tests/pipelines/test_promote_masks.py",),
+    ),
     "predictions of other settings are taken for those that are asked for": Mutation(
         "platform/raydetr/evaluation/predict.py",
         "[model.digest, manifest.digest, asdict(settings)]",

@@ -141,13 +141,13 @@ class PromoteConfig:
     """Data to judge by: a digest, its beginning (8 digits or more), or the address of the shards; empty: the one data
     set that both versions are evaluated on."""
     metric: str = "AP"
-    """Figure that must be better: AP, AP50, mask_AP, PQ or another that the comparison has."""
+    """Figure that must be better, as a whole and in no class much worse: AP, AP50, AP75, mask_AP or PQ."""
     margin: float = 0.0
     """The challenger's figure minus the champion's must be more than this; negative: so much worse will do."""
     tolerance: float = 0.0
     """How far below 0 the lower end of that difference's bootstrap interval may lie; 0: better beyond chance."""
     max_class_drop: float = 0.05
-    """No class may lose more AP than this where its interval is wholly below 0, that is, beyond chance."""
+    """No class may lose more of the figure than this where its interval is wholly below 0, that is, beyond chance."""
     min_class_objects: int = 10
     """Classes with fewer objects in the data are not looked at."""
     max_latency_ms: float = 0.0

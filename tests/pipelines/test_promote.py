@@ -18,8 +18,8 @@ from raydetr.evaluation import promotion
 from raydetr.registry.models import register
 from raydetr.registry.tracking import client, resolve_uri, start_run
 from tests.awkward import write_awkward
+from tests.pipelines.promotions import champion, put, refused, tags
 from tests.raydetr.registry.judged import guesses, put_on_file
-from tests.raydetr.registry.versions import bare_versions
 from tests.tiny_detr import save_tiny_detr
 
 ROOT = Path(__file__).parents[2]
@@ -29,61 +29,6 @@ BLUR = 0.12
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write_awkward(tmp_path_factory.mktemp("shards"), shards=(50, 31))
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three versions without an evaluation."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    bare_versions(resolve_uri(f"sqlite:///{folder}/mlflow.db"), 3, evaluated=False)
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def config(database: Path, tmp_path: Path) -> PromoteConfig:
-    shutil.copy(database, tmp_path / "mlflow.db")
-    uri = resolve_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    client(uri).set_registered_model_alias("raydetr", "champion", "1")
-    return PromoteConfig(
-        tracking_uri=uri, model="models:/raydetr/2", json=str(tmp_path / "summary.json"), min_class_objects=10
-    )
-
-
-def champion(config: PromoteConfig) -> int:
-    return int(client(config.tracking_uri).get_registered_model("raydetr").aliases["champion"])
-
-
-def tags(config: PromoteConfig, version: int) -> dict[str, dict]:
-    """The decisions that a version carries."""
-    of = client(config.tracking_uri).get_model_version("raydetr", str(version)).tags
-    return {key: json.loads(value) for key, value in of.items() if key.startswith("promotion.")}
-
-
-def put(config: PromoteConfig, tmp_path: Path, version: int, data: Manifest, predictions, **changes):
-    folder = tmp_path / f"evaluation-{version}-{data.digest[:8]}"
-    return put_on_file(config.tracking_uri, version, data, predictions, folder, **changes)
-
-
-def refused(config: PromoteConfig) -> str:
-    """The reason of a refusal, which has left the alias where it was and is kept on both versions."""
-    before = champion(config)
-    with pytest.raises(PromotionRefused) as error:
-        main(config)
-    assert error.value.exit_status == 3
-    assert champion(config) == before
-    reason = error.value.summary["reason"]
-    assert f"raydetr@champion stays at version {before}: {reason}" in str(error.value)
-    challenger = int(config.model.rpartition("/")[2])
-    for version in (before, challenger):
-        (kept,) = tags(config, version).values()
-        assert (kept["promoted"], kept["reason"], kept["old"], kept["new"]) == (
-            False,
-            reason,
-            before,
-            challenger,
-        )
-    print("\nREASON", reason)
-    return reason
 
 
 def test_a_better_one_becomes_champion_with_page_and_reason_on_both_versions(config, data, tmp_path, capsys):

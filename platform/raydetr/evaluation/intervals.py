@@ -8,7 +8,7 @@ import numpy as np
 from detr.metrics.bootstrap import image_weights, interval, mean_precision, resampled_precision
 from detr.metrics.coco_matching import Matches, matches_of
 from raydetr.evaluation.figures import Evaluations
-from raydetr.evaluation.panoptic_quality import PanopticCounts, resampled_quality
+from raydetr.evaluation.panoptic_quality import PanopticCounts, mean_of_classes, resampled_quality
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -19,11 +19,11 @@ class Resampled:
     """Figures over resamples, NaN where a resample has nothing to score.
 
     figures: `AP`, `AP50`, `AP75`, with masks `mask_AP`, with segments `PQ`, to float64 [resamples].
-    class_ap: float64 [resamples, categories], AP of boxes of each category.
+    classes: the same names to float64 [resamples, categories], categories ascending by id.
     """
 
     figures: Mapping[str, np.ndarray]
-    class_ap: np.ndarray
+    classes: Mapping[str, np.ndarray]
 
 
 def resample(
@@ -46,12 +46,14 @@ def resample(
     weights = image_weights(len(image_ids), resamples, seed)
     precision = resampled_precision(matches, weights)
     figures = mean_precision(precision)
+    classes = {"AP": precision.mean(axis=2), "AP50": precision[..., 0], "AP75": precision[..., 5]}
     if evaluations.masks is not None:
         masks = resampled_precision(matches_of(evaluations.masks), weights)
-        figures["mask_AP"] = mean_precision(masks)["AP"]
+        figures["mask_AP"], classes["mask_AP"] = mean_precision(masks)["AP"], masks.mean(axis=2)
     if panoptic is not None:
-        figures["PQ"] = resampled_quality(panoptic, weights[:, np.isin(image_ids, panoptic.image_ids)])
-    return Resampled(figures, precision.mean(axis=2))
+        classes["PQ"] = resampled_quality(panoptic, weights[:, np.isin(image_ids, panoptic.image_ids)])
+        figures["PQ"] = mean_of_classes(classes["PQ"])
+    return Resampled(figures, classes)
 
 
 def intervals(figures: Mapping[str, float], resampled: Resampled) -> dict[str, list[float]]:

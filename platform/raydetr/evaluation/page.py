@@ -96,7 +96,7 @@ def write_sections(address: str, title: str, lead: str, sections: Mapping[str, t
 def about_data(
     analysis: Mapping[str, Any], manifest: Manifest, data: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    """What the data set is, as facts, HTML; `analysis` may be a comparison, too."""
+    """What the data set is, as facts, HTML; of `analysis` the classes are needed."""
     return [
         ("data set", data_name(data)),
         ("objects", f"{sum(each['objects'] for each in analysis.get('classes', ())):,}"),

@@ -30,6 +30,7 @@ def write_comparison(
     old_predictions: pa.Table,
     new_predictions: pa.Table,
     decision: Mapping[str, Any] | None = None,
+    metric: str = "AP",
 ) -> None:
     """Write the page of a comparison.
 
@@ -37,12 +38,13 @@ def write_comparison(
         address: of the HTML file.
         old_record: the record, as in metrics.json, of the model that is there.
         new_record: of the one that may take its place.
-        comparison: `figures` name → old, new, delta, low, high, probability_better; `classes` with id, name, objects,
-            old, new, delta, low, high; images, resamples, confidence; `changed` with better and worse image ids.
+        comparison: `figures` name → old, new, delta, low, high, probability_better; `classes` name → id, name, objects,
+            old, new, delta, low, high of each; images, resamples, confidence; `changed` with better and worse image ids.
         manifest: the data set, for its images and their truth.
         old_predictions: a table of `predictions.PREDICTION_SCHEMA`.
         new_predictions: the other model's.
         decision: of the gate: promoted, rules (rule, passed, found, limit), reason; None: nothing was to be decided.
+        metric: the figure that was decided by: the verdict and the classes are of it.
     """
     old, new = model_name(old_record["model"]), model_name(new_record["model"])
     if old == new:
@@ -55,14 +57,15 @@ def write_comparison(
     controls = CONTROLS if better or worse else ""
     sections = {
         "figures": ("All figures", figures),
-        "classes": ("Classes", _classes(comparison)),
+        "classes": ("Classes", _classes(comparison, metric)),
         "worse": ("Images that got worse", _images(worse, album, sides, controls)),
         "better": ("Images that got better", _images(better, album, sides, "" if worse else controls)),
         "about": ("How this was compared", _about(old_record, new_record, comparison)),
     }
-    rows = [("old", old), ("new", new), *about_data(comparison, manifest, new_record["data"])]
+    counted = {"classes": comparison.get("classes", {}).get(metric, ())}
+    rows = [("old", old), ("new", new), *about_data(counted, manifest, new_record["data"])]
     rows.append(("images", f"{comparison.get('images', len(new_predictions)):,}"))
-    lead = album.pixels() + _decision(decision) + _verdict(comparison, old, new) + facts(rows)
+    lead = album.pixels() + _decision(decision) + _verdict(comparison, old, new, metric) + facts(rows)
     write_sections(address, f"{new} against {old}", lead, sections)
 
 
@@ -93,12 +96,12 @@ def _decision(decision: Mapping[str, Any] | None) -> str:
     )
 
 
-def _verdict(comparison: Mapping[str, Any], old: str, new: str) -> str:
+def _verdict(comparison: Mapping[str, Any], old: str, new: str, metric: str) -> str:
     """What changed, in a sentence with its interval and its probability."""
     known = {name: each for name, each in comparison["figures"].items() if _measured(each)}
     if not known:
         return '<div class="verdict"><p class=big>There is nothing to compare</p><p>The data set has no objects.</p></div>'
-    name = next((name for name in ("AP", "PQ", "mask_AP") if name in known), next(iter(known)))
+    name = next((name for name in (metric, "AP", "PQ", "mask_AP") if name in known), next(iter(known)))
     each = known[name]
     delta, low, high = each["delta"], each.get("low"), each.get("high")
     if low is not None and low > 0:
@@ -155,20 +158,22 @@ def _figures(comparison: Mapping[str, Any], old: Mapping[str, Any], new: Mapping
     )
 
 
-def _classes(comparison: Mapping[str, Any]) -> str:
-    known = [each for each in comparison.get("classes", ()) if _measured(each)]
+def _classes(comparison: Mapping[str, Any], metric: str) -> str:
+    every = comparison.get("classes", {}).get(metric, ())
+    known = [each for each in every if _measured(each)]
     if not known:
         return ""
     known.sort(key=lambda each: each["delta"])
     scale = scale_of([(each["delta"], each.get("low"), each.get("high")) for each in known])
+    title = metric.replace("_", " ")
     columns = [
         Column("class", "name of the class", "", descending=False),
         Column("objects", "in the truth"),
-        Column("AP old"),
-        Column("AP new"),
-        Column("difference", "of AP", descending=False),
+        Column(f"{title} old"),
+        Column(f"{title} new"),
+        Column("difference", f"of {title}", descending=False),
         Column("range", "its lower end", descending=False),
-        Column("worse | better", "of AP", "axis", descending=False, head=forest_axis(scale)),
+        Column("worse | better", f"of {title}", "axis", descending=False, head=forest_axis(scale)),
     ]
     rows = [
         [
@@ -178,7 +183,7 @@ def _classes(comparison: Mapping[str, Any]) -> str:
         ]
         for each in known
     ]
-    left_out = len(comparison["classes"]) - len(known)
+    left_out = len(every) - len(known)
     note = f" {plural(left_out, 'class has', 'classes have')} no object and no figures." if left_out else ""
     return (
         "<p>The largest losses come first; a click on a heading sorts anew. Classes with few objects have wide ranges: "

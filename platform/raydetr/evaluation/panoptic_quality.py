@@ -147,21 +147,26 @@ def class_qualities(counts: PanopticCounts) -> dict[int, dict[str, float]]:
 
 
 def resampled_quality(counts: PanopticCounts, weights: np.ndarray) -> np.ndarray:
-    """PQ of resamples of the images.
+    """PQ of each category in resamples of the images.
 
     Args:
         counts: of n images.
         weights: [resamples, n], how often an image counts.
 
     Returns:
-        float64 [resamples]; NaN where a resample has no segments.
+        float64 [resamples, categories]; NaN where a resample has no segments of the category.
     """
     flat = counts.counts.reshape(len(counts.image_ids), -1)
     iou, matched, false, missed = np.moveaxis(
         (weights.astype(np.float64) @ flat).reshape(len(weights), -1, 4), 2, 0
     )
     segments = matched + (false + missed) / 2
-    present = segments > 0
-    total = np.where(present, iou / np.where(present, segments, 1), 0).sum(axis=1)
-    number = present.sum(axis=1)
+    return np.where(segments > 0, iou / np.where(segments > 0, segments, 1), np.nan)
+
+
+def mean_of_classes(quality_of_classes: np.ndarray) -> np.ndarray:
+    """PQ of all categories, float64 [...], of `resampled_quality`'s [..., categories]; NaN where there are no segments."""
+    present = ~np.isnan(quality_of_classes)
+    number = present.sum(axis=-1)
+    total = np.where(present, quality_of_classes, 0).sum(axis=-1)
     return np.where(number > 0, total / np.maximum(number, 1), np.nan)

@@ -69,7 +69,7 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         judged = judge(config, uri, challenger, champion)
         decision = judged.decision
-        has_page = _write_page(folder, judged, challenger, champion)
+        has_page = _write_page(folder, config, judged, challenger, champion)
         if ledger is not None:
             pages = folder if has_page else ""
             run_id = open_decision(ledger, decision, previous, challenger.version, judged.digest, pages)
@@ -78,7 +78,7 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
                 if not move(ledger, entry, previous):
                     judged = _overtaken(config, ledger, judged, previous)
                     decision = judged.decision
-                    _write_page(folder, judged, challenger, champion)
+                    _write_page(folder, config, judged, challenger, champion)
                     open_decision(
                         ledger, decision, previous, challenger.version, judged.digest, pages, run_id
                     )
@@ -181,7 +181,13 @@ def _overtaken(config: PromoteConfig, ledger: Ledger, judged: Judgement, previou
     return replace(judged, decision=gate.decide([*judged.decision.rules, rule], "", config.reason))
 
 
-def _write_page(folder: str, judged: Judgement, challenger: Contender, champion: Contender | None) -> bool:
+def _write_page(
+    folder: str,
+    config: PromoteConfig,
+    judged: Judgement,
+    challenger: Contender,
+    champion: Contender | None,
+) -> bool:
     """The comparison as a page in a folder, where there was one; whether there was."""
     if judged.comparison is None or judged.manifest is None or champion is None:
         return False
@@ -195,6 +201,7 @@ def _write_page(folder: str, judged: Judgement, challenger: Contender, champion:
         read_predictions(old["predictions"]),
         read_predictions(new["predictions"]),
         judged.decision.to_dict(),
+        config.metric,
     )
     return True
 

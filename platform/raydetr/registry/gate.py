@@ -230,7 +230,7 @@ def compare_rules(config: PromoteConfig, comparison: Mapping[str, Any]) -> list[
             f"{share} of resamples between {low:+.4f} and {high:+.4f}",
             f"from {0.0 - config.tolerance:+.4f} on",
         ),
-        _classes(config, comparison["classes"]),
+        _classes(config, comparison["classes"][config.metric]),
     ]
 
 
@@ -325,7 +325,7 @@ def _classes(config: PromoteConfig, classes: Sequence[Mapping[str, Any]]) -> Rul
         "no class is much worse",
         not beyond,
         found,
-        f"none that loses more than {config.max_class_drop:g} beyond chance",
+        f"none that loses more than {config.max_class_drop:g} {config.metric} beyond chance",
     )
 
 

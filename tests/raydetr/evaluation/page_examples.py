@@ -233,6 +233,6 @@ def make_comparison(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         for index, (before, after) in enumerate(zip(old["classes"], new["classes"], strict=True))
     ]
     return {
-        "figures": figures, "classes": classes, "images": old["images"], "resamples": 1000, "confidence": 0.95,
+        "figures": figures, "classes": {"AP": classes}, "images": old["images"], "resamples": 1000, "confidence": 0.95,
         "changed": {"better": old["worst"]["missed"][:4], "worse": new["worst"]["localisation"][:4]},
     }  # fmt: skip

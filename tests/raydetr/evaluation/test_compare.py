@@ -54,7 +54,7 @@ def test_a_model_compared_with_itself_is_neither_better_nor_worse():
     for each in found["figures"].values():
         assert each["old"] == each["new"]
         assert [each[name] for name in ("delta", "low", "high", "probability_better")] == [0, 0, 0, 0]
-    assert all(row["delta"] == row["low"] == row["high"] == 0 for row in found["classes"])
+    assert all(row["delta"] == row["low"] == row["high"] == 0 for row in found["classes"]["AP"])
     assert found["changed"] == {"better": [], "worse": []}
     assert set(found["deltas"].values()) == {0}
 
@@ -97,7 +97,7 @@ def test_classes_are_those_with_objects():
     good = [{**item, "score": 0.9} for item in coco["annotations"]]
     without_cats = [result for result in good if result["category_id"] == 9]
     found = compare(truth_of(coco), table_of(coco, good), table_of(coco, without_cats), resamples=50)
-    cat, dog = found["classes"]
+    cat, dog = found["classes"]["AP"]
     assert (cat["id"], cat["name"], cat["objects"]) == (4, "cat", len(cats))
     assert (cat["old"], cat["new"], cat["delta"]) == pytest.approx((1, 0, -1))
     assert cat["low"] == cat["high"] == pytest.approx(-1)

@@ -68,7 +68,7 @@ def test_only_a_range_on_one_side_of_zero_is_a_difference(
 ) -> None:
     change = {"old": 0.4, "new": 0.4 + delta, "delta": delta, "low": delta - width, "high": delta + width}
     page = written(
-        tmp_path, manifest, {"figures": {"AP": change | {"probability_better": None}}, "classes": []}
+        tmp_path, manifest, {"figures": {"AP": change | {"probability_better": None}}, "classes": {}}
     )
     assert verdict in page.words
 
@@ -86,12 +86,12 @@ def test_images_are_drawn_three_times_and_their_pixels_written_once(
 
 def test_a_data_set_without_objects_has_nothing_to_compare(manifest: Manifest, tmp_path: Path) -> None:
     nothing = {"old": -1.0, "new": -1.0, "delta": 0.0, "low": 0.0, "high": 0.0, "probability_better": 0.0}
-    page = written(tmp_path, manifest, {"figures": {"AP": nothing}, "classes": [], "changed": {}})
+    page = written(tmp_path, manifest, {"figures": {"AP": nothing}, "classes": {}, "changed": {}})
     assert "nothing to compare" in page.words
 
 
 def test_images_that_cannot_be_decoded_say_so(manifest: Manifest, tmp_path: Path) -> None:
     change = {"old": 0.4, "new": 0.5, "delta": 0.1, "low": 0.0, "high": 0.2, "probability_better": 0.9}
     changed = {"better": [1035], "worse": [999999]}  # one has no bytes, one is not there
-    page = written(tmp_path, manifest, {"figures": {"AP": change}, "classes": [], "changed": changed})
+    page = written(tmp_path, manifest, {"figures": {"AP": change}, "classes": {}, "changed": changed})
     assert page.words.count("cannot be shown") == 2

@@ -13,6 +13,7 @@ from raydetr.evaluation.panoptic_quality import (
     class_qualities,
     count_maps,
     count_segments,
+    mean_of_classes,
     panoptic_figures,
     resampled_quality,
 )
@@ -75,10 +76,14 @@ def test_a_resample_equals_the_figures_of_repeated_images(tmp_path):
             {number: maps[image] for number, image in enumerate(names)},
             CATEGORIES,
         )
-        assert got == pytest.approx(panoptic_figures(again)["PQ"], abs=1e-12)
+        assert mean_of_classes(got) == pytest.approx(panoptic_figures(again)["PQ"], abs=1e-12)
+        expected = [each["PQ"] for each in class_qualities(again).values()]
+        np.testing.assert_allclose(np.nan_to_num(got, nan=-1), expected, rtol=0, atol=1e-12)
     ones = resampled_quality(counts, np.ones((1, len(counts.image_ids)), int))
-    assert ones[0] == pytest.approx(panoptic_figures(counts)["PQ"], abs=1e-12)
-    assert np.isnan(resampled_quality(counts, np.zeros((1, len(counts.image_ids)), int))).all()
+    assert mean_of_classes(ones)[0] == pytest.approx(panoptic_figures(counts)["PQ"], abs=1e-12)
+    nothing = resampled_quality(counts, np.zeros((1, len(counts.image_ids)), int))
+    assert np.isnan(nothing).all()
+    assert np.isnan(mean_of_classes(nothing)).all()
 
 
 def test_predicted_segments_of_an_unknown_category_are_void(tmp_path):

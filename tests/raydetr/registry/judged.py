@@ -16,7 +16,7 @@ from raydetr.registry.models import ResolvedModel
 from raydetr.registry.promote import put_evaluation
 from tests.raydetr.evaluation.tables import table_of
 
-SETTINGS = {"task": "detection", "precision": "float32", "segment_threshold": 0.5, "max_detections": 100}
+SETTINGS = {"precision": "float32", "segment_threshold": 0.5, "max_detections": 100}
 
 
 def guesses(manifest: Manifest, blur: float | Mapping[str, float], seed: int = 0) -> pa.Table:
@@ -46,7 +46,13 @@ def guesses(manifest: Manifest, blur: float | Mapping[str, float], seed: int = 0
 
 
 def put_on_file(
-    uri: str, version: int, manifest: Manifest, predictions: pa.Table, folder: Path, **changes: Any
+    uri: str,
+    version: int,
+    manifest: Manifest,
+    predictions: pa.Table,
+    folder: Path,
+    task: str = "detection",
+    **changes: Any,
 ) -> dict[str, Any]:
     """Score predictions and put them on file as an evaluation of a version, with a report; its record."""
     folder.mkdir(parents=True)
@@ -56,8 +62,9 @@ def put_on_file(
         f"models:/raydetr/{version}", uri, str(folder), "raydetr", version, f"digest {version}"
     )
     address = str(folder / "predictions.parquet")
-    scored = score(address, manifest)
-    record = make(model, manifest, SETTINGS, scored.figures, scored.undecodable, address, str(folder))
+    scored = score(address, manifest, "none" if task == "detection" else task)
+    settings = {**SETTINGS, "task": task}
+    record = make(model, manifest, settings, scored.figures, scored.undecodable, address, str(folder))
     record |= {"run_id": "0", **changes}
     put_evaluation(model, manifest.digest, record)
     return record

@@ -47,7 +47,7 @@ def comparison(
     whole = {"id": 3, "name": "ant", "objects": 40, **figure}
     return {
         "figures": {"AP": figure, "AP_small": {**figure, "old": -1.0, "new": -1.0, "delta": 0.0}},
-        "classes": [whole] if classes is None else classes,
+        "classes": {"AP": [whole] if classes is None else classes},
         "images": 50,
         "resamples": 1000,
         "confidence": 0.95,
@@ -115,7 +115,7 @@ def test_one_class_much_worse_is_refused_by_name_although_the_whole_is_better():
     assert not found.promoted
     assert found.reason == (
         "no class is much worse: bee -0.200 [-0.300, -0.100], 40 objects, "
-        "asked for: none that loses more than 0.05 beyond chance"
+        "asked for: none that loses more than 0.05 AP beyond chance"
     )
     assert decision(replace(CONFIG, max_class_drop=0.25), comparison(0.4, 0.45, 0.01, 0.09, classes)).promoted
 
