@@ -115,12 +115,15 @@ def start_run(
     from mlflow.entities import Param, RunTag
 
     revision = git_revision()
-    all_tags = {**({GIT_TAG: revision} if revision else {}), **tags}
+    all_tags = {**({GIT_TAG: revision} if revision else {}), **{key: str(v) for key, v in tags.items()}}
     with registry_errors(uri):
         if run_id is None:
             experiment_id = _experiment_id(mlflow_client, uri, experiment)
-            run_id = str(mlflow_client.create_run(experiment_id, run_name=name).info.run_id)
+            # With its tags at once: whoever is ended right after it knows it by them when started again.
+            created = mlflow_client.create_run(experiment_id, tags=all_tags, run_name=name)
+            run_id = str(created.info.run_id)
             known: dict[str, str] = {}
+            all_tags = {}
         else:
             known = dict(mlflow_client.get_run(run_id).data.params)
             mlflow_client.update_run(run_id, status="RUNNING")
@@ -131,7 +134,7 @@ def start_run(
         new = [Param(key, value) for key, value in values.items() if key not in known]
         for batch in _batches(new, _PARAMS_PER_CALL):
             mlflow_client.log_batch(run_id, params=batch)
-        for tag_batch in _batches([RunTag(k, str(v)) for k, v in all_tags.items()], _PARAMS_PER_CALL):
+        for tag_batch in _batches([RunTag(k, v) for k, v in all_tags.items()], _PARAMS_PER_CALL):
             mlflow_client.log_batch(run_id, tags=tag_batch)
     return run_id
 

@@ -107,6 +107,26 @@ def test_an_evaluation_that_ends_anywhere_while_it_is_kept_leaves_one_run(
     assert evaluations(version) == {manifest.digest: record}
 
 
+def test_an_evaluation_that_ends_right_after_it_began_its_run_goes_on_with_it(
+    version, manifest, tmp_path, monkeypatch
+):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    with monkeypatch.context() as patched:
+
+        def gone(*arguments: Any, **rest: Any) -> None:
+            raise MlflowException("away")
+
+        patched.setattr(MlflowClient, "log_batch", gone)
+        with pytest.raises(RegistryError, match="away"):
+            evaluated(version.uri, version, manifest, tmp_path / "out")
+    record = evaluated(version.uri, version, manifest, tmp_path / "out")
+    (run,) = runs(version.uri)
+    assert (run.info.run_id, run.info.status) == (record["run_id"], "FINISHED")
+    assert run.data.params["model.address"] == "models:/raydetr/1"
+
+
 @pytest.mark.parametrize("name", ["report.html", "predictions.parquet"])
 def test_what_a_record_refers_to_must_be_there(version, manifest, tmp_path, name):
     evaluated(version.uri, version, manifest, tmp_path / "out")
