@@ -84,7 +84,7 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
                     )
             if not decision.promoted:
                 keep_refusal(ledger, run_id, previous, challenger.version, judged.digest)
-            end_run(uri, run_id)
+                end_run(uri, run_id)
             done = replace(done, number=number if decision.promoted else 0, run_id=run_id)
         if config.report and has_page:
             storage.write_bytes(storage.absolute(config.report), Path(folder, PAGE).read_bytes())

@@ -6,9 +6,9 @@ succeeds, on SQLite as on a server. So the moves of an alias are numbered parame
 promotion reads the ledger first, decides, and then writes the entry after the last one it has read; where that is
 taken, the alias moved meanwhile, and the promotion is refused.
 
-Writing the entry is the deed. Moving the alias and noting it on the versions follow from it (`settle`): whoever dies in
-between leaves an entry that is not settled, and the next promotion settles it before anything else. So no crash blocks
-an alias or leaves it where the ledger does not say.
+Writing the entry is the deed. Moving the alias, noting it on the versions and ending the decision's run follow from it
+(`settle`): whoever dies in between leaves an entry that is not settled, and the next promotion settles it before
+anything else. So no crash blocks an alias or leaves it where the ledger does not say.
 
 Which run is the ledger must be unique too: it is named by a tag of the experiment `promotion/<model>@<alias>`, written
 with the experiment itself, whose name MLflow gives once. That experiment also has a run for each decision.
@@ -118,7 +118,8 @@ class Ledger:
         return True
 
     def settle(self) -> list[Entry]:
-        """Make the alias and the versions' tags what the last entry says, unless that was done; all entries."""
+        """Make the alias and the versions' tags what the last entry says and end its decision's run, unless that was
+        done; all entries."""
         written = None
         while True:
             entries = self.entries()
@@ -132,8 +133,11 @@ class Ledger:
                     return entries
                 with _unless_deleted():
                     self.client.set_registered_model_alias(self.name, self.alias, str(last.version))
-                decision = self.client.get_run(last.run_id).data.tags.get(DECISION_TAG, "{}")
-                self.note(f"{last.number:04d}", decision, last.previous, last.version)
+                decision = self.client.get_run(last.run_id)
+                noted = decision.data.tags.get(DECISION_TAG, "{}")
+                self.note(f"{last.number:04d}", noted, last.previous, last.version)
+                if decision.info.lifecycle_stage == "active":
+                    self.client.set_terminated(last.run_id)
                 self.client.set_tag(self.run_id, mark, "yes")
             # Once more: had this process slept before it set the alias, it overwrote that of a later entry.
             written = last.number

@@ -139,7 +139,6 @@ def promote(uri: str, address: str, alias: str) -> Promotion:
     if not move(ledger, entry, previous):
         end_run(uri, run_id, "KILLED")
         raise RegistryError(f"{model.name}@{alias} was moved by somebody else meanwhile: promote again.")
-    end_run(uri, run_id)
     return Promotion(model.name, alias, previous, model.version, model.evaluations, number, run_id)
 
 
@@ -174,7 +173,6 @@ def undo(uri: str, name: str, alias: str, note: str = "", dry_run: bool = False)
     if not move(ledger, Entry(number, "undo", position, before.version, run_id, now()), position):
         end_run(uri, run_id, "KILLED")
         raise RegistryError(f"{name}@{alias} was moved by somebody else meanwhile: look, and undo again.")
-    end_run(uri, run_id)
     return Promotion(name, alias, position, before.version, before.evaluations, number, run_id)
 
 
@@ -187,7 +185,7 @@ def open_decision(
     pages: str = "",
     run_id: str = "",
 ) -> str:
-    """Put a decision on record as an MLflow run, which goes on until `tracking.end_run`.
+    """Put a decision on record as an MLflow run, which goes on until the alias is moved by it, or `tracking.end_run`.
 
     Args:
         ledger: of the alias.

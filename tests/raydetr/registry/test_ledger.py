@@ -111,8 +111,9 @@ def test_the_next_promotion_finishes_one_that_died_and_is_not_blocked(tracking_u
     bare_versions(tracking_uri, 3)
     promote(tracking_uri, "models:/raydetr/1", "champion")
     ledger = Ledger(tracking_uri, "raydetr", "champion")
-    claim_only(ledger, 2)
+    cut_short = claim_only(ledger, 2)
     assert ledger.position() == 1
+    assert client(tracking_uri).get_run(cut_short.run_id).info.status == "RUNNING"
 
     done = promote(tracking_uri, "models:/raydetr/3", "champion")
     assert (done.previous, done.version, done.number) == (2, 3, 3)
@@ -120,6 +121,8 @@ def test_the_next_promotion_finishes_one_that_died_and_is_not_blocked(tracking_u
     for version in ("1", "2"):
         noted = client(tracking_uri).get_model_version("raydetr", version).tags["promotion.champion.0002"]
         assert json.loads(noted)["reason"] == "cut short"
+    for entry in ledger.entries():
+        assert client(tracking_uri).get_run(entry.run_id).info.status == "FINISHED"
 
 
 def test_a_version_deleted_before_its_promotion_is_settled_does_not_block(tracking_uri):
