@@ -28,7 +28,7 @@ from tests.raydetr.registry.judged import guesses, put_on_file
 from tests.raydetr.registry.versions import bare_versions
 from tests.tiny_detr import save_tiny_detr
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(900)]
 
 AWAY_S = 65.0
 BLUR = 0.16
@@ -99,7 +99,6 @@ def artifact(uri: str, run_id: str, name: str) -> bytes:
     return Path(client(uri).download_artifacts(run_id, name)).read_bytes()
 
 
-@pytest.mark.soak
 @pytest.mark.usefixtures("ray_local")
 def test_an_evaluation_waits_a_minute_for_the_server_and_is_recorded_whole_and_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -174,7 +173,6 @@ def check_promoted(uri: str, number: int, version: int) -> None:
         assert (decision["promoted"], decision["old"], decision["new"]) == (True, version - 1, version)
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("what", ["the decision's run", "the versions' tags"])
 def test_a_promotion_waits_a_minute_for_the_server_and_is_recorded_whole_and_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
