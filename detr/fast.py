@@ -62,7 +62,7 @@ class _Backbone(nn.Module):
 @torch.no_grad()
 def _fast_backbone(net: nn.Module, pack: bool) -> nn.Module:
     try:
-        graph = trace(net)
+        graph = fx.GraphModule(net, trace(net))
     except (fx.proxy.TraceError, TypeError, RuntimeError):
         return net
     _fold_batch_norms(graph)
@@ -71,12 +71,13 @@ def _fast_backbone(net: nn.Module, pack: bool) -> nn.Module:
         _pack_convolutions(graph)
     graph.graph.lint()
     graph.recompile()
+    graph.graph.owning_module = None  # no circle: a model that nobody holds is freed at once
     return _Backbone(graph)
 
 
 def _fold_batch_norms(graph: fx.GraphModule) -> None:
     """Convolutions take their norm's weight and bias for good, and what then does nothing is left out."""
-    for node in nodes_of(graph):
+    for node in nodes_of(graph.graph):
         module = called_module(graph, node)
         if isinstance(module, FoldedConv2d):
             convolution: Any = module
@@ -85,7 +86,7 @@ def _fold_batch_norms(graph: fx.GraphModule) -> None:
             convolution.__class__ = nn.Conv2d
         elif isinstance(module, FrozenBatchNorm2d) and module.folded:
             graph.set_submodule(str(node.target), module.act)
-    for node in nodes_of(graph):
+    for node in nodes_of(graph.graph):
         if type(called_module(graph, node)) is nn.Identity:
             _replace(graph, node, node.args[0])
 
@@ -139,19 +140,23 @@ class _PackedConv2d(nn.Module):
 
 def _pack_convolutions(graph: fx.GraphModule) -> None:
     """Convolutions become oneDNN's, with the additions and activations that follow them."""
-    for node in nodes_of(graph):
+    for node in nodes_of(graph.graph):
         convolution: Any = called_module(graph, node)
         plain = type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros"
         if plain and not isinstance(convolution.padding, str) and convolution.weight.dtype == torch.float32:
             graph.set_submodule(str(node.target), _PackedConv2d(convolution))
-    order = {node: number for number, node in enumerate(nodes_of(graph))}
-    for node in nodes_of(graph):
+    order = {node: number for number, node in enumerate(nodes_of(graph.graph))}
+    for node in nodes_of(graph.graph):
         if node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add):
             _fuse_addition(graph, node, order)
             continue
         kind, source = type(called_module(graph, node)), node.args[0] if node.args else None
         packed = called_module(graph, source)
-        if kind in _ACTIVATIONS and isinstance(packed, _PackedConv2d) and feeds_only(graph, source, node):
+        if (
+            kind in _ACTIVATIONS
+            and isinstance(packed, _PackedConv2d)
+            and feeds_only(graph.graph, source, node)
+        ):
             packed.activation = _ACTIVATIONS[kind]
             _replace(graph, node, source)
 
@@ -164,7 +169,7 @@ def _fuse_addition(graph: fx.GraphModule, addition: Any, order: dict[Any, int]) 
         if (
             not isinstance(packed, _PackedConv2d)
             or len(node.args) > 1
-            or not feeds_only(graph, node, addition)
+            or not feeds_only(graph.graph, node, addition)
         ):
             continue
         # Readers that are convolutions have results of their own; anything else might be a view, or the output.

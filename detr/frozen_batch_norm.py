@@ -85,10 +85,10 @@ def fold_into_convolutions(net: nn.Module) -> None:
     except (fx.proxy.TraceError, TypeError, RuntimeError):
         return
     for node in nodes_of(graph):
-        norm = called_module(graph, node)
+        norm = called_module(net, node)
         if not isinstance(norm, FrozenBatchNorm2d):
             continue
-        convolution = called_module(graph, node.args[0])
+        convolution = called_module(net, node.args[0])
         if type(convolution) is nn.Conv2d and feeds_only(graph, node.args[0], node):
             # In place, so that hooks and names stay.
             folded: Any = convolution
@@ -108,28 +108,34 @@ class _Tracer(fx.Tracer):
         return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(net: nn.Module) -> fx.GraphModule:
-    """The calls of a timm net as a graph, which shares its modules.
+def trace(net: nn.Module) -> fx.Graph:
+    """The calls of a timm net as a graph, which names its modules and holds none of them.
+
+    A `torch.fx.GraphModule` would: with its graph it is a circle, which keeps a net alive until Python looks for such.
 
     Raises:
         torch.fx.proxy.TraceError: its forward branches on values.
     """
-    return fx.GraphModule(net, _Tracer().trace(net))
+    tracer = _Tracer()
+    try:
+        return tracer.trace(net)
+    finally:
+        vars(tracer).clear()  # it is in such a circle, too
 
 
-def nodes_of(graph: fx.GraphModule) -> list[Any]:
+def nodes_of(graph: fx.Graph) -> list[Any]:
     """The nodes of a graph, in the order in which they are computed; Any, since fx types what they hold loosely."""
-    return list(graph.graph.nodes)
+    return list(graph.nodes)
 
 
-def called_module(graph: fx.GraphModule, node: Any) -> nn.Module | None:
-    """The module that a node calls, if it does."""
+def called_module(net: nn.Module, node: Any) -> nn.Module | None:
+    """The module of a net that a node calls, if it does."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
-    return graph.get_submodule(str(node.target))
+    return net.get_submodule(str(node.target))
 
 
-def feeds_only(graph: fx.GraphModule, node: Any, user: Any) -> bool:
+def feeds_only(graph: fx.Graph, node: Any, user: Any) -> bool:
     """Whether a node's result is read by ``user`` alone, and both call modules that are called nowhere else."""
     calls = [each.target for each in nodes_of(graph) if each.op == "call_module"]
     once = all(calls.count(each.target) == 1 for each in (node, user) if each.op == "call_module")

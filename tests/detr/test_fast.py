@@ -1,6 +1,8 @@
 """A model for inference gives what the plain model gives, and the model itself is left alone."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -96,6 +98,22 @@ def test_a_resnet_has_no_norm_and_no_sum_left() -> None:
 def test_what_is_optimised_cannot_be_saved(tmp_path) -> None:
     with pytest.raises(ValueError, match="optimize"):
         make_model("resnet18").optimize().save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("optimise", [False, True])
+def test_a_model_that_nobody_holds_is_freed_without_the_garbage_collector(optimise: bool) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        model = make_model("resnet18")
+        if optimise:
+            model = model.optimize()
+            model(torch.zeros(1, 3, 64, 64))
+        gone = [weakref.ref(module) for module in model.modules()]
+        del model
+        assert not [each() for each in gone if each() is not None]
+    finally:
+        gc.enable()
 
 
 def test_a_net_that_cannot_be_traced_stays_as_it_is() -> None:

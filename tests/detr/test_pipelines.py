@@ -220,12 +220,11 @@ def test_with_canonical_padding_the_detections_are_those_of_object_detector(dete
         assert len(got) == len(expected) == 12
         for a, b in zip(got, expected):
             assert a["label"] == b["label"]
-            box = {corner: int(value) for corner, value in b["box"].items()}
-            if batch_size == 1:
-                assert (a["score"], a["box"]) == (b["score"], box)
-            else:  # other kernels for another batch
-                assert a["score"] == pytest.approx(b["score"], abs=1e-4)
-                assert a["box"] == pytest.approx(box, abs=1)
+            # The other's kernels are those of an optimised model, and here those of another batch.
+            assert a["score"] == pytest.approx(b["score"], abs=1e-5 if batch_size == 1 else 1e-4)
+            assert a["box"] == pytest.approx(
+                {corner: int(value) for corner, value in b["box"].items()}, abs=1
+            )
 
 
 @pytest.mark.known_issue(19)
