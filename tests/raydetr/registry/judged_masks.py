@@ -9,7 +9,7 @@ import pyarrow as pa
 from scipy import ndimage
 
 from detr.metrics.masks import encode_masks
-from detr.metrics.panoptic import read_panoptic_png, write_panoptic_png
+from detr.panoptic_png import read_panoptic_png, write_panoptic_png
 from raydetr.data.inputs import Addresses
 from raydetr.data.mask_targets import decode_mask
 from raydetr.data.shards import Manifest, read_records, truth_annotations
