@@ -28,7 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 def optimized(model: M, pack: bool = True) -> M:
     """A copy of ``model`` that is faster in inference: see the file's docstring.
 
-    It is in evaluation mode, has no gradients and cannot be saved. A backbone that cannot be traced (its forward
+    It is in evaluation mode, has no gradients, stays on its device and cannot be saved. A backbone that cannot be traced (its forward
     branches on values) stays as it is.
 
     Args:
@@ -104,7 +104,7 @@ class _PackedConv2d(nn.Module):
     """A convolution of oneDNN with a packed weight, and what is done to its result before it is stored.
 
     oneDNN chooses how a weight is packed by the size of the input, and a weight that is packed for another is packed
-    anew in every call, which costs up to four times the convolution. There are few ways, so each is kept.
+    anew in every call, which can cost more than the convolution. There are few ways, so each is kept.
 
     Args:
         convolution: float32, on the CPU.

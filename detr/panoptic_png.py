@@ -17,7 +17,7 @@ def read_panoptic_colors(png: bytes) -> np.ndarray:
     Raises:
         OSError, SyntaxError, ValueError: what Pillow raises for bytes that are no image, and damaged ones.
     """
-    # kornia-rs gives Pillow's pixels in a quarter of the time, of the kind of PNG that it is asked for alone.
+    # kornia-rs gives Pillow's pixels sooner (`make bench BENCH='--only quality'`), of the kind it is asked for alone.
     if len(png) > 26 and png[12:16] == b"IHDR":
         width, height, depth, kind = struct.unpack(">IIBB", png[16:26])
         if (depth, kind) == (8, 2) and 0 < width * height <= _MAX_PIXELS:  # eight bits, RGB

@@ -10,6 +10,7 @@ The ratio is that of the medians, with the lowest and the highest of a single ro
 import argparse
 import json
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def main() -> None:
             continue
         print(_line(rows[-1], earlier), flush=True)
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": machine, "rows": [row.as_dict() for row in rows]}
+        content = {"machine": machine, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
     print()
     for row in rows:

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -14,7 +14,7 @@ class Row:
     Attributes:
         work: what was done.
         reference: what it is compared with.
-        seconds: of ours, the median; CPU seconds of all threads unless `clock` says otherwise.
+        seconds: of ours, the median, in CPU seconds of all threads.
         reference_seconds: the median of the reference.
         ratio: of the medians, reference ÷ ours.
         lowest: the smallest ratio of one round.
@@ -22,7 +22,6 @@ class Row:
         rounds: how often both were timed.
         aim: the ratio to be reached.
         least: the ratio below which the work is not done.
-        clock: ``cpu`` or ``wall``.
         note: how equal the outputs were, and what else a reader has to know.
     """
 
@@ -36,15 +35,7 @@ class Row:
     rounds: int
     aim: float | None = None
     least: float | None = None
-    clock: str = "cpu"
     note: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
-CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
 def paired(
@@ -54,7 +45,6 @@ def paired(
     reference: Callable[[], Any],
     *,
     rounds: int = 5,
-    clock: str = "cpu",
     aim: float | None = None,
     least: float | None = None,
     note: str = "",
@@ -68,7 +58,7 @@ def paired(
     for number in range(rounds):
         pair = [(ours, first), (reference, second)]
         for do, seconds in pair if number % 2 == 0 else reversed(pair):
-            seconds.append(_timed(do, clock))
+            seconds.append(_timed(do))
     ratios = [b / a for a, b in zip(first, second)]
     mine, theirs = statistics.median(first), statistics.median(second)
     return Row(
@@ -82,12 +72,11 @@ def paired(
         rounds=rounds,
         aim=aim,
         least=least,
-        clock=clock,
         note=note,
     )
 
 
-def _timed(do: Callable[[], Any], clock: str) -> float:
-    start = CLOCKS[clock]()
+def _timed(do: Callable[[], Any]) -> float:
+    start = time.process_time()
     do()
-    return CLOCKS[clock]() - start
+    return time.process_time() - start

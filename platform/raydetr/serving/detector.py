@@ -227,7 +227,7 @@ def _key(model: ResolvedModel) -> str:
 
 
 def _give_back_memory() -> None:
-    """To the system: what loading and dropping versions has freed glibc would keep, some 30 MiB each time."""
+    """To the system: what loading and dropping versions has freed, which glibc would keep."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
