@@ -124,7 +124,8 @@ class ObjectDetector:
         image_processor: its resize, rescale and normalisation are applied; its padding is replaced by the canonical
             one.
         device: where the model runs.
-        dtype: what it computes in. For float16 and bfloat16 the weights stay as they are and autocast decides.
+        dtype: what it computes in. For float16 and bfloat16 the weights stay as they are and autocast decides, unless
+            the model comes from ``optimize(dtype=...)``.
     """
 
     def __init__(
@@ -166,9 +167,10 @@ class ObjectDetector:
         from detr.segmentation import DetrForSegmentation
 
         kind = DetrForSegmentation if masks else DetrForObjectDetection
-        half = dtype in _HALF
+        half, on_cpu = dtype in _HALF, torch.device(device).type == "cpu"
         model = kind.from_pretrained(folder, dtype=torch.float32 if half else dtype).to(device)
-        return cls(model.optimize(pack=not half), DetrImageProcessor.from_pretrained(folder), device, dtype)
+        fast = model.optimize(pack=not half) if on_cpu else model.optimize(dtype=dtype if half else None)
+        return cls(fast, DetrImageProcessor.from_pretrained(folder), device, dtype)
 
     def prepare(self, image: bytes | Image.Image | torch.Tensor) -> PreparedImage:
         """See `prepare_image`; with this detector's image processor."""
@@ -206,8 +208,10 @@ class ObjectDetector:
                 f"images of shapes {shapes} cannot share a batch: group them by PreparedImage.shape"
             )
         pixels = torch.from_numpy(np.stack([image.pixels for image in prepared])).to(self.device)
-        mask = _pixel_mask([image.size for image in prepared], prepared[0].shape, self.device)
-        pixel_values = self.image_processor.rescale_and_normalize(pixels) * mask[:, None]
+        pixel_values, mask = self.image_processor.rescale_and_normalize(pixels), None
+        if any(image.size != image.shape for image in prepared):
+            mask = _pixel_mask([image.size for image in prepared], prepared[0].shape, self.device)
+            pixel_values = pixel_values * mask[:, None]
         pixel_values = pixel_values.to(torch.float32 if self._autocast else self.dtype)
         with torch.autocast(self.device.type, self.dtype, enabled=self._autocast):
             return self.model(pixel_values, pixel_mask=mask)
@@ -228,7 +232,7 @@ class ObjectDetector:
 
     @property
     def _autocast(self) -> bool:
-        return self.dtype in _HALF
+        return self.dtype in _HALF and self.model.dtype not in _HALF
 
 
 def _pixel_mask(

@@ -4,8 +4,8 @@ What is done, and why it changes no result beyond rounding:
 
 - A frozen batch norm is an affine map of each channel, so it is folded into the convolution before it.
 - Weights and activations are channels-last, which is what convolutions read fastest.
-- On a CPU each convolution is oneDNN's own, with its weight packed once and with the ReLU and the addition that follow
-  it done while its result is still in a register.
+- Each convolution does the ReLU and the addition that follow it, while its result is still in a register: with oneDNN
+  on a CPU (`detr.fast_cpu`), with cuDNN on a GPU (`detr.fast_cuda`, which also does without Python's part of the work).
 
 The plain model beside it is the test (`tests/detr/test_fast.py`).
 """
@@ -20,26 +20,38 @@ import torch
 from torch import Tensor, fx, nn
 
 from detr.backbone import ConvEncoder
+from detr.fast_cpu import OneDnnConv2d
+from detr.fast_cuda import CudnnConv2d, SpaceToDepthConv2d, fuse_feed_forward, replay_graphs, use_gpu_kernels
 from detr.frozen_batch_norm import FoldedConv2d, FrozenBatchNorm2d, called_module, feeds_only, nodes_of, trace
 
 M = TypeVar("M", bound=nn.Module)
+_FUSED: tuple[type[OneDnnConv2d] | type[CudnnConv2d], ...] = (OneDnnConv2d, CudnnConv2d)
 
 
-def optimized(model: M, pack: bool = True) -> M:
+def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None) -> M:
     """A copy of ``model`` that is faster in inference: see the file's docstring.
 
-    It is in evaluation mode, has no gradients, stays on its device and cannot be saved. A backbone that cannot be traced (its forward
-    branches on values) stays as it is.
+    It is in evaluation mode, has no gradients, stays on its device and cannot be saved. A backbone that cannot be
+    traced (its forward branches on values) stays as it is. What is optimised already is returned as it is.
 
     Args:
         model: a DETR model, on its device and in its dtype. On a CPU, float32 gains most.
         pack: False leaves the convolutions to torch, for a model that will run under autocast, which does not reach
             packed ones.
+        dtype: of all but the heads for classes and boxes, which stay as they are: a thousandth of the work, and
+            bfloat16 boxes are off by pixels. None leaves everything in its dtype.
     """
+    if is_optimized(model):
+        return model
     fast = copy.deepcopy(model).eval().requires_grad_(False)
+    if dtype is not None:
+        _convert(fast, dtype)
     for module in fast.modules():
         if isinstance(module, ConvEncoder):
             module.model = _fast_backbone(module.model, pack)
+    if pack and next(fast.parameters()).device.type == "cuda":
+        fuse_feed_forward(fast)
+        replay_graphs(fast)
     return fast
 
 
@@ -48,15 +60,24 @@ def is_optimized(model: nn.Module) -> bool:
     return any(isinstance(module, _Backbone) for module in model.modules())
 
 
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not {"class_labels_classifier", "bbox_predictor"}.intersection(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+
+
 class _Backbone(nn.Module):
-    """A graph that wants its images channels-last."""
+    """A graph that wants its images channels-last, unless its first convolution puts them in order itself."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
         self.graph_module = graph
+        self._as_they_are = any(isinstance(module, SpaceToDepthConv2d) for module in graph.modules())
 
     def forward(self, pixel_values: Tensor) -> Any:
-        return self.graph_module(pixel_values.contiguous(memory_format=torch.channels_last))
+        if not self._as_they_are:
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        return self.graph_module(pixel_values)
 
 
 @torch.no_grad()
@@ -67,8 +88,12 @@ def _fast_backbone(net: nn.Module, pack: bool) -> nn.Module:
         return net
     _fold_batch_norms(graph)
     graph.to(memory_format=torch.channels_last)
-    if pack and next(net.parameters()).device.type == "cpu" and torch.backends.mkldnn.is_available():
-        _pack_convolutions(graph)
+    first = next(net.parameters())
+    for kind in _FUSED:
+        if pack and kind.fits(first):
+            _fuse_convolutions(graph, kind)
+    if pack and first.device.type == "cuda":
+        use_gpu_kernels(graph)
     graph.graph.lint()
     graph.recompile()
     graph.graph.owning_module = None  # no circle: a model that nobody holds is freed at once
@@ -91,73 +116,31 @@ def _fold_batch_norms(graph: fx.GraphModule) -> None:
             _replace(graph, node, node.args[0])
 
 
-# The activations that oneDNN does within a convolution: its name, and the numbers it needs.
-_ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
-    nn.ReLU: ("relu", []),
-    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
-    nn.SiLU: ("swish", []),
-    nn.Hardswish: ("hardswish", []),
-}
-
-
-class _PackedConv2d(nn.Module):
-    """A convolution of oneDNN with a packed weight, and what is done to its result before it is stored.
-
-    oneDNN chooses how a weight is packed by the size of the input, and a weight that is packed for another is packed
-    anew in every call, which can cost more than the convolution. There are few ways, so each is kept.
+def _fuse_convolutions(graph: fx.GraphModule, kind: Any) -> None:
+    """Convolutions become those of a library, with the additions and activations that follow them.
 
     Args:
-        convolution: float32, on the CPU.
+        graph: of a backbone.
+        kind: of the modules of `_FUSED`.
     """
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        padding, strides, dilation = convolution.padding, convolution.stride, convolution.dilation
-        self._arguments = (list(padding), list(strides), list(dilation), convolution.groups)
-        self._weight, self._bias = convolution.weight.detach().contiguous(), convolution.bias
-        self._by_shape: dict[torch.Size, Tensor] = {}
-        self._by_layout: dict[bytes, Tensor] = {}
-        self.activation: tuple[str, list[float]] = ("none", [])
-        """Of the result; of the sum where there is another input."""
-
-    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """Float [B, C, h, w] to float [B, C', h', w']; ``other``, which is added, is overwritten by the result."""
-        weight = self._by_shape.get(x.shape)
-        if weight is None:
-            weight = self._by_shape[x.shape] = self._pack(x.shape)
-        name, numbers = self.activation
-        given = (x, weight, self._bias, *self._arguments)
-        if other is None:
-            return torch.ops.mkldnn._convolution_pointwise(*given, name, numbers, "")
-        after = None if name == "none" else name
-        return torch.ops.mkldnn._convolution_pointwise_.binary(other, *given, "add", 1.0, after, numbers, "")
-
-    def _pack(self, shape: torch.Size) -> Tensor:
-        packed = torch.ops.mkldnn._reorder_convolution_weight(self._weight, *self._arguments, list(shape))
-        layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
-        return self._by_layout.setdefault(layout, packed)
-
-
-def _pack_convolutions(graph: fx.GraphModule) -> None:
-    """Convolutions become oneDNN's, with the additions and activations that follow them."""
     for node in nodes_of(graph.graph):
         convolution: Any = called_module(graph, node)
         plain = type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros"
-        if plain and not isinstance(convolution.padding, str) and convolution.weight.dtype == torch.float32:
-            graph.set_submodule(str(node.target), _PackedConv2d(convolution))
+        if plain and not isinstance(convolution.padding, str) and kind.fits(convolution.weight):
+            graph.set_submodule(str(node.target), kind(convolution))
     order = {node: number for number, node in enumerate(nodes_of(graph.graph))}
     for node in nodes_of(graph.graph):
         if node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add):
             _fuse_addition(graph, node, order)
             continue
-        kind, source = type(called_module(graph, node)), node.args[0] if node.args else None
-        packed = called_module(graph, source)
+        activation, source = type(called_module(graph, node)), node.args[0] if node.args else None
+        fused = called_module(graph, source)
         if (
-            kind in _ACTIVATIONS
-            and isinstance(packed, _PackedConv2d)
+            isinstance(fused, _FUSED)
+            and activation in fused.ACTIVATIONS
             and feeds_only(graph.graph, source, node)
         ):
-            packed.activation = _ACTIVATIONS[kind]
+            fused.activation = fused.ACTIVATIONS[activation]
             _replace(graph, node, source)
 
 
@@ -165,25 +148,24 @@ def _fuse_addition(graph: fx.GraphModule, addition: Any, order: dict[Any, int]) 
     """Let a convolution that feeds a sum add to the other input in place, if nothing else reads that afterwards."""
     first, second = addition.args
     for node, other in ((first, second), (second, first)):
-        packed = called_module(graph, node)
-        if (
-            not isinstance(packed, _PackedConv2d)
-            or len(node.args) > 1
-            or not feeds_only(graph.graph, node, addition)
-        ):
+        fused = called_module(graph, node)
+        if not isinstance(fused, _FUSED) or len(node.args) > 1 or not feeds_only(graph.graph, node, addition):
             continue
         # Readers that are convolutions have results of their own; anything else might be a view, or the output.
         readers = [user for user in getattr(other, "users", ()) if user is not addition]
         done = all(
-            order[user] < order[addition] and isinstance(called_module(graph, user), _PackedConv2d)
+            order[user] < order[addition] and isinstance(called_module(graph, user), _FUSED)
             for user in readers
         )
-        if not isinstance(called_module(graph, other), _PackedConv2d | nn.MaxPool2d) or not done:
+        source = called_module(graph, other)
+        if not isinstance(source, (*_FUSED, nn.MaxPool2d)) or not done:
             continue
+        if isinstance(source, _FUSED) and not readers and source.activation[0] == "none":
+            fused.take_bias_of(source)
         with graph.graph.inserting_before(addition):
-            fused = graph.graph.call_module(node.target, (node.args[0], other))
-        order[fused] = order[addition]
-        _replace(graph, addition, fused)
+            call = graph.graph.call_module(node.target, (node.args[0], other))
+        order[call] = order[addition]
+        _replace(graph, addition, call)
         graph.graph.erase_node(node)
         return
 

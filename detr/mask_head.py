@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from detr.attention import activation_function
 from detr.config import DetrConfig
 
-# The largest activation of one chunk of masks; a few of its size exist at a time. Smaller is not slower on a CPU.
-_CHUNK_BYTES = 32 * 1024**2
+# The largest activation of one chunk of masks; a few of its size exist at a time. Smaller is not slower on a CPU, and
+# does not fill a GPU.
+_CHUNK_BYTES, _CHUNK_BYTES_ON_GPU = 32 * 1024**2, 64 * 1024**2
 
 
 class BoxAttention(nn.Module):
@@ -147,7 +148,7 @@ class MaskHead(nn.Module):
         if torch.compiler.is_compiling():
             return self._masks(context, image, query)
         per_mask = shallow[0].numel() * shallow.element_size()
-        size = max(1, _CHUNK_BYTES // per_mask)
+        size = max(1, (_CHUNK_BYTES_ON_GPU if shallow.is_cuda else _CHUNK_BYTES) // per_mask)
         if len(image) <= size:
             return self._masks(context, image, query)
         parts = []

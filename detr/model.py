@@ -108,8 +108,10 @@ class DetrModel(DetrPreTrainedModel):
         Raises:
             ValueError: neither image nor embeddings are given, or a shape does not fit.
         """
-        output = self.transform(
-            self.features(pixel_values, pixel_mask, inputs_embeds),
+        _, output = self.states(
+            pixel_values,
+            pixel_mask,
+            inputs_embeds,
             decoder_attention_mask,
             encoder_outputs,
             decoder_inputs_embeds,
@@ -118,6 +120,17 @@ class DetrModel(DetrPreTrainedModel):
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
+
+    def states(
+        self,
+        pixel_values: Tensor | None,
+        pixel_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *options: Any,
+    ) -> tuple[ImageFeatures, DetrModelOutput]:
+        """What both heads start from. Arguments are those of `features`, and then of `transform`."""
+        features = self.features(pixel_values, pixel_mask, inputs_embeds)
+        return features, self.transform(features, *options)
 
     def transform(
         self,
@@ -138,7 +151,9 @@ class DetrModel(DetrPreTrainedModel):
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         cells, batch = features.cells, features.cells.shape[0]
-        position = self.position_embedding(features.counted, cells.dtype).flatten(2).transpose(1, 2)
+        position = (
+            self.position_embedding(features.counted, cells.dtype).flatten(2).transpose(1, 2).contiguous()
+        )
         keep = None if features.keep is None else features.keep.flatten(1)
 
         encoded = _encoder_output(encoder_outputs)

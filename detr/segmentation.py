@@ -95,10 +95,10 @@ class DetrForSegmentation(DetrPreTrainedModel):
             raise ValueError(
                 "inputs_embeds skips the backbone, whose feature maps the mask head needs: give pixel_values"
             )
-        model = self.detr.model
-        features = model.features(pixel_values, pixel_mask)
-        outputs = model.transform(
-            features,
+        features, outputs = self.detr.model.states(
+            pixel_values,
+            pixel_mask,
+            None,
             decoder_attention_mask,
             encoder_outputs,
             decoder_inputs_embeds,

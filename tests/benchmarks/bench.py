@@ -18,10 +18,11 @@ import rows_model
 import rows_outputs
 import rows_panoptic
 import rows_processing
+import rows_training
 import torch
-from pairs import Row
+from pairs import HEAD, Row, line
 
-ROWS = rows_model.ROWS | rows_processing.ROWS | rows_outputs.ROWS | rows_panoptic.ROWS
+ROWS = rows_model.ROWS | rows_training.ROWS | rows_processing.ROWS | rows_outputs.ROWS | rows_panoptic.ROWS
 
 
 def main() -> None:
@@ -42,8 +43,7 @@ def main() -> None:
     machine = _machine()
     earlier = {} if options.compare is None else _ratios(options.compare)
     print(f"{machine['processor']}, torch {machine['torch']} ({machine['capability']}), one thread\n")
-    print("| work | reference | ours, s | reference, s | ratio | lowest, highest | aim | least | before |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(HEAD)
     rows: list[Row] = []
     for name, make in chosen.items():
         try:
@@ -51,7 +51,7 @@ def main() -> None:
         except FileNotFoundError as error:
             print(f"| {name} | | | | | | | | {error} |", flush=True)
             continue
-        print(_line(rows[-1], earlier), flush=True)
+        print(line(rows[-1], earlier), flush=True)
         options.json.parent.mkdir(parents=True, exist_ok=True)
         content = {"machine": machine, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -59,21 +59,6 @@ def main() -> None:
     for row in rows:
         if row.note:
             print(f"- {row.work}: {row.note}")
-
-
-def _line(row: Row, earlier: dict[str, float]) -> str:
-    cells = [
-        row.work,
-        row.reference,
-        f"{row.seconds:.3g}",
-        f"{row.reference_seconds:.3g}",
-        f"{row.ratio:.2f}",
-        f"{row.lowest:.2f}, {row.highest:.2f}",
-        "" if row.aim is None else f"{row.aim:g}",
-        "" if row.least is None else f"{row.least:g}",
-        f"{earlier[row.work]:.2f}" if row.work in earlier else "",
-    ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _ratios(file: Path) -> dict[str, float]:

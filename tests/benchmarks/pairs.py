@@ -6,6 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+HEAD = """| work | reference | ours, s | reference, s | ratio | lowest, highest | aim | least | before |
+|---|---|---|---|---|---|---|---|---|"""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -14,7 +19,7 @@ class Row:
     Attributes:
         work: what was done.
         reference: what it is compared with.
-        seconds: of ours, the median, in CPU seconds of all threads.
+        seconds: of ours, the median: CPU seconds of all threads, or seconds of the clock on a GPU.
         reference_seconds: the median of the reference.
         ratio: of the medians, reference ÷ ours.
         lowest: the smallest ratio of one round.
@@ -38,6 +43,22 @@ class Row:
     note: str = ""
 
 
+def line(row: Row, earlier: dict[str, float]) -> str:
+    """A row under `HEAD`; ``earlier`` has ratios by the name of the work."""
+    cells = [
+        row.work,
+        row.reference,
+        f"{row.seconds:.3g}",
+        f"{row.reference_seconds:.3g}",
+        f"{row.ratio:.2f}",
+        f"{row.lowest:.2f}, {row.highest:.2f}",
+        "" if row.aim is None else f"{row.aim:g}",
+        "" if row.least is None else f"{row.least:g}",
+        f"{earlier[row.work]:.2f}" if row.work in earlier else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def paired(
     work: str,
     reference_name: str,
@@ -48,17 +69,21 @@ def paired(
     aim: float | None = None,
     least: float | None = None,
     note: str = "",
+    device: str = "cpu",
 ) -> Row:
-    """Time ours and the reference in turn, after one round that is not counted.
+    """Time ours and the reference in turn, after what is not counted.
 
     The order within a round alternates, so that neither always finds the caches as the other left them.
     """
-    ours(), reference()
+    for _ in range(
+        1 if device == "cpu" else 3
+    ):  # a GPU's kernels are chosen, and recorded, in the first calls
+        ours(), reference()
     first, second = [], []
     for number in range(rounds):
         pair = [(ours, first), (reference, second)]
         for do, seconds in pair if number % 2 == 0 else reversed(pair):
-            seconds.append(_timed(do))
+            seconds.append(_timed(do) if device == "cpu" else _timed_on_gpu(do))
     ratios = [b / a for a, b in zip(first, second)]
     mine, theirs = statistics.median(first), statistics.median(second)
     return Row(
@@ -80,3 +105,12 @@ def _timed(do: Callable[[], Any]) -> float:
     start = time.process_time()
     do()
     return time.process_time() - start
+
+
+def _timed_on_gpu(do: Callable[[], Any], times: int = 5) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        do()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / times

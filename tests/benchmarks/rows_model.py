@@ -1,4 +1,4 @@
-"""Rows of the table about the model: inference and the training step, against transformers' eager float32.
+"""Rows of the table about inference, against transformers' eager float32, on a CPU or a GPU.
 
 Every row draws weights that separate the queries (with fresh ones all answer alike, and equality proves nothing),
 gives both the same, and asserts that the outputs are equal: no farther from float64 than three times the reference's
@@ -33,34 +33,42 @@ MIXED = [
 
 
 @torch.inference_mode()
-def single() -> Row:
+def single(device: str = "cpu") -> Row:
     """One image through resnet50."""
     return _one_image(
-        "resnet50, batch 1, 800 x 1066, float32", lambda ours: ours.optimize(), aim=2.7, least=2.0
+        device, "resnet50, batch 1, 800 x 1066, float32", lambda ours: ours.optimize(), aim=2.7, least=2.0
     )
 
 
 @torch.inference_mode()
-def plain() -> Row:
+def plain(device: str = "cpu") -> Row:
     """The same without `optimize`."""
-    return _one_image("the same, not optimised", lambda ours: ours)
+    return _one_image(device, "the same, not optimised", lambda ours: ours)
 
 
 @torch.inference_mode()
-def bfloat16() -> Row:
+def bfloat16(device: str = "cpu") -> Row:
     """One image in bfloat16, which only pays where the processor multiplies it."""
-    ours, theirs = _twins()
-    pixels = _image(SIZE)
-    fast = ours.optimize(pack=False)
+    ours, theirs = twins(device)
+    pixels = image(device)
+    if device == "cpu":
+        fast = ours.optimize(pack=False)
 
-    def run() -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
-            return fast(pixels)
+        def run() -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return fast(pixels)
+    else:
+        fast = ours.optimize(dtype=torch.bfloat16)
+
+        def run() -> Any:
+            return fast(pixels.bfloat16())
 
     expected, got = theirs(pixels), run()
     off = (got.logits.float() - expected.logits).abs().max().item()
     boxes = (got.pred_boxes - expected.pred_boxes).abs().max().item()
-    native = any(flag in torch.backends.cpu.get_cpu_capability() for flag in ("AVX512", "AMX"))
+    native = device != "cpu" or any(
+        flag in torch.backends.cpu.get_cpu_capability() for flag in ("AVX512", "AMX")
+    )
     return paired(
         "the same in bf16",
         REFERENCE,
@@ -70,18 +78,19 @@ def bfloat16() -> Row:
         aim=5,
         least=3.5,
         note=f"logits off by {off:.2g}, boxes by {boxes:.1e}" + ("" if native else "; no bf16 unit here"),
+        device=device,
     )
 
 
 @torch.inference_mode()
-def mixed_sizes() -> Row:
+def mixed_sizes(device: str = "cpu") -> Row:
     """Eight images of unlike sizes: those of one canonical shape together, against one padded batch."""
-    ours, theirs = _twins()
+    ours, theirs = twins(device)
     fast = ours.optimize()
-    images = [_image(size, seed)[0] for seed, size in enumerate(MIXED)]
+    images = [image(device, size, seed)[0] for seed, size in enumerate(MIXED)]
     groups: dict[tuple[int, int], list[Tensor]] = {}
-    for image in images:
-        groups.setdefault(canonical_shape(*image.shape[-2:]), []).append(image)
+    for one in images:
+        groups.setdefault(canonical_shape(*one.shape[-2:]), []).append(one)
     grouped = [_padded(group, shape) for shape, group in groups.items()]
     whole = _padded(images, (max(h for h, _ in MIXED), max(w for _, w in MIXED)))
     # An image in a larger padding is another input, so the references' own groups are what is compared.
@@ -94,6 +103,7 @@ def mixed_sizes() -> Row:
         lambda: [fast(pixels, mask) for pixels, mask in grouped],
         lambda: theirs(*whole),
         rounds=2,
+        device=device,
         aim=5,
         least=3,
         note=f"{share:.0%} of ours is padding, {1 - sum(h * w for h, w in MIXED) / whole[1].numel():.0%} of theirs; "
@@ -102,102 +112,74 @@ def mixed_sizes() -> Row:
 
 
 @torch.inference_mode()
-def panoptic() -> Row:
+def panoptic(device: str = "cpu") -> Row:
     """All 100 masks of an image."""
-    ours, theirs = _twins(segmentation=True)
-    pixels = _image(SIZE)
+    ours, theirs = twins(device, segmentation=True)
+    pixels = image(device)
     fast = ours.optimize()
-    _assert_masks(fast(pixels), theirs(pixels))
+    note = _assert_near(fast(pixels), theirs(pixels), masks=True)
     return paired(
         "panoptic, batch 1, 100 masks",
         REFERENCE,
         lambda: fast(pixels),
         lambda: theirs(pixels),
         rounds=2,
+        device=device,
         aim=8,
         least=6,
-        note="masks equal within 2e-3 of logits up to hundreds",
+        note=note + _extra_memory(lambda: fast(pixels), device),
     )
 
 
 @torch.inference_mode()
-def panoptic_kept() -> Row:
+def panoptic_kept(device: str = "cpu") -> Row:
     """The masks of the queries that post-processing keeps, some ten."""
-    ours, theirs = _twins(segmentation=True)
-    pixels = _image(SIZE)
+    ours, theirs = twins(device, segmentation=True)
+    pixels = image(device)
     fast = ours.optimize()
     scores = ours(pixels).logits.softmax(-1)[0, :, :-1].max(-1).values
-    threshold = scores.sort(descending=True).values[10].item()
+    threshold = scores.sort(descending=True).values[9:11].mean().item()
     expected, got = theirs(pixels), fast(pixels, min_score=threshold)
     kept = scores > threshold
-    torch.testing.assert_close(got.pred_masks[0, kept], expected.pred_masks[0, kept], atol=2e-3, rtol=1e-4)
+    near = 0.5 if pixels.is_cuda else 2e-3
+    torch.testing.assert_close(got.pred_masks[0, kept], expected.pred_masks[0, kept], atol=near, rtol=1e-4)
     return paired(
         f"panoptic, batch 1, {int(kept.sum())} kept queries",
         REFERENCE,
         lambda: fast(pixels, min_score=threshold),
         lambda: theirs(pixels),
         rounds=2,
+        device=device,
         aim=20,
         least=15,
     )
 
 
-def training_step() -> Row:
-    """Forward, backward, clipping and AdamW, two images with seven objects each; losses of the steps are equal."""
-    ours, theirs = _twins(auxiliary_loss=True, compat="transformers", trainable_backbone_stages=5)
-    ours = ours.to(memory_format=torch.channels_last)
-    pixels = torch.cat([_image((640, 853), seed) for seed in (0, 1)])
-    mask = torch.ones(2, 640, 853, dtype=torch.int64)
-    generator = torch.Generator().manual_seed(0)
-    labels = [
-        {"class_labels": torch.arange(7) * 11, "boxes": 0.2 + 0.3 * torch.rand(7, 4, generator=generator)}
-        for _ in range(2)
-    ]
-    losses: dict[str, list[float]] = {"ours": [], "theirs": []}
-
-    def stepper(name: str, model: Any, images: Tensor, **options: Any) -> Callable[[], None]:
-        model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=1e-4, **options)
-
-        def step() -> None:
-            loss = model(images, pixel_mask=mask, labels=labels).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[name].append(loss.item())
-
-        return step
-
-    row = paired(
-        "training step, resnet50, batch 2, 640 x 853, float32",
-        REFERENCE,
-        stepper("ours", ours, pixels.contiguous(memory_format=torch.channels_last), fused=True),
-        stepper("theirs", theirs, pixels),
-        rounds=3,
-        aim=1.5,
-        least=1.25,
-        note="losses of the steps equal within 1e-4 of themselves",
-    )
-    torch.testing.assert_close(losses["ours"], losses["theirs"], rtol=1e-4, atol=0)
-    return row
-
-
 ROWS: dict[str, Callable[[], Row]] = {
-    each.__name__: each
-    for each in (single, plain, bfloat16, mixed_sizes, panoptic, panoptic_kept, training_step)
+    each.__name__: each for each in (single, plain, bfloat16, mixed_sizes, panoptic, panoptic_kept)
 }
 
 
-def _one_image(work: str, prepare: Callable[[Any], Any], **bounds: float) -> Row:
-    ours, theirs = _twins()
-    pixels = _image(SIZE)
+def _extra_memory(run: Callable[[], Any], device: str) -> str:
+    if device == "cpu":
+        return ""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return f"; {(torch.cuda.max_memory_allocated() - before) / 2**30:.2f} GiB more than before the call"
+
+
+def _one_image(device: str, work: str, prepare: Callable[[Any], Any], **bounds: float) -> Row:
+    ours, theirs = twins(device)
+    pixels = image(device)
     model = prepare(ours)
     note = _assert_as_exact(ours, model(pixels), theirs(pixels), pixels)
-    return paired(work, REFERENCE, lambda: model(pixels), lambda: theirs(pixels), note=note, **bounds)
+    ours_now, theirs_now = (lambda: model(pixels)), (lambda: theirs(pixels))
+    return paired(work, REFERENCE, ours_now, theirs_now, note=note, device=device, **bounds)
 
 
-def _twins(segmentation: bool = False, **changes: Any) -> tuple[Any, Any]:
+def twins(device: str, segmentation: bool = False, **changes: Any) -> tuple[Any, Any]:
     import transformers
 
     kind = DetrForSegmentation if segmentation else DetrForObjectDetection
@@ -206,18 +188,20 @@ def _twins(segmentation: bool = False, **changes: Any) -> tuple[Any, Any]:
     separate_the_queries(ours, seed=0)
     theirs = getattr(transformers, kind.__name__)(transformers_config(config)).eval()
     load_into_transformers(ours, theirs)
-    return ours, theirs
+    return ours.to(device), theirs.to(device)
 
 
-def _image(size: tuple[int, int], seed: int = 0) -> Tensor:
-    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed))
+def image(device: str, size: tuple[int, int] = SIZE, seed: int = 0) -> Tensor:
+    """Normal noise float [1, 3, *size]."""
+    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def _padded(images: list[Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    pixels, mask = torch.zeros(len(images), 3, *shape), torch.zeros(len(images), *shape, dtype=torch.int64)
-    for number, image in enumerate(images):
-        height, width = image.shape[-2:]
-        pixels[number, :, :height, :width] = image
+    pixels = images[0].new_zeros(len(images), 3, *shape)
+    mask = torch.zeros(len(images), *shape, dtype=torch.int64, device=pixels.device)
+    for number, one in enumerate(images):
+        height, width = one.shape[-2:]
+        pixels[number, :, :height, :width] = one
         mask[number, :height, :width] = 1
     return pixels, mask
 
@@ -234,11 +218,14 @@ def _assert_as_exact(ours: Any, got: Any, theirs: Any, pixels: Tensor) -> str:
     return ", ".join(errors)
 
 
-def _assert_near(got: Any, expected: Any) -> None:
+def _assert_near(got: Any, expected: Any, masks: bool = False) -> str:
+    """Assert that outputs are equal but for rounding, which on a GPU is that of TF32 in convolutions."""
+    on_gpu = expected.logits.is_cuda
+    near, of_masks = (2e-2, 0.5) if on_gpu else (2e-4, 2e-3)
     for name in ("logits", "pred_boxes"):
-        torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=2e-4, rtol=1e-4)
-
-
-def _assert_masks(got: Any, expected: Any) -> None:
-    _assert_near(got, expected)
-    torch.testing.assert_close(got.pred_masks, expected.pred_masks, atol=2e-3, rtol=1e-4)
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=near, rtol=1e-4)
+    if masks:
+        torch.testing.assert_close(got.pred_masks, expected.pred_masks, atol=of_masks, rtol=1e-4)
+    return f"outputs equal within {near:g}" + (
+        f", mask logits, up to hundreds, within {of_masks:g}" if masks else ""
+    )

@@ -13,11 +13,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from pairs import Row, paired
-from torch import Tensor
-from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
-from detr import DetrConfig, DetrImageProcessor
-from detr.criterion import set_loss
+from detr import DetrImageProcessor
 
 QUERIES = 100
 KEPT = 10
@@ -92,54 +89,10 @@ def semantic() -> Row:
     )
 
 
-def criterion() -> Row:
-    """The loss of all decoder layers and its gradients."""
-    config = DetrConfig(num_labels=LABELS, auxiliary_loss=True, decoder_layers=LAYERS)
-    generator = torch.Generator().manual_seed(0)
-    shape = LAYERS, len(OBJECTS), QUERIES
-    logits = (3 * torch.randn(*shape, LABELS + 1, generator=generator)).requires_grad_()
-    boxes = torch.randn(*shape, 4, generator=generator).sigmoid().requires_grad_()
-    labels = [
-        {
-            "class_labels": torch.randint(LABELS, (count,), generator=generator),
-            "boxes": torch.randn(count, 4, generator=generator).sigmoid(),
-        }
-        for count in OBJECTS
-    ]
-    device = torch.device("cpu")
-
-    def ours() -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
-        loss, terms = set_loss(logits, boxes, labels, config)
-        return loss, terms, torch.autograd.grad(loss, (logits, boxes))
-
-    def theirs() -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
-        loss, terms, _ = ForObjectDetectionLoss(logits[-1], labels, device, boxes[-1], config, logits, boxes)
-        return loss, terms, torch.autograd.grad(loss, (logits, boxes))
-
-    (loss, terms, gradients), (their_loss, their_terms, their_gradients) = ours(), theirs()
-    torch.testing.assert_close(loss, their_loss, rtol=1e-5, atol=0)
-    assert terms.keys() == their_terms.keys()
-    for name, value in their_terms.items():
-        torch.testing.assert_close(terms[name], value, rtol=1e-5, atol=1e-6, msg=name)
-    for gradient, expected in zip(gradients, their_gradients, strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
-    return paired(
-        f"loss and gradients, {LAYERS} layers, {len(OBJECTS)} images",
-        "transformers' ForObjectDetectionLoss",
-        ours,
-        theirs,
-        rounds=15,
-        aim=5,
-        least=3.5,
-        note="loss and terms equal to 1e-5, gradients to 1e-4, relative",
-    )
-
-
 ROWS: dict[str, Callable[[], Row]] = {
     "instance_maps": lambda: segments("instance maps", "post_process_instance_segmentation"),
     "panoptic_maps": lambda: segments(
         "panoptic maps", "post_process_panoptic_segmentation", label_ids_to_fuse=STUFF
     ),
     "semantic_maps": semantic,
-    "criterion": criterion,
 }

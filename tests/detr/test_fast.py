@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from detr import DetrForObjectDetection, DetrForSegmentation
-from detr.fast import _PackedConv2d
+from detr.fast_cpu import OneDnnConv2d
 from tests.detr.conftest import separate_the_queries, small_config
 
 # residual sums and ReLU; ReLU6 without residual activation; SiLU and gates; pre-activation; no batch norm
@@ -91,8 +91,8 @@ def test_a_resnet_has_no_norm_and_no_sum_left() -> None:
     graph = fast.model.backbone.conv_encoder.model.graph_module
     kinds = {type(graph.get_submodule(n.target)) for n in graph.graph.nodes if n.op == "call_module"}
     # a feature map that is returned must not be overwritten, but here each is read by one sum at most before
-    assert kinds <= {_PackedConv2d, nn.MaxPool2d, nn.ReLU}
-    assert _PackedConv2d in kinds
+    assert kinds <= {OneDnnConv2d, nn.MaxPool2d, nn.ReLU}
+    assert OneDnnConv2d in kinds
 
 
 def test_what_is_optimised_cannot_be_saved(tmp_path) -> None:
