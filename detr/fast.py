@@ -44,6 +44,8 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None) -> 
     if is_optimized(model):
         return model
     fast = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in fast.modules():
+        vars(module).pop("states", None)  # of a model that is compiled: it would call the original
     if dtype is not None:
         _convert(fast, dtype)
     for module in fast.modules():

@@ -191,8 +191,9 @@ class _Replayed:
         self._graphs: dict[Any, _Recorded | None] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, pixel_values: Any, pixel_mask: Any = None, *args: Any) -> Any:
-        plain = isinstance(pixel_values, Tensor) and pixel_values.is_cuda and all(not a for a in args)
+    def __call__(self, pixel_values: Any, pixel_mask: Any = None, **options: Any) -> Any:
+        unused = all(option is None or option is False for option in options.values())
+        plain = isinstance(pixel_values, Tensor) and pixel_values.is_cuda and unused
         needs_grad = torch.is_grad_enabled() and plain and pixel_values.requires_grad
         if (
             not plain
@@ -200,7 +201,7 @@ class _Replayed:
             or torch.is_autocast_enabled("cuda")
             or torch.cuda.is_current_stream_capturing()
         ):
-            return self._states(self._model(), pixel_values, pixel_mask, *args)
+            return self._states(self._model(), pixel_values, pixel_mask, **options)
         key = (pixel_values.shape, pixel_values.dtype, None if pixel_mask is None else pixel_mask.dtype)
         with self._lock:
             if key not in self._graphs:

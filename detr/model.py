@@ -111,12 +111,12 @@ class DetrModel(DetrPreTrainedModel):
         _, output = self.states(
             pixel_values,
             pixel_mask,
-            inputs_embeds,
-            decoder_attention_mask,
-            encoder_outputs,
-            decoder_inputs_embeds,
-            output_attentions,
-            output_hidden_states,
+            inputs_embeds=inputs_embeds,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -126,11 +126,11 @@ class DetrModel(DetrPreTrainedModel):
         pixel_values: Tensor | None,
         pixel_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        *options: Any,
+        **options: Any,
     ) -> tuple[ImageFeatures, DetrModelOutput]:
-        """What both heads start from. Arguments are those of `features`, and then of `transform`."""
+        """What both heads start from. Arguments are those of `features` and of `transform`."""
         features = self.features(pixel_values, pixel_mask, inputs_embeds)
-        return features, self.transform(features, *options)
+        return features, self.transform(features, **options)
 
     def transform(
         self,

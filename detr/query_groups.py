@@ -114,9 +114,10 @@ class QueryGroups(nn.Module):
                 pixel_values, pixel_mask, labels=labels, return_dict=True, **given
             )
             return plain
-        core = self.detector.model
-        features = core.features(pixel_values, pixel_mask)
-        outputs = _as_layers(core.transform(features, extra_queries=self.extra_queries), self.groups)
+        features, outputs = self.detector.model.states(
+            pixel_values, pixel_mask, extra_queries=self.extra_queries
+        )
+        outputs = _as_layers(outputs, self.groups)
         if labels is not None:
             given |= self._normalisers(labels, features.cells.device, **given)
         output: DetrObjectDetectionOutput | DetrSegmentationOutput

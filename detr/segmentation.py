@@ -98,12 +98,11 @@ class DetrForSegmentation(DetrPreTrainedModel):
         features, outputs = self.detr.model.states(
             pixel_values,
             pixel_mask,
-            None,
-            decoder_attention_mask,
-            encoder_outputs,
-            decoder_inputs_embeds,
-            output_attentions,
-            output_hidden_states,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         output = self.segment(
             features, outputs, labels, num_boxes, class_weight_sum, image_weights, min_score=min_score

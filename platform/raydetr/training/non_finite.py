@@ -82,7 +82,9 @@ def probe(model: nn.Module, arguments: Mapping[str, Any], config: TrainConfig) -
             return f"the weights: {name}"
     if not torch.isfinite(arguments["pixel_values"]).all():
         return "the input: pixel_values"
-    with _watching(model) as (forward, backward), autocast(config, arguments["pixel_values"].device):
+    eager = torch.compiler.set_stance("force_eager")  # a compiled network has no modules to watch
+    device = arguments["pixel_values"].device
+    with eager, _watching(model) as (forward, backward), autocast(config, device):
         outputs = model(**arguments)
         if forward:
             return f"the forward pass: {forward[0]}"

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,6 +63,10 @@ def create_state(config: TrainConfig, manifest: Manifest, device: torch.device) 
         module.double()
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable()
+    if config.compile:
+        detector = model.detr if isinstance(model, DetrForSegmentation) else model
+        network: Any = detector.model
+        network.states = torch.compile(network.states)
     module.train()
     return TrainingState(
         model=model,
