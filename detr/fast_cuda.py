@@ -176,8 +176,8 @@ class _Replayed:
     """`DetrModel.states` that asks the GPU for everything at once.
 
     The first batch of a shape is computed as always, which lets the libraries choose their kernels; the second is
-    recorded; further ones are replayed. What asks for more than images, and what runs under autocast or with
-    gradients, is always computed.
+    recorded; further ones are replayed. What asks for more than images, and what runs under autocast, is always
+    computed.
 
     Args:
         model: a `DetrModel`.
@@ -194,13 +194,7 @@ class _Replayed:
     def __call__(self, pixel_values: Any, pixel_mask: Any = None, **options: Any) -> Any:
         unused = all(option is None or option is False for option in options.values())
         plain = isinstance(pixel_values, Tensor) and pixel_values.is_cuda and unused
-        needs_grad = torch.is_grad_enabled() and plain and pixel_values.requires_grad
-        if (
-            not plain
-            or needs_grad
-            or torch.is_autocast_enabled("cuda")
-            or torch.cuda.is_current_stream_capturing()
-        ):
+        if not plain or torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
             return self._states(self._model(), pixel_values, pixel_mask, **options)
         key = (pixel_values.shape, pixel_values.dtype, None if pixel_mask is None else pixel_mask.dtype)
         with self._lock:

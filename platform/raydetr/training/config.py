@@ -125,7 +125,7 @@ class TrainConfig:
     channels_last: bool = True
     """Memory layout of the convolutions."""
     compile: bool = False
-    """torch.compile the network: faster steps on a GPU, for a minute at the start and again at the first other size."""
+    """torch.compile the network for the first eight sizes of a batch: faster steps on a GPU, for half a minute each."""
 
     # The data
     shortest_edges: tuple[int, ...] = (112, 128, 144)

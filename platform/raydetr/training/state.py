@@ -66,7 +66,9 @@ def create_state(config: TrainConfig, manifest: Manifest, device: torch.device) 
     if config.compile:
         detector = model.detr if isinstance(model, DetrForSegmentation) else model
         network: Any = detector.model
-        network.states = torch.compile(network.states)
+        # Each size on its own, up to torch's limit of eight, then as always: code for all sizes at once is more than
+        # torch 2.11 can do on a GPU.
+        network.states = torch.compile(network.states, dynamic=False)
     module.train()
     return TrainingState(
         model=model,
