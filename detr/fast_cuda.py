@@ -7,9 +7,10 @@ the whole network is asked for at once.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,8 +23,8 @@ from detr.fast_pool import FastMaxPool2d
 from detr.frozen_batch_norm import called_module, nodes_of
 from detr.transformer import DecoderLayer, EncoderLayer
 
-_MAX_GRAPHS = 64
-"""Shapes of a batch that are replayed; each keeps its inputs, its results and the room of its activations."""
+_MOST_KEPT = 0.05
+"""Share of the GPU's memory for the images and results of recorded graphs; what is between them they share."""
 
 
 class CudnnConv2d(nn.Module):
@@ -169,7 +170,7 @@ def replay_graphs(model: nn.Module) -> None:
     for module in model.modules():
         inner: Any = module
         if hasattr(inner, "states"):
-            inner.states = _Replayed(module, keep_maps=hasattr(model, "mask_head"))
+            inner.states = _Replayed(inner, keep_maps=hasattr(model, "mask_head"))
 
 
 class _Replayed:
@@ -189,6 +190,8 @@ class _Replayed:
         self._model = weakref.ref(model)  # which holds this: no circle
         self._keep_maps = keep_maps
         self._graphs: dict[Any, _Recorded | None] = {}
+        self._kept = 0  # bytes
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self._lock = threading.Lock()
 
     def __call__(self, pixel_values: Any, pixel_mask: Any = None, **options: Any) -> Any:
@@ -199,13 +202,25 @@ class _Replayed:
         key = (pixel_values.shape, pixel_values.dtype, None if pixel_mask is None else pixel_mask.dtype)
         with self._lock:
             if key not in self._graphs:
-                if len(self._graphs) < _MAX_GRAPHS:
-                    self._graphs[key] = None
-                return self._states(self._model(), pixel_values, pixel_mask)
+                self._graphs[key] = None
+            elif self._graphs[key] is None:
+                self._graphs[key] = self._recorded(pixel_values, pixel_mask)
             graph = self._graphs[key]
-            if graph is None:
-                graph = self._graphs[key] = _Recorded(self._compute, pixel_values, pixel_mask)
-            return graph.replay(pixel_values, pixel_mask)
+            if graph is not None:
+                return graph.replay(pixel_values, pixel_mask)
+        return self._states(self._model(), pixel_values, pixel_mask)
+
+    def _recorded(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> _Recorded | None:
+        if self._kept > _MOST_KEPT * torch.cuda.get_device_properties(pixel_values.device).total_memory:
+            return None
+        try:
+            graph = _Recorded(self._compute, pixel_values, pixel_mask, self._pool, self._stream)
+        except RuntimeError:
+            # Out of memory, or an operation that cannot be recorded: what is wrong shows when it is computed.
+            self._kept = sys.maxsize
+            return None
+        self._kept += graph.kept
+        return graph
 
     def _compute(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Any:
         features, outputs = self._states(self._model(), pixel_values, pixel_mask)
@@ -219,22 +234,34 @@ class _Recorded:
         compute: from pixels and mask to dataclasses of tensors.
         pixel_values: of the shape that is recorded.
         pixel_mask: likewise; None where there is none.
+        pool: the memory that it shares with other graphs, of which one runs at a time.
+        stream: where it is recorded; the same for all of a pool.
+
+    Attributes:
+        kept: bytes of its images and results.
     """
 
-    def __init__(self, compute: Callable[..., Any], pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
+    def __init__(
+        self,
+        compute: Callable[..., Any],
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None,
+        pool: Any,
+        stream: torch.cuda.Stream,
+    ) -> None:
         # Not in inference mode: nothing may be written into its tensors outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._pixels = pixel_values.clone()
             self._mask = None if pixel_mask is None else pixel_mask.clone()
-            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 compute(self._pixels, self._mask)
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
             # Other threads load models and copy images meanwhile.
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
                 self._outputs = compute(self._pixels, self._mask)
+        self.kept = sum(t.nbytes for t in _tensors((self._pixels, self._mask, self._outputs)))
 
     def replay(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Any:
         """The outputs for these images, in memory of their own."""
@@ -244,6 +271,16 @@ class _Recorded:
                 self._mask.copy_(pixel_mask)
             self._graph.replay()
             return _cloned(self._outputs)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)
+    elif is_dataclass(value):
+        yield from _tensors([getattr(value, field.name) for field in fields(value)])
 
 
 def _cloned(value: Any) -> Any:

@@ -251,7 +251,7 @@ class ServeConfig:
     device: Literal["cpu", "gpu"] = "cpu"
     """Of the model replicas. gpu is never replaced by cpu: without GPUs it is an error."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16: the model runs under autocast."""
+    """bf16: bfloat16 but for the heads, on a CPU by autocast."""
     num_gpus: float = 0.0
     """GPUs of a model replica with --device gpu, may be a fraction; 0: one."""
     replicas: int = 1

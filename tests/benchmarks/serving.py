@@ -53,6 +53,10 @@ def main() -> None:
         for _ in range(given.rounds):
             rates["bare, one process"].append(bare(folder, 1, CORES, given.seconds))
             rates["bare, a process a core"].append(bare(folder, CORES, 1, given.seconds))
+            print(
+                f"bare: {rates['bare, one process'][-1]:.2f}, {rates['bare, a process a core'][-1]:.2f}",
+                flush=True,
+            )
             rival = ask(f"http://127.0.0.1:{RIVAL_PORT}", given.seconds, "--clients", "8")
             rates["FastAPI and transformers, 8 clients"].append(rival["images_per_second"])
             for clients in given.clients:

@@ -48,7 +48,7 @@ class PredictionSettings:
     masks: Masks = "none"
     """instance: a mask of every detection; panoptic: one map of segments. Both need a model with a mask head."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16: the model runs under autocast."""
+    """bf16: bfloat16 but for the heads, on a CPU by autocast."""
     segment_threshold: float = 0.5
     """Least score of a query that becomes a panoptic segment."""
 

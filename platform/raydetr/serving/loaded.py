@@ -88,7 +88,7 @@ class LoadedModel:
         Args:
             model: from `registry.models.resolve`.
             device: torch's name of it.
-            precision: bf16 runs it under autocast.
+            precision: bf16 runs it in bfloat16 but for the heads, on a CPU by autocast.
         """
         folder = local_folder(model)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
