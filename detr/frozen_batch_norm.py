@@ -6,6 +6,8 @@ over every activation, and another in the backward pass. Parameters and their gr
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,15 +99,41 @@ def fold_into_convolutions(net: nn.Module) -> None:
             norm.folded = True
 
 
+_TRACING = threading.Lock()
+
+
 class _Tracer(fx.Tracer):
-    """Convolutions and norms stay whole, and so does what timm says cannot be traced."""
+    """Convolutions and norms stay whole, and so does what timm says cannot be traced.
+
+    While torch traces, every module in the process calls its tracer. Those of other threads, which may be answering
+    requests, have to be let through.
+    """
+
+    _thread = 0  # also when everything is forgotten: another thread may still be on its way here
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self._leaves = (FrozenBatchNorm2d, FoldedConv2d, *get_notrace_modules())
+        self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def forget(self) -> None:
+        """Let go of what was traced: with its graph a tracer is a circle, too."""
+        kept = {"_autowrap_function_ids": self._autowrap_function_ids}
+        vars(self).clear()
+        vars(self).update(kept)
 
 
 def trace(net: nn.Module) -> fx.Graph:
@@ -116,11 +144,12 @@ def trace(net: nn.Module) -> fx.Graph:
     Raises:
         torch.fx.proxy.TraceError: its forward branches on values.
     """
-    tracer = _Tracer()
-    try:
-        return tracer.trace(net)
-    finally:
-        vars(tracer).clear()  # it is in such a circle, too
+    with _TRACING:  # two at once would undo each other's changes in the wrong order
+        tracer = _Tracer()
+        try:
+            return tracer.trace(net)
+        finally:
+            tracer.forget()
 
 
 def nodes_of(graph: fx.Graph) -> list[Any]:

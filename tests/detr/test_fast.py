@@ -2,7 +2,10 @@
 
 import copy
 import gc
+import threading
+import time
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,6 +24,9 @@ BACKBONES = [
     "regnety_002",
     "convnext_atto",
 ]
+
+
+ORIGINAL_CALL = nn.Module.__call__
 
 
 def make_model(backbone: str, **changes: object) -> DetrForObjectDetection:
@@ -114,6 +120,33 @@ def test_a_model_that_nobody_holds_is_freed_without_the_garbage_collector(optimi
         assert not [each() for each in gone if each() is not None]
     finally:
         gc.enable()
+
+
+def test_models_answer_and_are_made_while_others_are_made() -> None:
+    # torch.fx changes nn.Module for the whole process while it traces
+    plain = make_model("resnet18")
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = plain(pixels).logits
+    until = time.monotonic() + 5
+    faults: list[BaseException] = []
+
+    @torch.inference_mode()
+    def repeat(do: Callable[[], torch.Tensor]) -> None:
+        try:
+            while time.monotonic() < until and not faults:
+                torch.testing.assert_close(do(), expected, atol=1e-4, rtol=1e-4)
+        except BaseException as fault:
+            faults.append(fault)
+
+    answers = [lambda: plain(pixels).logits] * 2 + [lambda: plain.optimize()(pixels).logits] * 2
+    threads = [threading.Thread(target=repeat, args=(do,)) for do in answers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults, faults[0]
+    assert nn.Module.__call__ is ORIGINAL_CALL
 
 
 def test_a_net_that_cannot_be_traced_stays_as_it_is() -> None:
