@@ -150,6 +150,7 @@ class Ingress:
                 self.service.challenger = Challenger(
                     self.options.trial, current, self.shadow, self.metrics.canary_fallbacks.inc
                 )
+        self.metrics.challengers.inc(tags={"outcome": "refused" if refused else "served"})
         return refused
 
     def _load(self, model: ResolvedModel) -> str | None:

@@ -55,6 +55,9 @@ class RequestMetrics:
         self.swaps = Counter(
             "raydetr_model_swaps_total", "Versions that an alias moved to, by outcome.", ("outcome",)
         )
+        self.challengers = Counter(
+            "raydetr_challengers_total", "Challengers that were to be tried, by outcome.", _tags("outcome")
+        )
         self.canary_fallbacks = Counter(
             "raydetr_canary_fallbacks_total",
             "Requests that the champion answered after the challenger failed.",
@@ -62,19 +65,24 @@ class RequestMetrics:
 
 
 class ShadowMetrics:
-    """Of a challenger beside the version that answers."""
+    """Of challengers, which ``model`` names, beside the version that answers."""
 
     def __init__(self) -> None:
         self.images = Counter(
             "raydetr_shadow_images_total",
             "Images that a challenger was to detect too, by outcome.",
-            ("outcome",),
+            _tags("model", "outcome"),
         )
         self.detections = Counter(
-            "raydetr_shadow_detections_total", "Objects in these images, by who found them.", ("outcome",)
+            "raydetr_shadow_detections_total",
+            "Objects in these images, by who found them.",
+            _tags("model", "outcome"),
         )
         self.score_difference = Histogram(
-            "raydetr_shadow_score_difference", "Between two scores of one object with one label.", _SCORES
+            "raydetr_shadow_score_difference",
+            "Between two scores of one object with one label.",
+            _SCORES,
+            _tags("model"),
         )
 
 

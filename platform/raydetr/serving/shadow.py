@@ -86,7 +86,7 @@ class Shadow:
             if random.random() >= self.share:
                 continue
             if busy or len(self._tasks) >= self.most:
-                self._metrics.images.inc(tags={"outcome": "dropped"})
+                self._metrics.images.inc(tags={"model": challenger.model.label, "outcome": "dropped"})
                 continue
             task = asyncio.create_task(self._run(*image, champion, challenger))
             self._tasks.add(task)
@@ -109,17 +109,17 @@ class Shadow:
             comparison = compare(found, champion.id2label, result.value, challenger.id2label)
         except Exception:
             logger.exception("%s failed in the shadow", challenger.model.label)
-            self._metrics.images.inc(tags={"outcome": "failed"})
+            self._metrics.images.inc(tags={"model": challenger.model.label, "outcome": "failed"})
             return
-        self._count(comparison)
+        self._count(comparison, challenger.model.label)
 
-    def _count(self, comparison: Comparison) -> None:
-        self._metrics.images.inc(tags={"outcome": "compared"})
+    def _count(self, comparison: Comparison, model: str) -> None:
+        self._metrics.images.inc(tags={"model": model, "outcome": "compared"})
         for outcome in ("agreed", "relabelled", "only_champion", "only_challenger"):
             if number := getattr(comparison, outcome):
-                self._metrics.detections.inc(number, {"outcome": outcome})
+                self._metrics.detections.inc(number, {"model": model, "outcome": outcome})
         for difference in comparison.score_differences:
-            self._metrics.score_difference.observe(difference)
+            self._metrics.score_difference.observe(difference, {"model": model})
 
 
 def compare(

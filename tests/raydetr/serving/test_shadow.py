@@ -70,7 +70,7 @@ class Metrics:
     def inc(self, number: float = 1, tags: Any = None) -> None:
         self.counted[tags["outcome"]] += int(number)
 
-    def observe(self, value: float) -> None:
+    def observe(self, value: float, tags: Any = None) -> None:
         self.counted["differences"] += 1
 
 
