@@ -156,7 +156,7 @@ def test_both_versions_answer_and_are_compared_and_a_broken_challenger_costs_not
     assert outcomes("agreed") > 3
     assert {each: outcomes(each) for each in before} == before
 
-    assert metric("raydetr_shadow_images_total", outcome="compared", model="models:/raydetr/4") > 0
+    assert metric("raydetr_shadow_images_total", outcome="compared", model="raydetr-4") > 0
     challenge(tried, 3)  # answers NaN
     tried.wait_for(lambda: metric("raydetr_challengers_total", outcome="refused") == 1)
     assert set(ask(tried, 24)) == {1, 4}
