@@ -232,7 +232,7 @@ class ObjectDetector:
 
     @property
     def _autocast(self) -> bool:
-        return self.dtype in _HALF and self.model.dtype not in _HALF
+        return self.dtype in _HALF and next(self.model.parameters()).dtype not in _HALF
 
 
 def _pixel_mask(

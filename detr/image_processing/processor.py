@@ -343,7 +343,19 @@ def _stack(images: Sequence[torch.Tensor]) -> torch.Tensor:
         raise ValueError(
             f"images of unequal shapes {sorted(shapes)} cannot be stacked: set do_pad=True or return_tensors=None"
         )
-    return torch.stack(list(images))
+    if images[0].stride(0) != 1:
+        return torch.stack(list(images))
+    # Interleaved, as decoders write and the resize leaves them: to make them planar takes as long as the resize.
+    first = images[0]
+    batch = torch.empty(
+        (len(images), *first.shape),
+        dtype=first.dtype,
+        device=first.device,
+        memory_format=torch.channels_last,
+    )
+    for into, image in zip(batch, images):
+        into.copy_(image)
+    return batch
 
 
 def _as_type(data: dict[str, Any], return_tensors: str | None) -> BatchFeature:
