@@ -185,7 +185,7 @@ class DetrImageProcessor(PostProcessingMethods):
                 labels = [relate_to_padded(label, padded_size, rescale_boxes) for label in labels]
         else:
             images = [settings.rescale_and_normalize(image) for image in resized]
-            data["pixel_values"] = images if return_tensors is None else _stack(images)
+            data["pixel_values"] = images if return_tensors is None else _stack(images, tensors)
         if labels is not None:
             data["labels"] = [BatchFeature(label).to(device) for label in labels]
         return _as_type(data, return_tensors)
@@ -337,12 +337,15 @@ def _largest(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return max(height for height, _ in sizes), max(width for _, width in sizes)
 
 
-def _stack(images: Sequence[torch.Tensor]) -> torch.Tensor:
+def _stack(images: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A batch in memory that is not the given images'."""
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise ValueError(
             f"images of unequal shapes {sorted(shapes)} cannot be stacked: set do_pad=True or return_tensors=None"
         )
+    if len(images) == 1 and images[0] is not given[0]:
+        return images[0][None]
     if images[0].stride(0) != 1:
         return torch.stack(list(images))
     # Interleaved, as decoders write and the resize leaves them: to make them planar takes as long as the resize.
