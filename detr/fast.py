@@ -46,11 +46,11 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None) -> 
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     for module in fast.modules():
         vars(module).pop("states", None)  # of a model that is compiled: it would call the original
-    if dtype is not None:
-        _convert(fast, dtype)
     for module in fast.modules():
         if isinstance(module, ConvEncoder):
-            module.model = _fast_backbone(module.model, pack)
+            module.model = _fast_backbone(module.model, pack, dtype)
+    if dtype is not None:
+        _convert(fast, dtype)
     if pack and next(fast.parameters()).device.type == "cuda":
         fuse_feed_forward(fast)
         replay_graphs(fast)
@@ -83,12 +83,14 @@ class _Backbone(nn.Module):
 
 
 @torch.no_grad()
-def _fast_backbone(net: nn.Module, pack: bool) -> nn.Module:
+def _fast_backbone(net: nn.Module, pack: bool, dtype: torch.dtype | None) -> nn.Module:
     try:
         graph = fx.GraphModule(net, trace(net))
     except (fx.proxy.TraceError, TypeError, RuntimeError):
         return net
-    _fold_batch_norms(graph)
+    _fold_batch_norms(graph)  # before it is rounded
+    if dtype is not None:
+        graph.to(dtype)
     graph.to(memory_format=torch.channels_last)
     first = next(net.parameters())
     for kind in _FUSED:

@@ -51,8 +51,13 @@ def test_the_heads_stay_exact_in_bfloat16() -> None:
     fast = model.optimize(dtype=torch.bfloat16)
     assert fast.dtype == torch.bfloat16
     assert {p.dtype for p in fast.bbox_predictor.parameters()} == {torch.float32}
-    output = fast(torch.randn(1, 3, 64, 64).bfloat16())
+    separated = copy.deepcopy(model)
+    separate_the_queries(separated, seed=3)
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, output = separated(pixels), separated.optimize(dtype=torch.bfloat16)(pixels.bfloat16())
     assert output.logits.dtype == output.pred_boxes.dtype == torch.float32
+    torch.testing.assert_close(output.pred_boxes, expected.pred_boxes, atol=5e-2, rtol=0)
     assert fast.optimize() is fast
 
 
