@@ -1,4 +1,5 @@
-"""What inference costs as the work grows: time and memory at 1, 2, 4 and 8 times the pixels, queries, images, processes.
+"""What inference costs as the work grows: time and memory at 1, 2, 4 and 8 times the pixels, queries and images, and as many
+processes as there are cores.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/growth.py [--picture docs/growth.png]
 
@@ -78,11 +79,12 @@ def main() -> None:
     figure, (times, memories) = pyplot.subplots(1, 2, figsize=(9, 3.6))
     print(f"{CORES} cores\n\n| axis | times | seconds | MiB |\n|---|---|---|---|")
     for axis, colour in COLOURS.items():
-        found = [point(axis, factor) for factor in FACTORS]
-        for factor, (seconds, mib) in zip(FACTORS, found, strict=True):
+        factors = [n for n in FACTORS if axis != "processes" or n <= CORES]
+        found = [point(axis, factor) for factor in factors]
+        for factor, (seconds, mib) in zip(factors, found, strict=True):
             print(f"| {axis} | {factor} | {seconds:.2f} | {mib:.0f} |", flush=True)
-        times.plot(FACTORS, [seconds for seconds, _ in found], marker="o", color=colour, label=axis)
-        memories.plot(FACTORS, [mib for _, mib in found], marker="o", color=colour, label=axis)
+        times.plot(factors, [seconds for seconds, _ in found], marker="o", color=colour, label=axis)
+        memories.plot(factors, [mib for _, mib in found], marker="o", color=colour, label=axis)
     for axes, title in ((times, "seconds of a pass"), (memories, "MiB beyond the model")):
         axes.set(xscale="log", yscale="log", xlabel="times the work", title=title)
         axes.set_xticks(FACTORS, [str(factor) for factor in FACTORS])
