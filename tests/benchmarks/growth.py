@@ -88,7 +88,7 @@ def main() -> None:
     for axes, title in ((times, "seconds of a pass"), (memories, "MiB beyond the model")):
         axes.set(xscale="log", yscale="log", xlabel="times the work", title=title)
         axes.set_xticks(FACTORS, [str(factor) for factor in FACTORS])
-        axes.minorticks_off()
+        axes.xaxis.minorticks_off()
         axes.grid(alpha=0.3)
     times.legend()
     figure.tight_layout()
