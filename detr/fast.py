@@ -164,7 +164,8 @@ def _fuse_addition(graph: fx.GraphModule, addition: Any, order: dict[Any, int]) 
         source = called_module(graph, other)
         if not isinstance(source, (*_FUSED, nn.MaxPool2d)) or not done:
             continue
-        if isinstance(source, _FUSED) and not readers and source.activation[0] == "none":
+        alone = isinstance(source, _FUSED) and source.activation[0] == "none"
+        if alone and feeds_only(graph.graph, other, addition):
             fused.take_bias_of(source)
         with graph.graph.inserting_before(addition):
             call = graph.graph.call_module(node.target, (node.args[0], other))

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from detr.attention import activation_function
-from detr.fast_pool import FastMaxPool2d
 from detr.frozen_batch_norm import called_module, nodes_of
 from detr.transformer import DecoderLayer, EncoderLayer
 
@@ -148,6 +147,8 @@ class LinearReLU(nn.Module):
 
 def use_gpu_kernels(graph: fx.GraphModule) -> None:
     """Let the first convolution of a backbone keep the GPU busy, and its pool write no more than it must."""
+    from detr.fast_pool import FastMaxPool2d  # imports Triton, which only a GPU needs
+
     for node in nodes_of(graph.graph):
         module: Any = called_module(graph, node)
         if SpaceToDepthConv2d.fits(module) and len(node.args) == 1:

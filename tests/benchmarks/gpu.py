@@ -3,9 +3,8 @@
     PYTHONPATH=. python tests/benchmarks/gpu.py [--limit 790] [--json FILE]
 
 First the rows of `bench.py` that are about the model, ours and transformers' in turn (float32 as torch does it by
-default, with TF32 in convolutions, in both); then images of 800 x 1066 a
-second in bfloat16 and their share of what the device could do if it did nothing but this network's products, beside
-transformers eager and compiled.
+default, with TF32 in convolutions, in both); then images of 800 x 1066 a second in bfloat16 and their share of what the
+device could do if it did nothing but this network's products, beside transformers eager and compiled.
 """
 
 import argparse
@@ -22,7 +21,7 @@ import rows_model
 import rows_training
 import torch
 import transformers
-from pairs import HEAD, Row, line
+from pairs import HEAD, Row, line, timed_on_gpu
 from rows_model import SIZE, image, twins
 from torch import nn
 
@@ -163,15 +162,7 @@ def _rate(prepare: Callable[[], Callable[[], Any]], batch: int) -> dict[str, flo
     first = time.perf_counter() - start
     for _ in range(3):
         run()
-    seconds = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(5):
-            run()
-        torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - start) / 5)
-    rate = batch / statistics.median(seconds)
+    rate = batch / statistics.median(timed_on_gpu(run) for _ in range(5))
     return {
         "images_per_second": rate,
         "gib": torch.cuda.max_memory_allocated() / 2**30,

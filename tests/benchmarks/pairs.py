@@ -83,7 +83,7 @@ def paired(
     for number in range(rounds):
         pair = [(ours, first), (reference, second)]
         for do, seconds in pair if number % 2 == 0 else reversed(pair):
-            seconds.append(_timed(do) if device == "cpu" else _timed_on_gpu(do))
+            seconds.append(_timed(do) if device == "cpu" else timed_on_gpu(do))
     ratios = [b / a for a, b in zip(first, second)]
     mine, theirs = statistics.median(first), statistics.median(second)
     return Row(
@@ -107,7 +107,8 @@ def _timed(do: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def _timed_on_gpu(do: Callable[[], Any], times: int = 5) -> float:
+def timed_on_gpu(do: Callable[[], Any], times: int = 5) -> float:
+    """Seconds of the clock for one call."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(times):

@@ -1,4 +1,4 @@
-"""Post-processing of segmentation and the loss against transformers: rows of the table that `bench.py` prints.
+"""Post-processing of segmentation against transformers: rows of the table that `bench.py` prints.
 
     OMP_NUM_THREADS=1 PYTHONPATH=tests/benchmarks python -c "import rows_outputs as r; [print(row()) for row in r.ROWS.values()]"
 
@@ -23,9 +23,6 @@ CLASSES = 250
 STUFF = frozenset(range(92, CLASSES))
 MASKS = (200, 267)
 ORIGINALS = [(480, 640), (427, 640), (640, 425), (375, 500)]
-OBJECTS = (0, 1, 5, 20, 63, 3, 7, 12)
-LABELS = 91
-LAYERS = 6
 
 
 def segmentation_outputs() -> SimpleNamespace:
