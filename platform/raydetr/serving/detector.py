@@ -6,7 +6,7 @@ import ctypes
 import gc
 import logging
 import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -48,7 +48,9 @@ class Result:
 
 @dataclass(eq=False)
 class _Job:
-    version: LoadedModel
+    version: LoadedModel | None
+    """None once it is under way: a queue of Serve keeps its last batch until the next one of that shape comes, and
+    would keep a version that was replaced long ago."""
     image: PreparedImage
     request: SegmentRequest | None
     in_background: bool = False
@@ -197,14 +199,15 @@ class Detector:
         """Results of a batch, in order; while an alias moves it may hold jobs of two versions."""
         started = time.monotonic()
         results = {id(job): Result(Failure(499, "The client has gone."), 0.0) for job in jobs}
-        groups: dict[int, list[_Job]] = defaultdict(list)
+        groups: dict[int, tuple[LoadedModel, list[_Job]]] = {}
         for job in jobs:
             self.metrics.queue_wait_ms.observe(1000 * (started - job.since))
-            if not job.gone:
-                groups[id(job.version)].append(job)
-        for group in groups.values():
+            version, job.version = job.version, None
+            if version is not None and not job.gone:
+                groups.setdefault(id(version), (version, []))[1].append(job)
+        for version, group in groups.values():
             begun = time.monotonic()
-            values = self._values(group)
+            values = self._values(version, group)
             took = 1000 * (time.monotonic() - begun)
             self.metrics.model_ms.observe(took, {"task": task})
             self.metrics.batch_size.observe(len(group), {"task": task})
@@ -215,8 +218,7 @@ class Detector:
         return [results[id(job)] for job in jobs]
 
     @staticmethod
-    def _values(group: list[_Job]) -> list[Any]:
-        version = group[0].version
+    def _values(version: LoadedModel, group: list[_Job]) -> list[Any]:
         if group[0].request is None:
             return version.detect([job.image for job in group])
         return version.segment([(job.image, job.request) for job in group if job.request is not None])

@@ -1,14 +1,16 @@
 """What a model replica puts on its device, and when; batches themselves are tested with Serve in `test_app`."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
 
 from raydetr.registry.models import ResolvedModel, resolve
-from raydetr.serving.detector import Batching, Detector
-from tests.tiny_detr import save_tiny_detr
+from raydetr.serving.detector import Batching, Detector, _Job
+from tests.tiny_detr import png, save_tiny_detr
 
 
 class OneAtATime(Detector):
@@ -58,3 +60,22 @@ def test_what_nobody_waits_for_is_computed_in_the_pauses_of_clients(model):
         return detector.begun
 
     assert asyncio.run(ask()) == ["client 1", "client 2", "shadow 1", "client 3", "shadow 2"]
+
+
+def test_a_batch_that_serve_keeps_does_not_keep_its_version(model, tmp_path):
+    others = [resolve(str(save_tiny_detr(tmp_path / name, [name], edge=64)), "") for name in ("bee", "cow")]
+
+    async def replace() -> None:
+        detector = Detector(model, Batching(), "cpu", kept_versions=2)
+        version = next(iter(detector.versions.values()))
+        batch = [_Job(version, version.detector.prepare(png(60, 90, 0)), None)]
+        (result,) = await detector._at_once("detect", batch)
+        assert len(result.value.scores) > 0
+        replaced = weakref.ref(version)
+        del version
+        for other in others:
+            assert await detector.load(other) is None
+        gc.collect()
+        assert replaced() is None
+
+    asyncio.run(replace())

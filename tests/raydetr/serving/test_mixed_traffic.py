@@ -3,6 +3,7 @@
 RAYDETR_SOAK_MINUTES, 10 by default, is how long; `make soak` makes it an hour. Shows its figures with `pytest -s`.
 """
 
+import gc
 import os
 import random
 import threading
@@ -10,17 +11,20 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+import ray
 from ray.util.state import list_actors
 from ray.util.state.exception import RayStateApiException
 
 from raydetr.registry.models import resolve
 from raydetr.serving.app import Replicas, application, endpoint
-from raydetr.serving.detector import Batching
+from raydetr.serving.detector import KEPT_VERSIONS, Batching
+from raydetr.serving.loaded import LoadedModel
 from raydetr.serving.versions import Alias
 from tests.raydetr.serving.swapping import ADDRESS, DETECTOR, INGRESS, Registry, kill, replicas, running
 from tests.raydetr.serving.test_app import unused_port
@@ -184,9 +188,20 @@ def test_kills_and_swaps_under_mixed_traffic_cost_no_right_answer_and_no_memory(
             died.remove(meant[0])
     assert {each.deployment for each in killer.killed} == {DETECTOR, INGRESS}
     wait_until_all_answer_with(url, max(VERSIONS))
+    assert {versions_held(name) for name in replicas(DETECTOR)} <= set(range(1, KEPT_VERSIONS + 1))
     if MINUTES >= 10:  # a shorter try has not enough of it to tell
         assert len(slopes) >= 2
         assert max(slopes.values()) < MOST_SLOPE, slopes
+
+
+def versions_held(replica: str) -> int:
+    """How many model versions are in its memory."""
+
+    def count(_: Any) -> int:
+        gc.collect()
+        return sum(isinstance(each, LoadedModel) for each in gc.get_objects())
+
+    return ray.get(ray.get_actor(replica, namespace="serve").__ray_call__.remote(count))
 
 
 def wait_until_all_answer_with(url: str, version: int, seconds: float = 180.0) -> None:
