@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from detr.backbone import ConvEncoder
-from detr.fast_cpu import OneDnnConv2d
+from detr.fast_cpu import OneDnnConv2d, pack_layers
 from detr.fast_cuda import CudnnConv2d, SpaceToDepthConv2d, fuse_feed_forward, replay_graphs, use_gpu_kernels
 from detr.frozen_batch_norm import FoldedConv2d, FrozenBatchNorm2d, called_module, feeds_only, nodes_of, trace
 
@@ -54,6 +54,8 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None) -> 
     if pack and next(fast.parameters()).device.type == "cuda":
         fuse_feed_forward(fast)
         replay_graphs(fast)
+    elif pack:
+        pack_layers(fast)
     return fast
 
 

@@ -31,6 +31,9 @@ api = new_api()
 """The routes, for their documentation; every process that answers has its own."""
 _SMALL_REQUESTS = 64
 """Requests for health and the like that are answered while all others are refused."""
+_ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+"""glibc's memory pools: it gives several to the threads of a replica, some forty, each keeps what was freed in it, and a
+replica under steady traffic grew by 1 MiB a minute."""
 _REFUSE = BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S)
 
 
@@ -87,9 +90,14 @@ def application(
         trial=trial,
         scales_to_zero=replicas.most > 0 and replicas.least == 0,
     )
+    environment = _environment()
     detector = serve.deployment(
         name=DETECTOR,
-        ray_actor_options={"num_cpus": 1, "num_gpus": replicas.num_gpus if on_gpu else 0},
+        ray_actor_options={
+            "num_cpus": 1,
+            "num_gpus": replicas.num_gpus if on_gpu else 0,
+            "runtime_env": environment,
+        },
         max_ongoing_requests=ongoing,
         # Serve takes what it has not handed on yet for queued, and would refuse more than it must where many come at
         # once. So the ingress counts single images exactly, and this is for requests of several.
@@ -102,7 +110,7 @@ def application(
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=ingress_replicas,
-        ray_actor_options={"num_cpus": 1},
+        ray_actor_options={"num_cpus": 1, "runtime_env": environment},
         max_ongoing_requests=options.most_requests + _SMALL_REQUESTS,
         max_queued_requests=options.most_requests + _SMALL_REQUESTS,
         backpressure_config=_REFUSE,
@@ -112,6 +120,12 @@ def application(
     device = "cuda" if on_gpu else "cpu"
     kept = KEPT_VERSIONS + (trial is not None)
     return ingress.bind(model, options, detector.bind(model, batching, device, replicas.precision, kept))
+
+
+def _environment() -> dict[str, Any]:
+    """The runtime environment of the replicas: this job's, which Serve gives only to those without one of their own."""
+    own = dict(ray.get_runtime_context().runtime_env) if ray.is_initialized() else {}
+    return own | {"env_vars": own.get("env_vars", {}) | _ONE_ARENA}
 
 
 def _scale(replicas: Replicas, batching: Batching) -> dict[str, Any]:
