@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from detr import DetrForObjectDetection, DetrForSegmentation
-from detr.fast_cpu import OneDnnConv2d
+from detr.fast_cpu import OneDnnConv2d, OneDnnLinear
 from tests.detr.conftest import separate_the_queries, small_config
 
 # residual sums and ReLU; ReLU6 without residual activation; SiLU and gates; pre-activation; no batch norm
@@ -52,6 +52,19 @@ def test_it_is_as_exact_as_the_plain_model(backbone: str) -> None:
     for name in ("logits", "pred_boxes"):
         error, allowed = maximum_error(got[name], exact[name]), maximum_error(expected[name], exact[name])
         assert error <= 3 * allowed + 1e-6, name
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@torch.inference_mode()
+def test_linear_layers_are_packed_with_no_activation_but_their_own(activation: str) -> None:
+    plain = make_model("resnet18", activation_function=activation)
+    fast = plain.optimize()
+    for part in (fast.model.encoder, fast.model.decoder):
+        kinds = {type(module) for module in part.modules()}
+        assert OneDnnLinear in kinds
+        assert nn.Linear not in kinds
+    pixels = torch.randn(1, 3, 64, 80, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(fast(pixels).logits, plain(pixels).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (3, 3, 50, 171), (1, 3, 224, 96)])
