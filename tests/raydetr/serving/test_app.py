@@ -1,6 +1,7 @@
 import base64
 import concurrent.futures
 import dataclasses
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from io import BytesIO
 import httpx
 import numpy as np
 import pytest
+import ray
 from PIL import Image
 from pycocotools import mask as coco_mask
 from ray import serve
@@ -24,6 +26,7 @@ from raydetr.serving.detector import Batching, Detector
 from raydetr.serving.images import Limits
 from raydetr.serving.ingress import Ingress, Options
 from raydetr.serving.page import index
+from tests.raydetr.serving.swapping import DETECTOR, INGRESS, replicas
 from tests.tiny_detr import add_mask_head, png, save_tiny_detr
 
 NAMES = ["ant", "bee", "cat"]
@@ -141,6 +144,13 @@ def test_top_k_and_classes_choose_among_the_detections_above_the_threshold(url, 
     assert_is_found(answer["detections"], kept)
     answer = post(url, "/v1/detect", data, threshold=0, classes=labels[:2], top_k=3).json()
     assert_is_found(answer["detections"], [each for each in found if each["label"] in labels[:2]][:3])
+
+
+def test_replicas_allocate_from_one_arena(url):
+    for deployment in (DETECTOR, INGRESS):
+        (replica,) = replicas(deployment)
+        actor = ray.get_actor(replica, namespace="serve")
+        assert ray.get(actor.__ray_call__.remote(lambda _: os.environ["MALLOC_ARENA_MAX"])) == "1"
 
 
 def test_times_are_given_and_part_of_each_other(url):
