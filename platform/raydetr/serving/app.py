@@ -32,8 +32,8 @@ api = new_api()
 _SMALL_REQUESTS = 64
 """Requests for health and the like that are answered while all others are refused."""
 _ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
-"""glibc's memory pools: it gives several to the threads of a replica, some forty, each keeps what was freed in it, and a
-replica under steady traffic grew by 1 MiB a minute."""
+"""glibc gives several pools of memory to the many threads of a replica; each keeps what was freed in it, and replicas
+grew under steady traffic."""
 _REFUSE = BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S)
 
 
