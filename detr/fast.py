@@ -23,7 +23,9 @@ from torch import Tensor, fx, nn
 from detr.backbone import ConvEncoder
 from detr.fast_cpu import OneDnnConv2d, pack_layers
 from detr.fast_cuda import CudnnConv2d, SpaceToDepthConv2d, fuse_feed_forward, replay_graphs, use_gpu_kernels
+from detr.fast_mask_head import FastMaskHead
 from detr.frozen_batch_norm import FoldedConv2d, FrozenBatchNorm2d, called_module, feeds_only, nodes_of, trace
+from detr.mask_head import MaskHead
 
 M = TypeVar("M", bound=nn.Module)
 _FUSED: tuple[type[OneDnnConv2d] | type[CudnnConv2d], ...] = (OneDnnConv2d, CudnnConv2d)
@@ -50,6 +52,9 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None) -> 
     for module in fast.modules():
         if isinstance(module, ConvEncoder):
             module.model = _fast_backbone(module.model, pack, dtype)
+    for name, module in [*fast.named_modules()]:
+        if isinstance(module, MaskHead):
+            fast.set_submodule(name, FastMaskHead(module))
     if dtype is not None:
         _convert(fast, dtype)
     if pack and next(fast.parameters()).device.type == "cuda":

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr.attention import activation_function
+from detr.fast_mask_head import FastMaskHead
 from detr.transformer import DecoderLayer, EncoderLayer
 
 
@@ -96,7 +97,12 @@ class OneDnnLinear(nn.Module):
 
 
 def pack_layers(model: nn.Module) -> None:
-    """Have oneDNN compute the linear layers of a transformer, with their ReLU."""
+    """Have oneDNN compute the linear layers of a transformer, with their ReLU, and the convolutions of a mask head."""
+    for head in model.modules():
+        if isinstance(head, FastMaskHead):
+            for name, module in [*head.named_modules(remove_duplicate=False)]:
+                if isinstance(module, nn.Conv2d) and OneDnnConv2d.fits(module.weight):
+                    head.set_submodule(name, OneDnnConv2d(module))
     for layer in model.modules():
         if not isinstance(layer, EncoderLayer | DecoderLayer) or not OneDnnConv2d.fits(layer.fc1.weight):
             continue

@@ -1,0 +1,136 @@
+"""The mask head for inference: what an enlarged map repeats is not computed again.
+
+- A 3 x 3 convolution of a map that nearest neighbours have doubled sees only 2 x 2 different pixels. So each of the four
+  phases of its result is a 2 x 2 convolution of the small map, with kernels whose elements are summed where they meet
+  the same pixel: 16 products instead of 36, and the doubled map is never made (the sub-pixel convolution of Shi et al.,
+  2016, read the other way).
+- The image's maps are added before these convolutions, so by linearity they pass through them once for all queries.
+
+The plain head beside it is the test (`tests/detr/test_fast.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detr.mask_head import MaskContext, MaskHead
+
+
+class FastMaskHead(MaskHead):
+    """The same masks as a head's, without gradients.
+
+    Args:
+        head: in evaluation mode; its parameters are shared where they stay as they are.
+    """
+
+    def __init__(self, head: MaskHead) -> None:
+        nn.Module.__init__(self)
+        self.dim = head.dim
+        self.activation = F.relu_ if head.activation is F.relu else head.activation
+        self.gn1, self.gn2 = head.gn1, head.gn2
+        self.adapters = nn.ModuleList([head.adapter1, head.adapter2, head.adapter3])
+        weight, bias = head.lay1.weight, head.lay1.bias
+        self.image_lay1 = _convolution(weight[:, : self.dim], bias, padding=1)
+        self.attention_lay1 = _convolution(weight[:, self.dim :], None, padding=1)
+        self.lay2 = head.lay2
+        self.stages = nn.ModuleList(
+            [
+                _Enlarged(layer, norm)
+                for layer, norm in ((head.lay3, head.gn3), (head.lay4, head.gn4), (head.lay5, head.gn5))
+            ]
+        )
+        self.out_lay = head.out_lay
+        self.eval().requires_grad_(False)
+
+    def context(self, projected: Tensor, maps: Sequence[Tensor], attention: Tensor) -> MaskContext:
+        """See `MaskHead.context`; the maps are those of the stages' results, not of what is added before them."""
+        base = self.image_lay1(projected)
+        deep, middle, shallow = (
+            stage.layer(adapter(each))
+            for stage, adapter, each in zip(self.stages, self.adapters, maps[2::-1], strict=True)
+        )
+        return MaskContext(base, (deep, middle, shallow), attention.unflatten(-1, projected.shape[-2:]))
+
+    def _masks(self, context: MaskContext, image: Tensor, query: Tensor) -> Tensor:
+        def of_image(maps: Tensor) -> Tensor:
+            return maps if len(maps) == 1 else maps[image]
+
+        attention = context.attention[image, query].contiguous(memory_format=torch.channels_last)
+        x = self.attention_lay1(attention) + of_image(context.base)
+        x = self.activation(self.gn1(x))
+        x = self.activation(self.gn2(self.lay2(x)))
+        for stage, shared in zip(self.stages, context.maps, strict=True):
+            x = self.activation(stage(x, of_image(shared)))
+        return self.out_lay(x)[:, 0]
+
+
+class _Enlarged(nn.Module):
+    """Nearest neighbours to another size, a sum, a 3 x 3 convolution, and a norm.
+
+    Args:
+        layer: the convolution.
+        norm: what follows.
+    """
+
+    def __init__(self, layer: nn.Conv2d, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.layer, self.norm = layer, norm
+        self.phases = _convolution(_phases(layer.weight), None, padding=1)
+        self.plain = _convolution(layer.weight, None, padding=1)
+
+    def forward(self, x: Tensor, shared: Tensor) -> Tensor:
+        """Float [M, C, h, w] to float [M, C', H, W].
+
+        Args:
+            x: what is enlarged.
+            shared: float [1 or M, C', H, W], the convolution, with its bias, of what would be added.
+        """
+        size = shared.shape[-2:]
+        if any(large not in (2 * small, 2 * small - 1) for large, small in zip(size, x.shape[-2:], strict=True)):
+            return self.norm(self.plain(F.interpolate(x, size=size, mode="nearest")) + shared)
+        # The result for the pixel (2i + a, 2j + b) is that of the phase (a, b) at (i + a, j + b).
+        parts = self.phases(x).unflatten(1, (2, 2, -1))
+        y = parts.new_empty((len(x), *shared.shape[1:])).contiguous(memory_format=torch.channels_last)
+        for a in range(2):
+            for b in range(2):
+                of_phase = y[..., a::2, b::2]
+                h, w = of_phase.shape[-2:]
+                torch.add(parts[:, a, b, :, a : a + h, b : b + w], shared[..., a::2, b::2], out=of_phase)
+        for dim in (-2, -1):
+            if size[dim] % 2:
+                self._mend_last(y, x, shared, dim)
+        return self.norm(y)
+
+    def _mend_last(self, y: Tensor, x: Tensor, shared: Tensor, dim: int) -> None:
+        """Of an odd number of rows the last one, or column: the doubled map is cut there, and zeros follow."""
+        last = min(x.shape[dim], 2)
+        size = [*y.shape[-2:]]
+        size[dim] = 2 * last
+        doubled = F.interpolate(x.narrow(dim, -last, last), size=size, mode="nearest")
+        doubled = doubled.narrow(dim, 0, 2 * last - 1)
+        end = self.plain(doubled.contiguous(memory_format=torch.channels_last))
+        y.narrow(dim, -1, 1).copy_(end.narrow(dim, -1, 1) + shared.narrow(dim, -1, 1))
+
+
+def _phases(weight: Tensor) -> Tensor:
+    """Kernels of the four phases of a doubled map, float [4 C', C, 2, 2], of one for that map, float [C', C, 3, 3]."""
+
+    def halves(kernel: Tensor, dim: int) -> Tensor:
+        first, second, third = kernel.unbind(dim)
+        return torch.stack([torch.stack([first, second + third], dim), torch.stack([first + second, third], dim)])
+
+    by_column = halves(weight, 3)  # [2, C', C, 3, 2]
+    return halves(by_column, 3).flatten(0, 2)
+
+
+def _convolution(weight: Tensor, bias: Tensor | None, padding: int) -> nn.Conv2d:
+    wide, narrow, *size = weight.shape
+    convolution = nn.Conv2d(narrow, wide, (size[0], size[1]), padding=padding, bias=False, device="meta")
+    weight = weight.detach().contiguous(memory_format=torch.channels_last)
+    convolution.weight = nn.Parameter(weight, requires_grad=False)
+    convolution.bias = bias
+    return convolution
