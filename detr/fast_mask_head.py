@@ -12,6 +12,7 @@ The plain head beside it is the test (`tests/detr/test_fast.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class FastMaskHead(MaskHead):
         self.image_lay1 = _convolution(weight[:, : self.dim], bias, padding=1)
         self.attention_lay1 = _convolution(weight[:, self.dim :], None, padding=1)
         self.lay2 = head.lay2
-        self.stages = nn.ModuleList(
+        self.stages: Any = nn.ModuleList(
             [
                 _Enlarged(layer, norm)
                 for layer, norm in ((head.lay3, head.gn3), (head.lay4, head.gn4), (head.lay5, head.gn5))
@@ -90,11 +91,14 @@ class _Enlarged(nn.Module):
             shared: float [1 or M, C', H, W], the convolution, with its bias, of what would be added.
         """
         size = shared.shape[-2:]
-        if any(large not in (2 * small, 2 * small - 1) for large, small in zip(size, x.shape[-2:], strict=True)):
+        if any(
+            large not in (2 * small, 2 * small - 1) for large, small in zip(size, x.shape[-2:], strict=True)
+        ):
             return self.norm(self.plain(F.interpolate(x, size=size, mode="nearest")) + shared)
         # The result for the pixel (2i + a, 2j + b) is that of the phase (a, b) at (i + a, j + b).
         parts = self.phases(x).unflatten(1, (2, 2, -1))
-        y = parts.new_empty((len(x), *shared.shape[1:])).contiguous(memory_format=torch.channels_last)
+        shape = (len(x), *shared.shape[1:])
+        y = torch.empty(shape, dtype=parts.dtype, device=x.device, memory_format=torch.channels_last)
         for a in range(2):
             for b in range(2):
                 of_phase = y[..., a::2, b::2]
@@ -121,7 +125,9 @@ def _phases(weight: Tensor) -> Tensor:
 
     def halves(kernel: Tensor, dim: int) -> Tensor:
         first, second, third = kernel.unbind(dim)
-        return torch.stack([torch.stack([first, second + third], dim), torch.stack([first + second, third], dim)])
+        return torch.stack(
+            [torch.stack([first, second + third], dim), torch.stack([first + second, third], dim)]
+        )
 
     by_column = halves(weight, 3)  # [2, C', C, 3, 2]
     return halves(by_column, 3).flatten(0, 2)
