@@ -2,6 +2,7 @@
 
     python tests/benchmarks/learning.py --data bccd --recipes better reference plain --minutes 30 --seeds 0 1 2
     python tests/benchmarks/learning.py --data balloon --minutes 30            (masks)
+    python tests/benchmarks/learning.py --data bccd --recipes better --overfit 8 --minutes 5    (8 images by heart)
     python tests/benchmarks/learning.py --data bccd --minutes 1 --evaluations 1      (a look)
 
 All runs have the same network, backbone weights, images, order and augmentation; what differs is training. Time is
@@ -182,13 +183,28 @@ def _of_transformers(ours: nn.Module, repaired: bool) -> nn.Module:
 
 
 def run(
-    data: str, name: str, recipe: Recipe, minutes: float, seed: int, threads: int, evaluations: int
+    data: str,
+    name: str,
+    recipe: Recipe,
+    minutes: float,
+    seed: int,
+    threads: int,
+    evaluations: int,
+    overfit: int = 0,
 ) -> list[dict]:
-    """Train for a time; one row for each evaluation."""
+    """Train for a time; one row for each evaluation.
+
+    With `overfit` so many images are what is trained on, without augmentation, and what is scored.
+    """
     torch.set_num_threads(threads)
     task = TASKS[data]
     train, truth = read(SHARED / data, "train", task.masks)
     val, val_truth = read(SHARED / data, "val", task.masks)
+    augmentation = task.augmentation
+    whole = AugmentSpec.none(task.test_edge, augmentation.longest_edge)
+    if overfit:
+        train, truth, augmentation = train[:overfit], _first(truth, overfit), whole
+        val, val_truth = train, truth
     model = build(task, recipe, [each["name"] for each in truth["categories"]], seed)
     model = model.to(memory_format=torch.channels_last)
     module: nn.Module = model
@@ -206,11 +222,10 @@ def run(
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=recipe.weight_decay, fused=True)
     average = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
-    whole = AugmentSpec.none(task.test_edge, task.augmentation.longest_edge)
     rows: list[dict] = []
     used, step, recent, budget = 0.0, 0, [], 60 * minutes
     start = time.process_time()
-    for batch in batches(train, recipe.batch_size, task.augmentation, seed):
+    for batch in batches(train, recipe.batch_size, augmentation, seed):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_share(min(used / budget, 1), recipe)
         output = module(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask, labels=batch.labels)
@@ -255,6 +270,14 @@ def run(
     return rows
 
 
+def _first(truth: dict[str, Any], count: int) -> dict[str, Any]:
+    """A COCO annotation with its first images alone."""
+    images = truth["images"][:count]
+    ids = {each["id"] for each in images}
+    annotations = [each for each in truth["annotations"] if each["image_id"] in ids]
+    return {**truth, "images": images, "annotations": annotations}
+
+
 def learning_rate_share(done: float, recipe: Recipe) -> float:
     """The share of the peak learning rate when `done` in 0..1 of the time is used."""
     warmup = min(1.0, (done + 1e-3) / recipe.warmup) if recipe.warmup else 1.0
@@ -292,13 +315,15 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--evaluations", type=int, default=10)
+    parser.add_argument("--overfit", type=int, default=0, help="train on so many images and score those")
     given = parser.parse_args()
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    file = OUTPUT / f"{given.data}.jsonl"
+    file = OUTPUT / (f"{given.data}-{given.overfit}.jsonl" if given.overfit else f"{given.data}.jsonl")
     for seed in given.seeds:
         for name in given.recipes:
             recipe = RECIPES[name]
-            rows = run(given.data, name, recipe, given.minutes, seed, given.threads, given.evaluations)
+            figures = (given.minutes, seed, given.threads, given.evaluations, given.overfit)
+            rows = run(given.data, name, recipe, *figures)
             with file.open("a") as out:
                 out.writelines(json.dumps({**row, "settings": asdict(recipe)}) + "\n" for row in rows)
             kept = [json.loads(line) for line in file.read_text().splitlines()]

@@ -31,7 +31,7 @@ api = new_api()
 """The routes, for their documentation; every process that answers has its own."""
 _SMALL_REQUESTS = 64
 """Requests for health and the like that are answered while all others are refused."""
-_ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 """glibc gives several pools of memory to the many threads of a replica; each keeps what was freed in it, and replicas
 grew under steady traffic."""
 _REFUSE = BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S)
@@ -125,7 +125,7 @@ def application(
 def _environment() -> dict[str, Any]:
     """The runtime environment of the replicas: this job's, which Serve gives only to those without one of their own."""
     own = dict(ray.get_runtime_context().runtime_env) if ray.is_initialized() else {}
-    return own | {"env_vars": own.get("env_vars", {}) | _ONE_ARENA}
+    return own | {"env_vars": own.get("env_vars", {}) | ONE_ARENA}
 
 
 def _scale(replicas: Replicas, batching: Batching) -> dict[str, Any]:

@@ -131,9 +131,14 @@ class Detector:
         return None
 
     async def check_health(self) -> None:
-        """Serve asks this now and then, and replaces the replica where it fails: the device must still compute."""
+        """Serve asks this every few seconds, and replaces the replica where it fails: the device must still compute.
+
+        What was freed meanwhile is given back: a few milliseconds, without which the memory between the blocks that are
+        in use fills up again after each version that was loaded.
+        """
         newest = next(reversed(self.versions.values()))
         await asyncio.get_running_loop().run_in_executor(None, _touch, newest)
+        await asyncio.get_running_loop().run_in_executor(None, _give_back_memory)
 
     async def _version(self, model: ResolvedModel) -> LoadedModel:
         key = _key(model)
@@ -152,6 +157,7 @@ class Detector:
         self.versions[key] = version
         while len(self.versions) > self.kept_versions:
             self.versions.popitem(last=False)
+        await asyncio.get_running_loop().run_in_executor(self.loader, gc.collect)
         await asyncio.get_running_loop().run_in_executor(self.loader, _give_back_memory)
         return version
 
@@ -229,8 +235,7 @@ def _key(model: ResolvedModel) -> str:
 
 
 def _give_back_memory() -> None:
-    """To the system: what loading and dropping versions has freed, which glibc would keep."""
-    gc.collect()
+    """To the system: what has been freed, which glibc would keep."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

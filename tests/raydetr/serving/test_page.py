@@ -1,4 +1,4 @@
-"""The endpoint's page as a file; what it does is in tests/browser/test_endpoint_page.py."""
+"""The endpoint's page as a file; what it does is in tests/browser/."""
 
 import base64
 import hashlib
