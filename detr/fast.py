@@ -43,8 +43,16 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None) -> 
             packed ones.
         dtype: of all but the heads for classes and boxes, which stay as they are: a thousandth of the work, and
             bfloat16 boxes are off by pixels. None leaves everything in its dtype.
+
+    Raises:
+        ValueError: the model is optimised already, in another dtype.
     """
     if is_optimized(model):
+        own = next(tensor.dtype for name, tensor in model.named_parameters() if not _is_of_heads(name))
+        if dtype not in (None, own):
+            raise ValueError(
+                f"optimize(dtype={dtype}) of a model that is optimised in {own}: call the original's"
+            )
         return model
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     for module in fast.modules():
@@ -72,8 +80,12 @@ def is_optimized(model: nn.Module) -> bool:
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not {"class_labels_classifier", "bbox_predictor"}.intersection(name.split(".")):
+        if not _is_of_heads(name):
             tensor.data = tensor.data.to(dtype)
+
+
+def _is_of_heads(name: str) -> bool:
+    return not {"class_labels_classifier", "bbox_predictor"}.isdisjoint(name.split("."))
 
 
 class _Backbone(nn.Module):

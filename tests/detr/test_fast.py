@@ -119,6 +119,13 @@ def test_what_is_optimised_cannot_be_saved(tmp_path) -> None:
         make_model("resnet18").optimize().save_pretrained(tmp_path)
 
 
+def test_what_is_optimised_stays_in_its_dtype() -> None:
+    fast = make_model("resnet18").optimize(dtype=torch.bfloat16)
+    assert fast.optimize(dtype=torch.bfloat16) is fast.optimize() is fast
+    with pytest.raises(ValueError, match="is optimised in"):
+        fast.optimize(dtype=torch.float32)
+
+
 @pytest.mark.parametrize("optimise", [False, True])
 def test_a_model_that_nobody_holds_is_freed_without_the_garbage_collector(optimise: bool) -> None:
     gc.collect()
