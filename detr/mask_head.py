@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from detr.attention import activation_function
 from detr.config import DetrConfig
 
-# The largest activation of one chunk of masks; a few of its size exist at a time. Smaller is not slower on a CPU, and
-# does not fill a GPU.
-_CHUNK_BYTES, _CHUNK_BYTES_ON_GPU = 32 * 1024**2, 64 * 1024**2
+# The largest activation of one chunk of masks; a few of its size exist at a time. On a CPU they shall stay in its cache;
+# smaller ones would not fill a GPU.
+_CHUNK_BYTES, _CHUNK_BYTES_ON_GPU = 8 * 1024**2, 64 * 1024**2
 
 
 class BoxAttention(nn.Module):
