@@ -1,7 +1,8 @@
 """What `ray up cluster.yaml` does, on hosts of `namespaces`: files, environment, start commands, in Ray's order.
 
 Only what names the cloud is replaced: the bucket, the role that gives access to it (here keys of a test server), and
-the autoscaler, which would start instances.
+the autoscaler, which would start instances. And the line of cron is left out: it would be one of this machine, whose file
+system the hosts share (`test_schedule.py` runs it).
 """
 
 import json
@@ -62,6 +63,8 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         for command in CONFIG[f"{kind}_start_ray_commands"]:
+            if "crontab" in command:
+                continue
             if is_head:
                 host.check(command.replace(AUTOSCALER, ""), timeout=180)
             else:
