@@ -7,6 +7,7 @@ What is done, and why it changes no result beyond rounding:
 - Each convolution does the ReLU and the addition that follow it, while its result is still in a register: with oneDNN
   on a CPU (`detr.fast_cpu`, which has it compute linear layers too), with cuDNN on a GPU (`detr.fast_cuda`, which also
   does without Python's part of the work).
+- A mask head does not compute again what the maps that it doubles repeat (`detr.fast_mask_head`).
 
 The plain model beside it is the test (`tests/detr/test_fast.py`).
 """

@@ -6,7 +6,7 @@
   2016, read the other way).
 - The image's maps are added before these convolutions, so by linearity they pass through them once for all queries.
 
-The plain head beside it is the test (`tests/detr/test_fast.py`).
+The plain head beside it is the test (`tests/detr/test_fast_mask_head.py`).
 """
 
 from __future__ import annotations
