@@ -25,7 +25,7 @@ class FastMaskHead(MaskHead):
     """The same masks as a head's, without gradients.
 
     Args:
-        head: in evaluation mode; its parameters are shared where they stay as they are.
+        head: in evaluation mode, its parameters without gradients; they are shared where they stay as they are.
     """
 
     def __init__(self, head: MaskHead) -> None:
@@ -35,8 +35,8 @@ class FastMaskHead(MaskHead):
         self.gn1, self.gn2 = head.gn1, head.gn2
         self.adapters = nn.ModuleList([head.adapter1, head.adapter2, head.adapter3])
         weight, bias = head.lay1.weight, head.lay1.bias
-        self.image_lay1 = _convolution(weight[:, : self.dim], bias, padding=1)
-        self.attention_lay1 = _convolution(weight[:, self.dim :], None, padding=1)
+        self.image_lay1 = _convolution(weight[:, : self.dim], bias)
+        self.attention_lay1 = _convolution(weight[:, self.dim :], None)
         self.lay2 = head.lay2
         self.stages: Any = nn.ModuleList(
             [
@@ -45,7 +45,7 @@ class FastMaskHead(MaskHead):
             ]
         )
         self.out_lay = head.out_lay
-        self.eval().requires_grad_(False)
+        self.eval()
 
     def context(self, projected: Tensor, maps: Sequence[Tensor], attention: Tensor) -> MaskContext:
         """See `MaskHead.context`; the maps are those of the stages' results, not of what is added before them."""
@@ -80,8 +80,8 @@ class _Enlarged(nn.Module):
     def __init__(self, layer: nn.Conv2d, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.layer, self.norm = layer, norm
-        self.phases = _convolution(_phases(layer.weight), None, padding=1)
-        self.plain = _convolution(layer.weight, None, padding=1)
+        self.phases = _convolution(_phases(layer.weight), None)
+        self.plain = _convolution(layer.weight, None)
 
     def forward(self, x: Tensor, shared: Tensor) -> Tensor:
         """Float [M, C, h, w] to float [M, C', H, W].
@@ -133,9 +133,9 @@ def _phases(weight: Tensor) -> Tensor:
     return halves(by_column, 3).flatten(0, 2)
 
 
-def _convolution(weight: Tensor, bias: Tensor | None, padding: int) -> nn.Conv2d:
+def _convolution(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     wide, narrow, *size = weight.shape
-    convolution = nn.Conv2d(narrow, wide, (size[0], size[1]), padding=padding, bias=False, device="meta")
+    convolution = nn.Conv2d(narrow, wide, (size[0], size[1]), padding=1, bias=False, device="meta")
     weight = weight.detach().contiguous(memory_format=torch.channels_last)
     convolution.weight = nn.Parameter(weight, requires_grad=False)
     convolution.bias = bias

@@ -33,13 +33,12 @@ from tests.tiny_detr import add_mask_head, save_tiny_detr
 
 MINUTES = float(os.environ.get("RAYDETR_SOAK_MINUTES", "10"))
 SEED = 7
-# Names, size and seed of each. Other labels and sizes than the one before: a request prepared for one cannot be answered
-# by the next. The last has a size that was there before, since the kernels for a new one are made, and kept, once.
+# Names, size and seed of each. Other labels and sizes: a request prepared for one cannot be answered by another.
 VERSIONS = {
     1: (["ant", "bee"], 64, 18),
     2: (["cow", "dog", "eel"], 96, 19),
     3: (["fox", "gnu"], 80, 11),
-    4: (["hen", "ibis", "jay"], 64, 21),
+    4: (["hen", "ibis", "jay"], 72, 21),
 }
 REPLICAS = 2  # of each deployment
 WARM_UP = 0.4
