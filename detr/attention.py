@@ -129,5 +129,20 @@ class MultiheadAttention(nn.Module):
             weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=self.training)
             attended = weights.to(v.dtype) @ v
         else:
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            attended = self.attend(q, k, v, mask, dropout)
         return self.out_proj(attended.transpose(1, 2).flatten(2)), weights
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """Attention without its weights.
+
+        Args:
+            q: float [B, H, n, D / H].
+            k: float [B, H, m, D / H].
+            v: float [B, H, m, D / H].
+            mask: as in `forward`, of their dtype.
+            dropout: probability on the weights.
+
+        Returns:
+            float [B, H, n, D / H].
+        """
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)

@@ -23,7 +23,14 @@ from torch import Tensor, fx, nn
 
 from detr.backbone import ConvEncoder
 from detr.fast_cpu import OneDnnConv2d, pack_layers
-from detr.fast_cuda import CudnnConv2d, SpaceToDepthConv2d, fuse_feed_forward, replay_graphs, use_gpu_kernels
+from detr.fast_cuda import (
+    CudnnConv2d,
+    SpaceToDepthConv2d,
+    gpu_mask_head,
+    replay_graphs,
+    use_fast_layers,
+    use_gpu_kernels,
+)
 from detr.fast_mask_head import FastMaskHead
 from detr.frozen_batch_norm import FoldedConv2d, FrozenBatchNorm2d, called_module, feeds_only, nodes_of, trace
 from detr.mask_head import MaskHead
@@ -61,13 +68,14 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None) -> 
     for module in fast.modules():
         if isinstance(module, ConvEncoder):
             module.model = _fast_backbone(module.model, pack, dtype)
+    on_gpu = pack and next(fast.parameters()).device.type == "cuda"
     for name, module in [*fast.named_modules()]:
         if isinstance(module, MaskHead):
-            fast.set_submodule(name, FastMaskHead(module))
+            fast.set_submodule(name, gpu_mask_head(module) if on_gpu else FastMaskHead(module))
     if dtype is not None:
         _convert(fast, dtype)
-    if pack and next(fast.parameters()).device.type == "cuda":
-        fuse_feed_forward(fast)
+    if on_gpu:
+        use_fast_layers(fast)
         replay_graphs(fast)
     elif pack:
         pack_layers(fast)

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from detr.attention import activation_function
+from detr.fast_mask_head import FastMaskHead
 from detr.frozen_batch_norm import called_module, nodes_of
+from detr.mask_head import MaskHead
 from detr.transformer import DecoderLayer, EncoderLayer
 
 _MOST_KEPT = 0.05
@@ -157,8 +159,11 @@ def use_gpu_kernels(graph: fx.GraphModule) -> None:
             graph.set_submodule(str(node.target), FastMaxPool2d(module))
 
 
-def fuse_feed_forward(model: nn.Module) -> None:
-    """Let the wide layers of a transformer do their ReLU."""
+def use_fast_layers(model: nn.Module) -> None:
+    """Let the layers of a transformer run on the units for matrix products, and the wide ones do their ReLU."""
+    from detr.fast_float32 import use_tensor_cores  # imports Triton
+
+    use_tensor_cores(model)
     for module in model.modules():
         if isinstance(module, EncoderLayer | DecoderLayer) and module.activation is F.relu:
             layer: Any = module
@@ -166,12 +171,19 @@ def fuse_feed_forward(model: nn.Module) -> None:
             layer.activation = activation_function("linear")
 
 
+def gpu_mask_head(head: MaskHead) -> FastMaskHead:
+    """A mask head with kernels of its own, where they run."""
+    from detr.fast_mask_kernels import GpuMaskHead  # imports Triton
+
+    return GpuMaskHead(head) if GpuMaskHead.fits(head) else FastMaskHead(head)
+
+
 def replay_graphs(model: nn.Module) -> None:
     """Let every DETR model inside replay a CUDA graph for images of a size that it has seen before."""
     for module in model.modules():
         inner: Any = module
         if hasattr(inner, "states"):
-            inner.states = _Replayed(inner, keep_maps=hasattr(model, "mask_head"))
+            inner.states = _Replayed(inner, model if hasattr(model, "mask_context") else None)
 
 
 class _Replayed:
@@ -183,13 +195,13 @@ class _Replayed:
 
     Args:
         model: a `DetrModel`.
-        keep_maps: also return the feature maps.
+        segmentation: the model around it that makes masks, if one does.
     """
 
-    def __init__(self, model: Any, keep_maps: bool) -> None:
+    def __init__(self, model: Any, segmentation: Any) -> None:
         self._states: Callable[..., Any] = type(model).states
         self._model = weakref.ref(model)  # which holds this: no circle
-        self._keep_maps = keep_maps
+        self._segmentation = None if segmentation is None else weakref.ref(segmentation)
         self._graphs: dict[Any, _Recorded | None] = {}
         self._kept = 0  # bytes
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
@@ -225,7 +237,11 @@ class _Replayed:
 
     def _compute(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Any:
         features, outputs = self._states(self._model(), pixel_values, pixel_mask)
-        return features if self._keep_maps else replace(features, maps=()), outputs
+        if self._segmentation is None:
+            return replace(features, maps=()), outputs
+        segmentation: Any = self._segmentation()
+        context = segmentation.mask_context(features, outputs)
+        return replace(features, maps=(), mask_context=context), outputs
 
 
 class _Recorded:

@@ -40,7 +40,7 @@ class FastMaskHead(MaskHead):
         self.lay2 = head.lay2
         self.stages: Any = nn.ModuleList(
             [
-                _Enlarged(layer, norm)
+                _Stage(layer, norm)
                 for layer, norm in ((head.lay3, head.gn3), (head.lay4, head.gn4), (head.lay5, head.gn5))
             ]
         )
@@ -61,16 +61,61 @@ class FastMaskHead(MaskHead):
             return maps if len(maps) == 1 else maps[image]
 
         attention = context.attention[image, query].contiguous(memory_format=torch.channels_last)
-        x = self.attention_lay1(attention) + of_image(context.base)
-        x = self.activation(self.gn1(x))
-        x = self.activation(self.gn2(self.lay2(x)))
+        x = self.normed(self.attention_lay1(attention) + of_image(context.base), self.gn1)
+        x, norm = self.lay2(x), self.gn2
         for stage, shared in zip(self.stages, context.maps, strict=True):
-            x = self.activation(stage(x, of_image(shared)))
-        return self.out_lay(x)[:, 0]
+            x, norm = self._stage(stage, self.normed(x, norm), of_image(shared)), stage.norm
+        return self.last(x, norm)
+
+    def _stage(self, stage: Any, x: Tensor, shared: Tensor) -> Tensor:
+        """Nearest neighbours to another size, a sum, and a 3 x 3 convolution.
+
+        Args:
+            stage: a `_Stage`.
+            x: float [M, C, h, w], what is enlarged.
+            shared: float [1 or M, C', H, W], the convolution, with its bias, of what would be added.
+
+        Returns:
+            float [M, C', H, W].
+        """
+        small, size = x.shape[-2:], shared.shape[-2:]
+        if any(large not in (2 * least, 2 * least - 1) for large, least in zip(size, small, strict=True)):
+            return stage.plain(F.interpolate(x, size=size, mode="nearest")) + shared
+        y = self.enlarged(stage.phases(x), shared)
+        for dim in (-2, -1):
+            if size[dim] % 2:
+                _mend_last(stage, y, x, shared, dim)
+        return y
+
+    def enlarged(self, parts: Tensor, shared: Tensor) -> Tensor:
+        """The phases of an enlarged map in their places, plus what the image's map adds.
+
+        Args:
+            parts: float [M, 4 C', h + 1, w + 1].
+            shared: float [1 or M, C', H, W], H 2h or 2h - 1, W likewise.
+        """
+        # The result for the pixel (2i + a, 2j + b) is that of the phase (a, b) at (i + a, j + b).
+        parts = parts.unflatten(1, (2, 2, -1))
+        shape = (len(parts), *shared.shape[1:])
+        y = torch.empty(shape, dtype=parts.dtype, device=parts.device, memory_format=torch.channels_last)
+        for a in range(2):
+            for b in range(2):
+                of_phase = y[..., a::2, b::2]
+                h, w = of_phase.shape[-2:]
+                torch.add(parts[:, a, b, :, a : a + h, b : b + w], shared[..., a::2, b::2], out=of_phase)
+        return y
+
+    def normed(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
+        """Norm and activation; ``x`` may be written to."""
+        return self.activation(norm(x))
+
+    def last(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
+        """Norm, activation and the convolution to one channel: float [M, C, H, W] to [M, H, W]."""
+        return self.out_lay(self.normed(x, norm))[:, 0]
 
 
-class _Enlarged(nn.Module):
-    """Nearest neighbours to another size, a sum, a 3 x 3 convolution, and a norm.
+class _Stage(nn.Module):
+    """The kernels of a 3 x 3 convolution of an enlarged map.
 
     Args:
         layer: the convolution.
@@ -83,41 +128,16 @@ class _Enlarged(nn.Module):
         self.phases = _convolution(_phases(layer.weight), None)
         self.plain = _convolution(layer.weight, None)
 
-    def forward(self, x: Tensor, shared: Tensor) -> Tensor:
-        """Float [M, C, h, w] to float [M, C', H, W].
 
-        Args:
-            x: what is enlarged.
-            shared: float [1 or M, C', H, W], the convolution, with its bias, of what would be added.
-        """
-        size = shared.shape[-2:]
-        if any(
-            large not in (2 * small, 2 * small - 1) for large, small in zip(size, x.shape[-2:], strict=True)
-        ):
-            return self.norm(self.plain(F.interpolate(x, size=size, mode="nearest")) + shared)
-        # The result for the pixel (2i + a, 2j + b) is that of the phase (a, b) at (i + a, j + b).
-        parts = self.phases(x).unflatten(1, (2, 2, -1))
-        shape = (len(x), *shared.shape[1:])
-        y = torch.empty(shape, dtype=parts.dtype, device=x.device, memory_format=torch.channels_last)
-        for a in range(2):
-            for b in range(2):
-                of_phase = y[..., a::2, b::2]
-                h, w = of_phase.shape[-2:]
-                torch.add(parts[:, a, b, :, a : a + h, b : b + w], shared[..., a::2, b::2], out=of_phase)
-        for dim in (-2, -1):
-            if size[dim] % 2:
-                self._mend_last(y, x, shared, dim)
-        return self.norm(y)
-
-    def _mend_last(self, y: Tensor, x: Tensor, shared: Tensor, dim: int) -> None:
-        """Of an odd number of rows the last one, or column: the doubled map is cut there, and zeros follow."""
-        last = min(x.shape[dim], 2)
-        size = [*y.shape[-2:]]
-        size[dim] = 2 * last
-        doubled = F.interpolate(x.narrow(dim, -last, last), size=size, mode="nearest")
-        doubled = doubled.narrow(dim, 0, 2 * last - 1)
-        end = self.plain(doubled.contiguous(memory_format=torch.channels_last))
-        y.narrow(dim, -1, 1).copy_(end.narrow(dim, -1, 1) + shared.narrow(dim, -1, 1))
+def _mend_last(stage: Any, y: Tensor, x: Tensor, shared: Tensor, dim: int) -> None:
+    """Of an odd number of rows the last one, or column: the doubled map is cut there, and zeros follow."""
+    last = min(x.shape[dim], 2)
+    size = [*y.shape[-2:]]
+    size[dim] = 2 * last
+    doubled = F.interpolate(x.narrow(dim, -last, last), size=size, mode="nearest")
+    doubled = doubled.narrow(dim, 0, 2 * last - 1)
+    end = stage.plain(doubled.contiguous(memory_format=torch.channels_last))
+    y.narrow(dim, -1, 1).copy_(end.narrow(dim, -1, 1) + shared.narrow(dim, -1, 1))
 
 
 def _phases(weight: Tensor) -> Tensor:

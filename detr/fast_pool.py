@@ -17,6 +17,12 @@ try:
 except ImportError:  # torch for a CPU or for Windows
     triton = None
 
+
+def triton_runs() -> bool:
+    """Whether Triton is here, and the C compiler that it needs."""
+    return triton is not None and shutil.which("cc") is not None
+
+
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
@@ -71,8 +77,7 @@ class FastMaxPool2d(nn.Module):
             and all(isinstance(n, int) for n in (pool.kernel_size, pool.stride, pool.padding))
             and pool.dilation == 1
             and not pool.ceil_mode
-            and triton is not None
-            and shutil.which("cc") is not None
+            and triton_runs()
         )
 
     def forward(self, x: Tensor) -> Tensor:

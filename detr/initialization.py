@@ -126,7 +126,7 @@ def init_mask_scales(model: Any) -> None:
     )
     pixels = nn.functional.interpolate(noise, scale_factor=16, mode="bicubic")
     features = model.detr.model.features(pixels, None)
-    context = model._mask_context(features, model.detr.model.transform(features))
+    context = model.mask_context(features, model.detr.model.transform(features))
     attention = nn.functional.conv2d(
         context.attention.flatten(0, 1), head.lay1.weight[:, head.dim :], padding=1
     )

@@ -88,6 +88,8 @@ class MaskHead(nn.Module):
         ValueError: the widths do not divide into the groups of the norms, or there are fewer than three maps.
     """
 
+    _chunk_bytes_on_gpu = _CHUNK_BYTES_ON_GPU
+
     def __init__(self, config: DetrConfig, channels: Sequence[int]) -> None:
         super().__init__()
         dim, width = config.d_model, config.d_model + config.encoder_attention_heads
@@ -148,9 +150,10 @@ class MaskHead(nn.Module):
         if torch.compiler.is_compiling():
             return self._masks(context, image, query)
         per_mask = shallow[0].numel() * shallow.element_size()
-        size = max(1, (_CHUNK_BYTES_ON_GPU if shallow.is_cuda else _CHUNK_BYTES) // per_mask)
-        if len(image) <= size:
+        most = max(1, (self._chunk_bytes_on_gpu if shallow.is_cuda else _CHUNK_BYTES) // per_mask)
+        if len(image) <= most:
             return self._masks(context, image, query)
+        size = -(-len(image) // -(-len(image) // most))
         parts = []
         for images, queries in zip(image.split(size), query.split(size), strict=True):
             if torch.is_grad_enabled():

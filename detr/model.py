@@ -19,6 +19,7 @@ from detr.config import DetrConfig
 from detr.criterion import set_loss
 from detr.distributed import average_normalisers
 from detr.initialization import init_as_original, init_as_transformers
+from detr.mask_head import MaskContext
 from detr.outputs import DetrEncoderOutput, DetrModelOutput, DetrObjectDetectionOutput
 from detr.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
 from detr.pretrained import DetrPreTrainedModel
@@ -34,12 +35,14 @@ class ImageFeatures:
         keep: bool [B, h, w], which cells to attend to; None for all.
         counted: bool [B, h, w], the cells that the position embedding counts.
         maps: the backbone's feature maps, shallow to deep; empty where it was skipped.
+        mask_context: what a mask head makes of them, where that is computed already.
     """
 
     cells: Tensor
     keep: Tensor | None
     counted: Tensor
     maps: Sequence[Tensor] = ()
+    mask_context: MaskContext | None = None
 
 
 class DetrModel(DetrPreTrainedModel):

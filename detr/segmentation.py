@@ -127,7 +127,7 @@ class DetrForSegmentation(DetrPreTrainedModel):
         """
         queries = outputs.last_hidden_state
         assert queries is not None
-        context = self._mask_context(features, outputs)
+        context = features.mask_context or self.mask_context(features, outputs)
         pred_masks = None
         if labels is None or not self.training:
             logits, _ = self.detr.predict(queries)
@@ -146,7 +146,8 @@ class DetrForSegmentation(DetrPreTrainedModel):
         )
         return DetrSegmentationOutput(**detected, pred_masks=pred_masks, **hidden_outputs(outputs))
 
-    def _mask_context(self, features: ImageFeatures, outputs: DetrModelOutput) -> MaskContext:
+    def mask_context(self, features: ImageFeatures, outputs: DetrModelOutput) -> MaskContext:
+        """What all masks of the images share."""
         keep = None if features.keep is None else features.keep.flatten(1)
         attention = self.bbox_attention(outputs.last_hidden_state, outputs.encoder_last_hidden_state, keep)
         height, width = features.counted.shape[-2:]

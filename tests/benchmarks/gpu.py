@@ -139,7 +139,7 @@ def _training() -> list[Work]:
 
     def compiled() -> Any:
         model = network(0)
-        model.model.states = torch.compile(model.model.states, dynamic=False)
+        model.model.states = torch.compile(model.model.states, dynamic=False, mode="reduce-overhead")
         return model
 
     return [

@@ -67,8 +67,11 @@ def create_state(config: TrainConfig, manifest: Manifest, device: torch.device) 
         detector = model.detr if isinstance(model, DetrForSegmentation) else model
         network: Any = detector.model
         # Each size on its own, up to torch's limit of eight, then as always: code for all sizes at once is more than
-        # torch 2.11 can do on a GPU.
-        network.states = torch.compile(network.states, dynamic=False)
+        # torch 2.11 can do on a GPU, and what is recorded as a CUDA graph has one size. Without graphs a GPU waits for
+        # Python most of the time.
+        network.states = torch.compile(
+            network.states, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None
+        )
     module.train()
     return TrainingState(
         model=model,

@@ -70,6 +70,8 @@ def compute_gradients(
     class_weight_sum: float,
 ) -> dict[str, Tensor]:
     """Accumulate the gradients of a step; returns this worker's sums of the loss terms, times W."""
+    if config.compile:
+        keep_gradients(state.module)
     sums: dict[str, Tensor] = {}
     for batch in batches:
         seed_dropout(config.seed, batch.step, batch.position)
@@ -81,6 +83,13 @@ def compute_gradients(
         for name, value in {"loss": outputs.loss, **outputs.loss_dict}.items():
             sums[name] = sums.get(name, 0) + value.detach()
     return sums
+
+
+def keep_gradients(module: torch.nn.Module) -> None:
+    """Give every parameter a gradient to add to: that of a recorded backward pass lies where the next one writes."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def to_arguments(batch: TrainingBatch, state: TrainingState) -> dict[str, Any]:
