@@ -27,10 +27,10 @@ from detr.fast_cuda import (
     CudnnConv2d,
     SpaceToDepthConv2d,
     gpu_mask_head,
-    replay_graphs,
     use_fast_layers,
     use_gpu_kernels,
 )
+from detr.fast_graphs import replay_graphs
 from detr.fast_mask_head import FastMaskHead
 from detr.frozen_batch_norm import FoldedConv2d, FrozenBatchNorm2d, called_module, feeds_only, nodes_of, trace
 from detr.mask_head import MaskHead

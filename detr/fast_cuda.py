@@ -1,17 +1,11 @@
-"""What makes inference on a GPU fast, for `detr.fast`: cuDNN's fused convolutions, and CUDA graphs.
+"""What makes layers fast in inference on a GPU, for `detr.fast`.
 
 A GPU multiplies bfloat16 faster than it can read and write what is between two layers, so what counts is how often an
-activation is stored. And it is faster than Python: one image takes longer to be asked for than to be computed, unless
-the whole network is asked for at once.
+activation is stored.
 """
 
 from __future__ import annotations
 
-import sys
-import threading
-import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,9 +17,6 @@ from detr.fast_mask_head import FastMaskHead
 from detr.frozen_batch_norm import called_module, nodes_of
 from detr.mask_head import MaskHead
 from detr.transformer import DecoderLayer, EncoderLayer
-
-_MOST_KEPT = 0.05
-"""Share of the GPU's memory for the images and results of recorded graphs; what is between them they share."""
 
 
 class CudnnConv2d(nn.Module):
@@ -176,135 +167,3 @@ def gpu_mask_head(head: MaskHead) -> FastMaskHead:
     from detr.fast_mask_kernels import GpuMaskHead  # imports Triton
 
     return GpuMaskHead(head) if GpuMaskHead.fits(head) else FastMaskHead(head)
-
-
-def replay_graphs(model: nn.Module) -> None:
-    """Let every DETR model inside replay a CUDA graph for images of a size that it has seen before."""
-    for module in model.modules():
-        inner: Any = module
-        if hasattr(inner, "states"):
-            inner.states = _Replayed(inner, model if hasattr(model, "mask_context") else None)
-
-
-class _Replayed:
-    """`DetrModel.states` that asks the GPU for everything at once.
-
-    The first batch of a shape is computed as always, which lets the libraries choose their kernels; the second is
-    recorded; further ones are replayed. What asks for more than images, and what runs under autocast, is always
-    computed.
-
-    Args:
-        model: a `DetrModel`.
-        segmentation: the model around it that makes masks, if one does.
-    """
-
-    def __init__(self, model: Any, segmentation: Any) -> None:
-        self._states: Callable[..., Any] = type(model).states
-        self._model = weakref.ref(model)  # which holds this: no circle
-        self._segmentation = None if segmentation is None else weakref.ref(segmentation)
-        self._graphs: dict[Any, _Recorded | None] = {}
-        self._kept = 0  # bytes
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        self._lock = threading.Lock()
-
-    def __call__(self, pixel_values: Any, pixel_mask: Any = None, **options: Any) -> Any:
-        unused = all(option is None or option is False for option in options.values())
-        plain = isinstance(pixel_values, Tensor) and pixel_values.is_cuda and unused
-        if not plain or torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
-            return self._states(self._model(), pixel_values, pixel_mask, **options)
-        key = (pixel_values.shape, pixel_values.dtype, None if pixel_mask is None else pixel_mask.dtype)
-        with self._lock:
-            if key not in self._graphs:
-                self._graphs[key] = None
-            elif self._graphs[key] is None:
-                self._graphs[key] = self._recorded(pixel_values, pixel_mask)
-            graph = self._graphs[key]
-            if graph is not None:
-                return graph.replay(pixel_values, pixel_mask)
-        return self._states(self._model(), pixel_values, pixel_mask)
-
-    def _recorded(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> _Recorded | None:
-        if self._kept > _MOST_KEPT * torch.cuda.get_device_properties(pixel_values.device).total_memory:
-            return None
-        try:
-            graph = _Recorded(self._compute, pixel_values, pixel_mask, self._pool, self._stream)
-        except RuntimeError:
-            # Out of memory, or an operation that cannot be recorded: what is wrong shows when it is computed.
-            self._kept = sys.maxsize
-            return None
-        self._kept += graph.kept
-        return graph
-
-    def _compute(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Any:
-        features, outputs = self._states(self._model(), pixel_values, pixel_mask)
-        if self._segmentation is None:
-            return replace(features, maps=()), outputs
-        segmentation: Any = self._segmentation()
-        context = segmentation.mask_context(features, outputs)
-        return replace(features, maps=(), mask_context=context), outputs
-
-
-class _Recorded:
-    """A CUDA graph of a function of images, with the memory that it reads and writes.
-
-    Args:
-        compute: from pixels and mask to dataclasses of tensors.
-        pixel_values: of the shape that is recorded.
-        pixel_mask: likewise; None where there is none.
-        pool: the memory that it shares with other graphs, of which one runs at a time.
-        stream: where it is recorded; the same for all of a pool.
-
-    Attributes:
-        kept: bytes of its images and results.
-    """
-
-    def __init__(
-        self,
-        compute: Callable[..., Any],
-        pixel_values: Tensor,
-        pixel_mask: Tensor | None,
-        pool: Any,
-        stream: torch.cuda.Stream,
-    ) -> None:
-        # Not in inference mode: nothing may be written into its tensors outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            self._pixels = pixel_values.clone()
-            self._mask = None if pixel_mask is None else pixel_mask.clone()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                compute(self._pixels, self._mask)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            # Other threads load models and copy images meanwhile.
-            with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
-                self._outputs = compute(self._pixels, self._mask)
-        self.kept = sum(t.nbytes for t in _tensors((self._pixels, self._mask, self._outputs)))
-
-    def replay(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Any:
-        """The outputs for these images, in memory of their own."""
-        with torch.no_grad():
-            self._pixels.copy_(pixel_values)
-            if self._mask is not None and pixel_mask is not None:
-                self._mask.copy_(pixel_mask)
-            self._graph.replay()
-            return _cloned(self._outputs)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from _tensors(each)
-    elif is_dataclass(value):
-        yield from _tensors([getattr(value, field.name) for field in fields(value)])
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, tuple | list):
-        return type(value)(_cloned(each) for each in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _cloned(getattr(value, field.name)) for field in fields(value)})
-    return value

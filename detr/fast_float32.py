@@ -134,7 +134,7 @@ class Float32Linear(nn.Module):
         wide, narrow = self.weight.shape
         rows = x.numel() // narrow
         result = x.new_empty((*x.shape[:-1], wide))
-        rows_block, wide_block, narrow_block, warps = _blocks(rows, wide)
+        rows_block, wide_block, narrow_block = _blocks(rows, wide)
         grid = (triton.cdiv(rows, rows_block), triton.cdiv(wide, wide_block))
         _linear[grid](
             x.contiguous(),
@@ -148,19 +148,20 @@ class Float32Linear(nn.Module):
             rows_block,
             wide_block,
             narrow_block,
-            num_warps=warps,
-            num_stages=3,
+            num_warps=4,
+            num_stages=4,
         )
         return result
 
 
-def _blocks(rows: int, wide: int) -> tuple[int, int, int, int]:
-    """Sizes of the blocks of a product, and warps for one: large ones load less, small ones keep all of a GPU busy."""
-    if triton.cdiv(rows, 128) * triton.cdiv(wide, 128) >= 128:
-        return 128, 128, 32, 8
-    if triton.cdiv(rows, 64) * triton.cdiv(wide, 64) >= 96:
-        return 64, 64, 32, 4
-    return 32, 32, 64, 4
+def _blocks(rows: int, wide: int) -> tuple[int, int, int]:
+    """Sizes of the blocks of a product: large ones load less, small ones keep all of a GPU busy."""
+    blocks = triton.cdiv(rows, 64) * triton.cdiv(wide, 64)
+    if blocks >= 400:
+        return 128, 64, 32
+    if blocks >= 128:
+        return 64, 64, 32
+    return (64, 32, 64) if blocks >= 32 else (16, 32, 128)
 
 
 class Float32Attention(MultiheadAttention):
@@ -179,7 +180,7 @@ class Float32Attention(MultiheadAttention):
         if q.dtype != torch.float32 or dropout or not of_keys or any(t.stride(-1) != 1 for t in (q, k, v)):
             return super().attend(q, k, v, mask, dropout)
         result = q.new_empty((batch, queries, heads, width))
-        rows_block = 64 if queries * heads * batch >= 64 * 64 else 16
+        rows_block, keys_block = (64, 64) if queries * heads * batch >= 64 * 64 else (16, 128)
         grid = (triton.cdiv(queries, rows_block), batch * heads)
         _attend[grid](
             q,
@@ -195,7 +196,7 @@ class Float32Attention(MultiheadAttention):
             mask is not None,
             width,
             rows_block,
-            64,
+            keys_block,
             num_warps=4,
             num_stages=2,
         )

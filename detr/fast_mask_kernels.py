@@ -14,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr.fast_graphs import GraphMemory, Replayed
 from detr.fast_mask_head import FastMaskHead
 from detr.fast_pool import triton_runs
-from detr.mask_head import MaskHead
+from detr.mask_head import MaskContext, MaskHead
 
 _ELEMENTS = 4096
 """Numbers that one program has in registers at a time."""
 _TURNS = 16
 """How many times so many it sums up."""
+_STEP = 4
+"""Numbers of masks that are recorded: multiples of it, and powers of two below."""
 
 if triton_runs():
     import triton
@@ -192,11 +195,33 @@ class GpuMaskHead(FastMaskHead):
         super().__init__(head)
         self.to(memory_format=torch.channels_last)
         self._last_weight = self.out_lay.weight[0].permute(1, 2, 0).contiguous()
+        self._replayed: Replayed | None = None
 
     @staticmethod
     def fits(head: MaskHead) -> bool:
         """Whether Triton can run here, and the activation is the one that the kernels do."""
         return triton_runs() and head.activation in (F.relu, F.relu_)
+
+    def replay_masks(self, memory: GraphMemory) -> None:
+        """Ask for all masks of a chunk at once, from now on."""
+        self._replayed = Replayed(self._computed, memory)
+
+    def _masks(self, context: MaskContext, image: Tensor, query: Tensor) -> Tensor:
+        count = len(image)
+        if not count:
+            return context.base.new_empty((0, *context.maps[-1].shape[-2:]))
+        inputs = (context.base, *context.maps, context.attention)
+        if self._replayed is None:
+            return self._computed(*inputs, image, query)
+        # Some more masks than are asked for: fewer numbers of them to be recorded.
+        more = (triton.next_power_of_2(count) if count < _STEP else triton.cdiv(count, _STEP) * _STEP) - count
+        masks: Tensor = self._replayed(*inputs, F.pad(image, (0, more)), F.pad(query, (0, more)))
+        return masks[:count]
+
+    def _computed(
+        self, base: Tensor, deep: Tensor, middle: Tensor, shallow: Tensor, attention: Tensor, *which: Tensor
+    ) -> Tensor:
+        return super()._masks(MaskContext(base, (deep, middle, shallow), attention), *which)
 
     def enlarged(self, parts: Tensor, shared: Tensor) -> Tensor:
         """See `FastMaskHead.enlarged`."""

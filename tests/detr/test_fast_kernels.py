@@ -24,18 +24,20 @@ for rows, narrow, wide in [(7, 33, 20), (40, 64, 129)]:
         torch.testing.assert_close(Float32Linear(linear, relu)(x), expected, atol=1e-5, rtol=1e-5)
 
 for batch, queries, keys, masked in [(1, 70, 70, False), (2, 5, 130, True), (2, 17, 64, True)]:
-    plain = MultiheadAttention(64, 4, 0.0).eval().requires_grad_(False).to(device)
-    fast = copy.deepcopy(plain)
+    plain = MultiheadAttention(64, 4, 0.0).eval().requires_grad_(False)
+    fast = copy.deepcopy(plain).to(device)
     assert Float32Attention.fits(fast)
     fast.__class__ = Float32Attention
-    q, k = (torch.randn(batch, n, 64, device=device) for n in (queries, keys))
+    q, k = torch.randn(batch, queries, 64), torch.randn(batch, keys, 64)
     mask = None
     if masked:
-        keep = torch.rand(batch, keys, device=device) > 0.4
+        keep = torch.rand(batch, keys) > 0.4
         keep[-1] = False  # padding from edge to edge
         mask = additive_mask(keep, torch.float32)
-    expected, got = (each(q, k, k, mask, False)[0] for each in (plain, fast))
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    # On a GPU torch's own kernel does not attend everywhere where nothing is to be attended to.
+    expected = plain(q, k, k, mask, False)[0]
+    got = fast(q.to(device), *[k.to(device)] * 2, None if mask is None else mask.to(device), False)[0]
+    torch.testing.assert_close(got.cpu(), expected, atol=1e-5, rtol=1e-4)
 print("equal")
 """
 
