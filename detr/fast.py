@@ -5,9 +5,10 @@ What is done, and why it changes no result beyond rounding:
 - A frozen batch norm is an affine map of each channel, so it is folded into the convolution before it.
 - Weights and activations are channels-last, which is what convolutions read fastest.
 - Each convolution does the ReLU and the addition that follow it, while its result is still in a register: with oneDNN
-  on a CPU (`detr.fast_cpu`, which has it compute linear layers too), with cuDNN on a GPU (`detr.fast_cuda`, which also
-  does without Python's part of the work).
+  on a CPU (`detr.fast_cpu`, which has it compute linear layers too), with cuDNN on a GPU (`detr.fast_cuda`).
 - A mask head does not compute again what the maps that it doubles repeat (`detr.fast_mask_head`).
+- On a GPU, float32 layers run on the units for matrix products (`detr.fast_float32`), what is between the convolutions of
+  a mask head has kernels of its own (`detr.fast_mask_kernels`), and all is asked for at once (`detr.fast_graphs`).
 
 The plain model beside it is the test (`tests/detr/test_fast.py`).
 """

@@ -20,10 +20,15 @@ _MOST_KEPT = 0.05
 
 
 class GraphMemory:
-    """What the graphs of a model share, of which one runs at a time: the memory that they compute in, and a stream."""
+    """What the graphs of a model share, of which one runs at a time: the memory that they compute in, and a stream.
 
-    def __init__(self) -> None:
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    Args:
+        device: of the model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         self.lock = threading.Lock()
         self.kept = 0  # bytes
 
@@ -45,6 +50,10 @@ class Replayed:
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         """What ``compute`` returns, in memory of its own."""
+        with torch.cuda.device(self._memory.device):  # Triton's kernels run on the current one
+            return self._on_device(inputs)
+
+    def _on_device(self, inputs: Sequence[Tensor | None]) -> Any:
         compute: Any = self._method()
         if torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
             return compute(*inputs)
@@ -60,7 +69,7 @@ class Replayed:
         return compute(*inputs)
 
     def _recorded(self, compute: Callable[..., Any], inputs: Sequence[Tensor | None]) -> _Recorded | None:
-        device = torch.cuda.get_device_properties(self._memory.stream.device)
+        device = torch.cuda.get_device_properties(self._memory.device)
         if self._memory.kept > _MOST_KEPT * device.total_memory:
             return None
         try:
@@ -75,7 +84,7 @@ class Replayed:
 
 def replay_graphs(model: nn.Module) -> None:
     """Let a model replay CUDA graphs for images of a size that it has seen before."""
-    memory = GraphMemory()
+    memory = GraphMemory(next(model.parameters()).device)
     for module in model.modules():
         inner: Any = module
         if hasattr(inner, "states"):
@@ -97,12 +106,13 @@ class _ReplayedStates:
         self._states: Callable[..., Any] = type(model).states
         self._model = weakref.ref(model)  # which holds this: no circle
         self._segmentation = None if segmentation is None else weakref.ref(segmentation)
-        self._replayed = Replayed(self._compute, memory)
+        self._replayed, self._memory = Replayed(self._compute, memory), memory
 
     def __call__(self, pixel_values: Any, pixel_mask: Any = None, **options: Any) -> Any:
         unused = all(option is None or option is False for option in options.values())
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_cuda or not unused:
-            return self._states(self._model(), pixel_values, pixel_mask, **options)
+            with torch.cuda.device(self._memory.device):
+                return self._states(self._model(), pixel_values, pixel_mask, **options)
         return self._replayed(pixel_values, pixel_mask)
 
     def _compute(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Any:

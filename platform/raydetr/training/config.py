@@ -125,7 +125,8 @@ class TrainConfig:
     channels_last: bool = True
     """Memory layout of the convolutions."""
     compile: bool = False
-    """torch.compile the network for the first eight sizes of a batch: faster steps on a GPU, for half a minute each."""
+    """torch.compile the network for the first eight sizes of a batch: faster steps on a GPU, most of all where batches are
+    small, for half a minute each."""
 
     # The data
     shortest_edges: tuple[int, ...] = (112, 128, 144)
