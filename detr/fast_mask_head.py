@@ -51,7 +51,7 @@ class FastMaskHead(MaskHead):
         """See `MaskHead.context`; the maps are those of the stages' results, not of what is added before them."""
         base = self.image_lay1(projected)
         deep, middle, shallow = (
-            stage.layer(adapter(each))
+            stage.plain(adapter(each)) + stage.bias[:, None, None]
             for stage, adapter, each in zip(self.stages, self.adapters, maps[2::-1], strict=True)
         )
         return MaskContext(base, (deep, middle, shallow), attention.unflatten(-1, projected.shape[-2:]))
@@ -124,7 +124,7 @@ class _Stage(nn.Module):
 
     def __init__(self, layer: nn.Conv2d, norm: nn.GroupNorm) -> None:
         super().__init__()
-        self.layer, self.norm = layer, norm
+        self.bias, self.norm = layer.bias, norm
         self.phases = _convolution(_phases(layer.weight), None)
         self.plain = _convolution(layer.weight, None)
 

@@ -199,8 +199,9 @@ class GpuMaskHead(FastMaskHead):
 
     @staticmethod
     def fits(head: MaskHead) -> bool:
-        """Whether Triton can run here, and the activation is the one that the kernels do."""
-        return triton_runs() and head.activation in (F.relu, F.relu_)
+        """Whether Triton can run here, and the activation and the dtype are what the kernels do."""
+        exact = head.lay1.weight.dtype == torch.float64
+        return triton_runs() and head.activation is F.relu and not exact
 
     def replay_masks(self, memory: GraphMemory) -> None:
         """Ask for all masks of a chunk at once, from now on."""

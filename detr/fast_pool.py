@@ -83,7 +83,8 @@ class FastMaxPool2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Float [B, C, h, w] to float [B, C, h', w']."""
         batch, channels, height, width = x.shape
-        if channels & (channels - 1):  # Triton's blocks are powers of two
+        # Triton's blocks are powers of two, and this one's numbers are float32.
+        if channels & (channels - 1) or x.dtype == torch.float64:
             return torch.nn.functional.max_pool2d(x, self.size, self.stride, self.padding)
         x = x.contiguous(memory_format=torch.channels_last)
         shape = [(n + 2 * self.padding - self.size) // self.stride + 1 for n in (height, width)]
