@@ -15,6 +15,8 @@ from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
 from tests.training_steps import batches_of_steps, train_here
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
@@ -28,11 +30,14 @@ def config(manifest: Manifest, tmp_path: Path) -> TrainConfig:
 
 
 @pytest.mark.slow
-def test_steps_are_those_of_the_plain_network(config: TrainConfig, manifest: Manifest) -> None:
-    plain = create_state(config, manifest, torch.device("cpu"))
+def test_steps_are_those_of_the_plain_network(
+    config: TrainConfig, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    plain = create_state(config, manifest, DEVICE)
     expected = train_here(config, manifest, plain)
     compiled_config = dataclasses.replace(config, compile=True)
-    compiled = create_state(compiled_config, manifest, torch.device("cpu"))
+    compiled = create_state(compiled_config, manifest, DEVICE)
     got = train_here(compiled_config, manifest, compiled)
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
     for one, other in zip(got, expected, strict=True):
@@ -45,11 +50,11 @@ def test_steps_are_those_of_the_plain_network(config: TrainConfig, manifest: Man
         compiled.model.class_labels_classifier.weight.zero_()
         for parameter in compiled.model.model.parameters():
             parameter.zero_()
-    pixels = torch.zeros(1, 3, 64, 64, dtype=copy.dtype)
+    pixels = torch.zeros(1, 3, 64, 64, dtype=copy.dtype, device=DEVICE)
     assert copy(pixels).last_hidden_state.abs().max() > 0, "the copy computes with the original's weights"
 
     batch = next(batches_of_steps(config, manifest))[0]
-    compiled = create_state(compiled_config, manifest, torch.device("cpu"))
+    compiled = create_state(compiled_config, manifest, DEVICE)
     layer = compiled.model.model.encoder.layers[0]
     layer.fc1.register_forward_hook(lambda module, arguments, output: output * float("nan"))
     assert "encoder.layers.0" in non_finite.probe(
