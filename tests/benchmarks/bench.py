@@ -2,7 +2,8 @@
 
     python tests/benchmarks/bench.py [--only WORD] [--json FILE] [--compare FILE]
 
-Every row times ours and the reference in turn in one process of one thread and asserts that their outputs are equal.
+Every row times ours and the reference in turn in one process of one thread and asserts that their outputs are equal;
+scoring, the stream and the endpoint have processes of their own, the last two a cluster of Ray.
 The ratio is that of the medians, with the lowest and the highest of a single round beside it. The rows are kept as JSON
 (`runs/benchmarks/bench.json`), and `--compare` prints an earlier file's ratios beside the new ones.
 """
@@ -14,15 +15,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import rows_cluster
 import rows_model
 import rows_outputs
 import rows_panoptic
 import rows_processing
 import rows_training
+import scoring
 import torch
 from pairs import HEAD, Row, line
 
-ROWS = rows_model.ROWS | rows_training.ROWS | rows_processing.ROWS | rows_outputs.ROWS | rows_panoptic.ROWS
+PARTS = (rows_model, rows_training, rows_processing, rows_outputs, rows_panoptic, scoring, rows_cluster)
+ROWS = {name: make for part in PARTS for name, make in part.ROWS.items()}
 
 
 def main() -> None:

@@ -101,6 +101,26 @@ def paired(
     )
 
 
+def compared(
+    work: str, reference: str, rates: list[float], reference_rates: list[float], *, aim: float, least: float
+) -> Row:
+    """A row of rates per second, of rounds in which both were measured in turn."""
+    mine, theirs = statistics.median(rates), statistics.median(reference_rates)
+    ratios = [a / b for a, b in zip(rates, reference_rates, strict=True)]
+    return Row(
+        work=work,
+        reference=reference,
+        seconds=1 / mine,
+        reference_seconds=1 / theirs,
+        ratio=mine / theirs,
+        lowest=min(ratios),
+        highest=max(ratios),
+        rounds=len(ratios),
+        aim=aim,
+        least=least,
+    )
+
+
 def _timed(do: Callable[[], Any]) -> float:
     start = time.process_time()
     do()

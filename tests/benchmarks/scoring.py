@@ -12,7 +12,9 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pairs import Row
 
 SIDE = 640
 CATEGORIES = 80
@@ -45,18 +48,56 @@ def main() -> None:
         ("panoptic", "panoptic", "panoptic reference", 100, 0),
         ("analysis", "analysis", None, options.images, options.detections),
     ):
-        first = _run(ours, images, detections)
         name = f"{what}, {images} images" + (f" x {detections}" if detections else "")
         if reference is None:
+            first = _run(ours, images, detections)
             print(f"| {name} | {first['cpu_s']:.2f} | | | {first['memory_mib']:.0f} | |", flush=True)
             continue
-        second = _run(reference, images, detections)
-        assert np.allclose(first["figures"], second["figures"], atol=1e-9, rtol=0), (first, second)
+        first, second = _both(ours, reference, images, detections)
         print(
             f"| {name} | {first['cpu_s']:.2f} | {second['cpu_s']:.2f} | {second['cpu_s'] / first['cpu_s']:.1f} "
             f"| {first['memory_mib']:.0f} | {second['memory_mib']:.0f} |",
             flush=True,
         )
+
+
+def boxes() -> Row:
+    """COCO's figures of boxes, for the table that `bench.py` prints."""
+    return _row("boxes", 5000, rounds=1, aim=64, least=50)
+
+
+def masks() -> Row:
+    """The same of masks."""
+    return _row("masks", 500, rounds=3, aim=30, least=20)
+
+
+ROWS = {"map_boxes": boxes, "map_masks": masks}
+
+
+def _row(case: str, images: int, rounds: int, aim: float, least: float) -> Row:
+    pairs = [_both(case, f"pycocotools {case}", images, 100) for _ in range(rounds)]
+    seconds, reference = ([each["cpu_s"] for each in side] for side in zip(*pairs, strict=True))
+    ratios = [theirs / ours for ours, theirs in zip(seconds, reference, strict=True)]
+    mine, other = statistics.median(seconds), statistics.median(reference)
+    return Row(
+        work=f"mAP of {case}, {images} images of 100 detections, with loading",
+        reference="pycocotools",
+        seconds=mine,
+        reference_seconds=other,
+        ratio=other / mine,
+        lowest=min(ratios),
+        highest=max(ratios),
+        rounds=rounds,
+        aim=aim,
+        least=least,
+        note="figures equal to 1e-9; each in a process of its own",
+    )
+
+
+def _both(ours: str, reference: str, images: int, detections: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    first, second = (_run(case, images, detections) for case in (ours, reference))
+    assert np.allclose(first["figures"], second["figures"], atol=1e-9, rtol=0), (first, second)
+    return first, second
 
 
 def _run(case: str, images: int, detections: int) -> dict[str, Any]:
@@ -70,7 +111,9 @@ def _run(case: str, images: int, detections: int) -> dict[str, Any]:
         "--detections",
         str(detections),
     ]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return json.loads(done.stdout)
 
 
 def _measure(score: Callable[[], Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The endpoint beside the bare model, and beside a plain FastAPI app with transformers: images per second and waiting.
 
-    python tests/benchmarks/serving.py [--seconds 20] [--rounds 3] [--clients 1 8 32 128]
+    python tests/benchmarks/serving.py [--seconds 20] [--rounds 3] [--clients 1 8 32 128] [--json FILE]
 
 One model (resnet18, images of coco128 with a shortest edge of 480 pixels), one machine: the endpoint has a replica of one
 thread for every core, and its clients, its HTTP side and the model share the cores. The bare model runs in the faster of
@@ -22,10 +22,12 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from pairs import compared
 
 from detr import DetrConfig, DetrForObjectDetection, DetrImageProcessor
 from detr.detector import ObjectDetector
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--json", type=Path, help="write the row of the table that bench.py prints")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, _rival(_save_model(folder)), _served(folder) as url:
         rates: dict[str, list[float]] = defaultdict(list)
@@ -71,6 +74,15 @@ def main() -> None:
             print(
                 f"{name:38} {rate:7.2f}  {rate / limit:5.2f} of bare  {rate / rival_rate:5.2f} of FastAPI's"
             )
+        if given.json:
+            served = max(
+                (name for name in rates if name.startswith("endpoint")), key=lambda name: medians[name]
+            )
+            alone = max((name for name in rates if name.startswith("bare")), key=lambda name: medians[name])
+            row = compared(
+                f"an image of the {served}", "the bare model", rates[served], rates[alone], aim=0.9, least=0.8
+            )
+            given.json.write_text(json.dumps(asdict(row)), encoding="utf-8")
         capacity = max(rate for name, rate in medians.items() if name.startswith("endpoint"))
         seen = ask(url, given.seconds, "--rate", f"{4 * capacity:.1f}")
         share = seen["images_per_second"] / capacity

@@ -1,6 +1,6 @@
 """Images per CPU second of the stream, all processes counted, against the same functions in a plain loop.
 
-    python tests/benchmarks/stream_throughput.py [--rounds 3] [--images 768]
+    python tests/benchmarks/stream_throughput.py [--rounds 3] [--images 768] [--json FILE]
 
 The loop reads, decodes, augments and packs in one thread and unpacks as a worker does. The stream does the same
 through Ray Data and a streaming split, as Ray Train's workers get it; its rate is that of the steady state: between
@@ -9,16 +9,19 @@ the first quarter of the images and the last. Rounds alternate between the two.
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from pairs import compared
 from PIL import Image, ImageOps
 from shards_of_coco128 import SOURCE, coco128_shards
 from transformers import DetrImageProcessor
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the row of the table that bench.py prints")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     manifest = coco128_shards("runs/benchmarks", 1024)
@@ -68,6 +72,16 @@ def main() -> None:
     medians = {name: statistics.median(row[0] for row in rows) for name, rows in rates.items()}
     for other in ("loop", "DataLoader"):
         print(f"stream ÷ {other}, images per CPU second: {medians['stream'] / medians[other]:.2f}")
+    if arguments.json:
+        row = compared(
+            "an image of the training stream, all processes counted",
+            "a plain loop of the same functions",
+            [each[0] for each in rates["stream"]],
+            [each[0] for each in rates["loop"]],
+            aim=0.85,
+            least=0.6,
+        )
+        arguments.json.write_text(json.dumps(asdict(row)), encoding="utf-8")
 
 
 def _measure(images: Iterator[int], total: int) -> tuple[float, float, float]:
