@@ -46,7 +46,7 @@ WARM_UP = 0.4
 MOST_SLOPE = 1.0
 """MiB a minute, of an hour."""
 HOUR = 60
-"""In ten minutes the bound is 6 MiB after the warm-up, and batches of a size that a version has not had yet take more, once."""
+"""A replica settles in about a quarter of an hour: in ten minutes all of the time is warm-up."""
 
 pytestmark = [
     pytest.mark.cluster,
