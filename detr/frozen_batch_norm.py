@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
@@ -68,13 +69,27 @@ class FoldedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Float [B, C, h, w] to float [B, C', h', w']."""
-        return self._conv_forward(input, *self.weight_and_bias())
+        weight, bias = self.weight_and_bias()
+        if self.kernel_size == (1, 1) and _is_for_onednn(input):
+            # A kernel of one pixel has nothing to spread, so the dilation changes only what torch chooses: with one
+            # thread it would not have oneDNN compute this layer and its gradients, which is up to twice as fast.
+            return F.conv2d(input, weight, bias, self.stride, self.padding, 2, self.groups)
+        return self._conv_forward(input, weight, bias)
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:
         """Those of the one convolution."""
         scale, shift = self.norm[0].scale_and_shift()
         bias = shift if self.bias is None else shift + self.bias * scale
         return self.weight * scale.view(-1, 1, 1, 1), bias
+
+
+def _is_for_onednn(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and not torch.compiler.is_compiling()  # nor exporting
+    )
 
 
 def fold_into_convolutions(net: nn.Module) -> None:

@@ -30,12 +30,7 @@ GMACS = 86
 BATCH = 16
 SIZES = (1, BATCH)
 DEVICE = "cuda"
-ROWS = [
-    *(partial(make, DEVICE) for make in rows_model.ROWS.values()),
-    partial(rows_training.training_step, DEVICE),
-    partial(rows_training.training_step, DEVICE, "bf16"),
-    partial(rows_training.criterion, DEVICE),
-]
+ROWS = [partial(make, DEVICE) for make in [*rows_model.ROWS.values(), *rows_training.ROWS.values()]]
 
 
 def main() -> None:

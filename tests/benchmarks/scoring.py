@@ -68,7 +68,7 @@ def boxes() -> Row:
 
 def masks() -> Row:
     """The same of masks."""
-    return _row("masks", 500, rounds=3, aim=30, least=20)
+    return _row("masks", 5000, rounds=1, aim=30, least=20)
 
 
 ROWS = {"map_boxes": boxes, "map_masks": masks}
