@@ -228,11 +228,16 @@ class GpuMaskHead(FastMaskHead):
         """See `FastMaskHead.enlarged`."""
         channels, height, width = shared.shape[1:]
         lanes, block = _block(channels)
-        result = _empty((len(parts), channels, height, width), parts)
+        result = torch.empty(
+            (len(parts), channels, height, width),
+            dtype=parts.dtype,
+            device=parts.device,
+            memory_format=torch.channels_last,
+        )
         pixels = len(parts) * height * width
         _interleave[(triton.cdiv(pixels, block),)](
-            _last(parts),
-            _last(shared),
+            _channels_last(parts),
+            _channels_last(shared),
             result,
             pixels,
             height,
@@ -247,7 +252,7 @@ class GpuMaskHead(FastMaskHead):
 
     def normed(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
         """See `FastMaskHead.normed`."""
-        x = _last(x)
+        x = _channels_last(x)
         channels, pixels = x.shape[1], x[0, 0].numel()
         lanes, block = _block(channels)
         _affine_relu[(triton.cdiv(len(x) * pixels, block),)](
@@ -257,7 +262,7 @@ class GpuMaskHead(FastMaskHead):
 
     def last(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
         """See `FastMaskHead.last`."""
-        x = _last(x)
+        x = _channels_last(x)
         channels, height, width = x.shape[1:]
         lanes, block = _block(channels)
         result = x.new_empty((len(x), height, width))
@@ -297,9 +302,5 @@ def _block(channels: int) -> tuple[int, int]:
     return lanes, max(1, _ELEMENTS // lanes)
 
 
-def _last(x: Tensor) -> Tensor:
+def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -72,7 +72,7 @@ class FoldedConv2d(nn.Conv2d):
         weight, bias = self.weight_and_bias()
         if self.kernel_size == (1, 1) and _is_for_onednn(input):
             # A kernel of one pixel has nothing to spread, so the dilation changes only what torch chooses: with one
-            # thread it would not have oneDNN compute this layer and its gradients, which is up to twice as fast.
+            # thread it would not have oneDNN compute this layer and its gradients, which is faster where registers are wide.
             return F.conv2d(input, weight, bias, self.stride, self.padding, 2, self.groups)
         return self._conv_forward(input, weight, bias)
 

@@ -84,40 +84,34 @@ def paired(
         pair = [(ours, first), (reference, second)]
         for do, seconds in pair if number % 2 == 0 else reversed(pair):
             seconds.append(_timed(do) if device == "cpu" else timed_on_gpu(do))
-    ratios = [b / a for a, b in zip(first, second)]
-    mine, theirs = statistics.median(first), statistics.median(second)
-    return Row(
-        work=work,
-        reference=reference_name,
-        seconds=mine,
-        reference_seconds=theirs,
-        ratio=theirs / mine,
-        lowest=min(ratios),
-        highest=max(ratios),
-        rounds=rounds,
-        aim=aim,
-        least=least,
-        note=note,
-    )
+    return row_of(work, reference_name, first, second, aim=aim, least=least, note=note)
 
 
-def compared(
-    work: str, reference: str, rates: list[float], reference_rates: list[float], *, aim: float, least: float
+def row_of(
+    work: str,
+    reference: str,
+    seconds: list[float],
+    reference_seconds: list[float],
+    *,
+    aim: float | None = None,
+    least: float | None = None,
+    note: str = "",
 ) -> Row:
-    """A row of rates per second, of rounds in which both were measured in turn."""
-    mine, theirs = statistics.median(rates), statistics.median(reference_rates)
-    ratios = [a / b for a, b in zip(rates, reference_rates, strict=True)]
+    """The row of what each round took."""
+    ratios = [theirs / ours for ours, theirs in zip(seconds, reference_seconds, strict=True)]
+    ours, theirs = statistics.median(seconds), statistics.median(reference_seconds)
     return Row(
         work=work,
         reference=reference,
-        seconds=1 / mine,
-        reference_seconds=1 / theirs,
-        ratio=mine / theirs,
+        seconds=ours,
+        reference_seconds=theirs,
+        ratio=theirs / ours,
         lowest=min(ratios),
         highest=max(ratios),
         rounds=len(ratios),
         aim=aim,
         least=least,
+        note=note,
     )
 
 

@@ -14,7 +14,6 @@ import io
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pairs import Row
+from pairs import Row, row_of
 
 SIDE = 640
 CATEGORIES = 80
@@ -63,31 +62,24 @@ def main() -> None:
 
 def boxes() -> Row:
     """COCO's figures of boxes, for the table that `bench.py` prints."""
-    return _row("boxes", 5000, rounds=1, aim=64, least=50)
+    return _row("boxes", 5000, aim=64, least=50)
 
 
 def masks() -> Row:
     """The same of masks."""
-    return _row("masks", 5000, rounds=1, aim=30, least=20)
+    return _row("masks", 5000, aim=30, least=20)
 
 
 ROWS = {"map_boxes": boxes, "map_masks": masks}
 
 
-def _row(case: str, images: int, rounds: int, aim: float, least: float) -> Row:
-    pairs = [_both(case, f"pycocotools {case}", images, 100) for _ in range(rounds)]
-    seconds, reference = ([each["cpu_s"] for each in side] for side in zip(*pairs, strict=True))
-    ratios = [theirs / ours for ours, theirs in zip(seconds, reference, strict=True)]
-    mine, other = statistics.median(seconds), statistics.median(reference)
-    return Row(
-        work=f"mAP of {case}, {images} images of 100 detections, with loading",
-        reference="pycocotools",
-        seconds=mine,
-        reference_seconds=other,
-        ratio=other / mine,
-        lowest=min(ratios),
-        highest=max(ratios),
-        rounds=rounds,
+def _row(case: str, images: int, aim: float, least: float) -> Row:
+    ours, theirs = _both(case, f"pycocotools {case}", images, 100)
+    return row_of(
+        f"mAP of {case}, {images} images of 100 detections, with loading",
+        "pycocotools",
+        [ours["cpu_s"]],
+        [theirs["cpu_s"]],
         aim=aim,
         least=least,
         note="figures equal to 1e-9; each in a process of its own",

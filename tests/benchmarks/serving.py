@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import compared
+from pairs import row_of
 
 from detr import DetrConfig, DetrForObjectDetection, DetrImageProcessor
 from detr.detector import ObjectDetector
@@ -79,8 +79,12 @@ def main() -> None:
                 (name for name in rates if name.startswith("endpoint")), key=lambda name: medians[name]
             )
             alone = max((name for name in rates if name.startswith("bare")), key=lambda name: medians[name])
-            row = compared(
-                f"an image of the {served}", "the bare model", rates[served], rates[alone], aim=0.9, least=0.8
+            row = row_of(
+                f"an image of the {served}",
+                "the bare model",
+                *([1 / rate for rate in rates[name]] for name in (served, alone)),
+                aim=0.9,
+                least=0.8,
             )
             given.json.write_text(json.dumps(asdict(row)), encoding="utf-8")
         capacity = max(rate for name, rate in medians.items() if name.startswith("endpoint"))
