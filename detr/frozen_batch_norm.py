@@ -85,10 +85,10 @@ class FoldedConv2d(nn.Conv2d):
 
 def _is_for_onednn(x: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # nor exporting; asked first, what follows would split the graph
+        and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
-        and not torch.compiler.is_compiling()  # nor exporting
     )
 
 

@@ -4,7 +4,13 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from detr.frozen_batch_norm import FrozenBatchNorm2d, differs_from_transformers, freeze_batch_norm
+from detr.frozen_batch_norm import (
+    FoldedConv2d,
+    FrozenBatchNorm2d,
+    differs_from_transformers,
+    fold_into_convolutions,
+    freeze_batch_norm,
+)
 
 
 def randomise(norm: nn.BatchNorm2d, seed: int) -> None:
@@ -71,3 +77,16 @@ def test_a_frozen_norm_keeps_no_activation_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         FrozenBatchNorm2d(4)(x).sum()
     assert all(numel < x.numel() for numel in saved)
+
+
+def test_a_folded_network_is_compiled_as_one_graph():
+    """Each split would be a start of its own in every step, and a place where the compiler can fail."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)
+    ).eval()
+    freeze_batch_norm(net)
+    fold_into_convolutions(net)
+    assert sum(isinstance(m, FoldedConv2d) for m in net) == 2
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), net(x))
