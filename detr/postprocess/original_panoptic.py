@@ -1,6 +1,5 @@
 """The panoptic post-processing of the original code, under the old name that the DETR page cites."""
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from detr.image_transforms import id_to_rgb
+from detr.panoptic_png import write_panoptic_png
 from detr.postprocess.segments import SegmentationOutput
 from detr.postprocess.sizes import TargetSizes, check_count, integer_sizes
 from detr.postprocess.view import image_views
@@ -100,9 +99,7 @@ def _panoptic_png(
         {"id": k, "isthing": bool(things[label]), "category_id": label, "area": int(area)}
         for k, (label, area) in enumerate(zip(labels, areas))
     ]
-    with io.BytesIO() as stream:
-        Image.fromarray(id_to_rgb(ids)).save(stream, format="PNG")
-        return {"png_string": stream.getvalue(), "segments_info": segments}
+    return {"png_string": write_panoptic_png(ids), "segments_info": segments}
 
 
 def _largest(masks: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Panoptic quality of PNGs against panopticapi's way: a row of the table that `bench.py` prints.
+"""Panoptic quality of PNGs against panopticapi's way, and the PNGs themselves: rows of the table of `bench.py`.
 
     OMP_NUM_THREADS=1 PYTHONPATH=tests/benchmarks python -c "import rows_panoptic as r; [print(row()) for row in r.ROWS.values()]"
 
@@ -8,14 +8,17 @@ with some segments left out and some of another category; written by `write_pano
 
 import json
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pairs import Row, paired
 from panopticapi_way import Maps, panoptic_quality
+from PIL import Image
 
-from detr.panoptic_png import read_panoptic_png, write_panoptic_png
+from detr.image_transforms import id_to_rgb
+from detr.panoptic_png import read_panoptic_colors, read_panoptic_png, write_panoptic_png
 from raydetr.evaluation.panoptic_quality import count_maps, panoptic_figures
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "coco128" / "annotations"
@@ -76,4 +79,31 @@ def quality() -> Row:
     )
 
 
-ROWS: dict[str, Callable[[], Row]] = {"quality": quality}
+def png() -> Row:
+    """Maps of segments written as PNGs and read again."""
+    maps_of_ids = [read_panoptic_png(png) for png, _ in maps()[1].values()]
+
+    def ours() -> list[np.ndarray]:
+        return [read_panoptic_colors(write_panoptic_png(ids)) for ids in maps_of_ids]
+
+    def reference() -> list[np.ndarray]:
+        return [_by_pillow(ids) for ids in maps_of_ids]
+
+    assert all(map(np.array_equal, ours(), reference()))
+    return paired(
+        f"{len(maps_of_ids)} panoptic PNGs written and read",
+        "Pillow",
+        ours,
+        reference,
+        note="the same colours",
+    )
+
+
+def _by_pillow(ids: np.ndarray) -> np.ndarray:
+    file = BytesIO()
+    Image.fromarray(id_to_rgb(ids).astype(np.uint8)).save(file, "PNG")
+    with Image.open(file) as image:
+        return np.asarray(image)
+
+
+ROWS: dict[str, Callable[[], Row]] = {"quality": quality, "png": png}
