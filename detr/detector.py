@@ -135,11 +135,13 @@ class ObjectDetector:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        from detr.fast import is_optimized
+
         self.device = torch.device(device)
         self.dtype = dtype
         self.image_processor = image_processor
         self.model = model.to(self.device).eval()
-        if not self._autocast:
+        if not self._autocast and not is_optimized(self.model):  # whose heads have a dtype of their own
             self.model.to(dtype)
 
     @classmethod
@@ -150,6 +152,7 @@ class ObjectDetector:
         dtype: torch.dtype = torch.float32,
         *,
         masks: bool = False,
+        engine: str | None = None,
     ) -> Self:
         """Load a model folder: model.safetensors, config.json and preprocessor_config.json; made fast (`optimize`).
 
@@ -158,10 +161,12 @@ class ObjectDetector:
             device: where the model runs.
             dtype: what it computes in.
             masks: load it with its mask head.
+            engine: see `detr.fast.optimized`.
 
         Raises:
             FileNotFoundError: the folder or one of the files is missing.
-            ValueError: the files do not fit together.
+            ValueError: the files do not fit together, or the engine cannot compute the model.
+            ImportError: the engine is not installed.
         """
         from detr.model import DetrForObjectDetection
         from detr.segmentation import DetrForSegmentation
@@ -169,7 +174,10 @@ class ObjectDetector:
         kind = DetrForSegmentation if masks else DetrForObjectDetection
         half, on_cpu = dtype in _HALF, torch.device(device).type == "cpu"
         model = kind.from_pretrained(folder, dtype=torch.float32 if half else dtype).to(device)
-        fast = model.optimize(pack=not half) if on_cpu else model.optimize(dtype=dtype if half else None)
+        if on_cpu and engine is None:
+            fast = model.optimize(pack=not half)
+        else:
+            fast = model.optimize(dtype=dtype if half else None, engine=engine)
         return cls(fast, DetrImageProcessor.from_pretrained(folder), device, dtype)
 
     def prepare(self, image: bytes | Image.Image | torch.Tensor) -> PreparedImage:

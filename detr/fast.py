@@ -7,6 +7,7 @@ What is done, and why it changes no result beyond rounding:
 - Each convolution does the ReLU and the addition that follow it, while its result is still in a register: with oneDNN
   on a CPU (`detr.fast_cpu`, which has it compute linear layers too), with cuDNN on a GPU (`detr.fast_cuda`).
 - A mask head does not compute again what the maps that it doubles repeat (`detr.fast_mask_head`).
+- OpenVINO computes it all on a CPU where a user asks for that engine (`detr.fast_openvino`).
 - On a GPU, float32 layers run on the units for matrix products (`detr.fast_float32`), what is between the convolutions of
   a mask head has kernels of its own (`detr.fast_mask_kernels`), and all is asked for at once (`detr.fast_graphs`).
 
@@ -33,6 +34,7 @@ from detr.fast_cuda import (
 )
 from detr.fast_graphs import replay_graphs
 from detr.fast_mask_head import FastMaskHead
+from detr.fast_openvino import compute_with_openvino, uses_openvino
 from detr.frozen_batch_norm import FoldedConv2d, FrozenBatchNorm2d, called_module, feeds_only, nodes_of, trace
 from detr.mask_head import MaskHead
 
@@ -40,7 +42,11 @@ M = TypeVar("M", bound=nn.Module)
 _FUSED: tuple[type[OneDnnConv2d] | type[CudnnConv2d], ...] = (OneDnnConv2d, CudnnConv2d)
 
 
-def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None) -> M:
+ENGINES = ("openvino",)
+"""What may compute a model in place of torch."""
+
+
+def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, engine: str | None = None) -> M:
     """A copy of ``model`` that is faster in inference: see the file's docstring.
 
     It is in evaluation mode, has no gradients, stays on its device and cannot be saved. A backbone that cannot be
@@ -52,16 +58,24 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None) -> 
             packed ones.
         dtype: of all but the heads for classes and boxes, which stay as they are: a thousandth of the work, and
             bfloat16 boxes are off by pixels. None leaves everything in its dtype.
+        engine: "openvino" has OpenVINO compute backbone and transformer; it takes some seconds to prepare and a second
+            copy of the weights. None is torch alone.
 
     Raises:
-        ValueError: the model is optimised already, in another dtype.
+        ValueError: the model is optimised already, in another dtype or without the engine; there is no such engine, or
+            it cannot compute this model.
+        ImportError: the engine is not installed.
     """
+    if engine not in (None, *ENGINES):
+        raise ValueError(f"engine={engine!r}: expected one of {list(ENGINES)}, or None for torch alone")
     if is_optimized(model):
         own = next(tensor.dtype for name, tensor in model.named_parameters() if not _is_of_heads(name))
         if dtype not in (None, own):
             raise ValueError(
                 f"optimize(dtype={dtype}) of a model that is optimised in {own}: call the original's"
             )
+        if engine is not None and not uses_openvino(model):
+            raise ValueError(f"optimize(engine={engine!r}) of a model that is optimised: call the original's")
         return model
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     for module in fast.modules():
@@ -80,6 +94,8 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None) -> 
         replay_graphs(fast)
     elif pack:
         pack_layers(fast)
+    if engine is not None:
+        compute_with_openvino(fast, optimized(model, pack=False), dtype)
     return fast
 
 

@@ -53,9 +53,11 @@ class DetrPreTrainedModel(nn.Module):
         """Number of parameters (buffers, such as frozen batch norm, are not counted)."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
-    def optimize(self, pack: bool = True, dtype: torch.dtype | None = None) -> Self:
+    def optimize(
+        self, pack: bool = True, dtype: torch.dtype | None = None, engine: str | None = None
+    ) -> Self:
         """A faster copy for inference, of the same class and with the same outputs; see `detr.fast.optimized`."""
-        return optimized(self, pack, dtype)
+        return optimized(self, pack, dtype, engine)
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """Recompute the transformer's layers in the backward pass instead of keeping their activations."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import rows_cluster
+import rows_engines
 import rows_model
 import rows_outputs
 import rows_panoptic
@@ -25,7 +26,16 @@ import scoring
 import torch
 from pairs import HEAD, Row, line
 
-PARTS = (rows_model, rows_training, rows_processing, rows_outputs, rows_panoptic, scoring, rows_cluster)
+PARTS = (
+    rows_model,
+    rows_engines,
+    rows_training,
+    rows_processing,
+    rows_outputs,
+    rows_panoptic,
+    scoring,
+    rows_cluster,
+)
 ROWS = {name: make for part in PARTS for name, make in part.ROWS.items()}
 
 

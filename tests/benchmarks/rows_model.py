@@ -35,7 +35,7 @@ MIXED = [
 @torch.inference_mode()
 def single(device: str = "cpu") -> Row:
     """One image through resnet50."""
-    return _one_image(
+    return one_image(
         device, "resnet50, batch 1, 800 x 1066, float32", lambda ours: ours.optimize(), aim=2.7, least=2.0
     )
 
@@ -43,7 +43,7 @@ def single(device: str = "cpu") -> Row:
 @torch.inference_mode()
 def plain(device: str = "cpu") -> Row:
     """The same without `optimize`."""
-    return _one_image(device, "the same, not optimised", lambda ours: ours)
+    return one_image(device, "the same, not optimised", lambda ours: ours)
 
 
 @torch.inference_mode()
@@ -63,23 +63,7 @@ def bfloat16(device: str = "cpu") -> Row:
         def run() -> Any:
             return fast(pixels.bfloat16())
 
-    expected, got = theirs(pixels), run()
-    off = (got.logits.float() - expected.logits).abs().max().item()
-    boxes = (got.pred_boxes - expected.pred_boxes).abs().max().item()
-    native = device != "cpu" or any(
-        flag in torch.backends.cpu.get_cpu_capability() for flag in ("AVX512", "AMX")
-    )
-    return paired(
-        "the same in bf16",
-        REFERENCE,
-        run,
-        lambda: theirs(pixels),
-        rounds=3,
-        aim=5,
-        least=3.5,
-        note=f"logits off by {off:.2g}, boxes by {boxes:.1e}" + ("" if native else "; no bf16 unit here"),
-        device=device,
-    )
+    return near_in_bfloat16("the same in bf16", run, lambda: theirs(pixels), device, aim=5, least=3.5)
 
 
 @torch.inference_mode()
@@ -159,6 +143,20 @@ ROWS: dict[str, Callable[[], Row]] = {
 }
 
 
+def near_in_bfloat16(
+    work: str, ours: Callable[[], Any], theirs: Callable[[], Any], device: str, **bounds: float
+) -> Row:
+    """A row in bfloat16, whose note says how far it is off."""
+    expected, got = theirs(), ours()
+    off = (got.logits.float() - expected.logits).abs().max().item()
+    boxes = (got.pred_boxes - expected.pred_boxes).abs().max().item()
+    native = device != "cpu" or any(
+        flag in torch.backends.cpu.get_cpu_capability() for flag in ("AVX512", "AMX")
+    )
+    note = f"logits off by {off:.2g}, boxes by {boxes:.1e}" + ("" if native else "; no bf16 unit here")
+    return paired(work, REFERENCE, ours, theirs, rounds=3, note=note, device=device, **bounds)
+
+
 def _extra_memory(run: Callable[[], Any], device: str) -> str:
     if device == "cpu":
         return ""
@@ -169,7 +167,8 @@ def _extra_memory(run: Callable[[], Any], device: str) -> str:
     return f"; {(torch.cuda.max_memory_allocated() - before) / 2**30:.2f} GiB more than before the call"
 
 
-def _one_image(device: str, work: str, prepare: Callable[[Any], Any], **bounds: float) -> Row:
+def one_image(device: str, work: str, prepare: Callable[[Any], Any], **bounds: float) -> Row:
+    """A row of one image in float32, by what `prepare` makes of our model."""
     ours, theirs = twins(device)
     pixels = image(device)
     model = prepare(ours)

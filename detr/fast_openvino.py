@@ -1,0 +1,179 @@
+"""OpenVINO for `detr.fast`: an engine for CPUs that a user may pick, which computes the backbone and the transformer.
+
+It is an extra, ``pip install 'raydetr[openvino]'``. What it pays: `make bench BENCH='--only openvino'`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detr.outputs import DetrModelOutput
+
+_PRECISIONS = {None: "f32", torch.float32: "f32", torch.bfloat16: "bf16"}
+_EXAMPLE = (2, 128, 96)
+"""Images, height and width of what is exported: dimensions that are 1 or equal would not stay free."""
+
+
+def compute_with_openvino(fast: nn.Module, plain: nn.Module, dtype: torch.dtype | None) -> None:
+    """Have OpenVINO compute the states of a model, with as many threads as torch has now.
+
+    Args:
+        fast: a DETR model, changed in place. What is not an image (embeddings, or a wish for attention weights), it
+            computes itself.
+        plain: the same model in float32 on the CPU, of torch's own layers; not needed afterwards.
+        dtype: what OpenVINO computes in: float32, or bfloat16 where the processor can; None is float32.
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+        ValueError: the model is not float32 on a CPU, cannot be exported, or OpenVINO has no such dtype.
+    """
+    first = next(plain.parameters())
+    if first.device.type != "cpu" or first.dtype != torch.float32 or dtype not in _PRECISIONS:
+        raise ValueError(
+            f"engine='openvino' computes float32 models on a CPU in torch.float32 or torch.bfloat16, got {first.dtype} "
+            f"on {first.device} and dtype={dtype}"
+        )
+    inner: Any
+    inner, source = (
+        next(module for module in each.modules() if hasattr(module, "states")) for each in (fast, plain)
+    )
+    wants_maps = hasattr(fast, "mask_context")
+    inner.states = _OpenVinoStates(inner, _Tensors(source, wants_maps).eval(), _PRECISIONS[dtype])
+
+
+def uses_openvino(model: nn.Module) -> bool:
+    """Whether OpenVINO computes this model."""
+    return any(isinstance(vars(module).get("states"), _OpenVinoStates) for module in model.modules())
+
+
+class _Tensors(nn.Module):
+    """`DetrModel.states` of images as a tuple of tensors, which is what can be exported.
+
+    Args:
+        model: a `DetrModel`.
+        wants_maps: also return the backbone's maps.
+    """
+
+    def __init__(self, model: Any, wants_maps: bool) -> None:
+        super().__init__()
+        self._model, self._wants_maps = model, wants_maps
+        self.channels = model.config.num_channels
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, ...]:
+        features, outputs = self._model.states(
+            pixel_values, pixel_mask, output_attentions=False, output_hidden_states=False
+        )
+        found = [
+            features.cells,
+            features.counted,
+            outputs.last_hidden_state,
+            outputs.encoder_last_hidden_state,
+        ]
+        if outputs.intermediate_hidden_states is not None:
+            found.append(outputs.intermediate_hidden_states)
+        return (*found, *(features.maps if self._wants_maps else ()))
+
+
+class _OpenVinoStates:
+    """`DetrModel.states`, computed by OpenVINO where nothing but images is given.
+
+    Args:
+        model: a `DetrModel`, which may hold this.
+        tensors: of the same model.
+        precision: OpenVINO's name of a dtype.
+    """
+
+    def __init__(self, model: Any, tensors: _Tensors, precision: str) -> None:
+        self._states: Callable[..., Any] = type(model).states
+        self._model = weakref.ref(model)  # no circle
+        self._request = _compiled(tensors, precision).create_infer_request()
+        self._lock = threading.Lock()
+
+    def __call__(self, pixel_values: Any, pixel_mask: Any = None, **options: Any) -> Any:
+        model: Any = self._model()
+        config = model.config
+        asked = [*options.values(), config.output_attentions, config.output_hidden_states]
+        images = isinstance(pixel_values, Tensor) and pixel_values.ndim == 4 and not pixel_values.is_cuda
+        size = (len(pixel_values), *pixel_values.shape[2:]) if images else None
+        if (
+            not images
+            or pixel_values.shape[1] != config.num_channels
+            or (pixel_mask is not None and pixel_mask.shape != size)
+            or any(option is not None and option is not False for option in asked)
+        ):
+            return self._states(model, pixel_values, pixel_mask, **options)
+        return self._computed(model, pixel_values, pixel_mask, size)
+
+    def _computed(self, model: Any, pixel_values: Tensor, pixel_mask: Tensor | None, size: Any) -> Any:
+        from detr.model import ImageFeatures
+
+        mask = torch.ones(size, dtype=torch.bool) if pixel_mask is None else pixel_mask.bool()
+        with self._lock:
+            self._request.infer([pixel_values.detach().float().numpy(), mask.numpy()], share_inputs=True)
+            # The request writes to the same memory when it is asked again.
+            found = [torch.from_numpy(tensor.data).clone() for tensor in self._request.output_tensors]
+        cells, counted, last, encoded, *more = (
+            each if each.dtype == torch.bool else each.to(pixel_values.dtype) for each in found
+        )
+        intermediate = more.pop(0) if model.config.auxiliary_loss else None
+        keep = None if pixel_mask is None or bool(mask.all()) else counted
+        outputs = DetrModelOutput(
+            last_hidden_state=last,
+            encoder_last_hidden_state=encoded,
+            intermediate_hidden_states=intermediate,
+        )
+        return ImageFeatures(cells, keep, counted, more), outputs
+
+
+def _compiled(tensors: _Tensors, precision: str) -> Any:
+    from torch.export import Dim, export  # takes a while to import
+
+    openvino = _openvino()
+
+    batch, height, width = _EXAMPLE
+    example = torch.zeros(batch, tensors.channels, height, width), torch.ones(_EXAMPLE, dtype=torch.bool)
+    free = dict.fromkeys((0, 2, 3), Dim.AUTO), dict.fromkeys((0, 1, 2), Dim.AUTO)
+    try:
+        with torch.no_grad():
+            program = export(tensors, example, dynamic_shapes=free, strict=False)
+    except Exception as error:
+        raise ValueError(f"engine='openvino': the model cannot be exported by torch ({error})") from error
+    network = openvino.convert_model(program)
+    fixed = [size for given in network.inputs for size in given.partial_shape if size.is_static]
+    if len(fixed) > 1:
+        raise ValueError(
+            f"engine='openvino': the model is exported for images of {fixed} alone: its backbone asks for a size"
+        )
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # several processes of a machine would share the first cores
+    }
+    return openvino.Core().compile_model(network, "CPU", options)
+
+
+def _openvino() -> Any:
+    # It tells its makers over the internet that it is imported, unless its package for that is missing.
+    reports = "openvino_telemetry"
+    modules: dict[str, Any] = sys.modules
+    absent = reports not in modules
+    if absent:
+        modules[reports] = None
+    try:
+        import openvino
+    except ImportError as error:
+        raise ImportError(
+            "engine='openvino' needs OpenVINO, which is an extra: pip install 'raydetr[openvino]'"
+        ) from error
+    finally:
+        if absent:
+            del modules[reports]
+    return openvino
