@@ -62,8 +62,8 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Ten
 
     Args:
         data: an image in one of `FORMATS`.
-        max_pixels: compared with the header's height times width before anything is decoded. Pillow itself refuses
-            more than twice the default.
+        max_pixels: compared with the header's height times width before anything is decoded. Pillow itself, which
+            decodes all but JPEGs, refuses more than twice the default.
 
     Returns:
         uint8 [3, height, width] of 0..255, interleaved in memory.
@@ -72,6 +72,9 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Ten
         ImageError: the bytes are not such an image, are cut short or damaged, are too large, or have pixels without
             a defined range.
     """
+    pixels = _decode_jpeg(data, max_pixels)
+    if pixels is not None:
+        return torch.from_numpy(pixels).permute(2, 0, 1)
     with _open(data) as image:
         width, height = image.size
         if width * height > max_pixels:
@@ -79,13 +82,6 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Ten
                 f"the image is {height} x {width} = {height * width:,} pixels, more than the limit of "
                 f"{max_pixels:,}: make it smaller or raise max_pixels"
             )
-        if simplejpeg is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
-            try:
-                pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
-                return torch.from_numpy(pixels).permute(2, 0, 1)
-            except ValueError:
-                # It refuses whatever libjpeg warns about; Pillow decodes slightly damaged files or gives the reason.
-                pass
         try:
             image.load()
         except _DAMAGED as error:
@@ -116,6 +112,19 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 def pil_to_tensor(image: Image.Image) -> torch.Tensor:
     """Copy a Pillow image of mode RGB into uint8 [3, height, width], interleaved in memory."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
+    """Uint8 [height, width, 3] of a JPEG; None where Pillow has to convert it, or to say what is wrong."""
+    if simplejpeg is None or data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > max_pixels or colors not in ("YCbCr", "RGB", "Gray"):
+            return None
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+    except ValueError:  # whatever libjpeg warns about; Pillow decodes slightly damaged files
+        return None
 
 
 def _open(data: bytes) -> Image.Image:
