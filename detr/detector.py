@@ -25,6 +25,7 @@ from detr.postprocess import detections_of_all_queries
 
 if TYPE_CHECKING:
     # they import timm, which tasks that only prepare images do without
+    from detr.fast import Engine
     from detr.model import DetrForObjectDetection
     from detr.segmentation import DetrForSegmentation
 
@@ -152,7 +153,7 @@ class ObjectDetector:
         dtype: torch.dtype = torch.float32,
         *,
         masks: bool = False,
-        engine: str | None = None,
+        engine: "Engine" = "torch",
     ) -> Self:
         """Load a model folder: model.safetensors, config.json and preprocessor_config.json; made fast (`optimize`).
 
@@ -174,7 +175,7 @@ class ObjectDetector:
         kind = DetrForSegmentation if masks else DetrForObjectDetection
         half, on_cpu = dtype in _HALF, torch.device(device).type == "cpu"
         model = kind.from_pretrained(folder, dtype=torch.float32 if half else dtype).to(device)
-        if on_cpu and engine is None:
+        if on_cpu and engine == "torch":
             fast = model.optimize(pack=not half)
         else:
             fast = model.optimize(dtype=dtype if half else None, engine=engine)

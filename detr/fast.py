@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,11 +42,11 @@ M = TypeVar("M", bound=nn.Module)
 _FUSED: tuple[type[OneDnnConv2d] | type[CudnnConv2d], ...] = (OneDnnConv2d, CudnnConv2d)
 
 
-ENGINES = ("openvino",)
-"""What may compute a model in place of torch."""
+Engine = Literal["torch", "openvino"]
+"""What computes a model."""
 
 
-def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, engine: str | None = None) -> M:
+def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, engine: Engine = "torch") -> M:
     """A copy of ``model`` that is faster in inference: see the file's docstring.
 
     It is in evaluation mode, has no gradients, stays on its device and cannot be saved. A backbone that cannot be
@@ -59,22 +59,22 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, eng
         dtype: of all but the heads for classes and boxes, which stay as they are: a thousandth of the work, and
             bfloat16 boxes are off by pixels. None leaves everything in its dtype.
         engine: "openvino" has OpenVINO compute backbone and transformer; it takes some seconds to prepare and a second
-            copy of the weights. None is torch alone.
+            copy of the weights.
 
     Raises:
         ValueError: the model is optimised already, in another dtype or without the engine; there is no such engine, or
             it cannot compute this model.
         ImportError: the engine is not installed.
     """
-    if engine not in (None, *ENGINES):
-        raise ValueError(f"engine={engine!r}: expected one of {list(ENGINES)}, or None for torch alone")
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine={engine!r}: expected one of {list(get_args(Engine))}")
     if is_optimized(model):
         own = next(tensor.dtype for name, tensor in model.named_parameters() if not _is_of_heads(name))
         if dtype not in (None, own):
             raise ValueError(
                 f"optimize(dtype={dtype}) of a model that is optimised in {own}: call the original's"
             )
-        if engine is not None and not uses_openvino(model):
+        if engine == "openvino" and not uses_openvino(model):
             raise ValueError(f"optimize(engine={engine!r}) of a model that is optimised: call the original's")
         return model
     fast = copy.deepcopy(model).eval().requires_grad_(False)
@@ -94,7 +94,7 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, eng
         replay_graphs(fast)
     elif pack:
         pack_layers(fast)
-    if engine is not None:
+    if engine == "openvino":
         compute_with_openvino(fast, optimized(model, pack=False), dtype)
     return fast
 

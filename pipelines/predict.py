@@ -44,7 +44,7 @@ def main(config: PredictConfig) -> dict[str, Any]:
         images = batch.list_images(config.images)
         connect(config.actors + 1)
         require_shared(images=config.images, output=config.output)
-        settings = PredictionSettings(config.masks, config.precision, config.segment_threshold)
+        settings = PredictionSettings(config.masks, config.precision, config.engine, config.segment_threshold)
         options = ActorOptions(config.actors, config.batch_size, config.num_gpus)
         predictions = batch.predict_by_model(images, model, options, settings, output)
     named = batch.with_names(predictions, images)

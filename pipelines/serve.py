@@ -35,6 +35,7 @@ def main(config: ServeConfig) -> dict[str, Any]:
             "endpoint": url,
             "device": config.device,
             "precision": config.precision,
+            "engine": config.engine,
             "replicas": config.replicas,
         }
         print(

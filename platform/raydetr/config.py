@@ -6,6 +6,7 @@ or a folder. An empty address means the embedded default named in the field's do
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from raydetr.errors import ConfigError
@@ -90,6 +91,8 @@ class EvaluateConfig:
     panoptic-boxes: their boxes; auto: what the model predicts and the data set has."""
     precision: Literal["float32", "bf16"] = "float32"
     """What the model computes in."""
+    engine: Literal["torch", "openvino"] = "torch"
+    """What computes it; openvino, an extra, is faster on a CPU."""
     segment_threshold: float = 0.5
     """Least score of a query that becomes a panoptic segment."""
     output: str = ""
@@ -114,6 +117,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "actors", "batch_size")
+        _require_engine(self.engine, on_gpu=bool(self.num_gpus))
         if bool(self.images) != bool(self.annotations or self.panoptic_annotations):
             raise ConfigError(
                 "--images goes with --annotations or --panoptic-annotations, and these with it."
@@ -196,6 +200,8 @@ class PredictConfig:
     """instance: a mask of every detection; panoptic: one map of segments; both by a model with a mask head."""
     precision: Literal["float32", "bf16"] = "float32"
     """What the model computes in."""
+    engine: Literal["torch", "openvino"] = "torch"
+    """What computes it; openvino, an extra, is faster on a CPU."""
     segment_threshold: float = 0.5
     """Least score of a query that becomes a panoptic segment."""
     pictures: bool = False
@@ -215,6 +221,7 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "actors", "batch_size")
+        _require_engine(self.engine, on_gpu=bool(self.num_gpus))
         if self.model and self.endpoint:
             raise ConfigError("--model and --endpoint exclude each other: give one of them.")
         if self.endpoint and self.task != "detection":
@@ -251,7 +258,9 @@ class ServeConfig:
     device: Literal["cpu", "gpu"] = "cpu"
     """Of the model replicas. gpu is never replaced by cpu: without GPUs it is an error."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16: bfloat16 but for the heads, on a CPU by autocast."""
+    """bf16: bfloat16 but for the heads, with torch on a CPU by autocast."""
+    engine: Literal["torch", "openvino"] = "torch"
+    """What computes the model; openvino, an extra, is faster on a CPU."""
     num_gpus: float = 0.0
     """GPUs of a model replica with --device gpu, may be a fraction; 0: one."""
     replicas: int = 1
@@ -296,6 +305,7 @@ class ServeConfig:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative."
                 )
+        _require_engine(self.engine, on_gpu=self.device == "gpu")
         if self.num_gpus and self.device == "cpu":
             raise ConfigError(f"--num-gpus is {self.num_gpus} and --device is cpu: say --device gpu.")
         if self.max_replicas and self.max_replicas < max(self.min_replicas, self.replicas):
@@ -313,6 +323,15 @@ class ServeConfig:
             )
         if self.min_replicas != 1 and not self.max_replicas:
             raise ConfigError(f"--min-replicas is {self.min_replicas} without --max-replicas: give both.")
+
+
+def _require_engine(engine: str, on_gpu: bool) -> None:
+    if engine == "openvino" and on_gpu:
+        raise ConfigError("--engine openvino computes on CPUs: leave out the GPUs, or say --engine torch.")
+    if engine == "openvino" and find_spec("openvino") is None:
+        raise ConfigError(
+            "--engine openvino: OpenVINO is not installed: pip install 'raydetr[openvino]', here and on the nodes."
+        )
 
 
 def _require_positive(config: object, *names: str) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from detr.detector import ObjectDetector
 from pipelines.predict import main as predict
-from raydetr.config import PredictConfig, ServeConfig
+from raydetr import config
+from raydetr.config import EvaluateConfig, PredictConfig, ServeConfig
 from raydetr.errors import ConfigError
 from raydetr.registry.models import register
 from raydetr.registry.tracking import resolve_uri, start_run
@@ -99,6 +100,14 @@ def test_another_address_than_this_machines_own_wants_tokens(tmp_path):
         from_config(ServeConfig(model=str(model), host="0.0.0.0"))
 
 
+def test_an_engine_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    for kind in (ServeConfig, EvaluateConfig, PredictConfig):
+        given = {"images": "photos", "output": "found"} if kind is PredictConfig else {}
+        with pytest.raises(ConfigError, match=r"raydetr\[openvino\]"):
+            kind(engine="openvino", **given)
+
+
 def test_flags_that_cannot_work_are_refused():
     for flags, message in (
         ({"port": 0}, "--port is 0"),
@@ -107,6 +116,7 @@ def test_flags_that_cannot_work_are_refused():
         ({"batch_wait_s": -1.0}, "--batch-wait-s is -1.0"),
         ({"deadline_s": 0.0}, "--deadline-s is 0.0"),
         ({"num_gpus": 1.0}, "--num-gpus is 1.0 and --device is cpu"),
+        ({"device": "gpu", "engine": "openvino"}, "--engine openvino computes on CPUs"),
         ({"min_replicas": 0}, "--min-replicas is 0 without --max-replicas"),
         ({"min_replicas": 3, "max_replicas": 2}, "--max-replicas is 2, less than"),
     ):

@@ -164,7 +164,8 @@ class _Actor:
 def load_detector(folder: str, settings: PredictionSettings, device: str = "cpu") -> ObjectDetector:
     """The detector of a model folder, with what the settings ask for."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    return ObjectDetector.from_pretrained(folder, device, dtype, masks=settings.masks != "none")
+    masks = settings.masks != "none"
+    return ObjectDetector.from_pretrained(folder, device, dtype, masks=masks, engine=settings.engine)
 
 
 def _pack(like: list[tuple[int, PreparedImage]]) -> pa.Table:

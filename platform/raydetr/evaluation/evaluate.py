@@ -38,6 +38,7 @@ class Settings:
 
     task: str
     precision: str = "float32"
+    engine: str = "torch"
     segment_threshold: float = 0.5
     max_detections: int = 100
 
@@ -109,7 +110,7 @@ def _evaluate(
     output: str,
 ) -> dict[str, Any]:
     options = ActorOptions(config.actors, config.batch_size, config.num_gpus)
-    of = PredictionSettings(settings.masks, config.precision, settings.segment_threshold)
+    of = PredictionSettings(settings.masks, config.precision, config.engine, settings.segment_threshold)
     predictions = predict(model, manifest, options, output, of)
     scored = score(predictions, manifest, settings.kind)
     record = make(model, manifest, asdict(settings), scored.figures, scored.undecodable, predictions, output)
@@ -157,7 +158,7 @@ def _settings(config: EvaluateConfig, model: ResolvedModel, manifest: Manifest) 
     known = figure_names(masks=task == "instance", panoptic=task == "panoptic")
     if config.metric not in known:
         raise ConfigError(f"--metric {config.metric}: the figures of --task {task} are {', '.join(known)}.")
-    return Settings(task, config.precision, config.segment_threshold)
+    return Settings(task, config.precision, config.engine, config.segment_threshold)
 
 
 def _masks_of(manifest: Manifest) -> tuple[bool, bool]:

@@ -48,7 +48,9 @@ class PredictionSettings:
     masks: Masks = "none"
     """instance: a mask of every detection; panoptic: one map of segments. Both need a model with a mask head."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16: bfloat16 but for the heads, on a CPU by autocast."""
+    """bf16: bfloat16 but for the heads, with torch on a CPU by autocast."""
+    engine: Literal["torch", "openvino"] = "torch"
+    """What computes the model; see `detr.fast.optimized`."""
     segment_threshold: float = 0.5
     """Least score of a query that becomes a panoptic segment."""
 

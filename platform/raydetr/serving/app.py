@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
+from detr.fast import Engine
 from raydetr import cluster, storage
 from raydetr.config import ServeConfig
 from raydetr.errors import ClusterError, ConfigError, ServingError
@@ -51,6 +52,7 @@ class Replicas:
     num_gpus: float = 1.0
     """Of each replica, on GPUs."""
     precision: Precision = "float32"
+    engine: Engine = "torch"
     idle_s: float = 600.0
     """Of autoscaling: how long there has to be less to do before a replica goes, in seconds."""
     queued: int = 64
@@ -119,7 +121,8 @@ def application(
     )(Ingress)
     device = "cuda" if on_gpu else "cpu"
     kept = KEPT_VERSIONS + (trial is not None)
-    return ingress.bind(model, options, detector.bind(model, batching, device, replicas.precision, kept))
+    served = detector.bind(model, batching, device, replicas.precision, replicas.engine, kept)
+    return ingress.bind(model, options, served)
 
 
 def _environment() -> dict[str, Any]:
@@ -169,6 +172,7 @@ def from_config(config: ServeConfig) -> tuple[ResolvedModel, serve.Application]:
             config.device,
             config.num_gpus or 1.0,
             config.precision,
+            config.engine,
             queued=config.max_queued_images,
         ),
         batching=Batching(config.max_batch_size, config.batch_wait_s),

@@ -15,6 +15,7 @@ from typing import Any
 from ray import serve
 
 from detr.detector import PreparedImage
+from detr.fast import Engine
 from raydetr.errors import RaydetrError
 from raydetr.registry.models import ResolvedModel
 from raydetr.serving.loaded import Failure, LoadedModel, Precision
@@ -71,6 +72,7 @@ class Detector:
         batching: of the queues.
         device: torch's name of it.
         precision: what the model computes in.
+        engine: what computes it; see `detr.fast.optimized`.
         kept_versions: that it holds, those that were asked for last.
 
     What is asked in the background never shares a batch with what clients wait for, and gets the device only in their
@@ -86,9 +88,10 @@ class Detector:
         batching: Batching,
         device: str,
         precision: Precision = "float32",
+        engine: Engine = "torch",
         kept_versions: int = KEPT_VERSIONS,
     ) -> None:
-        self.batching, self.device, self.precision = batching, device, precision
+        self.batching, self.device, self.precision, self.engine = batching, device, precision, engine
         self.kept_versions = kept_versions
         self.metrics = ReplicaMetrics()
         self.versions: OrderedDict[str, LoadedModel] = OrderedDict([(_key(model), self._load(model))])
@@ -162,7 +165,7 @@ class Detector:
         return version
 
     def _load(self, model: ResolvedModel) -> LoadedModel:
-        version = LoadedModel.load(model, self.device, self.precision)
+        version = LoadedModel.load(model, self.device, self.precision, self.engine)
         version.check()
         return version
 

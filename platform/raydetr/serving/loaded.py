@@ -11,6 +11,7 @@ from torch import nn
 
 from detr.config import DetrConfig
 from detr.detector import Detections, ObjectDetector, PreparedImage
+from detr.fast import Engine
 from detr.segmentation import DetrForSegmentation
 from raydetr.errors import ServingError
 from raydetr.registry.models import ResolvedModel, local_folder
@@ -82,19 +83,24 @@ class LoadedModel:
         self.stuff: list[int] = getattr(config, "stuff_label_ids", [])
 
     @classmethod
-    def load(cls, model: ResolvedModel, device: str, precision: Precision = "float32") -> Self:
+    def load(
+        cls, model: ResolvedModel, device: str, precision: Precision = "float32", engine: Engine = "torch"
+    ) -> Self:
         """Read a version's files.
 
         Args:
             model: from `registry.models.resolve`.
             device: torch's name of it.
-            precision: bf16 runs it in bfloat16 but for the heads, on a CPU by autocast.
+            precision: bf16 runs it in bfloat16 but for the heads, with torch on a CPU by autocast.
+            engine: what computes it; see `detr.fast.optimized`.
         """
         folder = local_folder(model)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         if not has_masks(DetrConfig.from_pretrained(folder)):
-            return cls(ObjectDetector.from_pretrained(folder, device, dtype), None, model.label)
-        whole = ObjectDetector.from_pretrained(folder, device, dtype, masks=True)
+            return cls(
+                ObjectDetector.from_pretrained(folder, device, dtype, engine=engine), None, model.label
+            )
+        whole = ObjectDetector.from_pretrained(folder, device, dtype, masks=True, engine=engine)
         with_masks = cast(DetrForSegmentation, whole.model)
         detector = ObjectDetector(with_masks.detr, whole.image_processor, device, dtype)
         wrapped = cast(DetrForSegmentation, _Segmenter(with_masks))

@@ -143,7 +143,7 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_is_left_alone(
     count = len(predicted)
     predict(model, manifest, ActorOptions(), str(tmp_path))
     assert len(predicted) == count
-    settings = PredictionSettings(precision="bf16")
+    settings = PredictionSettings(precision="bf16", engine="openvino")
     others = read_predictions(predict(model, manifest, ActorOptions(), str(tmp_path), settings))
     assert len(predicted) > count, "other settings are other work"
     assert others["image_id"].to_pylist() == predictions["image_id"].to_pylist()

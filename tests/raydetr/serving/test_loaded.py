@@ -130,6 +130,16 @@ def test_bf16_finds_the_same_within_its_precision(model):
     assert not np.array_equal(found.scores, expected.scores), "it should compute in bf16"
 
 
+def test_openvino_finds_the_same(tmp_path):
+    model = with_masks(save_tiny_detr(tmp_path / "tiny", NAMES, edge=64))
+    plain, fast = (LoadedModel.load(model, "cpu", engine=engine) for engine in ("torch", "openvino"))
+    fast.check()
+    image = plain.detector.prepare(png(60, 90))
+    expected, found = plain.detect([image])[0], fast.detect([image])[0]
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+    assert not np.array_equal(found.scores, expected.scores), "it should be computed by another library"
+
+
 def damaged_copy(model: ResolvedModel, tmp_path: Path) -> ResolvedModel:
     folder = tmp_path / "damaged"
     folder.mkdir()
