@@ -97,7 +97,11 @@ class OneDnnLinear(nn.Module):
 
 
 def pack_layers(model: nn.Module) -> None:
-    """Have oneDNN compute the linear layers of a transformer, with their ReLU, and the convolutions of a mask head."""
+    """Have oneDNN compute a transformer's linear layers, with their ReLU, its input's and a mask head's convolutions."""
+    for module in model.modules():
+        projection = getattr(module, "input_projection", None)
+        if isinstance(projection, nn.Conv2d) and OneDnnConv2d.fits(projection.weight):
+            module.input_projection = OneDnnConv2d(projection)
     for head in model.modules():
         if isinstance(head, FastMaskHead):
             for name, module in [*head.named_modules(remove_duplicate=False)]:
