@@ -66,7 +66,7 @@ def _best_class(scores: Tensor, view: View) -> Tensor:
     """The map int64 [height, width] of scores [classes, h, w], which are resized class by class."""
     classes = _possible_classes(scores)
     maps = (view.resize(scores[c : c + 1])[0] for c in classes.tolist())
-    return classes[running_argmax(maps, len(classes)).long()]
+    return classes[running_argmax(maps).long()]
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def _possible_classes(scores: Tensor) -> Tensor:
     """
     height, width = scores.shape[-2:]
     block = min(height, 2), min(width, 2)
-    winners = torch.bincount(running_argmax(scores, len(scores)).flatten()).nonzero().flatten()
+    winners = torch.bincount(running_argmax(scores).flatten()).nonzero().flatten()
     in_all_four = -F.max_pool2d(-scores[winners], block, stride=1)
     reached = in_all_four.amax(0, keepdim=True)
     # The least of what is reached in the blocks that a cell is of.

@@ -11,7 +11,7 @@ from detr.postprocess.running_argmax import running_argmax
 def test_it_is_the_argmax_of_the_stack_the_first_of_equals(dtype, count):
     maps = torch.randint(-5, 5, (count, 13, 17), generator=torch.Generator().manual_seed(count)).to(dtype)
     before = maps.clone()
-    index = running_argmax(iter(maps), count)
+    index = running_argmax(iter(maps))
     assert index.dtype == torch.int32
     assert torch.equal(index, maps.argmax(0).int())
     assert torch.equal(maps, before)
@@ -19,9 +19,9 @@ def test_it_is_the_argmax_of_the_stack_the_first_of_equals(dtype, count):
 
 def test_maps_that_require_a_gradient_are_compared():
     maps = torch.randn(3, 4, 5, requires_grad=True)
-    assert torch.equal(running_argmax(maps, 3), maps.argmax(0).int())
+    assert torch.equal(running_argmax(maps), maps.argmax(0).int())
 
 
 def test_there_must_be_a_map():
     with pytest.raises(ValueError, match="no maps"):
-        running_argmax([], 0)
+        running_argmax([])
