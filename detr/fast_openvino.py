@@ -117,12 +117,13 @@ class _OpenVinoStates:
         mask = torch.ones(size, dtype=torch.bool) if pixel_mask is None else pixel_mask.bool()
         with self._lock:
             self._request.infer([pixel_values.detach().float().numpy(), mask.numpy()], share_inputs=True)
-            # The request writes to the same memory when it is asked again.
-            found = [torch.from_numpy(tensor.data).clone() for tensor in self._request.output_tensors]
-        cells, counted, last, encoded, *more = (
-            each if each.dtype == torch.bool else each.to(pixel_values.dtype) for each in found
-        )
-        intermediate = more.pop(0) if model.config.auxiliary_loss else None
+            results = [torch.from_numpy(tensor.data) for tensor in self._request.output_tensors]
+            # Copies: the request writes to the same memory when it is asked again.
+            cells, counted, last, encoded, *more = (
+                each.to(torch.bool if each.dtype == torch.bool else pixel_values.dtype, copy=True)
+                for each in results
+            )
+        intermediate = more.pop(0) if model.decoder.auxiliary_loss else None
         keep = None if pixel_mask is None or bool(mask.all()) else counted
         outputs = DetrModelOutput(
             last_hidden_state=last,

@@ -81,7 +81,7 @@ def quality() -> Row:
 
 def png() -> Row:
     """Maps of segments written as PNGs and read again."""
-    maps_of_ids = [read_panoptic_png(png) for png, _ in maps()[1].values()]
+    maps_of_ids = [read_panoptic_png(encoded) for encoded, _ in maps()[1].values()]
 
     def ours() -> list[np.ndarray]:
         return [read_panoptic_colors(write_panoptic_png(ids)) for ids in maps_of_ids]

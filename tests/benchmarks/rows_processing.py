@@ -165,7 +165,7 @@ def _row(
         REFERENCE,
         lambda: [mine(picture) for picture in images],
         lambda: [theirs(picture) for picture in images],
-        rounds=25 if kind == "none" else 9,  # a round is a sixth of a second
+        rounds=25 if kind == "none" else 9,  # these are short, and vary
         aim=aim,
         least=least,
         note=EQUAL,

@@ -140,9 +140,8 @@ def test_hosts_that_are_lost_at_random_moments_and_come_back_do_not_end_the_run(
     print(f"seed {SEED}")
     rng = random.Random(SEED)
     between, every = 40, 4
-    steps = between * (
-        HOST_KILLS + 2
-    )  # the last kill may leave both workers alive, and training goes on meanwhile
+    # Training goes on after a last kill that leaves both workers alive.
+    steps = between * (HOST_KILLS + 2)
     spread_workers(cluster, tmp_path)
     log = tmp_path / "train.log"
     flags = ["--steps", str(steps), "--checkpoint-every", str(every), "--max-failures", str(2 * HOST_KILLS)]
