@@ -70,7 +70,7 @@ class TrainingBatch:
     images: per slot uint8 [3, height, width], interleaved in memory, read only; None for an empty slot.
     weights: float32 [B], 1 for an image, 0 for an empty slot.
     labels: per slot `image_id` int64 [1], `class_labels` int64 [n], `boxes` float32 [n, 4] cxcywh; where masks are
-        wanted `masks` bool [n, height, width] too, of the image without its padding.
+        wanted `masks` bool [n, *shape] too, False where the image is padded: mask losses take them for the whole canvas.
     image_ids: of all records of the batch, the undecodable ones included.
     skipped: "image id: reason" of records whose image could not be decoded.
     node: Ray's id of the node on which it was decoded; empty outside a cluster.
@@ -171,7 +171,7 @@ def _pack_masks(examples: Sequence[Example]) -> bytes | None:
 
 
 def _unpack_masks(row: dict[str, Any]) -> dict[int, Tensor] | None:
-    """Slot → bool [objects, height, width]."""
+    """Slot → bool [objects, *shape of the step], False beside the image."""
     if row["masks"] is None:
         return None
     packed = np.frombuffer(row["masks"], dtype=np.uint8)
@@ -179,7 +179,9 @@ def _unpack_masks(row: dict[str, Any]) -> dict[int, Tensor] | None:
     for slot, shape in enumerate(zip(row["counts"], row["heights"], row["widths"], strict=True)):
         size = math.prod(shape)
         bits = np.unpackbits(packed[start : start + -(-size // 8)], count=size)
-        masks[slot] = torch.from_numpy(bits.reshape(shape)).bool()
+        count, height, width = shape
+        masks[slot] = torch.zeros((count, *row["shape"]), dtype=torch.bool)
+        masks[slot][:, :height, :width] = torch.from_numpy(bits.reshape(shape))
         start += -(-size // 8)
     return masks
 

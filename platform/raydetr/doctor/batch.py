@@ -194,7 +194,8 @@ def _cell(pixels: np.ndarray, label: dict, names: dict[int, str]) -> tuple[Image
     corners *= [*size, *size]
     if "masks" in label:
         masks = [
-            Image.fromarray(mask).resize(size, Image.Resampling.NEAREST) for mask in label["masks"].numpy()
+            Image.fromarray(mask[:height, :width]).resize(size, Image.Resampling.NEAREST)
+            for mask in label["masks"].numpy()
         ]
         stack = np.array([np.asarray(mask) for mask in masks]).reshape(len(masks), size[1], size[0])
         segments = [{"label_id": each} for each in classes]

@@ -1,17 +1,21 @@
 """Masks of instances and panoptic segments are learned, jointly or in two steps."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
 
 from detr import DetrForObjectDetection, DetrForSegmentation
 from detr.detector import ObjectDetector
+from detr.mask_loss import mask_losses
 from raydetr.data.ingest import ingest
 from raydetr.data.inputs import Addresses
+from raydetr.data.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest
 from raydetr.data.synthetic import generate
 from raydetr.errors import ConfigError
@@ -19,9 +23,10 @@ from raydetr.evaluation.in_process import figures, predict_share
 from raydetr.training.config import TrainConfig
 from raydetr.training.recipes import RECIPES
 from raydetr.training.state import TrainingState, create_state
+from raydetr.training.step import to_arguments
 from raydetr.training.trainer import check
-from tests.awkward import write_awkward
-from tests.training_steps import train_here
+from tests.awkward import CATEGORIES, record, write_awkward
+from tests.training_steps import batches_of_steps, train_here
 
 CPU = torch.device("cpu")
 
@@ -152,6 +157,32 @@ def test_the_truth_as_prediction_is_scored_one(manifest: Manifest, task: str) ->
 def run_lengths(annotation: dict[str, Any], image: dict[str, Any]) -> bytes:
     polygons = coco_mask.frPyObjects(annotation["segmentation"], image["height"], image["width"])
     return coco_mask.merge(polygons)["counts"]
+
+
+def test_target_masks_lie_where_the_mask_head_draws(tmp_path: Path) -> None:
+    """Objects that cover their images: the mask of an image's pixels is right on the canvas that the model sees."""
+    rng = np.random.default_rng(0)
+    records = [record(rng, number, empty=0.0) for number in range(12)]
+    for each in records:
+        height, width = each["height"], each["width"]
+        whole = {"polygons": [[0, 0, width, 0, width, height, 0, height]], "rle": None}
+        box = {"bbox": [0.0, 0.0, width, height], "area": width * height, "iscrowd": 0, "fault": None}
+        each["objects"] = [{**each["objects"][0], **box, "segmentation": whole}]
+    folder = str(tmp_path)
+    shards = write_manifest(folder, [write_shard(folder, 0, records)], CATEGORIES)
+    chosen = config(shards, task="instance", steps=3, shortest_edges=(48, 64))
+    state = create_state(chosen, shards, CPU)
+    seen, padded = 0, 0
+    for batch in itertools.chain.from_iterable(batches_of_steps(chosen, shards)):
+        given = to_arguments(batch, state)
+        owners = torch.tensor([slot for slot, label in enumerate(given["labels"]) for _ in label["masks"]])
+        logits = (given["pixel_mask"].float() * 40 - 20)[owners]
+        masks = [label["masks"] for label in given["labels"]]
+        losses = torch.cat(mask_losses(logits, masks, owners, torch.arange(len(owners))))
+        torch.testing.assert_close(losses, torch.zeros_like(losses), atol=1e-3, rtol=0)
+        seen += len(owners)
+        padded += int((~given["pixel_mask"]).any())
+    assert seen == 12 and padded
 
 
 def test_data_without_masks_is_refused_before_the_first_step(tmp_path: Path) -> None:
