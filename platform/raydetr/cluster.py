@@ -1,5 +1,6 @@
 """Connecting to Ray, once, and checking what is there before anything expensive starts."""
 
+import hashlib
 import logging
 import os
 import shlex
@@ -90,6 +91,17 @@ def code_root() -> Path:
     """The folder that `raydetr` was imported from: the project's root, or site-packages."""
     package = Path(raydetr.__file__).resolve().parent
     return package.parent.parent if package.parent.name == "platform" else package.parent
+
+
+def code_digest() -> str:
+    """Names this code, as hexadecimal digits: what is uploaded to a cluster or built into an image has no history."""
+    digest = hashlib.sha256()
+    for package in (detr, raydetr):
+        root = Path(package.__file__).resolve().parent
+        for file in sorted(root.rglob("*.py")):
+            digest.update(f"{package.__name__}/{file.relative_to(root).as_posix()}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def check_same_root() -> None:

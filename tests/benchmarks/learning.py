@@ -301,7 +301,9 @@ def draw_curves(rows: list[dict], metric: str, file: Path) -> None:
         if runs:
             seeds = "seed" if len(runs) == 1 else "seeds"
             line.set_label(f"{name}, {seeds} {', '.join(map(str, sorted(runs)))}")
-    axes.set(xlabel="minutes of one core", ylabel=metric, title=rows[0]["data"], xlim=(0, None), ylim=(0, None))
+    axes.set(
+        xlabel="minutes of one core", ylabel=metric, title=rows[0]["data"], xlim=(0, None), ylim=(0, None)
+    )
     axes.legend()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -92,7 +92,7 @@ def test_other_flags_in_the_folder_of_an_unfinished_run_are_refused(
     with pytest.raises(SystemExit) as ended:
         in_this_process("--train-data", manifest.root, "--output", "runs/b", "--seed", "9")
     assert ended.value.code == 2
-    assert "begun with other values of seed" in capsys.readouterr().err
+    assert "begun with other values of seed:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

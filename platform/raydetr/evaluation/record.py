@@ -25,6 +25,7 @@ from raydetr.registry.tracking import (
     log_artifacts,
     log_metrics,
     registry_errors,
+    run_of_key,
     set_tags,
     start_run,
 )
@@ -122,7 +123,9 @@ def keep(
     }
     tags = {"data.digest": digest, KEY_TAG: record["key"]}
     name = f"{model.label} on {digest[:12]}"
-    run_id = start_run(uri, EXPERIMENT, name, params, tags, run_id=_begun(uri, record["key"]))
+    run_id = start_run(
+        uri, EXPERIMENT, name, params, tags, run_id=run_of_key(uri, EXPERIMENT, KEY_TAG, record["key"])
+    )
     values = {**record["figures"], "undecodable": record["num_undecodable"], **_of_classes(analysis)}
     with registry_errors(uri):
         started = int(client(uri).get_run(run_id).info.start_time)
@@ -150,17 +153,6 @@ def tag_bound(uri: str, model: ResolvedModel, record: Mapping[str, Any], found: 
         client(uri).set_model_version_tag(
             str(model.name), str(model.version), f"{BELOW_TAG}.{record['data']['digest'][:12]}", found
         )
-
-
-def _begun(uri: str, key: str) -> str | None:
-    """The run of an evaluation that was ended before its record was complete."""
-    mlflow_client = client(uri)
-    with registry_errors(uri):
-        experiment = mlflow_client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            return None
-        runs = mlflow_client.search_runs([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{key}'")
-    return str(runs[0].info.run_id) if runs else None
 
 
 def _of_classes(analysis: Mapping[str, Any]) -> dict[str, float]:

@@ -139,6 +139,17 @@ def start_run(
     return run_id
 
 
+def run_of_key(uri: str, experiment: str, tag: str, key: str) -> str | None:
+    """The run with this value of a tag: one that was begun by somebody who was ended before he kept its id."""
+    mlflow_client = client(uri)
+    with registry_errors(uri):
+        found = mlflow_client.get_experiment_by_name(experiment)
+        if found is None or not key:
+            return None
+        runs = mlflow_client.search_runs([found.experiment_id], f"tags.`{tag}` = '{key}'")
+    return str(runs[0].info.run_id) if runs else None
+
+
 def log_metrics(
     uri: str,
     run_id: str,

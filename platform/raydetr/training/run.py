@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import uuid
 from importlib import metadata
 from typing import Any
 
@@ -10,7 +11,7 @@ import ray
 import torch
 
 from detr.augment import AugmentSpec
-from raydetr import storage
+from raydetr import cluster, storage
 from raydetr.data.plan import PlanSpec
 from raydetr.data.shards import Manifest
 from raydetr.errors import TrainingError
@@ -18,8 +19,10 @@ from raydetr.registry import tracking
 from raydetr.training.config import TrainConfig
 
 RUN = "run.json"
+KEY_TAG = "training.key"
 FREE_FIELDS = {
     "accelerator",
+    "checkpoint_every",
     "data_cpus",
     "hang_after_s",
     "json",
@@ -28,9 +31,13 @@ FREE_FIELDS = {
     "max_failures",
     "max_hours",
     "max_non_finite",
+    "max_skipped",
     "min_workers",
+    "name",
+    "on_non_finite",
     "patience",
     "replay",
+    "tracking_uri",  # of a cluster whose head was lost: the server is at the new head's address
     "val_data",
     "validate_every",
     "validation_cpus",
@@ -70,26 +77,31 @@ def open_run(config: TrainConfig, manifest: Manifest) -> str:
         name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS
     } | {"data_digest": manifest.digest}
     address = storage.join(config.output, RUN)
-    run_id = None
+    begun: dict[str, Any] = {"run_id": None, "identity": identity, "key": uuid.uuid4().hex}
     if storage.exists(address):
         begun = storage.read_json(address)
-        # JSON has no tuples: compare what JSON makes of both.
-        differing = sorted(name for name in identity if _plain(identity[name]) != begun["identity"].get(name))
+        # A run that was begun before there was a flag had what is its default now. JSON has no tuples.
+        earlier = dataclasses.asdict(TrainConfig()) | begun["identity"]
+        differing = sorted(name for name in identity if _plain(identity[name]) != _plain(earlier.get(name)))
         if differing:
             raise TrainingError(
                 f"{config.output} holds a run that was begun with other values of {', '.join(differing)}: give "
                 "the same flags to go on with it, or another --output."
             )
-        run_id = begun["run_id"]
+    else:
+        storage.write_json(address, begun)
+    # A driver that is killed in here finds the run by its key when it is started again.
+    key = begun.get("key", "")
+    run_id = begun["run_id"] or tracking.run_of_key(config.tracking_uri, config.experiment, KEY_TAG, key)
     run_id = tracking.start_run(
         config.tracking_uri,
         config.experiment,
         os.path.basename(config.output.rstrip("/")),
         dataclasses.asdict(config) | {"data_digest": manifest.digest},
-        {"data_digest": manifest.digest, **environment()},
+        {"data_digest": manifest.digest, KEY_TAG: key, **environment()},
         run_id,
     )
-    storage.write_json(address, {"run_id": run_id, "identity": identity})
+    storage.write_json(address, begun | {"run_id": run_id})
     return run_id
 
 
@@ -100,6 +112,7 @@ def environment() -> dict[str, str]:
     }
     there = ray.cluster_resources()
     return versions | {
+        "environment.code": cluster.code_digest(),
         "environment.python": sys.version.split()[0],
         "environment.cuda": str(torch.version.cuda),
         "environment.nodes": str(len([node for node in ray.nodes() if node["Alive"]])),

@@ -145,9 +145,7 @@ def test_panoptic_masks_are_the_segments_of_the_png(tmp_path: Path) -> None:
             ]
             assert not label["masks"][:, height:].any() and not label["masks"][:, :, width:].any()
             assert [name for name, _ in found] == [name for name, _ in kept]
-            assert all(
-                torch.equal(a[:height, :width], b) for (_, a), (_, b) in zip(found, kept, strict=True)
-            )
+            assert all(torch.equal(a[:height, :width], b) for (_, a), (_, b) in zip(found, kept, strict=True))
             # Every pixel of an image of things and stuff is somebody's, once.
             assert (label["masks"][:, :height, :width].sum(dim=0) == 1).all()
             seen += 1

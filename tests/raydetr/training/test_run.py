@@ -1,0 +1,39 @@
+"""What belongs to a run at its output folder: the flags that it goes on with, and its run in MLflow."""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from raydetr.errors import TrainingError
+from raydetr.training.config import TrainConfig
+from raydetr.training.run import open_run
+from tests.awkward import write_awkward
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_run_goes_on_with_what_its_errors_advise_and_at_another_address_of_mlflow(tmp_path: Path) -> None:
+    manifest = write_awkward(tmp_path / "data")
+    flags = {"train_data": manifest.root, "output": str(tmp_path / "run")}
+    first = TrainConfig(**flags, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    identity = json.loads(json.dumps(asdict(first))) | {"data_digest": manifest.digest}
+    # The driver was killed before it kept the id of the run that it had begun.
+    run_id = open_run(first, manifest)
+    file = tmp_path / "run" / "run.json"
+    begun = json.loads(file.read_text())
+    assert begun["run_id"] == run_id
+    file.write_text(json.dumps(begun | {"run_id": None}))
+    assert open_run(first, manifest) == run_id
+    # A flag that came later, and a copy of the database elsewhere, as on the new head of a cluster.
+    file.write_text(
+        json.dumps(begun | {"identity": {k: v for k, v in begun["identity"].items() if k != "cell_loss"}})
+    )
+    shutil.copy(tmp_path / "mlflow.db", tmp_path / "moved.db")
+    changes = {"on_non_finite": "skip", "max_skipped": 0.5, "checkpoint_every": 10, "name": "other"}
+    moved = replace(first, tracking_uri=f"sqlite:///{tmp_path}/moved.db", **changes)
+    assert open_run(moved, manifest) == run_id
+    assert set(json.loads(file.read_text())["identity"]) < set(identity)
+    with pytest.raises(TrainingError, match="begun with other values of cell_loss, learning_rate:"):
+        open_run(replace(moved, learning_rate=1.0, cell_loss=2.0), manifest)
