@@ -12,20 +12,23 @@ and estimates hours, memory and epochs. Exit status: 0 nothing failed, 2 somethi
 
 import argparse
 import dataclasses
+from functools import partial
 from typing import Any
 
 from raydetr.command import print_summary, run, write_summary
 from raydetr.doctor.config import DoctorConfig
 from raydetr.errors import RaydetrError
-from raydetr.training.recipes import RECIPES
+from raydetr.training.recipes import RECIPES, require_model_flags
 
 
-def main(config: DoctorConfig) -> dict[str, Any]:
+def main(config: DoctorConfig, recipe: str = "") -> dict[str, Any]:
     """Examine; the summary.
 
     Raises:
         RaydetrError: something failed.
     """
+    if recipe:
+        require_model_flags(config, recipe)
     from raydetr.doctor.examine import examine
 
     print()
@@ -43,4 +46,4 @@ if __name__ == "__main__":
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="small")
     recipe, flags = parser.parse_known_args()
     default = DoctorConfig(**dataclasses.asdict(RECIPES[recipe.recipe]))
-    run(main, DoctorConfig, default=default, args=flags)
+    run(partial(main, recipe=recipe.recipe), DoctorConfig, default=default, args=flags)

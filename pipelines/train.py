@@ -11,16 +11,19 @@ that the message explains, 75 --max-hours are over and the run is at a checkpoin
 """
 
 import argparse
+from functools import partial
 from typing import Any
 
 from raydetr.command import run
 from raydetr.config import EvaluateConfig
 from raydetr.training.config import TrainConfig
-from raydetr.training.recipes import RECIPES
+from raydetr.training.recipes import RECIPES, require_model_flags
 
 
-def main(config: TrainConfig) -> dict[str, Any]:
+def main(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
     """Train; evaluate the registered version where there are validation data."""
+    if recipe:
+        require_model_flags(config, recipe)
     if config.replay:
         from raydetr.training.non_finite import replay
 
@@ -28,13 +31,14 @@ def main(config: TrainConfig) -> dict[str, Any]:
     from raydetr.training.trainer import train
 
     summary = train(config)
-    if config.val_data and config.task == "detection":
+    if config.val_data:
         from raydetr.evaluation.evaluate import evaluate
 
         scored = evaluate(
             EvaluateConfig(
                 model=summary.get("model", summary["model_folder"]),
                 data=config.val_data,
+                task=config.task,
                 tracking_uri=config.tracking_uri,
             )
         )
@@ -47,4 +51,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="small")
     recipe, flags = parser.parse_known_args()
-    run(main, TrainConfig, default=RECIPES[recipe.recipe], args=flags)
+    run(partial(main, recipe=recipe.recipe), TrainConfig, default=RECIPES[recipe.recipe], args=flags)

@@ -97,7 +97,7 @@ def code_digest() -> str:
     """Names this code, as hexadecimal digits: what is uploaded to a cluster or built into an image has no history."""
     digest = hashlib.sha256()
     for package in (detr, raydetr):
-        root = Path(package.__file__).resolve().parent
+        root = Path(str(package.__file__)).resolve().parent
         for file in sorted(root.rglob("*.py")):
             digest.update(f"{package.__name__}/{file.relative_to(root).as_posix()}\n".encode())
             digest.update(file.read_bytes())

@@ -118,15 +118,15 @@ def queries(
     most, what = (
         (contents.max_segments, "segments") if segments else (manifest.max_objects_per_image, "objects")
     )
+    more = f"--num-queries {most + max(5, most // 4)} or so"
+    remedy = (
+        f"start from another --model, or train a new one with {more}." if config.model else f"give {more}."
+    )
     text = f"{num_queries} for images of at most {most} {what}"
     if most > num_queries:
-        yield Finding(
-            "queries", "FAIL", f"{text}: too few.", f"give --num-queries {most + max(5, most // 4)} or so."
-        )
+        yield Finding("queries", "FAIL", f"{text}: too few.", remedy)
     elif most > 0.9 * num_queries:
-        yield Finding(
-            "queries", "warn", f"{text}: no slack.", f"give --num-queries {most + max(5, most // 4)} or so."
-        )
+        yield Finding("queries", "warn", f"{text}: no slack.", remedy)
     else:
         yield Finding("queries", "ok", f"{text}.")
 

@@ -8,6 +8,21 @@ from raydetr.errors import ConfigError
 Task = Literal["detection", "instance", "panoptic", "panoptic-boxes"]
 Precision = Literal["float32", "bf16", "float64"]
 
+ARCHITECTURE = (
+    "backbone",
+    "backbone_out_indices",
+    "backbone_weights",
+    "d_model",
+    "encoder_layers",
+    "decoder_layers",
+    "attention_heads",
+    "ffn_dim",
+    "num_queries",
+    "local_attention",
+    "compat",
+)
+"""Fields of a new model, which a model that training starts from (`TrainConfig.model`) has of its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

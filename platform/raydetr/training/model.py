@@ -34,7 +34,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetecti
         manifest: gives the classes.
 
     Raises:
-        ConfigError: the backbone or its weights cannot be had.
+        ConfigError: the backbone or its weights cannot be had, or a detector that is to be frozen has other classes.
     """
     torch.manual_seed(config.seed)
     kind = DetrForSegmentation if config.segments else DetrForObjectDetection
@@ -45,6 +45,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetecti
         model = kind.from_pretrained(
             resolved.folder, id2label=manifest.id2label, dropout=config.dropout, **chosen
         )
+        _require_classes(model, config, DetrConfig.from_pretrained(resolved.folder).id2label)
     else:
         model = _new_model(kind, config, manifest, chosen)
     if config.freeze_detector and isinstance(model, DetrForSegmentation):
@@ -55,6 +56,29 @@ def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetecti
     if stuff or hasattr(model.config, "stuff_label_ids"):
         model.config.stuff_label_ids = stuff
     return model
+
+
+def _require_classes(
+    model: DetrForObjectDetection | DetrForSegmentation, config: TrainConfig, had: dict[int, str]
+) -> None:
+    """Start the class head anew where it was learned for other classes, or the same in another order."""
+    wanted = model.config.id2label
+    if had == wanted:
+        return
+    if config.freeze_detector:
+        raise ConfigError(
+            f"--freeze-detector: {config.model} finds {_some(had)}, the data have {_some(wanted)}: train a detector "
+            "on these data first (--recipe panoptic-boxes), or without --freeze-detector."
+        )
+    # Another number of classes has a new head already.
+    detector = model.detr if isinstance(model, DetrForSegmentation) else model
+    if len(had) == len(wanted):
+        detector.class_labels_classifier.reset_parameters()
+
+
+def _some(names: dict[int, str]) -> str:
+    listed = ", ".join(names[label] for label in sorted(names)[:5])
+    return f"{len(names)} classes ({listed}{', …' if len(names) > 5 else ''})"
 
 
 def _new_model(

@@ -6,7 +6,8 @@ AdamW at 1e-4, the backbone at 1e-5, weight decay 1e-4, clipping at 0.1, dropout
 
 from dataclasses import replace
 
-from raydetr.training.config import TrainConfig
+from raydetr.errors import ConfigError
+from raydetr.training.config import ARCHITECTURE, TrainConfig
 
 _SMALL = TrainConfig(
     query_groups=4,
@@ -73,3 +74,19 @@ RECIPES = {
 (500 epochs of COCO are 3.7 million steps of 16 images; the default is 40 epochs). fine-tune: a detector (--model) on
 one's own classes. panoptic: boxes and masks of things and stuff jointly. panoptic-boxes, then masks: the same in two
 steps, 25 epochs of COCO's for the mask head alone (--task instance for instances)."""
+
+
+def require_model_flags(config: TrainConfig, recipe: str) -> None:
+    """Refuse flags that a recipe cannot go by.
+
+    Raises:
+        ConfigError: fine-tune without a model, or flags of an architecture beside a model, which has its own.
+    """
+    if recipe == "fine-tune" and not config.model:
+        raise ConfigError("--recipe fine-tune trains a model that is there: give its address as --model.")
+    given = [name for name in ARCHITECTURE if getattr(config, name) != getattr(RECIPES[recipe], name)]
+    if config.model and given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(
+            f"{flags}: the architecture is that of --model {config.model}; leave it out, or train a new model."
+        )

@@ -16,7 +16,7 @@ from raydetr.data.plan import PlanSpec
 from raydetr.data.shards import Manifest
 from raydetr.errors import TrainingError
 from raydetr.registry import tracking
-from raydetr.training.config import TrainConfig
+from raydetr.training.config import ARCHITECTURE, TrainConfig
 
 RUN = "run.json"
 KEY_TAG = "training.key"
@@ -97,7 +97,7 @@ def open_run(config: TrainConfig, manifest: Manifest) -> str:
         config.tracking_uri,
         config.experiment,
         os.path.basename(config.output.rstrip("/")),
-        dataclasses.asdict(config) | {"data_digest": manifest.digest},
+        _params(config) | {"data_digest": manifest.digest},
         {"data_digest": manifest.digest, KEY_TAG: key, **environment()},
         run_id,
     )
@@ -119,6 +119,12 @@ def environment() -> dict[str, str]:
         "environment.cpus": f"{there.get('CPU', 0):g}",
         "environment.gpus": f"{there.get('GPU', 0):g}",
     }
+
+
+def _params(config: TrainConfig) -> dict[str, Any]:
+    """The configuration without what a model that training starts from has of its own, in its config.json."""
+    unused = ARCHITECTURE if config.model else ()
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in unused}
 
 
 def _plain(value: Any) -> Any:

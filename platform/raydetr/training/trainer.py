@@ -18,6 +18,7 @@ from raydetr.data.source import shard_source
 from raydetr.data.stream import PlanDataConfig, Stream, build_plan
 from raydetr.data.synthetic import embedded
 from raydetr.errors import ConfigError, OutOfTimeError, RaydetrError, RegistryError, TrainingError
+from raydetr.evaluation.categories import match_categories
 from raydetr.lease import lease
 from raydetr.registry import tracking
 from raydetr.training import checkpoint, scaling, validation
@@ -92,7 +93,7 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
     Raises:
         ConfigError: there are images with more objects than the model has queries, no masks where they are to be
             learned, or no such model can be built.
-        DataError: there is no validation set at `--val-data`.
+        DataError: there is no validation set at `--val-data`, or it has categories that the model does not have.
         RegistryError: there is no model at `--model`.
     """
     try:
@@ -100,14 +101,26 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(f"The model cannot be built: {error}") from error
     if config.task in ("detection", "instance") and manifest.max_objects_per_image > model.config.num_queries:
+        remedy = (
+            "Start from another --model, or train a new one with --num-queries"
+            if config.model
+            else "Give --num-queries"
+        )
         raise ConfigError(
-            f"The model has {model.config.num_queries} queries (--num-queries), but an image of {config.train_data} "
-            f"has {manifest.max_objects_per_image} objects: a model can find at most one object per query. Give "
-            f"--num-queries {manifest.max_objects_per_image} or more (with slack)."
+            f"The model has {model.config.num_queries} queries, but an image of {config.train_data} has "
+            f"{manifest.max_objects_per_image} objects: a model can find at most one object per query. "
+            f"{remedy} {manifest.max_objects_per_image} or more (with slack)."
         )
     _require_masks(config, config.train_data, manifest)
     if config.val_data:
-        _require_masks(config, config.val_data, Manifest.load(config.val_data))
+        truth = Manifest.load(config.val_data)
+        match_categories(model.config.id2label, truth.categories)
+        if not truth.num_images or (config.task in ("detection", "instance") and not truth.num_objects):
+            raise ConfigError(
+                f"--val-data {config.val_data} has {truth.num_images} images with {truth.num_objects} objects: "
+                "there is nothing to score. Give other data, or none."
+            )
+        _require_masks(config, config.val_data, truth)
 
 
 def _require_masks(config: TrainConfig, address: str, manifest: Manifest) -> None:

@@ -94,7 +94,8 @@ def test_instance_masks_are_those_of_pycocotools(
             assert label["masks"].dtype == torch.bool
             assert label["masks"].shape[1:] == batch.shape
             assert len(label["masks"]) == len(label["boxes"])
-            assert not label["masks"][:, height:].any() and not label["masks"][:, :, width:].any()
+            assert not label["masks"][:, height:].any()
+            assert not label["masks"][:, :, width:].any()
             if not weight:
                 continue
             truth = [
@@ -143,7 +144,8 @@ def test_panoptic_masks_are_the_segments_of_the_png(tmp_path: Path) -> None:
                 for name, mask in zip(label["class_labels"].tolist(), label["masks"], strict=True)
                 if mask.any()
             ]
-            assert not label["masks"][:, height:].any() and not label["masks"][:, :, width:].any()
+            assert not label["masks"][:, height:].any()
+            assert not label["masks"][:, :, width:].any()
             assert [name for name, _ in found] == [name for name, _ in kept]
             assert all(torch.equal(a[:height, :width], b) for (_, a), (_, b) in zip(found, kept, strict=True))
             # Every pixel of an image of things and stuff is somebody's, once.

@@ -182,7 +182,8 @@ def test_target_masks_lie_where_the_mask_head_draws(tmp_path: Path) -> None:
         torch.testing.assert_close(losses, torch.zeros_like(losses), atol=1e-3, rtol=0)
         seen += len(owners)
         padded += int((~given["pixel_mask"]).any())
-    assert seen == 12 and padded
+    assert seen == 12
+    assert padded
 
 
 def test_data_without_masks_is_refused_before_the_first_step(tmp_path: Path) -> None:
