@@ -42,7 +42,7 @@ def main(config: PredictConfig) -> dict[str, Any]:
         model = resolve(config.model or "models:/raydetr@champion", resolve_uri(config.tracking_uri))
         source, labels = model.address, batch.label_names(model)
         images = batch.list_images(config.images)
-        connect(config.actors + 1)
+        connect(config.actors + 1, gpus=config.actors * config.num_gpus)
         require_shared(images=config.images, output=config.output)
         settings = PredictionSettings(config.masks, config.precision, config.engine, config.segment_threshold)
         options = ActorOptions(config.actors, config.batch_size, config.num_gpus)

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 import shlex
 import sys
@@ -20,7 +21,9 @@ WAIT_FOR_NODES = "RAYDETR_WAIT_FOR_NODES"
 """Environment variable: seconds to wait for the nodes of an autoscaling cluster, which may begin with a head alone."""
 
 
-def connect(cpus: int = 2, least: int | None = None) -> None:
+def connect(
+    cpus: int = 2, least: int | None = None, *, gpus: float = 0.0, least_gpus: float | None = None
+) -> None:
     """Connect to the cluster that `RAY_ADDRESS` names (a Ray job has it), else start a local Ray.
 
     A second call does nothing. A cluster that happens to run on this machine is not joined: only an
@@ -30,9 +33,11 @@ def connect(cpus: int = 2, least: int | None = None) -> None:
         cpus: logical CPUs the job needs in all, data tasks included. A local Ray is started with at least
             as many, more than the machine has if need be: they only bound how many processes run at once.
         least: CPUs with which the job can begin; None: `cpus`.
+        gpus: GPUs it needs in all.
+        least_gpus: GPUs with which it can begin; None: `gpus`.
 
     Raises:
-        ClusterError: the cluster has fewer CPUs, or `detr` and `raydetr` come from two copies of the project.
+        ClusterError: the cluster has fewer of them, or `detr` and `raydetr` come from two copies of the project.
     """
     check_same_root()
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # two lines per execution otherwise
@@ -48,29 +53,42 @@ def connect(cpus: int = 2, least: int | None = None) -> None:
                 include_dashboard=True,  # Ray Train asks its state API whether the controller lives
                 logging_level=logging.WARNING,
             )
-    available = _wait_for_cpus(cpus, float(os.environ.get(WAIT_FOR_NODES) or 0))
-    if available < (least := least or cpus):
+    there = _wait_for({"CPU": cpus, "GPU": gpus}, float(os.environ.get(WAIT_FOR_NODES) or 0))
+    if there["CPU"] < (least := least or cpus):
         raise ClusterError(
-            f"The cluster has {available} CPUs and this job needs {least} (workers and at least one data task): "
+            f"The cluster has {there['CPU']:g} CPUs and this job needs {least} (workers and at least one data task): "
             "add nodes, or lower --workers or --actors."
+        )
+    if there["GPU"] < (least_gpus := gpus if least_gpus is None else least_gpus):
+        raise ClusterError(
+            f"The cluster has {there['GPU']:g} GPUs and this job needs {least_gpus:g}: add nodes with GPUs, lower "
+            "--workers or --actors, or compute on CPUs."
         )
 
 
-def _wait_for_cpus(cpus: int, seconds: float) -> int:
-    """How many CPUs the cluster has, once it has so many, or the time is over."""
+def _wait_for(needed: dict[str, float], seconds: float) -> dict[str, float]:
+    """The CPUs and GPUs that the cluster has, once it has so many, or the time is over."""
+
+    def there() -> dict[str, float]:
+        found = ray.cluster_resources()
+        return {name: found.get(name, 0.0) for name in needed}
+
+    def suffices() -> bool:
+        return all(there()[name] >= count for name, count in needed.items())
+
     until = time.monotonic() + seconds
-    available = int(ray.cluster_resources().get("CPU", 0))
-    if available >= cpus or not seconds:
-        return available
-    print(f"The cluster has {available} of {cpus} CPUs; asking its autoscaler for nodes.", flush=True)
-    ray.autoscaler.sdk.request_resources(num_cpus=cpus)
+    if suffices() or not seconds:
+        return there()
+    lacking = ", ".join(f"{there()[name]:g} of {n:g} {name}s" for name, n in needed.items() if n)
+    print(f"The cluster has {lacking}; asking its autoscaler for nodes.", flush=True)
+    bundles = [{"GPU": 1}] * math.ceil(needed["GPU"])
+    ray.autoscaler.sdk.request_resources(num_cpus=math.ceil(needed["CPU"]), bundles=bundles)
     try:
-        while available < cpus and time.monotonic() < until:
+        while not suffices() and time.monotonic() < until:
             time.sleep(1)
-            available = int(ray.cluster_resources().get("CPU", 0))
     finally:
-        ray.autoscaler.sdk.request_resources(num_cpus=0)  # what is not used may go again
-    return available
+        ray.autoscaler.sdk.request_resources(num_cpus=0, bundles=[])  # what is not used may go again
+    return there()
 
 
 def quoted_interpreter() -> dict[str, str] | None:

@@ -34,6 +34,19 @@ assert waiting.is_alive()
 nodes.add_node(num_cpus=2)
 waiting.join()
 print("there", ray.cluster_resources()["CPU"])
+os.environ["RAYDETR_WAIT_FOR_NODES"] = "2"
+try:
+    cluster.connect(2, gpus=2)
+except errors.ClusterError as error:
+    print("refused", error)
+os.environ["RAYDETR_WAIT_FOR_NODES"] = "120"
+waiting = threading.Thread(target=cluster.connect, args=(2,), kwargs={"gpus": 2, "least_gpus": 1})
+waiting.start()
+time.sleep(2)
+assert waiting.is_alive()
+nodes.add_node(num_cpus=0, num_gpus=2)
+waiting.join()
+print("there", ray.cluster_resources()["GPU"])
 ray.shutdown()
 nodes.shutdown()
 """
@@ -47,3 +60,6 @@ def test_it_waits_until_they_are_there_or_the_time_is_over() -> None:
     assert "The cluster has 0 of 2 CPUs; asking its autoscaler for nodes." in done.stdout
     assert "refused The cluster has 0 CPUs and this job needs 2" in done.stdout
     assert "there 2.0" in done.stdout
+    assert "refused The cluster has 0 GPUs and this job needs 2: add nodes with GPUs" in done.stdout
+    assert "The cluster has 2 of 2 CPUs, 0 of 2 GPUs; asking its autoscaler for nodes." in done.stdout
+    assert done.stdout.count("there 2.0") == 2

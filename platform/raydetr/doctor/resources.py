@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import ray
 
-from raydetr import cluster
 from raydetr.data import in_flight
 from raydetr.doctor.findings import Finding
 from raydetr.doctor.nodes import Node, alive
 from raydetr.errors import ClusterError
 from raydetr.training.config import TrainConfig
 from raydetr.training.run import plan_spec
+from raydetr.training.trainer import connect as connect_for
 from raydetr.training.trainer import validates_in_background
 
 GIB = 2**30
@@ -22,7 +22,7 @@ def connect(config: TrainConfig) -> Iterator[Finding]:
     """Connect as the run would, and compare what there is with what it needs."""
     failed = ""
     try:
-        cluster.connect(config.workers + config.data_cpus)
+        connect_for(config)
     except (ClusterError, ConnectionError) as error:
         if not ray.is_initialized():
             yield Finding("cluster", "FAIL", f"no cluster to connect to: {error}")

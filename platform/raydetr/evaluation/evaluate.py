@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     record = find(model, manifest, asdict(settings), output)
     known = record is not None
     if record is None:
-        connect(config.actors + 1)
+        connect(config.actors + 1, gpus=config.actors * config.num_gpus)
         require_shared(data=config.data or config.images, output=config.output, tracking_uri=uri)
         with lease(output, wait_s=WAIT_S):
             record = find(model, manifest, asdict(settings), output)

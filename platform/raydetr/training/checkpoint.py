@@ -2,12 +2,12 @@
 
     model/            the model as it would be served: the moving average of the weights where there is one
     training.pt       what training needs besides: optimiser, raw weights, query groups
-    state.json        step, counts, configuration, data digest, metrics that were not sent yet
-    validation.json   figures of the model, once a validation is done
+    state.json        step, counts, configuration, data digest, metrics that were not sent long ago
     COMPLETE          the marker, written last
 
 A checkpoint is written file by file and counts only once its marker is there; a reader never sees half of one. It is
-named by the number of steps done, which is also the step to go on with.
+named by the number of steps done, which is also the step to go on with. The figures of its model, once it was validated,
+are in `OUTPUT/validations/step-00000200.json`, which stay when the checkpoint is removed.
 """
 
 import io
@@ -26,7 +26,6 @@ from raydetr.training.state import TrainingState
 MARKER = "COMPLETE"
 PREFIX = "step-"
 STATE = "state.json"
-VALIDATION = "validation.json"
 
 
 def address(output: str, step: int) -> str:
@@ -127,19 +126,35 @@ def read_state(output: str, step: int) -> dict[str, Any]:
 
 
 def write_validation(output: str, step: int, figures: dict[str, float]) -> None:
-    """Keep the figures of a checkpoint's model with it."""
-    storage.write_json(storage.join(address(output, step), VALIDATION), figures)
+    """Keep the figures of a checkpoint's model; none for a validation that failed."""
+    storage.write_json(_validation(output, step), figures)
 
 
 def read_validation(output: str, step: int) -> dict[str, float] | None:
     """The figures of a checkpoint's model; None where it was not validated, or not yet."""
-    file = storage.join(address(output, step), VALIDATION)
+    file = _validation(output, step)
     figures: dict[str, float] | None = storage.read_json(file) if storage.exists(file) else None
     return figures
 
 
+def validated_steps(output: str) -> list[int]:
+    """Steps whose checkpoints were validated, ascending, those included that were removed since."""
+    names = storage.list_names(storage.join(output, "validations"))
+    return sorted(int(name.removeprefix(PREFIX).removesuffix(".json")) for name in names if _is_figures(name))
+
+
+def _validation(output: str, step: int) -> str:
+    return storage.join(output, "validations", f"{PREFIX}{step:08d}.json")
+
+
+def _is_figures(name: str) -> bool:
+    return name.startswith(PREFIX) and name.endswith(".json")
+
+
 def remove_surplus(output: str, keep: int, best: int | None, waiting: set[int]) -> None:
     """Remove all checkpoints but the latest ones, the best one and those that are to be validated.
+
+    What is left of one whose writing was cut off goes too.
 
     Args:
         output: the run's folder.
@@ -147,9 +162,11 @@ def remove_surplus(output: str, keep: int, best: int | None, waiting: set[int]) 
         best: step of the best one so far.
         waiting: steps whose validation is under way.
     """
-    kept = {best} | waiting
-    for step in committed_steps(output)[:-keep]:
-        if step not in kept:
+    complete = committed_steps(output)
+    kept = {best} | waiting | set(complete[-keep:])
+    for name in storage.list_names(storage.join(output, "checkpoints")):
+        if name.startswith(PREFIX) and int(name.removeprefix(PREFIX)) not in kept:
+            folder = storage.join(output, "checkpoints", name)
             # The marker goes first: what is left half deleted must not count.
-            storage.delete_file(storage.join(address(output, step), MARKER))
-            storage.delete_folder(address(output, step))
+            storage.delete_file(storage.join(folder, MARKER))
+            storage.delete_folder(folder)

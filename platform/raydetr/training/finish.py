@@ -79,7 +79,7 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
 
 
 def send_what_is_missing(config: TrainConfig, run_id: str, last: int) -> None:
-    """Send what MLflow did not take while training: it is in the checkpoints."""
+    """Send what MLflow did not take while training: it is kept with the run."""
     rows: list[Row] = [
         (int(step), int(at), values)
         for step, at, values in checkpoint.read_state(config.output, last)["metrics"]
@@ -87,7 +87,7 @@ def send_what_is_missing(config: TrainConfig, run_id: str, last: int) -> None:
     send_rows(config.tracking_uri, run_id, rows)
     name = validation.main_figure(config)
     sent = {step for step, _ in tracking.metric_history(config.tracking_uri, run_id, f"val_{name}")}
-    for step in checkpoint.committed_steps(config.output):
+    for step in checkpoint.validated_steps(config.output):
         figures = checkpoint.read_validation(config.output, step)
         if figures and step not in sent:
             values = {f"val_{key}": value for key, value in figures.items()}

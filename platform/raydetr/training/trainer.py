@@ -48,9 +48,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if storage.exists(finished):
         print(f"{finished} is there: this run is finished. Give another --output for a new one.")
         return dict(storage.read_json(finished))
-    cluster.connect(
-        config.workers + config.data_cpus, (config.min_workers or config.workers) + config.data_cpus
-    )
+    connect(config)
     config = resolve_addresses(config)
     cluster.require_shared(
         train_data=config.train_data,
@@ -63,9 +61,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with lease(config.output):
         run_id = open_run(config, manifest)
         try:
+            validation.validate_what_was_lost(config, run_id)
             last = checkpoint.last_committed_step(config.output)
             if last < config.steps and not validation.has_stalled(config, last):
                 fit(config, manifest, run_id, start + 3600 * config.max_hours if config.max_hours else None)
+                validation.validate_what_was_lost(config, run_id)
             summary = finish(config, manifest, run_id, time.time() - start)
         except RaydetrError as error:
             with contextlib.suppress(RegistryError):
@@ -74,6 +74,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
             raise
         storage.write_json(finished, summary)
     return summary
+
+
+def connect(config: TrainConfig) -> None:
+    """Connect to a cluster on which the run can begin.
+
+    Raises:
+        ClusterError: it has too few CPUs or GPUs, after waiting for nodes where they are started on demand.
+    """
+    least = config.min_workers or config.workers
+    on_gpu = config.accelerator == "gpu"
+    cluster.connect(
+        config.workers + config.data_cpus,
+        least + config.data_cpus,
+        gpus=config.workers * on_gpu + config.validation_gpus * bool(config.validate_every),
+        least_gpus=least * on_gpu,
+    )
 
 
 def resolve_addresses(config: TrainConfig) -> TrainConfig:

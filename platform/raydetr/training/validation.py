@@ -6,10 +6,13 @@ checkpoint, and from these follow the best checkpoint and an early end: a run th
 """
 
 import contextlib
+import dataclasses
 import os
 import tempfile
 from typing import Any
 
+import ray
+import ray.exceptions
 import torch
 import torch.distributed as dist
 
@@ -75,21 +78,50 @@ def _give_up(config: TrainConfig, step: int, reason: str) -> dict[str, float]:
 
 
 def best_checkpoint(config: TrainConfig) -> int | None:
-    """Step of the checkpoint with the best figure so far, the earlier one of equals; None without a validation."""
+    """Step of the checkpoint with the best figure so far, the earlier one of equals; None without a figure.
+
+    Without a truth to score there is none: COCO's are -1 then.
+    """
     known = {}
     for step in checkpoint.committed_steps(config.output):
-        if found := checkpoint.read_validation(config.output, step):
+        if (found := checkpoint.read_validation(config.output, step)) and found[main_figure(config)] >= 0:
             known[step] = found[main_figure(config)]
     return max(known, key=lambda step: (known[step], -step)) if known else None
 
 
 def waiting_checkpoints(config: TrainConfig) -> set[int]:
-    """Steps of checkpoints whose validation is under way."""
-    return {
+    """Steps of checkpoints whose validation is under way: those with two later ones done were lost with a worker."""
+    return {step for step in unvalidated_checkpoints(config) if _later(config, step) < 2}
+
+
+def unvalidated_checkpoints(config: TrainConfig) -> list[int]:
+    """Steps of checkpoints that are to be validated and were not, ascending."""
+    return [
         step
         for step in checkpoint.committed_steps(config.output)
         if is_due(config, step) and checkpoint.read_validation(config.output, step) is None
-    }
+    ]
+
+
+def validate_what_was_lost(config: TrainConfig, run_id: str) -> None:
+    """Validate what was to be and was not, while nothing else runs, with the resources of the run."""
+    on_gpu = config.validation_gpus > 0 or config.accelerator == "gpu"
+    chosen = (
+        dataclasses.replace(config, validation_gpus=max(config.validation_gpus, 1.0)) if on_gpu else config
+    )
+    task = ray.remote(validate_checkpoint).options(
+        num_cpus=config.validation_cpus, num_gpus=chosen.validation_gpus
+    )
+    for step in unvalidated_checkpoints(config):
+        say(f"step {step}: its validation was lost, and is done now")
+        try:
+            ray.get(task.remote(chosen, run_id, step))
+        except ray.exceptions.RayError as error:  # its process or its node died
+            _give_up(config, step, repr(error))
+
+
+def _later(config: TrainConfig, step: int) -> int:
+    return sum(other > step for other in checkpoint.validated_steps(config.output))
 
 
 def is_due(config: TrainConfig, step: int) -> bool:
@@ -137,5 +169,5 @@ def _conclude(config: TrainConfig, run_id: str, step: int, share: Share) -> dict
                 report.sheet(manifest, share.results(), file, SAMPLES)
                 tracking.log_artifacts(config.tracking_uri, run_id, file, "samples")
         except RegistryError as error:
-            say(f"{error} The figures of step {step} are in the checkpoint and are sent at the end.")
+            say(f"{error} The figures of step {step} are kept and are sent at the end.")
     return found

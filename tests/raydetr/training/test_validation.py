@@ -9,6 +9,7 @@ import torch
 from raydetr import storage
 from raydetr.training import checkpoint, validation
 from raydetr.training.config import TrainConfig
+from raydetr.training.state import create_state
 from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
 
@@ -98,6 +99,49 @@ def test_a_validation_that_is_still_under_way_holds_back_the_early_end(config: T
     assert not validation.has_stalled(config, 40), "30 may be better yet"
     validate(config, 30, 0.4)
     assert validation.has_stalled(config, 40)
+
+
+def test_a_validation_that_was_lost_holds_nothing_back_once_two_later_ones_are_done(
+    config: TrainConfig,
+) -> None:
+    for step in (10, 20, 30, 40, 50):
+        commit(config, step)
+        if step != 20:
+            validate(config, step, 0.5 if step == 10 else 0.4)
+    assert validation.waiting_checkpoints(config) == set()
+    assert validation.has_stalled(config, 50)
+    commit(config, 55)
+    assert checkpoint.committed_steps(config.output) == [10, 50, 55], "the lost one is not kept for ever"
+    assert checkpoint.validated_steps(config.output) == [10, 30, 40, 50], "its figures outlive a checkpoint"
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_what_was_lost_is_validated_before_a_run_goes_on(config: TrainConfig) -> None:
+    manifest = write_awkward(Path(config.train_data), shards=(8,))
+    config = dataclasses.replace(config, validation_images=4)
+    state = create_state(config, manifest, torch.device("cpu"))
+    for state.step in (10, 20):
+        checkpoint.save(config.output, state, {"metrics": []})
+    validate(config, 20, 0.4)
+    validation.validate_what_was_lost(config, "")
+    found = checkpoint.read_validation(config.output, 10)
+    assert found
+    assert 0 <= found["AP"] < 0.4
+    assert validation.best_checkpoint(config) == 20
+    assert checkpoint.read_validation(config.output, 20) == {"AP": 0.4, "AP50": 0.8}, "it is not done again"
+
+
+def test_without_an_object_to_find_no_checkpoint_is_the_best(config: TrainConfig) -> None:
+    for step in (10, 20):
+        commit(config, step)
+        validate(config, step, -1.0)
+    assert validation.best_checkpoint(config) is None
+
+
+def test_what_is_left_of_a_checkpoint_that_was_cut_off_is_removed(config: TrainConfig) -> None:
+    storage.write_bytes(storage.join(checkpoint.address(config.output, 7), "training.pt"), b"half")
+    commit(config, 10)
+    assert storage.list_names(storage.join(config.output, "checkpoints")) == ["step-00000010"]
 
 
 def test_a_better_one_starts_patience_anew(config: TrainConfig) -> None:
