@@ -59,3 +59,46 @@ def test_of_several_that_begin_at_once_one_works_at_a_time_and_the_others_wait(t
     for thread in threads:
         thread.join()
     assert sorted(worked) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("clock", [-100.0, 100.0])
+def test_clocks_of_two_hosts_may_differ(tmp_path: Path, clock: float) -> None:
+    """A holder that renews is alive and one that does not is dead, whatever times it writes."""
+    address, ended = f"{tmp_path}/{FILE}", threading.Event()
+
+    def hold() -> None:
+        while not ended.wait(0.2):
+            storage.write_json(address, {"owner": "other", "expires": time.time() + clock})
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    while not storage.exists(address):
+        time.sleep(0.01)
+    try:
+        with pytest.raises(LeaseError, match="held by another driver"), lease(str(tmp_path), 1.0):
+            pass
+    finally:
+        ended.set()
+        holder.join()
+    start = time.monotonic()
+    with lease(str(tmp_path), 1.0):
+        assert 0.9 < time.monotonic() - start < 3
+
+
+def test_a_driver_whose_lease_was_taken_ends_and_leaves_it_to_the_other(tmp_path: Path) -> None:
+    address = f"{tmp_path}/{FILE}"
+
+    def drive() -> None:
+        with lease(str(tmp_path), 0.5):
+            storage.write_json(address, {"owner": "other", "expires": time.time() + 9})
+            time.sleep(20)
+
+    with pytest.raises(LeaseError, match="another driver has taken the run"):
+        drive()
+    assert storage.read_json(address)["owner"] == "other"
+
+
+def test_a_user_who_interrupts_is_obeyed(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), lease(str(tmp_path), 0.5):
+        raise KeyboardInterrupt
+    assert not storage.exists(f"{tmp_path}/{FILE}")

@@ -77,11 +77,9 @@ def decode_mask(segmentation: Mapping[str, Any], height: int, width: int) -> UIn
 def _segments(
     record: Mapping[str, Any], labels: Mapping[int, int], size: tuple[int, int]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], UInt8Array]:
-    nothing = np.zeros((0, 4)), np.zeros(0, dtype=np.int64), np.zeros((0, *size), dtype=np.uint8)
-    fault = record["fault"]
-    if record["panoptic_image"] is None or (fault is not None and FAULTS[fault].effect == "box-only"):
-        return nothing
-    ids = read_panoptic_png(record["panoptic_image"])
+    ids = _panoptic_map(record["panoptic_image"], size)
+    if ids is None:
+        return np.zeros((0, 4)), np.zeros(0, dtype=np.int64), np.zeros((0, *size), dtype=np.uint8)
     kept = [segment for segment in record["segments"] or () if is_trained(segment["fault"])]
     masks = np.array([ids == segment["id"] for segment in kept], dtype=np.uint8).reshape(len(kept), *size)
     boxes = np.zeros((len(kept), 4))
@@ -89,3 +87,14 @@ def _segments(
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     return boxes, np.array([labels[segment["category_id"]] for segment in kept], dtype=np.int64), masks
+
+
+def _panoptic_map(png: bytes | None, size: tuple[int, int]) -> npt.NDArray[np.int32] | None:
+    """Ids int32 [height, width]; None where there is no PNG of this size: ingest has reported it."""
+    if png is None:
+        return None
+    try:
+        ids = read_panoptic_png(png)
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged files
+        return None
+    return ids if ids.shape == size else None

@@ -50,7 +50,7 @@ class Example:
     boxes: float32 [objects, 4], cxcywh relative to the augmented image.
     class_labels: int64 [objects], contiguous.
     skipped: why there are no pixels; empty when there are.
-    masks: 0 or 1 [objects, height, width] of the augmented image; None where no masks are wanted.
+    masks: 0 or 1 [objects, height, width] of the augmented image; None where no masks are wanted, or no image is there.
     """
 
     image_id: int
@@ -106,12 +106,15 @@ class TrainingBatch:
         )[:, None, :]
 
 
-def pack(micro_batches: Sequence[tuple[MicroBatch, Sequence[Example]]], node: str = "") -> pa.Table:
+def pack(
+    micro_batches: Sequence[tuple[MicroBatch, Sequence[Example]]], node: str = "", masks: bool = False
+) -> pa.Table:
     """Micro-batches, each with its examples, as a table of one row.
 
     Args:
         micro_batches: as they are to be trained on.
         node: on which this is done.
+        masks: whether masks are wanted: of examples that have none, of fillers too.
     """
     # One copy for the row: joining micro-batches that were packed apart would copy their pixels again.
     images = [
@@ -138,7 +141,7 @@ def pack(micro_batches: Sequence[tuple[MicroBatch, Sequence[Example]]], node: st
                 "class_labels": np.concatenate(labels) if labels else [],
                 "skipped": [f"{e.image_id}: {e.skipped}" for e in examples if e.skipped],
                 "node": node,
-                "masks": _pack_masks(examples),
+                "masks": _pack_masks(examples) if masks else None,
             }
         )
     columns = [
@@ -164,10 +167,9 @@ def unpack(table: pa.Table, size: int) -> Iterator[TrainingBatch]:
             yield _batch(row, np.frombuffer(values, dtype=np.uint8)[start:stop], size)
 
 
-def _pack_masks(examples: Sequence[Example]) -> bytes | None:
-    """A bit a pixel, each example's padded to whole bytes; None where no masks are wanted, or nothing to be said."""
-    wanted = [example.masks for example in examples if example.masks is not None]
-    return b"".join(np.packbits(masks).tobytes() for masks in wanted) if wanted else None
+def _pack_masks(examples: Sequence[Example]) -> bytes:
+    """A bit a pixel, each example's padded to whole bytes."""
+    return b"".join(np.packbits(e.masks).tobytes() for e in examples if e.masks is not None)
 
 
 def _unpack_masks(row: dict[str, Any]) -> dict[int, Tensor] | None:

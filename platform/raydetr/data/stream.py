@@ -274,7 +274,7 @@ def _fill(table: pa.Table, stream: Stream, world_size: int, row_bytes: int = ROW
 
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
     for row in deal(plan.run(task, to_sizes(records)), plan.spec, world_size, row_bytes):
-        yield pack([filled(batch) for batch in row], node)
+        yield pack([filled(batch) for batch in row], node, masks=stream.masks in ("instance", "panoptic"))
 
 
 def _example(record: dict[str, Any], slot: Slot, labels: dict[int, int], kind: MaskKind = "none") -> Example:

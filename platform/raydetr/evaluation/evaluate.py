@@ -72,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     known = record is not None
     if record is None:
         connect(config.actors + 1, gpus=config.actors * config.num_gpus)
-        require_shared(data=config.data or config.images, output=config.output, tracking_uri=uri)
+        require_shared(data=manifest.root, output=output, tracking_uri=uri)
         with lease(output, wait_s=WAIT_S):
             record = find(model, manifest, asdict(settings), output)
             known = record is not None

@@ -1,5 +1,6 @@
 """Masks reach the worker as pycocotools decodes them, augmented as the image is."""
 
+import io
 import itertools
 import json
 from pathlib import Path
@@ -12,11 +13,15 @@ from pycocotools.coco import COCO
 
 from detr.augment import AugmentSpec, apply_masks
 from detr.image_transforms import rgb_to_id
+from detr.panoptic_png import write_panoptic_png
 from raydetr.data import stream
 from raydetr.data.inputs import Addresses, read_inputs
+from raydetr.data.mask_targets import mask_targets
 from raydetr.data.micro_batch import TrainingBatch, unpack
+from raydetr.data.panoptic import Panoptic
 from raydetr.data.plan import PlanSpec
-from raydetr.data.record import make_record
+from raydetr.data.record import Entry, make_record
+from raydetr.data.schema import FAULTS
 from raydetr.data.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest
 from raydetr.data.source import shard_source
@@ -164,3 +169,45 @@ def test_without_masks_the_labels_have_none_and_the_rest_is_the_same(tmp_path: P
         for label, other in zip(plain.labels, masked.labels, strict=True):
             assert "masks" not in label
             assert torch.equal(label["boxes"], other["boxes"])
+
+
+def jpeg(exif: int = 0) -> bytes:
+    """A photo of 60 x 40 pixels, with an EXIF orientation."""
+    file, tags = io.BytesIO(), Image.Exif()
+    if exif:
+        tags[0x112] = exif
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(
+        file, "JPEG", exif=tags
+    )
+    return file.getvalue()
+
+
+def segments_png(height: int, width: int) -> bytes:
+    ids = np.ones((height, width), int)
+    ids[height // 2 :, :5] = 2
+    return write_panoptic_png(ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "size", "png", "codes"),
+    [
+        ("a.jpg", jpeg(), (40, 60), segments_png(30, 60), ["panoptic-size"]),
+        ("a.png", jpeg(), (40, 60), segments_png(30, 60), ["mislabelled-image", "panoptic-size"]),
+        ("a.jpg", jpeg(6), (None, None), segments_png(60, 40), ["exif-orientation", "panoptic-size"]),
+        ("a.jpg", jpeg(6), (60, 40), segments_png(60, 40), ["exif-orientation", "size-mismatch"]),
+        ("a.jpg", jpeg(3), (40, 60), segments_png(40, 60)[:60], ["exif-orientation", "unreadable-panoptic"]),
+        ("a.jpg", None, (40, 60), segments_png(40, 60)[:60], ["missing-file", "unreadable-panoptic"]),
+    ],
+)
+def test_a_png_that_does_not_fit_its_image_gives_no_mask_whatever_else_is_wrong(
+    name: str, image: bytes | None, size: tuple[int | None, int | None], png: bytes, codes: list[str]
+) -> None:
+    segments = ({"id": 1, "category_id": 1, "area": 1}, {"id": 2, "category_id": 2, "area": 2})
+    entry = Entry(1, name, *size, {}, (), Panoptic(0, "a.png", segments))
+    record, faults = make_record(entry, image, frozenset((1, 2)), png)
+    assert {fault.code for fault in faults} >= set(codes)
+    if "missing-file" not in codes and "size-mismatch" not in codes:
+        assert FAULTS[record["fault"]].effect == "box-only"
+    boxes, _, masks = mask_targets(record, {1: 0, 2: 1}, "panoptic")
+    assert boxes.shape == (0, 4)
+    assert masks.shape == (0, record["height"], record["width"])

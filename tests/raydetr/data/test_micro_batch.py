@@ -108,3 +108,15 @@ def test_images_are_interleaved_and_not_copied() -> None:
     for image in batch.images:
         assert image.permute(1, 2, 0).is_contiguous()
         assert values.address <= image.data_ptr() < values.address + values.size
+
+
+def test_whoever_wants_masks_has_them_of_fillers_and_undecodable_images_too() -> None:
+    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    packed = [
+        (MicroBatch(0, 0, 0, 0, (), (8, 16)), [Example(5, None, *nothing, skipped="cut short")]),
+        (MicroBatch(0, 2, 0, -1, (), (8, 16)), []),
+    ]
+    for batch in unpack(pack(packed, masks=True), 2):
+        assert [label["masks"].shape for label in batch.labels] == [(0, 8, 16), (0, 8, 16)]
+    for batch in unpack(pack(packed), 2):
+        assert not any("masks" in label for label in batch.labels)

@@ -123,11 +123,18 @@ def test_truth_at_fault_is_left_out_and_said(tmp_path):
     assert counts.image_ids.tolist() == sorted(truth)[1:]
 
 
+def test_a_true_map_of_another_size_than_its_image_is_left_out_and_said(tmp_path):
+    _, _, truth, _, table = case(7, tmp_path)
+    first, *others = sorted(truth)
+    truth[first] = (write_panoptic_png(np.ones((4, 5), int)), truth[first][1])
+    counts = count_segments(truth, table, CATEGORIES)
+    assert counts.left_out == {first: "the PNG of its segments is (4, 5) (height, width), the image (40, 60)"}
+    assert counts.image_ids.tolist() == others
+
+
 def test_maps_that_do_not_fit_are_refused(tmp_path):
     _, _, truth, _, _ = case(7, tmp_path)
     image_id = min(truth)
-    with pytest.raises(DataError, match=f"image {image_id}: the predicted map of segments is \\(4, 4\\)"):
-        count_maps(truth, {image_id: (np.zeros((4, 4), int), {})}, CATEGORIES)
     with pytest.raises(DataError, match=f"image {image_id}: segment 3 .* delete the predictions"):
         count_maps(truth, {image_id: (np.full((40, 60), 3), {})}, CATEGORIES)
 

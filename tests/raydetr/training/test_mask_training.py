@@ -159,17 +159,21 @@ def run_lengths(annotation: dict[str, Any], image: dict[str, Any]) -> bytes:
     return coco_mask.merge(polygons)["counts"]
 
 
-def test_target_masks_lie_where_the_mask_head_draws(tmp_path: Path) -> None:
-    """Objects that cover their images: the mask of an image's pixels is right on the canvas that the model sees."""
+def whole_images(folder: Path, count: int) -> Manifest:
+    """Shards of images, each with one object that covers it."""
     rng = np.random.default_rng(0)
-    records = [record(rng, number, empty=0.0) for number in range(12)]
+    records = [record(rng, number, empty=0.0) for number in range(count)]
     for each in records:
         height, width = each["height"], each["width"]
         whole = {"polygons": [[0, 0, width, 0, width, height, 0, height]], "rle": None}
         box = {"bbox": [0.0, 0.0, width, height], "area": width * height, "iscrowd": 0, "fault": None}
         each["objects"] = [{**each["objects"][0], **box, "segmentation": whole}]
-    folder = str(tmp_path)
-    shards = write_manifest(folder, [write_shard(folder, 0, records)], CATEGORIES)
+    return write_manifest(str(folder), [write_shard(str(folder), 0, records)], CATEGORIES)
+
+
+def test_target_masks_lie_where_the_mask_head_draws(tmp_path: Path) -> None:
+    """Objects that cover their images: the mask of an image's pixels is right on the canvas that the model sees."""
+    shards = whole_images(tmp_path, 12)
     chosen = config(shards, task="instance", steps=3, shortest_edges=(48, 64))
     state = create_state(chosen, shards, CPU)
     seen, padded = 0, 0
@@ -184,6 +188,16 @@ def test_target_masks_lie_where_the_mask_head_draws(tmp_path: Path) -> None:
         padded += int((~given["pixel_mask"]).any())
     assert seen == 12
     assert padded
+
+
+def test_an_epoch_may_end_with_a_step_that_is_not_full(tmp_path: Path) -> None:
+    shards = whole_images(
+        tmp_path, 5
+    )  # three micro-batches of at most two: two steps, the last with one alone
+    chosen = config(shards, task="instance", steps=4)
+    metrics = train_here(chosen, shards, create_state(chosen, shards, CPU))
+    assert len(metrics) == 4
+    assert all(row["loss_mask"] > 0 for row in metrics)
 
 
 def test_data_without_masks_is_refused_before_the_first_step(tmp_path: Path) -> None:
