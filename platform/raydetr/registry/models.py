@@ -71,6 +71,8 @@ def register(
 ) -> int:
     """Make a model folder the next version of a registered model and point an alias at it.
 
+    What this run has registered of these files is not registered again: whoever was ended here comes back.
+
     Args:
         uri: MLflow address from `tracking.resolve_uri`.
         run_id: the run that trained the model; it links to the version.
@@ -93,6 +95,11 @@ def register(
     from mlflow.exceptions import MlflowException
 
     with registry_errors(uri), tempfile.TemporaryDirectory(prefix="raydetr-register-") as scratch:
+        known = mlflow_client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
+        done = [int(each.version) for each in known if each.tags.get(DIGEST_TAG) == all_tags[DIGEST_TAG]]
+        if done:
+            _point_at(mlflow_client, name, alias, max(done))
+            return max(done)
         run = mlflow_client.get_run(run_id)
         model = mlflow_client.create_logged_model(
             run.info.experiment_id, name=name, source_run_id=run_id, tags=all_tags
@@ -112,8 +119,15 @@ def register(
             tags={**all_tags, MODEL_ID_TAG: model.model_id},
             model_id=model.model_id,
         ).version
-        mlflow_client.set_registered_model_alias(name, alias, str(version))
+        _point_at(mlflow_client, name, alias, int(version))
     return int(version)
+
+
+def _point_at(mlflow_client: "MlflowClient", name: str, alias: str, version: int) -> None:
+    """Point an alias at a version, unless it is at a later one already."""
+    there = mlflow_client.get_registered_model(name).aliases.get(alias, 0)
+    if int(there) < version:
+        mlflow_client.set_registered_model_alias(name, alias, str(version))
 
 
 def resolve(address: str, uri: str) -> ResolvedModel:

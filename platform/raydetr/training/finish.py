@@ -74,7 +74,7 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
                 )
             )
             summary |= {"model": f"models:/{config.name}/{version}", "model_version": version}
-    tracking.end_run(config.tracking_uri, run_id)
+    patiently(lambda: tracking.end_run(config.tracking_uri, run_id))
     return summary
 
 

@@ -137,7 +137,8 @@ def count(state: TrainingState, config: TrainConfig, totals: StepTotals, step: i
     if state.skipped > config.max_skipped * max(state.images + state.skipped, 1000):
         raise TrainingError(
             f"Step {step}: {state.skipped} of {state.images + state.skipped} images could not be decoded, more "
-            f"than --max-skipped {config.max_skipped}; see faults.parquet beside the shards."
+            f"than --max-skipped {config.max_skipped}. Each was named with its reason above; ingest the data again, and see "
+            "faults.parquet beside the shards."
         )
 
 
@@ -157,10 +158,9 @@ def leave_out(
     step = batches[0].step
     state.optimizer.zero_grad(set_to_none=True)
     try:
-        file = non_finite.keep(config.output, rank, state, batches, totals)
-        kept = f"Its batch is kept: pipelines/train.py --replay {file}"
-    except StorageError as error:  # of this worker alone: the others wait for it below
-        kept = f"Its batch could not be kept: {error}"
+        file, error = non_finite.keep(config, rank, state, batches, totals), ""
+    except StorageError as failure:  # of this worker alone: the others wait for it below
+        file, error = "", str(failure)
     found = (
         f"rank {rank}: {where}"
         if (where := non_finite.first_bad_layer(state, batches, config, totals))
@@ -168,15 +168,19 @@ def leave_out(
     )
     state.optimizer.zero_grad(set_to_none=True)
     ids = [image_id for batch in batches for image_id in batch.image_ids]
-    told: list[Any] = [(found, ids)]
+    told: list[Any] = [(found, ids, file, error)]
     if world_size() > 1:
         told = [None] * world_size()
-        dist.all_gather_object(told, (found, ids))
-    places = "; ".join(place for place, _ in told if place) or "in no single layer: the sum overflows"
+        dist.all_gather_object(told, (found, ids, file, error))
+    places = "; ".join(each[0] for each in told if each[0]) or "in no single layer: the sum overflows"
+    _, _, file, error = next((each for each in told if each[0]), told[0])  # of the worker that it began with
+    kept = (
+        f"Its batch could not be kept: {error}" if error else f"Its batch: pipelines/train.py --replay {file}"
+    )
     state.non_finite += 1
     message = (
         f"Step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; images "
-        f"{sorted(image_id for _, ids in told for image_id in ids)}. First not finite in {places}. "
+        f"{sorted(image_id for each in told for image_id in each[1])}. First not finite in {places}. "
         f"{kept}"
     )
     if config.on_non_finite == "skip" and state.non_finite <= config.max_non_finite:

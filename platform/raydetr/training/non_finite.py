@@ -4,6 +4,7 @@ OUTPUT/non-finite/step-00000123/rank-0.pt   what this worker's model was given, 
 OUTPUT/non-finite/step-00000123/model/      the weights before the step, of rank 0
 """
 
+import dataclasses
 import io
 import os
 import pickle
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from detr.model import DetrForObjectDetection
@@ -20,7 +22,7 @@ from detr.query_groups import QueryGroups
 from detr.segmentation import DetrForSegmentation
 from raydetr import storage
 from raydetr.data.micro_batch import TrainingBatch
-from raydetr.errors import ConfigError
+from raydetr.errors import ConfigError, StorageError
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import StepTotals
 from raydetr.training.state import TrainingState
@@ -30,12 +32,22 @@ FOLDER = "non-finite"
 
 
 def keep(
-    output: str, rank: int, state: TrainingState, batches: Sequence[TrainingBatch], totals: StepTotals
+    config: TrainConfig,
+    rank: int,
+    state: TrainingState,
+    batches: Sequence[TrainingBatch],
+    totals: StepTotals,
 ) -> str:
-    """Save what this worker had in a step; returns the file's address."""
-    folder = storage.join(output, FOLDER, f"step-{batches[0].step:08d}")
+    """Save what this worker had in a step; returns the file's address.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    folder = storage.join(config.output, FOLDER, f"step-{batches[0].step:08d}")
     content: dict[str, Any] = {
         "step": batches[0].step,
+        "seed": config.seed,
+        "precision": config.precision,
         "num_boxes": totals.num_boxes,
         "class_weight_sum": totals.class_weight_sum,
         "micro_batches": [
@@ -54,10 +66,13 @@ def keep(
     address = storage.join(folder, f"rank-{rank}.pt")
     storage.write_bytes(address, buffer.getvalue())
     if rank == 0:
-        with tempfile.TemporaryDirectory() as local:
-            state.model.save_pretrained(local)
-            state.processor.save_pretrained(local)
-            storage.upload_folder(local, storage.join(folder, "model"))
+        try:
+            with tempfile.TemporaryDirectory() as local:
+                state.model.save_pretrained(local)
+                state.processor.save_pretrained(local)
+                storage.upload_folder(local, storage.join(folder, "model"))
+        except (OSError, SafetensorError) as error:  # the local disk is full
+            raise StorageError(f"{folder}: the model cannot be written ({error}).") from error
     return address
 
 
@@ -131,17 +146,20 @@ def _watching(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
 def replay(config: TrainConfig) -> dict[str, Any]:
     """Do the step of a saved batch again on this machine; what `pipelines/train.py --replay FILE` does.
 
+    Precision and dropout are those of the run.
+
     Raises:
         ConfigError: the file is none of `keep`.
     """
     try:
         data = io.BytesIO(storage.read_bytes(config.replay))
         content = torch.load(data, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        batches = content["micro_batches"]
+        config = dataclasses.replace(config, seed=content["seed"], precision=content["precision"])
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--replay {config.replay}: not a batch saved by a training run ({error})."
         ) from error
-    batches = content["micro_batches"]
     with tempfile.TemporaryDirectory() as folder:
         storage.download_folder(storage.join(os.path.dirname(config.replay), "model"), folder)
         kind = DetrForSegmentation if "masks" in batches[0]["labels"][0] else DetrForObjectDetection
@@ -152,6 +170,8 @@ def replay(config: TrainConfig) -> dict[str, Any]:
         module = QueryGroups(model, groups["groups"], groups["cell_loss"])
         module.load_training_state(groups["state"])
     module.train()
+    if config.precision == "float64":
+        module.double()
     found = {}
     for batch in batches:
         seed_dropout(config.seed, content["step"], batch["position"])

@@ -59,6 +59,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     manifest = Manifest.load(config.train_data)
     check(config, manifest)
     with lease(config.output):
+        if storage.exists(finished):  # by the driver that held the lease
+            return dict(storage.read_json(finished))
         run_id = open_run(config, manifest)
         try:
             validation.validate_what_was_lost(config, run_id)

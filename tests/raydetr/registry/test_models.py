@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 
 from detr.detector import ObjectDetector
 from detr.model import DetrForObjectDetection
@@ -70,6 +71,26 @@ def test_the_card_has_data_figures_revision_and_intended_use(tracking_uri, folde
         "from detr import DetrForObjectDetection, DetrImageProcessor",
     ):
         assert line in card, card
+
+
+def test_what_was_registered_is_not_registered_again(tracking_uri, run_id, folder, monkeypatch):
+    """Whatever a driver was ended before: the alias, or the summary that says that all is done."""
+    mlflow_client = type(client(tracking_uri))
+    with monkeypatch.context() as broken:
+
+        def refuse(*_):
+            raise MlflowException("gone for a moment")
+
+        broken.setattr(mlflow_client, "set_registered_model_alias", refuse)
+        with pytest.raises(RegistryError, match="gone for a moment"):
+            register(tracking_uri, run_id, str(folder))
+    assert register(tracking_uri, run_id, str(folder)) == 1
+    assert register(tracking_uri, run_id, str(folder)) == 1
+    assert resolve("models:/raydetr@challenger", tracking_uri).version == 1
+    other = start_run(tracking_uri, "training", "another run", {}, {})
+    assert register(tracking_uri, other, str(folder)) == 2
+    assert register(tracking_uri, run_id, str(folder)) == 1
+    assert resolve("models:/raydetr@challenger", tracking_uri).version == 2, "the alias does not go back"
 
 
 def test_a_second_version_moves_the_alias_and_leaves_the_first(tracking_uri, run_id, folder, tmp_path):

@@ -98,10 +98,11 @@ def test_a_server_that_is_away_for_a_while_loses_nothing(tmp_path, unused_port, 
     with mlflow_server(unused_port, tmp_path):
         run_id = start_run(uri, "training", "run", {}, {})
         register(uri, run_id, folder)
+        other = start_run(uri, "training", "another run", {}, {})
         model = resolve("models:/raydetr/1", uri)
         put_evaluation(model, "d0", {"figures": {"AP": 0.25}})
     actions = [
-        lambda: register(uri, run_id, folder, alias="second"),
+        lambda: register(uri, other, folder, alias="second"),
         lambda: put_evaluation(model, "d1", {"figures": {"AP": 0.5}}),
         lambda: promote(uri, "models:/raydetr/1", "champion"),
     ]

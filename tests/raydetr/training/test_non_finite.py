@@ -18,7 +18,7 @@ from raydetr.training import loop, non_finite
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import step_totals
 from raydetr.training.state import TrainingState, create_state
-from raydetr.training.step import is_finite, train_step
+from raydetr.training.step import autocast, is_finite, train_step
 from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
 from tests.raydetr.training.test_worker_counts import build_stream
@@ -137,19 +137,21 @@ def test_the_kept_batch_replays_to_the_same_place(
 def test_a_kept_batch_replays_with_the_loss_that_it_had(
     state: TrainingState, batches: list[TrainingBatch], config: TrainConfig
 ) -> None:
-    """Weights, query groups, dropout and normalisers are those of the step: nothing else would find the place."""
+    """Weights, query groups, dropout, precision and normalisers are those of the step, whatever flags are given."""
+    config = dataclasses.replace(config, seed=5, precision="bf16")
     totals = step_totals(batches, config.num_queries, config.eos_coefficient)
-    file = non_finite.keep(config.output, 0, state, batches, totals)
+    file = non_finite.keep(config, 0, state, batches, totals)
     losses = []
 
-    def note(model: nn.Module, arguments: dict, _: TrainConfig) -> str:
-        losses.append(float(model(**arguments).loss.detach()))
+    def note(model: nn.Module, arguments: dict, chosen: TrainConfig) -> str:
+        with autocast(chosen, torch.device("cpu")):
+            losses.append(float(model(**arguments).loss.detach()))
         return ""
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(non_finite, "probe", note)
         assert non_finite.first_bad_layer(state, batches, config, totals) == ""
-        non_finite.replay(dataclasses.replace(config, replay=file))
+        non_finite.replay(TrainConfig(replay=file))
     half = len(losses) // 2
     assert half == config.micro_batches
     assert losses[:half] == losses[half:]
@@ -194,6 +196,22 @@ def test_the_run_stops_with_step_images_layer_and_file(
     assert "--on-non-finite skip" in told, "the remedy"
 
 
+def test_the_file_of_the_worker_with_the_bad_layer_is_named(
+    state: TrainingState, batches: list[TrainingBatch], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(told: list, mine: tuple) -> None:
+        found, ids, file, error = mine
+        told[:] = [("", ids, file, error), (found.replace("rank 0", "rank 1"), ids, "the other.pt", "")]
+
+    break_forward(state)
+    totals = step_totals(batches, config.num_queries, config.eos_coefficient)
+    monkeypatch.setattr(loop, "world_size", lambda: 2)
+    monkeypatch.setattr(loop.dist, "all_gather_object", gather)
+    stopping = dataclasses.replace(config, on_non_finite="stop")
+    with pytest.raises(TrainingError, match="First not finite in rank 1: .* --replay the other.pt"):
+        loop.leave_out(state, batches, stopping, totals, {"loss": float("nan"), "grad_norm": 0.0}, 0)
+
+
 def test_too_many_steps_left_out_stop_the_run(
     state: TrainingState, batches: list[TrainingBatch], config: TrainConfig
 ) -> None:
@@ -207,8 +225,10 @@ def test_too_many_steps_left_out_stop_the_run(
 
 def test_a_file_that_is_no_kept_batch_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(b"no batch")
-    with pytest.raises(ConfigError, match="not a batch saved by a training run"):
-        non_finite.replay(dataclasses.replace(config, replay=str(tmp_path / "x.pt")))
+    torch.save({"step": 1}, tmp_path / "y.pt")
+    for name in ("x.pt", "y.pt"):
+        with pytest.raises(ConfigError, match="not a batch saved by a training run"):
+            non_finite.replay(dataclasses.replace(config, replay=str(tmp_path / name)))
 
 
 def test_a_disk_that_is_full_does_not_hide_the_step(
