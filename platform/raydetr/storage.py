@@ -30,9 +30,9 @@ SHARED = "RAYDETR_STORAGE"
 
 
 def absolute(address: str) -> str:
-    """A local address as absolute path, a relative one under RAYDETR_STORAGE where that is set; any other unchanged."""
+    """A local address as absolute path, a relative one under RAYDETR_STORAGE where that is set; none ends with a slash."""
     if not is_local(address):
-        return address
+        return address if address.endswith("://") else address.rstrip("/")
     if (shared := os.environ.get(SHARED)) and not os.path.isabs(address):
         return join(shared, *os.path.normpath(address).split(os.sep))
     return os.path.abspath(address)

@@ -88,6 +88,8 @@ def test_other_flags_in_the_folder_of_an_unfinished_run_are_refused(
     begun = json.loads((folder / "runs/a/run.json").read_text())
     begun["identity"]["output"] = str(folder / "runs/b")
     (folder / "runs/b/run.json").write_text(json.dumps(begun))
+    (folder / "runs/b/checkpoints/step-00000002").mkdir(parents=True)
+    (folder / "runs/b/checkpoints/step-00000002/COMPLETE").touch()
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit) as ended:
         in_this_process("--train-data", manifest.root, "--output", "runs/b", "--seed", "9")

@@ -218,17 +218,37 @@ class TrainConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "query_groups",
+            "num_queries",
+            "d_model",
+            "attention_heads",
+            "ffn_dim",
+            "test_edge",
+            "longest_edge",
+            "window_row_groups",
         ):
             _require(getattr(self, name) >= 1, self, name, "it must be at least 1")
         for name in (
             "max_hours",
             "validate_every",
             "validation_images",
+            "validation_cpus",
+            "validation_gpus",
             "patience",
             "clip_norm",
             "cell_loss",
+            "min_workers",
+            "warmup_steps",
+            "learning_rate",
+            "backbone_learning_rate",
+            "weight_decay",
+            "max_failures",
+            "max_non_finite",
         ):
             _require(getattr(self, name) >= 0, self, name, "it must not be negative")
+        for name in ("dropout", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, self, name, "it is from 0 to less than 1")
+        for name in ("drop_at", "max_skipped", "repeat_threshold"):
+            _require(0 <= getattr(self, name) <= 1, self, name, "it is a share, from 0 to 1")
         _require(self.hang_after_s > 0, self, "hang_after_s", "it must be positive")
         _require(
             self.data_cpus >= 1, self, "data_cpus", "with no CPU left to the data stream the run would hang"

@@ -16,6 +16,7 @@ from raydetr.data.plan import PlanSpec
 from raydetr.data.shards import Manifest
 from raydetr.errors import TrainingError
 from raydetr.registry import tracking
+from raydetr.training import checkpoint
 from raydetr.training.config import ARCHITECTURE, TrainConfig
 
 RUN = "run.json"
@@ -71,7 +72,7 @@ def open_run(config: TrainConfig, manifest: Manifest) -> str:
     """The MLflow run of this output folder: a new one, or the one it was begun with.
 
     Raises:
-        TrainingError: the folder belongs to a run with other flags or other data.
+        TrainingError: the folder belongs to a run with other flags or other data, of which a checkpoint is there.
     """
     identity = {
         name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS
@@ -83,7 +84,9 @@ def open_run(config: TrainConfig, manifest: Manifest) -> str:
         # A run that was begun before there was a flag had what is its default now. JSON has no tuples.
         earlier = dataclasses.asdict(TrainConfig()) | begun["identity"]
         differing = sorted(name for name in identity if _plain(identity[name]) != _plain(earlier.get(name)))
-        if differing:
+        if differing and not checkpoint.last_committed_step(config.output):
+            begun["identity"] = identity  # nothing was done with the others
+        elif differing:
             raise TrainingError(
                 f"{config.output} holds a run that was begun with other values of {', '.join(differing)}: give "
                 "the same flags to go on with it, or another --output."

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
+from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -110,10 +111,14 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
 
     Raises:
         ConfigError: there are images with more objects than the model has queries, no masks where they are to be
-            learned, or no such model can be built.
+            learned, nothing to be scored in `--val-data`, no such model or augmentation can be built.
         DataError: there is no validation set at `--val-data`, or it has categories that the model does not have.
         RegistryError: there is no model at `--model`.
     """
+    try:
+        plan_spec(config)
+    except ValueError as error:
+        raise ConfigError(f"The augmentation cannot be done: {error}.") from error
     try:
         model = build_model(config, manifest)
     except (ValueError, RuntimeError, OSError) as error:
@@ -212,6 +217,8 @@ def _run_workers(
             "background": background,
             "board": ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote(),
         },
+        # Longer than the watchdog needs: whoever waits for a worker that hangs must not fail before that is named.
+        torch_config=TorchConfig(timeout_s=int(4 * config.hang_after_s) + 600),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=(config.min_workers, config.workers)  # type: ignore[arg-type]
             if config.min_workers

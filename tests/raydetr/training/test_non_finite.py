@@ -208,7 +208,7 @@ def test_the_file_of_the_worker_with_the_bad_layer_is_named(
     monkeypatch.setattr(loop, "world_size", lambda: 2)
     monkeypatch.setattr(loop.dist, "all_gather_object", gather)
     stopping = dataclasses.replace(config, on_non_finite="stop")
-    with pytest.raises(TrainingError, match="First not finite in rank 1: .* --replay the other.pt"):
+    with pytest.raises(TrainingError, match=r"First not finite in rank 1: .* --replay the other\.pt"):
         loop.leave_out(state, batches, stopping, totals, {"loss": float("nan"), "grad_norm": 0.0}, 0)
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from raydetr.errors import TrainingError
+from raydetr import storage
+from raydetr.errors import ConfigError, TrainingError
+from raydetr.training import checkpoint
 from raydetr.training.config import TrainConfig
 from raydetr.training.run import open_run
+from raydetr.training.trainer import check
 from tests.awkward import write_awkward
 
 
@@ -35,5 +38,44 @@ def test_a_run_goes_on_with_what_its_errors_advise_and_at_another_address_of_mlf
     moved = replace(first, tracking_uri=f"sqlite:///{tmp_path}/moved.db", **changes)
     assert open_run(moved, manifest) == run_id
     assert set(json.loads(file.read_text())["identity"]) < set(identity)
+    storage.write_bytes(storage.join(checkpoint.address(first.output, 5), checkpoint.MARKER), b"")
     with pytest.raises(TrainingError, match="begun with other values of cell_loss, learning_rate:"):
         open_run(replace(moved, learning_rate=1.0, cell_loss=2.0), manifest)
+
+
+def test_flags_may_change_as_long_as_nothing_was_done_with_them(tmp_path: Path) -> None:
+    manifest = write_awkward(tmp_path / "data")
+    first = TrainConfig(
+        train_data=manifest.root, output=str(tmp_path / "run"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"
+    )
+    run_id = open_run(first, manifest)
+    smaller = replace(first, micro_batch_size=1)
+    assert open_run(smaller, manifest) == run_id
+    storage.write_bytes(storage.join(checkpoint.address(first.output, 5), checkpoint.MARKER), b"")
+    assert open_run(smaller, manifest) == run_id
+    with pytest.raises(TrainingError, match="other values of micro_batch_size"):
+        open_run(first, manifest)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("min_workers", -1),
+        ("warmup_steps", -1),
+        ("ema_decay", 1.5),
+        ("drop_at", 7.0),
+        ("longest_edge", 0),
+        ("num_queries", 0),
+        ("validation_cpus", -1.0),
+    ],
+)
+def test_a_value_without_a_meaning_is_refused_by_the_name_of_its_flag(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is {value}"):
+        replace(TrainConfig(), **{name: value})
+
+
+def test_an_augmentation_that_cannot_be_done_is_refused_before_a_run_is_begun(tmp_path: Path) -> None:
+    manifest = write_awkward(tmp_path / "data")
+    for changes in ({"flip": 1.5}, {"crop_sizes": (600, 384), "crop": True}):
+        with pytest.raises(ConfigError, match="The augmentation cannot be done"):
+            check(TrainConfig(train_data=manifest.root, **changes), manifest)
