@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 
 from raydetr import storage
+from raydetr.errors import StorageError
 
 PORT = 5000
 BACKUP_SECONDS = 60.0
@@ -65,7 +66,13 @@ def back_up_forever(server: "subprocess.Popen[bytes]", database: Path, copy: str
     while server.poll() is None:
         time.sleep(BACKUP_SECONDS)
         if database.exists() and (state := _state(database)) != copied:
-            storage.write_bytes(copy, snapshot(database))
+            try:
+                storage.write_bytes(copy, snapshot(database))
+            except (
+                StorageError
+            ) as error:  # away for a while: the server goes on, and the next copy has it all
+                print(f"no copy of the database: {error}", flush=True)
+                continue
             copied = state
     sys.exit(f"the MLflow server ended with status {server.returncode}")
 

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from raydetr import storage
+from raydetr.errors import StorageError
 
 SCRIPT = Path(__file__).parents[2] / "platform" / "deploy" / "mlflow_server.py"
 
@@ -61,14 +62,21 @@ def test_what_is_written_is_copied_and_an_ended_server_is_an_error(
     monkeypatch.setattr(script, "BACKUP_SECONDS", 0.05)
     database, copy = tmp_path / "a" / "m.db", str(tmp_path / "shared" / "m.db")
     write(database, range(1))
-    writes = []
-    monkeypatch.setattr(
-        script.storage, "write_bytes", lambda address, data: writes.append((address, len(data)))
-    )
+    writes: list[tuple[str, int]] = []
+    away = [StorageError("the storage is away")]
+
+    def write_bytes(address: str, data: bytes) -> None:
+        if away:
+            raise away.pop()
+        writes.append((address, len(data)))
+
+    monkeypatch.setattr(script.storage, "write_bytes", write_bytes)
     server = subprocess.Popen(["sleep", "1"])
     more = threading.Timer(0.5, write, (database, range(1, 100)))
     more.start()
     with pytest.raises(SystemExit, match="ended with status 0"):
         script.back_up_forever(server, database, copy)
     more.join()
-    assert [address for address, _ in writes] == [copy, copy], "once for each time something was written"
+    assert [address for address, _ in writes] == [copy, copy], (
+        "once for each time something was written, though not at first"
+    )

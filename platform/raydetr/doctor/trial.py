@@ -150,7 +150,7 @@ def overfit(
         losses, ended, start = [], "steps", time.perf_counter()
         for number, batches in zip(range(config.overfit_steps), itertools.cycle(steps), strict=False):
             metrics = _step(config, state, batches, number)
-            losses.append(metrics["loss"])
+            losses.append(_loss_of_what_is_trained(config, metrics))
             if not is_finite(metrics):
                 ended = "not finite"
             elif fallen_to(losses, len(steps)) <= config.loss_share:
@@ -166,6 +166,16 @@ def overfit(
             detector = ObjectDetector(state.model, state.processor, device, dtype)
             found = figures(predict_share(detector, few, config.masks))
     return losses, ended, seconds, found
+
+
+def _loss_of_what_is_trained(config: DoctorConfig, metrics: dict[str, float]) -> float:
+    """The part of a frozen detector cannot fall."""
+    if not config.freeze_detector:
+        return metrics["loss"]
+    return (
+        config.mask_loss_coefficient * metrics["loss_mask"]
+        + config.dice_loss_coefficient * metrics["loss_dice"]
+    )
 
 
 def eight_images(config: DoctorConfig, manifest: Manifest, folder: str) -> Manifest:

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Job:
     """What the driver tells every worker.
 
     config: with addresses that every worker can read.
+    data_digest: of what is trained on.
     run_id: MLflow run to log to; empty: none.
     deadline: time.time() at which to end; None: never.
     background: validate in a task of its own, not between two steps.
@@ -44,6 +45,7 @@ class Job:
     """
 
     config: TrainConfig
+    data_digest: str = ""
     run_id: str = ""
     deadline: float | None = None
     background: bool = False
@@ -203,21 +205,21 @@ def commit(state: TrainingState, job: Job, progress: Progress) -> None:
     """
     config, error = job.config, ""
     if progress.rank == 0:
+        origin = {"config": asdict(config), "data_digest": job.data_digest}
         try:
-            checkpoint.save(config.output, state, progress.uncommitted())
-            best, waiting = validation.best_checkpoint(config), validation.waiting_checkpoints(config)
-            checkpoint.remove_surplus(config.output, config.keep_checkpoints, best, waiting)
-            progress.send()
+            checkpoint.save(config.output, state, {**progress.uncommitted(), **origin})
         except StorageError as failure:
             error = str(failure)
+        else:
+            clear_up(config)
+            progress.send()
     else:
         progress.rows = []
     # Rank 0 has the message; that there is one ends all of them here.
     if all_reduce(torch.tensor([float(bool(error))])).item():
-        last = checkpoint.last_committed_step(config.output) if error else 0
         raise TrainingError(
-            f"The checkpoint of step {state.step} cannot be written: {error} The run is complete up to step {last}: "
-            "make room or mend the storage, and give the same command again."
+            f"The checkpoint of step {state.step} cannot be written: {error} The run is complete up to its last "
+            f"checkpoint in {config.output}: make room or mend the storage, and give the same command again."
         )
     # Every worker reports: Ray Train waits for all of them, so none runs ahead of a checkpoint. What it is handed is
     # no checkpoint but an empty folder: it would copy ours file by file, without a marker that comes last. It starts
@@ -232,6 +234,15 @@ def commit(state: TrainingState, job: Job, progress: Progress) -> None:
             )
     else:
         ray.train.report({"step": state.step})
+
+
+def clear_up(config: TrainConfig) -> None:
+    """Remove the checkpoints that are not to be kept; where that is refused, they stay, and it is said."""
+    try:
+        best, waiting = validation.best_checkpoint(config), validation.waiting_checkpoints(config)
+        checkpoint.remove_surplus(config.output, config.keep_checkpoints, best, waiting)
+    except StorageError as failure:
+        say(f"Earlier checkpoints cannot be removed: {failure}")
 
 
 def timed(

@@ -41,6 +41,7 @@ class Progress:
         self.rows: list[Row] = []
         self._sent: list[Row] = []
         self.waited = 0.0
+        self._began, self._earlier = time.perf_counter(), 0.0
         self._line_at = time.perf_counter()
         self._line_step = -1
         self._line_images = 0.0
@@ -69,14 +70,18 @@ class Progress:
     def restore(self, metadata: dict[str, Any]) -> None:
         """Take over the metrics of the checkpoint that is gone on from, and send them."""
         self.rows = [(int(step), int(at), values) for step, at, values in metadata["metrics"]]
+        self._earlier = float(metadata.get("seconds", 0.0))
         if self.rank == 0 and self.rows:
             self.send()
 
     def uncommitted(self) -> dict[str, Any]:
-        """The metrics that whoever goes on from the next checkpoint has to send, as its metadata."""
+        """What whoever goes on from the next checkpoint needs: metrics to send, seconds of work of all attempts."""
         since = (time.time() - RESEND_S) * 1000
         self._sent = [row for row in self._sent if row[1] >= since]
-        return {"metrics": [list(row) for row in (*self._sent, *self.rows)]}
+        return {
+            "metrics": [list(row) for row in (*self._sent, *self.rows)],
+            "seconds": self._earlier + time.perf_counter() - self._began,
+        }
 
     def send(self) -> None:
         """Send the metrics of a checkpoint that is complete; where MLflow does not answer, they are kept."""

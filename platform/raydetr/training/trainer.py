@@ -187,7 +187,7 @@ def fit(config: TrainConfig, manifest: Manifest, run_id: str, deadline: float | 
             f"from step {first}",
             flush=True,
         )
-        outcome = _run_workers(config, stream, run_id, deadline, background)
+        outcome = _run_workers(config, manifest, stream, run_id, deadline, background)
         if outcome["error"]:
             raise TrainingError(outcome["error"])
         if outcome["ended"] != PREEMPTED:
@@ -201,7 +201,12 @@ def fit(config: TrainConfig, manifest: Manifest, run_id: str, deadline: float | 
 
 
 def _run_workers(
-    config: TrainConfig, stream: Stream, run_id: str, deadline: float | None, background: bool
+    config: TrainConfig,
+    manifest: Manifest,
+    stream: Stream,
+    run_id: str,
+    deadline: float | None,
+    background: bool,
 ) -> dict[str, str]:
     """What `train_worker` returned once all workers have ended, however often they were started again."""
     # The time after which Ray Train ends a worker whose process does not even answer.
@@ -212,6 +217,7 @@ def _run_workers(
         train_loop_per_worker,  # type: ignore[arg-type]
         train_loop_config={
             "config": config,
+            "data_digest": manifest.digest,
             "run_id": run_id,
             "deadline": deadline,
             "background": background,

@@ -12,6 +12,7 @@ from PIL import Image
 
 from raydetr.doctor import batch, trial
 from raydetr.errors import DataError
+from raydetr.training.model import build_model, image_processor
 from tests.raydetr.doctor.set_ups import configure, lines, write_data
 
 
@@ -116,6 +117,35 @@ def test_a_model_that_cannot_learn_is_named(tmp_path: Path) -> None:
     (line,) = lines(trial.finding(config, done))
     assert line.startswith("FAIL  overfit: 8 images, 8 steps")
     assert "it has not fallen to 0.9 of its start. Remedy: look at batch.png" in line
+
+
+def test_a_frozen_detector_is_not_asked_to_learn(tmp_path: Path) -> None:
+    """Its part of the loss cannot fall; that of the masks is judged alone."""
+
+    def whole(_: int, made: dict) -> None:
+        for item in made["objects"]:
+            x, y, width, height = item["bbox"]
+            corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+            item["segmentation"] = {"polygons": [corners], "rle": None}
+
+    manifest = write_data(tmp_path, whole)
+    boxes = configure(tmp_path, attention_heads=8)
+    folder = str(tmp_path / "detector")
+    model = build_model(boxes, manifest)
+    model.save_pretrained(folder)
+    image_processor(boxes).save_pretrained(folder)
+    config = configure(
+        tmp_path,
+        task="instance",
+        freeze_detector=True,
+        model=folder,
+        learning_rate=3e-3,
+        loss_share=0.9,
+        attention_heads=8,
+    )
+    config = replace(config, overfit_steps=150)
+    losses, ended, _, _ = trial.overfit(config, manifest, torch.device("cpu"))
+    assert ended == "fallen", losses
 
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:

@@ -123,9 +123,15 @@ def test_what_a_server_lost_of_the_last_minutes_is_sent_again_when_the_run_goes_
     assert values(run) == [(0, 10.0)]
     Progress(*run, rank=0).restore(later)
     assert values(run) == [(0, 10.0), (1, 9.0), (2, 8.0)]
-    assert later == checkpoint
+    assert later["metrics"] == checkpoint["metrics"]
     monkeypatch.setattr("raydetr.training.progress.RESEND_S", -1.0)
-    assert progress.uncommitted() == {"metrics": []}, "what is old enough is not kept"
+    assert progress.uncommitted()["metrics"] == [], "what is old enough is not kept"
+
+
+def test_the_time_of_earlier_attempts_counts(run: Run) -> None:
+    progress = Progress(*run, rank=0)
+    progress.restore({"metrics": [], "seconds": 1000.0})
+    assert 1000 < progress.uncommitted()["seconds"] < 1100
 
 
 def test_other_ranks_send_nothing(run: Run) -> None:
