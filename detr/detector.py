@@ -205,8 +205,13 @@ class ObjectDetector:
         return self.detect([self.prepare(image)])[0].to_dicts(self.model.config.id2label)
 
     @torch.inference_mode()
-    def run(self, prepared: Sequence[PreparedImage]) -> Any:
+    def run(self, prepared: Sequence[PreparedImage], min_score: float | None = None) -> Any:
         """The model's own output for images of one canonical shape, of which there is at least one.
+
+        Args:
+            prepared: the images.
+            min_score: of a model with a mask head: compute only the masks that are wanted, see
+                `DetrForSegmentation.forward`.
 
         Raises:
             ValueError: the images have different canonical shapes.
@@ -223,7 +228,9 @@ class ObjectDetector:
             pixel_values = pixel_values * mask[:, None]
         pixel_values = pixel_values.to(torch.float32 if self._autocast else self.dtype)
         with torch.autocast(self.device.type, self.dtype, enabled=self._autocast):
-            return self.model(pixel_values, pixel_mask=mask)
+            if min_score is None:
+                return self.model(pixel_values, pixel_mask=mask)
+            return self.model(pixel_values, pixel_mask=mask, min_score=min_score)
 
     @staticmethod
     def detections(

@@ -349,16 +349,18 @@ class DetrForObjectDetection(DetrPreTrainedModel):
         image_weights: Tensor | None,
         masks_of: Callable[[Tensor, Tensor], Tensor] | None = None,
         groups: int = 1,
+        predicted: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Any]:
         """Heads and loss on the output of the transformer; arguments are those of `forward` and `set_loss`.
 
-        With ``groups`` the intermediate hidden states are those of all groups, in the order of `set_loss`.
+        With ``groups`` the intermediate hidden states are those of all groups, in the order of `set_loss`;
+        ``predicted`` is what `predict` made of the last hidden state, where that is known.
 
         Returns:
             The fields ``loss``, ``loss_dict``, ``logits``, ``pred_boxes`` and ``auxiliary_outputs``.
         """
         assert outputs.last_hidden_state is not None  # only an output made by hand could lack it
-        logits, pred_boxes = self.predict(outputs.last_hidden_state)
+        logits, pred_boxes = predicted or self.predict(outputs.last_hidden_state)
         loss = loss_dict = auxiliary_outputs = None
         if labels is not None:
             all_logits, all_boxes = logits[None], pred_boxes[None]

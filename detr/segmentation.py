@@ -128,10 +128,11 @@ class DetrForSegmentation(DetrPreTrainedModel):
         queries = outputs.last_hidden_state
         assert queries is not None
         context = features.mask_context or self.mask_context(features, outputs)
-        pred_masks = None
+        pred_masks = predicted = None
         if labels is None or not self.training:
-            logits, _ = self.detr.predict(queries)
-            pred_masks = self._all_masks(context, None if min_score is None else _kept(logits, min_score))
+            predicted = self.detr.predict(queries)
+            wanted = None if min_score is None else _kept(predicted[0], min_score)
+            pred_masks = self._all_masks(context, wanted)
 
         def masks_of(image: Tensor, query: Tensor) -> Tensor:
             nonlocal pred_masks
@@ -142,7 +143,7 @@ class DetrForSegmentation(DetrPreTrainedModel):
             return pred_masks[image, query]
 
         detected = self.detr.detect(
-            outputs, labels, num_boxes, class_weight_sum, image_weights, masks_of, groups
+            outputs, labels, num_boxes, class_weight_sum, image_weights, masks_of, groups, predicted
         )
         return DetrSegmentationOutput(**detected, pred_masks=pred_masks, **hidden_outputs(outputs))
 

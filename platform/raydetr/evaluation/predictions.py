@@ -90,7 +90,10 @@ class Predictor:
         Raises:
             DataError: a detection is not finite.
         """
-        outputs = self.detector.run(prepared)
+        panoptic = (
+            self.settings.masks == "panoptic"
+        )  # whose masks of less score are dropped: they cost the most
+        outputs = self.detector.run(prepared, self.settings.segment_threshold if panoptic else None)
         rows = []
         for image_id, image, found in zip(
             image_ids, prepared, self.detector.detections(outputs, prepared), strict=True

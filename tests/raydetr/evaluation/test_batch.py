@@ -11,6 +11,7 @@ from PIL import Image
 
 from detr.detector import ObjectDetector
 from detr.panoptic_png import read_panoptic_png, write_panoptic_png
+from detr.segmentation import NO_MASK
 from raydetr.errors import DataError, RequestError
 from raydetr.evaluation import batch
 from raydetr.evaluation.actors import ActorOptions
@@ -100,6 +101,28 @@ def test_masks_and_segments_are_predicted_at_the_size_of_the_image_and_drawn(seg
     plain, drawn = (np.asarray(draw(data, row, names, threshold)) for threshold in (1.0, 0.0))
     assert plain.shape == drawn.shape
     assert (masks == "panoptic") == np.array_equal(plain, drawn), "segments have had their threshold"
+
+
+def test_masks_that_become_no_segment_are_not_computed(segmenter, monkeypatch):
+    """They would cost the most, and the rows are the same."""
+    prepared = [segmenter.prepare(png(60, 90, seed=seed)) for seed in range(3)]
+    half = segmenter.run(prepared).logits.softmax(-1).amax(-1).median().item()
+    settings = PredictionSettings("panoptic", segment_threshold=half)
+    outputs = []
+
+    def noted(images, min_score=None, *, run=segmenter.run):
+        outputs.append(run(images, min_score))
+        return outputs[-1]
+
+    monkeypatch.setattr(segmenter, "run", noted)
+    rows = Predictor(segmenter, None, settings).rows([1, 2, 3], prepared)
+    computed = (outputs[-1].pred_masks != NO_MASK).any(dim=(2, 3)).sum()
+    assert 0 < computed < outputs[-1].logits[..., 0].numel()
+    monkeypatch.setattr(segmenter, "run", lambda images, _: noted(images))
+    of_all = Predictor(segmenter, None, settings).rows([1, 2, 3], prepared)
+    assert (outputs[-1].pred_masks != NO_MASK).all()
+    assert [row["panoptic"] for row in rows] == [row["panoptic"] for row in of_all]
+    assert [row["segments"] for row in rows] == [row["segments"] for row in of_all]
 
 
 def test_an_image_without_a_segment_is_void(segmenter):
