@@ -49,7 +49,7 @@ Engine = Literal["torch", "openvino"]
 def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, engine: Engine = "torch") -> M:
     """A copy of ``model`` that is faster in inference: see the file's docstring.
 
-    It is in evaluation mode, has no gradients, stays on its device and cannot be saved. A backbone that cannot be
+    It is in evaluation mode, has no gradients, stays on its device and can neither be saved nor take other weights. A backbone that cannot be
     traced (its forward branches on values) stays as it is. What is optimised already is returned as it is.
 
     Args:
@@ -96,12 +96,21 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, eng
         pack_layers(fast)
     if engine == "openvino":
         compute_with_openvino(fast, optimized(model, pack=False), dtype)
+    fast.register_load_state_dict_pre_hook(_refuse_weights)  # type: ignore[no-untyped-call]
     return fast
 
 
 def is_optimized(model: nn.Module) -> bool:
     """Whether a model comes from `optimized`."""
     return any(isinstance(module, _Backbone) for module in model.modules())
+
+
+def _refuse_weights(*_: Any) -> None:
+    # Those of folded and packed layers are elsewhere: half of the model would stay the old one.
+    raise ValueError(
+        "this model comes from optimize() and cannot take other weights: load them into the one it was made from, and "
+        "optimize that"
+    )
 
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:

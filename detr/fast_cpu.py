@@ -51,6 +51,10 @@ class OneDnnConv2d(nn.Module):
             and torch.backends.mkldnn.is_available()
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the packed weights, which cannot be copied and are made again."""
+        return {**self.__dict__, "_by_shape": {}, "_by_layout": {}}
+
     def take_bias_of(self, other: Any) -> None:
         """Add the bias of the convolution whose result is always added to this one's."""
         self._bias, other._bias = _sum(self._bias, other._bias), None
@@ -86,12 +90,15 @@ class OneDnnLinear(nn.Module):
         kernel = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None)
         kernel.weight = nn.Parameter(linear.weight.detach()[..., None, None], False)
         kernel.bias = linear.bias
+        self._features = linear.out_features
         self._convolution = OneDnnConv2d(kernel)
         if activation is not None:
             self._convolution.activation = OneDnnConv2d.ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """Float [..., C] to float [..., C']."""
+        if not x.numel():  # which is no image to oneDNN
+            return x.new_zeros((*x.shape[:-1], self._features))
         pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
         return self._convolution(pixels).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 

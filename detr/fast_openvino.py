@@ -104,6 +104,7 @@ class _OpenVinoStates:
         size = (len(pixel_values), *pixel_values.shape[2:]) if images else None
         if (
             not images
+            or not pixel_values.numel()  # of which OpenVINO makes nothing, and what it had before stays
             or pixel_values.shape[1] != config.num_channels
             or (pixel_mask is not None and pixel_mask.shape != size)
             or any(option is not None and option is not False for option in asked)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import threading
 import time
 import weakref
@@ -117,6 +118,36 @@ def test_a_resnet_has_no_norm_and_no_sum_left() -> None:
 def test_what_is_optimised_cannot_be_saved(tmp_path) -> None:
     with pytest.raises(ValueError, match="optimize"):
         make_model("resnet18").optimize().save_pretrained(tmp_path)
+
+
+def test_what_is_optimised_takes_no_other_weights() -> None:
+    """Those of folded and packed layers are elsewhere: it would be half of one model and half of another."""
+    plain = make_model("resnet18")
+    for other in (plain.state_dict(), plain.optimize().state_dict()):
+        for strict in (True, False):
+            with pytest.raises(ValueError, match="cannot take other weights"):
+                plain.optimize().load_state_dict(other, strict=strict)
+    make_model("resnet18").load_state_dict(plain.state_dict())
+
+
+@torch.inference_mode()
+def test_a_batch_of_no_images_has_no_answers() -> None:
+    plain = make_model("resnet18")
+    fast = plain.optimize()
+    none = torch.zeros(0, 3, 64, 96)
+    for model in (plain, fast):
+        outputs = model(none)
+        assert outputs.logits.shape == (0, *fast(torch.zeros(1, 3, 64, 96)).logits.shape[1:])
+        assert outputs.pred_boxes.shape[0] == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@torch.inference_mode()
+def test_a_copy_of_a_model_that_has_answered_answers_alike(copied: Callable[[nn.Module], nn.Module]) -> None:
+    fast = make_model("resnet18").optimize()
+    pixels = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    expected = fast(pixels).logits
+    assert torch.equal(copied(fast)(pixels).logits, expected)
 
 
 def test_what_is_optimised_stays_in_its_dtype() -> None:

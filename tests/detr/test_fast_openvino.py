@@ -99,6 +99,16 @@ def test_what_is_no_image_alone_is_computed_by_torch(pair):
 
 
 @torch.inference_mode()
+@torch.inference_mode()
+def test_a_batch_of_no_images_has_no_answers_and_spoils_none(pair):
+    plain, fast = pair
+    pixels, _ = make_images(2, 64, 96)
+    before = fast(pixels).logits
+    assert fast(pixels[:0]).logits.shape == (0, *before.shape[1:])
+    torch.testing.assert_close(fast(pixels).logits, before)
+    torch.testing.assert_close(fast(pixels).logits, plain(pixels).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_threads_that_share_a_model_get_their_own_answers(pair):
     plain, fast = pair
     images = [make_images(1, 64, 64 + 8 * number)[0] for number in range(4)]
