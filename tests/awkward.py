@@ -33,6 +33,18 @@ def write_awkward(
     return write_manifest(str(folder), summaries, CATEGORIES)
 
 
+def write_whole_masks(folder: Path, count: int) -> Manifest:
+    """Shards of images, each with one object, and its mask, that covers it."""
+    rng = np.random.default_rng(0)
+    records = [record(rng, number, empty=0.0) for number in range(count)]
+    for each in records:
+        height, width = each["height"], each["width"]
+        whole = {"polygons": [[0, 0, width, 0, width, height, 0, height]], "rle": None}
+        box = {"bbox": [0.0, 0.0, width, height], "area": width * height, "iscrowd": 0, "fault": None}
+        each["objects"] = [{**each["objects"][0], **box, "segmentation": whole}]
+    return write_manifest(str(folder), [write_shard(str(folder), 0, records)], CATEGORIES)
+
+
 def record(rng: np.random.Generator, number: int, empty: float) -> dict[str, Any]:
     """One record: noise pixels, up to six objects."""
     height, width = (int(side) for side in rng.integers(40, 101, 2))

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
@@ -15,7 +14,6 @@ from detr.detector import ObjectDetector
 from detr.mask_loss import mask_losses
 from raydetr.data.ingest import ingest
 from raydetr.data.inputs import Addresses
-from raydetr.data.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest
 from raydetr.data.synthetic import generate
 from raydetr.errors import ConfigError
@@ -25,7 +23,7 @@ from raydetr.training.recipes import RECIPES
 from raydetr.training.state import TrainingState, create_state
 from raydetr.training.step import to_arguments
 from raydetr.training.trainer import check
-from tests.awkward import CATEGORIES, record, write_awkward
+from tests.awkward import write_awkward, write_whole_masks
 from tests.training_steps import batches_of_steps, train_here
 
 CPU = torch.device("cpu")
@@ -159,21 +157,9 @@ def run_lengths(annotation: dict[str, Any], image: dict[str, Any]) -> bytes:
     return coco_mask.merge(polygons)["counts"]
 
 
-def whole_images(folder: Path, count: int) -> Manifest:
-    """Shards of images, each with one object that covers it."""
-    rng = np.random.default_rng(0)
-    records = [record(rng, number, empty=0.0) for number in range(count)]
-    for each in records:
-        height, width = each["height"], each["width"]
-        whole = {"polygons": [[0, 0, width, 0, width, height, 0, height]], "rle": None}
-        box = {"bbox": [0.0, 0.0, width, height], "area": width * height, "iscrowd": 0, "fault": None}
-        each["objects"] = [{**each["objects"][0], **box, "segmentation": whole}]
-    return write_manifest(str(folder), [write_shard(str(folder), 0, records)], CATEGORIES)
-
-
 def test_target_masks_lie_where_the_mask_head_draws(tmp_path: Path) -> None:
     """Objects that cover their images: the mask of an image's pixels is right on the canvas that the model sees."""
-    shards = whole_images(tmp_path, 12)
+    shards = write_whole_masks(tmp_path, 12)
     chosen = config(shards, task="instance", steps=3, shortest_edges=(48, 64))
     state = create_state(chosen, shards, CPU)
     seen, padded = 0, 0
@@ -191,9 +177,8 @@ def test_target_masks_lie_where_the_mask_head_draws(tmp_path: Path) -> None:
 
 
 def test_an_epoch_may_end_with_a_step_that_is_not_full(tmp_path: Path) -> None:
-    shards = whole_images(
-        tmp_path, 5
-    )  # three micro-batches of at most two: two steps, the last with one alone
+    # Three micro-batches of at most two images: two steps, the last with one of them alone.
+    shards = write_whole_masks(tmp_path, 5)
     chosen = config(shards, task="instance", steps=4)
     metrics = train_here(chosen, shards, create_state(chosen, shards, CPU))
     assert len(metrics) == 4
