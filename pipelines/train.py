@@ -34,11 +34,14 @@ def main(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
     if config.val_data:
         from raydetr.evaluation.evaluate import evaluate
 
+        on_gpu = config.accelerator == "gpu"
         scored = evaluate(
             EvaluateConfig(
                 model=summary.get("model", summary["model_folder"]),
                 data=config.val_data,
                 task=config.task,
+                actors=config.workers if on_gpu else 1,
+                num_gpus=float(on_gpu),
                 tracking_uri=config.tracking_uri,
             )
         )

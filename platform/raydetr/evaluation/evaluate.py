@@ -1,5 +1,7 @@
 """One evaluation from addresses to figures; what pipelines/evaluate.py runs."""
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -129,10 +131,18 @@ def _data(config: EvaluateConfig) -> Manifest:
         return Manifest.load(embedded("val"))
     given = config.annotations, config.images, config.panoptic_annotations, config.panoptic_masks
     addresses = Addresses(*(storage.absolute(each) if each else "" for each in given))
-    name = "-".join(storage.absolute(config.images).rstrip("/").split("/")[-2:])
+    name = "-".join([*addresses.images.split("/")[-2:], _digest(addresses)[:8]])
     return ingest(
         addresses, storage.absolute(f"runs/data/{name}"), progress=print_progress("ingest")
     ).manifest
+
+
+def _digest(addresses: Addresses) -> str:
+    """Names a COCO data set by its addresses and annotations, as hexadecimal digits: edited ones are another."""
+    digest = hashlib.sha256(json.dumps(asdict(addresses)).encode())
+    for file in filter(None, (addresses.annotations, addresses.panoptic_annotations)):
+        digest.update(storage.read_bytes(file))
+    return digest.hexdigest()
 
 
 def _settings(config: EvaluateConfig, model: ResolvedModel, manifest: Manifest) -> Settings:

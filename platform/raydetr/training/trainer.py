@@ -110,11 +110,16 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
     """What can be known to be wrong before workers start.
 
     Raises:
-        ConfigError: there are images with more objects than the model has queries, no masks where they are to be
+        ConfigError: there is nothing to learn, there are images with more objects than the model has queries, no masks where they are to be
             learned, nothing to be scored in `--val-data`, no such model or augmentation can be built.
         DataError: there is no validation set at `--val-data`, or it has categories that the model does not have.
         RegistryError: there is no model at `--model`.
     """
+    if not manifest.max_objects_per_image and config.task in ("detection", "instance"):
+        raise ConfigError(
+            f"No object of the {manifest.num_images} images of {config.train_data} can be learned: see faults.parquet "
+            "there and mend the annotations."
+        )
     try:
         plan_spec(config)
     except ValueError as error:

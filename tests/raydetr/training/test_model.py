@@ -107,3 +107,10 @@ def test_validation_data_that_cannot_be_scored_are_refused_before_the_first_step
     with pytest.raises(DataError, match=r"no label of the model is called \['cat'\]"):
         check(replace(base, val_data=manifest.root), named(manifest, "ant", "bee"))
     check(replace(base, val_data=manifest.root), manifest)
+
+
+def test_data_without_anything_to_learn_are_refused_before_the_first_step(
+    base: TrainConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"No object of the 61 images of .* can be learned"):
+        check(base, write_awkward(tmp_path, empty=1.0))
