@@ -19,6 +19,8 @@ from raydetr.registry import tracking
 from raydetr.training import checkpoint
 from raydetr.training.config import ARCHITECTURE, TrainConfig
 
+VALIDATED_ON = {"val_data", "validation_images"}
+"""Fields that may differ until there are figures: those of other images cannot be compared with them."""
 RUN = "run.json"
 KEY_TAG = "training.key"
 FREE_FIELDS = {
@@ -39,11 +41,9 @@ FREE_FIELDS = {
     "patience",
     "replay",
     "tracking_uri",  # of a cluster whose head was lost: the server is at the new head's address
-    "val_data",
     "validate_every",
     "validation_cpus",
     "validation_gpus",
-    "validation_images",
     "workers",
 }
 """Fields that may differ when a run is resumed: they change how it is computed or followed, not what."""
@@ -84,13 +84,14 @@ def open_run(config: TrainConfig, manifest: Manifest) -> str:
         # A run that was begun before there was a flag had what is its default now. JSON has no tuples.
         earlier = dataclasses.asdict(TrainConfig()) | begun["identity"]
         differing = sorted(name for name in identity if _plain(identity[name]) != _plain(earlier.get(name)))
-        if differing and not checkpoint.last_committed_step(config.output):
-            begun["identity"] = identity  # nothing was done with the others
-        elif differing:
+        if VALIDATED_ON.issuperset(differing) and not checkpoint.validated_steps(config.output):
+            differing = []
+        if differing and checkpoint.last_committed_step(config.output):
             raise TrainingError(
                 f"{config.output} holds a run that was begun with other values of {', '.join(differing)}: give "
                 "the same flags to go on with it, or another --output."
             )
+        begun["identity"] = identity
     else:
         storage.write_json(address, begun)
     # A driver that is killed in here finds the run by its key when it is started again.

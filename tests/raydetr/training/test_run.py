@@ -57,6 +57,22 @@ def test_flags_may_change_as_long_as_nothing_was_done_with_them(tmp_path: Path) 
         open_run(first, manifest)
 
 
+def test_the_validation_set_stays_once_there_are_figures_on_it(tmp_path: Path) -> None:
+    manifest = write_awkward(tmp_path / "data")
+    first = TrainConfig(
+        train_data=manifest.root, output=str(tmp_path / "run"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"
+    )
+    run_id = open_run(first, manifest)
+    storage.write_bytes(storage.join(checkpoint.address(first.output, 400), checkpoint.MARKER), b"")
+    with_figures = replace(first, val_data=manifest.root, validate_every=400)
+    assert open_run(with_figures, manifest) == run_id
+    checkpoint.write_validation(first.output, 400, {"AP": 0.5})
+    assert open_run(replace(with_figures, validate_every=800), manifest) == run_id
+    for changes in ({"val_data": str(tmp_path)}, {"validation_images": 5}):
+        with pytest.raises(TrainingError, match=f"other values of {next(iter(changes))}"):
+            open_run(replace(with_figures, **changes), manifest)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
