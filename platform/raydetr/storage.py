@@ -214,6 +214,8 @@ def open_output(address: str) -> Iterator[BinaryIO]:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             with open(partial, "wb") as stream:
                 yield stream
+                stream.flush()
+                os.fsync(stream.fileno())  # or a machine that loses power keeps the name and not the bytes
             os.replace(partial, target)
         except OSError as error:
             raise StorageError(f"{address}: cannot be written ({error}).") from error

@@ -12,6 +12,7 @@ are in `OUTPUT/validations/step-00000200.json`, which stay when the checkpoint i
 
 import io
 import os
+import pickle
 import tempfile
 from typing import Any
 
@@ -91,21 +92,27 @@ def load(output: str, step: int, state: TrainingState) -> dict[str, Any]:
     """Restore the state of a complete checkpoint in place; returns its metadata.
 
     Raises:
-        TrainingError: there is no such checkpoint, or it is of another model.
+        TrainingError: there is no such checkpoint, or it is damaged.
     """
     source = address(output, step)
     if not storage.exists(storage.join(source, MARKER)):
         raise TrainingError(f"{source}: no complete checkpoint, though the data stream starts after it.")
-    with tempfile.TemporaryDirectory() as folder:
-        storage.download_folder(storage.join(source, "model"), folder)
-        saved = type(state.model).from_pretrained(folder)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            storage.download_folder(storage.join(source, "model"), folder)
+            saved = type(state.model).from_pretrained(folder)
+        training = torch.load(
+            io.BytesIO(storage.read_bytes(storage.join(source, "training.pt"))),
+            map_location="cpu",
+            weights_only=True,
+        )
+    except (SafetensorError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise TrainingError(
+            f"{source}: the checkpoint is damaged ({error}). Delete this folder: the same command goes on from the "
+            "checkpoint before it."
+        ) from error
     dtype = next(state.model.parameters()).dtype
     state.model.load_state_dict(saved.to(dtype=dtype).state_dict())
-    training = torch.load(
-        io.BytesIO(storage.read_bytes(storage.join(source, "training.pt"))),
-        map_location="cpu",
-        weights_only=True,
-    )
     state.optimizer.load_state_dict(training["optimizer"])
     if isinstance(state.module, QueryGroups):
         state.module.load_training_state(training["query_groups"])

@@ -102,6 +102,21 @@ def test_a_missing_checkpoint_is_named(config: TrainConfig, manifest: Manifest) 
         checkpoint.load(config.output, 9, state)
 
 
+@pytest.mark.parametrize("kept", [0, 100])
+@pytest.mark.parametrize("file", ["training.pt", "model/model.safetensors"])
+def test_a_damaged_checkpoint_is_named_with_what_to_do(
+    file: str, kept: int, config: TrainConfig, manifest: Manifest
+) -> None:
+    """As a machine that lost power may leave it."""
+    state = trained_state(config, manifest, 3)
+    damaged = Path(checkpoint.save(config.output, state, {}), file)
+    damaged.write_bytes(damaged.read_bytes()[:kept])
+    with pytest.raises(
+        TrainingError, match=r"step-00000003: the checkpoint is damaged .* Delete this folder"
+    ):
+        checkpoint.load(config.output, 3, state)
+
+
 def test_the_model_of_a_checkpoint_loads_on_its_own(config: TrainConfig, manifest: Manifest) -> None:
     from detr.detector import ObjectDetector
     from tests.tiny_detr import png
