@@ -130,6 +130,11 @@ def _point_at(mlflow_client: "MlflowClient", name: str, alias: str, version: int
         mlflow_client.set_registered_model_alias(name, alias, str(version))
 
 
+def is_path(address: str) -> bool:
+    """Whether a model address is a path: no registered model, model of the hub or URI."""
+    return bool(address) and "://" not in address and not address.startswith(("models:", "hub:"))
+
+
 def resolve(address: str, uri: str) -> ResolvedModel:
     """Find a model and bring its files to this machine.
 

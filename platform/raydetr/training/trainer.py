@@ -21,7 +21,7 @@ from raydetr.data.synthetic import embedded
 from raydetr.errors import ConfigError, OutOfTimeError, RaydetrError, RegistryError, TrainingError
 from raydetr.evaluation.categories import match_categories
 from raydetr.lease import lease
-from raydetr.registry import tracking
+from raydetr.registry import models, tracking
 from raydetr.training import checkpoint, scaling, validation
 from raydetr.training.config import TrainConfig
 from raydetr.training.finish import finish
@@ -56,6 +56,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         output=config.output,
         tracking_uri=config.tracking_uri,
         **({"val_data": config.val_data} if config.val_data else {}),
+        **({"model": config.model} if models.is_path(config.model) else {}),
     )
     manifest = Manifest.load(config.train_data)
     check(config, manifest)
@@ -102,6 +103,7 @@ def resolve_addresses(config: TrainConfig) -> TrainConfig:
         train_data=storage.absolute(config.train_data or embedded("train")),
         val_data=storage.absolute(config.val_data) if config.val_data else "",
         output=storage.absolute(config.output),
+        model=storage.absolute(config.model) if models.is_path(config.model) else config.model,
         tracking_uri=tracking.resolve_uri(config.tracking_uri),
     )
 
