@@ -14,12 +14,16 @@ CATEGORIES = [{"id": 3, "name": "ant"}, {"id": 7, "name": "bee"}, {"id": 90, "na
 
 
 def write_awkward(
-    folder: Path, shards: tuple[int, ...] = (37, 1, 23), empty: float = 0.2, seed: int = 0
+    folder: Path,
+    shards: tuple[int, ...] = (37, 1, 23),
+    empty: float = 0.2,
+    seed: int = 0,
+    masks: bool = False,
 ) -> Manifest:
     """Shards of random images between 40 and 100 pixels a side; a share `empty` of them has no objects.
 
     One object in twenty is at fault, one image is cut short (with no fault on record), one has a fault that
-    ingest would have found, one object is a crowd.
+    ingest would have found, one object is a crowd. With `masks` the mask of an object is its box, without a corner.
     """
     rng = np.random.default_rng(seed)
     number, summaries = 0, []
@@ -28,6 +32,9 @@ def write_awkward(
         if index == 0:
             records[3]["image"] = records[3]["image"][: len(records[3]["image"]) // 2]
             records[5] |= {"image": None, "fault": "missing-file"}
+        for item in (item for each in records for item in each["objects"] if masks):
+            x, y, w, h = item["bbox"]
+            item["segmentation"] = {"polygons": [[x, y, x + w, y, x + w, y + h / 2, x, y + h]], "rle": None}
         number += size
         summaries.append(write_shard(str(folder), index, records))
     return write_manifest(str(folder), summaries, CATEGORIES)

@@ -68,6 +68,12 @@ MUTATIONS = {
         "weights=torch.tensor([1.0 for image in images])",
         ("tests/raydetr/data/test_micro_batch.py",),
     ),
+    "target masks end where their image does": Mutation(
+        "platform/raydetr/data/micro_batch.py",
+        'torch.zeros((count, *row["shape"]), dtype=torch.bool)',
+        "torch.zeros((count, height, width), dtype=torch.bool)",
+        ("tests/raydetr/training/test_mask_training.py",),
+    ),
     "spot is asked for again after it was refused": Mutation(
         "platform/raydetr/autoscaling.py",
         "matching, not refused, not node_type",

@@ -82,12 +82,12 @@ def record_worker(arguments: dict[str, Any]) -> None:
         training_record.append(folder / f"{rank}.jsonl", {"step": step, "images": images})
 
     def keep_gradient(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        torch.save(gradient(state.model), folder / f"gradient-{step}.pt")
+        torch.save(gradient(state.module), folder / f"gradient-{step}.pt")
 
-    state.model.register_forward_pre_hook(hook, with_kwargs=True)
+    state.module.register_forward_pre_hook(hook, with_kwargs=True)
     if rank == 0:
         state.optimizer.register_step_pre_hook(keep_gradient)
-    parallel = parallelise(state.model)
+    parallel = parallelise(state.module)
     for batches in stream.steps(
         ray.train.get_dataset_shard("train"), config.micro_batch_size, per_worker(config)
     ):
@@ -101,7 +101,11 @@ def record_worker(arguments: dict[str, Any]) -> None:
 def build_stream(config: TrainConfig, manifest: Manifest, start: int = 0, stop: int = STEPS) -> stream.Stream:
     plan = stream.build_plan(manifest, plan_spec(config))
     return stream.Stream(
-        source=shard_source(manifest), plan=plan, last_step=stop, first_step=partial(first_step, start)
+        source=shard_source(manifest),
+        plan=plan,
+        last_step=stop,
+        first_step=partial(first_step, start),
+        masks=config.masks,
     )
 
 
@@ -167,14 +171,14 @@ def one_process(config: TrainConfig, manifest: Manifest) -> Reference:
         reference.images[step] = sorted_images(
             training_record.fingerprints(arguments | {"image_weights": torch.ones(int(keep.sum()))})
         )
-        loss = state.model(**arguments).loss
-        state.model.zero_grad()
+        loss = state.module(**arguments).loss
+        state.module.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
+        torch.nn.utils.clip_grad_norm_(state.module.parameters(), config.clip_norm)
         set_learning_rates(state.optimizer, step, config)
         state.optimizer.step()
         reference.losses[step] = loss.item()
-        reference.gradients[step] = gradient(state.model)
+        reference.gradients[step] = gradient(state.module)
         reference.boxes[step] = [sum(len(label["boxes"]) for label in batch.labels) for batch in batches]
     return reference
 
@@ -227,8 +231,28 @@ def test_any_number_of_workers_receives_the_same_and_trains_as_one_process(
     tmp_path: Path,
     ray_local: None,
 ) -> None:
-    folder = tmp_path / "run"
-    run_workers(dataclasses.replace(config, workers=workers), manifest, folder)
+    assert_trains_alike(dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", [3, pytest.param(2, marks=pytest.mark.soak)])
+def test_masks_query_groups_and_cells_are_learned_as_by_one_process(
+    workers: int, config: TrainConfig, tmp_path: Path, ray_local: None
+) -> None:
+    manifest = write_awkward(tmp_path / "data", empty=0.85, masks=True)
+    config = dataclasses.replace(
+        config,
+        train_data=manifest.root,
+        task="instance",
+        attention_heads=8,  # the mask head wants multiples of eight channels
+        query_groups=2,
+        cell_loss=1.0,
+    )
+    reference = one_process(config, manifest)
+    assert_trains_alike(dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run")
+
+
+def assert_trains_alike(config: TrainConfig, manifest: Manifest, reference: Reference, folder: Path) -> None:
+    run_workers(config, manifest, folder)
     assert received(folder) == reference.images
     losses = {row["step"]: row["loss"] for row in training_record.read(folder / "losses.json")}
     assert sorted(losses) == sorted(reference.losses) == list(range(STEPS))
