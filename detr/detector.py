@@ -8,7 +8,8 @@ depend on its neighbours.
 B batch, Q queries.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -90,6 +91,17 @@ class Detections:
             }
             for score, label, box in zip(self.scores.tolist(), self.labels.tolist(), self.boxes_xyxy.tolist())
         ]
+
+
+def padding_share(sizes: Iterable[tuple[int, int]]) -> float:
+    """The share of the pixels that is padding where images of these (height, width) have their canonical shapes.
+
+    Args:
+        sizes: of at least one image, resized.
+    """
+    sizes = list(sizes)
+    filled = sum(height * width for height, width in sizes)
+    return 1 - filled / sum(math.prod(canonical_shape(*size)) for size in sizes)
 
 
 def prepare_image(

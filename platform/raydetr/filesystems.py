@@ -1,8 +1,8 @@
 """Addresses to file systems, and what to do when one of them does not answer.
 
 `s3://bucket/key` goes to the endpoint of AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL where one is set, as with boto3, else
-to AWS; settings can also stand in the address (`s3://bucket/key?endpoint_override=…`, see pyarrow). Credentials come
-from the standard chain only: environment, configuration files, the machine's role.
+to AWS. Credentials come from the standard chain only: environment, configuration files, the machine's role. A key is
+taken as it is: `?`, `#` and `%` are parts of names.
 """
 
 import errno
@@ -68,7 +68,7 @@ def resolve(address: str) -> tuple[fs.FileSystem, str]:
     if is_local(address):
         return fs.LocalFileSystem(), os.path.abspath(address)
     try:
-        if address.startswith("s3://") and "?" not in address:
+        if address.startswith("s3://"):
             path = address.removeprefix("s3://").rstrip("/")
             endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
             return _s3(path.split("/", 1)[0], endpoint, os.environ.get("AWS_ACCESS_KEY_ID", "")), path

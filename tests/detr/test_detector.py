@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 
 from detr import DetrImageProcessor
-from detr.detector import ObjectDetector
+from detr.detector import ObjectDetector, padding_share, prepare_image
 from detr.image_processing.decode import ImageError
 from detr.image_processing.size import canonical_shape
 
@@ -251,3 +251,13 @@ def test_bfloat16_is_close_and_leaves_the_weights_in_float32(twins):
     assert np.abs(a.scores - b.scores).max() < 0.1
     assert not np.array_equal(a.scores, b.scores)
     assert b.boxes_xyxy.dtype == np.float32
+
+
+def test_the_share_of_padding_is_counted_in_pixels() -> None:
+    sizes = [(64, 64), (33, 70), (100, 31)]
+    pixels = [
+        prepare_image(torch.ones((3, *size), dtype=torch.uint8), DetrImageProcessor(do_resize=False)).pixels
+        for size in sizes
+    ]
+    padded = sum((each == 0).sum() for each in pixels) / sum(each.size for each in pixels)
+    assert padding_share(sizes) == pytest.approx(padded)

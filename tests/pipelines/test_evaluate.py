@@ -46,6 +46,7 @@ def test_a_version_is_scored_once_and_can_then_be_promoted(tmp_path):
     summary = json.loads((tmp_path / "first.json").read_text())
     assert summary["model"] == "models:/raydetr/1"
     assert summary["images"] == 23
+    assert 0 < summary["padding_share"] < 1
     assert summary["undecodable"] == 2
     assert len(summary["figures"]) == 12
     assert summary["output"] == str(tmp_path / f"runs/evaluations/raydetr-1-{manifest.digest[:12]}")

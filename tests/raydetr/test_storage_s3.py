@@ -36,6 +36,14 @@ def test_files_folders_and_listings_are_as_on_a_disk(s3: S3, tmp_path: Path) -> 
         assert not storage.exists(storage.join(root, "a/1.bin"))
 
 
+def test_a_key_may_have_any_characters(s3: S3) -> None:
+    for name in ("what?.jpg", "100% #1.jpg", "größe a+b.jpg", "x?endpoint_override=y"):
+        address = s3.address(f"odd/{name}")
+        storage.write_bytes(address, name.encode())
+        assert storage.read_bytes(address) == name.encode()
+        assert name in storage.list_names(s3.address("odd"))
+
+
 def test_a_large_file_is_sent_in_parts_and_reads_back(s3: S3) -> None:
     data = np.random.default_rng(0).bytes(25_000_000)
     storage.write_bytes(s3.address("large"), data)

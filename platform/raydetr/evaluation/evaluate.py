@@ -5,7 +5,11 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from detr.config import DetrConfig
+from detr.detector import padding_share
+from detr.image_processing.processor import DetrImageProcessor
 from raydetr import storage
 from raydetr.cluster import connect, require_shared
 from raydetr.config import EvaluateConfig
@@ -90,6 +94,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "task": settings.task,
         "images": record["images"],
         "undecodable": record["num_undecodable"],
+        "padding_share": record.get("padding_share", 0.0),
         **record["figures"],
         "figures": record["figures"],
         "run_id": record["run_id"],
@@ -116,9 +121,18 @@ def _evaluate(
     predictions = predict(model, manifest, options, output, of)
     scored = score(predictions, manifest, settings.kind)
     record = make(model, manifest, asdict(settings), scored.figures, scored.undecodable, predictions, output)
+    record["padding_share"] = _padding_share(model, read_predictions(predictions))
     storage.write_json(storage.join(output, ANALYSIS), scored.analysis)
     write_page(record["report"], record, scored.analysis, manifest, read_predictions(predictions))
     return keep(uri, model, record, scored.analysis, output)
+
+
+def _padding_share(model: ResolvedModel, predictions: pa.Table) -> float:
+    """What of the pixels that the model saw was padding; 0 where it saw none."""
+    processor = DetrImageProcessor.from_pretrained(model.folder)
+    sizes = zip(*(predictions[name].to_pylist() for name in ("height", "width")), strict=True)
+    resized = [processor.output_size(*size) for size in sizes if None not in size]
+    return padding_share(resized) if resized else 0.0
 
 
 def _data(config: EvaluateConfig) -> Manifest:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ray import serve
 
-from detr.detector import PreparedImage
+from detr.detector import PreparedImage, padding_share
 from detr.fast import Engine
 from raydetr.errors import RaydetrError
 from raydetr.registry.models import ResolvedModel
@@ -220,6 +220,7 @@ class Detector:
             took = 1000 * (time.monotonic() - begun)
             self.metrics.model_ms.observe(took, {"task": task})
             self.metrics.batch_size.observe(len(group), {"task": task})
+            self.metrics.padding_share.observe(padding_share(job.image.size for job in group), {"task": task})
             for job, value in zip(group, values, strict=True):
                 if isinstance(value, Failure):
                     self.metrics.out_of_memory.inc()

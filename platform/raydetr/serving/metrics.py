@@ -15,6 +15,8 @@ _MS: list[float] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_
 
 _IMAGES: list[float] = [1, 2, 4, 8, 16, 32, 64]
 
+_SHARES: list[float] = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5]
+
 _SCORES: list[float] = [0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
 
 
@@ -33,6 +35,9 @@ class ReplicaMetrics:
             "raydetr_model_ms", "Time of one batch on the device, in ms.", _MS, ("task",)
         )
         self.batch_size = Histogram("raydetr_batch_size", "Images of one batch.", _IMAGES, ("task",))
+        self.padding_share = Histogram(
+            "raydetr_padding_share", "Share of a batch's pixels that is padding.", _SHARES, ("task",)
+        )
         self.out_of_memory = Counter(
             "raydetr_out_of_memory_total", "Images that did not fit the device's memory even alone."
         )

@@ -99,6 +99,7 @@ def test_prometheus_has_times_batches_errors_and_the_version(served):
     # Not the sum: Ray 2.60 makes it of the buckets' middles.
     batches = metric("raydetr_batch_size_count", task="detect")
     assert metric("raydetr_batch_size_bucket", task="detect", le="+Inf") == batches > 0
+    assert metric("raydetr_padding_share_count", task="detect") == batches
     assert metric("raydetr_request_ms_count", route="/v1/detect", model="raydetr-2") > 0
     assert metric("raydetr_model_ms_count", task="detect") > 0
     assert metric("raydetr_queue_wait_ms_count") > 0
