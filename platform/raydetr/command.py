@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -84,20 +85,34 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     width = max((len(name) for name in rows), default=0)
     print()
     for name, value in rows.items():
-        print(
-            f"  {name:<{width}}  {value:.4g}" if isinstance(value, float) else f"  {name:<{width}}  {value}"
-        )
+        print(f"  {name:<{width}}  {_text(value)}")
     sys.stdout.flush()
 
 
+def _text(value: str | float) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
 def write_summary(file: str, summary: Mapping[str, Any]) -> None:
-    """Write a summary, with its `schema_version`, as JSON; the file appears whole or not at all."""
-    text = json.dumps({"schema_version": SUMMARY_SCHEMA_VERSION, **summary}, indent=2) + "\n"
+    """Write a summary, with its `schema_version`, as JSON, null for what is not a number; whole or not at all."""
+    content = {"schema_version": SUMMARY_SCHEMA_VERSION, **_of_json(summary)}
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
     partial = f"{file}.{os.getpid()}.partial"
     with open(partial, "w", encoding="utf-8") as out:
         out.write(text)
     os.replace(partial, file)
+
+
+def _of_json(value: Any) -> Any:
+    """The same with null for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _of_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_of_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Clock:

@@ -1,5 +1,6 @@
 """The end of a run: its model, its last metrics, its version in the registry."""
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -53,7 +54,8 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
     if best is not None and (config.keep_best or config.patience):
         # Whoever judges the model must not take the data that chose its checkpoint or its end: the gate asks.
         tags[CHOSEN_ON_TAG] = Manifest.load(config.val_data).digest
-    known = {name: summary[name] for name in ("steps", "images", "first_loss", "last_loss")}
+    shown = ("steps", "images", "first_loss", "last_loss")
+    known = {name: summary[name] for name in shown if summary[name] is not None}
     known |= {name: value for name, value in summary.items() if name.startswith("val_")}
     with tempfile.TemporaryDirectory() as folder:
         source = storage.join(checkpoint.address(config.output, chosen), "model")
@@ -107,5 +109,7 @@ def patiently(action: Callable[[], Result]) -> Result:
             time.sleep(5)
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+def _mean(values: list[float]) -> float | None:
+    """Of those that are numbers: a step that was left out has none; None where there is none."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else None
