@@ -49,8 +49,9 @@ Engine = Literal["torch", "openvino"]
 def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, engine: Engine = "torch") -> M:
     """A copy of ``model`` that is faster in inference: see the file's docstring.
 
-    It is in evaluation mode, has no gradients, stays on its device and can neither be saved nor take other weights. A backbone that cannot be
-    traced (its forward branches on values) stays as it is. What is optimised already is returned as it is.
+    It is in evaluation mode, has no gradients, stays on its device and can neither be saved nor take other weights. A
+    backbone that cannot be traced (its forward branches on values) stays as it is. What is optimised already is
+    returned as it is.
 
     Args:
         model: a DETR model, on its device and in its dtype. On a CPU, float32 gains most.

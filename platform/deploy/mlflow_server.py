@@ -68,9 +68,8 @@ def back_up_forever(server: "subprocess.Popen[bytes]", database: Path, copy: str
         if database.exists() and (state := _state(database)) != copied:
             try:
                 storage.write_bytes(copy, snapshot(database))
-            except (
-                StorageError
-            ) as error:  # away for a while: the server goes on, and the next copy has it all
+            except StorageError as error:
+                # Away for a while: the server goes on, and the next copy has it all.
                 print(f"no copy of the database: {error}", flush=True)
                 continue
             copied = state

@@ -90,9 +90,8 @@ class Predictor:
         Raises:
             DataError: a detection is not finite.
         """
-        panoptic = (
-            self.settings.masks == "panoptic"
-        )  # whose masks of less score are dropped: they cost the most
+        # Masks cost the most, and those of less score become no segment.
+        panoptic = self.settings.masks == "panoptic"
         outputs = self.detector.run(prepared, self.settings.segment_threshold if panoptic else None)
         rows = []
         for image_id, image, found in zip(

@@ -42,7 +42,7 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
         **{name: state[name] for name in ("images", "non_finite")},
         "skipped_images": state["skipped"],
         "seconds": seconds,
-        "images_per_second": state["images"] / state["seconds"],
+        "images_per_second": state["images"] / state.get("seconds", seconds),
         "first_loss": _mean([value for _, value in losses[:20]]),
         "last_loss": _mean([value for _, value in losses[-20:]]),
         "data_digest": manifest.digest,

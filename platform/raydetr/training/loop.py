@@ -139,8 +139,8 @@ def count(state: TrainingState, config: TrainConfig, totals: StepTotals, step: i
     if state.skipped > config.max_skipped * max(state.images + state.skipped, 1000):
         raise TrainingError(
             f"Step {step}: {state.skipped} of {state.images + state.skipped} images could not be decoded, more "
-            f"than --max-skipped {config.max_skipped}. Each was named with its reason above; ingest the data again, and see "
-            "faults.parquet beside the shards."
+            f"than --max-skipped {config.max_skipped}. Each was named with its reason above: ingest the data again, and "
+            "see faults.parquet beside the shards."
         )
 
 

@@ -112,8 +112,9 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
     """What can be known to be wrong before workers start.
 
     Raises:
-        ConfigError: there is nothing to learn, there are images with more objects than the model has queries, no masks where they are to be
-            learned, nothing to be scored in `--val-data`, no such model or augmentation can be built.
+        ConfigError: there is nothing to learn, there are images with more objects than the model has queries, no masks
+            where they are to be learned, nothing to be scored in `--val-data`, no such model or augmentation can be
+            built.
         DataError: there is no validation set at `--val-data`, or it has categories that the model does not have.
         RegistryError: there is no model at `--model`.
     """
