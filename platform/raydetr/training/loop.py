@@ -1,5 +1,6 @@
 """The training loop of one worker."""
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterator
@@ -203,13 +204,15 @@ def commit(state: TrainingState, job: Job, progress: Progress) -> None:
     Raises:
         TrainingError: it cannot be written, on all ranks.
     """
-    config, error = job.config, ""
+    config, error, done = job.config, "", "its last checkpoint"
     if progress.rank == 0:
         origin = {"config": asdict(config), "data_digest": job.data_digest}
         try:
             checkpoint.save(config.output, state, {**progress.uncommitted(), **origin})
         except StorageError as failure:
             error = str(failure)
+            with contextlib.suppress(StorageError):  # it may not even be read
+                done = f"step {checkpoint.last_committed_step(config.output)}"
         else:
             clear_up(config)
             progress.send()
@@ -218,8 +221,8 @@ def commit(state: TrainingState, job: Job, progress: Progress) -> None:
     # Rank 0 has the message; that there is one ends all of them here.
     if all_reduce(torch.tensor([float(bool(error))])).item():
         raise TrainingError(
-            f"The checkpoint of step {state.step} cannot be written: {error} The run is complete up to its last "
-            f"checkpoint in {config.output}: make room or mend the storage, and give the same command again."
+            f"The checkpoint of step {state.step} cannot be written: {error} The run is complete up to {done}: make room "
+            "or mend the storage, and give the same command again."
         )
     # Every worker reports: Ray Train waits for all of them, so none runs ahead of a checkpoint. What it is handed is
     # no checkpoint but an empty folder: it would copy ours file by file, without a marker that comes last. It starts
