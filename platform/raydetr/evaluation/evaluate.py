@@ -121,9 +121,10 @@ def _evaluate(
     predictions = predict(model, manifest, options, output, of)
     scored = score(predictions, manifest, settings.kind)
     record = make(model, manifest, asdict(settings), scored.figures, scored.undecodable, predictions, output)
-    record["padding_share"] = _padding_share(model, read_predictions(predictions))
+    table = read_predictions(predictions)
+    record["padding_share"] = _padding_share(model, table)
     storage.write_json(storage.join(output, ANALYSIS), scored.analysis)
-    write_page(record["report"], record, scored.analysis, manifest, read_predictions(predictions))
+    write_page(record["report"], record, scored.analysis, manifest, table)
     return keep(uri, model, record, scored.analysis, output)
 
 

@@ -1,13 +1,11 @@
 """Panoptic quality of predictions, from what is kept of each image: four numbers for each of its classes."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from detr.image_transforms import rgb_to_id
 from detr.metrics.panoptic_matching import VOID, match_segments, mean_quality, quality
@@ -89,40 +87,31 @@ def count_maps(
             for item in segments
             if item["category_id"] in position and all(item.get(name) is not None for name in _NEEDED)
         ]
-        predicted = found.get(image_id)
-        if predicted is not None and _size(predicted[0]) != true_map.shape[:2]:
+        found_map, found_segments = found.get(image_id, (np.zeros_like(true_map), {}))
+        if isinstance(found_map, bytes):
+            found_map = read_panoptic_colors(found_map)
+        if found_map.shape[:2] != true_map.shape[:2]:
             left_out[image_id] = (
-                f"the PNG of its segments is {true_map.shape[:2]} (height, width), the image {_size(predicted[0])}"
+                f"the PNG of its segments is {true_map.shape[:2]} (height, width), the image {found_map.shape[:2]}"
             )
             continue
         image_ids.append(image_id)
         counts.append(np.zeros((len(order), 4)))
-        of_image = _match(true_map, true_segments, predicted, position, image_id)
+        of_image = _match(true_map, true_segments, found_map, found_segments, position, image_id)
         for category_id, values in of_image.items():
             counts[-1][position[category_id]] += values
     stacked = np.stack(counts) if counts else np.zeros((0, len(order), 4))
     return PanopticCounts(order, np.array(image_ids, np.int64), stacked, left_out)
 
 
-def _size(predicted: bytes | np.ndarray) -> tuple[int, ...]:
-    """(height, width) of a map."""
-    if not isinstance(predicted, bytes):
-        return predicted.shape[:2]
-    width, height = Image.open(io.BytesIO(predicted)).size
-    return height, width
-
-
 def _match(
     true_map: np.ndarray,
     true_segments: Sequence[Mapping[str, Any]],
-    found: tuple[bytes | np.ndarray, Mapping[int, int]] | None,
+    found_map: np.ndarray,
+    categories: Mapping[int, int],
     known: Mapping[int, int],
     image_id: int,
 ) -> dict[int, np.ndarray]:
-    if found is None:
-        return match_segments(true_map, true_segments, np.zeros_like(true_map), {})
-    encoded, categories = found
-    found_map = read_panoptic_colors(encoded) if isinstance(encoded, bytes) else encoded
     unknown = [segment for segment, category in categories.items() if category not in known]
     if unknown:
         found_map = rgb_to_id(found_map) if found_map.ndim == 3 else found_map

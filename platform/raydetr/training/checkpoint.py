@@ -147,15 +147,12 @@ def read_validation(output: str, step: int) -> dict[str, float] | None:
 def validated_steps(output: str) -> list[int]:
     """Steps whose checkpoints were validated, ascending, those included that were removed since."""
     names = storage.list_names(storage.join(output, "validations"))
-    return sorted(int(name.removeprefix(PREFIX).removesuffix(".json")) for name in names if _is_figures(name))
+    # Not those that are being written.
+    return [int(name.removeprefix(PREFIX).removesuffix(".json")) for name in names if name.endswith(".json")]
 
 
 def _validation(output: str, step: int) -> str:
     return storage.join(output, "validations", f"{PREFIX}{step:08d}.json")
-
-
-def _is_figures(name: str) -> bool:
-    return name.startswith(PREFIX) and name.endswith(".json")
 
 
 def remove_surplus(output: str, keep: int, best: int | None, waiting: set[int]) -> None:

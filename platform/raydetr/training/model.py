@@ -45,7 +45,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetecti
         model = kind.from_pretrained(
             resolved.folder, id2label=manifest.id2label, dropout=config.dropout, **chosen
         )
-        _require_classes(model, config, DetrConfig.from_pretrained(resolved.folder).id2label)
+        _match_class_head(model, config, DetrConfig.from_pretrained(resolved.folder).id2label)
     else:
         model = _new_model(kind, config, manifest, chosen)
     if config.freeze_detector and isinstance(model, DetrForSegmentation):
@@ -58,7 +58,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetecti
     return model
 
 
-def _require_classes(
+def _match_class_head(
     model: DetrForObjectDetection | DetrForSegmentation, config: TrainConfig, had: dict[int, str]
 ) -> None:
     """Start the class head anew where it was learned for other classes, or the same in another order."""

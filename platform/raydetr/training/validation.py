@@ -1,8 +1,9 @@
 """Figures of a run's checkpoints on the validation set, while it trains.
 
 In the background, as a Ray task of its own resources that Ray Train starts for a reported checkpoint; where the cluster
-has none to spare, between two steps, each worker scoring its share of the images. Both leave the figures with the
-checkpoint, and from these follow the best checkpoint and an early end: a run that is resumed knows them too.
+has none to spare, between two steps, each worker scoring its share of the images. Both leave the figures with the run,
+and from these follow the best checkpoint and an early end: a run that is resumed knows them too. A validation that was
+lost with its worker or driver is done before a run goes on, and before it ends.
 """
 
 import contextlib
@@ -91,7 +92,8 @@ def best_checkpoint(config: TrainConfig) -> int | None:
 
 def waiting_checkpoints(config: TrainConfig) -> set[int]:
     """Steps of checkpoints whose validation is under way: those with two later ones done were lost with a worker."""
-    return {step for step in unvalidated_checkpoints(config) if _later(config, step) < 2}
+    done = checkpoint.validated_steps(config.output)
+    return {step for step in unvalidated_checkpoints(config) if sum(other > step for other in done) < 2}
 
 
 def unvalidated_checkpoints(config: TrainConfig) -> list[int]:
@@ -118,10 +120,6 @@ def validate_what_was_lost(config: TrainConfig, run_id: str) -> None:
             ray.get(task.remote(chosen, run_id, step))
         except ray.exceptions.RayError as error:  # its process or its node died
             _give_up(config, step, repr(error))
-
-
-def _later(config: TrainConfig, step: int) -> int:
-    return sum(other > step for other in checkpoint.validated_steps(config.output))
 
 
 def is_due(config: TrainConfig, step: int) -> bool:

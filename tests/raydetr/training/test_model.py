@@ -14,6 +14,7 @@ from raydetr.training.model import build_model, image_processor
 from raydetr.training.recipes import RECIPES, require_model_flags
 from raydetr.training.trainer import check
 from tests.awkward import write_awkward
+from tests.cluster.recorded_training import config as make_config
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +25,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.fixture(scope="module")
 def base(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A configuration that starts from a model of the manifest's classes."""
-    config = TrainConfig(
-        train_data=manifest.root,
-        backbone="resnet18",
-        backbone_out_indices=(1, 2, 3, 4),
-        backbone_weights="",
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        ffn_dim=32,
-        seed=1,
-        name="",
-    )
+    # Eight heads: the mask head wants multiples of eight channels.
+    config = replace(make_config(manifest.root, "nowhere"), attention_heads=8, seed=1)
     folder = str(tmp_path_factory.mktemp("model"))
     build_model(config, manifest).save_pretrained(folder)
     image_processor(config).save_pretrained(folder)
