@@ -6,6 +6,8 @@ What is done, and why it changes no result beyond rounding:
 - Weights and activations are channels-last, which is what convolutions read fastest.
 - Each convolution does the ReLU and the addition that follow it, while its result is still in a register: with oneDNN
   on a CPU (`detr.fast_cpu`, which has it compute linear layers too), with cuDNN on a GPU (`detr.fast_cuda`).
+- The first self-attention of the decoder is a constant, and all its layers make keys and values in one product
+  (`detr.fast_decoder`).
 - A mask head does not compute again what the maps that it doubles repeat (`detr.fast_mask_head`).
 - OpenVINO computes it all on a CPU where a user asks for that engine (`detr.fast_openvino`).
 - On a GPU, float32 layers run on the units for matrix products (`detr.fast_float32`), what is between the convolutions of
@@ -32,6 +34,7 @@ from detr.fast_cuda import (
     use_fast_layers,
     use_gpu_kernels,
 )
+from detr.fast_decoder import use_fast_decoders
 from detr.fast_graphs import replay_graphs
 from detr.fast_mask_head import FastMaskHead
 from detr.fast_openvino import compute_with_openvino, uses_openvino
@@ -84,6 +87,7 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, eng
     for module in fast.modules():
         if isinstance(module, ConvEncoder):
             module.model = _fast_backbone(module.model, pack, dtype)
+    use_fast_decoders(fast)
     on_gpu = pack and next(fast.parameters()).device.type == "cuda"
     for name, module in [*fast.named_modules()]:
         if isinstance(module, MaskHead):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detr.attention import activation_function
 from detr.fast_mask_head import FastMaskHead
-from detr.transformer import DecoderLayer, EncoderLayer
+from detr.transformer import Decoder, Encoder
 
 
 class OneDnnConv2d(nn.Module):
@@ -114,15 +114,17 @@ def pack_layers(model: nn.Module) -> None:
             for name, module in [*head.named_modules(remove_duplicate=False)]:
                 if isinstance(module, nn.Conv2d) and OneDnnConv2d.fits(module.weight):
                     head.set_submodule(name, OneDnnConv2d(module))
-    for layer in model.modules():
-        if not isinstance(layer, EncoderLayer | DecoderLayer) or not OneDnnConv2d.fits(layer.fc1.weight):
+    layer: Any
+    for stack in model.modules():
+        if not isinstance(stack, Encoder | Decoder):
             continue
-        for name, module in [*layer.named_modules()]:
-            if isinstance(module, nn.Linear):
-                relu = module is layer.fc1 and layer.activation is F.relu
-                layer.set_submodule(name, OneDnnLinear(module, nn.ReLU if relu else None))
-                if relu:
-                    layer.activation = activation_function("linear")
+        for layer in stack.layers:
+            if layer.activation is F.relu and OneDnnConv2d.fits(layer.fc1.weight):
+                layer.fc1 = OneDnnLinear(layer.fc1, nn.ReLU)
+                layer.activation = activation_function("linear")
+        for name, module in [*stack.named_modules()]:
+            if isinstance(module, nn.Linear) and OneDnnConv2d.fits(module.weight):
+                stack.set_submodule(name, OneDnnLinear(module))
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -9,13 +9,15 @@ It needs Triton, which torch brings on Linux, and the C compiler that Triton nee
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr.attention import MultiheadAttention, activation_function
 from detr.fast_pool import triton_runs
-from detr.transformer import DecoderLayer, EncoderLayer
+from detr.transformer import Decoder, Encoder
 
 if triton_runs():
     import triton
@@ -207,14 +209,16 @@ def use_tensor_cores(model: nn.Module) -> None:
     """Let the float32 layers of a model's transformer run there, in place; nothing without Triton."""
     if not triton_runs():
         return
-    for layer in model.modules():
-        if not isinstance(layer, EncoderLayer | DecoderLayer) or layer.fc1.weight.dtype != torch.float32:
+    layer: Any
+    for stack in model.modules():
+        if not isinstance(stack, Encoder | Decoder):
             continue
-        for name, module in [*layer.named_modules()]:
-            if type(module) is nn.Linear:
-                relu = module is layer.fc1 and layer.activation is F.relu
-                layer.set_submodule(name, Float32Linear(module, relu))
-                if relu:
-                    layer.activation = activation_function("linear")
-            elif Float32Attention.fits(module):
+        for layer in stack.layers:
+            if layer.activation is F.relu and layer.fc1.weight.dtype == torch.float32:
+                layer.fc1 = Float32Linear(layer.fc1, relu=True)
+                layer.activation = activation_function("linear")
+        for name, module in [*stack.named_modules()]:
+            if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+                stack.set_submodule(name, Float32Linear(module))
+            elif Float32Attention.fits(module) and module.out_proj.weight.dtype == torch.float32:
                 module.__class__ = Float32Attention

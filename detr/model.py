@@ -168,10 +168,17 @@ class DetrModel(DetrPreTrainedModel):
             groups += len(extra_queries)
             query_position = torch.cat((extra_queries.flatten(0, 1), query_position))
         query_position = query_position.to(cells.dtype).expand(batch, -1, -1)
-        queries = torch.zeros_like(query_position) if decoder_inputs_embeds is None else decoder_inputs_embeds
         query_keep = None if decoder_attention_mask is None else decoder_attention_mask.to(torch.bool)
         decoded = self.decoder(
-            queries, query_position, query_keep, memory, keep, position, attentions, states, groups
+            decoder_inputs_embeds,
+            query_position,
+            query_keep,
+            memory,
+            keep,
+            position,
+            attentions,
+            states,
+            groups,
         )
         return DetrModelOutput(
             last_hidden_state=decoded.last_hidden_state,

@@ -6,6 +6,7 @@ Parameter names are those of the published checkpoints, so a state dict needs no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -82,25 +83,40 @@ class DecoderLayer(_FeedForwardLayer):
         memory_mask: Tensor | None,
         output_attentions: bool,
         groups: int = 1,
+        from_zeros: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Float [B, Q, D] to float [B, Q, D], with self- and cross-attention weights when asked for.
 
         ``memory_key`` is the encoder's output with the position embedding added. With ``groups`` K the Q queries are
-        K groups, one after the other, that do not see each other.
+        K groups, one after the other, that do not see each other. ``from_zeros``: x is zeros.
         """
-        batch = x.shape[0]
-        # Groups as images of a batch: no mask over all queries, and K times (Q / K)^2 scores in place of Q^2.
-        within = x.unflatten(1, (groups, -1)).flatten(0, 1) if groups > 1 else x
-        at = x + query_position
-        at = at.view_as(within) if groups > 1 else at
-        attended, self_weights = self.self_attn(at, at, within, query_mask, output_attentions)
-        attended = attended.unflatten(0, (batch, groups)).flatten(1, 2) if groups > 1 else attended
-        x = self.self_attn_layer_norm(x + self._drop(attended))
+        x, self_weights = self._attend_to_queries(
+            x, query_position, query_mask, output_attentions, groups, from_zeros
+        )
         attended, cross_weights = self.encoder_attn(
             x + query_position, memory_key, memory, memory_mask, output_attentions
         )
         x = self.encoder_attn_layer_norm(x + self._drop(attended))
         return self._feed_forward(x), self_weights, cross_weights
+
+    def _attend_to_queries(
+        self,
+        x: Tensor,
+        query_position: Tensor,
+        query_mask: Tensor | None,
+        output_attentions: bool,
+        groups: int,
+        from_zeros: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        del from_zeros  # an optimised layer makes use of it
+        batch = x.shape[0]
+        # Groups as images of a batch: no mask over all queries, and K times (Q / K)^2 scores in place of Q^2.
+        within = x.unflatten(1, (groups, -1)).flatten(0, 1) if groups > 1 else x
+        at = x + query_position
+        at = at.view_as(within) if groups > 1 else at
+        attended, weights = self.self_attn(at, at, within, query_mask, output_attentions)
+        attended = attended.unflatten(0, (batch, groups)).flatten(1, 2) if groups > 1 else attended
+        return self.self_attn_layer_norm(x + self._drop(attended)), weights
 
 
 class _Stack(nn.Module):
@@ -175,9 +191,13 @@ class Decoder(_Stack):
         self.auxiliary_loss = config.auxiliary_loss
         self.norm_feeds_next_layer = config.auxiliary_loss and config.compat == "transformers"
 
+    def _seen_by_layers(self, memory: Tensor, position: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """What each layer's cross-attention makes values and keys of."""
+        return [(memory, memory + position)] * len(self.layers)
+
     def forward(
         self,
-        queries: Tensor,
+        queries: Tensor | None,
         query_position: Tensor,
         query_keep: Tensor | None,
         memory: Tensor,
@@ -194,7 +214,7 @@ class Decoder(_Stack):
         normed twice: needed for checkpoints trained that way.
 
         Args:
-            queries: float [B, Q, D].
+            queries: float [B, Q, D]; None for zeros.
             query_position: float [B, Q, D], added to queries and keys of each layer.
             query_keep: bool [B, Q], False hides a query from the others; None keeps all.
             memory: float [B, S, D], the encoder's output.
@@ -205,23 +225,26 @@ class Decoder(_Stack):
             groups: K groups of Q / K queries each, one after the other, that do not see each other: every one is
                 decoded as if it were alone. ``query_keep`` must be None where K is not 1.
         """
-        query_mask = None if query_keep is None else additive_mask(query_keep, queries.dtype)
+        x = torch.zeros_like(query_position) if queries is None else queries
+        from_zeros = queries is None
+        query_mask = None if query_keep is None else additive_mask(query_keep, x.dtype)
         memory_mask = None if memory_keep is None else additive_mask(memory_keep, memory.dtype)
-        memory_key = memory + memory_position
-        x = queries
         hidden_states, attentions, cross_attentions, intermediate = [x], [], [], []
-        for layer in self.layers:
+        seen = self._seen_by_layers(memory, memory_position)
+        for layer, (value, key) in zip(self.layers, seen, strict=True):
             x, weights, cross_weights = self._run(
                 layer,
                 x,
                 query_position,
                 query_mask,
-                memory,
-                memory_key,
+                value,
+                key,
                 memory_mask,
                 output_attentions,
                 groups,
+                from_zeros,
             )
+            from_zeros = False
             hidden_states.append(x)
             attentions.append(weights)
             cross_attentions.append(cross_weights)

@@ -68,6 +68,36 @@ def test_linear_layers_are_packed_with_no_activation_but_their_own(activation: s
     torch.testing.assert_close(fast(pixels).logits, plain(pixels).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("auxiliary_loss", [False, True])
+@pytest.mark.parametrize(
+    "given", ["nothing", "decoder_attention_mask", "decoder_inputs_embeds", "output_attentions"]
+)
+@torch.inference_mode()
+def test_the_first_self_attention_is_computed_where_it_is_no_constant(
+    given: str, auxiliary_loss: bool
+) -> None:
+    plain = make_model("resnet18", auxiliary_loss=auxiliary_loss)
+    fast = plain.optimize()
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, 64, 80, generator=random)
+    queries, width = plain.config.num_queries, plain.config.d_model
+    options = {
+        "nothing": {},
+        "decoder_attention_mask": {"decoder_attention_mask": torch.rand(2, queries, generator=random) > 0.5},
+        "decoder_inputs_embeds": {"decoder_inputs_embeds": torch.randn(2, queries, width, generator=random)},
+        "output_attentions": {"output_attentions": True},
+    }[given]
+    calls: list[int] = []
+    for number, layer in enumerate(fast.model.decoder.layers):
+        layer.self_attn.register_forward_hook(lambda *_, number=number: calls.append(number))
+    expected = plain(pixels, output_hidden_states=True, **options)
+    got = fast(pixels, output_hidden_states=True, **options)
+    constant = given in ("nothing", "decoder_attention_mask")
+    assert calls == [*range(1 if constant else 0, plain.config.decoder_layers)]
+    for name in ("logits", "pred_boxes", "decoder_hidden_states", "decoder_attentions", "cross_attentions"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (3, 3, 50, 171), (1, 3, 224, 96)])
 @torch.inference_mode()
 def test_one_copy_takes_images_of_any_size(shape: tuple[int, ...]) -> None:

@@ -1,0 +1,85 @@
+"""A decoder that computes once what depends on its weights alone, and the keys and values of all layers together.
+
+For `detr.fast`. Queries begin as zeros, so the first layer's self-attention sees values that are all the bias of their
+projection: whatever the weights of attention are, the result is one vector. The cross-attentions of all layers read
+the same memory: one product makes all their keys, and one all their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detr.transformer import Decoder, DecoderLayer
+
+
+class FirstLayer(DecoderLayer):
+    """A first layer whose self-attention is known.
+
+    Attributes:
+        attended: float [D], what it and its norm make of queries of zeros.
+    """
+
+    attended: Tensor
+
+    def _attend_to_queries(
+        self,
+        x: Tensor,
+        query_position: Tensor,
+        query_mask: Tensor | None,
+        output_attentions: bool,
+        groups: int,
+        from_zeros: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        if from_zeros and not output_attentions:
+            return self.attended.expand_as(x), None
+        return super()._attend_to_queries(
+            x, query_position, query_mask, output_attentions, groups, from_zeros
+        )
+
+
+class FastDecoder(Decoder):
+    """A decoder in evaluation mode whose layers have one projection for their keys and one for their values.
+
+    Attributes:
+        keys: from D to L x D, layer after layer.
+        values: the same.
+    """
+
+    keys: nn.Module
+    values: nn.Module
+
+    def _seen_by_layers(self, memory: Tensor, position: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        number = len(self.layers)
+        keys, values = self.keys(memory + position), self.values(memory)
+        return zip(values.chunk(number, -1), keys.chunk(number, -1), strict=True)
+
+
+@torch.no_grad()
+def use_fast_decoders(model: nn.Module) -> None:
+    """Make a model's decoders such ones, in place."""
+    for module in [*model.modules()]:
+        if type(module) is not Decoder or not len(module.layers):
+            continue
+        decoder: Any = module
+        attentions = [layer.encoder_attn for layer in decoder.layers]
+        decoder.keys = _joined([attention.k_proj for attention in attentions])
+        decoder.values = _joined([attention.v_proj for attention in attentions])
+        for attention in attentions:
+            attention.k_proj, attention.v_proj = nn.Identity(), nn.Identity()
+        decoder.__class__ = FastDecoder
+        first = decoder.layers[0]
+        attended = first.self_attn.out_proj(first.self_attn.v_proj.bias)
+        first.register_buffer("attended", first.self_attn_layer_norm(attended))
+        first.__class__ = FirstLayer
+
+
+def _joined(layers: list[nn.Linear]) -> nn.Linear:
+    joined = nn.Linear(0, 0, device="meta")
+    joined.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
+    joined.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
+    joined.out_features, joined.in_features = joined.weight.shape
+    return joined
