@@ -1,7 +1,7 @@
 """One driver per folder: a lease on it, renewed while the driver lives."""
 
-import _thread
 import os
+import signal
 import socket
 import threading
 import time
@@ -40,7 +40,9 @@ def lease(output: str, duration_s: float = DURATION_S, *, wait_s: float = 0.0) -
     owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     _take(address, owner, duration_s, wait_s)
     stop, lost = threading.Event(), threading.Event()
-    in_main_thread = threading.current_thread() is threading.main_thread()
+    me, in_main_thread = threading.get_ident(), threading.current_thread() is threading.main_thread()
+    if in_main_thread:  # not SIGINT: what a script starts in the background ignores that
+        before = signal.signal(signal.SIGURG, signal.default_int_handler)
 
     def renew() -> None:
         while not stop.wait(duration_s / 4):
@@ -49,7 +51,7 @@ def lease(output: str, duration_s: float = DURATION_S, *, wait_s: float = 0.0) -
                 if held is not None and held["owner"] != owner:
                     lost.set()
                     if in_main_thread:
-                        _thread.interrupt_main()
+                        signal.pthread_kill(me, signal.SIGURG)
                     return
                 _write(address, owner, duration_s)
 
@@ -66,6 +68,8 @@ def lease(output: str, duration_s: float = DURATION_S, *, wait_s: float = 0.0) -
     finally:
         stop.set()
         thread.join()
+        if in_main_thread:
+            signal.signal(signal.SIGURG, before)
         with suppress(StorageError):  # it runs out by itself
             held = _read(address)
             if held is not None and held["owner"] == owner:
