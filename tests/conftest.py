@@ -1,5 +1,6 @@
 """Options of the test session, its Ray, and the record of how far the model library is from its references."""
 
+import ctypes
 import gc
 import logging
 import warnings
@@ -80,6 +81,16 @@ def ray_local() -> Iterator[None]:
         warnings.simplefilter("ignore", ResourceWarning)  # Ray does not wait for the processes it stops
         ray.shutdown()
         gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_memory() -> Iterator[None]:
+    """Two processes of tests and what they start share a machine; the C library keeps what torch gave back."""
+    yield
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -35,6 +35,10 @@ SMALL = {
 }
 
 
+MOST_TWINS = 6
+"""So many are kept, the last ones used: all of them would take gigabytes."""
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
@@ -109,8 +113,9 @@ def make_twins() -> Callable[..., Twins]:
 
     def make(seed: int = 0, **changes: Any) -> Twins:
         key = f"{seed} {sorted(changes.items())}"
-        if key not in made:
-            made[key] = build(seed, **changes)
+        made[key] = made.pop(key) if key in made else build(seed, **changes)
+        if len(made) > MOST_TWINS:
+            del made[next(iter(made))]
         return made[key]
 
     def build(seed: int = 0, backbone_gain: float = 1.0, segmentation: bool = False, **changes: Any) -> Twins:
