@@ -171,8 +171,8 @@ class Float32Attention(MultiheadAttention):
 
     @staticmethod
     def fits(attention: nn.Module) -> bool:
-        """Whether a module can be one: the channels of a head are a block of Triton's."""
-        return type(attention) is MultiheadAttention and attention.head_dim in (16, 32, 64, 128)
+        """Whether a module can be one: the channels of a head are a block of Triton's, and fit into every GPU."""
+        return type(attention) is MultiheadAttention and attention.head_dim in (16, 32, 64)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         """See `MultiheadAttention.attend`."""

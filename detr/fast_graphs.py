@@ -109,10 +109,12 @@ class _ReplayedStates:
         self._replayed, self._memory = Replayed(self._compute, memory), memory
 
     def __call__(self, pixel_values: Any, pixel_mask: Any = None, **options: Any) -> Any:
-        unused = all(option is None or option is False for option in options.values())
+        model: Any = self._model()
+        asked = [*options.values(), model.config.output_attentions, model.config.output_hidden_states]
+        unused = all(option is None or option is False for option in asked)
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_cuda or not unused:
             with torch.cuda.device(self._memory.device):
-                return self._states(self._model(), pixel_values, pixel_mask, **options)
+                return self._states(model, pixel_values, pixel_mask, **options)
         return self._replayed(pixel_values, pixel_mask)
 
     def _compute(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Any:

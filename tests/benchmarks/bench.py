@@ -2,8 +2,9 @@
 
     python tests/benchmarks/bench.py [--only WORD] [--json FILE] [--compare FILE]
 
-Every row times ours and the reference in turn in one process of one thread and asserts that their outputs are equal;
-scoring, the stream and the endpoint have processes of their own, the last two a cluster of Ray.
+Every row times ours and the reference in turn in one process of one thread and asserts that their outputs are equal.
+The process is the row's own: what ran before leaves memory behind that is faster than new memory. The stream and the
+endpoint have a cluster of Ray.
 The ratio is that of the medians, with the lowest and the highest of a single round beside it. The rows are kept as JSON
 (`runs/benchmarks/bench.json`), and `--compare` prints an earlier file's ratios beside the new ones.
 """
@@ -11,7 +12,9 @@ The ratio is that of the medians, with the lowest and the highest of a single ro
 import argparse
 import json
 import platform
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +56,31 @@ def main() -> None:
     if options.list:
         print("\n".join(chosen))
         return
-    torch.set_num_threads(1)
     machine = _machine()
     earlier = {} if options.compare is None else _ratios(options.compare)
     print(f"{machine['processor']}, torch {machine['torch']} ({machine['capability']}), one thread\n")
     print(HEAD)
     rows: list[Row] = []
-    for name, make in chosen.items():
-        try:
-            rows.append(make())
-        except FileNotFoundError as error:
-            print(f"| {name} | | | | | | | | {error} |", flush=True)
-            continue
-        print(line(rows[-1], earlier), flush=True)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": machine, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        for name in chosen:
+            try:
+                rows.append(processes.submit(_row, name).result())
+            except FileNotFoundError as error:
+                print(f"| {name} | | | | | | | | {error} |", flush=True)
+                continue
+            print(line(rows[-1], earlier), flush=True)
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            content = {"machine": machine, "rows": [asdict(row) for row in rows]}
+            options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
     print()
     for row in rows:
         if row.note:
             print(f"- {row.work}: {row.note}")
+
+
+def _row(name: str) -> Row:
+    torch.set_num_threads(1)
+    return ROWS[name]()
 
 
 def _ratios(file: Path) -> dict[str, float]:
