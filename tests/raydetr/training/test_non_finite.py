@@ -2,11 +2,14 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 from raydetr import storage
@@ -17,7 +20,7 @@ from raydetr.errors import ConfigError, TrainingError
 from raydetr.training import loop, non_finite
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import step_totals
-from raydetr.training.state import TrainingState, create_state
+from raydetr.training.state import TrainingState, create_state, parallelise
 from raydetr.training.step import autocast, is_finite, train_step
 from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
@@ -42,6 +45,10 @@ def state(config: TrainConfig, manifest: Manifest) -> TrainingState:
 
 @pytest.fixture
 def batches(config: TrainConfig, manifest: Manifest) -> list[TrainingBatch]:
+    return first_step(config, manifest)
+
+
+def first_step(config: TrainConfig, manifest: Manifest) -> list[TrainingBatch]:
     """The micro-batches of step 0."""
     job = build_stream(config, manifest)
     window = next(iter(stream._walk(job, 0)))
@@ -196,20 +203,48 @@ def test_the_run_stops_with_step_images_layer_and_file(
     assert "--on-non-finite skip" in told, "the remedy"
 
 
-def test_the_file_of_the_worker_with_the_bad_layer_is_named(
-    state: TrainingState, batches: list[TrainingBatch], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def gather(told: list, mine: tuple) -> None:
-        found, ids, file, error = mine
-        told[:] = [("", ids, file, error), (found.replace("rank 0", "rank 1"), ids, "the other.pt", "")]
-
-    break_forward(state)
+def _of_two(rank: int, config: TrainConfig, manifest: Manifest, folder: str) -> None:
+    """A worker's half of step 0; the second one's network breaks."""
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    state, batches = (
+        create_state(config, manifest, torch.device("cpu")),
+        first_step(config, manifest)[rank::2],
+    )
+    before = copy.deepcopy(state.model.state_dict())
+    parallel = parallelise(state.module)
+    if rank == 1:
+        break_forward(state)
     totals = step_totals(batches, config.num_queries, config.eos_coefficient)
-    monkeypatch.setattr(loop, "world_size", lambda: 2)
-    monkeypatch.setattr(loop.dist, "all_gather_object", gather)
-    stopping = dataclasses.replace(config, on_non_finite="stop")
-    with pytest.raises(TrainingError, match=r"First not finite in rank 1: .* --replay the other\.pt"):
-        loop.leave_out(state, batches, stopping, totals, {"loss": float("nan"), "grad_norm": 0.0}, 0)
+    try:
+        metrics = train_step(parallel, state, batches, config, totals)
+        assert not is_finite(metrics), "the sum of both gradients"
+        loop.leave_out(state, batches, config, totals, metrics, rank)
+        unchanged = all(
+            torch.equal(value, state.model.state_dict().get(name, value)) for name, value in before.items()
+        )
+        told = f"left out, {unchanged}"
+    except TrainingError as error:
+        told = str(error)
+    Path(folder, f"{rank}.txt").write_text(told)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("choice", ["stop", "skip"])
+def test_of_two_workers_the_one_with_the_bad_layer_is_named_by_both(
+    manifest: Manifest, config: TrainConfig, tmp_path: Path, choice: str
+) -> None:
+    both = dataclasses.replace(config, workers=2, on_non_finite=choice)
+    mp.spawn(_of_two, (both, manifest, str(tmp_path)), nprocs=2)
+    told = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert told[0] == told[1]
+    if choice == "skip":
+        assert told[0] == "left out, True"
+        return
+    ids = sorted(image_id for batch in first_step(both, manifest) for image_id in batch.image_ids)
+    assert f"images {ids}" in told[0], "of both"
+    assert "First not finite in rank 1: the forward pass: " in told[0]
+    (file,) = re.findall(r"--replay (\S+rank-1\.pt)", told[0])
+    assert storage.exists(file)
 
 
 def test_too_many_steps_left_out_stop_the_run(
