@@ -78,8 +78,10 @@ def use_fast_decoders(model: nn.Module) -> None:
 
 
 def _joined(layers: list[nn.Linear]) -> nn.Linear:
-    joined = nn.Linear(0, 0, device="meta")
-    joined.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
-    joined.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
-    joined.out_features, joined.in_features = joined.weight.shape
+    weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+    joined: nn.Linear = nn.utils.skip_init(nn.Linear, *reversed(weight.shape))
+    joined.weight, joined.bias = (
+        nn.Parameter(weight, requires_grad=False),
+        nn.Parameter(bias, requires_grad=False),
+    )
     return joined
