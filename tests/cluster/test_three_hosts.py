@@ -191,9 +191,9 @@ def test_a_head_that_is_lost_and_a_job_that_is_submitted_again_make_one_run(
     finally:
         job.kill()
         job.wait()
-    lost = committed(cluster, "runs/head")
     for host in (cluster.head, *cluster.workers):
         host.kill()
+    lost = committed(cluster, "runs/head")
     for host in (cluster.head, *cluster.workers):
         cluster.boot(host)
     cluster.wait_for_nodes(3)
