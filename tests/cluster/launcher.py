@@ -73,8 +73,10 @@ class Cluster:
     def submit(
         self, *command: str, log: Path, env: dict[str, str] | None = None
     ) -> "subprocess.Popen[bytes]":
-        """`ray job submit -- COMMAND` at the head's end of the tunnel that `ray dashboard` opens; output to `log`."""
-        return self.head.start(f"ray job submit -- {shlex.join(command)}", log, env)
+        """`ray job submit -- COMMAND` at the head's end of the tunnel that `ray dashboard` opens; output to `log`, at once."""
+        return self.head.start(
+            f"ray job submit -- {shlex.join(command)}", log, {"PYTHONUNBUFFERED": "1", **(env or {})}
+        )
 
     def job(self, *command: str, log: Path, timeout: float = 600) -> str:
         """A job that must succeed; its output."""

@@ -234,11 +234,11 @@ def test_a_spot_notice_commits_the_step_and_drains_the_host(cluster: Cluster, tm
         noticed = time.monotonic()
         step = wait_for_step(cluster, "runs/notice", 1, 110, job, log)
         print(f"step {step} of 400 was committed {time.monotonic() - noticed:.0f} s after the notice")
+        assert step < 400, "it was not the run's end that was waited for"
         until = time.monotonic() + 30
         while "about to be preempted" not in log.read_text():  # the log comes some seconds later
             assert time.monotonic() < until, log.read_text()[-6000:]
             time.sleep(0.2)
-        assert step < 400
     finally:
         notice.unlink(missing_ok=True)
         job.kill()
