@@ -13,32 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detr.transformer import Decoder, DecoderLayer
-
-
-class FirstLayer(DecoderLayer):
-    """A first layer whose self-attention is known.
-
-    Attributes:
-        attended: float [D], what it and its norm make of queries of zeros.
-    """
-
-    attended: Tensor
-
-    def _attend_to_queries(
-        self,
-        x: Tensor,
-        query_position: Tensor,
-        query_mask: Tensor | None,
-        output_attentions: bool,
-        groups: int,
-        from_zeros: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        if from_zeros and not output_attentions:
-            return self.attended.expand_as(x), None
-        return super()._attend_to_queries(
-            x, query_position, query_mask, output_attentions, groups, from_zeros
-        )
+from detr.transformer import Decoder
 
 
 class FastDecoder(Decoder):
@@ -73,8 +48,7 @@ def use_fast_decoders(model: nn.Module) -> None:
         decoder.__class__ = FastDecoder
         first = decoder.layers[0]
         attended = first.self_attn.out_proj(first.self_attn.v_proj.bias)
-        first.register_buffer("attended", first.self_attn_layer_norm(attended))
-        first.__class__ = FirstLayer
+        first.attended_zeros = first.self_attn_layer_norm(attended)
 
 
 def _joined(layers: list[nn.Linear]) -> nn.Linear:

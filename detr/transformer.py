@@ -72,6 +72,10 @@ class DecoderLayer(_FeedForwardLayer):
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.encoder_attn = MultiheadAttention(config.d_model, heads, config.attention_dropout)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
+        # Float [D], what self-attention and its norm make of queries of zeros; known to `detr.fast_decoder` alone.
+        self.register_buffer("attended_zeros", None)
+
+    attended_zeros: Tensor | None
 
     def forward(
         self,
@@ -90,33 +94,22 @@ class DecoderLayer(_FeedForwardLayer):
         ``memory_key`` is the encoder's output with the position embedding added. With ``groups`` K the Q queries are
         K groups, one after the other, that do not see each other. ``from_zeros``: x is zeros.
         """
-        x, self_weights = self._attend_to_queries(
-            x, query_position, query_mask, output_attentions, groups, from_zeros
-        )
+        if from_zeros and self.attended_zeros is not None and not output_attentions:
+            x, self_weights = self.attended_zeros.expand_as(x), None
+        else:
+            batch = x.shape[0]
+            # Groups as images of a batch: no mask over all queries, and K times (Q / K)^2 scores in place of Q^2.
+            within = x.unflatten(1, (groups, -1)).flatten(0, 1) if groups > 1 else x
+            at = x + query_position
+            at = at.view_as(within) if groups > 1 else at
+            attended, self_weights = self.self_attn(at, at, within, query_mask, output_attentions)
+            attended = attended.unflatten(0, (batch, groups)).flatten(1, 2) if groups > 1 else attended
+            x = self.self_attn_layer_norm(x + self._drop(attended))
         attended, cross_weights = self.encoder_attn(
             x + query_position, memory_key, memory, memory_mask, output_attentions
         )
         x = self.encoder_attn_layer_norm(x + self._drop(attended))
         return self._feed_forward(x), self_weights, cross_weights
-
-    def _attend_to_queries(
-        self,
-        x: Tensor,
-        query_position: Tensor,
-        query_mask: Tensor | None,
-        output_attentions: bool,
-        groups: int,
-        from_zeros: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        del from_zeros  # an optimised layer makes use of it
-        batch = x.shape[0]
-        # Groups as images of a batch: no mask over all queries, and K times (Q / K)^2 scores in place of Q^2.
-        within = x.unflatten(1, (groups, -1)).flatten(0, 1) if groups > 1 else x
-        at = x + query_position
-        at = at.view_as(within) if groups > 1 else at
-        attended, weights = self.self_attn(at, at, within, query_mask, output_attentions)
-        attended = attended.unflatten(0, (batch, groups)).flatten(1, 2) if groups > 1 else attended
-        return self.self_attn_layer_norm(x + self._drop(attended)), weights
 
 
 class _Stack(nn.Module):
