@@ -23,7 +23,7 @@ def train_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_awkward(tmp_path_factory.mktemp("data")).root
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.soak)])
+@pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.soak)])
 def workers(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,7 +16,7 @@ from detr.query_groups import QueryGroups
 from detr.segmentation import DetrForSegmentation
 from raydetr.data.shards import Manifest
 from raydetr.training.config import TrainConfig
-from raydetr.training.distributed import world_size
+from raydetr.training.distributed import mean_by_rank, world_size
 from raydetr.training.model import build_model, image_processor
 from raydetr.training.optim import MovingAverage, build_optimizer
 
@@ -90,4 +91,7 @@ def parallelise(module: nn.Module) -> nn.Module:
         # torch 2.15 renames the argument; 2.9 knows only this name. There are no buffers to broadcast: batch
         # norm is frozen.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+        parallel = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+    if dist.get_backend() == "gloo":  # NCCL adds up in an order of its own
+        parallel.register_comm_hook(None, mean_by_rank)
+    return parallel

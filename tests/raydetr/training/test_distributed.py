@@ -1,4 +1,4 @@
-"""The normalisers of a step, summed by real process groups of one to four processes."""
+"""The sums and the mean gradients of a step, computed by real process groups of one to four processes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 
 from raydetr.data.micro_batch import TrainingBatch
 from raydetr.training.distributed import StepTotals, step_totals
+from raydetr.training.state import parallelise
 
 QUERIES, EOS = 5, 0.1
 
@@ -67,3 +68,28 @@ def test_every_worker_has_the_average_of_the_global_sums(name: str, tmp_path: Pa
         assert totals.num_boxes == pytest.approx(max(sum(counts), 1) / len(share), rel=1e-12)
         assert totals.class_weight_sum == pytest.approx((weight or 1.0) / len(share), rel=1e-12)
         assert totals.images == len(counts)
+
+
+def train(rank: int, file: str, results: str) -> None:
+    """The gradients of the same loss in three steps of one process, and those that the worker has alone."""
+    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=3)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 50), torch.nn.Tanh(), torch.nn.Linear(50, 11)).double()
+    pixels = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    alone = torch.autograd.grad(model(pixels).square().sum(), list(model.parameters()))
+    parallel, steps = parallelise(model), []
+    for _ in range(3):
+        parallel(pixels).square().sum().backward()
+        steps.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    torch.save((alone, steps), f"{results}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_three_workers_have_the_same_mean_gradient_in_their_first_step_as_later(tmp_path: Path) -> None:
+    mp.spawn(train, (str(tmp_path / "store"), str(tmp_path)), nprocs=3)
+    alone, steps = zip(*(torch.load(tmp_path / str(rank)) for rank in range(3)), strict=True)
+    expected = [(one + two + three) / 3 for one, two, three in zip(*alone, strict=True)]
+    for gradients in (each for of_rank in steps for each in of_rank):
+        for got, mean in zip(gradients, expected, strict=True):
+            assert torch.equal(got, mean)
