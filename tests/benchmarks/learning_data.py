@@ -1,7 +1,9 @@
 """Images of a COCO folder in memory, batches of them in one fixed order, and the figures of a model on them."""
 
 import json
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,16 +43,22 @@ class Batch:
     pixel_mask: Tensor | None
     labels: list[dict[str, Tensor]]
 
+    def to(self, device: str) -> "Batch":
+        """The same on a device."""
+        mask = None if self.pixel_mask is None else self.pixel_mask.to(device)
+        labels = [{name: value.to(device) for name, value in each.items()} for each in self.labels]
+        return Batch(self.pixel_values.to(device), mask, labels)
 
-def read(folder: Path, part: str, masks: bool) -> tuple[list[Example], dict[str, Any]]:
-    """The images of `part`.json and the JSON itself."""
-    truth = json.loads((folder / f"{part}.json").read_text())
+
+def read(annotations: Path, images: Path, masks: bool) -> tuple[list[Example], dict[str, Any]]:
+    """The images of a COCO annotation file and the file itself."""
+    truth = json.loads(annotations.read_text())
     classes = {category["id"]: i for i, category in enumerate(truth["categories"])}
     objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}
     for each in truth["annotations"]:
         if min(each["bbox"][2:]) > 0:
             objects[each["image_id"]].append(each)
-    return [_example(folder, image, objects[image["id"]], classes, masks) for image in truth["images"]], truth
+    return [_example(images, image, objects[image["id"]], classes, masks) for image in truth["images"]], truth
 
 
 def _example(
@@ -60,7 +68,7 @@ def _example(
     classes: dict[int, int],
     with_masks: bool,
 ) -> Example:
-    image = Image.open(folder / "images" / entry["file_name"]).convert("RGB")
+    image = Image.open(folder / entry["file_name"]).convert("RGB")
     width, height = image.size
     scale = min(1.0, LARGEST / min(height, width))
     size = (round(height * scale), round(width * scale))
@@ -104,6 +112,15 @@ def batches(examples: list[Example], size: int, spec: AugmentSpec, seed: int) ->
         yield collate(images, labels)
 
 
+def ahead(batches: Iterator[Batch], threads: int, count: int = 4) -> Iterator[Batch]:
+    """The same batches, made by a thread, and `threads` of torch's, while the last ones are used."""
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as thread:
+        waiting = deque(thread.submit(next, batches) for _ in range(count))
+        while True:
+            yield waiting.popleft().result()
+            waiting.append(thread.submit(next, batches))
+
+
 def collate(images: list[Tensor], labels: list[dict[str, Tensor]]) -> Batch:
     """Normalise and pad uint8 images."""
     height, width = (max(image.shape[side] for image in images) for side in (1, 2))
@@ -124,16 +141,18 @@ def score(
     model.eval()
     evaluator = CocoEvaluator(truth, ["bbox", "segm"] if masks else "bbox")
     ids = [category["id"] for category in truth["categories"]]
+    device = str(next(model.parameters()).device)
     processor = DetrImageProcessor()
     for example in examples:
         shape = np.array([example.pixels.shape[1:]])
         plain = draw(np.zeros((1, RANDOM_NUMBERS)), shape[:, 0], shape[:, 1], spec)[0]
         pixels, _, _ = apply(example.pixels, example.boxes_xyxy, plain)
-        batch = collate([pixels], [])
+        batch = collate([pixels], []).to(device)
         outputs = model(pixel_values=batch.pixel_values)
         sizes = [example.original_size]
         found = processor.post_process_object_detection(outputs, threshold=-1.0, target_sizes=sizes)[0]
-        prediction = {**found, "labels": [ids[label] for label in found["labels"]]}
+        prediction = {name: value.cpu() for name, value in found.items()}
+        prediction["labels"] = [ids[label] for label in prediction["labels"]]
         if masks:
             full = torch.nn.functional.interpolate(outputs.pred_masks, sizes[0], mode="bilinear")
             prediction["masks"] = full[0].sigmoid()
