@@ -11,6 +11,7 @@ from typing import Any
 
 import hotcoco
 import numpy as np
+from hotcoco import mask as coco_mask
 
 Columns = dict[str, np.ndarray]
 
@@ -106,20 +107,16 @@ def evaluate_detections(truth: Mapping[str, Any], found: Columns, iou_type: str 
         segmentation=objects["segmentation"].tolist() if iou_type == "segm" else None,
     )
     positions = np.searchsorted(image_ids, found["image_id"])
-    results: Any
+    results = np.empty((len(positions), 7))
+    results[:, 0], results[:, 5], results[:, 6] = positions, found["score"], found["category_id"]
     if iou_type == "segm":
-        results = [
-            {"image_id": image, "category_id": category, "segmentation": rle, "score": score}
-            for image, category, rle, score in zip(
-                positions.tolist(), found["category_id"].tolist(), found["rle"], found["score"].tolist()
-            )
-        ]
+        rles = found["rle"].tolist()
+        # Boxes of the masks' areas, which is all that is taken of them.
+        results[:, 1:3], results[:, 3], results[:, 4] = 0, coco_mask.area(rles) if rles else 0, 1
+        coco_found = coco_truth.load_res(results, segmentation=rles)
     else:
-        results = np.empty((len(positions), 7))
-        results[:, 0], results[:, 5], results[:, 6] = positions, found["score"], found["category_id"]
         results[:, 1:5] = found["bbox"]
-    coco_found = coco_truth.load_res(results)
-    del results  # some hundred bytes for each detection, which hotcoco has copied
+        coco_found = coco_truth.load_res(results)
     coco = hotcoco.COCOeval(coco_truth, coco_found, iou_type)
     coco.evaluate()
     coco.accumulate()
