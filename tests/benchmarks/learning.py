@@ -145,9 +145,9 @@ def run(
     rows: list[dict] = []
     used, step, recent, budget = 0.0, 0, [], 60 * minutes
     clock, batch_size = (time.perf_counter, 16) if gpu else (time.process_time, recipe.batch_size)
-    data_order = batches(train, batch_size, augmentation, seed)
+    in_order = batches(train, batch_size, augmentation, seed, device)
     start = clock()
-    for batch in (each.to(device) for each in ahead(data_order, threads)) if gpu else data_order:
+    for batch in ahead(in_order, threads) if gpu else in_order:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_share(min(used / budget, 1), recipe)
         with torch.autocast(device, torch.bfloat16, enabled=gpu):

@@ -43,12 +43,6 @@ class Batch:
     pixel_mask: Tensor | None
     labels: list[dict[str, Tensor]]
 
-    def to(self, device: str) -> "Batch":
-        """The same on a device."""
-        mask = None if self.pixel_mask is None else self.pixel_mask.to(device)
-        labels = [{name: value.to(device) for name, value in each.items()} for each in self.labels]
-        return Batch(self.pixel_values.to(device), mask, labels)
-
 
 def read(annotations: Path, images: Path, masks: bool) -> tuple[list[Example], dict[str, Any]]:
     """The images of a COCO annotation file and the file itself."""
@@ -90,7 +84,9 @@ def _example(
     )
 
 
-def batches(examples: list[Example], size: int, spec: AugmentSpec, seed: int) -> Iterator[Batch]:
+def batches(
+    examples: list[Example], size: int, spec: AugmentSpec, seed: int, device: str = "cpu"
+) -> Iterator[Batch]:
     """Endless: every image once an epoch, in an order that the seed alone decides."""
     random = np.random.default_rng(seed)
     waiting: list[int] = []
@@ -109,7 +105,7 @@ def batches(examples: list[Example], size: int, spec: AugmentSpec, seed: int) ->
             )
             if example.masks is not None:
                 labels[-1]["masks"] = apply_masks(example.masks[kept], augmentation)
-        yield collate(images, labels)
+        yield collate(images, labels, device)
 
 
 def ahead(batches: Iterator[Batch], threads: int, count: int = 4) -> Iterator[Batch]:
@@ -121,16 +117,19 @@ def ahead(batches: Iterator[Batch], threads: int, count: int = 4) -> Iterator[Ba
             waiting.append(thread.submit(next, batches))
 
 
-def collate(images: list[Tensor], labels: list[dict[str, Tensor]]) -> Batch:
-    """Normalise and pad uint8 images."""
+def collate(images: list[Tensor], labels: list[dict[str, Tensor]], device: str = "cpu") -> Batch:
+    """Normalise and pad uint8 images, on the device."""
     height, width = (max(image.shape[side] for image in images) for side in (1, 2))
-    pixels = torch.zeros(len(images), 3, height, width).to(memory_format=torch.channels_last)
+    shape = (len(images), 3, height, width)
+    pixels = torch.empty(shape, device=device, memory_format=torch.channels_last).zero_()
     mask = torch.zeros(len(images), height, width, dtype=torch.bool)
+    mean, std = MEAN.to(device), STD.to(device)
     for i, image in enumerate(images):
         h, w = image.shape[1:]
-        pixels[i, :, :h, :w] = (image.float() - MEAN) / STD
+        pixels[i, :, :h, :w] = (image.to(device).float() - mean) / std
         mask[i, :h, :w] = True
-    return Batch(pixels, None if mask.all() else mask, labels)
+    labels = [{name: value.to(device) for name, value in each.items()} for each in labels]
+    return Batch(pixels, None if mask.all() else mask.to(device), labels)
 
 
 @torch.no_grad()
@@ -147,7 +146,7 @@ def score(
         shape = np.array([example.pixels.shape[1:]])
         plain = draw(np.zeros((1, RANDOM_NUMBERS)), shape[:, 0], shape[:, 1], spec)[0]
         pixels, _, _ = apply(example.pixels, example.boxes_xyxy, plain)
-        batch = collate([pixels], []).to(device)
+        batch = collate([pixels], [], device)
         outputs = model(pixel_values=batch.pixel_values)
         sizes = [example.original_size]
         found = processor.post_process_object_detection(outputs, threshold=-1.0, target_sizes=sizes)[0]
