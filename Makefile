@@ -10,7 +10,7 @@ demo: $(READY)
 
 # Two processes, each with a Ray of its own: half of the time is waiting.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not cluster'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not cluster'
 
 test-cluster: $(READY)
 	$(BIN)/python -m pytest -m '(slow or cluster) and not soak'
