@@ -1,6 +1,7 @@
 """The sums and the mean gradients of a step, computed by real process groups of one to four processes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from raydetr.training.distributed import StepTotals, step_totals
 from raydetr.training.state import parallelise
 
 QUERIES, EOS = 5, 0.1
+Gradients = tuple[torch.Tensor, ...]
 
 
 def batch(counts: Sequence[int | None]) -> TrainingBatch:
@@ -37,17 +39,6 @@ def batch(counts: Sequence[int | None]) -> TrainingBatch:
     )
 
 
-def work(rank: int, share: list[list[list[int | None]]], file: str, results: str) -> None:
-    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=len(share))
-    torch.save(step_totals([batch(counts) for counts in share[rank]], QUERIES, EOS), f"{results}/{rank}")
-    dist.destroy_process_group()
-
-
-def in_processes(share: list[list[list[int | None]]], folder: Path) -> list[StepTotals]:
-    mp.spawn(work, (share, str(folder / "store"), str(folder)), nprocs=len(share))
-    return [torch.load(folder / str(rank), weights_only=False) for rank in range(len(share))]
-
-
 CASES = {
     "boxes everywhere": [[[3, 2], [1, 0]], [[4, 4], [2, 2]]],
     "one rank without boxes": [[[3, 2]], [[0, 0]], [[None, None]]],
@@ -59,20 +50,47 @@ CASES = {
 }
 
 
+def work(rank: int, folder: str) -> None:
+    """All cases one after another, each in a process group of its own of the first processes."""
+    for number, share in enumerate(CASES.values()):
+        if rank < len(share):
+            with process_group(f"{folder}/store-{number}", rank, len(share)):
+                totals = step_totals([batch(counts) for counts in share[rank]], QUERIES, EOS)
+            torch.save(totals, f"{folder}/{number}-{rank}")
+    if rank < 3:
+        with process_group(f"{folder}/store", rank, 3):
+            torch.save(train(rank), f"{folder}/gradients-{rank}")
+
+
+@contextmanager
+def process_group(file: str, rank: int, size: int) -> Iterator[None]:
+    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=size)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what each process computes in each case."""
+    folder = tmp_path_factory.mktemp("results")
+    mp.spawn(work, (str(folder),), nprocs=4)
+    return folder
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_every_worker_has_the_average_of_the_global_sums(name: str, tmp_path: Path) -> None:
-    share = CASES[name]
+def test_every_worker_has_the_average_of_the_global_sums(name: str, results: Path) -> None:
+    share, number = CASES[name], list(CASES).index(name)
     counts = [n for rank in share for one in rank for n in one if n is not None]
     weight = sum(min(n, QUERIES) + EOS * (QUERIES - min(n, QUERIES)) for n in counts)
-    for totals in in_processes(share, tmp_path):
+    for rank in range(len(share)):
+        totals: StepTotals = torch.load(results / f"{number}-{rank}", weights_only=False)
         assert totals.num_boxes == pytest.approx(max(sum(counts), 1) / len(share), rel=1e-12)
         assert totals.class_weight_sum == pytest.approx((weight or 1.0) / len(share), rel=1e-12)
         assert totals.images == len(counts)
 
 
-def train(rank: int, file: str, results: str) -> None:
-    """The gradients of the same loss in three steps of one process, and those that the worker has alone."""
-    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=3)
+def train(rank: int) -> tuple[Gradients, list[Gradients]]:
+    """The gradients that the worker has alone, and the mean ones of the same loss in three steps."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(7, 50), torch.nn.Tanh(), torch.nn.Linear(50, 11)).double()
     pixels = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
@@ -80,15 +98,13 @@ def train(rank: int, file: str, results: str) -> None:
     parallel, steps = parallelise(model), []
     for _ in range(3):
         parallel(pixels).square().sum().backward()
-        steps.append([p.grad.clone() for p in model.parameters()])
+        steps.append(tuple(p.grad.clone() for p in model.parameters()))
         model.zero_grad()
-    torch.save((alone, steps), f"{results}/{rank}")
-    dist.destroy_process_group()
+    return alone, steps
 
 
-def test_three_workers_have_the_same_mean_gradient_in_their_first_step_as_later(tmp_path: Path) -> None:
-    mp.spawn(train, (str(tmp_path / "store"), str(tmp_path)), nprocs=3)
-    alone, steps = zip(*(torch.load(tmp_path / str(rank)) for rank in range(3)), strict=True)
+def test_three_workers_have_the_same_mean_gradient_in_their_first_step_as_later(results: Path) -> None:
+    alone, steps = zip(*(torch.load(results / f"gradients-{rank}") for rank in range(3)), strict=True)
     expected = [(one + two + three) / 3 for one, two, three in zip(*alone, strict=True)]
     for gradients in (each for of_rank in steps for each in of_rank):
         for got, mean in zip(gradients, expected, strict=True):
