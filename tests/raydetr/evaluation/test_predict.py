@@ -78,7 +78,9 @@ def assert_same(others: pa.Table, predictions: pa.Table) -> None:
         np.testing.assert_allclose(theirs, ours, atol=1e-3 if name == "bbox" else 1e-5)
 
 
-@pytest.mark.parametrize(("actors", "batch_size"), [(2, 1), (3, 5), (7, 8)])
+@pytest.mark.parametrize(
+    ("actors", "batch_size"), [(2, 1), pytest.param(3, 5, marks=pytest.mark.slow), (7, 8)]
+)
 def test_detections_do_not_depend_on_actors_or_batch_size(
     ray_local, predictions, model, manifest, tmp_path, actors, batch_size
 ):

@@ -204,8 +204,14 @@ def test_the_run_stops_with_step_images_layer_and_file(
 
 
 def _of_two(rank: int, config: TrainConfig, manifest: Manifest, folder: str) -> None:
-    """A worker's half of step 0; the second one's network breaks."""
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    """A worker's half of step 0, of which the second one's network breaks, by either choice."""
+    for choice in ("stop", "skip"):
+        told = _half(rank, dataclasses.replace(config, on_non_finite=choice), manifest, f"{folder}/{choice}")
+        Path(folder, f"{choice}-{rank}.txt").write_text(told)
+
+
+def _half(rank: int, config: TrainConfig, manifest: Manifest, store: str) -> str:
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     state, batches = (
         create_state(config, manifest, torch.device("cpu")),
         first_step(config, manifest)[rank::2],
@@ -222,28 +228,27 @@ def _of_two(rank: int, config: TrainConfig, manifest: Manifest, folder: str) -> 
         unchanged = all(
             torch.equal(value, state.model.state_dict().get(name, value)) for name, value in before.items()
         )
-        told = f"left out, {unchanged}"
+        return f"left out, {unchanged}"
     except TrainingError as error:
-        told = str(error)
-    Path(folder, f"{rank}.txt").write_text(told)
-    dist.destroy_process_group()
+        return str(error)
+    finally:
+        dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("choice", ["stop", "skip"])
 def test_of_two_workers_the_one_with_the_bad_layer_is_named_by_both(
-    manifest: Manifest, config: TrainConfig, tmp_path: Path, choice: str
+    manifest: Manifest, config: TrainConfig, tmp_path: Path
 ) -> None:
-    both = dataclasses.replace(config, workers=2, on_non_finite=choice)
+    both = dataclasses.replace(config, workers=2)
     mp.spawn(_of_two, (both, manifest, str(tmp_path)), nprocs=2)
-    told = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
-    assert told[0] == told[1]
-    if choice == "skip":
-        assert told[0] == "left out, True"
-        return
+    stop, skip = (
+        [(tmp_path / f"{choice}-{rank}.txt").read_text() for rank in range(2)] for choice in ("stop", "skip")
+    )
+    assert skip == ["left out, True"] * 2
+    assert stop[0] == stop[1]
     ids = sorted(image_id for batch in first_step(both, manifest) for image_id in batch.image_ids)
-    assert f"images {ids}" in told[0], "of both"
-    assert "First not finite in rank 1: the forward pass: " in told[0]
-    (file,) = re.findall(r"--replay (\S+rank-1\.pt)", told[0])
+    assert f"images {ids}" in stop[0], "of both"
+    assert "First not finite in rank 1: the forward pass: " in stop[0]
+    (file,) = re.findall(r"--replay (\S+rank-1\.pt)", stop[0])
     assert storage.exists(file)
 
 
