@@ -268,6 +268,8 @@ def main() -> None:
     if given.draw:
         draw(given.rows)
         return
+    if given.data not in (ON_GPU if given.device == "cuda" else TASKS):
+        parser.error(f"{given.data} is not learned on {given.device}")
     given.rows.parent.mkdir(parents=True, exist_ok=True)
     for seed in given.seeds:
         for name in given.recipes:
