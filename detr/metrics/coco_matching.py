@@ -112,7 +112,7 @@ def evaluate_detections(truth: Mapping[str, Any], found: Columns, iou_type: str 
     if iou_type == "segm":
         rles = found["rle"].tolist()
         # Boxes of the masks' areas, which is all that is taken of them.
-        results[:, 1:3], results[:, 3], results[:, 4] = 0, coco_mask.area(rles) if rles else 0, 1
+        results[:, 1:3], results[:, 3], results[:, 4] = 0, coco_mask.area(rles), 1
         coco_found = coco_truth.load_res(results, segmentation=rles)
     else:
         results[:, 1:5] = found["bbox"]

@@ -1,6 +1,6 @@
 """What `learning.py` compares, and on what: recipes, data sets and the sizes of images and networks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from detr.augment import AugmentSpec
 
@@ -74,37 +74,33 @@ SMALL = {
 }
 """The transformer that a CPU can train; on a GPU it is that of DETR."""
 
+SMALL_IMAGES = AugmentSpec(
+    shortest_edges=(160, 176, 192),
+    longest_edge=256,
+    crop_shortest_edges=(192, 224, 256),
+    crop_sizes=(144, 240),
+)
+
 TASKS = {
     "bccd": Task(
         masks=False,
         out_indices=(1, 2, 3),
         num_queries=40,
         test_edge=192,
-        augmentation=AugmentSpec(
-            shortest_edges=(160, 176, 192),
-            longest_edge=256,
-            crop_shortest_edges=(192, 224, 256),
-            crop_sizes=(144, 240),
-        ),
+        augmentation=SMALL_IMAGES,
     ),
     "balloon": Task(
         masks=True,
         out_indices=(0, 1, 2, 3),
         num_queries=20,
         test_edge=192,
-        augmentation=AugmentSpec(
-            shortest_edges=(160, 176, 192),
-            longest_edge=256,
-            crop_shortest_edges=(192, 224, 256),
-            crop_sizes=(144, 240),
-        ),
+        augmentation=SMALL_IMAGES,
     ),
 }
 
-
-COCO128 = ("annotations/instances_train2017.json", "train2017")
-ON_GPU = {
-    data: Task(False, (1, 2, 3, 4), 100, 800, AugmentSpec(), *parts)
-    for data, parts in {"bccd": (), "coco128": (COCO128, COCO128)}.items()
-}
+_ON_GPU = Task(
+    masks=False, out_indices=(1, 2, 3, 4), num_queries=100, test_edge=800, augmentation=AugmentSpec()
+)
+_COCO128 = ("annotations/instances_train2017.json", "train2017")
+ON_GPU = {"bccd": _ON_GPU, "coco128": replace(_ON_GPU, train=_COCO128, val=_COCO128)}
 """Of coco128 the images that are trained on are scored: there are too few to learn what else is in COCO."""

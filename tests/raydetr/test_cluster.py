@@ -35,7 +35,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what each case ends in, on a Ray of two CPUs."""
     folder = tmp_path_factory.mktemp("errors")
     command = [sys.executable, "-c", TRAIN, str(folder), json.dumps(CASES)]
-    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=240)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
     return folder
 
 
