@@ -91,7 +91,8 @@ def dataset(stream: Stream, world_size: int, first_step: int) -> Dataset:
     DataContext._set_current(context)
     try:
         in_flight = fit_cluster(stream.plan.spec, world_size)
-        source = ray.data.read_datasource(_Windows(stream, first_step), override_num_blocks=1, num_cpus=0.01)
+        # No CPU for it: it walks for minutes, and would keep a task of the map from the CPU it has a part of.
+        source = ray.data.read_datasource(_Windows(stream, first_step), override_num_blocks=1, num_cpus=0)
         return source.map_batches(
             _fill,
             fn_kwargs={"stream": stream, "world_size": world_size, "row_bytes": in_flight.row_bytes},
