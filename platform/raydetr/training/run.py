@@ -15,11 +15,11 @@ from raydetr import cluster, storage
 from raydetr.data.plan import PlanSpec
 from raydetr.data.shards import Manifest
 from raydetr.errors import TrainingError
-from raydetr.registry import tracking
+from raydetr.registry import models, tracking
 from raydetr.training import checkpoint
 from raydetr.training.config import ARCHITECTURE, TrainConfig
 
-VALIDATED_ON = {"val_data", "validation_images"}
+VALIDATED_ON = {"val_data", "val_digest", "validation_images"}
 """Fields that may differ until there are figures: those of other images cannot be compared with them."""
 RUN = "run.json"
 KEY_TAG = "training.key"
@@ -68,21 +68,49 @@ def plan_spec(config: TrainConfig) -> PlanSpec:
     )
 
 
-def open_run(config: TrainConfig, manifest: Manifest) -> str:
+def pinned_model(config: TrainConfig) -> str:
+    """The address of the model to start from, with what an alias meant when the run of this folder was begun.
+
+    Raises:
+        ConfigError, RegistryError: there is no such model, version or alias.
+    """
+    if not config.model.startswith("models:"):
+        return config.model
+    address = storage.join(config.output, RUN)
+    begun: dict[str, Any] = storage.read_json(address) if storage.exists(address) else {"identity": {}}
+    pinned = begun["identity"].get("model")
+    if config.model in (pinned, begun.get("asked_model")):
+        return str(pinned)
+    version = models.registered_version(config.model, tracking.resolve_uri(config.tracking_uri))
+    return f"models:/{version.name}/{version.version}"
+
+
+def open_run(config: TrainConfig, manifest: Manifest, asked_model: str = "") -> str:
     """The MLflow run of this output folder: a new one, or the one it was begun with.
+
+    Args:
+        config: its model as `pinned_model` has it.
+        manifest: of what is trained on.
+        asked_model: `--model` as it was given.
 
     Raises:
         TrainingError: the folder belongs to a run with other flags or other data, of which a checkpoint is there.
     """
     identity = {
         name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS
-    } | {"data_digest": manifest.digest}
+    } | {
+        "data_digest": manifest.digest,
+        "val_digest": Manifest.load(config.val_data).digest if config.val_data else "",
+    }
     address = storage.join(config.output, RUN)
-    begun: dict[str, Any] = {"run_id": None, "identity": identity, "key": uuid.uuid4().hex}
+    begun: dict[str, Any] = {"run_id": None, "key": uuid.uuid4().hex}
+    now = {"identity": identity, "asked_model": asked_model}
     if storage.exists(address):
         begun = storage.read_json(address)
         # A run that was begun before there was a flag had what is its default now. JSON has no tuples.
-        earlier = dataclasses.asdict(TrainConfig()) | begun["identity"]
+        earlier = (
+            dataclasses.asdict(TrainConfig()) | {"val_digest": identity["val_digest"]} | begun["identity"]
+        )
         differing = sorted(name for name in identity if _plain(identity[name]) != _plain(earlier.get(name)))
         if VALIDATED_ON.issuperset(differing) and not checkpoint.validated_steps(config.output):
             differing = []
@@ -91,9 +119,8 @@ def open_run(config: TrainConfig, manifest: Manifest) -> str:
                 f"{config.output} holds a run that was begun with other values of {', '.join(differing)}: give "
                 "the same flags to go on with it, or another --output."
             )
-        begun["identity"] = identity
     else:
-        storage.write_json(address, begun)
+        storage.write_json(address, begun | now)
     # A driver that is killed in here finds the run by its key when it is started again.
     key = begun.get("key", "")
     run_id = begun["run_id"] or tracking.run_of_key(config.tracking_uri, config.experiment, KEY_TAG, key)
@@ -105,7 +132,7 @@ def open_run(config: TrainConfig, manifest: Manifest) -> str:
         {"data_digest": manifest.digest, KEY_TAG: key, **environment()},
         run_id,
     )
-    storage.write_json(address, begun | {"run_id": run_id})
+    storage.write_json(address, begun | now | {"run_id": run_id})
     return run_id
 
 

@@ -9,11 +9,13 @@ import pytest
 
 from raydetr import storage
 from raydetr.errors import ConfigError, TrainingError
+from raydetr.registry import models, tracking
 from raydetr.training import checkpoint
 from raydetr.training.config import TrainConfig
-from raydetr.training.run import open_run
+from raydetr.training.run import open_run, pinned_model
 from raydetr.training.trainer import check
 from tests.awkward import write_awkward
+from tests.tiny_detr import save_tiny_detr
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -21,7 +23,7 @@ def test_a_run_goes_on_with_what_its_errors_advise_and_at_another_address_of_mlf
     manifest = write_awkward(tmp_path / "data")
     flags = {"train_data": manifest.root, "output": str(tmp_path / "run")}
     first = TrainConfig(**flags, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    identity = json.loads(json.dumps(asdict(first))) | {"data_digest": manifest.digest}
+    identity = json.loads(json.dumps(asdict(first))) | {"data_digest": manifest.digest, "val_digest": ""}
     # The driver was killed before it kept the id of the run that it had begun.
     run_id = open_run(first, manifest)
     file = tmp_path / "run" / "run.json"
@@ -29,7 +31,7 @@ def test_a_run_goes_on_with_what_its_errors_advise_and_at_another_address_of_mlf
     assert begun["run_id"] == run_id
     file.write_text(json.dumps(begun | {"run_id": None}))
     assert open_run(first, manifest) == run_id
-    # A flag that came later, and a copy of the database elsewhere, as on the new head of a cluster.
+    # A field that came later, and a copy of the database elsewhere, as on the new head of a cluster.
     file.write_text(
         json.dumps(begun | {"identity": {k: v for k, v in begun["identity"].items() if k != "cell_loss"}})
     )
@@ -64,13 +66,35 @@ def test_the_validation_set_stays_once_there_are_figures_on_it(tmp_path: Path) -
     )
     run_id = open_run(first, manifest)
     storage.write_bytes(storage.join(checkpoint.address(first.output, 400), checkpoint.MARKER), b"")
-    with_figures = replace(first, val_data=manifest.root, validate_every=400)
+    validation = write_awkward(tmp_path / "val", shards=(7,))
+    with_figures = replace(first, val_data=validation.root, validate_every=400)
     assert open_run(with_figures, manifest) == run_id
     checkpoint.write_validation(first.output, 400, {"AP": 0.5})
     assert open_run(replace(with_figures, validate_every=800), manifest) == run_id
-    for changes in ({"val_data": str(tmp_path)}, {"validation_images": 5}):
+    for changes in ({"val_data": manifest.root}, {"validation_images": 5}):
         with pytest.raises(TrainingError, match=f"other values of {next(iter(changes))}"):
             open_run(replace(with_figures, **changes), manifest)
+    write_awkward(tmp_path / "val", shards=(7,), seed=1)
+    with pytest.raises(TrainingError, match="other values of val_digest"):
+        open_run(with_figures, manifest)
+
+
+def test_a_run_goes_on_with_the_version_that_an_alias_meant_when_it_was_begun(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    data = write_awkward(tmp_path / "data")
+    given = TrainConfig(
+        train_data=data.root, output=str(tmp_path / "run"), tracking_uri=uri, model="models:/ants@best"
+    )
+    for version in (1, 2):
+        run = tracking.start_run(uri, "training", str(version), {}, {})
+        folder = save_tiny_detr(tmp_path / str(version), ["ant", "bee", "cat"], seed=version)
+        assert models.register(uri, run, str(folder), name="ants", alias="best") == version
+        assert pinned_model(given) == "models:/ants/1"
+        if version == 1:
+            open_run(replace(given, model=pinned_model(given)), data, given.model)
+    assert pinned_model(replace(given, model="models:/ants/1")) == "models:/ants/1"
+    for changed in (replace(given, output=str(tmp_path / "new")), replace(given, model="models:/ants/2")):
+        assert pinned_model(changed) == "models:/ants/2"
 
 
 @pytest.mark.parametrize(
