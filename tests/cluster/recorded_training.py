@@ -6,7 +6,7 @@ Each worker appends to RECORDS/<process id>.jsonl a row per forward pass: step, 
 finds the file RECORDS/hang-<rank> removes it and sleeps in its forward pass. The environment variable RECORDS is set
 where Ray starts; with ONE_DISK the nodes of the cluster are processes of one machine, which share its disk. PACE_S is
 the least time of a step in seconds, RESIZE_EVERY_S how often an elastic run looks for more nodes. While the file
-RECORDS/slow exists, a step takes two seconds more.
+RECORDS/slow exists, a step takes two seconds more; while RECORDS/slow-validation does, no validation ends.
 """
 
 import os
@@ -22,7 +22,7 @@ from detr import DetrForObjectDetection
 from detr.query_groups import QueryGroups
 from raydetr import cluster
 from raydetr.command import run
-from raydetr.training import scaling, trainer
+from raydetr.training import scaling, trainer, worker
 from raydetr.training.config import TrainConfig
 from tests import training_record
 
@@ -98,8 +98,16 @@ def recorded_loop(arguments: dict[str, Any]) -> dict[str, str]:
             kind.forward = forward
 
 
+def slow_validate(checkpoint: ray.train.Checkpoint, **arguments: Any) -> dict[str, float]:
+    """The real validation, which waits for its file to go."""
+    while Path(os.environ["RECORDS"], "slow-validation").exists():
+        time.sleep(0.1)
+    return worker.validate(checkpoint, **arguments)
+
+
 if __name__ == "__main__":
     trainer.train_loop_per_worker = recorded_loop
+    trainer.validate = slow_validate
     if os.environ.get("ONE_DISK"):
         cluster.require_shared = lambda **_: None
     if every := os.environ.get("RESIZE_EVERY_S"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
+from raydetr.training import checkpoint
 from tests import training_record
 from tests.awkward import write_awkward
 from tests.cluster.fault_runs import Run, attempts, environment, losses, received, start
@@ -98,20 +99,25 @@ def test_a_run_goes_on_with_three_workers_of_four_and_grows_again(cluster: Clust
 def test_a_notice_of_preemption_commits_the_step_and_the_run_leaves_the_node(
     cluster: Cluster, output: Path
 ) -> None:
-    """No checkpoint is due before the end."""
+    """No checkpoint is due at the time, and a validation goes on."""
     manifest = write_awkward(output.with_name("data"))
-    add_nodes(cluster, 3)
-    env = {"RAY_ADDRESS": cluster.address, "ONE_DISK": "1"}
-    slow = output / "records/slow"
-    slow.parent.mkdir(parents=True)
-    slow.touch()
-    with start(manifest.root, output, "--steps", "60", "--checkpoint-every", "60", env=env) as run:
-        run.reach(5, workers=2)
+    add_nodes(cluster, 5)
+    env = {"RAY_ADDRESS": cluster.address, "ONE_DISK": "1", "PACE_S": "0.3"}
+    slow, validating = output / "records/slow", output / "records/slow-validation"
+    validating.parent.mkdir(parents=True)
+    validating.touch()
+    flags = ["--checkpoint-every", "20", "--validate-every", "20", "--val-data", manifest.root]
+    with start(manifest.root, output, "--steps", "60", *flags, env=env) as run:
+        run.reach(21, workers=2)
+        slow.touch()
         node = node_of_a_worker(cluster, run)
         drain(cluster.address, node, 300)
         noticed = time.time()
         run.until(lambda: "are about to be preempted" in run.log.read_text(), "the notice is heard")
         slow.unlink()
+        run.until(lambda: len(attempts(run.records)) > 1, "a second attempt")
+        assert not checkpoint.validated_steps(str(output))
+        validating.unlink()
         log = run.wait()
     first, second = attempts(output / "records")
     steps, lost = received(output / "records")
@@ -122,6 +128,26 @@ def test_a_notice_of_preemption_commits_the_step_and_the_run_leaves_the_node(
     assert node in nodes(output, first.processes.values())
     assert node not in nodes(output, second.processes.values())
     assert sorted(losses(output)) == list(range(60))
+    assert checkpoint.validated_steps(str(output)) == [20, 40, 60]
+    assert "Error in training function" not in log
+
+
+def test_a_run_that_waits_for_nodes_ends_when_its_time_is_up(cluster: Cluster, output: Path) -> None:
+    """Two workers and a CPU for the data, of which one goes for good. So many steps take a minute to be listed."""
+    manifest = write_awkward(output.with_name("data"))
+    add_nodes(cluster, 2)
+    env = {"RAY_ADDRESS": cluster.address, "ONE_DISK": "1", "PACE_S": "0.3"}
+    flags = ["--steps", "10000", "--data-cpus", "1", "--max-hours", "0.025"]
+    with start(manifest.root, output, *flags, env=env) as run:
+        run.reach(8, workers=2)
+        lost = node_of_a_worker(cluster, run)
+        cluster.remove_node(
+            next(node for node in cluster.worker_nodes if node.node_id == lost), allow_graceful=False
+        )
+        log = run.wait(status=75, seconds=200)
+    assert "Waiting for nodes" in log
+    step = checkpoint.last_committed_step(str(output))
+    assert f"--max-hours 0.025 are over; step {step} of 10000 is committed. The same command goes on." in log
 
 
 def drain(address: str, node: str, seconds: int) -> None:

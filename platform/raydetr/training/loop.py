@@ -1,6 +1,7 @@
 """The training loop of one worker."""
 
 import contextlib
+import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.train import ValidationTaskConfig
+from ray.train.v2._internal import util
 
 from raydetr.data import stream
 from raydetr.data.micro_batch import TrainingBatch
@@ -23,14 +25,13 @@ from raydetr.training import checkpoint, non_finite, validation
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import StepTotals, all_reduce, step_totals, world_size
 from raydetr.training.progress import Progress, say
-from raydetr.training.signals import Signal, Signals
+from raydetr.training.signals import PreemptedError, Signal, Signals
 from raydetr.training.state import TrainingState, create_state, parallelise
 from raydetr.training.step import is_finite, train_step
 from raydetr.training.watchdog import Watchdog
 
 OUT_OF_TIME = "out of time"
 NO_PROGRESS = "no progress"
-PREEMPTED = "preempted"
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,17 @@ def train_worker(job: Job) -> dict[str, str]:
         `ended`: why before the last step, or empty; `error`: what is wrong, or empty. A `TrainingError` of the loop
         is the same on every worker and would come again: it is returned, since Ray Train would try again whatever is
         raised.
+
+    Raises:
+        PreemptedError: a node of a worker is about to be preempted. It is no failure: see `scaling.Restarts`.
     """
     try:
         return {"ended": _train(job), "error": ""}
     except TrainingError as error:
         return {"ended": "", "error": str(error)}
+    except PreemptedError:
+        logging.getLogger(util.__name__).setLevel(logging.CRITICAL)  # Ray's, which shows a traceback else
+        raise
 
 
 def _train(job: Job) -> str:
@@ -119,7 +126,7 @@ def _train(job: Job) -> str:
                     return ""
                 return OUT_OF_TIME if Signal.TIME_IS_UP in signal else NO_PROGRESS
             if nodes:
-                return PREEMPTED
+                raise PreemptedError(f"step {step}: nodes {', '.join(nodes)} are about to be preempted")
     return ""
 
 

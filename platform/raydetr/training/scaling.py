@@ -1,7 +1,8 @@
-"""How many workers start: the data stream needs CPUs too, which Ray Train does not know.
+"""How many workers start, when they start again, and until when.
 
-After nodes are lost, what is left may be just enough for the workers, and the stream would wait for ever. An elastic
-run goes on with fewer workers then; any other waits for nodes, and says so.
+The data stream needs CPUs too, which Ray Train does not know. After nodes are lost, what is left may be just enough for
+the workers, and the stream would wait for ever. An elastic run goes on with fewer workers then; any other waits for
+nodes, and says so, until its time is up.
 """
 
 import logging
@@ -10,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     FixedScalingPolicy,
@@ -17,6 +19,10 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
     ScalingPolicy,
 )
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+from raydetr.errors import OutOfTimeError
+from raydetr.training.signals import PreemptedError
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +35,17 @@ class _LeavesCpus(ScalingPolicy):
     """Starts workers only where at least one CPU is left to the data."""
 
     _said = float("-inf")
+    deadline: float | None = None
+    """time.time() after which no workers start."""
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Start, or wait for nodes."""
+        """Start, or wait for nodes.
+
+        Raises:
+            ControllerError: with an `OutOfTimeError`.
+        """
+        if self.deadline is not None and time.time() >= self.deadline:
+            raise ControllerError(OutOfTimeError())
         least = self.scaling_config.min_workers
         if cpus_for_workers() >= least:
             decision: ScalingDecision = super().make_decision_for_non_running_worker_group()  # type: ignore[safe-super]
@@ -59,12 +73,36 @@ class Fixed(_LeavesCpus, FixedScalingPolicy):
     """Always the same number of workers."""
 
 
+class Restarts(DefaultFailurePolicy):
+    """`max_failures` times, not counting how often workers left a node that is about to be preempted."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Start again, or end the run."""
+        if isinstance(training_failed_error, WorkerGroupError):
+            # Ray's wrapper has the exception that the worker raised.
+            raised = [getattr(e, "_base_exc", e) for e in training_failed_error.worker_failures.values()]
+            if any(isinstance(each, PreemptedError) for each in raised):
+                return FailureDecision.RETRY
+        return super().make_decision(training_failed_error)
+
+
 class Trainer(TorchTrainer):
-    """A TorchTrainer that starts as many workers as these policies say; Ray 2.60 has no setting for it."""
+    """A TorchTrainer that starts workers as these policies say; Ray 2.60 has no setting for it.
+
+    deadline: time.time() after which no workers start; None: never. Those that run look at the clock themselves.
+    """
+
+    def __init__(self, *args: Any, deadline: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deadline = deadline
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        # Ray Train V2, which mypy does not see: `ray.train` chooses at run time.
         config: Any = self.scaling_config
-        arguments["scaling_policy"] = (Elastic if config.elasticity_enabled else Fixed)(config)
+        failures: Any = self.run_config.failure_config
+        policy = (Elastic if config.elasticity_enabled else Fixed)(config)
+        policy.deadline = self._deadline
+        arguments |= {"scaling_policy": policy, "failure_policy": Restarts(failures)}
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
 

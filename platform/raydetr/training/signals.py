@@ -9,6 +9,10 @@ LOOK_EVERY_S = 5.0
 """Seconds between looks for a preemption notice, each of which costs all workers some milliseconds."""
 
 
+class PreemptedError(Exception):
+    """Raised by every worker once the step is committed: Ray Train starts them again, on other nodes."""
+
+
 class Signal(IntFlag):
     """What to do after the step."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.torch import TorchConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydetr import cluster, storage
@@ -25,9 +25,9 @@ from raydetr.registry import models, tracking
 from raydetr.training import checkpoint, scaling, validation
 from raydetr.training.config import TrainConfig
 from raydetr.training.finish import finish
-from raydetr.training.loop import OUT_OF_TIME, PREEMPTED
+from raydetr.training.loop import OUT_OF_TIME
 from raydetr.training.model import build_model
-from raydetr.training.run import open_run, plan_spec
+from raydetr.training.run import open_run, pinned_model, plan_spec
 from raydetr.training.watchdog import Board
 from raydetr.training.worker import train_loop_per_worker, validate
 
@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         print(f"{finished} is there: this run is finished. Give another --output for a new one.")
         return dict(storage.read_json(finished))
     connect(config)
-    config = resolve_addresses(config)
+    asked_model, config = config.model, resolve_addresses(config)
     cluster.require_shared(
         train_data=config.train_data,
         output=config.output,
@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with lease(config.output):
         if storage.exists(finished):  # by the driver that held the lease
             return dict(storage.read_json(finished))
-        run_id = open_run(config, manifest)
+        run_id = open_run(config, manifest, asked_model)
         try:
             validation.validate_what_was_lost(config, run_id)
             last = checkpoint.last_committed_step(config.output)
@@ -97,13 +97,13 @@ def connect(config: TrainConfig) -> None:
 
 
 def resolve_addresses(config: TrainConfig) -> TrainConfig:
-    """The configuration with embedded defaults filled in and every address absolute."""
+    """The configuration with embedded defaults filled in, every address absolute and an alias as a version."""
     return dataclasses.replace(
         config,
         train_data=storage.absolute(config.train_data or embedded("train")),
         val_data=storage.absolute(config.val_data) if config.val_data else "",
         output=storage.absolute(config.output),
-        model=storage.absolute(config.model) if models.is_path(config.model) else config.model,
+        model=storage.absolute(config.model) if models.is_path(config.model) else pinned_model(config),
         tracking_uri=tracking.resolve_uri(config.tracking_uri),
     )
 
@@ -188,19 +188,14 @@ def fit(config: TrainConfig, manifest: Manifest, run_id: str, deadline: float | 
         masks=config.masks,
     )
     background = validates_in_background(config)
-    while True:
-        first = stream.first_step()
-        print(
-            f"{stream.plan.steps_per_epoch} steps an epoch, {config.steps / stream.plan.steps_per_epoch:.1f} epochs; "
-            f"from step {first}",
-            flush=True,
-        )
-        outcome = _run_workers(config, manifest, stream, run_id, deadline, background)
-        if outcome["error"]:
-            raise TrainingError(outcome["error"])
-        if outcome["ended"] != PREEMPTED:
-            break
-        # At once, on other nodes: what is done on one that goes is done again. Ray gives nothing new to it.
+    print(
+        f"{stream.plan.steps_per_epoch} steps an epoch, {config.steps / stream.plan.steps_per_epoch:.1f} epochs; "
+        f"from step {stream.first_step()}",
+        flush=True,
+    )
+    outcome = _run_workers(config, manifest, stream, run_id, deadline, background)
+    if outcome["error"]:
+        raise TrainingError(outcome["error"])
     if outcome["ended"] == OUT_OF_TIME:
         raise OutOfTimeError(
             f"{config.output}: --max-hours {config.max_hours:g} are over; step "
@@ -220,9 +215,8 @@ def _run_workers(
     # The time after which Ray Train ends a worker whose process does not even answer.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hang_after_s)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # Ray Train V2, which mypy does not see: `ray.train` chooses at run time.
-    trainer: Any = scaling.Trainer(  # type: ignore[call-arg]
-        train_loop_per_worker,  # type: ignore[arg-type]
+    trainer = scaling.Trainer(
+        train_loop_per_worker,
         train_loop_config={
             "config": config,
             "data_digest": manifest.digest,
@@ -247,7 +241,7 @@ def _run_workers(
             storage_path=storage.join(config.output, "ray"),
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
-        datasets={"train": stream},  # type: ignore[dict-item]  # what PlanDataConfig takes
+        datasets={"train": stream},  # what PlanDataConfig takes
         dataset_config=PlanDataConfig(),
         validation_config=ValidationConfig(
             partial(validate, config=config, run_id=run_id),
@@ -255,10 +249,13 @@ def _run_workers(
         )
         if background
         else None,
+        deadline=deadline,
     )
     try:
-        outcome: dict[str, str] | None = trainer.fit().return_value
+        outcome: dict[str, str] | None = trainer.fit().return_value  # type: ignore[attr-defined]
     except TrainingFailedError as error:
+        if isinstance(error, ControllerError) and isinstance(error.controller_failure, OutOfTimeError):
+            return {"ended": OUT_OF_TIME, "error": ""}  # while none of them ran
         raise TrainingError(f"{config.output}: training stopped: {error}") from error
     return outcome or {"ended": "", "error": "the workers ended without a word"}
 
