@@ -12,6 +12,10 @@ NearestIndices = Callable[[int, int], torch.Tensor]
 """From a length before and after a resize to the index that each place of the result comes from, int64 [after]."""
 
 
+LARGEST_COORDINATE = 1e6
+"""Of a polygon. pycocotools draws all of its outline, in 32 bits: of larger ones, or NaN, the process dies."""
+
+
 def decode_masks(segmentations: Sequence[Any], height: int, width: int, where: str) -> torch.Tensor:
     """Masks of objects in an image of `height` x `width` pixels.
 
@@ -26,7 +30,8 @@ def decode_masks(segmentations: Sequence[Any], height: int, width: int, where: s
         bool [objects, height, width].
 
     Raises:
-        ValueError: a segmentation has another form or size; the message names the image and the object.
+        ValueError: a segmentation has another form or size, or coordinates that are NaN or beyond
+            `LARGEST_COORDINATE`; the message names the image and the object.
     """
     masks = np.zeros((len(segmentations), height, width), bool)
     for index, segmentation in enumerate(segmentations):
@@ -39,6 +44,10 @@ def _encode(segmentation: Any, height: int, width: int, where: str) -> dict[str,
     if isinstance(segmentation, list) and all(
         isinstance(polygon, Sequence) and len(polygon) >= 6 for polygon in segmentation
     ):
+        if not all(abs(value) <= LARGEST_COORDINATE for polygon in segmentation for value in polygon):
+            raise ValueError(
+                f"{where} has a polygon with coordinates that are NaN or beyond {LARGEST_COORDINATE:g}"
+            )
         if not segmentation:
             return coco_mask.encode(np.zeros((height, width), np.uint8, order="F"))
         return coco_mask.merge(

@@ -14,6 +14,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from pycocotools import mask
 
 from detr.image_processing.decode import DEFAULT_MAX_PIXELS, ImageError, decode_image, image_size
+from detr.image_processing.masks import LARGEST_COORDINATE
 from raydetr.data.duplicates import image_hash
 
 Problem = tuple[str, str]
@@ -215,6 +216,8 @@ def _segmentation_fault(
                 return f"polygon {number} has {len(polygon)} coordinates"
             if not all(map(math.isfinite, polygon)):
                 return f"polygon {number} has NaN or infinite coordinates"
+            if (largest := max(map(abs, polygon))) > LARGEST_COORDINATE:
+                return f"polygon {number} has the coordinate {largest:g}"
         return None
     rle = segmentation["rle"]
     if frame is not None and rle["size"] != list(frame):

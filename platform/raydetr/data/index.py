@@ -5,6 +5,7 @@ name in the folder for temporary files, which is gone with the process however t
 """
 
 import json
+import posixpath
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class Index:
 
     def add_image(self, position: int, image_id: int, file_name: str, text: str) -> None:
         """Add an image entry of the JSON."""
-        row = (position, image_id, file_name, text)
+        row = (position, image_id, posixpath.normpath(file_name), text)
         self._connection.execute("INSERT INTO images VALUES (?, ?, ?, ?)", row)
 
     def add_annotation(self, position: int, fields: Mapping[str, Any], text: str) -> None:
@@ -59,7 +60,7 @@ class Index:
 
     def add_panoptic(self, position: int, image_id: int, file_name: str, text: str) -> None:
         """Add an annotation of the panoptic JSON."""
-        row = (position, image_id, file_name, text)
+        row = (position, image_id, posixpath.normpath(file_name), text)
         self._connection.execute("INSERT INTO panoptic VALUES (?, ?, ?, ?)", row)
 
     def add_files(self, table: Files, files: Iterable[tuple[str, int]]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -138,12 +139,8 @@ def write_checked(
         nonlocal boxes, count
         for element in read_elements(storage.join(output, WORK, _entries_file(number))):
             entry, exists, has_mask = read_entry(element.value, class_map)
-            data = storage.read_bytes(storage.join(images, entry.file_name)) if exists else None
-            png = (
-                storage.read_bytes(storage.join(masks, entry.panoptic.file_name))
-                if has_mask and entry.panoptic
-                else None
-            )
+            data = _read(images, entry.file_name) if exists else None
+            png = _read(masks, entry.panoptic.file_name) if has_mask and entry.panoptic else None
             record, found = make_record(entry, data, category_ids, png)
             count += 1
             faults.extend(found)
@@ -161,6 +158,10 @@ def write_checked(
     except RaydetrError as error:
         return ShardResult(None, [], 0, error=error)
     return result
+
+
+def _read(folder: str, name: str) -> bytes:
+    return storage.read_bytes(storage.join(folder, posixpath.normpath(name)))
 
 
 def _entries_file(number: int) -> str:

@@ -131,6 +131,8 @@ def test_an_image_without_objects_has_no_masks_where_transformers_fails(ours):
     [
         (None, "image_id 1: object 0 has the segmentation None"),
         ([[1, 2, 3, 4]], "polygons of at least 3 points"),
+        ([[1, 2, 3, 4, 5, 1e9]], r"image_id 1: object 0 has a polygon with coordinates .* beyond 1e\+06"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "coordinates that are NaN"),
         ({"size": [9, 9], "counts": [81]}, r"RLE of \[9, 9\], the image is \[40, 60\]"),
     ],
 )

@@ -143,6 +143,7 @@ def test_compressed_run_lengths_are_those_of_pycocotools(seed: int) -> None:
         ([[1, 2, 3, 4]], "polygon 0 has 4 coordinates"),
         ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]], "polygon 1 has 7"),
         ([[1, 2, 3, 4, 5, math.nan]], "NaN"),
+        ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, -1e9]], r"polygon 1 has the coordinate 1e\+09"),
         ([1, 2, 3, 4, 5, 6], "neither polygons nor RLE"),
         ("text", "neither polygons nor RLE"),
         ([["1", "2", "3", "4", "5", "6"]], "neither"),

@@ -206,6 +206,16 @@ def test_shards_are_closed_at_their_size_after_whole_row_groups(
     assert [counts[shard] for shard in range(len(counts))] == expected
 
 
+def test_a_name_may_go_a_roundabout_way(awkward: Path, tmp_path: Path) -> None:
+    def around(content: dict[str, Any]) -> None:
+        content["images"][0]["file_name"] = "./1.png"
+        content["images"][1]["file_name"] = "sub/../2.png"
+
+    manifest = ingest_awkward(edited(awkward, tmp_path / "data", around), tmp_path / "out").manifest
+    assert sorted(fault.code for fault in faults_of(manifest)) == AWKWARD_CODES
+    assert {"./1.png", "sub/../2.png"} < {row["file_name"] for row in read_records(manifest, ["file_name"])}
+
+
 def test_a_second_run_finds_the_output_complete_and_writes_nothing(awkward: Path, tmp_path: Path) -> None:
     first = ingest_awkward(awkward, tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
