@@ -1,15 +1,17 @@
-"""How much of a stream may be in the object store at once: what does not fit there is written to disk and read again.
+"""How much of a stream may be under way at once.
 
-Rows leave in the plan's order. So while the first window under way is dealt out, those after it wait in the store as
+What does not fit into the object store is written to disk and read again. Rows leave in the plan's order. So while the first window under way is dealt out, those after it wait in the store as
 a whole, and Ray Data's own limits do not hold them back: as often as a consumer waits for the first, it lets another
-finish a row.
+finish a row. What lists the windows is not held back by them either.
 """
 
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+from ray.data._internal.execution.backpressure_policy import BackpressurePolicy
 
 from raydetr.data.plan import PlanSpec
 from raydetr.data.shards import ROW_GROUP_SIZE
@@ -26,6 +28,19 @@ _ASPECT = 1.6
 
 _ROWS_A_WORKER = 4
 """Rows that a worker trains on, has fetched ahead, and is about to get."""
+
+
+WINDOWS_AHEAD = 1000
+"""Windows listed before they are worked on: more than the CPUs of a cluster, and few beside those of a long run."""
+
+
+class FewAhead(BackpressurePolicy):
+    """Holds back the task that lists windows: all those of a run, at some 15 KiB each, would fill the coordinator."""
+
+    def max_task_output_bytes_to_read(self, op: Any) -> int | None:
+        """No limit, or no bytes where enough windows wait."""
+        reads = op.input_dependencies and not op.input_dependencies[0].input_dependencies
+        return 0 if reads and self._topology[op].total_enqueued_output_blocks() >= WINDOWS_AHEAD else None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ import pyarrow as pa
 import ray.data
 import torch
 from ray.data import DataContext, DataIterator, Dataset
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+)
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
@@ -27,7 +31,7 @@ from ray.train import DataConfig
 from detr.augment import apply, apply_masks
 from detr.image_processing.decode import ImageError, decode_image
 from raydetr.data.balance import repeat_factors
-from raydetr.data.in_flight import ROW_BYTES, fit_cluster
+from raydetr.data.in_flight import ROW_BYTES, FewAhead, fit_cluster
 from raydetr.data.mask_targets import MASK_COLUMNS, MaskKind, mask_targets
 from raydetr.data.micro_batch import Example, TrainingBatch, pack, unpack
 from raydetr.data.plan import MicroBatch, Plan, PlanSpec, Slot, WindowTask
@@ -87,11 +91,12 @@ def dataset(stream: Stream, world_size: int, first_step: int) -> Dataset:
     # They report what is meant so: one generator task for the whole job, which importing torch makes large.
     context.issue_detectors_config.detectors = []
     context.custom_execution_callback_classes = [_Pace]
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, FewAhead])
     previous = DataContext.get_current()
     DataContext._set_current(context)
     try:
         in_flight = fit_cluster(stream.plan.spec, world_size)
-        # No CPU for it: it walks for minutes, and would keep a task of the map from the CPU it has a part of.
+        # No CPU for it: it lives as long as the run, and would keep a task of the map from the CPU it has a part of.
         source = ray.data.read_datasource(_Windows(stream, first_step), override_num_blocks=1, num_cpus=0)
         return source.map_batches(
             _fill,

@@ -1,13 +1,16 @@
 """What workers get from the stream: resumed anywhere with another number of workers, past bad records and bad reads."""
 
+import contextlib
 import io
 import itertools
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +22,14 @@ from PIL import Image
 
 from detr.augment import AugmentSpec
 from raydetr import filesystems, storage
-from raydetr.data import stream
+from raydetr.data import in_flight, stream
+from raydetr.data.layout import Sizes, Window
 from raydetr.data.micro_batch import TrainingBatch
 from raydetr.data.plan import PlanSpec
 from raydetr.data.schema import SCHEMA
 from raydetr.data.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest, read_rows
-from raydetr.data.source import shard_source
+from raydetr.data.source import ShardSource, shard_source
 from raydetr.errors import StorageError
 from tests.awkward import CATEGORIES, write_awkward
 from tests.raydetr.s3 import S3
@@ -56,6 +60,24 @@ def job(manifest: Manifest, first: int = 0, last: int | None = None, grouped: bo
     return stream.Stream(
         source=shard_source(manifest), plan=plan, last_step=end, first_step=partial(int, first)
     )
+
+
+class Held(ShardSource):
+    """Shards whose records are held back until a file is there; it notes the windows that are listed."""
+
+    def __init__(self, source: ShardSource, folder: Path) -> None:
+        super().__init__(source.root, source.files, source.row_group_size, source.labels)
+        object.__setattr__(self, "folder", folder)
+
+    def sizes(self, window: Window) -> Sizes:
+        with Path(self.folder, "listed").open("a") as file:
+            file.write(f"{window}\n")
+        return super().sizes(window)
+
+    def records(self, window: Window, columns: Sequence[str]) -> pa.Table:
+        while not Path(self.folder, "go").exists():
+            time.sleep(0.1)
+        return super().records(window, columns)
 
 
 class Share:
@@ -213,3 +235,23 @@ def test_too_many_bad_records_stop_the_run_with_their_share(manifest: Manifest, 
     output = done.stdout + done.stderr
     assert "1 of " in output, output[-3000:]
     assert "could not be decoded, more than --max-skipped 0" in output
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_windows_are_listed_a_few_ahead_of_those_that_are_worked_on(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of thousands; Ray Data reads what is listed in this process, where the bound can be lowered."""
+    monkeypatch.setattr(in_flight, "WINDOWS_AHEAD", 10)
+    work = job(manifest, last=10_000)
+    work = replace(work, source=Held(shard_source(manifest), tmp_path))
+    rows: Any = iter(stream.dataset(work, 1, 0).iter_batches(batch_size=None, batch_format="pyarrow"))
+    with contextlib.closing(rows), ThreadPoolExecutor(1) as pool:
+        first = pool.submit(next, rows)
+        listed, before, count = tmp_path / "listed", 0, 0
+        while not count or count != before:
+            time.sleep(2)
+            before, count = count, len(listed.read_text().splitlines()) if listed.exists() else 0
+        (tmp_path / "go").touch()
+        assert isinstance(first.result(), pa.Table)
+    assert count < 50
