@@ -79,7 +79,8 @@ def assert_same(others: pa.Table, predictions: pa.Table) -> None:
 
 
 @pytest.mark.parametrize(
-    ("actors", "batch_size"), [(2, 1), pytest.param(3, 5, marks=pytest.mark.slow), (7, 8)]
+    ("actors", "batch_size"),
+    [(2, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(3, 5), (7, 8)])],
 )
 def test_detections_do_not_depend_on_actors_or_batch_size(
     ray_local, predictions, model, manifest, tmp_path, actors, batch_size

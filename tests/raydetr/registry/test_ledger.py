@@ -85,6 +85,7 @@ def check_race(uri: str, folder: Path) -> None:
     assert len(active) == 1, "the ledgers that lost are gone"
 
 
+@pytest.mark.slow
 def test_of_promotions_at_once_one_wins_on_sqlite(tracking_uri, tmp_path):
     bare_versions(tracking_uri, 9)
     check_race(tracking_uri, tmp_path / "race")
