@@ -35,7 +35,7 @@ WINDOWS_AHEAD = 1000
 
 
 class FewAhead(BackpressurePolicy):
-    """Holds back the task that lists windows: all those of a run, at some 15 KiB each, would fill the coordinator."""
+    """Holds back the task that lists windows: all those of a long run would fill the memory of the coordinator."""
 
     def max_task_output_bytes_to_read(self, op: Any) -> int | None:
         """No limit, or no bytes where enough windows wait."""
