@@ -1,8 +1,9 @@
 """How much of a stream may be under way at once.
 
-What does not fit into the object store is written to disk and read again. Rows leave in the plan's order. So while the first window under way is dealt out, those after it wait in the store as
-a whole, and Ray Data's own limits do not hold them back: as often as a consumer waits for the first, it lets another
-finish a row. What lists the windows is not held back by them either.
+What does not fit into the object store is written to disk and read again. Rows leave in the plan's order. So while the
+first window under way is dealt out, those after it wait in the store as a whole, and Ray Data's own limits do not hold
+them back: as often as a consumer waits for the first, it lets another finish a row. Nor do they hold back what lists
+the windows.
 """
 
 import logging
