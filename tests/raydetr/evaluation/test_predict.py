@@ -118,6 +118,7 @@ def test_an_actor_that_is_killed_costs_no_image(ray_local, predictions, model, m
     assert_same(pa.concat_tables(tables).sort_by("image_id"), predictions)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_a_finished_one_is_left_alone(
     ray_local, predictions, model, manifest, tmp_path, monkeypatch
 ):
