@@ -35,8 +35,9 @@ class _LeavesCpus(ScalingPolicy):
     """Starts workers only where at least one CPU is left to the data."""
 
     _said = float("-inf")
+    _started = False
     deadline: float | None = None
-    """time.time() after which no workers start."""
+    """time.time() after which nothing is waited for, and no workers start again; None: never."""
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Start, or wait for nodes.
@@ -44,11 +45,14 @@ class _LeavesCpus(ScalingPolicy):
         Raises:
             ControllerError: with an `OutOfTimeError`.
         """
-        if self.deadline is not None and time.time() >= self.deadline:
-            raise ControllerError(OutOfTimeError())
         least = self.scaling_config.min_workers
-        if cpus_for_workers() >= least:
+        suffices = cpus_for_workers() >= least
+        # Those that can start at once do a step whatever the time is: who is given little time gets on all the same.
+        if self.deadline is not None and time.time() >= self.deadline and (self._started or not suffices):
+            raise ControllerError(OutOfTimeError())
+        if suffices:
             decision: ScalingDecision = super().make_decision_for_non_running_worker_group()  # type: ignore[safe-super]
+            self._started |= not isinstance(decision, NoopDecision)
             return decision
         self._maybe_send_resource_request()  # type: ignore[no-untyped-call]
         if time.monotonic() - self._said >= _SAY_EVERY_S:
@@ -89,7 +93,7 @@ class Restarts(DefaultFailurePolicy):
 class Trainer(TorchTrainer):
     """A TorchTrainer that starts workers as these policies say; Ray 2.60 has no setting for it.
 
-    deadline: time.time() after which no workers start; None: never. Those that run look at the clock themselves.
+    deadline: see `_LeavesCpus`; workers that run look at the clock themselves.
     """
 
     def __init__(self, *args: Any, deadline: float | None = None, **kwargs: Any) -> None:
