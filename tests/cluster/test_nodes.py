@@ -137,17 +137,17 @@ def test_a_run_that_waits_for_nodes_ends_when_its_time_is_up(cluster: Cluster, o
     manifest = write_awkward(output.with_name("data"))
     add_nodes(cluster, 2)
     env = {"RAY_ADDRESS": cluster.address, "ONE_DISK": "1", "PACE_S": "0.3"}
-    flags = ["--steps", "10000", "--data-cpus", "1", "--max-hours", "0.025"]
+    flags = ["--steps", "10000", "--data-cpus", "1", "--max-hours", "0.06"]
     with start(manifest.root, output, *flags, env=env) as run:
         run.reach(8, workers=2)
         lost = node_of_a_worker(cluster, run)
         cluster.remove_node(
             next(node for node in cluster.worker_nodes if node.node_id == lost), allow_graceful=False
         )
-        log = run.wait(status=75, seconds=200)
+        log = run.wait(status=75, seconds=400)
     assert "Waiting for nodes" in log
     step = checkpoint.last_committed_step(str(output))
-    assert f"--max-hours 0.025 are over; step {step} of 10000 is committed. The same command goes on." in log
+    assert f"--max-hours 0.06 are over; step {step} of 10000 is committed. The same command goes on." in log
 
 
 def drain(address: str, node: str, seconds: int) -> None:
