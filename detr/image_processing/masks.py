@@ -44,7 +44,8 @@ def _encode(segmentation: Any, height: int, width: int, where: str) -> dict[str,
     if isinstance(segmentation, list) and all(
         isinstance(polygon, Sequence) and len(polygon) >= 6 for polygon in segmentation
     ):
-        if not all(abs(value) <= LARGEST_COORDINATE for polygon in segmentation for value in polygon):
+        polygons = [np.asarray(polygon, np.float64) for polygon in segmentation]
+        if not all((np.abs(polygon) <= LARGEST_COORDINATE).all() for polygon in polygons):
             raise ValueError(
                 f"{where} has a polygon with coordinates that are NaN or beyond {LARGEST_COORDINATE:g}"
             )

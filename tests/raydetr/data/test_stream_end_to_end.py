@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,11 @@ def job(manifest: Manifest, first: int = 0, last: int | None = None, grouped: bo
     )
 
 
+@dataclass(frozen=True, eq=False)
 class Held(ShardSource):
     """Shards whose records are held back until a file is there; it notes the windows that are listed."""
 
-    def __init__(self, source: ShardSource, folder: Path) -> None:
-        super().__init__(source.root, source.files, source.row_group_size, source.labels)
-        object.__setattr__(self, "folder", folder)
+    folder: Path
 
     def sizes(self, window: Window) -> Sizes:
         with Path(self.folder, "listed").open("a") as file:
@@ -244,7 +243,7 @@ def test_windows_are_listed_a_few_ahead_of_those_that_are_worked_on(
     """Of thousands; Ray Data reads what is listed in this process, where the bound can be lowered."""
     monkeypatch.setattr(in_flight, "WINDOWS_AHEAD", 10)
     work = job(manifest, last=10_000)
-    work = replace(work, source=Held(shard_source(manifest), tmp_path))
+    work = replace(work, source=Held(**vars(shard_source(manifest)), folder=tmp_path))
     rows: Any = iter(stream.dataset(work, 1, 0).iter_batches(batch_size=None, batch_format="pyarrow"))
     with contextlib.closing(rows), ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, rows)
