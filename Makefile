@@ -20,7 +20,7 @@ soak: $(READY)
 
 # What everything costs beside what a user would take instead: `make bench BENCH='--only single'` for some rows.
 bench: $(READY)
-	$(BIN)/python tests/benchmarks/bench.py $(BENCH)
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 check: $(READY)
 	$(BIN)/ruff check .

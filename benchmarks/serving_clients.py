@@ -1,7 +1,7 @@
 """Clients of an endpoint in a process of their own; prints what they saw as JSON.
 
-    python tests/benchmarks/serving_clients.py URL --images FOLDER --clients 8 --seconds 20
-    python tests/benchmarks/serving_clients.py URL --images FOLDER --rate 40 --seconds 20
+    python benchmarks/serving_clients.py URL --images FOLDER --clients 8 --seconds 20
+    python benchmarks/serving_clients.py URL --images FOLDER --rate 40 --seconds 20
 
 With `--clients` each one sends its next image when it has the answer to the last; with `--rate` images are sent at that
 many per second, whatever the answers do. The first `--warm-up` seconds do not count.

@@ -1,6 +1,6 @@
 """Images per second of an evaluation's predictions against the same model in a plain loop of one process.
 
-    python tests/benchmarks/evaluation.py [--images 512] [--actors 2] [--rounds 3]
+    python benchmarks/evaluation.py [--images 512] [--actors 2] [--rounds 3]
 
 The loop reads, decodes, prepares and predicts in one thread, batches of equal shapes as the actors have them. The
 evaluation does the same by Ray Data actors of one thread each. Both do all images and a quarter of them; the rate is

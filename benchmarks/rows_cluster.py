@@ -9,7 +9,7 @@ from pathlib import Path
 from pairs import Row
 
 HERE = Path(__file__).parent
-DATA = HERE.parents[2] / "shared" / "data" / "coco128"
+DATA = HERE.parents[1] / "shared" / "data" / "coco128"
 
 
 def stream() -> Row:

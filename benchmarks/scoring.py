@@ -1,6 +1,6 @@
 """Scoring against the reference evaluators: CPU seconds and peak memory, each in a process of its own.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/scoring.py [--images 5000 --detections 100]
+    OMP_NUM_THREADS=1 python benchmarks/scoring.py [--images 5000 --detections 100]
 
 Boxes and masks: COCO's 12 figures of synthetic predictions, from columns as they are in a table of predictions and from
 dicts for pycocotools. Panoptic: PQ of 100 pairs of maps in the way of panopticapi. Memory is what scoring adds

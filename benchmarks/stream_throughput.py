@@ -1,6 +1,6 @@
 """Images per CPU second of the stream, all processes counted, against the same functions in a plain loop.
 
-    python tests/benchmarks/stream_throughput.py [--rounds 3] [--images 2000] [--json FILE]
+    python benchmarks/stream_throughput.py [--rounds 3] [--images 2000] [--json FILE]
 
 The loop reads, decodes, augments and packs in one thread and unpacks as a worker does. The stream does the same
 through Ray Data and a streaming split, as Ray Train's workers get it; its rate is that of the steady state: between

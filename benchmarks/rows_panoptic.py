@@ -1,6 +1,6 @@
 """Panoptic quality of PNGs against panopticapi's way, and the PNGs themselves: rows of the table of `bench.py`.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=tests/benchmarks python -c "import rows_panoptic as r; [print(row()) for row in r.ROWS.values()]"
+    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -c "import rows_panoptic as r; [print(row()) for row in r.ROWS.values()]"
 
 The truth are 200 maps of COCO. Predictions are these maps, a few pixels aside, under ids from 1 as a model gives them,
 with some segments left out and some of another category; written by `write_panoptic_png`.
@@ -21,7 +21,7 @@ from detr.image_transforms import id_to_rgb
 from detr.panoptic_png import read_panoptic_colors, read_panoptic_png, write_panoptic_png
 from raydetr.evaluation.panoptic_quality import count_maps, panoptic_figures
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "coco128" / "annotations"
+DATA = Path(__file__).parents[2] / "shared" / "data" / "coco128" / "annotations"
 
 
 def maps() -> tuple[Maps, Maps, list[dict[str, Any]]]:

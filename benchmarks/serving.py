@@ -1,6 +1,6 @@
 """The endpoint beside the bare model, and beside a plain FastAPI app with transformers: images per second and waiting.
 
-    python tests/benchmarks/serving.py [--seconds 20] [--rounds 3] [--clients 1 8 32 128] [--json FILE]
+    python benchmarks/serving.py [--seconds 20] [--rounds 3] [--clients 1 8 32 128] [--json FILE]
 
 One model (resnet18, images of coco128 with a shortest edge of 480 pixels), one machine: the endpoint has a replica of one
 thread for every core, and its clients, its HTTP side and the model share the cores. The bare model runs in the faster of
@@ -37,7 +37,7 @@ from raydetr.serving.app import Replicas, application, endpoint
 from raydetr.serving.detector import Batching
 
 HERE = Path(__file__).parent
-IMAGES = HERE.parents[2] / "shared" / "data" / "coco128" / "train2017"
+IMAGES = HERE.parents[1] / "shared" / "data" / "coco128" / "train2017"
 BATCH = 8
 PORT, RIVAL_PORT = 8731, 8732
 CORES = len(os.sched_getaffinity(0))

@@ -1,6 +1,6 @@
 """Ingest: MB and images per second, and the driver's peak memory as the data set grows.
 
-    python tests/benchmarks/ingest.py
+    python benchmarks/ingest.py
 
 The speed is that of coco128's images under many ids (1,024 files); the memory that of 5,000, 20,000 and 80,000 tiny
 images with seven objects each, a process for each size.

@@ -1,6 +1,6 @@
 """What a user would write without a platform: FastAPI and transformers, one image per request, on all cores.
 
-python tests/benchmarks/serving_rival.py FOLDER PORT
+python benchmarks/serving_rival.py FOLDER PORT
 """
 
 import io

@@ -1,6 +1,6 @@
 """The stream's memory: through a small object store, and with ever larger data sets.
 
-    python tests/benchmarks/stream_memory.py
+    python benchmarks/stream_memory.py
 
 First a stream of nearly four times the object store: is anything spilled to disk? Then 80,000 small images, from a data set
 of 5,000 over and over, of 20,000 and of 80,000: the most that any process, and the object store, has.

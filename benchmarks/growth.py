@@ -1,7 +1,7 @@
 """What inference costs as the work grows: time and memory at 1, 2, 4 and 8 times the pixels, queries and images, and as many
 processes as there are cores.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/growth.py [--picture docs/growth.png]
+    OMP_NUM_THREADS=1 python benchmarks/growth.py [--picture docs/growth.png]
 
 resnet50, optimised, float32, one thread; from one image of 400 x 533 with 100 queries. Every point is a process of its
 own, or several at once: seconds of the clock for one pass, the median of three, and the most memory that it took

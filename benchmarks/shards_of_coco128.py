@@ -17,7 +17,7 @@ from raydetr.data.record import Entry, make_record
 from raydetr.data.shard_writer import ShardSummary, write_manifest, write_shard
 from raydetr.data.shards import MANIFEST, Manifest
 
-SOURCE = Path(__file__).parents[3] / "shared" / "data" / "coco128"
+SOURCE = Path(__file__).parents[2] / "shared" / "data" / "coco128"
 RECORDS_PER_SHARD = 512
 
 

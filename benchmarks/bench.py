@@ -1,6 +1,6 @@
 """One table of how fast everything is, each row beside what a user would take instead.
 
-    python tests/benchmarks/bench.py [--only WORD] [--json FILE] [--compare FILE]
+    python benchmarks/bench.py [--only WORD] [--json FILE] [--compare FILE]
 
 Every row times ours and the reference in turn in one process of one thread and asserts that their outputs are equal.
 The process is the row's own: what ran before leaves memory behind that is faster than new memory. The stream and the

@@ -1,6 +1,6 @@
 """How long a worker waits for the first step of an epoch, against any other step.
 
-    python tests/benchmarks/epoch_boundary.py [--epochs 6] [--step-seconds 0.5]
+    python benchmarks/epoch_boundary.py [--epochs 6] [--step-seconds 0.5]
 
 The worker takes as long for a step as given, longer than the stream needs to make one; small images, so that an epoch
 is short. A stream that stopped between epochs would show as the start of one: seconds.

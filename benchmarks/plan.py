@@ -1,6 +1,6 @@
 """The plan at COCO's size: seconds for a whole epoch, share of padding, number of padded shapes.
 
-    python tests/benchmarks/plan.py
+    python benchmarks/plan.py
 
 Image sizes are those of coco128's images, drawn at random: 118,287 records in shards of 780 (128 MB each).
 """

@@ -1,6 +1,6 @@
 """Images and annotations to a model's inputs against transformers: rows of the table that `bench.py` prints.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=tests/benchmarks python -c "import rows_processing as r; [print(row()) for row in r.ROWS.values()]"
+    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -c "import rows_processing as r; [print(row()) for row in r.ROWS.values()]"
 
 Photos of COCO of 480 x 640 pixels become uint8 of 800 x 1066, with their masks at that size. Ours is measured twice: as
 the image processor does it, which is called as transformers' is, and with the functions of the training stream, from a
@@ -27,7 +27,7 @@ from detr.augment import AugmentSpec, apply, apply_masks, draw
 from detr.image_processing.decode import decode_image
 from raydetr.data.mask_targets import MaskKind, mask_targets
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "coco128"
+DATA = Path(__file__).parents[2] / "shared" / "data" / "coco128"
 PICTURES = 8
 SIZE = (480, 640)
 UINT8 = {"do_rescale": False, "do_normalize": False, "do_convert_annotations": True, "do_pad": False}

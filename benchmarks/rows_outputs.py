@@ -1,6 +1,6 @@
 """Post-processing of segmentation against transformers: rows of the table that `bench.py` prints.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=tests/benchmarks python -c "import rows_outputs as r; [print(row()) for row in r.ROWS.values()]"
+    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -c "import rows_outputs as r; [print(row()) for row in r.ROWS.values()]"
 
 Outputs are made up as those of a trained model are: in each image ten queries of a hundred have an object, the others
 say "no object", and their masks, of a batch of 800 x 1066, hardly overlap. Maps and segments must be equal to the bit.

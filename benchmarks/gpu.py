@@ -1,6 +1,6 @@
 """The table of a GPU, and how much of it is used. Needs torch, timm and transformers, not Ray.
 
-    PYTHONPATH=. python tests/benchmarks/gpu.py [--limit 790] [--json FILE]
+    PYTHONPATH=. python benchmarks/gpu.py [--limit 790] [--json FILE]
 
 First the rows of `bench.py` that are about the model, ours and transformers' in turn (float32 as torch does it by
 default, with TF32 in convolutions, in both); then images of 800 x 1066 a second in bfloat16 and their share of what the

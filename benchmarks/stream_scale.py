@@ -1,6 +1,6 @@
 """The real stream over a billion records in a million shards with generated pixels: start, resume, memory.
 
-    python tests/benchmarks/stream_scale.py [--shards 1000000] [--steps 5000]
+    python benchmarks/stream_scale.py [--shards 1000000] [--steps 5000]
 
 Prints seconds to the first batch at step 0 and at a random step, and the memory of the driver (which consumes), of
 the largest data worker and of the split's coordinator along the steps.
