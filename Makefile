@@ -4,21 +4,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-cluster soak bench check format clean
+# Compiled modules are stored after the first import even where the shell forbids it: every worker of Ray is a process
+# of its own, and compiling what it imports takes it 11 s instead of 4.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test test-all nightly bench check format clean
 demo: $(READY)
 	$(BIN)/python pipelines/demo.py
 
-# Two processes, each with a Ray of its own: half of the time is waiting.
+# Three processes: one waits for Ray most of the time.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not cluster'
+	$(BIN)/python -m pytest -n 3
 
-test-cluster: $(READY)
-	$(BIN)/python -m pytest -m '(slow or cluster) and not soak'
+test-all: $(READY)
+	$(BIN)/python -m pytest -n 3 -m 'not nightly'
 
-soak: $(READY)
-	RAYDETR_SOAK_MINUTES=60 $(BIN)/python -m pytest -m soak
+# Takes hours; writes runs/nightly/summary.md.
+nightly: $(READY)
+	$(BIN)/python tests/nightly.py
 
-# What everything costs beside what a user would take instead: `make bench BENCH='--only single'` for some rows.
+# How fast each part is, next to what a user would take instead: `make bench BENCH='--only single'` runs some rows.
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 

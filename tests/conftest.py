@@ -1,18 +1,38 @@
 """Options of the test session, its Ray, and the record of how far the model library is from its references."""
 
 import ctypes
+import functools
 import gc
 import logging
+import os
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+# Ray starts its workers with niceness 15: next to busy test processes they would starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
+# Several processes of tests share the cores: threads of torch and OpenVINO that wait for each other would block them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What the user's shell says about clusters and registries is not for tests.
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("RAYDETR_STORAGE", None)
+
+import hypothesis.configuration
 import pytest
 import ray
+from xdist.scheduler import LoadScopeScheduling
 
 from raydetr import cluster
+from tests import resources
 from tests.checklist import Outcome, write_table
+from tests.run_pipeline import pipeline, pipeline_process
+
+__all__ = ["pipeline", "pipeline_process"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +44,11 @@ class Marks:
     files: set[Path]
 
 
+ROOT = Path(__file__).parents[1]
 MARKS = pytest.StashKey[Marks]()
 _DIFFERENCES = pytest.StashKey[list[float]]()
 _OUTCOMES = pytest.StashKey[list[Outcome]]()
+_TREE = pytest.StashKey[set[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,16 +57,57 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir())
+    gc.disable()  # until the tests are collected
     config.stash[_OUTCOMES] = []
+    config.stash[_TREE] = _tree()
+
+
+def _tree() -> set[str]:
+    """What `git status` lists in this checkout: changed, new and ignored files, but for caches."""
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=all", "--ignored"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    caches = ("__pycache__/", "_cache/", ".egg-info/", ".venv/", ".test-output")
+    return {line for line in listed if not any(cache in line for cache in caches)}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        resources.mark(item)
     config.stash[MARKS] = Marks(
         {(mark.args[0], mark.args[1]) for item in items for mark in item.iter_markers("checklist")},
         {mark.args[0] for item in items for mark in item.iter_markers("known_issue")},
         {item.path for item in items},
     )
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the million objects of imported packages, which took it a quarter of the tests' time."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+class LaneScheduling(LoadScopeScheduling):
+    """Run the files that use the session's Ray one after the other in one process, so that it is started once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if _uses_session_ray(file) else file
+
+
+@functools.cache
+def _uses_session_ray(file: str) -> bool:
+    return "ray_local" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LaneScheduling:
+    return LaneScheduling(config, log)
 
 
 @pytest.fixture
@@ -83,6 +146,21 @@ def ray_local() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    before = ray.is_initialized()
+    yield
+    assert ray.is_initialized() == before or item.get_closest_marker("ray"), (
+        "this test starts or stops Ray without the fixture ray_local: it would cost seconds and disturb other tests"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _in_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths, such as that of the embedded registry, lead to the test's own folder, not into the checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _free_memory() -> Iterator[None]:
     """Two processes of tests and what they start share a machine; the C library keeps what torch gave back."""
@@ -103,7 +181,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             item.config.stash[_OUTCOMES].append(Outcome(section, row, item.nodeid, report.outcome, largest))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    changed = _tree() - session.config.stash[_TREE]
+    if changed and not hasattr(session.config, "workerinput"):
+        print(
+            "\nThe checkout changed while the tests ran; tests write to tmp_path only:",
+            *sorted(changed),
+            sep="\n",
+        )
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     file = session.config.getoption("--checklist-table")
     if file is not None:
         write_table(Path(file), session.config.stash[_OUTCOMES])

@@ -130,6 +130,7 @@ def test_a_row_brings_its_box_forward_by_pointer_and_keyboard(server: Server, vi
     assert pixels(opened.page) == plain
 
 
+@pytest.mark.slow
 def test_an_example_is_asked_for_by_keyboard_alone(server: Server, visit: Open) -> None:
     opened = visit()
     expect(opened.page.locator(".thumbs button")).to_have_text(["street", "table", "shapes"])
@@ -189,6 +190,7 @@ def test_another_format_is_sent_as_png(server: Server, visit: Open) -> None:
     assert Image.open(io.BytesIO(server.bodies[0])).format == "PNG"
 
 
+@pytest.mark.slow
 def test_the_copied_commands_do_what_the_page_does(
     server: Server, visit: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +220,7 @@ def test_the_copied_commands_do_what_the_page_does(
     assert [label for label, _, _ in printed] == [each["label"] for each in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_is_wider_than_the_window_and_dark_is_dark(server: Server, visit: Open, width: int) -> None:
     server.replies.append((429, "busy " * 40 + "x" * 200, {"Retry-After": "100"}))
@@ -239,6 +242,7 @@ def test_nothing_is_wider_than_the_window_and_dark_is_dark(server: Server, visit
     assert sum(int(part) for part in paper[4:-1].split(",")) < 150
 
 
+@pytest.mark.slow
 def test_everything_that_can_be_used_has_a_name(server: Server, visit: Open) -> None:
     opened = visit()
     opened.choose(png(120, 180))

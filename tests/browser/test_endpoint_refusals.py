@@ -9,6 +9,8 @@ from playwright.sync_api import expect
 from tests.browser.endpoint import Open, Server
 from tests.tiny_detr import png
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("status", "title", "button"),

@@ -13,6 +13,8 @@ from raydetr.serving.segments import SegmentRequest, segments
 from tests.browser.endpoint import Open, Server, pixels
 from tests.tiny_detr import png
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", ["instance", "panoptic", "semantic"])
 def test_segments_are_those_of_the_model(server: Server, visit: Open, kind: str) -> None:

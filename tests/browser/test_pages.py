@@ -15,6 +15,8 @@ from raydetr.evaluation.truth import read_truth
 from tests.awkward import write_awkward
 from tests.raydetr.evaluation.page_examples import make_record, spoilt_predictions
 
+pytestmark = pytest.mark.slow
+
 Open = Callable[..., Page]
 
 

@@ -155,7 +155,7 @@ def test_a_token_is_asked_for_everywhere() -> None:
 
 
 def test_no_credentials_are_written_down() -> None:
-    text = (ROOT / "cluster.yaml").read_text() + "".join(file.read_text() for file in DEPLOY.iterdir())
+    text = (ROOT / "cluster.yaml").read_text() + "".join(file.read_text() for file in DEPLOY.glob("*.*"))
     assert all(node_type["node_config"]["IamInstanceProfile"] for node_type in NODE_TYPES.values())
     assert not any(word in text for word in ("AWS_ACCESS_KEY", "AWS_SECRET", "RAY_AUTH_TOKEN="))
 

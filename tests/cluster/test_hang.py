@@ -10,7 +10,7 @@ from tests import training_record
 from tests.awkward import write_awkward
 from tests.cluster.fault_runs import Run, attempts, losses, received, start
 
-pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1200)]
 
 STEPS = 16
 FLAGS = f"--steps {STEPS} --checkpoint-every 4 --hang-after-s 30".split()

@@ -9,7 +9,7 @@ from tests.cluster.local_head import copy_project, start_head, submit
 
 TINY = ["--steps", "2", "--output", "runs/tiny", "--name", ""]
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PROBE = """
 import ray

@@ -20,7 +20,7 @@ SEED = random.SystemRandom().randrange(10**6)
 STEPS_A_KILL = 20
 DRIVER_KILLS = 10
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def check(manifest: Manifest, output: Path, steps: int) -> list[int]:
@@ -36,7 +36,7 @@ def check(manifest: Manifest, output: Path, steps: int) -> list[int]:
     return lost
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.nightly)])
 def test_workers_are_killed(kills: int, tmp_path: Path) -> None:
     print(f"seed {SEED}")
     rng = random.Random(SEED)
@@ -56,7 +56,7 @@ def test_workers_are_killed(kills: int, tmp_path: Path) -> None:
     print(f"workers (rank, step) killed: {killed}; steps lost {lost}, {sum(lost)} in all")
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_drivers_are_killed(tmp_path: Path) -> None:
     """At a random step, or at a random moment of the start; with each its Ray goes too."""
     print(f"seed {SEED}")

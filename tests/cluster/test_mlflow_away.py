@@ -28,7 +28,7 @@ from tests.raydetr.registry.judged import guesses, put_on_file
 from tests.raydetr.registry.versions import bare_versions
 from tests.tiny_detr import save_tiny_detr
 
-pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
 AWAY_S = 65.0
 BLUR = 0.16

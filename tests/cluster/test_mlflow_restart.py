@@ -11,7 +11,7 @@ from tests.awkward import write_awkward
 from tests.cluster.fault_runs import losses, received, start
 from tests.mlflow_server import kill, mlflow_server
 
-pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 
 
 def test_a_server_that_is_killed_and_comes_back_has_every_step_once(tmp_path: Path) -> None:

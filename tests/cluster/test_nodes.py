@@ -14,7 +14,7 @@ from tests import training_record
 from tests.awkward import write_awkward
 from tests.cluster.fault_runs import Run, attempts, environment, losses, received, start
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 EXACT = ["--precision", "float64", "--dropout", "0.1", "--query-groups", "2"]
 
@@ -46,7 +46,7 @@ def node_of_a_worker(cluster: Cluster, run: Run) -> str:
     return next(row["node"] for row in rows if row["node"] != cluster.head_node.node_id)
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_a_run_goes_on_with_three_workers_of_four_and_grows_again(cluster: Cluster, output: Path) -> None:
     """Four workers, three, four: the records, and the losses of one that nothing happened to."""
     manifest = write_awkward(output.with_name("data"))

@@ -12,7 +12,7 @@ from raydetr.training import checkpoint
 from tests.awkward import write_awkward
 from tests.cluster.fault_runs import attempts, losses, of_driver, received, start, training_state
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 24
 FLAGS = f"--steps {STEPS} --precision float64 --dropout 0.1 --ema-decay 0.9 --query-groups 2 --warmup-steps 5".split()
@@ -23,7 +23,7 @@ def train_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_awkward(tmp_path_factory.mktemp("data")).root
 
 
-@pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.soak)])
+@pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.nightly)])
 def workers(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 

@@ -19,7 +19,7 @@ from tests.cluster.local_head import ROOT, copy_project, free_port, start_head, 
 from tests.mlflow_server import mlflow_server
 from tests.tiny_detr import save_tiny_detr
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def cron_line() -> str:

@@ -17,7 +17,7 @@ from tests.raydetr.s3 import S3, s3, s3_server
 
 __all__ = ["s3", "s3_server"]
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 16
 FLAGS = f"--steps {STEPS} --checkpoint-every 4 --hang-after-s 300".split()
@@ -39,7 +39,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_a_full_disk_is_one_clear_error_and_with_room_the_same_command_finishes(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     disk = tmp_path / "disk"
@@ -70,7 +70,7 @@ def test_a_full_disk_is_one_clear_error_and_with_room_the_same_command_finishes(
         print(f"disk full at step {done + 4}: steps lost {lost}")
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_an_s3_that_fails_for_a_minute_holds_the_run_up_and_no_more(s3: S3, tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     for file in (tmp_path / "data").iterdir():

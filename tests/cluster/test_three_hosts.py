@@ -27,8 +27,7 @@ TINY = [
 ]
 
 pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.soak,
+    pytest.mark.nightly,
     pytest.mark.timeout(1500),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces"),
 ]

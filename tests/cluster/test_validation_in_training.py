@@ -1,23 +1,20 @@
 """A run under Ray Train that validates while it trains, by tasks of their own and by its workers, and ends early."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from raydetr.registry.tracking import client
 from tests.awkward import write_whole_masks
+from tests.run_pipeline import RunPipeline
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_local")]
 
-ROOT = Path(__file__).parents[2]
 FLAGS = [
     *("--task", "instance", "--steps", "8", "--checkpoint-every", "2", "--max-failures", "0"),
     *("--validate-every", "2", "--patience", "2", "--learning-rate", "0", "--backbone-learning-rate", "0"),
-    *("--backbone", "resnet18", "--backbone-out-indices", "1", "2", "3", "4", "--backbone-weights", ""),
+    *("--backbone", "test_resnet", "--backbone-out-indices", "1", "2", "3", "4", "--backbone-weights", ""),
     *("--d-model", "32", "--encoder-layers", "1", "--decoder-layers", "2", "--ffn-dim", "32"),
     *("--num-queries", "8", "--micro-batch-size", "2", "--precision", "bf16", "--query-groups", "2"),
     *("--shortest-edges", "48", "64", "--longest-edge", "96", "--test-edge", "64"),
@@ -27,19 +24,14 @@ FLAGS = [
 
 
 @pytest.mark.parametrize(("cpus", "pauses"), [("0", False), ("1", True)], ids=["background", "between steps"])
-def test_masks_are_validated_while_they_are_trained(tmp_path: Path, cpus: str, pauses: bool) -> None:
+def test_masks_are_validated_while_they_are_trained(
+    tmp_path: Path, pipeline: RunPipeline, cpus: str, pauses: bool
+) -> None:
     """Nothing is learned, so nothing gets better: two validations after the first the run ends, its model the first."""
     write_whole_masks(tmp_path / "train", 5)
     write_whole_masks(tmp_path / "val", 4)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "pipelines/train.py"), "--json", "summary.json", "--output", "run"]
-        + ["--train-data", "train", "--val-data", "val", "--validation-cpus", cpus, *FLAGS],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    flags = ["--train-data", "train", "--val-data", "val", "--validation-cpus", cpus]
+    done = pipeline("train", "--json", "summary.json", "--output", "run", *flags, *FLAGS, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert ("Training pauses for each validation" in done.stdout) is pauses
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -20,7 +20,7 @@ from tests.exact_reference import exact_reference
 __all__ = ["exact_reference"]
 
 SMALL = {
-    "backbone": "resnet18",
+    "backbone": "test_resnet",
     "d_model": 64,
     "encoder_layers": 2,
     "decoder_layers": 3,
@@ -37,11 +37,6 @@ SMALL = {
 
 MOST_TWINS = 6
 """So many are kept, the last ones used: all of them would take gigabytes."""
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def small_config(**changes: Any) -> DetrConfig:

@@ -18,10 +18,11 @@ from detr.config import DetrConfig
 from detr.model import DetrForObjectDetection, DetrModel
 from detr.segmentation import DetrForSegmentation
 from tests.detr.conftest import separate_the_queries
+from tests.tiers import rest_slow
 
 KEYS = Path(__file__).parents[2] / "../shared/spec/keys"
 CASES = {
-    "resnet18": {},
+    "resnet18": {"backbone": "resnet18"},
     "learned positions": {"position_embedding_type": "learned"},
     "mobilenet": {"backbone": "tf_mobilenetv3_small_075", "compat": "transformers"},
     "auxiliary": {"auxiliary_loss": True, "compat": "transformers"},
@@ -60,7 +61,7 @@ def predict(model, batch):
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "files")
 @pytest.mark.checklist("2. Backbone", "HF ResNet backbone (`no_timm`)")
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "learned position keys")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(CASES, fast=4))
 def test_transformers_loads_our_folder_and_we_load_theirs(case, make_twins, make_batch, tmp_path: Path):
     twins, batch = make_twins(**CASES[case]), make_batch()
     model_class = type(twins.ours)
@@ -370,7 +371,7 @@ def test_a_pth_of_the_original_is_loaded_without_a_configuration(
     values, make_twins, make_batch, tmp_path: Path
 ):
     heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8}
-    ours, batch = make_twins(**heads, **values).ours, make_batch()
+    ours, batch = make_twins(**{"backbone": "resnet18"} | heads | values).ours, make_batch()
     file = tmp_path / "detr.pth"
     torch.save(
         {
@@ -404,7 +405,7 @@ def test_a_file_that_is_no_original_and_pickled_code_are_refused(make_twins, tmp
 def test_weights_are_saved_in_shards_that_both_libraries_load(make_twins, make_batch, tmp_path: Path):
     ours, batch = make_twins().ours, make_batch()
     expected = predict(ours, batch).logits
-    ours.save_pretrained(tmp_path, max_shard_size="10MB")
+    ours.save_pretrained(tmp_path, max_shard_size="500KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert torch.equal(predict(DetrForObjectDetection.from_pretrained(tmp_path), batch).logits, expected)
     theirs = transformers.DetrForObjectDetection.from_pretrained(tmp_path)

@@ -1,8 +1,5 @@
-"""Two processes against one; run as a script, this file is one of the processes."""
+"""Two processes against one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from detr.criterion import target_counts
 from detr.distributed import average_normalisers
 from detr.model import DetrForObjectDetection
 from detr.segmentation import DetrForSegmentation
+from tests.ranks import process_group, run_ranks
 
 WORLD_SIZE = 2
 OBJECTS = (3, 6, 0, 1)  # of four images: two for each process
@@ -34,7 +32,7 @@ def make_model(variant: str) -> nn.Module:
     model_class = DetrForSegmentation if values.pop("segmentation", False) else DetrForObjectDetection
     return model_class(
         DetrConfig(
-            backbone="resnet18",
+            backbone="test_resnet",
             d_model=32,
             encoder_layers=1,
             decoder_layers=2,
@@ -76,10 +74,12 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def run_process(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE
-    )
+    with process_group(folder / "store", rank, WORLD_SIZE):
+        torch.save(train(rank), folder / f"{rank}.pt")
+
+
+def train(rank: int) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """The loss and the averaged gradients of each variant."""
     results = {}
     for variant in VARIANTS:
         model = nn.parallel.DistributedDataParallel(make_model(variant))
@@ -92,27 +92,14 @@ def run_process(rank: int, folder: Path) -> None:
         results[variant] = (loss.detach(), gradients(model))
     normalisers = average_normalisers(labels[part], None, model.module.config, 2.0, None, torch.device("cpu"))
     assert normalisers[0] == 2.0
-    torch.save(results, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict]:
     """What each process found, by variant: its loss and the gradients after averaging."""
     folder = tmp_path_factory.mktemp("processes")
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    errors = [process.communicate(timeout=500)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * WORLD_SIZE, "\n".join(errors)
+    run_ranks(WORLD_SIZE, run_process, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
@@ -146,7 +133,3 @@ def test_one_process_uses_its_own_counts():
     with torch.no_grad():
         given = model(pixels, labels=labels, num_boxes=num_boxes, class_weight_sum=class_weight_sum).loss
         torch.testing.assert_close(model(pixels, labels=labels).loss, given, rtol=1e-12, atol=0)
-
-
-if __name__ == "__main__":
-    run_process(int(sys.argv[1]), Path(sys.argv[2]))

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.export import Dim
 
+from tests.tiers import rest_slow
+
 SIZES = (((96, 128), (64, 70)), ((64, 64),), ((100, 70), (33, 70), (100, 41)))
 DYNAMIC = {
     "pixel_values": {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO},
@@ -19,7 +21,7 @@ def export(model, batch):
 
 @pytest.mark.checklist("3. Position embeddings and transformer", "outputs")
 @pytest.mark.known_issue(20)
-@pytest.mark.parametrize("segmentation", [False, True])
+@pytest.mark.parametrize("segmentation", rest_slow([False, True]))
 def test_an_exported_model_answers_as_the_model_for_any_batch_and_size(
     segmentation, make_twins, make_batch, difference
 ):
@@ -36,6 +38,7 @@ def test_an_exported_model_answers_as_the_model_for_any_batch_and_size(
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_pixel_mask_stays_an_input_that_counts(make_twins, make_batch):
     batch = make_batch(SIZES[0])
     program = export(make_twins().ours, batch).module()

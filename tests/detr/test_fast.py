@@ -58,7 +58,7 @@ def test_it_is_as_exact_as_the_plain_model(backbone: str) -> None:
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @torch.inference_mode()
 def test_linear_layers_are_packed_with_no_activation_but_their_own(activation: str) -> None:
-    plain = make_model("resnet18", activation_function=activation)
+    plain = make_model("test_resnet", activation_function=activation)
     fast = plain.optimize()
     for part in (fast.model.encoder, fast.model.decoder):
         kinds = {type(module) for module in part.modules()}
@@ -76,7 +76,7 @@ def test_linear_layers_are_packed_with_no_activation_but_their_own(activation: s
 def test_the_first_self_attention_is_computed_where_it_is_no_constant(
     given: str, auxiliary_loss: bool
 ) -> None:
-    plain = make_model("resnet18", auxiliary_loss=auxiliary_loss)
+    plain = make_model("test_resnet", auxiliary_loss=auxiliary_loss)
     fast = plain.optimize()
     random = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, 3, 64, 80, generator=random)
@@ -101,7 +101,7 @@ def test_the_first_self_attention_is_computed_where_it_is_no_constant(
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (3, 3, 50, 171), (1, 3, 224, 96)])
 @torch.inference_mode()
 def test_one_copy_takes_images_of_any_size(shape: tuple[int, ...]) -> None:
-    plain = make_model("resnet18")
+    plain = make_model("test_resnet")
     fast = plain.optimize()
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for _ in range(2):  # a second time: nothing it keeps was overwritten
@@ -124,7 +124,7 @@ def test_all_maps_of_the_backbone_and_the_masks_are_those_of_the_plain_model() -
 
 
 def test_the_model_itself_stays_as_it_is() -> None:
-    plain = make_model("resnet18").train()
+    plain = make_model("test_resnet").train()
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     fast = plain.optimize()
     with torch.no_grad():
@@ -147,22 +147,22 @@ def test_a_resnet_has_no_norm_and_no_sum_left() -> None:
 
 def test_what_is_optimised_cannot_be_saved(tmp_path) -> None:
     with pytest.raises(ValueError, match="optimize"):
-        make_model("resnet18").optimize().save_pretrained(tmp_path)
+        make_model("test_resnet").optimize().save_pretrained(tmp_path)
 
 
 def test_what_is_optimised_takes_no_other_weights() -> None:
     """Those of folded and packed layers are elsewhere: it would be half of one model and half of another."""
-    plain = make_model("resnet18")
+    plain = make_model("test_resnet")
     for other in (plain.state_dict(), plain.optimize().state_dict()):
         for strict in (True, False):
             with pytest.raises(ValueError, match="cannot take other weights"):
                 plain.optimize().load_state_dict(other, strict=strict)
-    make_model("resnet18").load_state_dict(plain.state_dict())
+    make_model("test_resnet").load_state_dict(plain.state_dict())
 
 
 @torch.inference_mode()
 def test_a_batch_of_no_images_has_no_answers() -> None:
-    plain = make_model("resnet18")
+    plain = make_model("test_resnet")
     fast = plain.optimize()
     none = torch.zeros(0, 3, 64, 96)
     for model in (plain, fast):
@@ -174,14 +174,14 @@ def test_a_batch_of_no_images_has_no_answers() -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @torch.inference_mode()
 def test_a_copy_of_a_model_that_has_answered_answers_alike(copied: Callable[[nn.Module], nn.Module]) -> None:
-    fast = make_model("resnet18").optimize()
+    fast = make_model("test_resnet").optimize()
     pixels = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     expected = fast(pixels).logits
     assert torch.equal(copied(fast)(pixels).logits, expected)
 
 
 def test_what_is_optimised_stays_in_its_dtype() -> None:
-    fast = make_model("resnet18").optimize(dtype=torch.bfloat16)
+    fast = make_model("test_resnet").optimize(dtype=torch.bfloat16)
     assert fast.optimize(dtype=torch.bfloat16) is fast.optimize() is fast
     with pytest.raises(ValueError, match="is optimised in"):
         fast.optimize(dtype=torch.float32)
@@ -192,7 +192,7 @@ def test_a_model_that_nobody_holds_is_freed_without_the_garbage_collector(optimi
     gc.collect()
     gc.disable()
     try:
-        model = make_model("resnet18")
+        model = make_model("test_resnet")
         if optimise:
             model = model.optimize()
             model(torch.zeros(1, 3, 64, 64))
@@ -205,7 +205,7 @@ def test_a_model_that_nobody_holds_is_freed_without_the_garbage_collector(optimi
 
 def test_models_answer_and_are_made_while_others_are_made() -> None:
     # torch.fx changes nn.Module for the whole process while it traces
-    plain = make_model("resnet18")
+    plain = make_model("test_resnet")
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = plain(pixels).logits
@@ -239,7 +239,7 @@ def test_a_net_that_cannot_be_traced_stays_as_it_is() -> None:
         def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
             return self.net(x if x.sum() > 0 else -x)
 
-    plain = make_model("resnet18")
+    plain = make_model("test_resnet")
     encoder = plain.model.backbone.conv_encoder
     encoder.model = Branches(encoder.model)
     fast = plain.optimize()
@@ -247,7 +247,7 @@ def test_a_net_that_cannot_be_traced_stays_as_it_is() -> None:
 
 
 def test_float64_is_folded_and_not_packed() -> None:
-    plain = make_model("resnet18").double()
+    plain = make_model("test_resnet").double()
     fast = plain.optimize()
     pixels = torch.randn(1, 3, 64, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

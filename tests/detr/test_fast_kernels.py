@@ -81,7 +81,9 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("script", [pytest.param(LAYERS, id="layers"), pytest.param(MASKS, id="masks")])
+@pytest.mark.parametrize(
+    "script", [pytest.param(LAYERS, id="layers"), pytest.param(MASKS, id="masks", marks=pytest.mark.slow)]
+)
 def test_kernels_compute_what_torch_does(script: str) -> None:
     pytest.importorskip("triton", reason="torch for a CPU has no Triton")
     environment = dict(os.environ)

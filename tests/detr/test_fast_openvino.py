@@ -14,6 +14,7 @@ from detr.detector import ObjectDetector
 from tests.detr.conftest import separate_the_queries, small_config
 from tests.detr.test_detector import random_image
 from tests.detr.test_fast import maximum_error
+from tests.tiers import rest_slow
 
 pytestmark = pytest.mark.skipif(
     find_spec("openvino") is None, reason="needs OpenVINO: pip install 'raydetr[openvino]'"
@@ -39,6 +40,7 @@ def pair():
     return plain, plain.optimize(engine="openvino")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "kind"),
     [("efficientnet_lite0", DetrForObjectDetection), ("resnet50", DetrForSegmentation)],
@@ -57,7 +59,7 @@ def test_it_is_as_exact_as_the_plain_model(backbone, kind):
         torch.testing.assert_close(got.pred_masks, expected.pred_masks, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 50, 171), (1, 224, 96), (1, 33, 40)])
+@pytest.mark.parametrize("shape", rest_slow([(1, 64, 64), (3, 50, 171), (1, 224, 96), (1, 33, 40)], fast=2))
 @pytest.mark.parametrize("masked", [False, True])
 @torch.inference_mode()
 def test_one_copy_takes_images_of_any_size_with_and_without_padding(shape, masked, pair):
@@ -129,6 +131,7 @@ def test_threads_that_share_a_model_get_their_own_answers(pair):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_a_detector_of_a_folder_computes_in_bfloat16_with_heads_in_float32(tmp_path):
     make_model().save_pretrained(tmp_path)
     DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(tmp_path)

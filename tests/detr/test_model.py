@@ -11,7 +11,7 @@ from detr.model import DetrForObjectDetection, DetrModel
 from detr.outputs import DetrEncoderOutput, DetrObjectDetectionOutput
 
 CASES = {
-    "resnet18": {},
+    "resnet18": {"backbone": "resnet18"},
     "resnet50": {"backbone": "resnet50", "encoder_layers": 1},
     "resnet50-dc5": {"backbone": "resnet50", "dilation": True, "encoder_layers": 1},
     "learned positions": {"position_embedding_type": "learned"},
@@ -359,8 +359,7 @@ def test_a_new_model_starts_as_the_original():
     assert state["class_labels_classifier.weight"].abs().max() <= 256**-0.5
 
 
-@pytest.mark.slow
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.known_issue(8)
 def test_a_new_model_learns_a_few_images_by_heart(make_batch):
     """From scratch, with the recipe's clipping: classes and boxes of four images after 300 steps."""

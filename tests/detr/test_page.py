@@ -15,6 +15,7 @@ import transformers
 
 import detr
 from tests.http_folder import serve
+from tests.tiers import rest_slow
 
 SHARED = Path(__file__).parents[3] / "shared"
 PAGE = SHARED / "spec/detr.md"
@@ -100,7 +101,7 @@ def test_the_page_has_nine_blocks_all_of_which_are_tested():
     assert continued == [4]
 
 
-@pytest.mark.parametrize("index", range(NUMBER_OF_BLOCKS))
+@pytest.mark.parametrize("index", rest_slow(range(NUMBER_OF_BLOCKS), fast=2))
 def test_a_block_of_the_page_runs(index, adapt, capsys):
     block = adapt(blocks()[index])
     assert "transformers" not in re.sub(r"#.*", "", block)

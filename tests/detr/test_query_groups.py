@@ -1,8 +1,5 @@
-"""Query groups against the plain model; run as a script, this file is one of two processes."""
+"""Query groups against the plain model."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from detr.criterion import set_loss
 from detr.model import DetrForObjectDetection
 from detr.query_groups import QueryGroups
 from detr.segmentation import DetrForSegmentation
+from tests.ranks import process_group, run_ranks
 
 OBJECTS = {"some": (3, 6, 0, 1), "one process without": (4, 2, 0, 0), "none at all": (0, 0, 0, 0)}
 MODELS = {
@@ -32,7 +30,7 @@ def make_model(variant: str) -> nn.Module:
     values = dict(MODELS[variant])
     model_class = DetrForSegmentation if values.pop("segmentation", False) else DetrForObjectDetection
     config = DetrConfig(
-        backbone="resnet18",
+        backbone="test_resnet",
         d_model=32,
         encoder_layers=1,
         decoder_layers=2,
@@ -89,8 +87,9 @@ def test_one_group_is_the_plain_model_to_the_bit(variant, objects):
     assert torch.equal(plain.loss, ours.loss)
     plain.loss.backward()
     ours.loss.backward()
+    of_groups = gradients(grouped)
     for name, gradient in gradients(model).items():
-        assert torch.equal(gradient, gradients(grouped)[f"model.{name}"]), name
+        assert torch.equal(gradient, of_groups[f"model.{name}"]), name
 
 
 @pytest.mark.parametrize("variant", [v for v in MODELS if v != "layers dropped"])
@@ -203,10 +202,12 @@ def test_the_criterion_counts_layers_group_after_group():
 
 
 def run_process(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+    with process_group(folder / "store", rank, 2):
+        torch.save(train(rank), folder / f"{rank}.pt")
+
+
+def train(rank: int) -> dict[tuple[str, str], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """The loss and the averaged gradients of each model and set of objects."""
     results = {}
     part = slice(2 * rank, 2 * rank + 2)
     for variant in MODELS:
@@ -218,23 +219,12 @@ def run_process(rank: int, folder: Path) -> None:
                 loss = parallel(pixels[part], labels=labels[part]).loss
                 loss.backward()
             results[variant, name] = (loss.detach(), gradients(parallel))
-    torch.save(results, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return results
 
 
 @pytest.mark.slow
 def test_two_processes_compute_the_gradient_of_one(tmp_path):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment)
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=500) for process in processes] == [0, 0]
+    run_ranks(2, run_process, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for (variant, objects), (other_loss, other) in found[1].items():
         loss, first = found[0][variant, objects]
@@ -249,7 +239,3 @@ def test_two_processes_compute_the_gradient_of_one(tmp_path):
         for name, gradient in gradients(grouped).items():
             close(first[name], gradient, f"{variant}, {objects}: {name}")
             close(other[name], gradient, f"{variant}, {objects}: {name}")
-
-
-if __name__ == "__main__":
-    run_process(int(sys.argv[1]), Path(sys.argv[2]))

@@ -7,9 +7,10 @@ from detr.checkpoint_names import to_file_name
 from detr.model import DetrForObjectDetection
 from detr.segmentation import NO_MASK, DetrForSegmentation
 from tests.detr.conftest import small_config
+from tests.tiers import rest_slow
 
 CASES = {
-    "resnet18": {},
+    "resnet18": {"backbone": "resnet18"},
     "resnet50": {"backbone": "resnet50", "encoder_layers": 1},
     "resnet50-dc5": {"backbone": "resnet50", "dilation": True, "encoder_layers": 1},
     "gelu": {"activation_function": "gelu"},
@@ -33,7 +34,7 @@ def twins(make_twins):
 @pytest.mark.checklist("4. Heads, segmentation head", "mask head")
 @pytest.mark.checklist("4. Heads, segmentation head", "pred_masks")
 @pytest.mark.checklist("4. Heads, segmentation head", "out_indices with 3 maps")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(CASES, fast=3))
 def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(
     case, make_twins, make_batch, difference
 ):
@@ -56,7 +57,7 @@ def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(
 
 @pytest.mark.checklist("5. Loss", "masks loss")
 @pytest.mark.checklist("5. Loss", "empty targets")
-@pytest.mark.parametrize("objects", [(3, 5), (0, 4), (0, 0), (20, 2)])
+@pytest.mark.parametrize("objects", rest_slow([(3, 5), (0, 4), (0, 0), (20, 2)], fast=2))
 @pytest.mark.parametrize("auxiliary", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_loss_terms_and_gradients_equal_transformers(
@@ -156,7 +157,7 @@ def test_two_step_training_starts_from_a_detection_folder_and_leaves_the_detecto
 def test_joint_training_learns_boxes_and_masks(make_batch):
     torch.manual_seed(0)
     heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8}
-    model = DetrForSegmentation(small_config(**heads)).train()
+    model = DetrForSegmentation(small_config(backbone="resnet18", **heads)).train()
     batch = make_batch(sizes=((64, 64),), objects=(2,), masks=True)
     batch.labels[0]["masks"][:, :32] = True
     batch.labels[0]["masks"][:, 32:] = False

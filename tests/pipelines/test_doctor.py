@@ -1,9 +1,6 @@
 """pipelines/doctor.py as a user runs it: the flags of train.py, a line for each finding, the exit status."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,22 +10,11 @@ from raydetr.data.shards import Manifest
 from tests.pipelines.test_train import SMALL
 from tests.raydetr.doctor.set_ups import change_manifest, write_data
 from tests.raydetr.s3 import S3, s3, s3_server
+from tests.run_pipeline import RunPipeline
 
 __all__ = ["s3", "s3_server"]
 
-ROOT = Path(__file__).parents[2]
 OWN = ["--overfit-steps", "15", "--loss-share", "0.95", "--overfit-minutes", "10"]
-
-
-def doctor(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "pipelines/doctor.py"), *flags],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -40,18 +26,22 @@ def manifest(tmp_path: Path) -> Manifest:
     ("flags", "message"),
     [(["--workers", "3"], "--micro-batches"), (["--loss-share", "2"], "--loss-share is 2.0")],
 )
-def test_flags_that_cannot_work_end_it_at_once(flags: list[str], message: str, tmp_path: Path) -> None:
-    done = doctor(tmp_path, *flags)
+def test_flags_that_cannot_work_end_it_at_once(
+    flags: list[str], message: str, tmp_path: Path, pipeline: RunPipeline
+) -> None:
+    done = pipeline("doctor", *flags, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-def test_a_healthy_run_is_ok_and_the_summary_says_what_to_expect(tmp_path: Path, manifest: Manifest) -> None:
-    done = doctor(
-        tmp_path, "--train-data", manifest.root, "--output", "run", "--json", "summary.json", *SMALL, *OWN
-    )
+@pytest.mark.usefixtures("ray_local")
+def test_a_healthy_run_is_ok_and_the_summary_says_what_to_expect(
+    tmp_path: Path, manifest: Manifest, pipeline: RunPipeline
+) -> None:
+    flags = ["--train-data", manifest.root, "--output", "run", "--json", "summary.json", *SMALL, *OWN]
+    done = pipeline("doctor", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "FAIL" not in done.stdout.replace("'FAIL'", "")
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -83,8 +73,9 @@ def test_a_healthy_run_is_ok_and_the_summary_says_what_to_expect(tmp_path: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
 def test_everything_that_is_wrong_is_named_at_once_and_the_status_is_2(
-    tmp_path: Path, manifest: Manifest
+    tmp_path: Path, manifest: Manifest, pipeline: RunPipeline
 ) -> None:
     change_manifest(tmp_path, digest="0" * 64)
     (tmp_path / "run").write_text("a file where the folder should be")
@@ -99,9 +90,8 @@ def test_everything_that_is_wrong_is_named_at_once_and_the_status_is_2(
         "64",
     ]
     flags = [*SMALL, *OWN, *wrong, "--learning-rate", "0", "--backbone-learning-rate", "0"]
-    done = doctor(
-        tmp_path, "--train-data", manifest.root, "--output", "run", "--json", "summary.json", *flags
-    )
+    flags += ["--train-data", manifest.root, "--output", "run", "--json", "summary.json"]
+    done = pipeline("doctor", *flags, cwd=tmp_path)
     assert done.returncode == 2, done.stdout[-3000:] + done.stderr[-3000:]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["failed"][:4] == ["mlflow", "output", "train-data", "masks"]
@@ -115,12 +105,12 @@ def test_everything_that_is_wrong_is_named_at_once_and_the_status_is_2(
 @pytest.mark.slow
 @pytest.mark.parametrize("bucket_is_there", [True, False])
 def test_s3_is_read_and_written_and_a_bucket_that_is_not_there_is_named(
-    bucket_is_there: bool, tmp_path: Path, manifest: Manifest, s3: S3
+    bucket_is_there: bool, tmp_path: Path, manifest: Manifest, s3: S3, pipeline_process: RunPipeline
 ) -> None:
     storage.upload_folder(manifest.root, s3.address("train"))
     output = s3.address("run") if bucket_is_there else "s3://no-such-bucket-of-ours/run"
     flags = ["--train-data", s3.address("train"), "--output", output, *SMALL, "--overfit-steps", "0"]
-    done = doctor(tmp_path, *flags)
+    done = pipeline_process("doctor", *flags, cwd=tmp_path)
     assert done.returncode == (0 if bucket_is_there else 2), done.stdout[-3000:] + done.stderr[-3000:]
     if bucket_is_there:
         assert f"ok    output: {output}: written and read" in done.stdout

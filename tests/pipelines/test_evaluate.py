@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +19,8 @@ from tests.tiny_detr import save_tiny_detr
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
-ROOT = Path(__file__).parents[2]
 
-
-def run_evaluate(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "pipelines/evaluate.py"), *flags]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def test_a_version_is_scored_once_and_can_then_be_promoted(tmp_path):
+def test_a_version_is_scored_once_and_can_then_be_promoted(ray_local, pipeline, tmp_path):
     uri = resolve_uri(f"sqlite:///{tmp_path}/runs/mlflow.db")
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee", "cat"], edge=64)
     register(uri, start_run(uri, "training", "run", {}, {}), str(model))
@@ -39,7 +28,7 @@ def test_a_version_is_scored_once_and_can_then_be_promoted(tmp_path):
     with pytest.raises(RegistryError, match="no evaluation on file"):
         promote(uri, "models:/raydetr@challenger", "champion")
 
-    first = run_evaluate(tmp_path, "--data", "shards", "--actors", "2", "--json", "first.json")
+    first = pipeline("evaluate", "--data", "shards", "--actors", "2", "--json", "first.json", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "batch-size = 8" in first.stdout
     assert "AP50" in first.stdout
@@ -53,7 +42,9 @@ def test_a_version_is_scored_once_and_can_then_be_promoted(tmp_path):
     assert Path(summary["predictions"]).is_file()
     assert metric_history(uri, summary["run_id"], "AP") == [(0, summary["AP"])]
 
-    second = run_evaluate(tmp_path, "--data", "shards", "--batch-size", "1", "--json", "second.json")
+    second = pipeline(
+        "evaluate", "--data", "shards", "--batch-size", "1", "--json", "second.json", cwd=tmp_path
+    )
     assert second.returncode == 0, second.stderr
     assert "already scored" in second.stdout
     again = json.loads((tmp_path / "second.json").read_text())
@@ -66,9 +57,8 @@ def test_a_version_is_scored_once_and_can_then_be_promoted(tmp_path):
     runs = client(uri).search_runs([client(uri).get_experiment_by_name("evaluation").experiment_id])
     assert len(runs) == 1
 
-    third = run_evaluate(
-        tmp_path, "--data", "shards", "--least", "0.99", "--coco-json", "True", "--json", "third.json"
-    )
+    flags = ["--data", "shards", "--least", "0.99", "--coco-json", "True", "--json", "third.json"]
+    third = pipeline("evaluate", *flags, cwd=tmp_path)
     assert third.returncode == 4
     assert "is below 0.99" in third.stderr
     assert json.loads((tmp_path / "third.json").read_text()) == again
@@ -99,13 +89,12 @@ def test_a_version_is_scored_once_and_can_then_be_promoted(tmp_path):
 )
 def test_what_cannot_be_scored_is_a_clear_error(tmp_path, monkeypatch, flags, error, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(error, match=message):
         evaluate(EvaluateConfig(**flags))
 
 
-def test_the_command_ends_an_error_with_its_message_and_status_2(tmp_path):
-    done = run_evaluate(tmp_path, "--model", "nowhere")
+def test_the_command_ends_an_error_with_its_message_and_status_2(pipeline, tmp_path):
+    done = pipeline("evaluate", "--model", "nowhere", cwd=tmp_path)
     assert done.returncode == 2
     assert "nowhere: no such folder" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,23 +9,12 @@ from raydetr.command import run
 from raydetr.config import IngestConfig
 from raydetr.data.synthetic import generate
 from raydetr.errors import RaydetrError
-
-ROOT = Path(__file__).parents[2]
-
-
-def run_ingest(*flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / "ingest.py"), *flags],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+from tests.run_pipeline import RunPipeline
 
 
+@pytest.mark.usefixtures("ray_local")
 def test_a_coco_folder_becomes_shards_and_the_same_command_again_changes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, pipeline: RunPipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate(str(tmp_path / "coco"), 70, seed=5)
     annotations = tmp_path / "coco" / "annotations" / "instances.json"
@@ -41,7 +28,9 @@ def test_a_coco_folder_becomes_shards_and_the_same_command_again_changes_nothing
         "output": "out put",
         "json": "summary.json",
     }
-    done = run_ingest(*[part for name, value in flags.items() for part in (f"--{name}", value)], cwd=tmp_path)
+    done = pipeline(
+        "ingest", *(part for name, value in flags.items() for part in (f"--{name}", value)), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "on-fault = 'keep'" in done.stdout
     assert "ingest: 70 of 70 images, " in done.stdout
@@ -65,9 +54,9 @@ def test_a_coco_folder_becomes_shards_and_the_same_command_again_changes_nothing
     assert again["digest"] == summary["digest"]
 
 
-def test_wrong_input_ends_with_its_message_and_no_traceback(tmp_path: Path) -> None:
+def test_wrong_input_ends_with_its_message_and_no_traceback(tmp_path: Path, pipeline: RunPipeline) -> None:
     (tmp_path / "list.json").write_text("[]")
-    done = run_ingest("--annotations", "list.json", "--images", ".", "--output", "out", cwd=tmp_path)
+    done = pipeline("ingest", "--annotations", "list.json", "--images", ".", "--output", "out", cwd=tmp_path)
     assert done.returncode == 2
     assert "error: list.json: not COCO: the file holds a list" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,10 +1,7 @@
 """The gate from the command to the alias, over SQLite, with comparisons computed from predictions."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +19,6 @@ from tests.pipelines.promotions import champion, put, refused, tags
 from tests.raydetr.registry.judged import guesses, put_on_file
 from tests.tiny_detr import save_tiny_detr
 
-ROOT = Path(__file__).parents[2]
 BLUR = 0.12
 
 
@@ -235,24 +231,18 @@ def test_latency_is_measured_of_both_and_bounds_the_challenger(data, tmp_path):
     assert main(replace(config, max_latency_ms=1e6))["promoted"]
 
 
-def test_the_exit_status_says_what_happened_and_the_json_has_the_decision(config, data, tmp_path):
+def test_the_exit_status_says_what_happened_and_the_json_has_the_decision(config, data, pipeline, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform", "PYTHONWARNINGS": "ignore"}
-
-    def promote(*flags: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "pipelines/promote.py"), "--tracking-uri", config.tracking_uri]
-        command += ["--json", config.json, *flags]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-
-    refusal = promote("--model", "models:/raydetr/2", "--margin", "0.9")
+    flags = ["--tracking-uri", config.tracking_uri, "--json", config.json, "--model", "models:/raydetr/2"]
+    refusal = pipeline("promote", *flags, "--margin", "0.9", cwd=tmp_path)
     assert refusal.returncode == 3, refusal.stderr
     assert "error: raydetr@champion stays at version 1: AP is better: +0." in refusal.stderr
     assert "FAIL  AP is better" in refusal.stdout
     summary = json.loads(Path(config.json).read_text())
     assert not summary["promoted"]
     assert [rule["rule"] for rule in summary["rules"] if not rule["passed"]] == ["AP is better"]
-    done = promote("--model", "models:/raydetr/2")
+    done = pipeline("promote", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(Path(config.json).read_text())["promoted"]
     assert champion(config) == 2

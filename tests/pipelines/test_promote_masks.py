@@ -137,6 +137,7 @@ def test_the_masks_that_were_scored_are_asked_for(by, data, judge, tmp_path):
     assert f"the predictions give the figures on file: challenger's {judge.metric} 0." in reason
 
 
+@pytest.mark.slow
 def test_latency_is_measured_with_the_mask_heads(data, judge, tmp_path):
     uri = resolve_uri(f"sqlite:///{tmp_path}/mlflow.db")
     run_id = start_run(uri, "training", "run", {}, {})

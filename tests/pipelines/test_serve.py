@@ -54,7 +54,7 @@ def server(tmp_path: Path, unused_port: int) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_the_endpoint_answers_until_it_is_told_to_stop(server, tmp_path, unused_port):
     url = json.loads((tmp_path / "serve.json").read_text())["endpoint"]
     assert url == f"http://127.0.0.1:{unused_port}"
@@ -81,7 +81,7 @@ def test_the_endpoint_answers_until_it_is_told_to_stop(server, tmp_path, unused_
         httpx.get(f"{url}/health")
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_gpus_that_are_not_there_are_an_error_and_never_a_cpu(tmp_path, unused_port):
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
     command = [sys.executable, str(ROOT / "pipelines/serve.py"), "--port", str(unused_port)]

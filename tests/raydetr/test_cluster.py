@@ -39,6 +39,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "min_workers", "fits"), CASES)
 def test_more_workers_than_the_cluster_has_cpus_for_is_an_error_with_the_remedy(
     workers: int, min_workers: int, fits: bool, errors: Path

@@ -64,7 +64,7 @@ def test_a_writer_that_fails_shows_nothing(s3: S3) -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503])
-@pytest.mark.parametrize("fail", [1, pytest.param(7, marks=[pytest.mark.slow, pytest.mark.soak])])
+@pytest.mark.parametrize("fail", [1, pytest.param(7, marks=pytest.mark.nightly)])
 def test_requests_that_fail_for_a_while_are_repeated(s3: S3, fail: int, status: int) -> None:
     s3.faults.status = status
     for action in (

@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from torch import nn
+
+if TYPE_CHECKING:  # the board is an actor of its own, whose process would load torch for nothing
+    from torch import nn
 
 EXIT_STATUS = 70
 _ANSWER_S = 10.0
@@ -92,7 +94,7 @@ class Watchdog:
         self._place = (now, number + 1) if step in (None, now) else (step, 0)
         self._phase, self._since, self._limited = phase, time.monotonic(), limited
 
-    def follow(self, module: nn.Module) -> None:
+    def follow(self, module: "nn.Module") -> None:
         """Make phases of a module's forward pass and of what comes after it."""
         module.register_forward_pre_hook(lambda *_: self.enter("in the forward pass"))
         module.register_forward_hook(lambda *_: self.enter("in the backward pass or waiting for the others"))

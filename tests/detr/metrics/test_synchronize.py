@@ -10,6 +10,7 @@ from PIL import Image
 
 from detr.metrics.coco import METRIC_NAMES, CocoEvaluator
 from detr.metrics.panoptic import PanopticEvaluator
+from tests.ranks import process_group, run_ranks
 
 
 def random_images(seed, folder):
@@ -73,19 +74,16 @@ def figures(folder, rank=0, world_size=1):
 
 
 def _evaluate_a_share(rank, world_size, folder):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
-    )
     own = Path(folder) / f"images{rank}"
     own.mkdir()
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(figures(own, rank, world_size)))
-    torch.distributed.destroy_process_group()
+    with process_group(f"{folder}/rendezvous", rank, world_size):
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(figures(own, rank, world_size)))
 
 
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "CocoEvaluator")
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "PanopticEvaluator")
 def test_processes_share_what_they_found(tmp_path):
-    torch.multiprocessing.spawn(_evaluate_a_share, (2, str(tmp_path)), nprocs=2)
+    run_ranks(2, _evaluate_a_share, 2, str(tmp_path))
     expected = figures(tmp_path)
     assert list(expected["bbox"]) == list(METRIC_NAMES)
     assert 0 < expected["bbox"]["AP"] < 1

@@ -19,6 +19,7 @@ from raydetr.data.record import to_annotation
 from raydetr.data.schema import without_notes
 from raydetr.data.shards import Manifest, read_faults, read_records
 from tests.raydetr.s3 import S3
+from tests.tiers import rest_slow
 
 pytestmark = [
     pytest.mark.usefixtures("ray_local"),
@@ -56,6 +57,7 @@ SETS: dict[str, tuple[str, ...]] = {
         *("panopticapi_sample/panoptic_examples.json", "panopticapi_sample/panoptic_examples"),
     ),
 }
+SMALL = ("bccd/val", "balloon/val", "nuts/val", "coco_cats", "panopticapi_sample")
 ON_S3 = (
     *("bccd/val", "balloon/val", "nuts/val", "nuclei/val"),
     *("coco128/train", "coco128/val boxes", "coco_cats", "panopticapi_sample"),
@@ -109,7 +111,9 @@ def addresses(root: str, files: tuple[str, ...]) -> Addresses:
     return Addresses(*(f"{root}/{name}" for name in files))
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    "name", rest_slow([*SMALL, *(name for name in SETS if name not in SMALL)], len(SMALL))
+)
 def test_a_real_set_reads_back_as_pycocotools_reads_the_original(
     name: str, shared_data: Path, tmp_path: Path
 ) -> None:
@@ -177,8 +181,7 @@ def run(code: str, argument: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_from_and_to_a_slow_s3_that_fails_the_sets_are_the_same_and_an_epoch_reads_little_more(
     shared_data: Path, tmp_path: Path, s3: S3

@@ -382,11 +382,16 @@ def noisy_results(truth: dict[str, Any], seed: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("annotations", "images", "faults"),
     [
-        ("bccd/train.json", "bccd/images", {2288: "empty-box"}),
         ("bccd/val.json", "bccd/images", {3692: "empty-box"}),
-        ("coco128/annotations/instances_train2017.json", "coco128/train2017", {}),
-        ("coco128/annotations/instances_val2017_from_panoptic.json", "coco128/val2017", {}),
-        ("nuclei/val.json", "nuclei/images", {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("bccd/train.json", "bccd/images", {2288: "empty-box"}),
+                ("coco128/annotations/instances_train2017.json", "coco128/train2017", {}),
+                ("coco128/annotations/instances_val2017_from_panoptic.json", "coco128/val2017", {}),
+                ("nuclei/val.json", "nuclei/images", {}),
+            )
+        ),
     ],
 )
 def test_real_data_comes_out_bit_equal_and_scores_as_the_original(

@@ -56,7 +56,7 @@ def ids(manifest: Manifest) -> list[int]:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.soak])])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.nightly)])
 def test_an_ingest_killed_at_any_moment_goes_on_and_gives_the_same_bytes(
     generated: Path, tmp_path: Path, kills: int
 ) -> None:

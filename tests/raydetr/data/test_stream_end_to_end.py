@@ -3,10 +3,7 @@
 import contextlib
 import io
 import itertools
-import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +30,10 @@ from raydetr.data.source import ShardSource, shard_source
 from raydetr.errors import StorageError
 from tests.awkward import CATEGORIES, write_awkward
 from tests.raydetr.s3 import S3
+from tests.run_pipeline import RunPipeline
+from tests.tiers import rest_slow
 from tests.training_record import checksum
 
-ROOT = Path(__file__).parents[3]
 MICRO_BATCHES, BATCH, EPOCHS = 5, 2, 3
 BAD = 1021
 """Image id of the awkward set's record that is cut short, which nothing on record says."""
@@ -157,7 +155,7 @@ def test_resumed_at_random_steps_with_any_numbers_of_workers_the_images_are_the_
 
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context", "ignore::ResourceWarning")
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", rest_slow(range(2)))
 def test_through_ray_data_it_is_the_same(manifest: Manifest, whole: Images, seed: int) -> None:
     rng = random.Random(seed)
     first, world_size = rng.randrange(len(whole)), rng.randint(1, 4)
@@ -191,6 +189,7 @@ def test_a_bad_record_costs_itself_only_and_is_named(
     assert sum(i[0] == BAD for shown in full.values() for i in shown) == EPOCHS
 
 
+@pytest.mark.slow
 def test_reads_that_fail_for_a_while_change_nothing_and_those_that_stay_end_the_run(
     manifest: Manifest, whole: Images, s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +206,10 @@ def test_reads_that_fail_for_a_while_change_nothing_and_those_that_stay_end_the_
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_too_many_bad_records_stop_the_run_with_their_share(manifest: Manifest, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ray_local")
+def test_too_many_bad_records_stop_the_run_with_their_share(
+    manifest: Manifest, pipeline: RunPipeline, tmp_path: Path
+) -> None:
     flags = {
         "train-data": manifest.root,
         "output": str(tmp_path / "run"),
@@ -222,20 +224,14 @@ def test_too_many_bad_records_stop_the_run_with_their_share(manifest: Manifest, 
         "max-skipped": "0",
     }
     command = [part for name, value in flags.items() for part in (f"--{name}", value)]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "pipelines/train.py"), *command, "--shortest-edges", "48", "64"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0, done.stdout[-3000:]
+    done = pipeline("train", *command, "--shortest-edges", "48", "64", cwd=tmp_path)
+    assert done.returncode == 2, done.stdout[-3000:]
     output = done.stdout + done.stderr
     assert "1 of " in output, output[-3000:]
     assert "could not be decoded, more than --max-skipped 0" in output
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_windows_are_listed_a_few_ahead_of_those_that_are_worked_on(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

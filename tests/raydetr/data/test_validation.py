@@ -97,6 +97,7 @@ def test_files_that_nobody_names_are_counted(tmp_path: Path) -> None:
     assert "2 files, such as ['2.jpg', '3.PNG']" in fault.reason
 
 
+@pytest.mark.slow
 def test_a_full_disk_for_the_tables_is_said(tmp_path: Path) -> None:
     content = {
         "images": [{"id": n, "file_name": f"{n:0100}.jpg"} for n in range(20_000)],

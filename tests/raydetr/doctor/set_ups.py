@@ -14,7 +14,7 @@ from raydetr.doctor.findings import Finding
 from tests.awkward import CATEGORIES, record
 
 TINY: dict[str, Any] = {
-    "backbone": "resnet18",
+    "backbone": "test_resnet",
     "backbone_out_indices": (1, 2, 3, 4),
     "backbone_weights": "",
     "d_model": 32,

@@ -115,6 +115,7 @@ def test_an_mlflow_that_a_node_does_not_reach_is_named() -> None:
     assert "--tracking-uri" in line
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_examined_without_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,6 +107,7 @@ def test_eight_images_are_learned_by_the_runs_own_step(tmp_path: Path) -> None:
     assert 0 <= done.figures["AP50"] <= 1
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_learn_is_named(tmp_path: Path) -> None:
     manifest = write_data(tmp_path)
     config = configure(tmp_path, learning_rate=0.0, backbone_learning_rate=0.0, overfit_steps=8)
@@ -119,6 +120,7 @@ def test_a_model_that_cannot_learn_is_named(tmp_path: Path) -> None:
     assert "it has not fallen to 0.9 of its start. Remedy: look at batch.png" in line
 
 
+@pytest.mark.slow
 def test_a_frozen_detector_is_not_asked_to_learn(tmp_path: Path) -> None:
     """Its part of the loss cannot fall; that of the masks is judged alone."""
 

@@ -13,7 +13,7 @@ from tests.raydetr.doctor.set_ups import write_data
 
 ROOT = Path(__file__).parents[3]
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.slow
 
 
 def test_a_node_with_other_code_a_small_store_no_cpu_for_data_and_local_addresses_are_named(

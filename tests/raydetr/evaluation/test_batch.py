@@ -40,6 +40,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> ObjectDetector:
     return ObjectDetector.from_pretrained(add_mask_head(folder, 5), masks=True)
 
 
+@pytest.mark.slow
 def test_a_folder_gives_a_table_coco_results_and_pictures(ray_local, photos, model, tmp_path):
     output = tmp_path / "out"
     images = batch.list_images(str(photos))

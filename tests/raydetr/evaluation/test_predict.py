@@ -78,9 +78,10 @@ def assert_same(others: pa.Table, predictions: pa.Table) -> None:
         np.testing.assert_allclose(theirs, ours, atol=1e-3 if name == "bbox" else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("actors", "batch_size"),
-    [(2, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(3, 5), (7, 8)])],
+    [(2, 1), (3, 5), (7, 8)],
 )
 def test_detections_do_not_depend_on_actors_or_batch_size(
     ray_local, predictions, model, manifest, tmp_path, actors, batch_size
@@ -187,6 +188,7 @@ def test_a_model_of_91_labels_is_scored_on_80_categories_by_their_names(tmp_path
     assert figures_of_table(truth, table([row]))["AP"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_an_error_that_names_it(ray_local, model, manifest, tmp_path):
     for shard in manifest.shards:
         data = Path(manifest.root, shard.file).read_bytes()
@@ -224,6 +226,7 @@ def test_a_missing_a_repeated_and_an_unknown_image_are_found(manifest: Manifest,
         check_complete(change(ids), manifest)
 
 
+@pytest.mark.slow
 def test_evaluation_imports_neither_training_nor_serving():
     code = (
         "import sys, raydetr.evaluation.evaluate, raydetr.evaluation.pictures;"

@@ -15,6 +15,7 @@ from raydetr.evaluation.record import EXPERIMENT, KEY_TAG, find, keep, make, tag
 from raydetr.registry.models import ResolvedModel, register, resolve
 from raydetr.registry.promote import evaluations, promote
 from raydetr.registry.tracking import client, metric_history, resolve_uri, start_run
+from tests.tiers import rest_slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
@@ -87,7 +88,9 @@ def test_a_record_that_did_not_reach_the_version_is_put_on_file_without_scoring_
     assert evaluations(version) == {manifest.digest: record}
 
 
-@pytest.mark.parametrize("before", ["log_metrics", "log_artifacts", "end_run", "put_evaluation"])
+@pytest.mark.parametrize(
+    "before", rest_slow(["log_metrics", "log_artifacts", "end_run", "put_evaluation"], fast=2)
+)
 def test_an_evaluation_that_ends_anywhere_while_it_is_kept_leaves_one_run(
     version, manifest, tmp_path, monkeypatch, before
 ):
@@ -127,7 +130,7 @@ def test_an_evaluation_that_ends_right_after_it_began_its_run_goes_on_with_it(
     assert run.data.params["model.address"] == "models:/raydetr/1"
 
 
-@pytest.mark.parametrize("name", ["report.html", "predictions.parquet"])
+@pytest.mark.parametrize("name", rest_slow(["report.html", "predictions.parquet"]))
 def test_what_a_record_refers_to_must_be_there(version, manifest, tmp_path, name):
     evaluated(version.uri, version, manifest, tmp_path / "out")
     (tmp_path / "out" / name).unlink()

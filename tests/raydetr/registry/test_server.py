@@ -31,6 +31,7 @@ def server(tmp_path: Path, unused_port: int) -> Iterator[str]:
         yield f"http://127.0.0.1:{unused_port}"
 
 
+@pytest.mark.slow
 def test_a_server_keeps_runs_and_versions_as_sqlite_does(server, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     uri = resolve_uri(server)

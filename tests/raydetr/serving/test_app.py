@@ -239,6 +239,7 @@ def test_segmentation_takes_one_image_and_known_words(url):
     assert post(url, "/v1/segment", png(60, 90), kind="all").status_code == 422
 
 
+@pytest.mark.slow
 def test_a_model_without_a_mask_head_says_so(slow_url):
     response = post(slow_url, "/v1/segment", png(60, 90))
     assert response.status_code == 409
@@ -267,6 +268,7 @@ def test_ready_and_the_open_inference_protocol_answer(url):
     assert httpx.get(f"{url}/v2/models/other").status_code == 404
 
 
+@pytest.mark.slow
 def test_more_requests_than_the_bound_are_refused_with_429_and_others_answered(slow_url):
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         responses = list(pool.map(lambda i: post(slow_url, "/v1/detect", png(60, 90, seed=i)), range(6)))
@@ -281,6 +283,7 @@ def computed() -> int:
     return serve.get_deployment_handle("Detector", "slow").get_computed.remote().result()
 
 
+@pytest.mark.slow
 def test_the_work_of_a_client_that_is_gone_is_dropped(slow_url):
     before = computed()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -293,6 +296,7 @@ def test_the_work_of_a_client_that_is_gone_is_dropped(slow_url):
     assert computed() - before == 2
 
 
+@pytest.mark.slow
 def test_a_request_out_of_time_is_504_and_its_work_is_dropped(slow_url):
     before = computed()
     images = {"images": [base64.b64encode(png(60, 90, seed=i)).decode() for i in range(5)]}
@@ -357,7 +361,7 @@ def test_the_page_is_at_the_root(url):
     assert response.headers["content-type"].startswith("text/html")
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_the_last_replica_goes_while_nobody_asks_and_comes_back_for_a_request(url, model, detector):
     app = application(model, replicas=Replicas(count=1, least=0, most=2, idle_s=2.0))
     serve.run(app, name="idle", route_prefix="/idle")
@@ -413,6 +417,7 @@ def test_a_serve_that_runs_already_is_left_alone(url, model):
     assert health(url)["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_a_batch_has_one_shape_and_at_most_the_given_size(url, model, detector):
     class Recorder(Detector):
         def __init__(self, *args):

@@ -137,8 +137,7 @@ def ask(tried: Endpoint, count: int) -> Counter[int]:
     return versions
 
 
-@pytest.mark.cluster
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_both_versions_answer_and_are_compared_and_a_broken_challenger_costs_nothing(tried):
     tried.wait_for(lambda: challengers(tried) == [2])
     answered = ask(tried, 24)

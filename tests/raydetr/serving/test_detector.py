@@ -62,6 +62,7 @@ def test_what_nobody_waits_for_is_computed_in_the_pauses_of_clients(model):
     assert asyncio.run(ask()) == ["client 1", "client 2", "shadow 1", "client 3", "shadow 2"]
 
 
+@pytest.mark.slow
 def test_a_batch_that_serve_keeps_does_not_keep_its_version(model, tmp_path):
     others = [resolve(str(save_tiny_detr(tmp_path / name, [name], edge=64)), "") for name in ("bee", "cow")]
 

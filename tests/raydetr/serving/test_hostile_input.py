@@ -294,7 +294,7 @@ def forget_peak() -> None:
     "count",
     [
         1000,
-        pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.soak]),
+        pytest.param(10_000, marks=pytest.mark.nightly),
     ],
 )
 def test_no_hostile_request_crashes_hangs_or_fills_the_memory(tmp_path, count):

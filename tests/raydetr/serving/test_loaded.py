@@ -130,6 +130,7 @@ def test_bf16_finds_the_same_within_its_precision(model):
     assert not np.array_equal(found.scores, expected.scores), "it should compute in bf16"
 
 
+@pytest.mark.slow
 def test_openvino_finds_the_same(tmp_path):
     model = with_masks(save_tiny_detr(tmp_path / "tiny", NAMES, edge=64))
     plain, fast = (LoadedModel.load(model, "cpu", engine=engine) for engine in ("torch", "openvino"))

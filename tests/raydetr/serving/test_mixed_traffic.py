@@ -1,6 +1,6 @@
 """Minutes of mixed traffic while replicas are killed and an alias moves: what is answered is right, memory stays.
 
-RAYDETR_SOAK_MINUTES, 10 by default, is how long; `make soak` makes it an hour. Shows its figures with `pytest -s`.
+RAYDETR_SOAK_MINUTES, 10 by default, is how long; `make nightly` makes it an hour. Shows its figures with `pytest -s`.
 """
 
 import gc
@@ -49,8 +49,7 @@ HOUR = 60
 """A replica settles in about a quarter of an hour: in ten minutes all of the time is warm-up."""
 
 pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.soak,
+    pytest.mark.nightly,
     pytest.mark.timeout(int(120 * MINUTES) + 900),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
 ]

@@ -20,7 +20,7 @@ from tests.raydetr.serving.swapping import DETECTOR, Clients, running, save_brok
 from tests.raydetr.serving.test_app import unused_port
 from tests.tiny_detr import png, save_tiny_detr
 
-pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 MOST = 4
 CLIENTS = 32
 LOAD = """

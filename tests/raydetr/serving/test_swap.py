@@ -16,8 +16,7 @@ from tests.raydetr.serving.test_app import assert_is_answer, unused_port
 from tests.tiny_detr import png
 
 pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.soak,
+    pytest.mark.nightly,
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
 ]
 SHAPES = [(60, 90), (90, 60), (80, 80)]

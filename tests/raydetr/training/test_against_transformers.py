@@ -22,7 +22,7 @@ def make_config(folder: str, precision: Any) -> TrainConfig:
         train_data=folder,
         workers=1,
         steps=STEPS,
-        backbone="resnet18",
+        backbone="test_resnet",
         backbone_out_indices=(1, 2, 3, 4),
         backbone_weights="",
         trainable_backbone_stages=5,
@@ -77,6 +77,7 @@ def their_losses(
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("float64", 1e-8), pytest.param("float32", 1e-2, marks=pytest.mark.slow)]
 )

@@ -1,17 +1,15 @@
 """The sums and the mean gradients of a step, computed by real process groups of one to four processes."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from raydetr.data.micro_batch import TrainingBatch
 from raydetr.training.distributed import StepTotals, step_totals
 from raydetr.training.state import parallelise
+from tests.ranks import process_group, run_ranks
 
 QUERIES, EOS = 5, 0.1
 Gradients = tuple[torch.Tensor, ...]
@@ -62,18 +60,11 @@ def work(rank: int, folder: str) -> None:
             torch.save(train(rank), f"{folder}/gradients-{rank}")
 
 
-@contextmanager
-def process_group(file: str, rank: int, size: int) -> Iterator[None]:
-    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=size)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what each process computes in each case."""
     folder = tmp_path_factory.mktemp("results")
-    mp.spawn(work, (str(folder),), nprocs=4)
+    run_ranks(4, work, str(folder))
     return folder
 
 

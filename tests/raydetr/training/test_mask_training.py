@@ -24,6 +24,7 @@ from raydetr.training.state import TrainingState, create_state
 from raydetr.training.step import to_arguments
 from raydetr.training.trainer import check
 from tests.awkward import write_awkward, write_whole_masks
+from tests.tiers import rest_slow
 from tests.training_steps import batches_of_steps, train_here
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def config(manifest: Manifest, **changes: object) -> TrainConfig:
             train_data=manifest.root,
             workers=1,
             steps=6,
-            backbone="resnet18",
+            backbone="test_resnet",
             backbone_out_indices=(1, 2, 3, 4),
             backbone_weights="",
             d_model=32,
@@ -71,7 +72,7 @@ def moved(before: dict[str, torch.Tensor], state: TrainingState) -> set[str]:
     return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
 
 
-@pytest.mark.parametrize("task", ["instance", "panoptic"])
+@pytest.mark.parametrize("task", rest_slow(["instance", "panoptic"]))
 def test_masks_are_learned_jointly(manifest: Manifest, task: str) -> None:
     chosen = config(manifest, task=task, query_groups=2)
     check(chosen, manifest)
@@ -92,6 +93,7 @@ def test_the_configuration_says_which_classes_are_stuff(manifest: Manifest) -> N
     )
 
 
+@pytest.mark.slow
 def test_masks_are_learned_in_a_second_step_that_leaves_the_detector_alone(
     manifest: Manifest, tmp_path: Path
 ) -> None:
@@ -176,6 +178,7 @@ def test_target_masks_lie_where_the_mask_head_draws(tmp_path: Path) -> None:
     assert padded
 
 
+@pytest.mark.slow
 def test_an_epoch_may_end_with_a_step_that_is_not_full(tmp_path: Path) -> None:
     # Three micro-batches of at most two images: two steps, the last with one of them alone.
     shards = write_whole_masks(tmp_path, 5)

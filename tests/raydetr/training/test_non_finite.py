@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from raydetr import storage
@@ -24,6 +22,7 @@ from raydetr.training.state import TrainingState, create_state, parallelise
 from raydetr.training.step import autocast, is_finite, train_step
 from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
+from tests.ranks import process_group, run_ranks
 from tests.raydetr.training.test_worker_counts import build_stream
 
 
@@ -206,12 +205,12 @@ def test_the_run_stops_with_step_images_layer_and_file(
 def _of_two(rank: int, config: TrainConfig, manifest: Manifest, folder: str) -> None:
     """A worker's half of step 0, of which the second one's network breaks, by either choice."""
     for choice in ("stop", "skip"):
-        told = _half(rank, dataclasses.replace(config, on_non_finite=choice), manifest, f"{folder}/{choice}")
+        with process_group(f"{folder}/{choice}", rank, 2):
+            told = _half(rank, dataclasses.replace(config, on_non_finite=choice), manifest)
         Path(folder, f"{choice}-{rank}.txt").write_text(told)
 
 
-def _half(rank: int, config: TrainConfig, manifest: Manifest, store: str) -> str:
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+def _half(rank: int, config: TrainConfig, manifest: Manifest) -> str:
     state, batches = (
         create_state(config, manifest, torch.device("cpu")),
         first_step(config, manifest)[rank::2],
@@ -231,15 +230,13 @@ def _half(rank: int, config: TrainConfig, manifest: Manifest, store: str) -> str
         return f"left out, {unchanged}"
     except TrainingError as error:
         return str(error)
-    finally:
-        dist.destroy_process_group()
 
 
 def test_of_two_workers_the_one_with_the_bad_layer_is_named_by_both(
     manifest: Manifest, config: TrainConfig, tmp_path: Path
 ) -> None:
     both = dataclasses.replace(config, workers=2)
-    mp.spawn(_of_two, (both, manifest, str(tmp_path)), nprocs=2)
+    run_ranks(2, _of_two, both, manifest, str(tmp_path))
     stop, skip = (
         [(tmp_path / f"{choice}-{rank}.txt").read_text() for rank in range(2)] for choice in ("stop", "skip")
     )

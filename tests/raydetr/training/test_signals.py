@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from raydetr.training import signals
 from raydetr.training.distributed import step_totals
 from raydetr.training.signals import Signal, Signals
+from tests.ranks import process_group, run_ranks
 from tests.raydetr.training.test_distributed import batch
 
 
@@ -58,12 +57,11 @@ def test_a_notice_is_answered_once_and_a_wider_one_again(monkeypatch: pytest.Mon
 
 
 def said(rank: int, file: str, results: str) -> None:
-    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=3)
-    signal = Signals(rank, time.time() - 1).of_step()
-    torch.save(step_totals([batch([1])], 5, 0.1, signal).signal, f"{results}/{rank}")
-    dist.destroy_process_group()
+    with process_group(file, rank, 3):
+        signal = Signals(rank, time.time() - 1).of_step()
+        torch.save(step_totals([batch([1])], 5, 0.1, signal).signal, f"{results}/{rank}")
 
 
 def test_all_workers_hear_in_the_same_step_what_rank_0_says(tmp_path: Path) -> None:
-    mp.spawn(said, (str(tmp_path / "store"), str(tmp_path)), nprocs=3)
+    run_ranks(3, said, str(tmp_path / "store"), str(tmp_path))
     assert [torch.load(tmp_path / str(rank)) for rank in range(3)] == [Signal.TIME_IS_UP] * 3

@@ -15,6 +15,7 @@ import ray
 from torch import nn, zeros
 
 from raydetr.training.watchdog import EXIT_STATUS, Board, Watchdog
+from tests.run_pipeline import environment
 
 LIMIT_S = 2.0
 
@@ -59,6 +60,7 @@ def test_the_rank_that_is_behind_names_itself_and_its_phase(
     assert "most recent call first" in told, "where it is"
 
 
+@pytest.mark.slow
 def test_a_rank_in_an_earlier_step_is_behind_however_many_phases_it_went_through(board: Any) -> None:
     with ranks(2, board) as (dogs, ended):
         for _ in range(30):  # as when it looks for what is not finite
@@ -68,6 +70,7 @@ def test_a_rank_in_an_earlier_step_is_behind_however_many_phases_it_went_through
         assert not ended[1].is_set()
 
 
+@pytest.mark.slow
 def test_all_name_themselves_when_all_wait_for_data(board: Any, capfd: pytest.CaptureFixture[str]) -> None:
     with ranks(2, board) as (dogs, ended):
         for dog in dogs:
@@ -76,6 +79,7 @@ def test_all_name_themselves_when_all_wait_for_data(board: Any, capfd: pytest.Ca
     assert capfd.readouterr().err.count("hangs in step 5, waiting for data") == 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_not_heard_of_is_named_by_the_one_that_waits(
     board: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,7 +151,7 @@ def test_the_process_of_a_rank_that_hangs_ends_with_a_status_of_its_own() -> Non
         text=True,
         timeout=300,
         check=False,
-        env={**os.environ, "PYTHONPATH": ".:platform"},
+        env=environment(),
     )
     assert done.returncode == EXIT_STATUS, signal.strsignal(-done.returncode)
     assert "hangs in step 0, starting" in done.stderr

@@ -27,7 +27,7 @@ from tests import training_record
 from tests.awkward import write_awkward
 
 pytestmark = [
-    pytest.mark.cluster,
+    pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
 ]
@@ -221,7 +221,7 @@ def test_every_image_is_received_once_an_epoch(
 
 
 @pytest.mark.parametrize(
-    "workers", [2, 3, *(pytest.param(workers, marks=pytest.mark.soak) for workers in (1, 4, 5, 6, 7, 8))]
+    "workers", [2, 3, *(pytest.param(workers, marks=pytest.mark.nightly) for workers in (1, 4, 5, 6, 7, 8))]
 )
 def test_any_number_of_workers_receives_the_same_and_trains_as_one_process(
     workers: int,
@@ -234,7 +234,7 @@ def test_any_number_of_workers_receives_the_same_and_trains_as_one_process(
     assert_trains_alike(dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run")
 
 
-@pytest.mark.parametrize("workers", [3, pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("workers", [3, pytest.param(2, marks=pytest.mark.nightly)])
 def test_masks_query_groups_and_cells_are_learned_as_by_one_process(
     workers: int, config: TrainConfig, tmp_path: Path, ray_local: None
 ) -> None:
