@@ -1,5 +1,6 @@
 """Options of the test session, its Ray, and the record of how far the model library is from its references."""
 
+import collections
 import ctypes
 import functools
 import gc
@@ -57,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir())
+    hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))
     gc.disable()  # until the tests are collected
     config.stash[_OUTCOMES] = []
     config.stash[_TREE] = _tree()
@@ -80,6 +81,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         {mark.args[0] for item in items for mark in item.iter_markers("known_issue")},
         {item.path for item in items},
     )
+    if hasattr(config, "workerinput"):
+        _longest_first(items)
 
 
 def pytest_collection_finish() -> None:
@@ -93,20 +96,48 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
-class LaneScheduling(LoadScopeScheduling):
-    """Run the files that use the session's Ray one after the other in one process, so that it is started once."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "ray" if _uses_session_ray(file) else file
+LANES = {
+    "ray": ("ray_local",),
+    "clusters": (
+        *("tests.cluster.local_head", "tests.cluster.fault_runs", "tests.cluster.launcher", "cluster_utils"),
+        *("ray.init(", "pipelines/serve.py", "two_nodes import", "doctor.two_nodes"),
+    ),
+}
+"""Lane → words in a test file that put it there; the files of a lane run one after the other in one process."""
 
 
 @functools.cache
-def _uses_session_ray(file: str) -> bool:
-    return "ray_local" in (ROOT / file).read_text(encoding="utf-8")
+def _lane(file: str) -> str:
+    """The lane of a file; its own name where it is free to run anywhere.
+
+    One Ray serves all files that use `ray_local`, and of the clusters that tests start there is one at a time: three
+    at once take more than 24 GB and starve each other.
+    """
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return next((lane for lane, words in LANES.items() if any(word in text for word in words)), file)
+
+
+class LaneScheduling(LoadScopeScheduling):
+    """Assign lanes to processes."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _lane(nodeid.partition("::")[0])
+
+
+def _longest_first(items: list[pytest.Item]) -> None:
+    """Sort whole files: first those of the lanes, then by their number of tests."""
+    files = [item.nodeid.partition("::")[0] for item in items]
+    count = collections.Counter(files)
+    lanes = list(LANES)
+    order = {
+        file: (lanes.index(_lane(file)) if _lane(file) in lanes else len(lanes), -count[file], file)
+        for file in count
+    }
+    items.sort(key=lambda item: order[item.nodeid.partition("::")[0]])
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LaneScheduling:
+    config.option.loadscopereorder = False  # files start in the order of collection
     return LaneScheduling(config, log)
 
 

@@ -67,7 +67,7 @@ def lowest(log: IO[str], folder: Path) -> int:
     return (
         run([*uv, "venv", "--clear", "--python", sys.executable, str(folder / "lowest")], log)
         or run([*uv, *install], log)
-        or run(pytest("-n", "3", python=python), log)
+        or run(pytest("-n", "3", "-W", "default", python=python), log)  # old packages warn about each other
     )
 
 

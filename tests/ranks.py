@@ -38,5 +38,6 @@ def process_group(store: str | Path, rank: int, size: int) -> Iterator[None]:
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
     try:
         yield
+        dist.barrier()  # a rank that leaves while another one still connects would be an error there
     finally:
         dist.destroy_process_group()

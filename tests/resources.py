@@ -19,7 +19,7 @@ USES: dict[str, tuple[str, ...]] = {
         "tests.cluster.fault_runs.start",
     ),
     "serve": ("raydetr.serving.app.endpoint", "ray.serve"),
-    "mlflow": ("mlflow", "raydetr.registry", "tests.mlflow_server"),
+    "mlflow": ("mlflow", "raydetr.registry", "tests.mlflow_server", "tests.empty_registry"),
     "process": (
         "subprocess",
         "multiprocessing",

@@ -104,6 +104,7 @@ MUTATIONS = {
         "return written[number] == entry",
         "return True",
         ("tests/raydetr/registry/test_ledger.py",),
+        slow=True,
     ),
     "the bootstrap of a comparison is not paired": Mutation(
         "platform/raydetr/evaluation/compare.py",

@@ -23,7 +23,7 @@ FLAGS = [
 ]
 
 
-@pytest.mark.parametrize(("cpus", "pauses"), [("0", False), ("1", True)], ids=["background", "between steps"])
+@pytest.mark.parametrize(("cpus", "pauses"), [("0", False), ("9", True)], ids=["background", "between steps"])
 def test_masks_are_validated_while_they_are_trained(
     tmp_path: Path, pipeline: RunPipeline, cpus: str, pauses: bool
 ) -> None:

@@ -3,10 +3,10 @@
 The faults that are shown beside their subject (`known_issue` marks in the other files) are not repeated.
 """
 
+import contextlib
 import copy
 import socket
 
-import httpx2
 import numpy as np
 import pytest
 import timm
@@ -238,5 +238,6 @@ def test_a_new_configuration_needs_no_network(monkeypatch):
     values = {"backbone": "resnet18", "backbone_kwargs": {"out_indices": [2, 3, 4]}}
     assert DetrConfig(**values).backbone_config["out_indices"] == [2, 3, 4]
     assert not asked
-    with pytest.raises((OSError, httpx2.HTTPError)):
+    with contextlib.suppress(Exception):  # of whatever package its version reaches the hub with
         transformers.DetrConfig(**values)
+    assert asked

@@ -7,6 +7,7 @@ import pytest
 
 from raydetr.config import PromoteConfig
 from raydetr.registry.tracking import client, resolve_uri
+from tests.empty_registry import empty_registry
 from tests.raydetr.registry.versions import bare_versions
 
 
@@ -14,7 +15,7 @@ from tests.raydetr.registry.versions import bare_versions
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three versions without an evaluation."""
     folder = tmp_path_factory.mktemp("mlflow")
-    bare_versions(resolve_uri(f"sqlite:///{folder}/mlflow.db"), 3, evaluated=False)
+    bare_versions(empty_registry(folder), 3, evaluated=False)
     return folder / "mlflow.db"
 
 

@@ -13,15 +13,16 @@ from raydetr.errors import ConfigError, RegistryError
 from raydetr.evaluation.evaluate import evaluate
 from raydetr.registry.models import register, resolve
 from raydetr.registry.promote import promote
-from raydetr.registry.tracking import client, metric_history, resolve_uri, start_run
+from raydetr.registry.tracking import client, metric_history, start_run
 from tests.awkward import write_awkward
+from tests.empty_registry import empty_registry
 from tests.tiny_detr import save_tiny_detr
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 
 def test_a_version_is_scored_once_and_can_then_be_promoted(ray_local, pipeline, tmp_path):
-    uri = resolve_uri(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    uri = empty_registry(tmp_path / "runs")
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee", "cat"], edge=64)
     register(uri, start_run(uri, "training", "run", {}, {}), str(model))
     manifest = write_awkward(tmp_path / "shards", shards=(17, 6))

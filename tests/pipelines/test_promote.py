@@ -13,8 +13,9 @@ from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError, PromotionRefused, RegistryError
 from raydetr.evaluation import promotion
 from raydetr.registry.models import register
-from raydetr.registry.tracking import client, resolve_uri, start_run
+from raydetr.registry.tracking import client, start_run
 from tests.awkward import write_awkward
+from tests.empty_registry import empty_registry
 from tests.pipelines.promotions import champion, put, refused, tags
 from tests.raydetr.registry.judged import guesses, put_on_file
 from tests.tiny_detr import save_tiny_detr
@@ -214,7 +215,7 @@ def test_a_figure_that_the_comparison_does_not_have_is_an_error(config, data, tm
 
 
 def test_latency_is_measured_of_both_and_bounds_the_challenger(data, tmp_path):
-    uri = resolve_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    uri = empty_registry(tmp_path)
     run_id = start_run(uri, "training", "run", {}, {})
     for seed in (0, 1):
         model = save_tiny_detr(tmp_path / f"tiny-{seed}", ["ant", "bee", "cat"], edge=64, seed=seed)

@@ -13,7 +13,8 @@ from raydetr.config import PromoteConfig
 from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError
 from raydetr.registry.models import register
-from raydetr.registry.tracking import client, resolve_uri, start_run
+from raydetr.registry.tracking import client, start_run
+from tests.empty_registry import empty_registry
 from tests.pipelines.promotions import champion, put, refused, tags
 from tests.raydetr.registry.judged_masks import outlines, scenes, segmented
 from tests.tiny_detr import add_mask_head, save_tiny_detr
@@ -139,7 +140,7 @@ def test_the_masks_that_were_scored_are_asked_for(by, data, judge, tmp_path):
 
 @pytest.mark.slow
 def test_latency_is_measured_with_the_mask_heads(data, judge, tmp_path):
-    uri = resolve_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    uri = empty_registry(tmp_path)
     run_id = start_run(uri, "training", "run", {}, {})
     names = [category["name"] for category in data.categories]
     for version in (1, 2):

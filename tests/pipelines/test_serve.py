@@ -17,8 +17,9 @@ from raydetr import config
 from raydetr.config import EvaluateConfig, PredictConfig, ServeConfig
 from raydetr.errors import ConfigError
 from raydetr.registry.models import register
-from raydetr.registry.tracking import resolve_uri, start_run
+from raydetr.registry.tracking import start_run
 from raydetr.serving.app import from_config
+from tests.empty_registry import empty_registry
 from tests.tiny_detr import png, save_tiny_detr
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -36,7 +37,7 @@ def unused_port() -> int:
 @pytest.fixture
 def server(tmp_path: Path, unused_port: int) -> Iterator[subprocess.Popen[str]]:
     """The pipeline, ready, serving the challenger of the registry in its folder."""
-    uri = resolve_uri(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    uri = empty_registry(tmp_path / "runs")
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
     register(uri, start_run(uri, "training", "run", {}, {}), str(model))
     command = [sys.executable, str(ROOT / "pipelines/serve.py"), "--port", str(unused_port)]

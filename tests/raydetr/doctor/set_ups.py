@@ -12,6 +12,7 @@ from raydetr.data.shards import Manifest
 from raydetr.doctor.config import DoctorConfig
 from raydetr.doctor.findings import Finding
 from tests.awkward import CATEGORIES, record
+from tests.empty_registry import empty_registry
 
 TINY: dict[str, Any] = {
     "backbone": "test_resnet",
@@ -40,7 +41,7 @@ def configure(folder: Path, **changes: Any) -> DoctorConfig:
     fields = {
         "train_data": str(folder / "data"),
         "output": str(folder / "run"),
-        "tracking_uri": f"sqlite:///{folder}/mlflow.db",
+        "tracking_uri": empty_registry(folder),
         **TINY,
     }
     return DoctorConfig(**(fields | changes))

@@ -14,7 +14,8 @@ from raydetr.evaluation import record as module
 from raydetr.evaluation.record import EXPERIMENT, KEY_TAG, find, keep, make, tag_bound
 from raydetr.registry.models import ResolvedModel, register, resolve
 from raydetr.registry.promote import evaluations, promote
-from raydetr.registry.tracking import client, metric_history, resolve_uri, start_run
+from raydetr.registry.tracking import client, metric_history, start_run
+from tests.empty_registry import empty_registry
 from tests.tiers import rest_slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -26,7 +27,7 @@ ANALYSIS = {"classes": [{"name": "ant", "AP": 0.5}, {"name": "bee <b>", "AP": -1
 
 @pytest.fixture
 def version(model: ResolvedModel, tmp_path: Path) -> ResolvedModel:
-    uri = resolve_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    uri = empty_registry(tmp_path)
     register(uri, start_run(uri, "training", "run", {}, {}), model.folder)
     return resolve("models:/raydetr@challenger", uri)
 

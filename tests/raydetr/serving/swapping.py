@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from detr.detector import ObjectDetector
 from raydetr.registry.models import register
-from raydetr.registry.tracking import client, resolve_uri, start_run
+from raydetr.registry.tracking import client, start_run
 from raydetr.serving.ingress import DETECTOR as DETECTOR
+from tests.empty_registry import empty_registry
 from tests.tiny_detr import save_tiny_detr
 
 ADDRESS = "models:/raydetr@champion"
@@ -44,7 +45,7 @@ class Registry:
     """Versions 1, 2, … of the model `raydetr` in a database of its own, and the alias `champion`."""
 
     def __init__(self, folder: Path) -> None:
-        self.uri = resolve_uri(f"sqlite:///{folder}/runs/mlflow.db")
+        self.uri = empty_registry(folder / "runs")
         self._run = start_run(self.uri, "training", "run", {}, {})
 
     def add(self, model: Path) -> int:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from raydetr.registry.models import register, resolve
-from raydetr.registry.tracking import client, resolve_uri, start_run
+from raydetr.registry.tracking import client, start_run
 from raydetr.serving.versions import Alias, Follower
+from tests.empty_registry import empty_registry
 from tests.tiny_detr import save_tiny_detr
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -17,7 +18,7 @@ class Registry:
     """Three versions, `champion` the first."""
 
     def __init__(self, folder: Path) -> None:
-        self.uri = resolve_uri(f"sqlite:///{folder}/runs/mlflow.db")
+        self.uri = empty_registry(folder / "runs")
         run = start_run(self.uri, "training", "run", {}, {})
         for seed in range(3):
             model = save_tiny_detr(folder / f"tiny-{seed}", ["ant", "bee"], seed=seed, edge=64)

@@ -14,6 +14,7 @@ from raydetr.registry import tracking
 from raydetr.training.config import TrainConfig
 from raydetr.training.progress import Progress
 from tests.cluster.recorded_training import config as make_config
+from tests.empty_registry import empty_registry
 from tests.raydetr.training.test_distributed import batch
 
 Run = tuple[TrainConfig, str]
@@ -22,7 +23,7 @@ Run = tuple[TrainConfig, str]
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     config = make_config("", str(tmp_path))
-    config = dataclasses.replace(config, tracking_uri=tracking.resolve_uri(config.tracking_uri))
+    config = dataclasses.replace(config, tracking_uri=empty_registry(tmp_path))
     return config, tracking.start_run(config.tracking_uri, "training", "run", {}, {})
 
 

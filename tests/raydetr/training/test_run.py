@@ -15,6 +15,7 @@ from raydetr.training.config import TrainConfig
 from raydetr.training.run import open_run, pinned_model
 from raydetr.training.trainer import check
 from tests.awkward import write_awkward
+from tests.empty_registry import empty_registry
 from tests.tiny_detr import save_tiny_detr
 
 
@@ -22,7 +23,7 @@ from tests.tiny_detr import save_tiny_detr
 def test_a_run_goes_on_with_what_its_errors_advise_and_at_another_address_of_mlflow(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     flags = {"train_data": manifest.root, "output": str(tmp_path / "run")}
-    first = TrainConfig(**flags, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    first = TrainConfig(**flags, tracking_uri=empty_registry(tmp_path))
     identity = json.loads(json.dumps(asdict(first))) | {"data_digest": manifest.digest, "val_digest": ""}
     # The driver was killed before it kept the id of the run that it had begun.
     run_id = open_run(first, manifest)
@@ -48,7 +49,7 @@ def test_a_run_goes_on_with_what_its_errors_advise_and_at_another_address_of_mlf
 def test_flags_may_change_as_long_as_nothing_was_done_with_them(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     first = TrainConfig(
-        train_data=manifest.root, output=str(tmp_path / "run"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"
+        train_data=manifest.root, output=str(tmp_path / "run"), tracking_uri=empty_registry(tmp_path)
     )
     run_id = open_run(first, manifest)
     smaller = replace(first, micro_batch_size=1)
@@ -62,7 +63,7 @@ def test_flags_may_change_as_long_as_nothing_was_done_with_them(tmp_path: Path) 
 def test_the_validation_set_stays_once_there_are_figures_on_it(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     first = TrainConfig(
-        train_data=manifest.root, output=str(tmp_path / "run"), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"
+        train_data=manifest.root, output=str(tmp_path / "run"), tracking_uri=empty_registry(tmp_path)
     )
     run_id = open_run(first, manifest)
     storage.write_bytes(storage.join(checkpoint.address(first.output, 400), checkpoint.MARKER), b"")
@@ -80,7 +81,7 @@ def test_the_validation_set_stays_once_there_are_figures_on_it(tmp_path: Path) -
 
 
 def test_a_run_goes_on_with_the_version_that_an_alias_meant_when_it_was_begun(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = empty_registry(tmp_path)
     data = write_awkward(tmp_path / "data")
     given = TrainConfig(
         train_data=data.root, output=str(tmp_path / "run"), tracking_uri=uri, model="models:/ants@best"
