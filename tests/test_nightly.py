@@ -1,0 +1,47 @@
+"""`make nightly` runs every step, whatever fails, and its summary says what each showed."""
+
+import json
+import sys
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from tests import nightly
+
+SAMPLE = """
+import pytest
+def test_passes(): pass
+def test_fails(): assert False
+def test_skipped(): pytest.skip("needs a GPU")
+"""
+
+
+def test_a_failed_step_is_reported_and_the_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "test_sample.py").write_text(SAMPLE)
+    options = ["-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(tmp_path), "-ra"]
+
+    def failing(log: IO[str], folder: Path) -> int:
+        return nightly.run(nightly.pytest(*options, str(tmp_path / "test_sample.py")), log)
+
+    def passing(log: IO[str], folder: Path) -> int:
+        return nightly.run([sys.executable, "-c", "print('| row | 1.5 |')"], log)
+
+    monkeypatch.setattr(nightly, "STEPS", {"failing": failing, "passing": passing})
+    monkeypatch.setattr(sys, "argv", ["nightly.py", "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        nightly.main()
+    assert ended.value.code == 1
+    first, second = json.loads((tmp_path / "out/summary.json").read_text())["steps"]
+    assert (first["step"], first["passed"], second["step"], second["passed"]) == (
+        *("failing", False),
+        *("passing", True),
+    )
+    assert [line.split()[0] for line in first["lines"][:2]] == ["SKIPPED", "FAILED"]
+    assert "1 failed, 1 passed, 1 skipped" in first["lines"][-1]
+    assert second["lines"] == ["| row | 1.5 |"]
+    text = (tmp_path / "out/summary.md").read_text()
+    assert "## failing: FAILED" in text
+    assert "## passing: passed" in text
