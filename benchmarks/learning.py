@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py --data bccd --recipes better reference plain --minutes 30 --seeds 0 1 2
     python benchmarks/learning.py --data balloon --minutes 30            (masks)
-    python benchmarks/learning.py --data bccd --recipes better --overfit 8 --minutes 5    (8 images by heart)
+    python benchmarks/learning.py --data bccd --recipes better --overfit 8 --minutes 5    (overfit 8 images)
     python benchmarks/learning.py --data bccd --minutes 1 --evaluations 1      (a look)
     python benchmarks/learning.py --rows docs/learning.jsonl --draw      (what docs/training.md shows)
     PYTHONPATH=.:platform python benchmarks/learning.py --device cuda --data coco128 --minutes 5     (needs no Ray)

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from raydetr.registry.models import register
 from raydetr.registry.tracking import start_run
 from raydetr.serving.app import from_config
 from tests.empty_registry import empty_registry
+from tests.run_pipeline import environment
 from tests.tiny_detr import png, save_tiny_detr
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -42,9 +42,8 @@ def server(tmp_path: Path, unused_port: int) -> Iterator[subprocess.Popen[str]]:
     register(uri, start_run(uri, "training", "run", {}, {}), str(model))
     command = [sys.executable, str(ROOT / "pipelines/serve.py"), "--port", str(unused_port)]
     command += ["--model", "models:/raydetr@challenger", "--json", "serve.json"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform"}
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     while not (tmp_path / "serve.json").exists():
         assert process.poll() is None, process.stdout.read()
@@ -87,9 +86,9 @@ def test_gpus_that_are_not_there_are_an_error_and_never_a_cpu(tmp_path, unused_p
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
     command = [sys.executable, str(ROOT / "pipelines/serve.py"), "--port", str(unused_port)]
     command += ["--model", str(model), "--device", "gpu", "--replicas", "2"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform", "CUDA_VISIBLE_DEVICES": ""}
+    without_gpus = environment({"CUDA_VISIBLE_DEVICES": ""})
     ended = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=tmp_path, env=without_gpus, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 2, ended.stderr
     assert "--device gpu needs 2 GPUs for 2 replicas and the cluster has 0" in ended.stderr

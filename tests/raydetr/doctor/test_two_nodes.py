@@ -1,7 +1,6 @@
 """The doctor on a real cluster of two nodes, one of which has another version of the code."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.raydetr.doctor.set_ups import write_data
+from tests.run_pipeline import environment
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,7 +29,7 @@ def test_a_node_with_other_code_a_small_store_no_cpu_for_data_and_local_addresse
     done = subprocess.run(
         [sys.executable, "-m", "tests.raydetr.doctor.two_nodes", str(tmp_path), f"{other}:{ROOT}"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,

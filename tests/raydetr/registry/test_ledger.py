@@ -1,7 +1,6 @@
 """The moves of an alias: numbered, written once, settled by whoever comes next, and undone."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,8 +15,7 @@ from raydetr.registry.promote import keep_refusal, move, open_decision, promote,
 from raydetr.registry.tracking import client
 from tests.mlflow_server import mlflow_server
 from tests.raydetr.registry.versions import bare_versions
-
-ROOT = Path(__file__).parents[3]
+from tests.run_pipeline import environment
 
 RACER = """
 import sys, time
@@ -44,11 +42,10 @@ print("RESULT", number, ledger.run_id, won)
 def race(uri: str, folder: Path, versions: range) -> list[list[str]]:
     """Processes that have all read the same ledger move the alias at the same time; what each prints."""
     folder.mkdir(parents=True)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform", "PYTHONWARNINGS": "ignore"}
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", RACER, uri, str(folder), str(version)],
-            env=environment,
+            env=environment({"PYTHONWARNINGS": "ignore"}),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
