@@ -193,6 +193,13 @@ def _in_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture(autouse=True, scope="module")
+def _lanes_first(request: pytest.FixtureRequest) -> None:
+    """Yield the cores to the lanes: a lane is as long as the whole run, other files fill the gaps."""
+    if hasattr(request.config, "workerinput") and _lane(request.node.nodeid) not in LANES:
+        os.setpriority(os.PRIO_PROCESS, 0, 5)
+
+
+@pytest.fixture(autouse=True, scope="module")
 def _free_memory() -> Iterator[None]:
     """Two processes of tests and what they start share a machine; the C library keeps what torch gave back."""
     yield
