@@ -39,6 +39,13 @@ def test_imports_go_down_only(file: Path) -> None:
             assert not wrong, f"{place} must not import {wrong}"
 
 
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_only_the_mask_codec_calls_pycocotools(file: Path) -> None:
+    """It trusts its input, which `detr.mask_codec` checks."""
+    names = {name for name in imports(file) if name.startswith("pycocotools")}
+    assert not names or file == ROOT / "detr/mask_codec.py"
+
+
 def test_the_folder_platform_holds_no_module() -> None:
     assert not list((ROOT / "platform").glob("*.py")), (
         "platform/*.py would shadow the standard library's platform"

@@ -13,6 +13,8 @@ import hotcoco
 import numpy as np
 from hotcoco import mask as coco_mask
 
+from detr.mask_codec import check_segmentation
+
 Columns = dict[str, np.ndarray]
 
 NUM_IOUS = 10
@@ -90,7 +92,7 @@ def evaluate_detections(truth: Mapping[str, Any], found: Columns, iou_type: str 
     annotations = truth.get("annotations", ())
     objects = columns_of_records(annotations, "annotation", {"area": np.float64, "iscrowd": np.int64})
     if iou_type == "segm":
-        objects["segmentation"] = _segmentations(annotations)
+        objects["segmentation"] = _segmentations(annotations, truth["images"])
     objects = _select(objects, "image_id", image_ids)
     objects = _select(objects, "category_id", category_ids)
     found = _select(found, "category_id", category_ids)
@@ -217,15 +219,26 @@ def _images(
     ]
 
 
-def _segmentations(annotations: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Polygons or RLE of each annotation, object [n]."""
+def _segmentations(
+    annotations: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]]
+) -> np.ndarray:
+    """Polygons or RLE of each annotation, checked, object [n]."""
     segmentations = np.empty(len(annotations), object)
+    sizes = {
+        image["id"]: (int(image["height"]), int(image["width"]))
+        for image in images
+        if image.get("height") and image.get("width")
+    }
     for index, annotation in enumerate(annotations):
         if not annotation.get("segmentation"):
             raise ValueError(
                 f"annotation {index} has no segmentation, which iou_types 'segm' needs: {str(annotation)[:300]}"
             )
-        segmentations[index] = annotation["segmentation"]
+        segmentations[index] = check_segmentation(
+            annotation["segmentation"],
+            sizes.get(annotation["image_id"]),
+            f"annotation {index} (image_id {annotation['image_id']})",
+        )
     return segmentations
 
 

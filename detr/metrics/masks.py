@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from hotcoco import mask as coco_mask
 
-Rle = dict[str, Any]
+from detr.mask_codec import Rle, check_rle
 
 
 def encode_masks(masks: Any) -> list[Rle]:
@@ -16,13 +16,13 @@ def encode_masks(masks: Any) -> list[Rle]:
     Args:
         masks: bool, integer or float [n, H, W] or [n, 1, H, W], tensor or array, on where it exceeds 0.5; or a list
             of RLE dicts `{"size": [H, W], "counts": ...}` with COCO's compressed (str or bytes) or uncompressed (list
-            of int) counts, which are taken as they are.
+            of int) counts, which cover the size.
 
     Returns:
         n dicts `{"size": [H, W], "counts": str or list of int}`, which `json.dumps` accepts.
 
     Raises:
-        ValueError: another shape, or a dict that is no RLE.
+        ValueError: another shape, or a dict that is no RLE, or one whose counts do not cover its size.
     """
     if isinstance(masks, Sequence) and (not masks or isinstance(masks[0], Mapping)):
         return [_plain(rle) for rle in masks]
@@ -34,15 +34,11 @@ def encode_masks(masks: Any) -> list[Rle]:
         array = array[:, 0]
     if array.ndim != 3:
         raise ValueError(f"masks have shape {array.shape}: expected [n, H, W] or [n, 1, H, W], or RLE dicts")
-    return [_plain(coco_mask.encode(np.asfortranarray(mask))) for mask in array]
+    rles = [coco_mask.encode(np.asfortranarray(mask)) for mask in array]
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in rles]
 
 
 def _plain(rle: Mapping[str, Any]) -> Rle:
     if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
         raise ValueError(f"a mask is {str(rle)[:100]}: expected an RLE dict with size and counts")
-    counts = rle["counts"]
-    if isinstance(counts, bytes):
-        counts = counts.decode("ascii")
-    elif not isinstance(counts, str):
-        counts = [int(count) for count in counts]
-    return {"size": [int(side) for side in rle["size"]], "counts": counts}
+    return check_rle(rle, None, "a mask")

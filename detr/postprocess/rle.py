@@ -1,12 +1,9 @@
 """Run-length encodings of a map of segments: transformers' own, and COCO's."""
 
-from typing import Any
-
 import numpy as np
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
-Rle = dict[str, Any]
+from detr.mask_codec import Rle, encode_runs
 
 
 def transformers_rle(segmentation: Tensor) -> list[list[int]]:
@@ -45,9 +42,7 @@ def coco_rle(segmentation: Tensor, ids: list[int]) -> list[Rle]:
         # Lengths of off and on in turn, the first off, perhaps of no pixel.
         edges = np.stack([starts, starts + lengths], 1).flatten()
         end = [] if len(edges) and edges[-1] == height * width else [height * width]
-        counts = {"size": [height, width], "counts": np.diff(edges, prepend=0, append=end).tolist()}
-        packed = coco_mask.frPyObjects(counts, height, width)
-        encoded.append({"size": [height, width], "counts": packed["counts"].decode("ascii")})
+        encoded.append(encode_runs(np.diff(edges, prepend=0, append=end).tolist(), height, width))
     return encoded
 
 

@@ -11,10 +11,15 @@ from typing import Any
 
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
-from pycocotools import mask
 
-from detr.image_processing.decode import DEFAULT_MAX_PIXELS, ImageError, decode_image, image_size
-from detr.image_processing.masks import LARGEST_COORDINATE
+from detr.image_processing.decode import (
+    DEFAULT_MAX_PIXELS,
+    ImageCostError,
+    ImageError,
+    decode_image,
+    image_size,
+)
+from detr.mask_codec import LARGEST_COORDINATE, box_of_rle, rle_runs
 from raydetr.data.duplicates import image_hash
 
 Problem = tuple[str, str]
@@ -70,7 +75,8 @@ def inspect_image(
         size = image_size(data)
     except ImageError as error:
         bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-        code = "image-too-large" if isinstance(error.__cause__, bombs) else "unreadable-image"
+        too_large = isinstance(error, ImageCostError) or isinstance(error.__cause__, bombs)
+        code = "image-too-large" if too_large else "unreadable-image"
         return ImageFacts(*(claimed or (0, 0)), claimed, ((code, str(error)),))
     found: list[Problem] = []
     if size[0] * size[1] > DEFAULT_MAX_PIXELS:
@@ -79,6 +85,8 @@ def inspect_image(
     image_bits = None
     try:
         image_bits = image_hash(decode_image(data))
+    except ImageCostError as error:
+        return ImageFacts(*size, claimed or size, (("image-too-large", str(error)),))
     except ImageError as error:
         found.append((_decode_fault(data), str(error)))
     if (json_height, json_width) != (None, None) and (json_height, json_width) != size:
@@ -157,33 +165,6 @@ def read_segmentation(value: Any) -> dict[str, Any] | None:
     return None
 
 
-def rle_runs(counts: bytes) -> list[int]:
-    """The run lengths of a compressed RLE: COCO's variable-length code of differences (maskApi.c, rleFrString).
-
-    Raises:
-        ValueError: it does not end on a whole number or holds a character outside of the code.
-    """
-    runs: list[int] = []
-    position = 0
-    while position < len(counts):
-        value = shift = 0
-        more = True
-        while more:
-            if position == len(counts):
-                raise ValueError("it ends within a number")
-            digit = counts[position] - 48
-            if not 0 <= digit < 64:
-                raise ValueError(f"character {counts[position]} at {position}")
-            value |= (digit & 31) << shift
-            more = bool(digit & 32)
-            position += 1
-            shift += 5
-        if digit & 16:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-    return runs
-
-
 def _box_faults(box: Sequence[float], frame: tuple[int, int] | None) -> list[Problem]:
     text = f"bbox {[round(value, 2) for value in box]}"
     if not all(map(math.isfinite, box)):
@@ -223,7 +204,7 @@ def _segmentation_fault(
     if frame is not None and rle["size"] != list(frame):
         return f"RLE of {rle['size']} in an image of {list(frame)}"
     try:
-        runs = rle["runs"] if rle["counts"] is None else rle_runs(rle["counts"])
+        runs = rle["runs"] if rle["counts"] is None else rle_runs(rle["counts"]).tolist()
     except ValueError as error:
         return f"RLE counts are damaged: {error}"
     if min(runs, default=0) < 0 or sum(runs) != math.prod(rle["size"]):
@@ -254,12 +235,8 @@ def _mask_problems(segmentation: Mapping[str, Any], box: Sequence[float]) -> lis
         left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
     else:
         rle = segmentation["rle"]
-        height, width = rle["size"]
-        counts = (
-            rle["counts"]
-            or mask.frPyObjects({"size": rle["size"], "counts": rle["runs"]}, height, width)["counts"]
-        )
-        left, top, w, h = mask.toBbox({"size": rle["size"], "counts": counts}).tolist()
+        original = {"size": rle["size"], "counts": rle["runs"] if rle["counts"] is None else rle["counts"]}
+        left, top, w, h = box_of_rle(original, "an object")
         right, bottom = left + w, top + h
     x, y, w, h = box
     # A line or a point as mask has no area of its own: both are taken half a pixel larger on each side.

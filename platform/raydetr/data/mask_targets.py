@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pycocotools import mask as coco_mask
 
+from detr.mask_codec import decode_segmentation
 from detr.panoptic_png import read_panoptic_png
 from raydetr.data.schema import FAULTS, is_trained
 from raydetr.data.shards import is_target, training_targets
@@ -64,14 +64,11 @@ def has_mask(segmentation: Mapping[str, Any] | None) -> bool:
 
 def decode_mask(segmentation: Mapping[str, Any], height: int, width: int) -> UInt8Array:
     """The mask of an object of a record: uint8 [height, width], 0 or 1; it has polygons or run lengths."""
-    if segmentation["polygons"] is not None:
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation["polygons"], height, width))
-    elif segmentation["rle"]["counts"] is None:
-        runs = {"size": segmentation["rle"]["size"], "counts": segmentation["rle"]["runs"]}
-        rle = coco_mask.frPyObjects(runs, height, width)
-    else:
-        rle = {"size": segmentation["rle"]["size"], "counts": segmentation["rle"]["counts"]}
-    return np.asarray(coco_mask.decode(rle), dtype=np.uint8)
+    original = segmentation["polygons"]
+    if original is None:
+        rle = segmentation["rle"]
+        original = {"size": rle["size"], "counts": rle["runs"] if rle["counts"] is None else rle["counts"]}
+    return decode_segmentation(original, height, width, "an object of a record")
 
 
 def _segments(

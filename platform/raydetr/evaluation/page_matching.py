@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pycocotools import mask as coco_mask
+
+from detr.mask_codec import box_iou_xywh
 
 GOOD, NEAR = 0.5, 0.1
 """IoU from which a detection fits an object, and from which it is thought to mean it."""
@@ -85,7 +86,5 @@ def judge(objects: Sequence[Item], detections: Sequence[Item]) -> Verdict:
 
 def _iou(detections: Sequence[Item], objects: Sequence[Item]) -> np.ndarray:
     """float64 [detections, objects]; with a crowd it is the share of the detection that lies in it."""
-    if not detections or not objects:
-        return np.zeros((len(detections), len(objects)))
     found, truth = ([list(each.box) for each in items] for items in (detections, objects))
-    return np.asarray(coco_mask.iou(found, truth, [int(each.crowd) for each in objects]))
+    return box_iou_xywh(found, truth, [each.crowd for each in objects])

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from detr.drawing import draw_segments
 from detr.image_processing.decode import ImageError, decode_image
+from detr.mask_codec import decode_segmentation
 from detr.panoptic_png import read_panoptic_png
 from raydetr.data.mask_targets import MaskKind, decode_mask, has_mask, mask_targets
 from raydetr.data.shards import Manifest, read_rows, truth_annotations
@@ -165,7 +165,11 @@ def detections(row: Mapping[str, Any] | None, size: tuple[int, int], min_score: 
     ):
         if score < min_score:
             continue
-        mask = None if counts is None else np.asarray(coco_mask.decode({"size": size, "counts": counts}))
+        mask = (
+            None
+            if counts is None
+            else decode_segmentation({"size": size, "counts": counts}, *size, "a prediction")
+        )
         items.append(Item(category, tuple(box), score, mask=mask))
     return sorted(items, key=lambda item: -(item.score or 0))
 

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from detr.drawing import draw_detections, draw_segments
 from detr.image_processing.decode import decode_image
+from detr.mask_codec import decode_segmentation
 from detr.panoptic_png import read_panoptic_png
 from raydetr import storage
 from raydetr.evaluation.batch import FORMATS, extension
@@ -73,8 +73,11 @@ def draw(data: bytes, row: Mapping[str, Any], labels: Mapping[int, str], thresho
         return draw_segments(image, read_panoptic_png(row["panoptic"]), segments, names=labels)
     count = sum(score >= threshold for score in row["score"])
     if row["mask"] is not None:
-        size = [row["height"], row["width"]]
-        masks = [coco_mask.decode({"size": size, "counts": counts}) for counts in row["mask"][:count]]
+        size = row["height"], row["width"]
+        masks = [
+            decode_segmentation({"size": size, "counts": counts}, *size, "a prediction")
+            for counts in row["mask"][:count]
+        ]
         infos = [
             {"label_id": label, "score": score}
             for label, score in zip(row["category_id"][:count], row["score"][:count], strict=True)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from raydetr.data.faults import rle_runs
+from detr.mask_codec import rle_runs
 from raydetr.data.record import make_record, to_annotation
 from raydetr.data.schema import SCHEMA, Fault, without_notes
 from raydetr.errors import DataError
