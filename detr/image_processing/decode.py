@@ -4,11 +4,13 @@ The decoded image is a uint8 tensor [3, height, width] whose memory is interleav
 write it: `image.permute(1, 2, 0)` is contiguous, and torch's uint8 resize of it is three times as fast as that of
 a planar one, with the same result.
 
-EXIF rotation is not applied: the annotations of a data set are in the coordinates of the stored pixels.
+EXIF rotation is applied on request only: annotations may be in the coordinates of the stored pixels.
 """
 
 import io
 import struct
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,6 +41,20 @@ _DAMAGED = (
 )
 
 
+_EXIF_ORIENTATION = 0x0112
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: pixels.transpose(1, 0, 2)[:, ::-1],
+    7: lambda pixels: pixels.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda pixels: pixels.transpose(1, 0, 2)[::-1],
+}
+"""EXIF orientation → the upright pixels [height, width, 3] of stored ones."""
+
+
 class ImageError(ValueError):
     """An image that cannot be read or converted to RGB; the message gives the reason."""
 
@@ -54,7 +70,11 @@ def image_size(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
+def decode_image(
+    data: bytes,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    orientation: Literal["apply", "ignore"] = "ignore",
+) -> torch.Tensor:
     """Decode an encoded image into RGB.
 
     Grey, palette, transparent, CMYK and 16-bit images are converted as `convert_to_rgb` does; of an animation the
@@ -64,6 +84,7 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Ten
         data: an image in one of `FORMATS`.
         max_pixels: compared with the header's height times width before anything is decoded. Pillow itself, which
             decodes all but JPEGs, refuses more than twice the default.
+        orientation: apply turns the image as its EXIF says, ignore leaves the pixels as they are stored.
 
     Returns:
         uint8 [3, height, width] of 0..255, interleaved in memory.
@@ -72,6 +93,11 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Ten
         ImageError: the bytes are not such an image, are cut short or damaged, are too large, or have pixels without
             a defined range.
     """
+    if orientation == "apply":
+        with _open(data) as image:
+            exif = exif_orientation(image)
+        stored = decode_image(data, max_pixels).permute(1, 2, 0).numpy()
+        return torch.from_numpy(np.ascontiguousarray(_TURNS[exif](stored))).permute(2, 0, 1)
     pixels = _decode_jpeg(data, max_pixels)
     if pixels is not None:
         return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -87,6 +113,16 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Ten
         except _DAMAGED as error:
             raise ImageError(f"the {image.format} image cannot be decoded: {error}") from error
         return pil_to_tensor(convert_to_rgb(image))
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 (upright) to 8; 1 where there is none that can be read."""
+    # The base class's method: PNG's own decodes the whole image to look for EXIF after its pixels.
+    try:
+        orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
+    except Exception:  # damaged EXIF says nothing about orientation
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
