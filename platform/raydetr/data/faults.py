@@ -318,7 +318,7 @@ def _size_problems(claimed: tuple[int | None, int | None], size: tuple[int, int]
             text += ": are they swapped in the JSON, or was the image turned after it was annotated?"
         return [("size-mismatch", text)]
     if len(given) < 2 and claimed != (None, None):
-        return [("repaired-size", f"the JSON says {claimed[0]} x {claimed[1]}: the image's is used")]
+        return [("repaired-image", f"the JSON says {claimed[0]} x {claimed[1]}: the image's is used")]
     return []
 
 

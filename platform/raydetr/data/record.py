@@ -24,7 +24,9 @@ class Annotation:
 
     position: int
     fields: dict[str, Any]
-    codes: tuple[str, ...] = ()
+    problems: tuple[faults.Problem, ...] = ()
+    fresh_id: int = -1
+    """Its id where the JSON has none that is an integer."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Reading:
 
     orientation: Orientation = "auto"
     crowds_as_objects: bool = False
+
+
+AS_USUAL = Reading()
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def make_record(
     data: bytes | None,
     category_ids: frozenset[int],
     panoptic_png: bytes | None = None,
-    reading: Reading = Reading(),
+    reading: Reading = AS_USUAL,
 ) -> tuple[dict[str, Any], list[Fault]]:
     """The record of an image entry, and everything that is wrong with it. The image is decoded once, to check it.
 
@@ -79,10 +84,11 @@ def make_record(
     found = [Fault(code, entry.file_name, entry.image_id, None, reason) for code, reason in of_image]
     objects = []
     for annotation in entry.annotations:
-        fields, repaired = annotation.fields, []
+        fields = annotation.fields
+        repaired: list[faults.Problem] = []
         item, unread = _object(fields)
         if _is_unusual(fields, item, reading):
-            fields, repaired = repair_annotation(fields, -1 - annotation.position, reading.crowds_as_objects)
+            fields, repaired = repair_annotation(fields, annotation.fresh_id, reading.crowds_as_objects)
             item, unread = _object(fields)
             unread |= {
                 key: value
@@ -90,7 +96,7 @@ def make_record(
                 if key not in fields or fields[key] is not value
             }
         problems = faults.object_faults(fields, item, facts.frame, category_ids) + repaired
-        problems += [(code, f"annotations[{annotation.position}]") for code in annotation.codes]
+        problems += annotation.problems
         item["fault"] = worst([code for code, _ in problems])
         item["extra"] = _json(unread)
         objects.append(item)
@@ -172,9 +178,8 @@ def _is_unusual(fields: Mapping[str, Any], item: Mapping[str, Any], reading: Rea
         return True
     if as_int(fields.get("image_id")) is None or (reading.crowds_as_objects and item["iscrowd"]):
         return True
-    if area is None or not 0 <= area < math.inf:
-        if fields.get("area") is not None:
-            return True
+    if (area is None or not 0 <= area < math.inf) and fields.get("area") is not None:
+        return True
     if item["iscrowd"] is None and fields.get("iscrowd") is not None:
         return True
     if segmentation is None:

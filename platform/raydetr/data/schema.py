@@ -137,6 +137,13 @@ FAULTS: dict[str, FaultKind] = {
             "give all annotations of a file one image id",
         ),
         FaultKind(
+            "shared-panoptic",
+            "image",
+            "two images have one panoptic PNG",
+            "untrained",
+            "give every image a panoptic PNG of its own",
+        ),
+        FaultKind(
             "ambiguous-image-id",
             "image",
             "one image id has several files",
@@ -211,7 +218,7 @@ FAULTS: dict[str, FaultKind] = {
         FaultKind(
             "repaired-name", "image", "the file has this name in another spelling or place", "repaired"
         ),
-        FaultKind("repaired-size", "image", "height or width written in another form", "repaired"),
+        FaultKind("repaired-image", "image", "id, height or width written in another form", "repaired"),
         FaultKind("repaired-field", "object", "a field written in another form", "repaired"),
         FaultKind("repaired-box", "object", "no box: it is that of the segmentation", "repaired"),
         FaultKind("repaired-segmentation", "object", "a segmentation written in another form", "repaired"),
