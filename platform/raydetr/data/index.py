@@ -321,7 +321,8 @@ class Index:
                     self.add_image_problem(position, "missing-file", reason)
                     continue
                 self._connection.execute("UPDATE images SET file = ? WHERE position = ?", (file, position))
-                self.add_image_problem(position, "repaired-name", f"{name!r:.200} is the file {file!r:.200}")
+                # Names that differ in their Unicode form alone look the same.
+                self.add_image_problem(position, "repaired-name", f"{name!a:.200} is the file {file!a:.200}")
 
     def _mark_shared_files(self) -> None:
         """Mark images of one file: which annotations are whose is unknown, and each lacks the others'."""

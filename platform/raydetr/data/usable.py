@@ -97,14 +97,14 @@ def require_usable(name: str, usable: Usable, max_share: float, faults: Iterable
     lines = reasons(faults, usable)
     raise DataError(
         f"{name}: {usable.text()} cannot be trained on; --max-fault-share allows {100 * max_share:g} %.\n"
-        + "\n".join(lines)
+        + "\n".join([*lines, "A higher --max-fault-share accepts it."])
     )
 
 
 def reasons(faults: Iterable[Fault], usable: Usable) -> list[str]:
     """Lines on why something is not trained on: each code with its count, examples and remedy."""
     excluding = [fault for fault in faults if fault.code in _EXCLUDING - _NOTHING_LOST]
-    lines = [f"  {line}" for line in fault_lines(excluding)]
+    lines = [f"  {line}" for line in fault_lines(excluding, table="")]
     if usable.crowds:
         what = "all of them are" if usable.crowds == usable.objects else f"{usable.crowds:,} objects are"
         lines.append(f"  {what} crowds (iscrowd 1), which are not trained on.")
@@ -116,12 +116,40 @@ def reasons(faults: Iterable[Fault], usable: Usable) -> list[str]:
     ]
     if usable.crowds:
         remedies.append(f"  crowds: {CROWDS_REMEDY}.")
-    return [*lines, "What to do:", *remedies, "  or accept it with a higher --max-fault-share."]
+    return [*lines, "What to do:", *remedies] if remedies else lines
 
 
-def training_faults(manifest: Manifest, usable: Usable) -> list[str]:
-    """`reasons` of a folder of shards."""
-    return reasons(read_faults(manifest.root), usable)
+def trainable(manifest: Manifest, task: str) -> Usable:
+    """`count_usable`, of what a task learns from: panoptic ones from segments, which are not counted."""
+    usable = count_usable(manifest)
+    if task in ("detection", "instance"):
+        return usable
+    return Usable(usable.images, usable.unusable_images)
+
+
+def require_trainable(name: str, manifest: Manifest, usable: Usable, task: str) -> None:
+    """Check that there is anything to learn.
+
+    Args:
+        name: of the data set, for the message.
+        manifest: of it.
+        usable: from `trainable`.
+        task: what is learned.
+
+    Raises:
+        DataError: no image, or no object, with the reason.
+    """
+    missing = ""
+    if usable.unusable_images == usable.images:
+        missing = f"none of the {usable.images:,} images"
+    elif task in ("detection", "instance") and usable.unusable_objects == usable.objects:
+        missing = f"no object of the {usable.images - usable.unusable_images:,} images"
+    if not missing:
+        return
+    lines = ["The images have no annotations."]
+    if manifest.faults.keys() & _EXCLUDING or usable.crowds:
+        lines = reasons(read_faults(manifest.root), usable)
+    raise DataError("\n".join([f"{name}: {missing} can be trained on.", *lines]))
 
 
 def _common_folder(faults: Iterable[Fault], code: str) -> str:
