@@ -12,6 +12,7 @@ The same command again goes on where it was ended; a complete output is left as 
     --panoptic-annotations panoptic.json --panoptic-masks panoptic/     with or without --annotations
     --split 0.8,0.1,0.1 --group-by site         folders train, val and test; no site in two of them
     --append True                               new images into new shards of the output
+    --annotations a.json b.json --images a b    several files, whose ids may be the same
     --classes classes.json                      merge, rename and drop classes: {"car": "vehicle", "dog": null}
 """
 
@@ -22,7 +23,8 @@ from raydetr.command import run
 from raydetr.config import IngestConfig
 from raydetr.data.html_report import write_report
 from raydetr.data.ingest import IngestResult, Options, ingest, ingest_split
-from raydetr.data.inputs import Addresses
+from raydetr.data.inputs import Addresses, Source
+from raydetr.data.record import Reading
 from raydetr.data.report import counts, fault_lines, print_progress
 from raydetr.data.shards import read_faults
 from raydetr.data.split import Split
@@ -31,10 +33,16 @@ from raydetr.data.split import Split
 def main(config: IngestConfig) -> dict[str, Any]:
     """Ingest one data set; the summary counts what is in it."""
     start = time.monotonic()
-    addresses = Addresses(
-        config.annotations, config.images, config.panoptic_annotations, config.panoptic_masks, config.classes
+    addresses = addresses_of(config)
+    options = Options(
+        config.on_fault,
+        config.seed,
+        config.shard_bytes,
+        config.append,
+        config.compare_with,
+        config.max_fault_share,
+        Reading(config.orientation, config.crowds_as_objects),
     )
-    options = Options(config.on_fault, config.seed, config.shard_bytes, config.append, config.compare_with)
     progress = print_progress("ingest")
     if config.split:
         split = Split(config.fractions, config.group_by, config.seed)
@@ -52,6 +60,21 @@ def main(config: IngestConfig) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "images per second": round(result.manifest.num_images / seconds, 1) if result.written else 0.0,
     }
+
+
+def addresses_of(config: IngestConfig) -> Addresses:
+    """What to read."""
+    folders = config.images * len(config.annotations) if len(config.images) == 1 else config.images
+    first, *others = config.annotations or ("",)
+    return Addresses(
+        first,
+        config.images[0],
+        config.panoptic_annotations,
+        config.panoptic_masks,
+        config.classes,
+        tuple(Source(file, folder) for file, folder in zip(others, folders[1:], strict=True)),
+        config.follow_links,
+    )
 
 
 def report(config: IngestConfig, result: IngestResult) -> None:

@@ -18,18 +18,28 @@ FaultPolicy = Literal["keep", "skip-image", "fail"]
 class IngestConfig:
     """COCO JSON and images to Parquet shards with a manifest."""
 
-    annotations: str = ""
-    """COCO detection JSON: a file or an s3:// address; empty: panoptic annotations alone."""
+    annotations: tuple[str, ...] = ()
+    """COCO detection JSON, as it is or by gzip: a file or an s3:// address; several are ingested together, each with ids
+    of its own; empty: panoptic annotations alone."""
     panoptic_annotations: str = ""
     """COCO panoptic JSON; empty: none."""
     panoptic_masks: str = ""
     """Folder of the panoptic PNGs."""
-    images: str
-    """Folder of the images that the JSON's `file_name` fields name."""
+    images: tuple[str, ...]
+    """Folder of the images that the JSON's `file_name` fields name; of several JSONs one for all, or one for each."""
     output: str
     """Folder for shards, manifest.json and faults.parquet."""
     on_fault: FaultPolicy = "keep"
     """keep: faults are marked and reported; skip-image: leave images with a fault out; fail: stop."""
+    max_fault_share: float = 0.2
+    """Share of the images, or of the objects, that may be unusable for training; more is an error."""
+    orientation: Literal["auto", "apply", "ignore"] = "auto"
+    """Images with an EXIF rotation. auto: turned upright where the JSON has the size of the turned image; apply: all;
+    ignore: none."""
+    crowds_as_objects: bool = False
+    """Read iscrowd 1 as 0: CVAT writes the brush masks of single objects so."""
+    follow_links: bool = False
+    """Read images that symbolic links in --images point to outside of it."""
     seed: int = 0
     """Seed of the order in which records are written."""
     shard_bytes: int = 128 * 1024 * 1024
@@ -68,6 +78,12 @@ class IngestConfig:
             raise ConfigError("--split and --append exclude each other: append to one of the parts.")
         if self.group_by and not self.split:
             raise ConfigError("--group-by needs --split.")
+        require_share(self.max_fault_share)
+        if len(self.images) not in (1, len(self.annotations)):
+            raise ConfigError(
+                f"--images names {len(self.images)} folders for {len(self.annotations)} --annotations: give one folder "
+                "for all, or one for each."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +102,8 @@ class EvaluateConfig:
     """Its COCO panoptic JSON; empty: none."""
     panoptic_masks: str = ""
     """Folder of its panoptic PNGs."""
+    max_fault_share: float = 0.2
+    """Share of its images, or of its objects, that may be unusable; more is an error."""
     task: Literal["auto", "detection", "instance", "panoptic", "panoptic-boxes"] = "auto"
     """detection: boxes of objects; instance: and their masks; panoptic: boxes and masks of things and stuff;
     panoptic-boxes: their boxes; auto: what the model predicts and the data set has."""
@@ -117,6 +135,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "actors", "batch_size")
+        require_share(self.max_fault_share)
         _require_engine(self.engine, on_gpu=bool(self.num_gpus))
         if bool(self.images) != bool(self.annotations or self.panoptic_annotations):
             raise ConfigError(
@@ -323,6 +342,12 @@ class ServeConfig:
             )
         if self.min_replicas != 1 and not self.max_replicas:
             raise ConfigError(f"--min-replicas is {self.min_replicas} without --max-replicas: give both.")
+
+
+def require_share(max_fault_share: float) -> None:
+    """Raise ConfigError where --max-fault-share is no share."""
+    if not 0 <= max_fault_share <= 1:
+        raise ConfigError(f"--max-fault-share is {max_fault_share}: it is a share, 0 to 1.")
 
 
 def _require_engine(engine: str, on_gpu: bool) -> None:

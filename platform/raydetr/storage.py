@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
@@ -73,56 +74,93 @@ def size(address: str) -> int:
     return int(info.size)
 
 
-def list_files(folder: str) -> Iterator[tuple[str, int]]:
+def list_files(
+    folder: str, skipped: Callable[[str, str], None] | None = None, leave: bool = True
+) -> Iterator[tuple[str, int]]:
     """Name relative to the folder, and bytes, of all files in it and in the folders in it; in no order.
+
+    Args:
+        folder: its address.
+        skipped: called with the name of what cannot be listed (a folder that may not be read, a symbolic link that
+            leads nowhere, in a circle or out of the folder) and the reason; None: such a folder is an error.
+        leave: follow symbolic links that lead out of the folder.
 
     Raises:
         StorageError: the folder does not exist or cannot be listed.
     """
     filesystem, path = resolve(folder)
-    prefix = path.rstrip("/") + "/"
-    if is_local(folder):
+    if isinstance(filesystem, fs.LocalFileSystem):
         # Not by pyarrow, which has all of them in memory at once.
-        for name, size in _walk(path, folder):
-            yield name.removeprefix(prefix), size
+        yield from _Walk(path, folder, skipped, leave).files(path, ())
         return
+    prefix = path.rstrip("/") + "/"
     selector = fs.FileSelector(path, recursive=True)
     for info in attempt(folder, "listed", lambda: filesystem.get_file_info(selector)):
         if info.is_file:
             yield info.path.removeprefix(prefix), int(info.size)
 
 
-def _walk(path: str, folder: str) -> Iterator[tuple[str, int]]:
-    try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    yield from _walk(entry.path, folder)
-                elif entry.is_file():
-                    yield os.fsencode(entry.path).decode("utf-8", "replace"), entry.stat().st_size
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be listed ({error}).") from error
+@dataclass(frozen=True)
+class _Walk:
+    """A listing of a local folder: see `list_files`."""
+
+    root: str
+    folder: str
+    skipped: Callable[[str, str], None] | None
+    leave: bool
+
+    def files(self, path: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+        """The files under a path; `above` are the real paths of the folders that it is in."""
+        real = os.path.realpath(path)
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    yield from self._entry(entry, (*above, real))
+        except OSError as error:
+            if path == self.root or self.skipped is None:
+                raise StorageError(f"{self.folder}: cannot be listed ({error}).") from error
+            self.skipped(self._name(path), str(error.strerror or error))
+
+    def _entry(self, entry: os.DirEntry[str], above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+        if entry.is_symlink() and (reason := self._refusal(entry, above)):
+            if self.skipped is not None:
+                self.skipped(self._name(entry.path), reason)
+            return
+        if entry.is_dir():
+            yield from self.files(entry.path, above)
+        elif entry.is_file():
+            try:
+                size = entry.stat().st_size
+            except FileNotFoundError:  # deleted since
+                return
+            yield self._name(entry.path), size
+
+    def _refusal(self, link: os.DirEntry[str], above: tuple[str, ...]) -> str:
+        """Why a symbolic link is not followed; empty where it is."""
+        try:
+            real = os.path.realpath(link.path, strict=True)
+        except OSError as error:
+            return f"a link that leads nowhere ({error.strerror})"
+        if real in above:
+            return "a link to a folder that it is in"
+        if not self.leave and not real.startswith(above[0].rstrip("/") + "/"):
+            return f"a link out of the folder, to {real}"
+        return ""
+
+    def _name(self, path: str) -> str:
+        relative = path.removeprefix(self.root.rstrip("/") + "/")
+        return os.fsencode(relative).decode("utf-8", "replace")
 
 
 def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
-    """Bytes of those of the named files that exist, by name relative to the folder; names may lead out of it.
+    """Bytes of those of the named files that exist, by name relative to the folder.
 
     Raises:
         StorageError: the folder does not exist or cannot be listed.
     """
     wanted = set(names)
-    # Names such as ../other/1.jpg are not in a listing.
-    outside = sorted(name for name in wanted if name.startswith(".."))
-    found = {}
-    if len(outside) < len(wanted):
-        # One listing: an object store would need one request for each name.
-        found = {name: size for name, size in list_files(folder) if name in wanted}
-    filesystem, path = resolve(folder)
-    paths = [f"{path.rstrip('/')}/{name}" for name in outside]
-    for name, info in zip(outside, attempt(folder, "listed", lambda: filesystem.get_file_info(paths))):
-        if info.is_file:
-            found[name] = int(info.size)
-    return found
+    # One listing: an object store would need one request for each name.
+    return {name: size for name, size in list_files(folder) if name in wanted}
 
 
 def read_chunks(address: str) -> Iterator[bytes]:

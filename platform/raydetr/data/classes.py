@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydetr import storage
+from raydetr.data.repairs import read_int
 from raydetr.errors import DataError
 
 
@@ -23,12 +24,12 @@ class ClassMap:
 
     def apply(self, fields: Mapping[str, Any]) -> dict[str, Any] | None:
         """An annotation (or segment) with its new category; None where that is dropped. Others stay as they are."""
-        category_id = fields.get("category_id")
-        if not isinstance(category_id, int | float):
-            return dict(fields)
+        category_id = read_int(fields.get("category_id"))
         if category_id in self.dropped:
             return None
-        return {**fields, "category_id": self.ids.get(int(category_id), category_id)}
+        if category_id is None or category_id not in self.ids:
+            return dict(fields)
+        return {**fields, "category_id": self.ids[category_id]}
 
 
 def load_classes(address: str, categories: Sequence[Mapping[str, Any]]) -> ClassMap:

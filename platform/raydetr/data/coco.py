@@ -5,13 +5,16 @@ image or one annotation is a fault of that one, see `record`.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raydetr.data.faults import as_int
 from raydetr.data.index import Index
 from raydetr.data.json_stream import kind, read_elements
+from raydetr.data.repairs import read_int
+from raydetr.data.schema import Fault
 from raydetr.errors import DataError
 
 _LISTS = ("images", "annotations", "categories")
@@ -45,12 +48,15 @@ def read_coco(address: str, index: Index) -> CocoFile:
     digest = hashlib.sha256()
     keys: list[str] = []
     categories: list[dict[str, Any]] = []
+    used: set[int | None] = set()
     missing = MissingKeys(address)
     for key, position, value, text in read_elements(address, digest):
         if not position:
             keys.append(key)
         if key not in _LISTS:
             continue
+        if value == [] and key != "images":
+            continue  # images without objects; then without categories too
         if position is None:
             what = "is empty: nothing to ingest" if value == [] else f"is a {kind(value)}; expected a list"
             raise DataError(f"{address}: {key!r} {what}.")
@@ -60,14 +66,21 @@ def read_coco(address: str, index: Index) -> CocoFile:
             add_image(index, value, position, text, address)
         elif key == "annotations":
             missing.look(value)
+            used.add(read_int(value.get("category_id")))
             index.add_annotation(position, value, text)
         else:
             categories.append(value)
     if absent := [key for key in _LISTS if key not in keys]:
         raise DataError(f"{address}: not COCO detection: no key {absent[0]!r}; the file has {keys[:10]}.")
+    name = address.rsplit("/", 1)[-1]
+    if used and not categories:
+        raise DataError(f"{address}: 'categories' is empty: nothing to ingest.")
     check_categories(categories, address)
+    for dropped in drop_unused_namesakes(categories, used):
+        reason = f"category {dropped['id']} has the name {dropped['name']!r} of another, and no annotation"
+        index.add_fault(Fault("repaired-category", name, None, None, reason))
     missing.check()
-    index.join_annotations(address.rsplit("/", 1)[-1])
+    index.join_annotations(name)
     return CocoFile(tuple(categories), digest.hexdigest())
 
 
@@ -81,9 +94,12 @@ def add_image(index: Index, fields: Mapping[str, Any], position: int, text: str,
     for key in ("id", "file_name"):
         if key not in fields:
             raise DataError(f"{where} has no {key!r}; it has {sorted(fields)}.")
-    image_id, file_name = as_int(fields["id"]), fields["file_name"]
+    image_id, file_name = read_int(fields["id"]), fields["file_name"]
     if image_id is None:
-        raise DataError(f"{where}: id is {fields['id']!r}; image ids must be integers of 64 bits.")
+        raise DataError(
+            f"{where}: id is {fields['id']!r:.80}; image ids must be integers of 64 bits: number the images, here and "
+            "in the image_id of their annotations."
+        )
     if not is_name(file_name):
         raise DataError(f"{where}: file_name is {file_name!r}; expected a name.")
     index.add_image(position, image_id, file_name, text)
@@ -106,7 +122,7 @@ def check_categories(categories: Sequence[dict[str, Any]], source: str) -> None:
         for key in ("id", "name"):
             if key not in category:
                 raise DataError(f"{where} has no {key!r}; it has {sorted(category)}.")
-        category_id, name = as_int(category["id"]), category["name"]
+        category_id, name = read_int(category["id"]), category["name"]
         if category_id is None:
             raise DataError(f"{where}: id is {category['id']!r}; category ids must be integers.")
         if not isinstance(name, str):
@@ -117,12 +133,47 @@ def check_categories(categories: Sequence[dict[str, Any]], source: str) -> None:
         seen[category_id] = name
 
 
+def drop_unused_namesakes(
+    categories: list[dict[str, Any]], used: Container[int | None]
+) -> list[dict[str, Any]]:
+    """Drop categories that share their name with one that has annotations, and have none; returns these.
+
+    Roboflow lists the project as a category of its own, with the name of a class.
+    """
+    named = {category["name"] for category in categories if category["id"] in used}
+    counts = Counter(category["name"] for category in categories)
+    dropped = [
+        each
+        for each in categories
+        if counts[each["name"]] > 1 and each["name"] in named and each["id"] not in used
+    ]
+    categories[:] = [each for each in categories if each not in dropped]
+    return dropped
+
+
+def require_distinct_names(categories: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Check that no two categories have one name.
+
+    Raises:
+        DataError: two have, which would be two classes that no result can tell apart.
+    """
+    seen: dict[str, Mapping[str, Any]] = {}
+    for category in categories:
+        name = category["name"]
+        if name in seen:
+            raise DataError(
+                f"{source}: the categories {seen[name]['id']} and {category['id']} are both named {name!r}: give each "
+                f"a name of its own, or make them one by --classes with a file that holds {json.dumps({name: name})}."
+            )
+        seen[name] = category
+
+
 class MissingKeys:
     """Keys that not one annotation has: a wrong kind of file rather than a fault of each."""
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._missing = {"id", "image_id", "category_id", "bbox"}
+        self._missing = {"image_id", "category_id", "bbox"}
         self._first: list[str] = []
 
     def look(self, fields: Mapping[str, Any]) -> None:
@@ -130,6 +181,8 @@ class MissingKeys:
         if self._missing:
             self._first = self._first or sorted(fields)
             self._missing.difference_update(fields)
+            if fields.get("segmentation"):
+                self._missing.discard("bbox")  # which is then that of the segmentation
 
     def check(self) -> None:
         """When all were seen.
@@ -137,8 +190,8 @@ class MissingKeys:
         Raises:
             DataError: a key is missing.
         """
-        for key in ("id", "image_id", "category_id", "bbox"):
-            if key in self._missing:
+        for key in ("image_id", "category_id", "bbox"):
+            if self._first and key in self._missing:
                 hint = (
                     "this is a panoptic file: give it as --panoptic-annotations, or the detection file (instances_….json)"
                     if "segments_info" in self._first

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
@@ -17,10 +17,13 @@ from detr.image_processing.decode import (
     ImageCostError,
     ImageError,
     decode_image,
+    image_orientation,
     image_size,
 )
 from detr.mask_codec import LARGEST_COORDINATE, box_of_rle, rle_runs
 from raydetr.data.duplicates import image_hash
+
+Orientation = Literal["auto", "apply", "ignore"]
 
 Problem = tuple[str, str]
 """A fault's code and what was found."""
@@ -28,7 +31,6 @@ Problem = tuple[str, str]
 EDGE_TOLERANCE = 1.0
 """Pixels that a box may reach over the image's edge unreported: rounding in annotation tools."""
 
-_EXIF_ORIENTATION = 0x0112
 _TIFF_BITS = 0x0102
 
 _ENDINGS = {
@@ -55,7 +57,11 @@ class ImageFacts:
 
 
 def inspect_image(
-    data: bytes | None, json_height: int | None, json_width: int | None, file_name: str = ""
+    data: bytes | None,
+    json_height: int | None,
+    json_width: int | None,
+    file_name: str = "",
+    orientation: Orientation = "auto",
 ) -> ImageFacts:
     """Decode an image, once, and compare it with what the JSON says.
 
@@ -64,6 +70,8 @@ def inspect_image(
         json_height: as the JSON says; None where it says nothing.
         json_width: likewise.
         file_name: whose ending promises a format.
+        orientation: what becomes of an EXIF rotation. auto: applied where the JSON has the size of the image as it
+            is displayed and not as it is stored, since that is what the annotator saw.
     """
     claimed = None
     if json_height is not None and json_width is not None and min(json_height, json_width) > 0:
@@ -83,19 +91,25 @@ def inspect_image(
         text = f"{size[0]} x {size[1]} pixels; at most {DEFAULT_MAX_PIXELS:,} are decoded"
         return ImageFacts(*size, claimed or size, (("image-too-large", text),))
     image_bits = None
+    exif, of_header = image_orientation(data), _header_problems(data, file_name)
+    shown = size[::-1] if exif >= 5 else size
+    turned = exif != 1 and (
+        orientation == "apply" or (orientation == "auto" and claimed == shown and shown != size)
+    )
+    stored, size = size, shown if turned else size
     try:
-        image_bits = image_hash(decode_image(data))
+        image_bits = image_hash(decode_image(data, orientation="apply" if turned else "ignore"))
     except ImageCostError as error:
         return ImageFacts(*size, claimed or size, (("image-too-large", str(error)),))
     except ImageError as error:
         found.append((_decode_fault(data), str(error)))
-    if (json_height, json_width) != (None, None) and (json_height, json_width) != size:
-        text = (
-            f"the JSON says {json_height} x {json_width}, the image is {size[0]} x {size[1]} (height x width)"
-        )
-        found.append(("size-mismatch", text))
-    found += _header_problems(data, file_name)
-    return ImageFacts(*size, claimed or size, tuple(found), image_bits)
+    found += _size_problems((json_height, json_width), size)
+    if turned:
+        text = f"EXIF orientation {exif}: {stored[0]} x {stored[1]} as stored, {size[0]} x {size[1]} upright"
+        found.append(("repaired-orientation", text))
+    elif exif != 1:
+        found.append(("exif-orientation", f"EXIF orientation {exif}: --orientation apply turns it upright"))
+    return ImageFacts(*size, claimed or size, (*found, *of_header), image_bits)
 
 
 def object_faults(
@@ -113,15 +127,18 @@ def object_faults(
         category_ids: ids of the data set's categories.
     """
     found: list[Problem] = []
-    unreadable = [key for key in ("id", "category_id", "bbox") if item[key] is None]
-    unreadable += [key for key in ("area", "iscrowd") if item[key] is None and fields.get(key) is not None]
+    unreadable = [key for key in ("category_id", "bbox") if item[key] is None]
+    unreadable += [key for key in ("iscrowd",) if item[key] is None and fields.get(key) is not None]
     if unreadable:
         what = ", ".join(f"{key} {fields[key]!r:.80}" if key in fields else f"no {key}" for key in unreadable)
         found.append(("malformed-annotation", what))
+    if item["area"] is None and fields.get("area") is not None:
+        found.append(("unreadable-area", f"area {fields['area']!r:.80}"))
     if item["bbox"] is not None:
         found += _box_faults(item["bbox"], frame)
     if item["category_id"] is not None and item["category_id"] not in category_ids:
-        found.append(("unknown-category", f"category_id {item['category_id']}"))
+        known = ", ".join(map(str, sorted(category_ids)[:10])) + (", …" if len(category_ids) > 10 else "")
+        found.append(("unknown-category", f"category_id {item['category_id']}; categories has {known}"))
     if (reason := _segmentation_fault(fields.get("segmentation"), item["segmentation"], frame)) is not None:
         found.append(("bad-segmentation", reason))
     elif not found and item["segmentation"] and not item["iscrowd"] and frame is not None:
@@ -165,6 +182,11 @@ def read_segmentation(value: Any) -> dict[str, Any] | None:
     return None
 
 
+def rle_covers(rle: Mapping[str, Any]) -> bool:
+    """Whether the runs of an RLE of `read_segmentation` cover the pixels of its size, each once."""
+    return _rle_fault(rle) is None
+
+
 def _box_faults(box: Sequence[float], frame: tuple[int, int] | None) -> list[Problem]:
     text = f"bbox {[round(value, 2) for value in box]}"
     if not all(map(math.isfinite, box)):
@@ -202,11 +224,20 @@ def _segmentation_fault(
         return None
     rle = segmentation["rle"]
     if frame is not None and rle["size"] != list(frame):
-        return f"RLE of {rle['size']} in an image of {list(frame)}"
+        reason = f"RLE of {rle['size']} in an image of {list(frame)}"
+        if rle["size"] == list(frame)[::-1]:
+            reason += ": COCO's size is [height, width]; is it written as width, height?"
+        return reason
+    return _rle_fault(rle)
+
+
+def _rle_fault(rle: Mapping[str, Any]) -> str | None:
     try:
         runs = rle["runs"] if rle["counts"] is None else rle_runs(rle["counts"]).tolist()
     except ValueError as error:
         return f"RLE counts are damaged: {error}"
+    if min(rle["size"]) < 1 or math.prod(rle["size"]) >= 2**31:
+        return f"RLE of {rle['size']}"
     if min(runs, default=0) < 0 or sum(runs) != math.prod(rle["size"]):
         return f"RLE runs cover {sum(runs)} pixels of {math.prod(rle['size'])}"
     return None
@@ -248,12 +279,25 @@ def _mask_problems(segmentation: Mapping[str, Any], box: Sequence[float]) -> lis
     return [("mask-unlike-box", f"bbox {[round(value, 1) for value in box]}, but the mask spans {spans}")]
 
 
+def _size_problems(claimed: tuple[int | None, int | None], size: tuple[int, int]) -> list[Problem]:
+    """Whether the (height, width) of the JSON is the image's; a side that is absent or 0 says nothing."""
+    given = [(side, actual) for side, actual in zip(claimed, size, strict=True) if side]
+    if any(side != actual for side, actual in given):
+        text = (
+            f"the JSON says {claimed[0]} x {claimed[1]}, the image is {size[0]} x {size[1]} (height x width)"
+        )
+        if claimed == size[::-1]:
+            text += ": are they swapped in the JSON, or was the image turned after it was annotated?"
+        return [("size-mismatch", text)]
+    if len(given) < 2 and claimed != (None, None):
+        return [("repaired-image", f"the JSON says {claimed[0]} x {claimed[1]}: the image's is used")]
+    return []
+
+
 def _header_problems(data: bytes, file_name: str) -> list[Problem]:
     """What an image's header says that is worth reporting."""
     found: list[Problem] = []
     with Image.open(io.BytesIO(data)) as image:
-        if (orientation := _orientation(image)) != 1:
-            found.append(("exif-orientation", f"EXIF orientation {orientation}"))
         promised = _ENDINGS.get(file_name.rpartition(".")[2].lower())
         if promised is not None and image.format not in promised:
             found.append(("mislabelled-image", f"named {file_name}, but in format {image.format}"))
@@ -276,12 +320,3 @@ def _bits(image: Image.Image, data: bytes) -> int:
         bits = image.tag_v2.get(_TIFF_BITS, 1)
         return int(max(bits) if isinstance(bits, tuple) else bits)
     return 16 if image.mode.startswith("I") else 8
-
-
-def _orientation(image: Image.Image) -> int:
-    # The base class's method: PNG's own decodes the whole image to look for EXIF after its pixels.
-    try:
-        orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
-    except Exception:  # damaged EXIF says nothing about orientation
-        return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1

@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image
 
 from detr.drawing import draw_detections, draw_segments
-from detr.image_processing.decode import ImageError, decode_image
+from detr.image_processing.decode import ImageError
 from raydetr import storage
 from raydetr.data.charts import bars, histogram
 from raydetr.data.keyed_random import generator
 from raydetr.data.mask_targets import decode_mask, has_mask
+from raydetr.data.pixels import decode_record
 from raydetr.data.report import count_faults, place
-from raydetr.data.schema import FAULTS, Fault
+from raydetr.data.schema import FAULTS, Fault, is_repaired
 from raydetr.data.shards import Manifest, read_faults, read_records, read_rows
 from raydetr.data.source import layout
 from raydetr.html import document
@@ -82,11 +83,13 @@ def write_report(manifest: Manifest, address: str, num_queries: int = 100) -> No
     """
     counts = _Counts()
     faulty: list[int] = []
+    repaired: list[int] = []
     for number, record in enumerate(read_records(manifest, _COLUMNS)):
         counts.add(record)
-        at_fault = record["fault"] or any(item["fault"] for item in record["objects"] or [])
-        if at_fault and len(faulty) < SHEET:
-            faulty.append(number)
+        codes = {code for code in (record["fault"], *(o["fault"] for o in record["objects"] or [])) if code}
+        shown = repaired if codes and all(map(is_repaired, codes)) else faulty
+        if codes and len(shown) < SHEET:
+            shown.append(number)
     chosen = generator(manifest.seed, "report", 0, 0).permutation(manifest.num_images)[:SHEET]
     title = f"Data report: {manifest.root.rstrip('/').rsplit('/', 1)[-1]}"
     body = "".join(
@@ -102,6 +105,7 @@ def write_report(manifest: Manifest, address: str, num_queries: int = 100) -> No
             "<h2>Images drawn at random</h2>",
             _sheet(manifest, sorted(chosen.tolist())),
             "<h2>Images with a fault</h2>" + _sheet(manifest, faulty) if faulty else "",
+            "<h2>Repaired images</h2>" + _sheet(manifest, repaired) if repaired else "",
         )
     )
     storage.write_bytes(address, document(title, body))
@@ -117,6 +121,7 @@ def _summary(manifest: Manifest, counts: _Counts) -> str:
         "images without objects": f"{counts.per_image.get(0, 0):,}",
         "images with a fault": f"{manifest.num_faulty_images:,}",
         "objects with a fault": f"{manifest.num_faulty_objects:,}",
+        "repairs": f"{sum(n for code, n in manifest.faults.items() if is_repaired(code)):,}",
         "shards": f"{len(manifest.shards):,} ({megabytes:,.1f} MB)",
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
@@ -223,7 +228,7 @@ def _figure(manifest: Manifest, record: dict[str, Any]) -> str:
 
 def _draw(manifest: Manifest, record: dict[str, Any]) -> Image.Image:
     """The image with its masks, where it has some, and its boxes; crowds and objects at fault say so."""
-    image = decode_image(record["image"])
+    image = decode_record(record)
     _, height, width = image.shape
     names = {category["id"]: str(category["name"]) for category in manifest.categories}
     boxes, labels = [], []
@@ -232,7 +237,8 @@ def _draw(manifest: Manifest, record: dict[str, Any]) -> Image.Image:
     for item in record["objects"] or []:
         box = item["bbox"]
         name = names.get(item["category_id"], f"category {item['category_id']}")
-        if item["fault"] not in (None, "box-over-edge") or box is None or not all(map(math.isfinite, box)):
+        drawn = item["fault"] in (None, "box-over-edge") or is_repaired(item["fault"])
+        if not drawn or box is None or not all(map(math.isfinite, box)):
             continue
         boxes.append([box[0], box[1], box[0] + box[2], box[1] + box[3]])
         labels.append(f"{name} (crowd)" if item["iscrowd"] else name)

@@ -18,10 +18,11 @@ from functools import partial
 from itertools import chain
 
 from raydetr import cluster, storage
-from raydetr.config import FaultPolicy
+from raydetr.config import FaultPolicy, require_share
 from raydetr.data.box_statistics import BoxStatistics
 from raydetr.data.index import disk_errors
-from raydetr.data.inputs import Addresses, Inputs, read_inputs
+from raydetr.data.inputs import Addresses, Inputs, read_inputs, same_categories
+from raydetr.data.record import AS_USUAL, Reading
 from raydetr.data.report import fault_lines
 from raydetr.data.schema import Fault
 from raydetr.data.shard_tasks import (
@@ -42,6 +43,7 @@ from raydetr.data.shards import (
     read_image_hashes,
 )
 from raydetr.data.split import Split, near_duplicates_of, split_images
+from raydetr.data.usable import CROWDS_REMEDY, Usable, require_usable
 from raydetr.errors import ConfigError, DataError
 
 _SOURCE = "source.json"
@@ -54,11 +56,13 @@ class Options:
     """How to ingest.
 
     on_fault: keep marks and reports faults; skip-image leaves images out that have a fault or whose objects have
-        one; fail stops at the first.
+        one, repaired ones excepted; fail stops at the first.
     seed: of the order of the records.
     shard_bytes: size at which a shard is closed, in bytes of image files.
     append: add the images to a data set that is there, as new shards.
     compare_with: addresses of shards that must have no image in common with these, such as the training set's.
+    max_fault_share: share of images, or of objects, that may be unusable for training.
+    reading: how records are read.
     """
 
     on_fault: FaultPolicy = "keep"
@@ -66,6 +70,8 @@ class Options:
     shard_bytes: int = 128 * 1024 * 1024
     append: bool = False
     compare_with: tuple[str, ...] = ()
+    max_fault_share: float = 0.2
+    reading: Reading = AS_USUAL
 
     def compared(self) -> list[Manifest]:
         """The data sets of `compare_with`.
@@ -78,6 +84,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:
             raise ConfigError(f"--shard-bytes is {self.shard_bytes}; expected a positive number of bytes.")
+        require_share(self.max_fault_share)
 
 
 @dataclass(frozen=True)
@@ -162,15 +169,23 @@ def _ingest(
     """
     settings = [options.on_fault, options.seed, options.shard_bytes, key, options.append]
     settings += sorted(other.digest for other in others if options.compare_with)
+    if options.reading != AS_USUAL:
+        settings.append(json.dumps(asdict(options.reading)))
     source = hashlib.sha256(json.dumps([inputs.digest, settings]).encode()).hexdigest()
     base: Manifest | None = None
+    categories = inputs.categories
     if storage.exists(storage.join(output, MANIFEST)):
         base = Manifest.load(output)
         if base.source == source or not options.append:
             return _finished(base, source)
         _check_appended(base, inputs, part)
+        categories = base.categories
     elif options.append:
         raise DataError(f"{output}: no {MANIFEST}, so nothing to append to: leave --append out.")
+    elif not categories:
+        raise DataError(
+            f"{inputs.name}: 'categories' is empty: list the classes, also of images without objects."
+        )
 
     def set_faults() -> Iterator[Fault]:
         return inputs.index.faults() if tell else iter(())
@@ -182,12 +197,13 @@ def _ingest(
     cluster.require_shared(**{flag: each for flag, each in read_in_tasks.items() if each}, output=output)
     work = partial(
         write_checked,
-        images=storage.absolute(inputs.addresses.images),
+        images=tuple(map(storage.absolute, inputs.addresses.folders)),
         masks=storage.absolute(inputs.addresses.panoptic_masks) if inputs.addresses.panoptic_masks else "",
         output=storage.absolute(output),
-        category_ids=frozenset(category["id"] for category in inputs.categories),
+        category_ids=frozenset(category["id"] for category in categories),
         class_map=inputs.class_map,
         skip=options.on_fault == "skip-image",
+        reading=options.reading,
     )
     first = 1 + max((int(shard.file[6:-8]) for shard in base.shards), default=-1) if base else 0
     with disk_errors():
@@ -208,8 +224,15 @@ def _ingest(
     summaries = [result.summary for result in ordered if result.summary is not None]
     if not summaries:
         raise DataError(f"{inputs.name}: every image has a fault, so --on-fault skip-image leaves none.")
+    file = inputs.name.rsplit("/", 1)[-1]
+    usable = sum((result.usable for result in ordered), Usable()).with_lost(set_faults())
+    found = chain(set_faults(), read_found(output, numbers))
+    require_usable(inputs.name, usable, options.max_fault_share, found)
     boxes = sum((result.boxes for result in ordered), BoxStatistics())
-    suspected = list(boxes.suspicions(inputs.addresses.annotations.rsplit("/", 1)[-1]))
+    suspected = list(boxes.suspicions(file))
+    if usable.crowds >= max(usable.objects / 2, 1):
+        reason = f"{usable.crowds:,} of {usable.objects:,} objects: {CROWDS_REMEDY}"
+        suspected.append(Fault("crowds", file, None, None, reason))
     shown = [summary.shard for summary in summaries]
     suspected += [
         fault for other in others for fault in near_duplicates_of(storage.absolute(output), shown, other)
@@ -219,7 +242,7 @@ def _ingest(
     manifest = write_manifest(
         output,
         summaries,
-        inputs.categories,
+        categories,
         chain(earlier, set_faults(), suspected, read_found(output, numbers)),
         seed=options.seed,
         source=source,
@@ -272,18 +295,26 @@ def _finished(manifest: Manifest, source: str) -> IngestResult:
 
 
 def _check_appended(base: Manifest, inputs: Inputs, part: str) -> None:
-    if list(base.categories) != list(inputs.categories):
+    if not same_categories(inputs.categories, base.categories):
         raise DataError(
             f"{base.root}: its categories are not those of {inputs.name}: --append needs the same list (see --classes)."
         )
     again: list[int] = []
+    highest = 0
+    collide = False
     for shard in base.shards:
-        ids = [image_id for image_id, _, _ in read_image_hashes(base.root, shard)]
-        again += inputs.index.ids_among(ids, part)
+        for image_id, file, _ in read_image_hashes(base.root, shard):
+            highest = max(highest, image_id)
+            name = inputs.index.name_of(image_id, part)
+            collide |= name is not None
+            if name == file:
+                again.append(image_id)
+    if collide and not again:  # other images, of a JSON that has ids of its own
+        inputs.index.shift_images(highest, inputs.name.rsplit("/", 1)[-1])
     if again:
         raise DataError(
             f"{base.root}: has {len(again)} of the images to append already, such as image ids {sorted(again)[:5]}: "
-            "give only new ones, with ids of their own."
+            "give only new ones."
         )
 
 

@@ -9,14 +9,27 @@ from typing import Any
 
 from raydetr import storage
 from raydetr.data.classes import ClassMap, load_classes
-from raydetr.data.coco import read_coco
+from raydetr.data.coco import read_coco, require_distinct_names
 from raydetr.data.index import Index, disk_errors
 from raydetr.data.panoptic_file import read_panoptic
 from raydetr.data.schema import SCHEMA_VERSION, Fault
 from raydetr.errors import ConfigError, DataError
 
+MAX_LISTED = 3
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".gz", ".7z", ".rar")
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_REQUEST = 1000
+
+
+@dataclass(frozen=True)
+class Source:
+    """A further COCO detection JSON, whose ids are its own.
+
+    annotations: the JSON.
+    images: folder of its images; empty: that of the first.
+    """
+
+    annotations: str
+    images: str = ""
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,8 @@ class Addresses:
     panoptic_annotations: COCO panoptic JSON; empty: none.
     panoptic_masks: folder of its PNGs.
     classes: class map (see `classes.load_classes`); empty: none.
+    others: further JSONs, with the same categories.
+    follow_links: read what symbolic links in the folders point to outside of them.
     """
 
     annotations: str
@@ -35,6 +50,13 @@ class Addresses:
     panoptic_annotations: str = ""
     panoptic_masks: str = ""
     classes: str = ""
+    others: tuple[Source, ...] = ()
+    follow_links: bool = False
+
+    @property
+    def folders(self) -> list[str]:
+        """The folders of images, each once."""
+        return list(dict.fromkeys([self.images, *(each.images or self.images for each in self.others)]))
 
 
 @dataclass(frozen=True)
@@ -75,6 +97,11 @@ def read_inputs(addresses: Addresses) -> Inputs:
         raise ConfigError(
             "--panoptic-annotations and --panoptic-masks go together: the JSON and the folder of PNGs."
         )
+    if addresses.others and addresses.panoptic_annotations:
+        raise ConfigError("Several --annotations and --panoptic-annotations exclude each other.")
+    for folder in filter(None, [*addresses.folders, addresses.panoptic_masks]):
+        if folder.lower().endswith(_ARCHIVES) and storage.exists(folder) and not storage.is_folder(folder):
+            raise ConfigError(f"{folder}: an archive: unpack it, and give the folder that holds the images.")
     with disk_errors():
         return _read(addresses)
 
@@ -86,12 +113,24 @@ def _read(addresses: Addresses) -> Inputs:
     if addresses.annotations:
         detection = read_coco(addresses.annotations, index)
         categories, digests = detection.categories, [detection.digest]
+    further = []
+    for source in addresses.others:
+        index.begin_source(addresses.folders.index(source.images or addresses.images))
+        other = read_coco(source.annotations, index)
+        if not same_categories(other.categories, categories):
+            raise DataError(
+                f"{source.annotations}: its categories are not those of {addresses.annotations}: ids and names must be "
+                "the same in all --annotations."
+            )
+        further.append(other.digest)
     if addresses.panoptic_annotations:
         panoptic = read_panoptic(addresses.panoptic_annotations, index, alone=not addresses.annotations)
         ids = {category["id"] for category in categories}
         categories += tuple(category for category in panoptic.categories if category["id"] not in ids)
         digests = [*(digests or [panoptic.digest]), panoptic.digest]
     class_map = load_classes(addresses.classes, categories) if addresses.classes else None
+    name = addresses.annotations or addresses.panoptic_annotations
+    require_distinct_names(class_map.categories if class_map else categories, name)
     _list_files(addresses, index)
     content = [
         SCHEMA_VERSION,
@@ -99,25 +138,31 @@ def _read(addresses: Addresses) -> Inputs:
         index.files("image_files"),
         index.files("mask_files"),
         storage.read_json(addresses.classes) if addresses.classes else None,
+        *further,
     ]
     return Inputs(
         addresses, class_map.categories if class_map else categories, class_map, index, _digest(content)
     )
 
 
+def same_categories(some: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> bool:
+    """Whether each of some categories is a known one, by id and name."""
+    names = {category["id"]: category["name"] for category in known}
+    return all(names.get(category["id"]) == category["name"] for category in some)
+
+
 def _list_files(addresses: Addresses, index: Index) -> None:
     """Put the files that exist into the index, with the fault of those that no entry names."""
-    index.add_files("image_files", storage.list_files(addresses.images))
-    outside = index.files_outside()
-    while some := list(islice(outside, _REQUEST)):
-        index.add_files("image_files", storage.file_sizes(addresses.images, some).items())
+    for number, folder in enumerate(addresses.folders):
+        index.add_files("image_files", _files(folder, addresses, index), number)
     if addresses.panoptic_masks:
-        index.add_files("mask_files", storage.list_files(addresses.panoptic_masks))
-    index.join_files()
+        index.add_files("mask_files", _files(addresses.panoptic_masks, addresses, index))
+    index.join_files([storage.absolute(folder) for folder in addresses.folders])
     if next(index.files("image_files"), None) is None:
         first = next(index.entries()).file_name
+        folders = ", ".join(addresses.folders)
         raise DataError(
-            f"{addresses.images}: none of the {index.count()} images that "
+            f"{folders}: none of the {index.count()} images that "
             f"{addresses.annotations or addresses.panoptic_annotations} names is there: it names {first!r}, the "
             f"folder has {list(islice(index.surplus_files(), 5)) or 'nothing'}. Is --images the folder that the names "
             "are relative to?"
@@ -133,6 +178,24 @@ def _list_files(addresses: Addresses, index: Index) -> None:
                 "--panoptic-masks the folder that the names are relative to?"
             )
         _report_surplus(index, index.surplus_masks(), "panoptic PNGs")
+
+
+def _files(folder: str, addresses: Addresses, index: Index) -> Iterator[tuple[str, int]]:
+    """The files of a folder; what cannot be listed becomes a fault."""
+    count = 0
+    first: list[str] = []
+
+    def skipped(name: str, reason: str) -> None:
+        nonlocal count
+        count += 1
+        if len(first) < MAX_LISTED:
+            first.append(f"{name}: {reason}")
+
+    yield from storage.list_files(folder, skipped, leave=addresses.follow_links)
+    if count:
+        more = f" and {count - len(first):,} more" if count > len(first) else ""
+        reason = f"{'; '.join(first)}{more}"
+        index.add_fault(Fault("unreadable-folder", first[0].partition(":")[0], None, None, reason))
 
 
 def _report_surplus(index: Index, names: Iterator[str], what: str) -> None:

@@ -3,7 +3,9 @@
 import codecs
 import json
 import re
+import zlib
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple, NoReturn
 
 from raydetr import storage
@@ -13,6 +15,15 @@ _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
 # What the end of the text may cut without an error before it: a number, a literal, an escape.
 _MARGIN = 16
+_PART = 4 * 1024 * 1024
+_GZIP = b"\x1f\x8b"
+_ARCHIVES = {
+    b"PK\x03\x04": "zip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"Rar!": "rar",
+}
 _KINDS = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
 
 
@@ -93,8 +104,7 @@ class _Text:
 
     def __init__(self, address: str, digest: Any) -> None:
         self._address = address
-        self._digest = digest
-        self._chunks = storage.read_chunks(address)
+        self._chunks = self._contents(digest)
         self._decoder: codecs.IncrementalDecoder | None = None
         self._buffer = ""
         self._ended = False
@@ -163,10 +173,36 @@ class _Text:
                 chunk = next(self._chunks, b"")
                 if self._decoder is None:
                     self._decoder = codecs.getincrementaldecoder(json.detect_encoding(chunk))()
-                if self._digest is not None:
-                    self._digest.update(chunk)
                 self._ended = not chunk
                 parts.append(self._decoder.decode(chunk, final=not chunk))
         except UnicodeDecodeError as error:
             raise DataError(f"{self._address}: not JSON ({error}).") from error
         self._buffer = "".join(parts)
+
+    def _contents(self, digest: Any) -> Iterator[bytes]:
+        """The file's content, gzip undone."""
+        chunks = storage.read_chunks(self._address)
+        first = next(chunks, b"")
+        for magic, form in _ARCHIVES.items():
+            if first.startswith(magic):
+                raise DataError(
+                    f"{self._address}: a {form} file: unpack it, and give the JSON that is in it."
+                )
+        gzip = zlib.decompressobj(wbits=31) if first.startswith(_GZIP) else None
+        for chunk in chain([first], chunks):
+            if digest is not None:
+                digest.update(chunk)
+            if gzip is None:
+                yield chunk
+                continue
+            try:
+                while chunk:
+                    # In parts: little in a file can be much in memory.
+                    yield gzip.decompress(chunk, _PART)
+                    chunk = gzip.unconsumed_tail or gzip.unused_data
+                    if gzip.eof and chunk:
+                        gzip = zlib.decompressobj(wbits=31)
+            except zlib.error as error:
+                raise DataError(f"{self._address}: not gzip that can be read ({error}).") from error
+        if gzip is not None and not gzip.eof:
+            raise DataError(f"{self._address}: the gzip file is cut short: copy it again.")

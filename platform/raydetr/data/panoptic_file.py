@@ -8,6 +8,7 @@ from raydetr.data.coco import CocoFile, MissingKeys, add_image, check_categories
 from raydetr.data.faults import as_int
 from raydetr.data.index import Index
 from raydetr.data.json_stream import read_elements
+from raydetr.data.repairs import read_int
 from raydetr.data.schema import Fault
 from raydetr.errors import DataError
 
@@ -60,7 +61,7 @@ def read_panoptic(address: str, index: Index, alone: bool) -> CocoFile:
 
 def _add(index: Index, fields: Any, position: int, text: str, address: str) -> bool:
     """Add an annotation, or the fault of one that cannot be read."""
-    image_id = as_int(fields.get("image_id")) if isinstance(fields, dict) else None
+    image_id = read_int(fields.get("image_id")) if isinstance(fields, dict) else None
     segments = fields.get("segments_info") if isinstance(fields, dict) else None
     if (
         image_id is None

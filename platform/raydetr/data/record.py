@@ -1,13 +1,15 @@
 """One image entry of a COCO file, with its image, as a record of a shard; and an object back as COCO annotation."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from raydetr.data import faults
-from raydetr.data.faults import as_int, as_numbers
+from raydetr.data.faults import Orientation, as_int, as_numbers
 from raydetr.data.panoptic import Panoptic, inspect_panoptic
+from raydetr.data.repairs import repair_annotation
 from raydetr.data.schema import Fault, worst
 
 USUAL_QUERIES = 100
@@ -22,7 +24,24 @@ class Annotation:
 
     position: int
     fields: dict[str, Any]
-    codes: tuple[str, ...] = ()
+    problems: tuple[faults.Problem, ...] = ()
+    fresh_id: int = -1
+    """Its id where the JSON has none that is an integer."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records are read.
+
+    orientation: see `faults.inspect_image`.
+    crowds_as_objects: read iscrowd 1 as 0.
+    """
+
+    orientation: Orientation = "auto"
+    crowds_as_objects: bool = False
+
+
+AS_USUAL = Reading()
 
 
 @dataclass(frozen=True)
@@ -37,10 +56,16 @@ class Entry:
     extra: dict[str, Any]
     annotations: tuple[Annotation, ...]
     panoptic: Panoptic | None = None
+    problems: tuple[faults.Problem, ...] = ()
+    """What only the whole file and the folder show."""
 
 
 def make_record(
-    entry: Entry, data: bytes | None, category_ids: frozenset[int], panoptic_png: bytes | None = None
+    entry: Entry,
+    data: bytes | None,
+    category_ids: frozenset[int],
+    panoptic_png: bytes | None = None,
+    reading: Reading = AS_USUAL,
 ) -> tuple[dict[str, Any], list[Fault]]:
     """The record of an image entry, and everything that is wrong with it. The image is decoded once, to check it.
 
@@ -49,17 +74,29 @@ def make_record(
         data: the encoded image; None where there is no file.
         category_ids: ids of the data set's categories.
         panoptic_png: the encoded PNG of `entry.panoptic`; None where there is no file.
+        reading: how.
 
     Returns:
         A mapping with the columns of `schema.SCHEMA`, and its faults: the image's, then the objects' in order.
     """
-    facts = faults.inspect_image(data, entry.height, entry.width, entry.file_name)
-    found = [Fault(code, entry.file_name, entry.image_id, None, reason) for code, reason in facts.faults]
+    facts = faults.inspect_image(data, entry.height, entry.width, entry.file_name, reading.orientation)
+    of_image = [*_more_exact(facts.faults, entry.problems), *entry.problems]
+    found = [Fault(code, entry.file_name, entry.image_id, None, reason) for code, reason in of_image]
     objects = []
     for annotation in entry.annotations:
-        item, unread = _object(annotation.fields)
-        problems = faults.object_faults(annotation.fields, item, facts.frame, category_ids)
-        problems += [(code, f"annotations[{annotation.position}]") for code in annotation.codes]
+        fields = annotation.fields
+        repaired: list[faults.Problem] = []
+        item, unread = _object(fields)
+        if _is_unusual(fields, item, reading):
+            fields, repaired = repair_annotation(fields, annotation.fresh_id, reading.crowds_as_objects)
+            item, unread = _object(fields)
+            unread |= {
+                key: value
+                for key, value in annotation.fields.items()
+                if key not in fields or fields[key] is not value
+            }
+        problems = faults.object_faults(fields, item, facts.frame, category_ids) + repaired
+        problems += annotation.problems
         item["fault"] = worst([code for code, _ in problems])
         item["extra"] = _json(unread)
         objects.append(item)
@@ -89,7 +126,7 @@ def make_record(
         "objects": objects,
         "panoptic_image": panoptic_png,
         "segments": segments,
-        "fault": worst([code for code, _ in (*facts.faults, *of_png)]),
+        "fault": worst([code for code, _ in (*of_image, *of_png)]),
         "extra": _json(entry.extra),
         "image_hash": facts.hash,
     }
@@ -132,6 +169,31 @@ def _object(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     unread = {k: v for k, v in fields.items() if k != "image_id" and item.get(k) is None}
     return item, unread
+
+
+def _is_unusual(fields: Mapping[str, Any], item: Mapping[str, Any], reading: Reading) -> bool:
+    """Whether a look at the form of an annotation is worth its time: most are as COCO's."""
+    box, area, segmentation = item["bbox"], item["area"], item["segmentation"]
+    if item["id"] is None or item["category_id"] is None or not box or not any(box):
+        return True
+    if as_int(fields.get("image_id")) is None or (reading.crowds_as_objects and item["iscrowd"]):
+        return True
+    if (area is None or not 0 <= area < math.inf) and fields.get("area") is not None:
+        return True
+    if item["iscrowd"] is None and fields.get("iscrowd") is not None:
+        return True
+    if segmentation is None:
+        return fields.get("segmentation") is not None
+    polygons = segmentation["polygons"]
+    return polygons is not None and any(len(polygon) < 6 for polygon in polygons)
+
+
+def _more_exact(
+    found: tuple[faults.Problem, ...], known: tuple[faults.Problem, ...]
+) -> tuple[faults.Problem, ...]:
+    """What an image is found to be, without a missing file that is explained by what is known of its name."""
+    explained = {code for code, _ in known} & {"missing-file", "file-outside"}
+    return tuple(problem for problem in found if problem[0] != "missing-file" or not explained)
 
 
 def _json(value: Mapping[str, Any]) -> str | None:

@@ -24,10 +24,14 @@ def count_faults(faults: Iterable[Fault]) -> dict[str, tuple[int, list[Fault]]]:
     return {code: (counts[code], examples[code]) for code in FAULTS if code in counts}
 
 
-def fault_lines(faults: Iterable[Fault]) -> list[str]:
+def fault_lines(faults: Iterable[Fault], table: str = " in faults.parquet") -> list[str]:
     """A summary of faults: a line for each code with its count and effect, then its first examples.
 
     An example names the file, the image (or annotation) and what was found.
+
+    Args:
+        faults: all of them.
+        table: where to find those that are not shown.
     """
     lines = []
     for code, (count, examples) in count_faults(faults).items():
@@ -35,7 +39,7 @@ def fault_lines(faults: Iterable[Fault]) -> list[str]:
         lines.append(f"{code}: {count:,} ({kind.text}; {kind.effect})")
         lines += [f"    {place(fault)}: {fault.reason}" for fault in examples]
         if count > len(examples):
-            lines.append(f"    … and {count - len(examples):,} more in faults.parquet")
+            lines.append(f"    … and {count - len(examples):,} more{table}")
     return lines
 
 

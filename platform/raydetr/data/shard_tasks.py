@@ -2,7 +2,6 @@
 
 import hashlib
 import pickle
-import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -16,10 +15,12 @@ from raydetr.data.box_statistics import BoxStatistics
 from raydetr.data.classes import ClassMap
 from raydetr.data.index import read_entry
 from raydetr.data.json_stream import read_elements
-from raydetr.data.record import make_record
+from raydetr.data.names import normal
+from raydetr.data.record import Reading, make_record
 from raydetr.data.schema import Fault, without_notes
 from raydetr.data.shard_writer import ShardSummary, write_shard
 from raydetr.data.shards import ROW_GROUP_SIZE, Shard
+from raydetr.data.usable import Usable
 from raydetr.errors import RaydetrError
 
 Item = TypeVar("Item")
@@ -36,6 +37,7 @@ class ShardResult:
     faults: list[Fault]
     num_images: int
     boxes: BoxStatistics = field(default_factory=BoxStatistics)
+    usable: Usable = field(default_factory=Usable)
     error: RaydetrError | None = None
 
 
@@ -111,12 +113,13 @@ def _task(row: dict[str, Any], work: Callable[[int], ShardResult]) -> dict[str, 
 def write_checked(
     number: int,
     *,
-    images: str,
+    images: Sequence[str],
     masks: str,
     output: str,
     category_ids: frozenset[int],
     class_map: ClassMap | None,
     skip: bool,
+    reading: Reading,
 ) -> ShardResult:
     """Read, check and write one shard, unless `.ingest/` says that it was.
 
@@ -124,28 +127,36 @@ def write_checked(
 
     Args:
         number: of the shard.
-        images: address of the folder of images.
+        images: addresses of the folders of images.
         masks: address of the folder of panoptic PNGs.
         output: address of the folder of shards.
         category_ids: of the data set.
         class_map: what becomes of the categories.
-        skip: leave out images with a fault.
+        skip: leave out images with a fault that is not repaired.
+        reading: how records are read.
     """
     faults: list[Fault] = []
     boxes = BoxStatistics()
+    usable = Usable()
     count = 0
 
     def records() -> Iterator[dict[str, Any]]:
-        nonlocal boxes, count
+        nonlocal boxes, count, usable
         for element in read_elements(storage.join(output, WORK, _entries_file(number))):
-            entry, exists, has_mask = read_entry(element.value, class_map)
-            data = _read(images, entry.file_name) if exists else None
-            png = _read(masks, entry.panoptic.file_name) if has_mask and entry.panoptic else None
-            record, found = make_record(entry, data, category_ids, png)
+            work = read_entry(element.value, class_map)
+            entry, panoptic = work.entry, work.entry.panoptic
+            data = None
+            if work.file is not None:
+                data = storage.read_bytes(storage.join(images[work.file[0]], work.file[1]))
+            png = None
+            if work.has_mask and panoptic:
+                png = storage.read_bytes(storage.join(masks, normal(panoptic.file_name)))
+            record, found = make_record(entry, data, category_ids, png, reading)
             count += 1
             faults.extend(found)
             boxes = boxes.add(record)
-            if not (skip and without_notes(found)):
+            usable = usable.add(record)
+            if not (skip and any(not fault.is_repaired for fault in without_notes(found))):
                 yield record
 
     done = storage.join(output, WORK, _result_file(number))
@@ -153,15 +164,11 @@ def write_checked(
         if storage.exists(done):
             return _from_json(storage.read_json(done))
         summary = write_shard(output, number, records())
-        result = ShardResult(summary, faults, count, boxes)
+        result = ShardResult(summary, faults, count, boxes, usable)
         storage.write_json(done, {**asdict(result), "error": None})
     except RaydetrError as error:
         return ShardResult(None, [], 0, error=error)
     return result
-
-
-def _read(folder: str, name: str) -> bytes:
-    return storage.read_bytes(storage.join(folder, posixpath.normpath(name)))
 
 
 def _entries_file(number: int) -> str:
@@ -179,4 +186,5 @@ def _from_json(content: Mapping[str, Any]) -> ShardResult:
         [Fault(**fault) for fault in content["faults"]],
         content["num_images"],
         BoxStatistics(**content["boxes"]),
+        Usable(**content["usable"]),
     )

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydetr import storage
-from raydetr.data.schema import FAULT_SCHEMA, SCHEMA, SCHEMA_VERSION, Fault
+from raydetr.data.schema import FAULT_SCHEMA, SCHEMA, SCHEMA_VERSION, Fault, is_repaired, is_trained
 from raydetr.data.shards import FAULTS, MANIFEST, ROW_GROUP_SIZE, Manifest, Shard, is_target
 
 _FAULT_ROWS = 8192
@@ -65,9 +65,10 @@ def write_shard(root: str, index: int, records: Iterable[Mapping[str, Any]]) -> 
                 for record in batch:
                     objects = record.get("objects") or []
                     num_objects += len(objects)
-                    faulty_images += record.get("fault") is not None
-                    faulty_objects += sum(item.get("fault") is not None for item in objects)
-                    max_objects = max(max_objects, sum(map(is_target, objects)))
+                    faulty_images += _is_faulty(record)
+                    faulty_objects += sum(map(_is_faulty, objects))
+                    if is_trained(record.get("fault")):
+                        max_objects = max(max_objects, sum(map(is_target, objects)))
                 batch = list(islice(remaining, ROW_GROUP_SIZE))
     return ShardSummary(
         shard=Shard(file, num_images, sink.num_bytes, sink.hash.hexdigest()),
@@ -139,6 +140,11 @@ def write_manifest(
     content = {name: value for name, value in asdict(manifest).items() if name != "root"}
     storage.write_json(storage.join(root, MANIFEST), content)
     return manifest
+
+
+def _is_faulty(item: Mapping[str, Any]) -> bool:
+    code = item.get("fault")
+    return code is not None and not is_repaired(code)
 
 
 def _digest(categories: Sequence[Mapping[str, Any]], shards: Sequence[Shard]) -> str:

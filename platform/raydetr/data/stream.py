@@ -29,11 +29,12 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.train import DataConfig
 
 from detr.augment import apply, apply_masks
-from detr.image_processing.decode import ImageError, decode_image
+from detr.image_processing.decode import ImageError
 from raydetr.data.balance import repeat_factors
 from raydetr.data.in_flight import ROW_BYTES, FewAhead, fit_cluster
 from raydetr.data.mask_targets import MASK_COLUMNS, MaskKind, mask_targets
 from raydetr.data.micro_batch import Example, TrainingBatch, pack, unpack
+from raydetr.data.pixels import decode_record
 from raydetr.data.plan import MicroBatch, Plan, PlanSpec, Slot, WindowTask
 from raydetr.data.schema import is_trained
 from raydetr.data.shards import Manifest, training_targets
@@ -288,7 +289,7 @@ def _example(record: dict[str, Any], slot: Slot, labels: dict[int, int], kind: M
     if not is_trained(record["fault"]):  # ingest found and reported it
         return Example(slot.image_id, None, *nothing)
     try:
-        image = decode_image(record["image"])
+        image = decode_record(record)
     except ImageError as error:
         return Example(slot.image_id, None, *nothing, skipped=str(error))
     if kind == "none":

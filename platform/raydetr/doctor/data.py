@@ -6,13 +6,13 @@ from typing import Any
 
 from raydetr import storage
 from raydetr.data import shard_writer
-from raydetr.data.report import fault_lines
 from raydetr.data.schema import FAULTS
 from raydetr.data.shards import Manifest, read_faults
-from raydetr.doctor import shards
+from raydetr.data.usable import reasons, require_trainable, require_usable, trainable
 from raydetr.doctor.config import DoctorConfig
 from raydetr.doctor.findings import Finding
 from raydetr.doctor.shards import Contents
+from raydetr.errors import DataError
 
 _INGEST_AGAIN = "copy the data again, or ingest it again into another folder."
 _FATAL_FAULTS = ("boxes-normalised", "boxes-as-corners")
@@ -42,9 +42,9 @@ def integrity(flag: str, manifest: Manifest, contents: Contents) -> Iterator[Fin
         )
 
 
-def faults(manifest: Manifest) -> Iterator[Finding]:
-    """What ingest found wrong, as far as it matters to training."""
-    out = shards.left_out(manifest)
+def faults(config: DoctorConfig, manifest: Manifest) -> Iterator[Finding]:
+    """What ingest found wrong, as far as it matters to training: judged as training does."""
+    usable = trainable(manifest, config.task)
     counted = ", ".join(f"{code} {count:,}" for code, count in manifest.faults.items()) or "none"
     for code in _FATAL_FAULTS:
         if code in manifest.faults:
@@ -54,21 +54,18 @@ def faults(manifest: Manifest) -> Iterator[Finding]:
                 f"{code}: {FAULTS[code].text}.",
                 "write them in pixels as x, y, width, height, and ingest again.",
             )
-    images = sum(count for code, count in out.items() if FAULTS[code].level == "image")
-    objects = sum(count for code, count in out.items() if FAULTS[code].level != "image")
-    much = images > _MUCH * manifest.num_images or objects > _MUCH * max(manifest.num_objects, 1)
-    text = (
-        f"{counted}; not trained on because of them: {images:,} images, {objects:,} objects."
-        if manifest.faults
-        else "ingest found none."
-    )
-    if much:
-        first = fault_lines(fault for fault in read_faults(manifest.root) if fault.code in out)
-        example = f" Such as {first[1].strip()}." if len(first) > 1 else ""
-        table = storage.join(manifest.root, "faults.parquet")
-        yield Finding(
-            "faults", "warn", text + example, f"look into {table}, mend the annotations, ingest again."
-        )
+    table = storage.join(manifest.root, "faults.parquet")
+    try:
+        require_trainable(manifest.root, manifest, usable, config.task)
+        require_usable(manifest.root, usable, config.max_fault_share, read_faults(manifest.root))
+    except DataError as error:
+        yield Finding("faults", "FAIL", str(error), f"look into {table}, fix the annotations, ingest again.")
+        return
+    text = f"{counted}; not trained on: {usable.text()}." if manifest.faults else "ingest found none."
+    if max(usable.shares) > _MUCH:
+        example = next((line.strip() for line in reasons(read_faults(manifest.root), usable)[1:2]), "")
+        text += f" Such as {example}." if example else ""
+        yield Finding("faults", "warn", text, f"look into {table}, fix the annotations, ingest again.")
     else:
         yield Finding("faults", "ok", text)
 
@@ -182,7 +179,7 @@ def _names(manifest: Manifest, used: Counter[int], complete: bool) -> Iterator[F
     if wrong:
         yield Finding(
             "labels",
-            "warn",
+            "FAIL" if max(names.values()) > 1 else "warn",
             f"category names that are empty or occur twice: {_some([repr(name) for name in wrong])}.",
             "give every category a name of its own.",
         )

@@ -105,7 +105,7 @@ def _read_set(
     manifest, contents = read[0]
     report.run(flag, partial(data.integrity, flag, manifest, contents))
     for findings in (
-        partial(data.faults, manifest),
+        partial(data.faults, config, manifest),
         partial(data.labels, manifest, contents),
         partial(data.masks, config, flag, contents),
     ):

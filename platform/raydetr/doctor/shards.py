@@ -11,7 +11,6 @@ import pyarrow.compute as compute
 import ray
 
 from raydetr import storage
-from raydetr.data.schema import FAULTS
 from raydetr.data.shards import Manifest, Shard, read_rows
 from raydetr.errors import RaydetrError
 
@@ -21,7 +20,6 @@ _COLUMNS = [
     "objects.list.element.segmentation",
     "segments.list.element.category_id",
 ]
-_LEFT_OUT = {code for code, kind in FAULTS.items() if kind.effect in ("untrained", "left-out")}
 
 
 @dataclass
@@ -109,11 +107,6 @@ def examine_shard(root: str, shard: Shard) -> Contents:
             f"{shard.file} has {table.num_rows} images, {shard.num_images} by the manifest"
         )
     return contents
-
-
-def left_out(manifest: Manifest) -> dict[str, int]:
-    """Fault code → count, of the faults that keep something out of training."""
-    return {code: count for code, count in manifest.faults.items() if code in _LEFT_OUT}
 
 
 def _files(manifest: Manifest) -> list[str]:

@@ -12,9 +12,10 @@ import ray
 import torch
 
 from detr.detector import ObjectDetector
-from detr.image_processing.decode import ImageError, decode_image
+from detr.image_processing.decode import ImageError
 from raydetr.data.mask_targets import mask_targets
 from raydetr.data.micro_batch import TrainingBatch
+from raydetr.data.pixels import decode_record
 from raydetr.data.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest, read_records, training_targets
 from raydetr.doctor.batch import stream_of, walk
@@ -262,7 +263,7 @@ def _epoch(config: DoctorConfig, few: Manifest) -> list[list[TrainingBatch]]:
 
 def _is_of_use(config: DoctorConfig, manifest: Manifest, record: dict[str, Any]) -> bool:
     try:
-        decode_image(record["image"] or b"")
+        decode_record(record)
     except ImageError:
         return False
     if config.masks == "none":

@@ -18,6 +18,7 @@ from detr.detector import ObjectDetector, PreparedImage, prepare_image
 from detr.image_processing.decode import ImageError
 from detr.image_processing.processor import DetrImageProcessor
 from raydetr import storage
+from raydetr.data.pixels import decode_record
 from raydetr.data.shards import read_rows
 from raydetr.errors import RaydetrError, StorageError
 from raydetr.evaluation.predictions import PredictionSettings, Predictor, error_row, table
@@ -106,7 +107,7 @@ def _prepare(windows: pa.Table, root: str, model: ResolvedModel, batch_size: int
     image_processor = DetrImageProcessor.from_pretrained(local_folder(model))
     waiting: dict[tuple[int, int], list[tuple[int, PreparedImage]]] = defaultdict(list)
     for window in windows.to_pylist():
-        for image_id, data in _encoded_images(window, root):
+        for image_id, data in _images(window, root):
             try:
                 if isinstance(data, ImageError):
                     raise data
@@ -122,8 +123,8 @@ def _prepare(windows: pa.Table, root: str, model: ResolvedModel, batch_size: int
         yield _pack(like)
 
 
-def _encoded_images(window: Mapping[str, Any], root: str) -> Iterator[tuple[int, bytes | ImageError]]:
-    """Image ids with the encoded image, or why there is none."""
+def _images(window: Mapping[str, Any], root: str) -> Iterator[tuple[int, bytes | torch.Tensor | ImageError]]:
+    """Image ids with the image, encoded or decoded, or why there is none."""
     if not root:
         for image_id, address in zip(window["image_ids"], window["addresses"], strict=True):
             try:
@@ -134,9 +135,16 @@ def _encoded_images(window: Mapping[str, Any], root: str) -> Iterator[tuple[int,
     skip = set(window["skip"])
     for group in window["groups"]:
         for row in read_rows(root, window["file"], [group], ["image_id", "image", "fault"]).to_pylist():
-            if row["image_id"] not in skip:
-                missing = ImageError(f"there are no bytes ({row['fault']})")
-                yield row["image_id"], missing if row["image"] is None else row["image"]
+            if row["image_id"] in skip:
+                continue
+            if row["image"] is None:
+                yield row["image_id"], ImageError(f"there are no bytes ({row['fault']})")
+                continue
+            try:
+                decoded: torch.Tensor | ImageError = decode_record(row)
+            except ImageError as error:
+                decoded = error
+            yield row["image_id"], decoded
 
 
 class _Actor:

@@ -13,11 +13,11 @@ from detr.image_processing.processor import DetrImageProcessor
 from raydetr import storage
 from raydetr.cluster import connect, require_shared
 from raydetr.config import EvaluateConfig
-from raydetr.data.ingest import ingest
+from raydetr.data.ingest import Options, ingest
 from raydetr.data.inputs import Addresses
 from raydetr.data.mask_targets import MaskKind, has_mask
-from raydetr.data.report import print_progress
-from raydetr.data.shards import Manifest, read_records
+from raydetr.data.report import fault_lines, print_progress
+from raydetr.data.shards import Manifest, read_faults, read_records
 from raydetr.data.synthetic import embedded
 from raydetr.errors import BelowBoundError, ConfigError, DataError
 from raydetr.evaluation.actors import ActorOptions
@@ -144,17 +144,22 @@ def _data(config: EvaluateConfig) -> Manifest:
     connect(cpus)  # before `embedded`, which asks for less
     if not config.images:
         return Manifest.load(embedded("val"))
-    given = config.annotations, config.images, config.panoptic_annotations, config.panoptic_masks
-    addresses = Addresses(*(storage.absolute(each) if each else "" for each in given))
+    given = (config.annotations, config.images, config.panoptic_annotations, config.panoptic_masks)
+    annotations, images, panoptic, masks = (storage.absolute(each) if each else "" for each in given)
+    addresses = Addresses(annotations, images, panoptic, masks)
     name = "-".join([*addresses.images.split("/")[-2:], _digest(addresses)[:8]])
-    return ingest(
-        addresses, storage.absolute(f"runs/data/{name}"), progress=print_progress("ingest")
-    ).manifest
+    options = Options(max_fault_share=config.max_fault_share)
+    output = storage.absolute(f"runs/data/{name}")
+    manifest = ingest(addresses, output, options, print_progress("ingest")).manifest
+    if lines := fault_lines(read_faults(manifest.root)):
+        print(f"\nfaults and notes of {manifest.root}", *lines, sep="\n  ")
+    return manifest
 
 
 def _digest(addresses: Addresses) -> str:
     """Names a COCO data set by its addresses and annotations, as hexadecimal digits: edited ones are another."""
-    digest = hashlib.sha256(json.dumps(asdict(addresses)).encode())
+    given = {name: value for name, value in asdict(addresses).items() if isinstance(value, str)}
+    digest = hashlib.sha256(json.dumps(given).encode())
     for file in filter(None, (addresses.annotations, addresses.panoptic_annotations)):
         digest.update(storage.read_bytes(file))
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from typing import Any
 from detr.detector import ObjectDetector, PreparedImage
 from detr.image_processing.decode import ImageError
 from raydetr.data.mask_targets import MaskKind
+from raydetr.data.pixels import decode_record
 from raydetr.data.shards import Manifest, read_records
 from raydetr.evaluation.coco_files import coco_results
 from raydetr.evaluation.predictions import PredictionSettings, Predictor, error_row, table
@@ -65,7 +66,7 @@ def predict_share(
             continue
         share.truth.add(record, manifest, kind)
         try:
-            prepared = detector.prepare(record["image"] or b"")
+            prepared = detector.prepare(decode_record(record))
         except ImageError as error:
             share.rows.append(error_row(record["image_id"], str(error)))  # its objects count as missed
             continue

@@ -13,10 +13,12 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from detr.drawing import draw_segments
-from detr.image_processing.decode import ImageError, decode_image
+from detr.image_processing.decode import ImageError
 from detr.mask_codec import decode_segmentation
 from detr.panoptic_png import read_panoptic_png
 from raydetr.data.mask_targets import MaskKind, decode_mask, has_mask, mask_targets
+from raydetr.data.pixels import decode_record
+from raydetr.data.schema import is_repaired
 from raydetr.data.shards import Manifest, read_rows, truth_annotations
 from raydetr.evaluation.page_matching import Item
 from raydetr.evaluation.page_overlay import Overlay
@@ -202,7 +204,7 @@ def _shot(record: dict[str, Any], manifest: Manifest, kind: MaskKind) -> Shot | 
     if record["image"] is None:
         return None
     try:
-        image = Image.fromarray(decode_image(record["image"]).permute(1, 2, 0).numpy())
+        image = Image.fromarray(decode_record(record).permute(1, 2, 0).numpy())
     except ImageError:
         return None
     width, height = image.size
@@ -213,7 +215,8 @@ def _shot(record: dict[str, Any], manifest: Manifest, kind: MaskKind) -> Shot | 
             objects.append(Item(manifest.category_ids[label], (x0, y0, x1 - x0, y1 - y0)))
     for item in truth_annotations(record) if kind in ("none", "instance") else ():
         mask = None
-        if kind == "instance" and has_mask(item["segmentation"]) and item["fault"] in (None, "box-over-edge"):
+        is_drawn = item.get("fault") in (None, "box-over-edge") or is_repaired(item["fault"])
+        if kind == "instance" and has_mask(item["segmentation"]) and is_drawn:
             mask = decode_mask(item["segmentation"], height, width)
         x, y, w, h = map(float, item["bbox"])
         objects.append(Item(item["category_id"], (x, y, w, h), crowd=bool(item["iscrowd"]), mask=mask))

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 
 from detr.drawing import draw_detections
 from detr.image_processing.decode import decode_image
+from raydetr.data.pixels import decode_record
+from raydetr.data.schema import is_repaired
 from raydetr.data.shards import Manifest, read_records, training_targets
 
 SMOOTHING = 25
@@ -59,9 +61,9 @@ def sheet(
     for record in read_records(manifest):
         if len(pairs) == count:
             break
-        if record["fault"] is not None:
+        if record["fault"] is not None and not is_repaired(record["fault"]):
             continue
-        image = decode_image(record["image"])
+        image = decode_record(record)
         boxes, labels = training_targets(record, manifest.labels)
         truth = draw_detections(image, boxes, [manifest.id2label[int(label)] for label in labels])
         found = by_image.get(record["image_id"], [])

@@ -164,6 +164,8 @@ class TrainConfig:
     """Images of like size in the same step: less padding."""
     repeat_threshold: float = 0.0
     """Categories in a smaller share of the images are repeated (LVIS repeat factors); 0: every image once an epoch."""
+    max_fault_share: float = 0.2
+    """Share of the images, or of the objects, that ingest found unusable; more is an error before the first step."""
     max_skipped: float = 0.01
     """Largest share of images that cannot be decoded before the run stops."""
 
@@ -247,7 +249,7 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, self, name, "it must not be negative")
         for name in ("dropout", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, self, name, "it is from 0 to less than 1")
-        for name in ("drop_at", "max_skipped", "repeat_threshold"):
+        for name in ("drop_at", "max_fault_share", "max_skipped", "repeat_threshold"):
             _require(0 <= getattr(self, name) <= 1, self, name, "it is a share, from 0 to 1")
         _require(self.hang_after_s > 0, self, "hang_after_s", "it must be positive")
         _require(

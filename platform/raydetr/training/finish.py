@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from detr import DetrForObjectDetection, DetrForSegmentation
 from raydetr import storage
 from raydetr.data.shards import Manifest
-from raydetr.errors import RegistryError
+from raydetr.errors import RegistryError, TrainingError
 from raydetr.registry import models, tracking
 from raydetr.registry.gate import CHOSEN_ON_TAG, TRAINED_ON_TAG
 from raydetr.training import checkpoint, validation
@@ -33,6 +33,11 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
     best = validation.best_checkpoint(config) if config.validate_every else None
     chosen = best if config.keep_best and best is not None else last
     state = checkpoint.read_state(config.output, last)
+    if not state["images"]:
+        raise TrainingError(
+            f"{config.output}: not one image was trained on in {last} steps, so nothing was learned and nothing is "
+            f"registered: see faults.parquet in {config.train_data}."
+        )
     patiently(lambda: send_what_is_missing(config, run_id, last))
     losses = tracking.metric_history(config.tracking_uri, run_id, "loss")
     summary: dict[str, Any] = {

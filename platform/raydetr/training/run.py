@@ -13,7 +13,7 @@ import torch
 from detr.augment import AugmentSpec
 from raydetr import cluster, storage
 from raydetr.data.plan import PlanSpec
-from raydetr.data.shards import Manifest
+from raydetr.data.shards import MANIFEST, Manifest
 from raydetr.errors import TrainingError
 from raydetr.registry import models, tracking
 from raydetr.training import checkpoint
@@ -32,6 +32,7 @@ FREE_FIELDS = {
     "keep_best",
     "keep_checkpoints",
     "max_failures",
+    "max_fault_share",
     "max_hours",
     "max_non_finite",
     "max_skipped",
@@ -96,9 +97,7 @@ def open_run(config: TrainConfig, manifest: Manifest, asked_model: str = "") -> 
     Raises:
         TrainingError: the folder belongs to a run with other flags or other data, of which a checkpoint is there.
     """
-    identity = {
-        name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS
-    } | {
+    identity = _flags(config) | {
         "data_digest": manifest.digest,
         "val_digest": Manifest.load(config.val_data).digest if config.val_data else "",
     }
@@ -107,13 +106,7 @@ def open_run(config: TrainConfig, manifest: Manifest, asked_model: str = "") -> 
     now = {"identity": identity, "asked_model": asked_model}
     if storage.exists(address):
         begun = storage.read_json(address)
-        # A run that was begun before there was a flag had what is its default now. JSON has no tuples.
-        earlier = (
-            dataclasses.asdict(TrainConfig()) | {"val_digest": identity["val_digest"]} | begun["identity"]
-        )
-        differing = sorted(name for name in identity if _plain(identity[name]) != _plain(earlier.get(name)))
-        if VALIDATED_ON.issuperset(differing) and not checkpoint.validated_steps(config.output):
-            differing = []
+        differing = _differing(config, identity, begun["identity"])
         if differing and checkpoint.last_committed_step(config.output):
             raise TrainingError(
                 f"{config.output} holds a run that was begun with other values of {', '.join(differing)}: give "
@@ -134,6 +127,45 @@ def open_run(config: TrainConfig, manifest: Manifest, asked_model: str = "") -> 
     )
     storage.write_json(address, begun | now | {"run_id": run_id})
     return run_id
+
+
+def require_same_run(config: TrainConfig) -> None:
+    """Check that the finished run in the output folder is the one that is asked for.
+
+    Args:
+        config: its model as `pinned_model` has it.
+
+    Raises:
+        TrainingError: it was made with other flags or other data.
+    """
+    address = storage.join(config.output, RUN)
+    if not storage.exists(address):
+        return
+    earlier = storage.read_json(address)["identity"]
+    identity = _flags(config)
+    for name, data in (("data_digest", config.train_data), ("val_digest", config.val_data)):
+        # Data that were deleted since then cannot have changed the run.
+        if data and storage.exists(storage.join(data, MANIFEST)):
+            identity[name] = Manifest.load(data).digest
+    if differing := _differing(config, identity, earlier):
+        raise TrainingError(
+            f"{config.output} holds a finished run with other values of {', '.join(differing)}: give another --output "
+            "for a new run, or the flags of that one to see its result."
+        )
+
+
+def _flags(config: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
+
+
+def _differing(config: TrainConfig, identity: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
+    """Names of what differs from the run in the output folder and may not, sorted."""
+    # A run that was started before there was a flag had what is its default now. JSON has no tuples.
+    earlier = dataclasses.asdict(TrainConfig()) | {"val_digest": identity.get("val_digest")} | earlier
+    differing = sorted(name for name in identity if _plain(identity[name]) != _plain(earlier.get(name)))
+    if VALIDATED_ON.issuperset(differing) and not checkpoint.validated_steps(config.output):
+        return []
+    return differing
 
 
 def environment() -> dict[str, str]:

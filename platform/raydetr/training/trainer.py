@@ -14,10 +14,12 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydetr import cluster, storage
-from raydetr.data.shards import Manifest, read_rows
+from raydetr.data.coco import require_distinct_names
+from raydetr.data.shards import Manifest, read_faults, read_rows
 from raydetr.data.source import shard_source
 from raydetr.data.stream import PlanDataConfig, Stream, build_plan
 from raydetr.data.synthetic import embedded
+from raydetr.data.usable import require_trainable, require_usable, trainable
 from raydetr.errors import ConfigError, OutOfTimeError, RaydetrError, RegistryError, TrainingError
 from raydetr.evaluation.categories import match_categories
 from raydetr.lease import lease
@@ -27,7 +29,7 @@ from raydetr.training.config import TrainConfig
 from raydetr.training.finish import finish
 from raydetr.training.loop import OUT_OF_TIME
 from raydetr.training.model import build_model
-from raydetr.training.run import open_run, pinned_model, plan_spec
+from raydetr.training.run import open_run, pinned_model, plan_spec, require_same_run
 from raydetr.training.watchdog import Board
 from raydetr.training.worker import train_loop_per_worker, validate
 
@@ -47,6 +49,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     start = time.time()
     finished = storage.join(storage.absolute(config.output), SUMMARY)
     if storage.exists(finished):
+        require_same_run(resolve_addresses(config))
         print(f"{finished} is there: this run is finished. Give another --output for a new one.")
         return dict(storage.read_json(finished))
     connect(config)
@@ -62,6 +65,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check(config, manifest)
     with lease(config.output):
         if storage.exists(finished):  # by the driver that held the lease
+            require_same_run(config)
             return dict(storage.read_json(finished))
         run_id = open_run(config, manifest, asked_model)
         try:
@@ -112,17 +116,19 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
     """What can be known to be wrong before workers start.
 
     Raises:
-        ConfigError: there is nothing to learn, there are images with more objects than the model has queries, no masks
+        ConfigError: there are images with more objects than the model has queries, no masks
             where they are to be learned, nothing to be scored in `--val-data`, no such model or augmentation can be
             built.
-        DataError: there is no validation set at `--val-data`, or it has categories that the model does not have.
+        DataError: there is nothing to learn, or too much that cannot be; there is no validation set at `--val-data`, or
+            it has categories that the model does not have.
         RegistryError: there is no model at `--model`.
     """
-    if not manifest.max_objects_per_image and config.task in ("detection", "instance"):
-        raise ConfigError(
-            f"No object of the {manifest.num_images} images of {config.train_data} can be learned: see faults.parquet "
-            "there and mend the annotations."
-        )
+    require_distinct_names(manifest.categories, config.train_data)
+    usable = trainable(manifest, config.task)
+    require_trainable(config.train_data, manifest, usable, config.task)
+    require_usable(config.train_data, usable, config.max_fault_share, read_faults(manifest.root))
+    if max(usable.shares):
+        print(f"Not trained on: {usable.text()}; see faults.parquet in {config.train_data}.", flush=True)
     try:
         plan_spec(config)
     except ValueError as error:

@@ -324,7 +324,7 @@ def test_an_error_in_a_task_arrives_as_its_own(awkward: Path, tmp_path: Path) ->
         ("images", "images", StorageError, "images"),
         ("list.json", "images", DataError, "the file holds a list"),
         ("text.json", "images", DataError, r"not JSON"),
-        ("empty.json", "images", DataError, "'annotations' is empty"),
+        ("empty.json", "images", DataError, "'categories' is empty"),
         ("train.json", "nowhere", StorageError, "nowhere"),
         ("train.json", "other", DataError, r"none of the 101 images .* it names '1.png', .*'x.png'"),
     ],
@@ -339,7 +339,7 @@ def test_wrong_input_is_refused_before_anything_is_written(
     (folder / "list.json").write_text("[]")
     (folder / "text.json").write_text("images: none")
     content = json.loads((folder / "train.json").read_text())
-    (folder / "empty.json").write_text(json.dumps(content | {"annotations": []}))
+    (folder / "empty.json").write_text(json.dumps(content | {"categories": []}))
     with pytest.raises(error, match=message):
         ingest(Addresses(str(folder / annotations), str(folder / images)), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -44,7 +44,7 @@ def test_every_code_says_what_it_means_and_does(code: str) -> None:
     kind = FAULTS[code]
     assert kind.code == code
     assert kind.text
-    assert is_trained(code) == (kind.effect in ("note", "used", "box-only"))
+    assert is_trained(code) == (kind.effect in ("note", "repaired", "used", "box-only"))
 
 
 def test_of_several_faults_one_that_excludes_outweighs_one_that_does_not() -> None:
