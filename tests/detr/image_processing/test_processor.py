@@ -398,8 +398,45 @@ def test_annotations_that_do_not_fit_are_refused(images, annotations, message):
 def test_an_object_without_a_needed_field_is_refused_with_its_image(missing):
     entry = {"bbox": [1, 2, 10, 10], "category_id": 1, "area": 100.0}
     del entry[missing]
-    with pytest.raises(ValueError, match=f"image_id 77.*KeyError: '{missing}'"):
+    with pytest.raises(ValueError, match=f"image_id 77.*object 0 has no {missing}"):
         DetrImageProcessor()(np.zeros((30, 40, 3), np.uint8), {"image_id": 77, "annotations": [entry]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bbox": []}, r"bbox \[\]: expected 4 finite numbers \(x, y, width, height\)"),
+        ({"bbox": [1, 1, 9, 1, 9, 9, 1, 9]}, r"bbox \[1, 1, 9, 1, 9, 9, 1, 9\]: expected 4"),
+        ({"bbox": None}, "bbox None: expected 4"),
+        ({"bbox": [1, 1, 9, float("nan")]}, "bbox .*nan.*: expected 4 finite"),
+        ({"bbox": "1,1,9,9"}, "bbox 1,1,9,9: expected 4"),
+        ({"category_id": "cat"}, "category_id cat: expected an integer"),
+        ({"category_id": None}, "category_id None"),
+        ({"area": "large"}, "area large: expected a finite number"),
+        ({"area": float("inf")}, "area inf"),
+        ({"keypoints": [1, 2]}, r"keypoints \[1, 2\]: expected x, y and visibility"),
+        ({"keypoints": [1, 2, 2] * 2}, r"keypoints .*as many keypoints as the other objects"),
+        ({"keypoints": 5}, "keypoints 5"),
+    ],
+)
+def test_a_field_that_cannot_be_read_is_named_with_object_and_image(change, message):
+    good = {"bbox": [1, 2, 10, 10], "category_id": 1, "area": 100.0, "keypoints": [1, 2, 2] * 3}
+    annotation = {"image_id": 77, "annotations": [good | {"iscrowd": 1}, good, good | change]}
+    with pytest.raises(ValueError, match=f"image_id 77: object 2 has {message}"):
+        DetrImageProcessor()(np.zeros((30, 40, 3), np.uint8), annotation)
+
+
+@pytest.mark.parametrize("nothing", [None, [], ()])
+def test_an_object_without_keypoints_has_zeros(nothing):
+    entry = {"bbox": [1, 2, 10, 10], "category_id": 1, "area": 100.0}
+    for others, rows in (([1, 2, 2], 2), (None, None)):
+        objects = [entry | {"keypoints": nothing}, entry | {"keypoints": others}]
+        labels = DetrImageProcessor(do_resize=False)(
+            np.zeros((30, 40, 3), np.uint8), {"image_id": 77, "annotations": objects}
+        )["labels"][0]
+        assert ("keypoints" in labels) == (rows is not None)
+        if rows:
+            assert labels["keypoints"].tolist() == [[0, 0, 0], [1, 2, 2]]
 
 
 @pytest.mark.parametrize(
