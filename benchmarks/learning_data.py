@@ -71,7 +71,9 @@ def _example(
     boxes *= np.tile([size[1] / width, size[0] / height], 2)
     masks = None
     if with_masks:
-        full = decode_masks([each["segmentation"] for each in found], height, width, entry["file_name"])
+        full = decode_masks(
+            [each["segmentation"] for each in found], height, width, [entry["file_name"]] * len(found)
+        )
         masks = torch.nn.functional.interpolate(full[None].float(), size)[0].byte()
     pixels = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR) if scale < 1 else image)
     return Example(

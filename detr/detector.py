@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from detr.image_processing.decode import Orientation, decode_image
-from detr.image_processing.layouts import image_to_tensor
+from detr.image_processing.decode import Orientation, decode_image, open_image
 from detr.image_processing.processor import DetrImageProcessor
 from detr.image_processing.size import canonical_shape
 from detr.postprocess import detections_of_all_queries
@@ -122,8 +121,9 @@ def prepare_image(
         ValueError: a tensor of another dtype, or channels that cannot be converted.
     """
     if isinstance(image, bytes):
-        image = decode_image(image, orientation=orientation)
-    tensor = image_to_tensor(image, image_processor.do_convert_rgb, "channels_first")
+        decode = open_image if image_processor.keeps_gray else decode_image
+        image = decode(image, orientation=orientation)
+    tensor = image_processor.to_tensor(image, "channels_first")
     if tensor.dtype != torch.uint8:
         raise ValueError(f"an image tensor is {tensor.dtype}: expected torch.uint8, values 0..255")
     resized = image_processor.resize(tensor)

@@ -287,4 +287,8 @@ def _to_pil(image: Image.Image | torch.Tensor | np.ndarray) -> Image.Image:
 
 
 def _to_array(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        # NumPy has no bfloat16
+        return (values.double() if values.is_floating_point() else values).numpy()
+    return np.asarray(values)

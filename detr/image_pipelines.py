@@ -6,17 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 
-from detr.image_processing.layouts import image_to_tensor
+from detr.image_processing.decode import Orientation, check_orientation
 from detr.image_processing.processor import DetrImageProcessor
 from detr.image_processing.size import canonical_shape
-from detr.image_source import DEFAULT_TIMEOUT, ImageSource, load_image
+from detr.image_source import DEFAULT_TIMEOUT, ImageSource, is_image_source, load_image
 
 if TYPE_CHECKING:
     from detr.pretrained import DetrPreTrainedModel
@@ -49,10 +48,12 @@ class ImagePipeline(ABC):
             results a little. "canonical": a shape that follows from its own size, and only images of one shape share
             a batch; the results are those of `detr.ObjectDetector`, whatever the batch.
         batch_size: images that the model sees at once.
+        orientation: "apply" turns images upright by their EXIF orientation, as transformers' pipelines do; "ignore"
+            keeps the stored pixels, to which the annotations of most data sets refer.
         options: defaults of the call's options.
 
     Raises:
-        ValueError: another padding, a batch size below 1.
+        ValueError: another padding or orientation, a batch size below 1.
         TypeError: an unknown option.
     """
 
@@ -66,6 +67,7 @@ class ImagePipeline(ABC):
         *,
         pad: str | None = None,
         batch_size: int = 1,
+        orientation: Orientation = "apply",
         **options: Any,
     ) -> None:
         if pad not in _PADDINGS:
@@ -74,6 +76,8 @@ class ImagePipeline(ABC):
         self.image_processor = image_processor
         self.pad = pad
         self.batch_size = _at_least_one(batch_size)
+        check_orientation(orientation)
+        self.orientation = orientation
         self.options = self._checked(options)
 
     @property
@@ -93,9 +97,10 @@ class ImagePipeline(ABC):
         """What the pipeline finds in one image or in many.
 
         Args:
-            inputs: an http(s) address, which asks for the network; a path; a base64 data URI; an encoded image; a
-                Pillow image; a uint8 array or tensor of 0..255, [height, width], [channels, height, width] or
-                [height, width, channels]. Or a list of these; or any other iterable, which is read as it is consumed.
+            inputs: an http(s) URL, which needs the network; a path; base64, also as a data URI; an encoded image as
+                bytes or as a file opened in binary mode; a Pillow image; a uint8 array or tensor of 0..255,
+                [height, width], [channels, height, width] or [height, width, channels]. Or a list of these; or any
+                other iterable, which is read as it is consumed.
             images: old name of `inputs`.
             batch_size: images that the model sees at once, by default the pipeline's.
             timeout: seconds to wait for a server; None for ever.
@@ -108,17 +113,20 @@ class ImagePipeline(ABC):
             ImageError: an image cannot be fetched or decoded.
             FileNotFoundError: there is no such file.
             TypeError: something that is not an image, or an unknown option.
-            ValueError: an option has a value that cannot be used, or an array's layout is not clear.
+            ValueError: an option has a value that cannot be used, or an array is not uint8 or its layout is not clear.
         """
-        given = images if inputs is None else inputs
+        given: Any = images if inputs is None else inputs
         if given is None:
             raise ValueError("there is no image: give an address, a path, an image or a list of these")
         size = self.batch_size if batch_size is None else _at_least_one(batch_size)
         settings = self.options | self._checked(options)
-        if isinstance(given, str | Path | bytes | Image.Image) or (
-            isinstance(given, np.ndarray | torch.Tensor) and given.ndim < 4
-        ):
+        if is_image_source(given) and not (isinstance(given, np.ndarray | torch.Tensor) and given.ndim > 3):
             return next(self._results([given], 1, timeout, settings))
+        if isinstance(given, Mapping) or not isinstance(given, Iterable):
+            raise TypeError(
+                f"the input is a {type(given).__name__}: expected an image (URL, path, base64, bytes, binary file, PIL "
+                "image, uint8 array or tensor) or a list of images"
+            )
         results = self._results(given, size, timeout, settings)
         return list(results) if isinstance(given, list | tuple | np.ndarray | torch.Tensor) else results
 
@@ -144,15 +152,21 @@ class ImagePipeline(ABC):
     ) -> Iterator[Result]:
         remaining = iter(sources)
         while chunk := list(islice(remaining, batch_size)):
-            tensors = [
-                image_to_tensor(load_image(source, timeout), self.image_processor.do_convert_rgb, None)
-                for source in chunk
-            ]
+            tensors = [self._pixels(source, timeout) for source in chunk]
             results: dict[int, Result] = {}
             for padded, indices in self._groups(tensors).items():
                 found = self._run([tensors[index] for index in indices], padded, settings)
                 results.update(zip(indices, found, strict=True))
             yield from (results[index] for index in range(len(chunk)))
+
+    def _pixels(self, source: ImageSource, timeout: float | None) -> torch.Tensor:
+        image = load_image(source, timeout, self.orientation)
+        tensor = self.image_processor.to_tensor(image)
+        if tensor.dtype != torch.uint8 and not isinstance(image, Image.Image):
+            raise ValueError(
+                f"an image array is {tensor.dtype}: expected uint8, values 0..255; scale values of 0..1 by 255 and round"
+            )
+        return tensor
 
     def _groups(self, tensors: Sequence[torch.Tensor]) -> dict[_Size | None, list[int]]:
         """Which images of a chunk share a batch, by what they are padded to; None is the largest of them."""

@@ -2,60 +2,110 @@
 
 import base64
 import binascii
+import os
 from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from detr.image_processing.decode import ImageError, open_image
+from detr.image_processing.decode import ImageError, Orientation, open_image
 
-ImageSource = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
+ImageSource = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryIO
+    | Image.Image
+    | np.ndarray
+    | torch.Tensor
+)
 
 DEFAULT_TIMEOUT = 30.0
 
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+"""How image files begin. A misspelled path may be base64, too."""
+
+
+def is_image_source(value: Any) -> TypeGuard[ImageSource]:
+    """Whether a value stands for one image, rather than for several or for none."""
+    return isinstance(
+        value, str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | torch.Tensor
+    ) or hasattr(value, "read")
+
 
 def load_image(
-    source: ImageSource, timeout: float | None = DEFAULT_TIMEOUT
+    source: ImageSource, timeout: float | None = DEFAULT_TIMEOUT, orientation: Orientation = "apply"
 ) -> Image.Image | np.ndarray | torch.Tensor:
     """Fetch and decode an image; one that is in memory already is returned as it is.
 
     Args:
-        source: an http(s) address, which asks for the network; the path of a file; a `data:image/...;base64,` URI;
-            an encoded image; or a Pillow image, numpy array or tensor.
+        source: an http(s) URL, which needs the network; the path of a file; base64, with `data:image/...;base64,` in
+            front or without; an encoded image as bytes or as a file opened in binary mode; or a Pillow image, numpy
+            array or tensor.
         timeout: seconds to wait for a server to connect and for each piece of its answer; None waits for ever.
+        orientation: "apply" turns Pillow and encoded images upright by their EXIF orientation, as transformers'
+            pipelines do; "ignore" does not.
 
     Returns:
-        Pillow images turned upright by their EXIF tag, as in transformers' pipelines; arrays and tensors unchanged.
+        Pillow images; arrays and tensors unchanged.
 
     Raises:
-        ImageError: the address does not give an image, the message says why, or the image cannot be decoded.
+        ImageError: the URL does not give an image, the message says why, or the image cannot be decoded.
         FileNotFoundError: there is no such file.
         TypeError: none of these.
     """
     if isinstance(source, np.ndarray | torch.Tensor):
         return source
     if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source)
-    if isinstance(source, bytes):
-        return _decode(source, "the image")
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        return _decode(_fetch(source, timeout), source)
-    if isinstance(source, str) and source.startswith("data:image/"):
-        try:
-            return _decode(base64.b64decode(source.partition(",")[2], validate=True), "the data URI")
-        except binascii.Error as error:
-            raise ImageError(f"the data URI {source[:40]}... is not base64: {error}") from error
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"there is no image file {source}; an address begins with http:// or https://, base64 with data:image/"
-            )
-        return _decode(path.read_bytes(), str(source))
+        return ImageOps.exif_transpose(source) if orientation == "apply" else source
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(bytes(source), "the image", orientation)
+    if isinstance(source, str):
+        return _load_text(source, timeout, orientation)
+    if isinstance(source, os.PathLike):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"there is no image file {source}")
+        return _decode(Path(source).read_bytes(), str(source), orientation)
+    if hasattr(source, "read"):
+        data = source.read()
+        if not isinstance(data, bytes):
+            raise TypeError(f"the file {source!r} is not open in binary mode: open it with mode 'rb'")
+        return _decode(data, f"the file {getattr(source, 'name', source)!s:.100}", orientation)
     raise TypeError(
-        f"an image is a {type(source).__name__}: expected an address, a path, bytes, a PIL image, a numpy array or a "
-        "tensor"
+        f"an image is a {type(source).__name__}: expected a URL, a path, base64, bytes, a binary file, a PIL image, a "
+        "numpy array or a tensor"
+    )
+
+
+def _load_text(text: str, timeout: float | None, orientation: Orientation) -> Image.Image:
+    if text[:8].lower().startswith(("http://", "https://")):
+        return _decode(_fetch(text, timeout), text, orientation)
+    if text.startswith("data:image/"):
+        try:
+            return _decode(
+                base64.b64decode(text.partition(",")[2], validate=True), "the data URI", orientation
+            )
+        except binascii.Error as error:
+            raise ImageError(f"the data URI {text[:40]}... is not base64: {error}") from error
+    try:
+        is_file = Path(text).is_file()
+    except (OSError, ValueError):  # longer than a path may be, or with a zero byte
+        is_file = False
+    if is_file:
+        return _decode(Path(text).read_bytes(), text, orientation)
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:  # not base64, or not ASCII
+        data = b""
+    if data.startswith(_SIGNATURES):
+        return _decode(data, "the base64 text", orientation)
+    raise FileNotFoundError(
+        f"there is no image file {text[:100]!r}; a URL begins with http:// or https://, and the text is not base64 of "
+        "an image"
     )
 
 
@@ -75,8 +125,8 @@ def _fetch(address: str, timeout: float | None) -> bytes:
     return response.content
 
 
-def _decode(data: bytes, where: str) -> Image.Image:
+def _decode(data: bytes, where: str, orientation: Orientation) -> Image.Image:
     try:
-        return open_image(data, orientation="apply")
+        return open_image(data, orientation=orientation)
     except ImageError as error:
         raise type(error)(f"{where}: {error}") from error

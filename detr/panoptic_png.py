@@ -1,33 +1,34 @@
-"""COCO's panoptic PNGs, whose colours are the ids of segments: id = R + 256 G + 256 * 256 B."""
+"""COCO's panoptic PNGs, whose colors are the ids of segments: id = R + 256 G + 256 * 256 B."""
 
 import struct
 import zlib
-from io import BytesIO
 
 import numpy as np
 from kornia_rs import io as kornia_io
 from PIL import Image
 
-_MAX_PIXELS = 89_478_485
-"""As `detr.image_processing.decode.DEFAULT_MAX_PIXELS`: the other reader allocates what the header says."""
+from detr.image_processing.decode import DEFAULT_MAX_PIXELS, open_image
 
 
 def read_panoptic_colors(png: bytes) -> np.ndarray:
-    """Colours uint8 [height, width, 3] of a panoptic PNG.
+    """Colors uint8 [height, width, 3] of a panoptic PNG; the values of a gray one, of 8 or 16 bits, are ids.
 
     Raises:
-        OSError, SyntaxError, ValueError: what Pillow raises for bytes that are no image, and damaged ones.
+        ImageError: a ValueError; the bytes are no PNG, damaged, or take too long to decode.
     """
     # kornia-rs gives Pillow's pixels sooner (`make bench BENCH='--only quality'`), of the kind it is asked for alone.
     if len(png) > 26 and png[12:16] == b"IHDR":
         width, height, depth, kind = struct.unpack(">IIBB", png[16:26])
-        if (depth, kind) == (8, 2) and 0 < width * height <= _MAX_PIXELS:  # eight bits, RGB
+        if (depth, kind) == (8, 2) and 0 < width * height <= DEFAULT_MAX_PIXELS:  # eight bits, RGB
             try:
                 return np.asarray(kornia_io.decode_image_png_u8(png, (height, width), "rgb"))
             except Exception:  # it has no class of its own; Pillow gives the reason, or reads it
                 pass
-    with Image.open(BytesIO(png)) as image:
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    image = open_image(png, formats=("PNG",))
+    if image.mode in ("1", "L", "LA", "I") or image.mode.startswith("I;16"):
+        ids = np.asarray(image.getchannel("L") if image.mode == "LA" else image).astype("<u4")
+        return ids.view(np.uint8).reshape(*ids.shape, 4)[..., :3]
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def read_panoptic_png(png: bytes) -> np.ndarray:

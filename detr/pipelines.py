@@ -28,6 +28,7 @@ from detr.auto import (
     AutoModelForObjectDetection,
 )
 from detr.image_pipelines import ImagePipeline, ImageSegmentationPipeline, ObjectDetectionPipeline
+from detr.image_processing.decode import Orientation
 from detr.image_processing.processor import DetrImageProcessor
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def pipeline(
     model_kwargs: Mapping[str, Any] | None = None,
     pad: str | None = None,
     batch_size: int = 1,
+    orientation: Orientation = "apply",
     **options: Any,
 ) -> ImagePipeline:
     """A function from images to what is in them.
@@ -72,6 +74,7 @@ def pipeline(
         model_kwargs: further arguments of the model's `from_pretrained`.
         pad: None or "canonical": see `detr.image_pipelines.ImagePipeline`.
         batch_size: images that the model sees at once.
+        orientation: "apply" or "ignore" images' EXIF orientation: see `detr.image_pipelines.ImagePipeline`.
         options: defaults of the call's options, such as `threshold`: see `ObjectDetectionPipeline` and
             `ImageSegmentationPipeline`.
 
@@ -125,7 +128,9 @@ def pipeline(
         image_processor = AutoImageProcessor.from_pretrained(
             image_processor, backend=backend, use_fast=use_fast, **where
         )
-    return _PIPELINES[task](loaded, image_processor, pad=pad, batch_size=batch_size, **options)
+    return _PIPELINES[task](
+        loaded, image_processor, pad=pad, batch_size=batch_size, orientation=orientation, **options
+    )
 
 
 def _task_of(architectures: Sequence[str] | None) -> str | None:

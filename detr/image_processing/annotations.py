@@ -48,20 +48,22 @@ def detection_labels(
     that are left out too. Keypoints of objects that have none are zeros, so that rows stay aligned.
 
     Raises:
-        ValueError: an object lacks `category_id`, `bbox` or `area`, or with `return_masks` has no `segmentation` of
-            this image; the message names the image.
+        ValueError: an object lacks `category_id`, `bbox` or `area`, or one of them or of the keypoints is not what
+            COCO says; with `return_masks`, an object has no `segmentation` of this image, or those of all of them
+            cover no pixel. The message names the image, the object and the field.
     """
-    objects = [entry for entry in annotation["annotations"] if not entry.get("iscrowd", 0)]
     image_id = annotation["image_id"]
+    numbers = [i for i, entry in enumerate(annotation["annotations"]) if not entry.get("iscrowd", 0)]
+    objects = [annotation["annotations"][i] for i in numbers]
     try:
         classes = torch.as_tensor([entry["category_id"] for entry in objects], dtype=torch.int64)
         area = torch.as_tensor([entry["area"] for entry in objects], dtype=torch.float32)
-        boxes = torch.as_tensor([entry["bbox"] for entry in objects], dtype=torch.float32).reshape(-1, 4)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"image_id {image_id}: each object needs category_id (integer), bbox (x, y, width, height) and area, "
-            f"but reading them failed with {type(error).__name__}: {error}"
-        ) from error
+        boxes = torch.as_tensor([entry["bbox"] for entry in objects], dtype=torch.float32)
+        boxes = boxes.reshape(len(objects), 4)
+        if not (torch.isfinite(boxes).all() and torch.isfinite(area).all()):
+            raise ValueError("not finite")
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise _fault(objects, numbers, image_id, error) from error
 
     boxes[:, 2:] += boxes[:, :2]
     boxes[:, 0::2] = boxes[:, 0::2].clip(min=0, max=width)
@@ -76,16 +78,78 @@ def detection_labels(
         "iscrowd": torch.zeros_like(classes)[keep],
         "orig_size": torch.tensor([height, width]),
     }
-    length = max((len(entry.get("keypoints", ())) for entry in objects), default=0)
-    if length:
-        keypoints = torch.tensor(
-            [entry.get("keypoints", [0] * length) for entry in objects], dtype=torch.float32
-        )
+    if (keypoints := _keypoints(objects, numbers, image_id)) is not None:
         labels["keypoints"] = keypoints[keep].reshape(-1, 3)
     if return_masks:
-        kept = [entry.get("segmentation") for entry, kept in zip(objects, keep.tolist()) if kept]
-        labels["masks"] = decode_masks(kept, height, width, f"image_id {image_id}")
+        places = [place for place, wanted in enumerate(keep.tolist()) if wanted]
+        kept = [objects[place].get("segmentation") for place in places]
+        names = [f"image_id {image_id}: object {numbers[place]}" for place in places]
+        labels["masks"] = decode_masks(kept, height, width, names)
+        sides = labels["boxes"][:, 2:] - labels["boxes"][:, :2]
+        # a single thin or tiny object may cover the center of no pixel
+        if (sides >= 2).all(dim=1).any() and not labels["masks"].any():
+            raise ValueError(
+                f"image_id {image_id}: the segmentations of its {len(kept)} objects cover no pixel of the image, while "
+                f"their boxes do: expected coordinates in pixels, got {str(kept[0])[:100]}"
+            )
     return labels
+
+
+def _keypoints(
+    objects: Sequence[Mapping[str, Any]], numbers: Sequence[int], image_id: Any
+) -> torch.Tensor | None:
+    """Float32 [objects, 3 * number of keypoints], zeros for objects without; None where no object has keypoints."""
+    # "or" is no test for arrays
+    given = [[] if (points := entry.get("keypoints")) is None else points for entry in objects]
+    length = max(map(_length, given), default=0)
+    if not length:
+        return None
+    for index, points in zip(numbers, given, strict=True):
+        if _length(points) not in (0, length) or length % 3:
+            raise ValueError(
+                f"image_id {image_id}: object {index} has keypoints {str(points)[:80]}: expected x, y and visibility "
+                f"of as many keypoints as the other objects ({length} numbers)"
+            )
+    try:
+        return torch.as_tensor(
+            [list(points) if len(points) else [0] * length for points in given], dtype=torch.float32
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"image_id {image_id}: keypoints are not numbers: {error}") from error
+
+
+def _length(points: Any) -> int:
+    return len(points) if hasattr(points, "__len__") and not isinstance(points, str) else -1
+
+
+_FIELDS = {
+    "category_id": "an integer",
+    "bbox": "4 finite numbers (x, y, width, height)",
+    "area": "a finite number",
+}
+
+
+def _fault(
+    objects: Sequence[Mapping[str, Any]], numbers: Sequence[int], image_id: Any, error: Exception
+) -> ValueError:
+    """What is wrong with the first object that cannot be read; numbers are its place in the annotation."""
+    for index, entry in zip(numbers, objects, strict=True):
+        for name, expected in _FIELDS.items():
+            where = f"image_id {image_id}: object {index} has"
+            if name not in entry:
+                return ValueError(
+                    f"{where} no {name}: expected {expected}; each object needs {', '.join(_FIELDS)}"
+                )
+            try:
+                value = torch.as_tensor(
+                    entry[name], dtype=torch.int64 if name == "category_id" else torch.float32
+                )
+                valid = value.numel() == (4 if name == "bbox" else 1) and bool(torch.isfinite(value).all())
+            except (TypeError, ValueError, RuntimeError, OverflowError):
+                valid = False
+            if not valid:
+                return ValueError(f"{where} {name} {str(entry[name])[:100]}: expected {expected}")
+    return ValueError(f"image_id {image_id}: {error}")
 
 
 def resize_labels(labels: Labels, size: tuple[int, int], scale_keypoints: bool = False) -> Labels:

@@ -87,7 +87,7 @@ def image_size(
         ImageError: the bytes are not an image in one of the formats.
         ImageCostError: it consists of more parts than are looked at.
     """
-    _check_orientation(orientation)
+    check_orientation(orientation)
     container = read_container(data)
     with _open(container, formats) as image:
         width, height = image.size
@@ -173,7 +173,7 @@ def decode_image(
             a defined range.
         ValueError: another orientation.
     """
-    _check_orientation(orientation)
+    check_orientation(orientation)
     container = read_container(data)
     pixels = _decode_jpeg(container, max_pixels, max_cost, formats)
     if pixels is None:
@@ -194,7 +194,7 @@ def open_image(
     formats: Sequence[str] = FORMATS,
 ) -> Image.Image:
     """Decode an encoded image into a Pillow image of its own mode: see `decode_image` for arguments and errors."""
-    _check_orientation(orientation)
+    check_orientation(orientation)
     container = read_container(data)
     return _turned(_load(container, max_pixels, max_cost, formats), container, orientation)
 
@@ -263,7 +263,8 @@ def _turned(image: Image.Image, container: Container, orientation: Orientation) 
     return image if upright is None else image.transpose(upright)
 
 
-def _check_orientation(orientation: str) -> None:
+def check_orientation(orientation: str) -> None:
+    """Refuse what is no `Orientation` with a ValueError."""
     if orientation not in get_args(Orientation):
         raise ValueError(f"orientation is {orientation!r}: expected one of {get_args(Orientation)}")
 

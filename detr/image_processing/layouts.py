@@ -12,6 +12,7 @@ from detr.image_processing.decode import convert_to_rgb, pil_to_tensor
 ImageInput: TypeAlias = Image.Image | np.ndarray | torch.Tensor
 
 _LAYOUTS = ("channels_first", "channels_last")
+_GRAY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def list_images(images: Any) -> list[ImageInput]:
@@ -38,7 +39,9 @@ def list_images(images: Any) -> list[ImageInput]:
     )
 
 
-def image_to_tensor(image: ImageInput, do_convert_rgb: bool, input_data_format: str | None) -> torch.Tensor:
+def image_to_tensor(
+    image: ImageInput, do_convert_rgb: bool, input_data_format: str | None, keep_gray: bool = False
+) -> torch.Tensor:
     """One image as a tensor.
 
     Args:
@@ -47,22 +50,33 @@ def image_to_tensor(image: ImageInput, do_convert_rgb: bool, input_data_format: 
             composited on white, 16 bits without sign (uint16) reduced to their high byte.
         input_data_format: "channels_first" or "channels_last" for arrays. Without it the layout follows from which
             of the first and the last dimension is 1, 3 or 4; the first wins when both are.
+        keep_gray: leave gray images at one channel, of 8 bits, whatever `do_convert_rgb`.
 
     Returns:
         [channels, height, width], dtype and range as given.
 
     Raises:
         ImageError: a Pillow image that cannot be converted.
-        ValueError: the layout cannot be told, or the number of channels cannot be converted.
+        TypeError: something that is not an image, or an array of something else than real numbers.
+        ValueError: another number of dimensions, values that are not finite, the layout cannot be told, or the
+            number of channels cannot be converted.
     """
     if isinstance(image, Image.Image):
+        if keep_gray and image.mode in ("1", "L", "I") + _GRAY_16:
+            gray = torch.from_numpy(np.array(convert_to_rgb(image).getchannel(0)))
+            return gray[None]
         if do_convert_rgb:
             return pil_to_tensor(convert_to_rgb(image))
         tensor, input_data_format = torch.from_numpy(np.array(image)), "channels_last"
-    else:
+    elif isinstance(image, np.ndarray | torch.Tensor):
+        _check_array(image)
         # a copy where the array is read-only, as those of Pillow images are: torch warns of these
         writable = np.require(image, requirements=["C", "W"]) if isinstance(image, np.ndarray) else image
         tensor = torch.from_numpy(writable) if isinstance(writable, np.ndarray) else writable
+    else:
+        raise TypeError(
+            f"an image is a {type(image).__name__}: expected a PIL image, a numpy array or a torch tensor"
+        )
     if tensor.ndim == 2:
         tensor, input_data_format = tensor[None], "channels_first"
     if (input_data_format or _infer_layout(tensor)) == "channels_last":
@@ -71,7 +85,30 @@ def image_to_tensor(image: ImageInput, do_convert_rgb: bool, input_data_format: 
         raise ValueError(f"input_data_format is {input_data_format!r}: expected one of {_LAYOUTS}")
     if 0 in tensor.shape:
         raise ValueError(f"an image has shape {tuple(tensor.shape)}: it has no pixels")
+    if keep_gray and tensor.shape[0] == 1:
+        return _high_byte(tensor)
     return _array_to_rgb(tensor) if do_convert_rgb else tensor
+
+
+def _check_array(image: np.ndarray | torch.Tensor) -> None:
+    if image.ndim not in (2, 3):
+        raise ValueError(
+            f"an image array has shape {tuple(image.shape)}: expected [height, width], or three dimensions with the "
+            "channels"
+        )
+    if isinstance(image, np.ndarray):
+        floating, numeric = image.dtype.kind == "f", image.dtype.kind in "buif"
+    else:
+        floating, numeric = image.is_floating_point(), not image.is_complex()
+    if not numeric:
+        raise TypeError(f"an image array has dtype {image.dtype}: expected real numbers")
+    # a sum is not finite where a value is not, and takes no second array
+    if (
+        floating
+        and not np.isfinite(float(image.sum()))
+        and not bool(torch.isfinite(torch.as_tensor(image)).all())
+    ):
+        raise ValueError("an image array has NaN or infinite values")
 
 
 def _infer_layout(image: torch.Tensor) -> str:
@@ -87,8 +124,7 @@ def _infer_layout(image: torch.Tensor) -> str:
 
 def _array_to_rgb(image: torch.Tensor) -> torch.Tensor:
     """Transformers' conversion of arrays, and the high byte of uint16."""
-    if image.dtype == torch.uint16:
-        image = (image.to(torch.int32) >> 8).to(torch.uint8)
+    image = _high_byte(image)
     channels = image.shape[0]
     if channels == 1:
         return image.expand(3, -1, -1)
@@ -105,6 +141,10 @@ def _array_to_rgb(image: torch.Tensor) -> torch.Tensor:
             "model with other channels"
         )
     return image
+
+
+def _high_byte(image: torch.Tensor) -> torch.Tensor:
+    return (image.to(torch.int32) >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
 
 
 def _composite_on_white(rgba: torch.Tensor) -> torch.Tensor:

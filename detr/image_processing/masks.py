@@ -13,24 +13,24 @@ NearestIndices = Callable[[int, int], torch.Tensor]
 """From a length before and after a resize to the index that each place of the result comes from, int64 [after]."""
 
 
-def decode_masks(segmentations: Sequence[Any], height: int, width: int, where: str) -> torch.Tensor:
+def decode_masks(segmentations: Sequence[Any], height: int, width: int, names: Sequence[str]) -> torch.Tensor:
     """Masks of objects in an image of `height` x `width` pixels.
 
     Args:
         segmentations: for each object polygons or an RLE: see `detr.mask_codec.check_segmentation`.
         height: of the image.
         width: of the image.
-        where: the image's name, for messages.
+        names: of the objects, for messages: "image 7: object 0".
 
     Returns:
         bool [objects, height, width].
 
     Raises:
-        ValueError: a segmentation is not a mask of this image; the message names the image and the object.
+        ValueError: a segmentation is not a mask of this image; the message names the object.
     """
     masks = np.zeros((len(segmentations), height, width), bool)
-    for index, segmentation in enumerate(segmentations):
-        masks[index] = decode_segmentation(segmentation, height, width, f"{where}: object {index}")
+    for mask, segmentation, name in zip(masks, segmentations, names, strict=True):
+        mask[:] = decode_segmentation(segmentation, height, width, name)
     return torch.from_numpy(masks)
 
 

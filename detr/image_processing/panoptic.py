@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from detr.image_processing.annotations import Labels
@@ -65,7 +66,7 @@ def panoptic_labels(
 
     Raises:
         FileNotFoundError: the PNG does not exist.
-        ValueError: it has another size than the image, or a segment lacks a field.
+        ValueError: it has another size than the image, none of the segments is in it, or a segment lacks a field.
     """
     file = masks_path / annotation["file_name"]
     if not file.is_file():
@@ -83,6 +84,7 @@ def panoptic_labels(
     try:
         ids_of_segments = torch.as_tensor([segment["id"] for segment in segments], dtype=torch.int64)
         segment_map, boxes = number_segments(ids, ids_of_segments.tolist())
+        found = bool(segment_map.numbers.any())
         labels = {
             "size": torch.tensor([height, width]),
             "image_id": torch.as_tensor([_id(annotation)], dtype=torch.int64),
@@ -97,6 +99,12 @@ def panoptic_labels(
             f"image_id {_id(annotation)}: each segment needs id, category_id, iscrowd (integers) and area, but reading "
             f"them failed with {type(error).__name__}: {error}"
         ) from error
+    if segments and not found:
+        raise ValueError(
+            f"image_id {_id(annotation)}: none of its {len(segments)} segments is in {file}: their ids are "
+            f"{ids_of_segments[:5].tolist()}, those of the PNG {np.unique(ids)[:5].tolist()}; an id is coded as "
+            "R + 256 G + 65536 B, or is the value itself in a gray PNG"
+        )
     return labels, segment_map
 
 

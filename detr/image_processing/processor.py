@@ -17,7 +17,7 @@ from detr.image_processing.annotations import (
     to_relative_boxes,
 )
 from detr.image_processing.batch import BatchFeature
-from detr.image_processing.layouts import image_to_tensor, list_images
+from detr.image_processing.layouts import ImageInput, image_to_tensor, list_images
 from detr.image_processing.masks import resize_map, torch_nearest_indices
 from detr.image_processing.panoptic import check_panoptic, panoptic_labels
 from detr.image_processing.pixels import (
@@ -58,7 +58,7 @@ class DetrImageProcessor(PostProcessingMethods):
             default what `do_normalize` is.
         do_pad, pad_size: pad to the largest height and width of the batch, or to `pad_size` (a dict, (height,
             width) or the side of a square), and return the pixel mask; True by default.
-        do_convert_rgb: turn grey, transparent and 16-bit images into RGB of 8 bits (`convert_to_rgb`). False for a
+        do_convert_rgb: turn gray, transparent and 16-bit images into RGB of 8 bits (`convert_to_rgb`). False for a
             model whose `num_channels` is not 3. Transformers does not convert unless asked, and fails on these.
         boxes_relative_to: what the labels' `size` and relative boxes refer to. "image": the resized image without
             padding, as the pretrained weights and the post-processing have it. "padded_batch": the padded image, as
@@ -161,10 +161,7 @@ class DetrImageProcessor(PostProcessingMethods):
         given = list_images(images)
         if not given:
             raise ValueError("there are no images: expected at least one")
-        tensors = [
-            image_to_tensor(image, settings.do_convert_rgb, input_data_format).to(device=device)
-            for image in given
-        ]
+        tensors = [settings.to_tensor(image, input_data_format).to(device=device) for image in given]
         originals = [(image.shape[-2], image.shape[-1]) for image in tensors]
         sizes = [settings.output_size(*size) for size in originals]
         labels = None
@@ -261,6 +258,17 @@ class DetrImageProcessor(PostProcessingMethods):
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """The (height, width) that an image of `height` x `width` pixels has before padding."""
         return output_size(height, width, self.size) if self.do_resize else (height, width)
+
+    @property
+    def keeps_gray(self) -> bool:
+        """Whether gray images stay at one channel: `image_mean` and `image_std` are lists of one value."""
+        return all(
+            isinstance(values, Sequence) and len(values) == 1 for values in (self.image_mean, self.image_std)
+        )
+
+    def to_tensor(self, image: ImageInput, input_data_format: str | None = None) -> torch.Tensor:
+        """An image as [channels, height, width], converted as this processor does: see `image_to_tensor`."""
+        return image_to_tensor(image, self.do_convert_rgb, input_data_format, self.keeps_gray)
 
     def resize(self, image: torch.Tensor) -> torch.Tensor:
         """The image, uint8 or float [channels, height, width], resized as this processor does; of the same dtype."""

@@ -181,7 +181,11 @@ def _detections_of_image(image_id: int, found: Mapping[str, Any], iou_types: Seq
 
 
 def _array(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        # NumPy has no bfloat16
+        return (values.double() if values.is_floating_point() else values).numpy()
+    return np.asarray(values)
 
 
 def _read_truth(coco_gt: Any) -> Mapping[str, Any]:

@@ -350,8 +350,99 @@ def test_what_cannot_be_fetched_says_why(tmp_path):
         load_image(f"{address}/x.png")
 
 
+def test_an_image_has_one_result_however_it_is_given(detector, tmp_path):
+    pixels = np.asarray(IMAGES[0].convert("RGB"))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    data = buffer.getvalue()
+    (tmp_path / "a.bin").write_bytes(data)  # the content decides, not the name
+    text = base64.b64encode(data).decode()
+    expected = detector(pixels)
+    with (tmp_path / "a.bin").open("rb") as file:
+        sources = [
+            data,
+            bytearray(data),
+            memoryview(data),
+            io.BytesIO(data),
+            file,
+            str(tmp_path / "a.bin"),
+            tmp_path / "a.bin",
+            text,
+            "\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+            f"data:image/png;base64,{text}",
+            Image.fromarray(pixels),
+            pixels,
+            torch.from_numpy(pixels.copy()),
+            torch.from_numpy(pixels.copy()).permute(2, 0, 1),
+        ]
+        for source in sources:
+            assert detector(source) == expected, type(source)
+    assert detector([io.BytesIO(data), text]) == [expected, expected]
+    assert list(detector(iter([data]))) == [expected]
+    assert detector([]) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (5, TypeError, "the input is a int: expected an image"),
+        (2.5, TypeError, "the input is a float"),
+        (object(), TypeError, "the input is a object"),
+        ({"image": IMAGES[0]}, TypeError, "the input is a dict"),
+        ([{"image": IMAGES[0]}], TypeError, "an image is a dict"),
+        ([[IMAGES[0]]], TypeError, "an image is a list"),
+        ([None], TypeError, "an image is a NoneType"),
+        (io.StringIO("text"), TypeError, "not open in binary mode"),
+        ("A" * 5000, FileNotFoundError, "no image file 'AAAA"),
+        ("a\0b.png", FileNotFoundError, "no image file"),
+        (base64.b64encode(b"hello, world" * 10).decode(), FileNotFoundError, "not base64 of an image"),
+        (base64.b64encode(b"\x89PNG\r\n\x1a\n").decode(), ImageError, "the base64 text: "),
+        (b"", ImageError, "not an image that can be read"),
+        (np.zeros((9, 9, 3)), ValueError, "an image array is torch.float64: expected uint8"),
+        (torch.rand(3, 9, 9), ValueError, "an image array is torch.float32: expected uint8"),
+        (np.zeros((9, 9, 3), np.int64), ValueError, "an image array is torch.int64: expected uint8"),
+        (np.full((9, 9, 3), np.nan), ValueError, "NaN or infinite"),
+        (np.zeros((9, 9, 3), complex), TypeError, "complex128: expected real numbers"),
+        (np.zeros((9, 9, 3), object), TypeError, "object: expected real numbers"),
+        (np.zeros(9, np.uint8), ValueError, r"shape \(9,\)"),
+        (np.zeros((1, 1, 3, 9, 9), np.uint8), ValueError, r"shape \(1, 3, 9, 9\)"),
+        (np.zeros((9, 9, 2), np.uint8), ValueError, "neither the first nor the last dimension"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_image_is_refused_at_the_call(detector, source, error, message):
+    with pytest.raises(error, match=message) as caught:
+        detector(source)
+    assert len(str(caught.value)) < 600
+
+
+def test_orientation_is_applied_unless_it_is_to_be_ignored(detector):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    IMAGES[0].convert("RGB").save(buffer, "PNG", exif=exif)
+    stored = detector(IMAGES[0].convert("RGB"))
+    ignoring = detr.pipeline(
+        "object-detection",
+        model=detector.model,
+        image_processor=detector.image_processor,
+        orientation="ignore",
+        **detector.options,
+    )
+    for source in (buffer.getvalue(), Image.open(buffer)):
+        assert ignoring(source) == stored
+        assert detector(source) != stored
+    with pytest.raises(ValueError, match="orientation is 'up'"):
+        detr.pipeline(
+            "object-detection",
+            model=detector.model,
+            image_processor=detector.image_processor,
+            orientation="up",
+        )
+
+
 def test_what_cannot_be_read_says_why(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image file .*cats\.png; an address begins with http"):
+    with pytest.raises(FileNotFoundError, match=r"no image file .*cats\.png.*; a URL begins with http"):
         load_image("cats.png")
     with pytest.raises(ImageError, match="is not base64"):
         load_image("data:image/png;base64,@@@")
@@ -360,7 +451,7 @@ def test_what_cannot_be_read_says_why(tmp_path):
     (tmp_path / "cut.png").write_bytes(file.getvalue()[:2000])
     with pytest.raises(ImageError, match=r"cut\.png: the PNG image cannot be decoded"):
         load_image(tmp_path / "cut.png")
-    with pytest.raises(TypeError, match="an image is a int: expected an address"):
+    with pytest.raises(TypeError, match="an image is a int: expected a URL"):
         load_image(5)
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from detr.image_processing.decode import ImageError
 from detr.mask_codec import decode_segmentation
 from detr.panoptic_png import read_panoptic_png
 from raydetr.data.schema import FAULTS, is_trained
@@ -92,6 +93,6 @@ def _panoptic_map(png: bytes | None, size: tuple[int, int]) -> npt.NDArray[np.in
         return None
     try:
         ids = read_panoptic_png(png)
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged files
+    except ImageError:
         return None
     return ids if ids.shape == size else None

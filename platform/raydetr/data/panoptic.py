@@ -1,16 +1,15 @@
 """COCO panoptic annotations of an image, checked against their PNG."""
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from scipy import ndimage
 
-from detr.image_processing.decode import DEFAULT_MAX_PIXELS
+from detr.image_processing.decode import ImageError
+from detr.panoptic_png import read_panoptic_png
 from raydetr.data.faults import Problem, as_int, as_numbers
 from raydetr.data.schema import worst
 
@@ -108,15 +107,9 @@ def _decode(
     if png is None:
         return None, ("missing-panoptic", "no such file")
     try:
-        with Image.open(io.BytesIO(png)) as image:
-            if image.width * image.height > DEFAULT_MAX_PIXELS:
-                return None, ("unreadable-panoptic", f"{image.height} x {image.width} pixels are too many")
-            if image.mode not in ("RGB", "RGBA"):
-                return None, ("unreadable-panoptic", f"pixels of mode {image.mode}; expected RGB")
-            values = np.asarray(image.convert("RGB"), dtype=np.int64)
-    except Exception as error:  # Pillow's readers raise whatever damaged bytes lead to
+        ids = read_panoptic_png(png).astype(np.int64)
+    except ImageError as error:
         return None, ("unreadable-panoptic", f"not a PNG that can be read: {error}")
-    ids = values @ np.array([1, 256, 65536])
     if frame is not None and ids.shape != frame:
         return ids, (
             "panoptic-size",

@@ -210,6 +210,25 @@ def test_a_segment_without_pixels_has_a_box_of_zeros(tmp_path):
     assert not labels["masks"][-1].any()
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16"])
+def test_values_of_a_gray_panoptic_png_are_the_ids(mode, tmp_path):
+    ids = np.zeros((40, 60), np.uint16 if mode == "I;16" else np.uint8)
+    ids[:20], ids[20:] = 7, 26001 if mode == "I;16" else 201
+    Image.fromarray(ids).save(tmp_path / "a.png")
+    segments = [{"id": int(id), "category_id": 0, "area": 1200, "iscrowd": 0} for id in np.unique(ids)]
+    annotation = {"image_id": 1, "file_name": "a.png", "segments_info": segments}
+    processor = DetrImageProcessor(format="coco_panoptic", do_resize=False)
+    image = random_image(np.random.default_rng(0), 40, 60)
+    labels = processor(image, annotation, masks_path=tmp_path)["labels"][0]
+    assert labels["masks"].sum((1, 2)).tolist() == [1200, 1200]
+    for segment in segments:
+        segment["id"] += 1
+    with pytest.raises(
+        ValueError, match=r"image_id 1: none of its 2 segments is in .*a\.png: their ids are \[8, "
+    ):
+        processor(image, annotation, masks_path=tmp_path)
+
+
 def test_panoptic_errors_name_the_file(tmp_path):
     rng = np.random.default_rng(6)
     image = random_image(rng, 30, 40)

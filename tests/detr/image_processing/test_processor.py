@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from detr.image_processing.batch import BatchFeature
 from detr.image_processing.decode import decode_image
+from detr.image_processing.pillow_processor import DetrImageProcessorPil
 from detr.image_processing.processor import DetrImageProcessor
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
@@ -398,8 +400,82 @@ def test_annotations_that_do_not_fit_are_refused(images, annotations, message):
 def test_an_object_without_a_needed_field_is_refused_with_its_image(missing):
     entry = {"bbox": [1, 2, 10, 10], "category_id": 1, "area": 100.0}
     del entry[missing]
-    with pytest.raises(ValueError, match=f"image_id 77.*KeyError: '{missing}'"):
+    with pytest.raises(ValueError, match=f"image_id 77.*object 0 has no {missing}"):
         DetrImageProcessor()(np.zeros((30, 40, 3), np.uint8), {"image_id": 77, "annotations": [entry]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bbox": []}, r"bbox \[\]: expected 4 finite numbers \(x, y, width, height\)"),
+        ({"bbox": [1, 1, 9, 1, 9, 9, 1, 9]}, r"bbox \[1, 1, 9, 1, 9, 9, 1, 9\]: expected 4"),
+        ({"bbox": None}, "bbox None: expected 4"),
+        ({"bbox": [1, 1, 9, float("nan")]}, "bbox .*nan.*: expected 4 finite"),
+        ({"bbox": "1,1,9,9"}, "bbox 1,1,9,9: expected 4"),
+        ({"category_id": "cat"}, "category_id cat: expected an integer"),
+        ({"category_id": None}, "category_id None"),
+        ({"area": "large"}, "area large: expected a finite number"),
+        ({"area": float("inf")}, "area inf"),
+        ({"keypoints": [1, 2]}, r"keypoints \[1, 2\]: expected x, y and visibility"),
+        ({"keypoints": [1, 2, 2] * 2}, r"keypoints .*as many keypoints as the other objects"),
+        ({"keypoints": 5}, "keypoints 5"),
+    ],
+)
+def test_a_field_that_cannot_be_read_is_named_with_object_and_image(change, message):
+    good = {"bbox": [1, 2, 10, 10], "category_id": 1, "area": 100.0, "keypoints": [1, 2, 2] * 3}
+    annotation = {"image_id": 77, "annotations": [good | {"iscrowd": 1}, good, good | change]}
+    with pytest.raises(ValueError, match=f"image_id 77: object 2 has {message}"):
+        DetrImageProcessor()(np.zeros((30, 40, 3), np.uint8), annotation)
+
+
+@pytest.mark.parametrize("nothing", [None, [], ()])
+def test_an_object_without_keypoints_has_zeros(nothing):
+    entry = {"bbox": [1, 2, 10, 10], "category_id": 1, "area": 100.0}
+    for others, rows in (([1, 2, 2], 2), (None, None)):
+        objects = [entry | {"keypoints": nothing}, entry | {"keypoints": others}]
+        labels = DetrImageProcessor(do_resize=False)(
+            np.zeros((30, 40, 3), np.uint8), {"image_id": 77, "annotations": objects}
+        )["labels"][0]
+        assert ("keypoints" in labels) == (rows is not None)
+        if rows:
+            assert labels["keypoints"].tolist() == [[0, 0, 0], [1, 2, 2]]
+
+
+def gray_images() -> dict[str, Any]:
+    pixels = np.random.default_rng(4).integers(0, 256, (30, 40), np.uint8)
+    return {
+        "PIL": Image.fromarray(pixels),
+        "array": pixels,
+        "channels last": pixels[..., None],
+        "channels first": pixels[None],
+        "tensor": torch.from_numpy(pixels),
+        "tensor with a channel": torch.from_numpy(pixels)[None],
+        "16 bits": Image.fromarray(pixels.astype(np.uint16) * 257),
+        "uint16": pixels.astype(np.uint16) * 257,
+    }
+
+
+@pytest.mark.parametrize("form", gray_images())
+def test_gray_stays_one_channel_for_a_processor_of_one_channel(form):
+    image = gray_images()[form]
+    settings = {"size": SMALL, "image_mean": [0.5], "image_std": [0.25]}
+    for ours, theirs in (
+        (DetrImageProcessor, transformers.DetrImageProcessor),
+        (DetrImageProcessorPil, transformers.DetrImageProcessorPil),
+    ):
+        got = ours(**settings)(image, return_tensors="pt")
+        assert got["pixel_values"].shape[1] == 1
+        # transformers takes neither two dimensions nor 16 bits
+        plain = image if form in ("PIL", "tensor with a channel") or " " in form else None
+        plain = gray_images()["channels last"] if plain is None or "16" in form else plain
+        expected = theirs(**settings)(plain, return_tensors="pt")
+        torch.testing.assert_close(got["pixel_values"], expected["pixel_values"], rtol=1e-5, atol=1e-5)
+        assert (
+            ours(**settings | {"image_mean": [0.5] * 3, "image_std": [0.25] * 3})(image)["pixel_values"][
+                0
+            ].shape[0]
+            == 3
+        )
 
 
 @pytest.mark.parametrize(
@@ -431,6 +507,13 @@ def test_a_setting_that_cannot_be_used_is_refused(settings, message):
         ("image.jpg", TypeError, "an image is a str"),
         (b"\xff\xd8", TypeError, "decode_image"),
         ([], ValueError, "no images"),
+        ([[]], ValueError, "no images"),
+        (5, TypeError, "an image is a int"),
+        ({"image": 5}, TypeError, "an image is a dict"),
+        (np.full((30, 40, 3), np.nan), ValueError, "NaN or infinite"),
+        (torch.full((3, 30, 40), torch.inf), ValueError, "NaN or infinite"),
+        (np.zeros((30, 40, 3), object), TypeError, "real numbers"),
+        (np.zeros((30, 40, 3), complex), TypeError, "real numbers"),
         (np.full((30, 40, 4), 9.0), ValueError, "0..1 only"),
     ],
 )

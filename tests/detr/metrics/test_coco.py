@@ -297,3 +297,23 @@ def test_the_inputs_are_left_alone():
     before = pickle.dumps((truth, detections))
     coco_detection_metrics(truth, detections)
     assert pickle.dumps((truth, detections)) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_detections_of_any_precision_are_evaluated(dtype):
+    truth = {
+        "images": [{"id": 1, "height": 77, "width": 99}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 24, 24], "area": 576, "iscrowd": 0}
+        ],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    found = {
+        "scores": torch.tensor([0.5], dtype=dtype, requires_grad=True),
+        "labels": torch.tensor([1]),
+        "boxes": torch.tensor([[8, 8, 32, 32]], dtype=dtype),
+    }
+    evaluator = CocoEvaluator(truth)
+    evaluator.update({1: found})
+    evaluator.accumulate()
+    assert evaluator.summarize()["bbox"]["AP"] == pytest.approx(1)
