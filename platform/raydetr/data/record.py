@@ -9,7 +9,7 @@ from typing import Any
 from raydetr.data import faults
 from raydetr.data.faults import Orientation, as_int, as_numbers
 from raydetr.data.panoptic import Panoptic, inspect_panoptic
-from raydetr.data.repairs import repair_annotation
+from raydetr.data.repairs import is_usual, repair_annotation
 from raydetr.data.schema import Fault, worst
 
 USUAL_QUERIES = 100
@@ -182,10 +182,7 @@ def _is_unusual(fields: Mapping[str, Any], item: Mapping[str, Any], reading: Rea
         return True
     if item["iscrowd"] is None and fields.get("iscrowd") is not None:
         return True
-    if segmentation is None:
-        return fields.get("segmentation") is not None
-    polygons = segmentation["polygons"]
-    return polygons is not None and any(len(polygon) < 6 for polygon in polygons)
+    return fields.get("segmentation") is not None and not is_usual(segmentation)
 
 
 def _more_exact(

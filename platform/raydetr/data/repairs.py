@@ -161,7 +161,7 @@ def _has_no_box(box: Any) -> bool:
 
 def _segmentation(value: Any) -> tuple[Any, str] | None:
     """A segmentation in COCO's form (None: there is none) and what was changed; None where nothing is to be changed."""
-    if value is None or _is_usual(value):
+    if value is None or is_usual(read_segmentation(value)):
         return None
     read = _plain(value) if isinstance(value, str) else value
     if read in ({}, "", []):
@@ -184,10 +184,13 @@ def _segmentation(value: Any) -> tuple[Any, str] | None:
     return kept, f"polygons written as {value!r:.80}"
 
 
-def _is_usual(value: Any) -> bool:
-    """Whether a segmentation is in one of COCO's forms, without polygons that enclose nothing."""
-    read = read_segmentation(value)
-    return read is not None and (read["polygons"] is None or all(len(p) >= 6 for p in read["polygons"]))
+def is_usual(read: Mapping[str, Any] | None) -> bool:
+    """Whether what `read_segmentation` gives is one of COCO's forms, without polygons that enclose nothing."""
+    if read is None:
+        return False
+    if read["polygons"] is not None:
+        return all(len(polygon) >= 6 for polygon in read["polygons"])
+    return not (read["rle"]["counts"] or b"").startswith((b"b'", b'b"'))
 
 
 def _rle(fields: Mapping[str, Any]) -> dict[str, Any] | None:
