@@ -25,8 +25,8 @@ A new model, or an old one with other classes::
 Figures: `CocoEvaluator` (average precision of boxes and masks) and `PanopticEvaluator` (PQ). `ObjectDetector` gives
 answers that do not depend on the batch. What differs from transformers, and on purpose: docs/detr.md.
 
-The names are imported when they are first used: data tasks, which only resize images, then do without timm and
-torchvision, 5 s of CPU in every new process.
+The names are imported when they are first used, and timm and torchvision when a net is built: data tasks, which only
+resize images, do without them, 2 s of CPU in every new process.
 """
 
 from importlib import import_module

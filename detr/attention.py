@@ -85,10 +85,12 @@ class MultiheadAttention(nn.Module):
         dim: D.
         num_heads: H, a divisor of D.
         dropout: probability on the attention weights in training.
+        eager: always compute the attention weights, as ``output_attentions`` does, instead of torch's fused attention.
     """
 
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, dim: int, num_heads: int, dropout: float, eager: bool = False) -> None:
         super().__init__()
+        self.eager = eager
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.dropout = dropout
@@ -122,7 +124,7 @@ class MultiheadAttention(nn.Module):
         weights = None
         if mask is not None and mask.dtype != q.dtype:  # autocast; float32's least number is -inf in bfloat16
             mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
-        if output_attentions:
+        if output_attentions or self.eager:
             scores = (q @ k.transpose(-1, -2)) * self.head_dim**-0.5
             if mask is not None:
                 scores = scores + mask
@@ -130,7 +132,7 @@ class MultiheadAttention(nn.Module):
             attended = weights.to(v.dtype) @ v
         else:
             attended = self.attend(q, k, v, mask, dropout)
-        return self.out_proj(attended.transpose(1, 2).flatten(2)), weights
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), weights if output_attentions else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         """Attention without its weights.

@@ -31,27 +31,12 @@ class AutoConfig:
     def from_pretrained(
         cls,
         source: str | Path,
-        *,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        **overrides: Any,
+        **kwargs: Any,
     ) -> DetrConfig:
-        """The `DetrConfig` of a model.
-
-        Args:
-            source: a folder with `config.json`, or a hub id `ORG/NAME`, which asks for the network.
-            revision: of a hub id.
-            local_files_only: of a hub id: use what has been downloaded before.
-            overrides: fields of the configuration that replace the file's.
-
-        Raises:
-            FileNotFoundError: there is no such folder, file or model.
-            ValueError: it is the configuration of another architecture, or holds a value that cannot be used.
-        """
-        from detr.checkpoint import model_folder
+        """The `DetrConfig` of a model; see `DetrConfig.from_pretrained`."""
         from detr.config import DetrConfig
 
-        return DetrConfig.from_pretrained(model_folder(source, revision, local_files_only), **overrides)
+        return DetrConfig.from_pretrained(source, **kwargs)
 
 
 class AutoImageProcessor:
@@ -64,9 +49,7 @@ class AutoImageProcessor:
         *,
         backend: str | None = None,
         use_fast: bool | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        **overrides: Any,
+        **kwargs: Any,
     ) -> DetrImageProcessor:
         """The image processor of a model.
 
@@ -75,33 +58,33 @@ class AutoImageProcessor:
                 hub id `ORG/NAME`, which asks for the network.
             backend: whose numbers the resize gives: "torchvision" (`DetrImageProcessor`, the default whatever the
                 file names, as in transformers) or "pil" (`DetrImageProcessorPil`).
-            use_fast: old name: True is "torchvision", False is "pil"; `backend` wins.
-            revision: of a hub id.
-            local_files_only: of a hub id: use what has been downloaded before.
-            overrides: attributes of the processor that replace those of the file.
+            use_fast: old name: True is "torchvision", False is "pil".
+            kwargs: see `DetrImageProcessor.from_pretrained`.
 
         Raises:
             FileNotFoundError: there is no such folder, file or model.
-            ValueError: another backend, the processor of another architecture, or a value that cannot be used.
+            ValueError: another backend, one that contradicts `use_fast`, the processor of another architecture, or a
+                value that cannot be used.
         """
         import detr
         from detr.image_processing.settings import read_settings
+        from detr.model_files import ModelFiles
 
-        if backend is None:
-            backend = "pil" if use_fast is False else "torchvision"
+        if use_fast is not None:
+            named = "torchvision" if use_fast else "pil"
+            if backend not in (None, named):
+                raise ValueError(f"use_fast={use_fast} contradicts backend={backend!r}; give one of them")
+            backend = named
+        backend = backend or "torchvision"
         if backend not in _PROCESSORS:
             raise ValueError(f"backend is {backend!r}: expected one of {tuple(_PROCESSORS)}")
-        path = Path(source)
-        if not path.exists():
-            from detr.checkpoint import model_folder  # imports timm, which data tasks do without
-
-            path = model_folder(source, revision, local_files_only)
-        settings = read_settings(path)
+        files, overrides = ModelFiles.open(source, **kwargs)
+        settings, file = read_settings(files)
         found = settings.get("image_processor_type") or settings.get("feature_extractor_type")
         if found is not None and found not in _PROCESSOR_TYPES:
-            raise ValueError(f"{source} has the image processor {found!r}, which is not one of DETR's")
-        processor: DetrImageProcessor = getattr(detr, _PROCESSORS[backend]).from_dict(settings, **overrides)
-        return processor
+            raise ValueError(f"{file} has the image processor {found!r}, which is not one of DETR's")
+        kind: type[DetrImageProcessor] = getattr(detr, _PROCESSORS[backend])
+        return kind.from_settings(settings, file, **overrides)
 
 
 class AutoModelForObjectDetection:
@@ -113,8 +96,7 @@ class AutoModelForObjectDetection:
 
         Args:
             source: a folder, or a hub id `ORG/NAME`, which asks for the network.
-            kwargs: see `detr.checkpoint.load_model`: `device_map`, `dtype`, `revision`, `local_files_only`,
-                `num_labels` and other fields of the configuration.
+            kwargs: see `detr.checkpoint.load_model`.
 
         Raises:
             FileNotFoundError: there is no such folder, file or model.
@@ -134,8 +116,7 @@ class AutoModelForImageSegmentation:
 
         Args:
             source: a folder, or a hub id `ORG/NAME`, which asks for the network.
-            kwargs: see `detr.checkpoint.load_model`: `device_map`, `dtype`, `revision`, `local_files_only`,
-                `num_labels` and other fields of the configuration.
+            kwargs: see `detr.checkpoint.load_model`.
 
         Raises:
             FileNotFoundError: there is no such folder, file or model.

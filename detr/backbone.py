@@ -1,24 +1,27 @@
-"""The convolutional backbone: any timm CNN with frozen batch norm, of which some stages train.
+"""The convolutional backbone: a timm CNN or transformers' ResNet with frozen batch norm, of which some stages train.
 
 B batch; C_i, h_i, w_i channels and size of feature map i.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr.checkpoint_names import BACKBONE_PREFIX, to_file_name
 from detr.config import DetrConfig
 from detr.frozen_batch_norm import fold_into_convolutions, freeze_batch_norm
-from detr.state_dict import read_state_dict
+from detr.model_files import is_hub_id
+from detr.resnet import ResNet
+from detr.state_dict import read_model_weights, read_state_dict
 
-# transformers' ResNetConfig by (layer_type, depths): the timm net that is the same network.
+# Pretrained nets of timm that have the same weights as a ResNet of transformers, by (layer_type, depths).
 _RESNETS = {
     ("basic", (2, 2, 2, 2)): "resnet18",
     ("basic", (3, 4, 6, 3)): "resnet34",
@@ -27,7 +30,6 @@ _RESNETS = {
     ("bottleneck", (3, 4, 23, 3)): "resnet101",
     ("bottleneck", (3, 8, 36, 3)): "resnet152",
 }
-_WIDTHS = {"basic": [64, 128, 256, 512], "bottleneck": [256, 512, 1024, 2048]}
 _DEFAULT_INDICES = (1, 2, 3, 4)
 
 
@@ -39,7 +41,7 @@ class ConvEncoder(nn.Module):
             ``out_indices`` of its ``backbone_config`` become those that the net really has.
 
     Attributes:
-        model: timm's feature extractor.
+        model: the feature extractor, timm's or a `ResNet`.
         channels: C_i of every map.
         strides: of every map.
     """
@@ -47,7 +49,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
         pretrained = config.use_pretrained_backbone
-        net = create_timm_features(config, pretrained=pretrained is True)
+        net = create_features(config, pretrained=pretrained is True)
         info = _feature_info(net)
         self.channels: list[int] = info.channels()
         self.strides: list[int] = info.reduction()
@@ -58,7 +60,7 @@ class ConvEncoder(nn.Module):
         freeze_stages(net, config.trainable_backbone_stages)
         self.model = net
         if isinstance(pretrained, str):
-            load_backbone_weights(net, read_state_dict(pretrained), config, source=pretrained)
+            load_backbone_weights(net, _read_backbone(pretrained), config, source=pretrained)
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Float [B, channels, H, W] to the feature maps float [B, C_i, h_i, w_i], shallow to deep."""
@@ -84,71 +86,70 @@ def downsample_mask(pixel_mask: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(pixel_mask[:, None].float(), size=size)[:, 0].to(torch.bool)
 
 
-def timm_arguments(config: DetrConfig) -> tuple[str, dict[str, Any]]:
-    """Name and keyword arguments for ``timm.create_model`` of the backbone that ``config`` describes.
-
-    Raises:
-        ValueError: the description fits no timm network.
-    """
-    backbone = config.backbone_config
-    if backbone["model_type"] == "timm_backbone":
-        arguments = {"in_chans": backbone["num_channels"], "out_indices": tuple(backbone["out_indices"])}
-        if backbone["output_stride"] is not None:
-            arguments["output_stride"] = backbone["output_stride"]
-        return backbone["backbone"], arguments
-    key = (backbone.get("layer_type", "bottleneck"), tuple(backbone.get("depths", (3, 4, 6, 3))))
-    if (
-        key not in _RESNETS
-        or backbone.get("downsample_in_bottleneck")
-        or backbone.get("hidden_act", "relu") != "relu"
-    ):
-        raise ValueError(
-            f"backbone_config of model_type 'resnet' with layer_type and depths {key} is none of the standard "
-            f"ResNets ({', '.join(_RESNETS.values())}); use a timm_backbone"
-        )
-    widths = backbone.get("hidden_sizes", _WIDTHS[key[0]])
-    if backbone.get("embedding_size", 64) != 64:
-        raise ValueError(
-            f"backbone_config of model_type 'resnet' has embedding_size {backbone['embedding_size']}; timm's ResNets "
-            "have 64: use a timm_backbone"
-        )
-    features = backbone.get("out_features") or [f"stage{i}" for i in backbone.get("out_indices") or [4]]
-    indices = tuple(int(str(name).removeprefix("stage")) for name in features)
-    arguments = {"in_chans": backbone["num_channels"], "out_indices": indices}
-    if list(widths) != _WIDTHS[key[0]]:
-        arguments["channels"] = tuple(width // (4 if key[0] == "bottleneck" else 1) for width in widths)
-    return _RESNETS[key], arguments
-
-
-def create_timm_features(config: DetrConfig, pretrained: bool = False) -> nn.Module:
-    """The timm feature extractor of ``config``, cut after the last map it returns, batch norm not yet frozen.
-
-    Nets without a map of the stem (ConvNeXt) have four maps, 0 to 3: the default ``out_indices`` 1 to 4 then
-    mean these.
+def create_features(config: DetrConfig, pretrained: bool = False) -> nn.Module:
+    """The feature extractor of ``config``, cut after the last map it returns, batch norm not yet frozen.
 
     Args:
         config: says which net and which maps.
-        pretrained: let timm load its pretrained weights, from its cache or the network.
+        pretrained: load timm's pretrained weights, from its cache or the network.
 
     Raises:
-        ValueError: timm has no such net, or it cannot be built with these maps or this output stride.
-        OSError: the pretrained weights are neither in the cache nor to be had.
+        ValueError: there is no such net, it can't be built with these maps or this output stride, or it has no
+            pretrained weights.
+        OSError: the pretrained weights are neither in the cache nor available.
+    """
+    backbone = config.backbone_config
+    if backbone["model_type"] == "timm_backbone":
+        return create_timm_features(config, pretrained)
+    net = ResNet(backbone)
+    if pretrained:
+        shape = (backbone.get("layer_type", "bottleneck"), tuple(backbone.get("depths", (3, 4, 6, 3))))
+        if shape not in _RESNETS:
+            raise ValueError(
+                f"use_pretrained_backbone=True: there are no pretrained weights for layer_type and depths {shape}; "
+                "give the path of a state dict, a folder or a hub id"
+            )
+        name = _RESNETS[shape]
+        with _explained(name):
+            weights = _timm().create_model(name, pretrained=True, in_chans=backbone["num_channels"])
+        load_backbone_weights(net, weights.state_dict(), config, source=f"timm's {name}")
+    return net
+
+
+def _timm() -> Any:
+    """timm, imported when a net is built: with torchvision it takes as long to import as torch."""
+    import timm
+
+    return timm
+
+
+def timm_arguments(config: DetrConfig) -> tuple[str, dict[str, Any]]:
+    """Name and keyword arguments for ``timm.create_model`` of the backbone that ``config`` describes."""
+    backbone = config.backbone_config
+    arguments = {"in_chans": backbone["num_channels"], "out_indices": tuple(backbone["out_indices"])}
+    if backbone["output_stride"] is not None:
+        arguments["output_stride"] = backbone["output_stride"]
+    return backbone["backbone"], arguments
+
+
+def create_timm_features(config: DetrConfig, pretrained: bool = False) -> nn.Module:
+    """The timm feature extractor of ``config``; see `create_features`.
+
+    Nets without a map of the stem (ConvNeXt) have four maps, 0 to 3: the default ``out_indices`` 1 to 4 then
+    mean these.
     """
     name, arguments = timm_arguments(config)
+    timm = _timm()
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(f"timm {timm.__version__} has no model {name!r}; timm.list_models() lists the names")
     try:
-        try:
-            net = _create(name, pretrained, arguments)
-        except (IndexError, AssertionError):
-            if arguments["out_indices"] != _DEFAULT_INDICES:
-                raise
-            net = _create(name, pretrained, {**arguments, "out_indices": (0, 1, 2, 3)})
-    except OSError as error:
-        raise OSError(
-            f"the pretrained weights of timm's {name} could not be loaded: {error}. use_pretrained_backbone=True "
-            "needs timm's cache or the network; give the path of a state dict instead, or False"
-        ) from error
+        with _explained(name):
+            try:
+                net = _create(name, pretrained, arguments)
+            except (IndexError, AssertionError):
+                if arguments["out_indices"] != _DEFAULT_INDICES:
+                    raise
+                net = _create(name, pretrained, {**arguments, "out_indices": (0, 1, 2, 3)})
     except (IndexError, AssertionError, NotImplementedError, TypeError, RuntimeError, ValueError) as error:
         hint = (
             " (dilation=True needs a net that can keep its resolution)"
@@ -162,8 +163,20 @@ def create_timm_features(config: DetrConfig, pretrained: bool = False) -> nn.Mod
     return net
 
 
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Errors of missing pretrained weights say what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"the pretrained weights of timm's {name} could not be loaded: {error}. use_pretrained_backbone=True "
+            "needs timm's cache or the network; give the path of a state dict instead, or False"
+        ) from error
+
+
 def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
-    net: nn.Module = timm.create_model(name, pretrained=pretrained, features_only=True, **arguments)
+    net: nn.Module = _timm().create_model(name, pretrained=pretrained, features_only=True, **arguments)
     return net
 
 
@@ -234,10 +247,10 @@ def load_pretrained_backbone(model: nn.Module, source: str | Path) -> None:
     Args:
         model: `DetrModel`, `DetrForObjectDetection` or another model with a ``config`` and one `ConvEncoder`.
         source: a ``.safetensors`` or ``.pth`` state dict of the whole timm net (with its classifier) in timm's
-            names, or in other names but timm's order and shapes.
+            names, or in other names but timm's order and shapes; or a folder or hub id of a ResNet of transformers.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, folder or model.
         ValueError: the tensors are not those of the net; the first difference is named.
     """
     encoders = [m for m in model.modules() if isinstance(m, ConvEncoder)]
@@ -246,7 +259,13 @@ def load_pretrained_backbone(model: nn.Module, source: str | Path) -> None:
         raise ValueError(
             f"{type(model).__name__} is not a DETR model: it must have a config and one backbone"
         )
-    load_backbone_weights(encoders[0].model, read_state_dict(source), config, source=str(source))
+    load_backbone_weights(encoders[0].model, _read_backbone(source), config, source=str(source))
+
+
+def _read_backbone(source: str | Path) -> dict[str, Tensor]:
+    if Path(source).is_dir() or (not Path(source).exists() and is_hub_id(source)):
+        return read_model_weights(source)
+    return read_state_dict(source)
 
 
 def load_backbone_weights(
@@ -254,27 +273,48 @@ def load_backbone_weights(
 ) -> None:
     """Copy classification weights into a feature extractor, in place; see `load_pretrained_backbone`."""
     own = net.state_dict()
-    given = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
-    tensors = given if given.keys() == own.keys() else _in_timm_names(given, config, source)
+    own = {k: v for k, v in own.items() if not k.endswith("num_batches_tracked")}
+    given = {_in_timm_style(k): v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
+    if config.backbone_config["model_type"] == "resnet":
+        given = {k: v for k, v in given.items() if not k.startswith(("fc.", "classifier."))}
+        parts = {name.split(".")[0] for name in own}  # stages after the last map are not built
+        unknown = next((k for k in given if k not in own and not _is_stage_of_others(k, parts)), None)
+        if unknown is not None:
+            raise ValueError(f"{source} is not a state dict of a ResNet: {unknown} is not one of its tensors")
+        tensors: Mapping[str, Tensor] = given
+    else:
+        tensors = given if given.keys() == own.keys() else _in_timm_names(given, config, source)
     # a feature extractor writes `stages.0` as `stages_0`
     flat = {name.replace(".", "_"): tensor for name, tensor in tensors.items()}
     found = {name: flat[name.replace(".", "_")] for name in own if name.replace(".", "_") in flat}
     if len(found) < len(own):
         absent = next(name for name in own if name not in found)
-        raise ValueError(f"{source} has no {absent}, which timm's feature extractor has")
+        raise ValueError(f"{source} has no {absent}, which the backbone has")
     for name, tensor in found.items():
         if own[name].shape != tensor.shape:
             raise ValueError(
                 f"{source}: {name} has shape {tuple(tensor.shape)}, the backbone {tuple(own[name].shape)}"
             )
-    net.load_state_dict(found)
+    net.load_state_dict(
+        found, strict=False
+    )  # all but num_batches_tracked, where batch norm is not yet frozen
+
+
+def _is_stage_of_others(name: str, parts: set[str]) -> bool:
+    part = name.split(".")[0]
+    return part.startswith("layer") and part not in parts
+
+
+def _in_timm_style(name: str) -> str:
+    """A name of transformers' ResNet, alone or under a classifier, as timm has it; other names are returned as they are."""
+    return to_file_name(BACKBONE_PREFIX + name.removeprefix("resnet.")).removeprefix(BACKBONE_PREFIX)
 
 
 def _in_timm_names(tensors: Mapping[str, Tensor], config: DetrConfig, source: str) -> Mapping[str, Tensor]:
     """The tensors of the whole timm net under timm's names: by name where one agrees, else by order."""
     name, arguments = timm_arguments(config)
     with torch.device("meta"):
-        whole: Any = timm.create_model(name, pretrained=False, in_chans=arguments["in_chans"])
+        whole: Any = _timm().create_model(name, pretrained=False, in_chans=arguments["in_chans"])
     expected = {k: v for k, v in whole.state_dict().items() if not k.endswith("num_batches_tracked")}
     heads = whole.pretrained_cfg["classifier"]
     classifier = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
 from detr.checkpoint_names import BACKBONE_PREFIX, adapt_names, to_resnet_name
-from detr.config import DetrConfig, read_config
+from detr.config import DetrConfig, dtype_name, read_config
 from detr.fast import is_optimized
 from detr.frozen_batch_norm import differs_from_transformers
+from detr.model_files import CONFIG_NAME, FILE_ARGUMENTS, PROCESSOR_NAMES, WEIGHTS_NAMES, ModelFiles
 from detr.original_checkpoint import original_config
-from detr.state_dict import WEIGHTS_NAME, read_model_weights, read_state_dict
+from detr.state_dict import list_weights, read_model_weights, read_state_dict
 
 if TYPE_CHECKING:
     from detr.pretrained import DetrPreTrainedModel
@@ -34,37 +32,29 @@ DEFAULT_MAX_SHARD_SIZE = "50GB"
 CLASS_HEAD = "class_labels_classifier."
 # Of what one model has and another lacks, as a whole: a bare DetrModel, a detector, a segmentation model.
 _HEADS = ((CLASS_HEAD, "bbox_predictor."), ("mask_head.", "bbox_attention."))
-_HUB_ID = re.compile(r"(hub:)?(?P<id>[\w.-]+/[\w.-]+)")
-_HUB_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+_LABEL_ARGUMENTS = frozenset({"num_labels", "id2label", "label2id"})
 
 
-def model_folder(source: str | Path, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """The folder of a model: ``source`` itself, or where the hub's files are kept on this machine.
+def model_folder(source: str | Path, **arguments: Any) -> Path:
+    """The folder of a model: ``source`` itself, or where all files of a model of the hub are on this machine.
 
     Args:
-        source: a folder, or a hub id ``ORG/NAME`` or ``hub:ORG/NAME``, which asks for the network.
-        revision: of a hub id.
-        local_files_only: of a hub id: use what has been downloaded before.
+        source: a folder, or a hub id ``ORG/NAME`` or ``hub:ORG/NAME``, whose configuration, image processor and
+            weights are downloaded.
+        arguments: see `detr.model_files.ModelFiles`.
 
     Raises:
-        FileNotFoundError: there is no such folder and no such model on the hub, or the hub cannot be reached.
+        FileNotFoundError: there is no such folder and no such model on the hub, or the hub can't be reached.
     """
-    if Path(source).is_dir():
-        return Path(source)
-    hub_id = _HUB_ID.fullmatch(str(source))
-    if hub_id is None:
-        raise FileNotFoundError(f"model folder {source} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            hub_id["id"], revision=revision, local_files_only=local_files_only, allow_patterns=_HUB_FILES
-        )
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"there is no folder {source}, and it could not be fetched from the hub: {error}"
-        ) from error
-    return Path(folder)
+    files = ModelFiles(source, **arguments)
+    if files.path is not None:
+        if not files.path.is_dir():
+            raise FileNotFoundError(f"{source} is a file, not a model folder")
+        return files.path
+    config = files.require(CONFIG_NAME)
+    files.find(*PROCESSOR_NAMES)
+    list_weights(files)
+    return config.parent
 
 
 def load_model(
@@ -72,12 +62,11 @@ def load_model(
     source: str | Path,
     *,
     config: DetrConfig | None = None,
-    dtype: torch.dtype | str = "auto",
-    device_map: str | int | torch.device | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    device_map: str | int | torch.device | Mapping[str, Any] | None = None,
     ignore_mismatched_sizes: bool = False,
-    **overrides: Any,
+    **arguments: Any,
 ) -> Model:
     """Load a model written by this library or by transformers, in evaluation mode.
 
@@ -86,33 +75,41 @@ def load_model(
 
     Args:
         cls: the model class; it may be another DETR class than the one that was saved.
-        source: see `model_folder`; or a ``.pth`` file of facebookresearch/detr, see `original_config`.
+        source: a folder or a hub id, see `ModelFiles`; or a ``.pth`` file of facebookresearch/detr, see
+            `original_config`.
         config: instead of the source's own.
-        dtype: of the parameters; "auto" is the one that the folder was saved with.
+        dtype: of the parameters; "auto", the default, is the one that the model was saved with.
+        torch_dtype: another name of ``dtype``.
         device_map: where to put the model: a device, a GPU's index, or "auto" for a GPU where there is one.
-        revision: see `model_folder`.
-        local_files_only: see `model_folder`.
         ignore_mismatched_sizes: let every parameter that has another shape than the file's start anew.
-        overrides: fields of the configuration that replace the file's.
+        arguments: those of `ModelFiles` (``revision``, ``cache_dir``, ``token``, ``local_files_only``,
+            ``force_download``, ``subfolder``), and fields of the configuration that replace the file's.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
         TypeError: an override is no field of the configuration.
-        ValueError: the weights do not fit the configuration; the first difference is named.
+        ValueError: a file can't be read, or the weights do not fit the configuration; the first difference is named.
         RuntimeError: this machine has no such device.
     """
-    unknown = overrides.keys() - DetrConfig.keywords()
+    device = find_device(device_map)
+    chosen = find_dtype(dtype, torch_dtype)
+    unknown = arguments.keys() - DetrConfig.keywords() - FILE_ARGUMENTS
     if unknown:
         raise TypeError(f"from_pretrained has no argument {', '.join(sorted(unknown))}, nor has DetrConfig")
-    device = find_device(device_map)
+    overrides = {name: value for name, value in arguments.items() if name not in FILE_ARGUMENTS}
     if config is not None and overrides:
         raise ValueError(f"give either config or {', '.join(sorted(overrides))}, not both")
-    single_file = Path(source).is_file()
-    folder = Path(source) if single_file else model_folder(source, revision, local_files_only)
-    tensors = read_state_dict(folder) if single_file else None
+    files, _ = ModelFiles.open(source, **arguments)
+    new_classes = not _LABEL_ARGUMENTS.isdisjoint(overrides)
+    tensors = None
+    if files.path is not None and files.path.is_file():
+        tensors = read_state_dict(files.path)
     if config is None:
-        values = read_config(folder) if tensors is None else original_config(tensors, str(folder))
-        config = DetrConfig.from_dict(values, **overrides)
+        if tensors is None:
+            config, values = read_config(files, overrides)
+        else:
+            values = original_config(tensors, str(files), classes_given=new_classes)
+            config = DetrConfig.from_dict(values, **overrides)
         model = cls(config)
         decides = "transformers_version" in values and "compat" not in values and "compat" not in overrides
         reason = _reason_for_compat(values, model) if decides else ""
@@ -120,24 +117,43 @@ def load_model(
             logger.warning(
                 "%s was written by transformers, which %s; compat='transformers' is set so that the predictions "
                 "stay the same (compat='original' overrules it)",
-                folder,
+                files,
                 reason,
             )
             config.compat = "transformers"
             model = cls(config)
     else:
         model = cls(config)
-    if dtype == "auto":
-        dtype = config.dtype or torch.float32
-    model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    if tensors is None:
+        tensors = read_model_weights(files)
+    model.to(chosen or _saved_dtype(config, tensors))
     restart: str | None = ""
     if not ignore_mismatched_sizes:
-        new_classes = not {"num_labels", "id2label", "label2id"}.isdisjoint(overrides)
         restart = CLASS_HEAD if new_classes else None
-    if tensors is None:
-        tensors = read_model_weights(folder)
-    load_weights(model, tensors, str(folder), restart=restart)
+    load_weights(model, tensors, str(files), restart=restart)
     return model.to(device).eval()
+
+
+def _saved_dtype(config: DetrConfig, tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype that a configuration names, else that of the weights."""
+    if config.dtype is not None:
+        saved: torch.dtype = getattr(torch, config.dtype)
+        return saved
+    return next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+
+
+def find_dtype(
+    dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None = None
+) -> torch.dtype | None:
+    """The dtype that is asked for under either name; None is "auto".
+
+    Raises:
+        ValueError: it is no floating-point dtype, or the two names contradict each other.
+    """
+    found = {name for name in (dtype, torch_dtype) if name not in (None, "auto")}
+    if len({dtype_name(name) for name in found}) > 1:
+        raise ValueError(f"torch_dtype={torch_dtype} contradicts dtype={dtype}; they are the same argument")
+    return getattr(torch, dtype_name(found.pop())) if found else None
 
 
 def _reason_for_compat(values: Mapping[str, Any], model: torch.nn.Module) -> str:
@@ -149,17 +165,29 @@ def _reason_for_compat(values: Mapping[str, Any], model: torch.nn.Module) -> str
     return ""
 
 
-def find_device(device_map: str | int | torch.device | None) -> torch.device:
+def find_device(device_map: str | int | torch.device | Mapping[str, Any] | None) -> torch.device:
     """The device that is asked for: itself, a GPU's index, "auto" (a GPU where there is one), or None (the CPU).
 
     Raises:
+        ValueError: this is no device, or the model is to be spread over several.
         RuntimeError: this machine has no such device.
     """
+    if isinstance(device_map, Mapping):
+        if device_map.keys() != {""}:
+            raise ValueError(
+                f"device_map={dict(device_map)!r} spreads the model, which runs on one device; give that device"
+            )
+        return find_device(device_map[""])
     if device_map is None:
         return torch.device("cpu")
     if device_map == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device("cuda", device_map) if isinstance(device_map, int) else torch.device(device_map)
+    try:
+        device = torch.device("cuda", device_map) if isinstance(device_map, int) else torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device_map={device_map!r} is no device; give one such as 'cpu' or 'cuda:0', or 'auto'"
+        ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RuntimeError(
             f"device_map={device_map!r}: this machine has {torch.cuda.device_count()} CUDA devices; use 'cpu' or 'auto'"
@@ -174,7 +202,8 @@ def load_weights(
 
     What the model has no place for is left out only where it belongs to something the model is without: heads,
     or backbone blocks after the last map. Heads start anew only where the file has none of their kind: one of a
-    bare `DetrModel`, or the masks' where it is a detector's (training in two steps). That is logged.
+    bare `DetrModel`, or the masks' where it is a detector's (training in two steps). The class head alone may be
+    missing where new classes are given. That is logged.
 
     Args:
         model: the model.
@@ -192,6 +221,8 @@ def load_weights(
     for heads in _HEADS:
         if not any(_is_of(name, heads) for name in found):
             fresh += [name for name in own if _is_of(name, heads)]
+    if restart == CLASS_HEAD and not any(CLASS_HEAD in name for name in found):
+        fresh += [name for name in own if CLASS_HEAD in name and name not in fresh]
     for name in own:
         if name not in found or found[name].shape == own[name].shape:
             continue
@@ -204,8 +235,9 @@ def load_weights(
         )
     missing = [name for name in own if name not in found and name not in fresh]
     if missing:
+        hint = "; num_labels=... makes a new class head" if CLASS_HEAD in missing[0] else ""
         raise ValueError(
-            f"{source} has no {missing[0]} ({len(missing)} of the model's {len(own)} tensors missing)"
+            f"{source} has no {missing[0]} ({len(missing)} of the model's {len(own)} tensors missing){hint}"
         )
     lacking = [heads for heads in _HEADS if not any(_is_of(name, heads) for name in own)]
     unknown = [
@@ -241,6 +273,9 @@ def save_model(
     Raises:
         ValueError: the model comes from `optimize`, whose weights are no longer those of the network.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
     if is_optimized(model):
         raise ValueError(
             "this model comes from optimize() and cannot be saved: save the one it was made from"
@@ -260,8 +295,8 @@ def save_model(
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (path / f"{WEIGHTS_NAME}.index.json").write_text(text, encoding="utf-8")
-        old.discard(path / f"{WEIGHTS_NAME}.index.json")
+        (path / WEIGHTS_NAMES[1]).write_text(text, encoding="utf-8")
+        old.discard(path / WEIGHTS_NAMES[1])
     for file in old:
         file.unlink()
     model.config.save_pretrained(path)

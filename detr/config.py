@@ -8,21 +8,23 @@ either library is read by the other. Three fields are our own: ``compat``, ``tra
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from detr.backbone_config import normal_backbone_config
+from detr.backbone_config import is_transformers_name, known_entries, normal_backbone_config, with_entries
+from detr.model_files import CONFIG_NAME, FILE_ARGUMENTS, ModelFiles, read_json
 
-CONFIG_NAME = "config.json"
-
-# Written by transformers from its base class; they say nothing about a detector and are not kept.
-_IGNORED_KEYS = frozenset(
-    {"_name_or_path", "_attn_implementation", "attn_implementation", "transformers_version", "torch_dtype"}
-)
+# Who wrote a file and how it ran there: no settings, so they are dropped.
+_FILE_KEYS = frozenset({"_name_or_path", "_attn_implementation", "transformers_version"})
+_ATTENTION = ("sdpa", "eager")
+_DTYPES = {"half": "float16", "float": "float32", "double": "float64"}
+_LOADING_ARGUMENTS = FILE_ARGUMENTS | {"config", "device_map", "ignore_mismatched_sizes", "trust_remote_code"}
+_LOOKALIKES = frozenset({"tie_encoder_decoder"})  # in all configurations of transformers 4
 _ALIASES = {
     "hidden_size": "d_model",
     "num_attention_heads": "encoder_attention_heads",
@@ -74,8 +76,19 @@ class DetrConfig:
         compat: where facebookresearch/detr and transformers disagree, which one to follow: the decoder's norm
             under ``auxiliary_loss``, fused activations of frozen batch norm, initialisation, input dropout.
 
+    Args:
+        backbone: instead of ``backbone_config``: a timm name, or a folder or hub id of a ResNet of transformers
+            such as ``"microsoft/resnet-50"``; then ``use_pretrained_backbone=True`` loads its weights too.
+        backbone_kwargs: entries of ``backbone_config`` next to ``backbone``.
+        use_timm_backbone: False without a ``backbone`` means transformers' ResNet-50.
+        attn_implementation: ``"sdpa"``, the default, is torch's fused attention; ``"eager"`` always computes the
+            attention weights, which ``output_attentions`` does anyway.
+        num_labels, num_layers, hidden_size, num_attention_heads, num_hidden_layers, torch_dtype: other names.
+        kwargs: other keywords become attributes that are saved, as in transformers.
+
     Raises:
-        TypeError: a field has a value of the wrong type.
+        TypeError: a field has a value of the wrong type, or a keyword is misspelled or an argument of
+            ``from_pretrained``.
         ValueError: a value is out of its range, or two keywords contradict each other.
     """
 
@@ -121,13 +134,17 @@ class DetrConfig:
     compat: Literal["original", "transformers"] = "original"
 
     model_type = "detr"
+    attn_implementation: ClassVar[str] = "sdpa"
 
     def __init__(self, **kwargs: Any) -> None:
-        given = dict(kwargs)
-        given.pop("model_type", None)
-        for key in _IGNORED_KEYS:
-            given.pop(key, None)
+        given = {name: value for name, value in kwargs.items() if name not in _FILE_KEYS}
+        self._check_names(given)
+        if given.pop("model_type", "detr") != "detr":
+            raise ValueError(f"model_type must be 'detr', got {kwargs['model_type']!r}")
         _apply_aliases(given)
+        attention = given.pop("attn_implementation", None)
+        if attention not in (None, *_ATTENTION):
+            raise ValueError(f"attn_implementation must be one of {_ATTENTION}, got {attention!r}")
         labels = _labels(
             given.pop("num_labels", None), given.pop("id2label", None), given.pop("label2id", None)
         )
@@ -135,13 +152,23 @@ class DetrConfig:
         backbone_config = given.pop("backbone_config", None)
         if given.get("use_pretrained_backbone", False) is None:  # some old files hold null
             del given["use_pretrained_backbone"]
+        if isinstance(backbone_config, Mapping):
+            if backbone_config.get("use_pretrained_backbone"):
+                given.setdefault("use_pretrained_backbone", True)
+            _check_channels(given, backbone_config)
+        if given.get("use_pretrained_backbone") is True and is_transformers_name(
+            str(legacy.get("backbone", ""))
+        ):
+            given["use_pretrained_backbone"] = legacy["backbone"]
 
         for f in fields(self):
             if f.name in ("backbone_config", "id2label", "label2id"):
                 continue
             default = f.default if f.default is not MISSING else None
-            setattr(self, f.name, _checked(f.name, str(f.type), given.pop(f.name, default)))
+            object.__setattr__(self, f.name, _checked(f.name, str(f.type), given.pop(f.name, default)))
         self.id2label, self.label2id = labels
+        if attention is not None:
+            object.__setattr__(self, "attn_implementation", attention)
         object.__setattr__(self, "backbone_config", self._normal_backbone_config(backbone_config, legacy))
         for key, value in given.items():  # as transformers: keywords it does not know become attributes
             object.__setattr__(self, key, value)
@@ -151,12 +178,29 @@ class DetrConfig:
             if changed:
                 warnings.warn(f"{', '.join(changed)} only acts under compat='transformers'", stacklevel=2)
 
+    @classmethod
+    def _check_names(cls, given: Mapping[str, Any]) -> None:
+        """Refuse keywords that would become attributes without the effect that their name promises."""
+        known = cls.keywords() | {"model_type"}
+        for name in sorted(given.keys() - known):
+            if name in _LOADING_ARGUMENTS:
+                raise TypeError(f"{name} is an argument of from_pretrained, not of DetrConfig")
+            if name in _LOOKALIKES:
+                continue
+            similar = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if similar:
+                raise TypeError(f"DetrConfig has no {name}; did you mean {similar[0]}?")
+
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assigning ``backbone`` selects another timm net, as the page's MobileNet example does."""
+        """Assigning ``backbone``, ``num_channels`` or ``dilation`` changes ``backbone_config``, too."""
         if name == "backbone":
             name, value = "backbone_config", self._normal_backbone_config(None, {"backbone": value})
         elif name == "backbone_config":
             value = self._normal_backbone_config(value, {})
+        elif name in ("num_channels", "dilation"):
+            object.__setattr__(self, name, value)
+            changed = _changed_backbone(self.backbone_config, {name: value})
+            name, value = "backbone_config", self._normal_backbone_config(changed, {})
         object.__setattr__(self, _ALIASES.get(name, name), value)
 
     @property
@@ -222,6 +266,8 @@ class DetrConfig:
             )
         if self.auxiliary_loss and not self.decoder_layers:
             raise ValueError("auxiliary_loss needs at least one decoder layer, decoder_layers is 0")
+        if not self.is_encoder_decoder:
+            raise ValueError("is_encoder_decoder must be True, DETR has an encoder and a decoder")
         if self.compat not in ("original", "transformers"):
             raise ValueError(f"compat must be 'original' or 'transformers', got {self.compat!r}")
         if not (self.class_cost or self.bbox_cost or self.giou_cost):
@@ -234,13 +280,14 @@ class DetrConfig:
 
         A callable ``activation_function`` has no name to be written: it is left out, with a warning.
         """
-        known = {f.name for f in fields(self)} - {"use_pretrained_backbone"}
+        known = {f.name for f in fields(self)}
         out = {
             name: copy.deepcopy(value)
             for name, value in vars(self).items()
             if name in known or _is_json(value)
         }
-        out.pop("use_pretrained_backbone", None)
+        for name in ("use_pretrained_backbone", "attn_implementation"):
+            out.pop(name, None)
         out["model_type"] = self.model_type
         out["backbone_config"]["use_pretrained_backbone"] = False
         if not isinstance(self.activation_function, str):
@@ -265,38 +312,54 @@ class DetrConfig:
     @classmethod
     def keywords(cls) -> set[str]:
         """The keywords that mean something: fields, their aliases and the legacy ways to name a backbone."""
-        names = {f.name for f in fields(cls)}
-        return names | _ALIASES.keys() | _IGNORED_KEYS | {*_LEGACY_BACKBONE_KEYS, "num_labels", "num_layers"}
+        names = {f.name for f in fields(cls)} | _ALIASES.keys() | {*_LEGACY_BACKBONE_KEYS}
+        return names | {"attn_implementation", "num_labels", "num_layers", "torch_dtype"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> DetrConfig:
         """A configuration from the content of ``config.json``; ``overrides`` win over the file's values.
 
-        ``compat`` becomes ``"transformers"`` by itself where the file was written by transformers, does not
-        say ``compat`` and following the original would change its predictions: `needs_transformers_compat`.
+        Entries of the file that are no fields become attributes. Overrides of a backbone change the file's: its
+        maps, channels and dilation, or all of it where they name another.
+
+        Raises:
+            TypeError: an override is no keyword of a `DetrConfig`.
+            ValueError: a value can't be used, or the overrides contradict the file or each other.
         """
-        known = {f.name for f in fields(cls)}
+        unknown = overrides.keys() - cls.keywords()
+        if unknown:
+            raise TypeError(f"DetrConfig has no {', '.join(sorted(unknown))}")
+        known = cls.keywords() | {"model_type"}
+        extra = {k: v for k, v in values.items() if k not in known | _FILE_KEYS}
         # null in an old file, such as dilation without timm, is the field's default
-        merged = {name: value for name, value in values.items() if value is not None or name not in known}
-        if "dtype" not in merged and merged.get("torch_dtype") is not None:
-            merged["dtype"] = merged["torch_dtype"]
-        names = merged.get("id2label") or default_labels(merged.get("num_labels", 2))
-        if overrides.get("num_labels", len(names)) != len(names) or not {"id2label", "label2id"}.isdisjoint(
-            overrides
-        ):
+        merged = {k: v for k, v in values.items() if k in known and k not in _FILE_KEYS and v is not None}
+        merged.pop("attn_implementation", None)
+        merged["backbone_config"] = known_entries(merged.get("backbone_config"))
+        if "dtype" in merged:
+            merged.pop("torch_dtype", None)
+        if not {"dtype", "torch_dtype"}.isdisjoint(overrides):
+            merged = {k: v for k, v in merged.items() if k not in ("dtype", "torch_dtype")}
+        names = merged.get("id2label")
+        count = merged.get("num_labels", 2) if names is None else len(names)
+        if overrides.get("num_labels", count) != count or not {"id2label", "label2id"}.isdisjoint(overrides):
             for key in ("id2label", "label2id", "num_labels"):
                 merged.pop(key, None)
-        if not set(_LEGACY_BACKBONE_KEYS).isdisjoint(overrides):
-            merged.pop("backbone_config", None)
+        if merged.get("id2label") is not None:  # some files have a label2id of other classes
+            merged.pop("label2id", None)
         for alias, name in _ALIASES.items():
             if alias in overrides or name in overrides:
                 merged.pop(name, None)
                 merged.pop(alias, None)
-        merged.update(overrides)
+        if "num_layers" in overrides:
+            merged = {k: v for k, v in merged.items() if k not in ("encoder_layers", "decoder_layers")}
+        merged = _merged_backbone(merged, overrides)
         merged["use_pretrained_backbone"] = overrides.get("use_pretrained_backbone", False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*only acts under compat='transformers'")
-            return cls(**merged)
+            config = cls(**merged)
+        for key, value in extra.items():
+            object.__setattr__(config, key, value)
+        return config
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` into ``folder``, which is made where missing."""
@@ -306,32 +369,72 @@ class DetrConfig:
         (path / CONFIG_NAME).write_text(text, encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> DetrConfig:
-        """Read ``config.json`` of ``folder``; see `from_dict`."""
-        return cls.from_dict(read_config(folder), **overrides)
+    def from_pretrained(cls, source: str | Path, **kwargs: Any) -> DetrConfig:
+        """Read the configuration of a model.
+
+        Args:
+            source: a folder with ``config.json``, that file itself, or a hub id ``ORG/NAME``, of which only this
+                file is downloaded.
+            kwargs: arguments of `detr.model_files.ModelFiles` (``revision``, ``cache_dir``, ``token``,
+                ``local_files_only``, ``force_download``, ``subfolder``), and overrides: see `from_dict`.
+
+        Raises:
+            FileNotFoundError: there is no such folder, file or model.
+            TypeError: an override is no keyword of a `DetrConfig`.
+            ValueError: the file is not a JSON object, of another model than DETR, or has a value that can't be used.
+        """
+        files, overrides = ModelFiles.open(source, **kwargs)
+        return read_config(files, overrides)[0]
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The content of ``folder``/config.json.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a JSON object, or of another model than DETR.
-    """
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: a model folder holds config.json and model.safetensors"
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object")
+def read_config(files: ModelFiles, overrides: Mapping[str, Any]) -> tuple[DetrConfig, dict[str, Any]]:
+    """The configuration of a model with ``overrides``, and the content of its file; see `DetrConfig.from_pretrained`."""
+    path = files.require(CONFIG_NAME, hint="a model folder holds config.json and model.safetensors")
+    values = read_json(path)
     if values.get("model_type", "detr") != "detr":
         raise ValueError(f"{path} is the configuration of a {values['model_type']!r} model, not of DETR")
-    return values
+    try:
+        return DetrConfig.from_dict(values, **overrides), values
+    except (TypeError, ValueError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{path}: {error}") from error
+
+
+def _check_channels(given: Mapping[str, Any], backbone_config: Mapping[str, Any]) -> None:
+    ours, backbones = given.get("num_channels"), backbone_config.get("num_channels")
+    if None not in (ours, backbones) and ours != backbones:
+        raise ValueError(f"num_channels={ours} contradicts backbone_config, which has {backbones}")
+
+
+def _changed_backbone(backbone: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``backbone_config`` with the channels, the dilation and the ``backbone_kwargs`` of ``overrides``."""
+    changed = with_entries(backbone, overrides.get("backbone_kwargs") or {})
+    if overrides.get("num_channels") is not None:
+        changed["num_channels"] = overrides["num_channels"]
+    if overrides.get("dilation") is not None and changed.get("model_type") == "timm_backbone":
+        kept = changed.get("output_stride") if changed.get("output_stride") in (8, 16) else 16
+        changed["output_stride"] = kept if overrides["dilation"] else None
+    return changed
+
+
+def _merged_backbone(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's values and the overrides as one, the backbone by whichever of the two describes it."""
+    legacy = {key: values.pop(key) for key in _LEGACY_BACKBONE_KEYS if key in values}
+    backbone = values.pop("backbone_config", None)
+    channels = values.get("num_channels", 3)
+    if overrides.get("backbone") or overrides.get("backbone_config"):
+        given = overrides.get("backbone_config")
+        if isinstance(given, Mapping):
+            values["num_channels"] = given.get("num_channels", channels)
+        return {**values, **overrides}
+    backbone = backbone or normal_backbone_config(
+        None, legacy, num_channels=channels, dilation=values.get("dilation", False)
+    )
+    if isinstance(backbone, Mapping):
+        values["num_channels"] = backbone.get("num_channels", channels)
+        backbone = _changed_backbone(backbone, overrides)
+    own = {key: value for key, value in overrides.items() if key not in ("backbone", "backbone_kwargs")}
+    return values | own | {"backbone_config": backbone}
 
 
 def _is_json(value: Any) -> bool:
@@ -349,6 +452,13 @@ def _apply_aliases(given: dict[str, Any]) -> None:
             value = given.pop(alias)
             if given.setdefault(name, value) != value:
                 raise ValueError(f"{alias}={value} contradicts {name}={given[name]}; they are the same field")
+    dtype = given.pop("torch_dtype", None)
+    if dtype is not None:
+        if given.get("dtype") not in (None, dtype):
+            raise ValueError(
+                f"torch_dtype={dtype} contradicts dtype={given['dtype']}; they are the same field"
+            )
+        given["dtype"] = dtype
     if "num_layers" in given:
         layers = given.pop("num_layers")
         given.setdefault("encoder_layers", layers)
@@ -371,7 +481,7 @@ def _checked(name: str, annotation: str, value: Any) -> Any:
         value = str(value) if isinstance(value, Path) else value
         valid = isinstance(value, bool | str)
     elif name == "dtype":
-        value = None if value is None else str(value).removeprefix("torch.")
+        value = None if value is None else dtype_name(value)
         valid = True
     else:
         valid = value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
@@ -384,6 +494,8 @@ def _labels(
     num_labels: int | None, id2label: Mapping[Any, str] | None, label2id: Mapping[str, Any] | None
 ) -> tuple[dict[int, str], dict[str, int]]:
     """The two label maps from whichever of the three is given."""
+    if label2id is not None and not isinstance(label2id, Mapping):
+        raise TypeError(f"label2id must map names to class indices, got a {type(label2id).__name__}")
     if id2label is None and label2id is not None:
         id2label = {int(i): name for name, i in label2id.items()}
     if id2label is None:
@@ -392,13 +504,42 @@ def _labels(
             raise ValueError(f"num_labels must be a positive int, got {num_labels!r}")
         names = default_labels(count)
     else:
-        names = {int(i): str(name) for i, name in id2label.items()}
+        if not isinstance(id2label, Mapping):
+            raise TypeError(
+                f"id2label must map class indices to names, got a {type(id2label).__name__}; give {{0: 'cat', 1: ...}}"
+            )
+        try:
+            names = {int(i): str(name) for i, name in id2label.items()}
+        except ValueError as error:
+            raise ValueError(f"id2label must have class indices as keys, got {[*id2label]}") from error
+        if not names:
+            raise ValueError("id2label is empty: it must name at least one class")
         if num_labels is not None and num_labels != len(names):
             raise ValueError(f"num_labels={num_labels} contradicts id2label, which has {len(names)} entries")
         if sorted(names) != list(range(len(names))):
             raise ValueError(
-                f"id2label must have the keys 0..{len(names) - 1} without holes, got {sorted(names)}"
+                f"id2label must have the keys 0..{len(names) - 1} without holes, got {sorted(names)}; "
+                "from_pretrained(..., id2label={0: ...}) replaces what a file says"
             )
-    if label2id is not None:
-        return names, {str(name): int(i) for name, i in label2id.items()}
-    return names, {name: i for i, name in names.items()}
+    if label2id is None:
+        return names, {name: i for i, name in names.items()}
+    indices = {str(name): int(i) for name, i in label2id.items()}
+    wrong = next((name for name, i in indices.items() if names.get(i) != name), None)
+    if wrong is not None:
+        raise ValueError(
+            f"label2id says {indices[wrong]} is {wrong!r}, id2label says {names.get(indices[wrong])!r}"
+        )
+    return names, indices
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a floating-point dtype: ``"float16"`` of ``torch.float16``, ``"torch.float16"``, ``"half"``.
+
+    Raises:
+        ValueError: it is none of float16, bfloat16, float32 and float64.
+    """
+    name = str(dtype).removeprefix("torch.")
+    name = _DTYPES.get(name, name)
+    if name not in ("float16", "bfloat16", "float32", "float64"):
+        raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+    return name

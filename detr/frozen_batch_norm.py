@@ -6,13 +6,13 @@ over every activation, and another in the backward pass. Parameters and their gr
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
 TRANSFORMERS_EPS = 1e-5
@@ -127,6 +127,12 @@ class _Tracer(fx.Tracer):
     _thread = 0  # also when everything is forgotten: another thread may still be on its way here
 
     def __init__(self) -> None:
+        get_notrace_functions, get_notrace_modules = (
+            getattr(
+                sys.modules.get("timm.models"), name, tuple
+            )  # without timm there is no net of timm to trace
+            for name in ("get_notrace_functions", "get_notrace_modules")
+        )
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self._leaves = (FrozenBatchNorm2d, FoldedConv2d, *get_notrace_modules())
         self._thread = threading.get_ident()

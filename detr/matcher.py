@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detr.boxes import box_cxcywh_to_xyxy, elementwise_generalized_iou
@@ -131,6 +130,8 @@ def assign(
     Returns:
         int64 [L, M] flat query and int64 [L, M] flat target indices, as in `Matching`.
     """
+    from scipy.optimize import linear_sum_assignment  # a third of a second, which inference does without
+
     layers, _, queries = costs.shape
     offsets = np.concatenate(([0], np.cumsum(counts)))
     query, target = [], []

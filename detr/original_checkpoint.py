@@ -23,7 +23,9 @@ _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
 _HEADS = 8
 
 
-def original_config(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+def original_config(
+    tensors: Mapping[str, Tensor], source: str, *, classes_given: bool = False
+) -> dict[str, Any]:
     """The fields of a `DetrConfig` that the shapes of the tensors tell.
 
     They do not tell dilation (DC5), names of classes, the number of heads of a detector (8 is taken, as in all
@@ -32,9 +34,12 @@ def original_config(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any
     Args:
         tensors: the file's content, in the original's layout.
         source: the file's name, for messages.
+        classes_given: overrides say what the classes are, so the file may be without a class head, as those are
+            that were made for fine-tuning.
 
     Raises:
-        ValueError: this is no file of the original, or its backbone is none of the ResNets.
+        ValueError: this is no file of the original, its backbone is none of the ResNets, a tensor is missing, or
+            nothing tells the number of classes.
     """
     if not is_original(tensors):
         raise ValueError(
@@ -42,24 +47,42 @@ def original_config(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any
             "that also holds config.json"
         )
     shapes = {name.removeprefix("detr."): tuple(t.shape) for name, t in from_original(tensors).items()}
-    queries, dim = shapes["model.query_position_embeddings.weight"]
+
+    def size_of(name: str) -> tuple[int, ...]:
+        if name not in shapes:
+            raise ValueError(
+                f"{source} is an incomplete checkpoint of facebookresearch/detr: it has no {name}"
+            )
+        return shapes[name]
+
+    queries, dim = size_of("model.query_position_embeddings.weight")
     head = shapes.get("mask_head.lay1.weight")
     heads = _HEADS if head is None else head[0] - dim
     learned = "model.position_embedding.row_embeddings.weight" in shapes
-    return {
+    config: dict[str, Any] = {
         "backbone": _backbone(shapes, source),
+        "num_channels": size_of(f"model.{BACKBONE_PREFIX}conv1.weight")[1],
         "num_queries": queries,
         "d_model": dim,
         "encoder_layers": _count(shapes, r"model\.encoder\.layers\.(\d+)\."),
         "decoder_layers": _count(shapes, r"model\.decoder\.layers\.(\d+)\."),
-        "encoder_ffn_dim": shapes["model.encoder.layers.0.fc1.weight"][0],
-        "decoder_ffn_dim": shapes["model.decoder.layers.0.fc1.weight"][0],
         "encoder_attention_heads": heads,
         "decoder_attention_heads": heads,
         "position_embedding_type": "learned" if learned else "sine",
-        "id2label": default_labels(shapes["class_labels_classifier.weight"][0] - 1),
         "compat": "original",
     }
+    for stack in ("encoder", "decoder"):
+        if config[f"{stack}_layers"]:
+            config[f"{stack}_ffn_dim"] = size_of(f"model.{stack}.layers.0.fc1.weight")[0]
+    classes = shapes.get("class_labels_classifier.weight")
+    if classes is not None:
+        config["id2label"] = default_labels(classes[0] - 1)
+    elif not classes_given:
+        raise ValueError(
+            f"{source} has no class head (class_embed), so nothing tells its classes; give num_labels=... or "
+            "id2label={...} for a new class head"
+        )
+    return config
 
 
 def _backbone(shapes: Mapping[str, tuple[int, ...]], source: str) -> str:

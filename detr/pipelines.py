@@ -30,6 +30,7 @@ from detr.auto import (
 from detr.image_pipelines import ImagePipeline, ImageSegmentationPipeline, ObjectDetectionPipeline
 from detr.image_processing.decode import Orientation
 from detr.image_processing.processor import DetrImageProcessor
+from detr.model_files import FILE_ARGUMENTS
 
 if TYPE_CHECKING:
     from detr.pretrained import DetrPreTrainedModel
@@ -46,8 +47,10 @@ def pipeline(
     image_processor: str | Path | DetrImageProcessor | None = None,
     device: torch.device | str | int | None = None,
     device_map: torch.device | str | int | None = None,
-    dtype: torch.dtype | str = "auto",
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
     revision: str | None = None,
+    token: str | bool | None = None,
     local_files_only: bool = False,
     backend: str | None = None,
     use_fast: bool | None = None,
@@ -66,12 +69,15 @@ def pipeline(
         device: where the model runs: a device, or the index of a GPU, -1 being the CPU.
         device_map: the same under another name; "auto", the default for a folder or an id, is a GPU where there is
             one. A model that is given stays where it is.
-        dtype: of the model's parameters; "auto" is the one it was saved with, or has.
+        dtype: of the model's parameters; "auto", the default, is the one it was saved with, or has.
+        torch_dtype: another name of `dtype`.
         revision: of a hub id.
+        token: of a hub id: an access token; True is the stored one, False sends none.
         local_files_only: of a hub id: use what has been downloaded before.
         backend: of the image processor: see `detr.AutoImageProcessor`.
         use_fast: old name of `backend`: see there.
-        model_kwargs: further arguments of the model's `from_pretrained`.
+        model_kwargs: further arguments of the model's `from_pretrained`; those that concern files, such as
+            `cache_dir`, also hold for the image processor.
         pad: None or "canonical": see `detr.image_pipelines.ImagePipeline`.
         batch_size: images that the model sees at once.
         orientation: "apply" or "ignore" images' EXIF orientation: see `detr.image_pipelines.ImagePipeline`.
@@ -84,7 +90,7 @@ def pipeline(
     Raises:
         FileNotFoundError: there is no such folder, file or model.
         RuntimeError: this machine has no such device.
-        TypeError: an unknown option.
+        TypeError: an unknown option, or an unknown argument in `model_kwargs`.
         ValueError: another task, a model without what the task needs, or arguments that exclude each other.
     """
     if task is not None and task not in _PIPELINES:
@@ -96,7 +102,10 @@ def pipeline(
     if device is not None and device_map is not None:
         raise ValueError(f"give either device={device!r} or device_map={device_map!r}, not both")
     place = device_map if device is None else "cpu" if device == -1 else device
-    where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    where = {"revision": revision, "token": token, "local_files_only": local_files_only or None}
+    where = {name: value for name, value in where.items() if value is not None}
+    arguments = _merged(dict(model_kwargs or {}), {**where, "dtype": dtype, "torch_dtype": torch_dtype})
+    where = {name: arguments.pop(name) for name in FILE_ARGUMENTS & arguments.keys()}
     loaded: DetrPreTrainedModel
     if isinstance(model, str | Path):
         source = model
@@ -104,13 +113,8 @@ def pipeline(
         task = task or made_for or "object-detection"
         _check_masks(task, made_for != "object-detection", source)
         auto = AutoModelForImageSegmentation if task == "image-segmentation" else AutoModelForObjectDetection
-        loaded = auto.from_pretrained(
-            source,
-            device_map="auto" if place is None else place,
-            dtype=dtype,
-            **where,
-            **(model_kwargs or {}),
-        )
+        arguments = _merged(arguments, {"device_map": place})
+        loaded = auto.from_pretrained(source, **{"device_map": "auto"} | arguments | where)
     else:
         if model_kwargs:
             raise ValueError(
@@ -119,7 +123,7 @@ def pipeline(
         made_for = _task_of([type(model).__name__])
         task = task or made_for or "object-detection"
         _check_masks(task, made_for == "image-segmentation", type(model).__name__)
-        loaded = _placed(model, place, dtype)
+        loaded = _placed(model, place, dtype, torch_dtype)
     if image_processor is None:
         if not isinstance(model, str | Path):
             raise ValueError("there is no image processor: give image_processor=... together with a model")
@@ -128,9 +132,24 @@ def pipeline(
         image_processor = AutoImageProcessor.from_pretrained(
             image_processor, backend=backend, use_fast=use_fast, **where
         )
+    else:
+        unused = {"backend": backend, "use_fast": use_fast} | ({} if isinstance(model, str | Path) else where)
+        for name, value in unused.items():
+            if value is not None:
+                raise ValueError(f"{name}={value!r} is for what is loaded, not for a given image processor")
     return _PIPELINES[task](
         loaded, image_processor, pad=pad, batch_size=batch_size, orientation=orientation, **options
     )
+
+
+def _merged(model_kwargs: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `from_pretrained`, each of which the pipeline and `model_kwargs` may give, but not both."""
+    for name, value in own.items():
+        if value is None:
+            continue
+        if model_kwargs.setdefault(name, value) != value:
+            raise ValueError(f"{name}={value!r} contradicts model_kwargs, which has {model_kwargs[name]!r}")
+    return model_kwargs
 
 
 def _task_of(architectures: Sequence[str] | None) -> str | None:
@@ -146,13 +165,15 @@ def _check_masks(task: str, has_masks: bool, what: object) -> None:
 
 
 def _placed(
-    model: DetrPreTrainedModel, place: torch.device | str | int | None, dtype: torch.dtype | str
+    model: DetrPreTrainedModel,
+    place: torch.device | str | int | None,
+    dtype: torch.dtype | str | None,
+    torch_dtype: torch.dtype | str | None,
 ) -> DetrPreTrainedModel:
     """A model that was given, on a device and of a dtype where these were asked for."""
-    from detr.checkpoint import find_device
+    from detr.checkpoint import find_device, find_dtype
 
     if place is not None:
         model = model.to(find_device(place))
-    if dtype != "auto":
-        model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    return model
+    chosen = find_dtype(dtype, torch_dtype)
+    return model if chosen is None else model.to(chosen)

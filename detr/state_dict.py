@@ -4,60 +4,129 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-WEIGHTS_NAME = "model.safetensors"
-_PICKLED_WEIGHTS_NAME = "pytorch_model.bin"
+from detr.model_files import WEIGHTS_NAMES, ModelFiles, foreign_content
+
+_NESTED = ("model", "state_dict", "model_state_dict")
+_WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")
+"""Prefixes of DistributedDataParallel and torch.compile."""
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` file, or of a ``.pth``/``.bin`` file.
 
-    A file with ``{"model": ...}`` or ``{"state_dict": ...}``, such as the original DETR's, gives what is inside.
+    A file with ``{"model": ...}`` or ``{"state_dict": ...}``, such as the original DETR's, gives what is inside,
+    without the prefixes ``module.`` and ``_orig_mod.`` of a model that was saved inside a wrapper.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file holds no state dict.
+        ValueError: the file is damaged, incomplete or something else, or holds no state dict.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the path of a .safetensors or .pth state dict")
-    if path.suffix == ".safetensors":
-        tensors: dict[str, Tensor] = load_file(str(path))
-        return tensors
-    with torch.serialization.safe_globals([argparse.Namespace]):  # in the original's training checkpoints
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("model", "state_dict"):
+    content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickled(path)
+    for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no state dict (names to tensors) but a {type(content).__name__}")
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path} holds no state dict (names to tensors): {name!r} is a {type(value).__name__}; give a file "
+                f"of model.state_dict(), alone or under one of {', '.join(_NESTED)}"
+            )
+    if content and all(_WRAPPERS.match(name) for name in content):
+        return {_WRAPPERS.sub("", name, count=1): tensor for name, tensor in content.items()}
     return dict(content)
 
 
-def read_model_weights(folder: str | Path) -> dict[str, Tensor]:
-    """All tensors of a model folder: ``model.safetensors``, its sharded form or ``pytorch_model.bin``.
+def read_model_weights(files: ModelFiles | str | Path) -> dict[str, Tensor]:
+    """All tensors of a model: ``model.safetensors`` or ``pytorch_model.bin``, or their shards.
 
     Raises:
-        FileNotFoundError: the folder has none of them, or a shard is missing.
-        ValueError: the list of shards cannot be read.
+        FileNotFoundError: the model has none of them, or a shard is missing.
+        ValueError: a file is damaged, or the list of shards can't be read or leads out of the folder.
     """
-    folder = Path(folder)
-    for name in (WEIGHTS_NAME, _PICKLED_WEIGHTS_NAME):
-        if (folder / name).is_file():
-            return read_state_dict(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            try:
-                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
-                raise ValueError(f"{index} has no weight_map from tensor names to files") from error
-            return {
-                key: tensor for shard in shards for key, tensor in read_state_dict(folder / shard).items()
-            }
-    raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_NAME} nor {_PICKLED_WEIGHTS_NAME}")
+    files = files if isinstance(files, ModelFiles) else ModelFiles(files)
+    tensors: dict[str, Tensor] = {}
+    for path in list_weights(files):
+        tensors |= read_state_dict(path)
+    return tensors
+
+
+def list_weights(files: ModelFiles) -> list[Path]:
+    """The files that `read_model_weights` reads, downloaded where the model is on the hub; raises the same."""
+    path = files.require(*WEIGHTS_NAMES)
+    if not path.name.endswith(".index.json"):
+        return [path]
+    try:
+        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        reason = foreign_content(path)
+        raise ValueError(
+            f"{path} has no weight_map from tensor names to files{reason and ': '}{reason}"
+        ) from error
+    for shard in shards:
+        if shard in ("", "..") or PurePosixPath(shard).name != shard or "\\" in shard:
+            raise ValueError(f"{path} lists {shard!r}, which is not the name of a file next to it")
+    return [files.require(shard, hint=f"{path.name} lists it") for shard in shards]
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(str(path))
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise _unreadable(path, error) from error
+    return tensors
+
+
+def _load_pickled(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_plain_types()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is None:
+            raise _unreadable(path, error) from error
+        raise ValueError(
+            f"{path} holds a pickled {found[1]}, which is not loaded, since that could run code from the file; save "
+            "model.state_dict() without other objects"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    size = path.stat().st_size
+    reason = foreign_content(path) or (
+        f"the file of {size} bytes is incomplete or damaged; copy or download it again"
+    )
+    detail = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return ValueError(f"{path} can't be read as weights: {reason} ({detail})")
+
+
+def _plain_types() -> list[Any]:
+    """What training scripts save next to tensors and what runs no code: their arguments, NumPy numbers and arrays."""
+    from numpy._core import multiarray  # the module that NumPy's own pickles name
+
+    dtypes = [type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efdg"]
+    functions = [
+        (getattr(multiarray, name), f"numpy.{core}.multiarray.{name}")
+        for name in ("scalar", "_reconstruct")
+        for core in ("core", "_core")
+    ]
+    return [argparse.Namespace, np.ndarray, np.dtype, *dtypes, *functions]

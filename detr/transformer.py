@@ -39,14 +39,17 @@ class _FeedForwardLayer(nn.Module):
         return self.final_layer_norm(x + self._drop(self.fc2(hidden)))
 
 
+def _attention(config: DetrConfig, heads: int) -> MultiheadAttention:
+    eager = config.attn_implementation == "eager"
+    return MultiheadAttention(config.d_model, heads, config.attention_dropout, eager)
+
+
 class EncoderLayer(_FeedForwardLayer):
     """Self-attention over the cells of the feature map, then the feed-forward block; norms come after."""
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__(config, config.encoder_ffn_dim)
-        self.self_attn = MultiheadAttention(
-            config.d_model, config.encoder_attention_heads, config.attention_dropout
-        )
+        self.self_attn = _attention(config, config.encoder_attention_heads)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
 
     def forward(
@@ -68,9 +71,9 @@ class DecoderLayer(_FeedForwardLayer):
     def __init__(self, config: DetrConfig) -> None:
         super().__init__(config, config.decoder_ffn_dim)
         heads = config.decoder_attention_heads
-        self.self_attn = MultiheadAttention(config.d_model, heads, config.attention_dropout)
+        self.self_attn = _attention(config, heads)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.encoder_attn = MultiheadAttention(config.d_model, heads, config.attention_dropout)
+        self.encoder_attn = _attention(config, heads)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
         # Float [D], what self-attention and its norm make of queries of zeros; known to `detr.fast_decoder` alone.
         self.register_buffer("attended_zeros", None)

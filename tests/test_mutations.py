@@ -27,6 +27,48 @@ class Mutation:
 
 
 MUTATIONS = {
+    "the files of a hub id may be of different commits": Mutation(
+        "detr/model_files.py",
+        'self._options["revision"] = commit',
+        "pass",
+        ("tests/detr/test_model_files.py",),
+    ),
+    "a processor is looked for in one of its two files": Mutation(
+        "detr/model_files.py",
+        'PROCESSOR_NAMES = ("processor_config.json", "preprocessor_config.json")',
+        'PROCESSOR_NAMES = ("preprocessor_config.json", "preprocessor_config.json")',
+        ("tests/detr/test_model_files.py",),
+    ),
+    "entries that a backbone does not have vanish": Mutation(
+        "detr/backbone_config.py",
+        "unknown = sorted(given.keys() - known - _DERIVED - _OF_ANY_CONFIG)",
+        "unknown = []",
+        ("tests/detr/test_resnet.py", "tests/detr/test_arguments.py"),
+    ),
+    "torch_dtype has no effect": Mutation(
+        "detr/checkpoint.py",
+        "chosen = find_dtype(dtype, torch_dtype)",
+        "chosen = find_dtype(dtype)",
+        ("tests/detr/test_arguments.py",),
+    ),
+    "the activation of a ResNet is also inside its bottlenecks": Mutation(
+        "detr/resnet.py",
+        '_activation("relu" if bottleneck else activation)',
+        "_activation(activation)",
+        ("tests/detr/test_resnet.py",),
+    ),
+    "pickled code runs": Mutation(
+        "detr/state_dict.py",
+        "weights_only=True",
+        "weights_only=False",
+        ("tests/detr/test_state_dict.py",),
+    ),
+    "timm is imported with a model": Mutation(
+        "detr/backbone.py",
+        "import torch\nimport torch.nn",
+        "import timm\nimport torch\nimport torch.nn",
+        ("tests/detr/test_import.py",),
+    ),
     "the order is off by one after a resume": Mutation(
         "platform/raydetr/data/plan.py",
         "skip = max(0, start - visit.first)",

@@ -31,6 +31,7 @@ from detr.image_processing.pixels import (
 from detr.image_processing.segment_map import SegmentMap
 from detr.image_processing.settings import pad_size_dict, read_settings, size_dict, write_settings
 from detr.image_processing.size import output_size
+from detr.model_files import ModelFiles
 from detr.postprocess.methods import PostProcessingMethods
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -74,6 +75,7 @@ class DetrImageProcessor(PostProcessingMethods):
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values", "pixel_mask"]
+    _is_fast: ClassVar[bool] = True
 
     format: str = "coco_detection"
     do_resize: bool = True
@@ -94,15 +96,18 @@ class DetrImageProcessor(PostProcessingMethods):
     pad_and_return_pixel_mask: InitVar[bool | None] = None
 
     def __post_init__(self, max_size: int | None, pad_and_return_pixel_mask: bool | None) -> None:
-        self.size = size_dict(
-            {"shortest_edge": 800, "longest_edge": 1333} if self.size is None else self.size, max_size
-        )
+        self.size = size_dict(800 if self.size is None else self.size, max_size)
         output_size(1, 1, self.size)  # raises where its keys make no size
         self.pad_size = None if self.pad_size is None else pad_size_dict(self.pad_size)
         self.resample = int(self.resample)
         self.image_mean, self.image_std = _channels(self.image_mean), _channels(self.image_std)
         if self.do_pad is None:
             self.do_pad = pad_and_return_pixel_mask is not False
+        elif pad_and_return_pixel_mask not in (None, self.do_pad):
+            raise ValueError(
+                f"pad_and_return_pixel_mask={pad_and_return_pixel_mask} contradicts do_pad={self.do_pad}; they are "
+                "the same setting"
+            )
         if self.do_convert_annotations is None:
             self.do_convert_annotations = self.do_normalize
         if self.format not in _FORMATS:
@@ -157,7 +162,10 @@ class DetrImageProcessor(PostProcessingMethods):
         """
         if return_tensors not in _TENSOR_TYPES:
             raise ValueError(f"return_tensors is {return_tensors!r}: expected one of {_TENSOR_TYPES}")
-        settings = replace(self, **{name: value for name, value in overrides.items() if value is not None})
+        given_overrides = {name: value for name, value in overrides.items() if value is not None}
+        if "pad_and_return_pixel_mask" in given_overrides:
+            given_overrides.setdefault("do_pad", given_overrides["pad_and_return_pixel_mask"])
+        settings = replace(self, **given_overrides)
         given = list_images(images)
         if not given:
             raise ValueError("there are no images: expected at least one")
@@ -203,40 +211,51 @@ class DetrImageProcessor(PostProcessingMethods):
         return _as_type({"pixel_values": pixel_values, "pixel_mask": pixel_mask}, return_tensors)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        **overrides: Any,
-    ) -> Self:
+    def from_pretrained(cls, source: str | Path, *, use_fast: bool | None = None, **kwargs: Any) -> Self:
         """Load a processor that this class or transformers wrote.
 
         Args:
             source: a model folder with `preprocessor_config.json` (old layouts are read too), that file itself, or a
-                hub id: see `detr.checkpoint.model_folder`, for the next two as well.
-            revision: of a hub id.
-            local_files_only: of a hub id.
-            overrides: attributes that replace those of the file.
+                hub id `ORG/NAME`, of which only this file is downloaded.
+            use_fast: whether this is the class that resizes with torch; `AutoImageProcessor` picks the class by it.
+            kwargs: arguments of `detr.model_files.ModelFiles` (`revision`, `cache_dir`, `token`, `local_files_only`,
+                `force_download`, `subfolder`), and attributes that replace those of the file.
 
         Raises:
-            FileNotFoundError: there is no such folder or file.
-            ValueError: the file is not a JSON object, or holds a value that cannot be used.
+            FileNotFoundError: there is no such folder, file or model.
+            TypeError: an unknown attribute.
+            ValueError: the file is not a JSON object, or holds a value that cannot be used; another class is asked for.
         """
-        path = Path(source)
-        if not path.exists():
-            from detr.checkpoint import model_folder  # imports timm, which data tasks do without
+        if use_fast is not None and use_fast != cls._is_fast:
+            raise ValueError(
+                f"use_fast={use_fast} is not {cls.__name__}: use "
+                f"{'DetrImageProcessor' if use_fast else 'DetrImageProcessorPil'}, or AutoImageProcessor"
+            )
+        files, overrides = ModelFiles.open(source, **kwargs)
+        return cls.from_settings(*read_settings(files), **overrides)
 
-            path = model_folder(source, revision, local_files_only)
-        settings = read_settings(path)
-        return cls.from_dict(settings, **overrides)
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], file: Path, **overrides: Any) -> Self:
+        """The same as `from_dict`; errors name the file that the settings are from."""
+        try:
+            return cls.from_dict(settings, **overrides)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], **overrides: Any) -> Self:
         """Build a processor from the entries of `preprocessor_config.json`; those of no meaning here are ignored."""
         known = {field.name for field in fields(cls)} | {"max_size", "pad_and_return_pixel_mask"}
         given = {name: value for name, value in settings.items() if name in known and value is not None}
+        # the old names, where a file or an override has the new ones
+        if "do_pad" in overrides or ("do_pad" in given and "pad_and_return_pixel_mask" not in overrides):
+            given.pop("pad_and_return_pixel_mask", None)
+        elif "pad_and_return_pixel_mask" in overrides:
+            given.pop("do_pad", None)
+        if "size" in overrides or isinstance(given.get("size"), Mapping):
+            given.pop("max_size", None)
+            if "max_size" in overrides and "size" in given:
+                given["size"] = {**given["size"], "longest_edge": None}
         return cls(**given | overrides)
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FILE_NAME = "preprocessor_config.json"
-COMBINED_FILE_NAME = "processor_config.json"
-"""Where newer transformers saves of a whole processor nest the same settings, under `image_processor`."""
+from detr.model_files import PROCESSOR_NAMES, ModelFiles, read_json
+
+COMBINED_FILE_NAME, FILE_NAME = PROCESSOR_NAMES
 
 DEFAULT_LONGEST_EDGE = 1333
 
@@ -19,16 +19,21 @@ def size_dict(size: Size, longest_edge: int | None = None) -> dict[str, int]:
 
     Args:
         size: the dict itself, (height, width), or the length of the shortest edge (old files have 800).
-        longest_edge: bound of the longest edge that goes with a bare shortest edge; default 1333.
+        longest_edge: bound of the longest edge that goes with a shortest edge; default 1333 for a bare one.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or says another longest edge.
     """
     if isinstance(size, Mapping):
-        return {key: int(value) for key, value in size.items() if value is not None}
+        sides = {key: int(value) for key, value in size.items() if value is not None}
+        if longest_edge is not None and sides.setdefault("longest_edge", longest_edge) != longest_edge:
+            raise ValueError(f"max_size={longest_edge} contradicts size={dict(size)}; give one of them")
+        return sides
     if isinstance(size, int):
         return {"shortest_edge": size, "longest_edge": longest_edge or DEFAULT_LONGEST_EDGE}
     if isinstance(size, Sequence) and len(size) == 2:
+        if longest_edge is not None:
+            raise ValueError(f"max_size={longest_edge} goes with a shortest edge, not with size={size}")
         return {"height": int(size[0]), "width": int(size[1])}
     raise ValueError(f"size is {size!r}: expected a dict, (height, width) or the length of the shortest edge")
 
@@ -47,27 +52,28 @@ def pad_size_dict(pad_size: Size) -> dict[str, int]:
     return size
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings in a model folder or in one JSON file, as they are written there.
+def read_settings(files: ModelFiles) -> tuple[dict[str, Any], Path]:
+    """The settings of a model's image processor, as they are written there, and the file that they are in.
 
     Raises:
-        FileNotFoundError: there is no such file or folder, or none of the two files in the folder.
-        ValueError: the file is not a JSON object.
+        FileNotFoundError: the model has none of the two files.
+        ValueError: the file is not a JSON object, or the settings in it are not.
     """
-    path = Path(path)
-    if path.is_file():
-        settings = _read_object(path)
-        return settings.get("image_processor", settings)
-    if (path / COMBINED_FILE_NAME).is_file():
-        nested = _read_object(path / COMBINED_FILE_NAME).get("image_processor")
-        if nested is not None:
-            return nested
-    if not (path / FILE_NAME).is_file():
+    file = files.find(COMBINED_FILE_NAME, FILE_NAME)
+    values = {} if file is None else read_json(file)
+    if file is not None and "image_processor" in values:
+        values = values["image_processor"]
+        if not isinstance(values, dict):
+            raise ValueError(f"{file} holds a {type(values).__name__} as image_processor, not a JSON object")
+    elif file is not None and file.name == COMBINED_FILE_NAME and file != files.path:
+        file = files.find(FILE_NAME)  # the combined file is of another processor, such as a tokenizer's
+        values = {} if file is None else read_json(file)
+    if file is None:
         raise FileNotFoundError(
-            f"{path} is not the folder of an image processor: it has no {FILE_NAME} "
+            f"{files} is not the folder of an image processor: it has no {FILE_NAME} "
             "(DetrImageProcessor().save_pretrained(folder) writes one)"
         )
-    return _read_object(path / FILE_NAME)
+    return values, file
 
 
 def write_settings(settings: Mapping[str, Any], folder: str | Path) -> Path:
@@ -77,13 +83,3 @@ def write_settings(settings: Mapping[str, Any], folder: str | Path) -> Path:
     file = folder / FILE_NAME
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return file
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} holds a JSON {type(settings).__name__}: expected an object")
-    return settings

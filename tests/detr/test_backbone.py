@@ -137,8 +137,8 @@ def test_a_net_whose_stages_cannot_be_told_apart_says_what_to_set():
         ),
         ({"backbone": "vgg11", "dilation": True}, "dilation=True needs a net"),
         (
-            {"use_timm_backbone": False, "backbone_kwargs": {"depths": [1, 1, 1, 1]}},
-            "none of the standard ResNets",
+            {"use_timm_backbone": False, "backbone_kwargs": {"hidden_act": "swishy"}},
+            "activation_function 'swishy' is not known",
         ),
     ],
 )

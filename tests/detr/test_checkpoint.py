@@ -1,7 +1,6 @@
 import argparse
 import json
 import logging
-import pickle
 import re
 from pathlib import Path
 
@@ -253,7 +252,7 @@ def test_a_missing_folder_file_or_model_is_named(make_twins, tmp_path: Path, mon
     with pytest.raises(FileNotFoundError, match=r"model folder .*gone does not exist"):
         DetrForObjectDetection.from_pretrained(tmp_path / "gone")
     make_twins().ours.config.save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError, match=r"has none of model\.safetensors.*pytorch_model\.bin"):
         DetrForObjectDetection.from_pretrained(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name in ("facebook/detr-resnet-50", "hub:facebook/detr-resnet-50"):
@@ -396,7 +395,7 @@ def test_a_file_that_is_no_original_and_pickled_code_are_refused(make_twins, tmp
     ran = tmp_path / "ran"
     payload = type("Payload", (), {"__reduce__": lambda self: (Path.touch, (ran,))})()
     torch.save({"model": payload}, tmp_path / "evil.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match=r"evil\.pth holds a pickled getattr, which is not loaded"):
         DetrForObjectDetection.from_pretrained(tmp_path / "evil.pth")
     assert not ran.exists()
 

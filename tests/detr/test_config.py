@@ -265,6 +265,17 @@ def test_an_old_config_of_the_hub_is_read():
     assert config.use_pretrained_backbone is False
 
 
+@pytest.mark.parametrize(
+    "values", [{}, {"use_timm_backbone": False}, {"backbone": "resnet18", "dilation": True}]
+)
+def test_all_entries_of_a_file_of_transformers_are_keywords(values):
+    theirs = transformers.DetrConfig(**values).to_dict()
+    config = DetrConfig(**theirs)
+    assert config.d_model == theirs["d_model"]
+    assert config.backbone_config["model_type"] == theirs["backbone_config"]["model_type"]
+    assert DetrConfig(**OLD_HUB_CONFIG, tie_encoder_decoder=False).num_labels == 91
+
+
 def test_a_callable_activation_is_not_written_and_says_so():
     with pytest.warns(UserWarning, match="activation_function is a callable"):
         values = DetrConfig(activation_function=F.gelu).to_dict()

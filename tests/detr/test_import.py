@@ -1,0 +1,36 @@
+"""Importing the library is quick: what only some calls need is imported by these."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+SLOW = {
+    "timm",
+    "torchvision",
+    "scipy",
+    "pycocotools",
+    "huggingface_hub",
+    "hotcoco",
+    "transformers",
+    "PIL.Image",
+}
+SLOW |= {"torch._dynamo", "torch._inductor", "sympy"}
+
+
+def test_importing_a_model_imports_none_of_the_slow_packages():
+    """They took 2 of its 3.5 seconds of CPU; the rest is torch, which is not ours to avoid."""
+    code = (
+        "import sys\nimport torch\nbefore = set(sys.modules)\n"
+        "from detr import AutoConfig, DetrConfig, DetrForObjectDetection, DetrForSegmentation, DetrModel\n"
+        "import detr.checkpoint, detr.model\n"
+        f"found = {SLOW!r} & (set(sys.modules) - before)\n"
+        "assert not found, found"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
