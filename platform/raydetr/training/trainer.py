@@ -20,7 +20,7 @@ from raydetr.data.stream import PlanDataConfig, Stream, build_plan
 from raydetr.data.synthetic import embedded
 from raydetr.errors import ConfigError, OutOfTimeError, RaydetrError, RegistryError, TrainingError
 from raydetr.evaluation.categories import match_categories
-from raydetr.lease import lease
+from raydetr.lease import Held, lease
 from raydetr.registry import models, tracking
 from raydetr.training import checkpoint, scaling, validation
 from raydetr.training.config import TrainConfig
@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     manifest = Manifest.load(config.train_data)
     check(config, manifest)
-    with lease(config.output):
+    with lease(config.output) as held:
         if storage.exists(finished):  # by the driver that held the lease
             return dict(storage.read_json(finished))
         run_id = open_run(config, manifest, asked_model)
@@ -68,9 +68,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
             validation.validate_what_was_lost(config, run_id)
             last = checkpoint.last_committed_step(config.output)
             if last < config.steps and not validation.has_stalled(config, last):
-                fit(config, manifest, run_id, start + 3600 * config.max_hours if config.max_hours else None)
+                deadline = start + 3600 * config.max_hours if config.max_hours else None
+                fit(config, manifest, run_id, deadline, held)
                 validation.validate_what_was_lost(config, run_id)
+            held.verify()
             summary = finish(config, manifest, run_id, time.time() - start)
+            held.verify()
         except RaydetrError as error:
             with contextlib.suppress(RegistryError):
                 status: tracking.RunStatus = "KILLED" if isinstance(error, OutOfTimeError) else "FAILED"
@@ -173,7 +176,13 @@ def _require_masks(config: TrainConfig, address: str, manifest: Manifest) -> Non
     )
 
 
-def fit(config: TrainConfig, manifest: Manifest, run_id: str, deadline: float | None) -> None:
+def fit(
+    config: TrainConfig,
+    manifest: Manifest,
+    run_id: str,
+    deadline: float | None,
+    held: Held | None = None,
+) -> None:
     """Run the workers until the last step is committed, or the run ends early.
 
     Raises:
@@ -193,7 +202,7 @@ def fit(config: TrainConfig, manifest: Manifest, run_id: str, deadline: float | 
         f"from step {stream.first_step()}",
         flush=True,
     )
-    outcome = _run_workers(config, manifest, stream, run_id, deadline, background)
+    outcome = _run_workers(config, manifest, stream, run_id, deadline, background, held)
     if outcome["error"]:
         raise TrainingError(outcome["error"])
     if outcome["ended"] == OUT_OF_TIME:
@@ -210,6 +219,7 @@ def _run_workers(
     run_id: str,
     deadline: float | None,
     background: bool,
+    held: Held | None,
 ) -> dict[str, str]:
     """What `train_worker` returned once all workers have ended, however often they were started again."""
     # The time after which Ray Train ends a worker whose process does not even answer.
@@ -223,6 +233,7 @@ def _run_workers(
             "run_id": run_id,
             "deadline": deadline,
             "background": background,
+            "held": held,
             "board": ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote(),
         },
         # Longer than the watchdog needs: whoever waits for a worker that hangs must not fail before that is named.
