@@ -20,6 +20,7 @@ from raydetr.evaluation.coco_files import coco_results
 from raydetr.evaluation.evaluate import evaluate
 from raydetr.evaluation.predict import read_predictions
 from raydetr.evaluation.promotion import promote
+from raydetr.lease import exclusive
 from raydetr.registry import models, tracking
 from raydetr.serving.app import application, endpoint
 from raydetr.serving.client import Client
@@ -32,17 +33,16 @@ def main(config: DemoConfig) -> dict[str, Any]:
     output, uri = storage.absolute(config.output), tracking.resolve_uri("")
     clock = Clock()
     recipe = replace(RECIPES["small"], output=f"{output}/train", seed=config.seed, experiment="demo")
-    training = replace(recipe, steps=config.steps or recipe.steps)
-    cluster.connect(training.workers + training.data_cpus)
+    cluster.connect(recipe.workers + recipe.data_cpus)
     clock.stage("generate and ingest")
     _, val_data = embedded("train"), embedded("val")  # of other seeds: no scene is in both
     clock.stage("train")
-    trained = train(training)
+    trained = train(replace(recipe, steps=config.steps or recipe.steps))
     clock.stage("evaluate")
     scored = evaluate(EvaluateConfig(model=trained["model"], data=val_data))
     clock.stage("promote")
-    judge = {"data": scored["data_digest"], "allow_chosen_on": True}
-    promoted = promote(PromoteConfig(model=trained["model"], **judge))
+    judge = PromoteConfig(model=trained["model"], data=scored["data_digest"], allow_chosen_on=True)
+    promoted = promote(judge)
     champion = models.resolve("models:/raydetr@champion", uri)
     clock.stage("serve one validation image over HTTP")
     image = next(read_records(Manifest.load(val_data)))["image"]
@@ -82,4 +82,4 @@ Your own data:    .venv/bin/python pipelines/ingest.py --annotations FILE.json -
 """
 
 if __name__ == "__main__":
-    run(main, DemoConfig)
+    run(exclusive(main), DemoConfig)

@@ -19,7 +19,7 @@ The same command again goes on where it was ended; a complete output is left as 
 import time
 from typing import Any
 
-from raydetr.command import run
+from raydetr.command import require_writable, run
 from raydetr.config import IngestConfig
 from raydetr.data.html_report import write_report
 from raydetr.data.ingest import IngestResult, Options, ingest, ingest_split
@@ -33,6 +33,8 @@ from raydetr.data.split import Split
 def main(config: IngestConfig) -> dict[str, Any]:
     """Ingest one data set; the summary counts what is in it."""
     start = time.monotonic()
+    if config.report:
+        require_writable(config.report, "--report")
     addresses = addresses_of(config)
     options = Options(
         config.on_fault,

@@ -20,6 +20,7 @@ from raydetr.evaluation import batch
 from raydetr.evaluation.actors import ActorOptions
 from raydetr.evaluation.pictures import write_pictures
 from raydetr.evaluation.predictions import PredictionSettings
+from raydetr.lease import Held, lease
 from raydetr.registry.models import resolve
 from raydetr.registry.tracking import resolve_uri
 from raydetr.serving.client import Client
@@ -28,7 +29,17 @@ TOKEN = "RAYDETR_TOKEN"
 
 
 def main(config: PredictConfig) -> dict[str, Any]:
-    """Predict by the endpoint where one is given, else by actors with the model; the summary."""
+    """Predict by the endpoint where one is given, else by actors with the model; the summary.
+
+    Raises:
+        LeaseError: another process predicts into the same output.
+    """
+    with lease(storage.absolute(config.output)) as held:
+        return predict(config, held)
+
+
+def predict(config: PredictConfig, held: Held) -> dict[str, Any]:
+    """Predict into an output folder whose lease is held."""
     output = storage.absolute(config.output)
     if config.endpoint:
         source = config.endpoint
@@ -48,6 +59,7 @@ def main(config: PredictConfig) -> dict[str, Any]:
         options = ActorOptions(config.actors, config.batch_size, config.num_gpus)
         predictions = batch.predict_by_model(images, model, options, settings, output)
     named = batch.with_names(predictions, images)
+    held.verify()
     batch.write_files(named, labels, output)
     summary = {
         "predicted_by": source,

@@ -11,7 +11,8 @@ best checkpoint, hence the flag of the tiny call. Exit status: 0 promoted, 3 ref
 
 from typing import Any
 
-from raydetr.command import run
+from raydetr import storage
+from raydetr.command import require_writable, run
 from raydetr.config import PromoteConfig
 from raydetr.errors import PromotionRefused
 from raydetr.evaluation.promotion import promote
@@ -23,6 +24,8 @@ def main(config: PromoteConfig) -> dict[str, Any]:
     Raises:
         PromotionRefused: the gate's rules do not hold; the summary is printed and written all the same.
     """
+    if config.report:
+        require_writable(storage.absolute(config.report), "--report")
     summary = promote(config)
     print()
     for rule in summary["rules"]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from detr.metrics.panoptic_matching import VOID, Counts, match_segments, mean_quality, quality
+from detr.output_names import output_name
 from detr.panoptic_png import read_panoptic_png, write_panoptic_png
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class PanopticEvaluator:
         self._output = None if output_dir is None else Path(output_dir)
         self._counts: dict[int, Counts] = {}
         self._written: dict[int, dict[str, Any]] = {}
+        self._names: dict[str, int] = {}
 
     def update(self, predictions: Iterable[Mapping[str, Any]]) -> None:
         """Match the predictions of some images with the truth; those of an image given before are replaced.
@@ -75,7 +77,7 @@ class PanopticEvaluator:
 
         Raises:
             ValueError: the truth has no such image, the sizes differ, the ids of the map and of `segments_info`
-                are not the same, or a category is not in the truth. The message names the image.
+                are not the same, a category is not in the truth, or two images would be written to one file. The message names the image.
             FileNotFoundError: the truth's PNG file is missing.
         """
         for prediction in predictions:
@@ -144,11 +146,16 @@ class PanopticEvaluator:
         segments: dict[int, int],
     ) -> None:
         assert self._output is not None
-        self._output.mkdir(parents=True, exist_ok=True)
-        name = Path(prediction.get("file_name", truth["file_name"])).with_suffix(".png").name
-        png = prediction.get("png_string") or write_panoptic_png(found)
-        (self._output / name).write_bytes(png)
         image_id = int(prediction["image_id"])
+        name = prediction.get("file_name", truth["file_name"])
+        name = output_name(name, "" if name.endswith(".png") else ".png")
+        if (other := self._names.setdefault(name, image_id)) != image_id:
+            raise ValueError(
+                f"images {other} and {image_id}: both maps would be written to {name}: rename one of them"
+            )
+        file = self._output / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(prediction.get("png_string") or write_panoptic_png(found))
         info = [{"id": segment, "category_id": category} for segment, category in segments.items()]
         self._written[image_id] = {"image_id": image_id, "file_name": name, "segments_info": info}
 

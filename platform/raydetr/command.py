@@ -3,15 +3,15 @@
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import tyro
 
-from raydetr.errors import RaydetrError
+from raydetr.errors import ConfigError, RaydetrError, StorageError
 
 SUMMARY_SCHEMA_VERSION = 1
 
@@ -55,6 +55,8 @@ def run(
         )
         config = cast(C, flags)
         print_config(config)
+        if config.json:
+            require_writable(config.json, "--json")
         summary = dict(main(config))
     except RaydetrError as error:
         if error.summary is not None:
@@ -62,6 +64,24 @@ def run(
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     conclude(config, summary)
+
+
+def require_writable(address: str, flag: str) -> None:
+    """Check that a file can be written, before the work whose result it is to hold.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    from raydetr import storage  # pyarrow, which --help does not need
+
+    probe = f"{address}.{uuid.uuid4().hex}.probe"
+    try:
+        if storage.is_folder(address):
+            raise ConfigError(f"{flag} {address}: this is a folder: give a file in it.")
+        storage.write_bytes(probe, b"")
+        storage.delete_file(probe)
+    except StorageError as error:
+        raise ConfigError(f"{flag} {address}: no file can be written there ({error})") from error
 
 
 def conclude(config: Config, summary: Mapping[str, Any]) -> None:
@@ -99,11 +119,9 @@ def write_summary(file: str, summary: Mapping[str, Any]) -> None:
     """Write a summary, with its `schema_version`, as JSON, null for what is not a number; whole or not at all."""
     content = {"schema_version": SUMMARY_SCHEMA_VERSION, **_of_json(summary)}
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
-    partial = f"{file}.{os.getpid()}.partial"
-    with open(partial, "w", encoding="utf-8") as out:
-        out.write(text)
-    os.replace(partial, file)
+    from raydetr import storage
+
+    storage.write_bytes(file, text.encode())
 
 
 def _of_json(value: Any) -> Any:

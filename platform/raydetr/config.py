@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from raydetr.errors import ConfigError
+from raydetr.mlflow_names import require_alias
 
 FaultPolicy = Literal["keep", "skip-image", "fail"]
 
@@ -193,6 +194,7 @@ class PromoteConfig:
     """File for the summary as JSON, also of a refusal."""
 
     def __post_init__(self) -> None:
+        require_alias(self.alias, "--alias")
         _require_positive(self, "latency_images")
         for name in ("tolerance", "max_class_drop", "min_class_objects", "max_latency_ms"):
             if getattr(self, name) < 0:

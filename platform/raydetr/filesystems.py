@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TypeVar
+from urllib.parse import unquote
 
 from pyarrow import fs
 
@@ -32,10 +33,13 @@ _TRANSIENT = (
     "INTERNAL_FAILURE",
     "REQUEST_TIMEOUT",
     "REQUEST_TIME_TOO_SKEWED",
+    "ConditionalRequestConflict",  # of two conditional writes at the same time
     "curlCode",
     "HTTP status 50",
     "HTTP response code: 50",
     "Connection",
+    "ConnectTimeout",
+    "ReadTimeout",
     "timed out",
 )
 _TRANSIENT_OF_MOUNTS = {
@@ -65,8 +69,8 @@ def resolve(address: str) -> tuple[fs.FileSystem, str]:
     """
     if not address:
         raise StorageError("An empty address: give a folder or an s3:// address.")
-    if is_local(address):
-        return fs.LocalFileSystem(), os.path.abspath(address)
+    if (local := local_path(address)) is not None:
+        return fs.LocalFileSystem(), local
     try:
         if address.startswith("s3://"):
             path = address.removeprefix("s3://").rstrip("/")
@@ -79,8 +83,24 @@ def resolve(address: str) -> tuple[fs.FileSystem, str]:
 
 
 def is_local(address: str) -> bool:
-    """Whether an address is a plain path of this machine's file system."""
-    return "://" not in address
+    """Whether an address is in this machine's file system: a path or a `file://` URI."""
+    return "://" not in address or address.startswith("file://")
+
+
+def local_path(address: str) -> str | None:
+    """The absolute path of a local address; None for a remote one.
+
+    Raises:
+        StorageError: a `file://` URI names a host.
+    """
+    if not is_local(address):
+        return None
+    if not address.startswith("file://"):
+        return os.path.abspath(address)
+    path = unquote(address.removeprefix("file://").removeprefix("localhost"))
+    if not path.startswith("/"):
+        raise StorageError(f"{address}: a file:// address has an absolute path: file:///folder/file.")
+    return os.path.abspath(path)
 
 
 def attempt(address: str, doing: str, action: Callable[[], Result], seconds: float | None = None) -> Result:

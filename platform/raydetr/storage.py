@@ -1,6 +1,7 @@
 """Files at addresses: local folders and anything that pyarrow.fs opens by URI (`s3://…`), see `filesystems`.
 
-Writes are atomic: a reader finds the whole object or none. What a remote file system refuses for a reason that passes
+Writes are atomic, on mounted folders and at `file://` too: a reader finds the whole object or none. A file that several
+processes change is a cell, see `conditional`. What a remote file system refuses for a reason that passes
 (it is busy, a connection broke) is tried again for `filesystems.RETRY_SECONDS`.
 """
 
@@ -10,7 +11,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
@@ -18,13 +19,14 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raydetr.errors import StorageError
-from raydetr.filesystems import attempt, is_local, is_transient, resolve
+from raydetr.filesystems import attempt, is_local, is_transient, local_path, resolve
 
 Result = TypeVar("Result")
 
 _CHUNK = 16 * 1024 * 1024
 _PART = 4 * 1024 * 1024
-
+_OBJECT_STORES = {"s3", "gcs", "abfs"}
+"""File systems on which an object appears when its stream is closed; on others a file is written, then moved."""
 
 SHARED = "RAYDETR_STORAGE"
 """Environment variable: the address that relative ones are relative to, instead of the current folder."""
@@ -34,6 +36,8 @@ def absolute(address: str) -> str:
     """A local address as absolute path, a relative one under RAYDETR_STORAGE where that is set; none ends with a slash."""
     if not is_local(address):
         return address if address.endswith("://") else address.rstrip("/")
+    if address.startswith("file://"):
+        return str(local_path(address))
     if (shared := os.environ.get(SHARED)) and not os.path.isabs(address):
         return join(shared, *os.path.normpath(address).split(os.sep))
     return os.path.abspath(address)
@@ -245,8 +249,8 @@ def open_output(address: str) -> Iterator[BinaryIO]:
     Raises:
         StorageError: it cannot be written.
     """
-    if is_local(address):
-        target = os.path.abspath(address)
+    target = local_path(address)
+    if target is not None:
         partial = f"{target}.{uuid.uuid4().hex}.partial"
         try:
             os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -270,14 +274,27 @@ def open_output(address: str) -> Iterator[BinaryIO]:
 def _send(source: BinaryIO, address: str) -> None:
     filesystem, path = resolve(address)
 
-    def once() -> None:
+    def once(to: str) -> None:
         source.seek(0)
-        if not isinstance(filesystem, fs.S3FileSystem):
-            filesystem.create_dir(os.path.dirname(path), recursive=True)
-        with filesystem.open_output_stream(path) as target:
+        with filesystem.open_output_stream(to) as target:
             shutil.copyfileobj(source, target, _CHUNK)
 
-    attempt(address, "written", once)
+    if filesystem.type_name in _OBJECT_STORES:
+        attempt(address, "written", lambda: once(path))
+        return
+
+    def then_move() -> None:
+        partial = f"{path}.{uuid.uuid4().hex}.partial"
+        filesystem.create_dir(os.path.dirname(path), recursive=True)
+        try:
+            once(partial)
+            filesystem.move(partial, path)
+        except OSError:
+            with suppress(OSError):
+                filesystem.delete_file(partial)
+            raise
+
+    attempt(address, "written", then_move)
 
 
 def write_bytes(address: str, data: bytes) -> None:
@@ -299,14 +316,17 @@ def delete_file(address: str) -> None:
     """Delete a file; nothing happens where it does not exist."""
     filesystem, path = resolve(address)
     if _info(address).type == fs.FileType.File:
-        attempt(address, "deleted", lambda: filesystem.delete_file(path))
+        with suppress(_Gone):  # another process deleted it
+            attempt(address, "deleted", lambda: _delete(filesystem.delete_file, path))
 
 
 def delete_folder(address: str) -> None:
     """Delete a folder and what is in it; nothing happens where it does not exist."""
     filesystem, path = resolve(address)
-    if _info(address).type == fs.FileType.Directory:
-        attempt(address, "deleted", lambda: filesystem.delete_dir(path))
+    while _info(address).type == fs.FileType.Directory:
+        with suppress(_Gone):  # another process deletes it as well: what is left of it comes next
+            attempt(address, "deleted", lambda: _delete(filesystem.delete_dir, path))
+            return
 
 
 def upload_folder(source: str, address: str) -> None:
@@ -315,26 +335,42 @@ def upload_folder(source: str, address: str) -> None:
         for name in sorted(names):
             file = os.path.join(parent, name)
             relative = os.path.relpath(file, source).replace(os.sep, "/")
-            with open(file, "rb") as stream:
-                write_bytes(join(address, relative), stream.read())
+            with open(file, "rb") as stream, open_output(join(address, relative)) as target:
+                shutil.copyfileobj(stream, target, _CHUNK)
 
 
 def download_folder(address: str, target: str) -> None:
-    """Copy the folder `address` into the local folder `target`.
+    """Copy the files of the folder `address` into the local folder `target`, each of them atomically.
 
     Raises:
-        StorageError: there is no such folder.
+        StorageError: there is no such folder, or a file in it has a name that leads out of `target`.
     """
-    filesystem, path = resolve(address)
     if not is_folder(address):
         raise StorageError(f"{address}: no such folder.")
-    attempt(
-        address,
-        "read",
-        lambda: fs.copy_files(
-            path, target, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem()
-        ),
-    )
+    for name, _ in list_files(address):
+        if not is_inside(name):
+            raise StorageError(
+                f"{address}: the name {name!r} leads out of the folder: nothing is copied to it."
+            )
+        with open_output(join(target, name)) as stream:
+            for chunk in read_chunks(join(address, name)):
+                stream.write(chunk)
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name relative to a folder stays in that folder, whatever the folder is."""
+    return not name.startswith("/") and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def _delete(action: Callable[[str], None], path: str) -> None:
+    try:
+        action(path)
+    except FileNotFoundError as error:
+        raise _Gone from error
+
+
+class _Gone(Exception):
+    """What is to be deleted has been."""
 
 
 class _Failed:

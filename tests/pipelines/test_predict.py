@@ -1,10 +1,13 @@
 import json
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.predict import main
 from raydetr.config import PredictConfig
-from raydetr.errors import ConfigError, RegistryError, ServingError
+from raydetr.errors import ConfigError, LeaseError, RegistryError, ServingError
+from raydetr.lease import lease
+from tests.at_once import at_once
 from tests.tiny_detr import png, save_tiny_detr
 
 
@@ -48,3 +51,28 @@ def test_contradicting_flags_are_refused():
         PredictConfig(images="x", model="m", endpoint="http://e")
     with pytest.raises(ConfigError, match="--threshold is 5"):
         PredictConfig(images="x", threshold=5)
+
+
+def test_a_second_process_with_the_same_output_is_refused_by_name(photos, tmp_path):
+    with lease(str(tmp_path / "out")):
+        with pytest.raises(
+            LeaseError, match=r"held by another process \(.*, process \d+ on .*give another --output"
+        ):
+            main(PredictConfig(images=str(photos), model="x", output=str(tmp_path / "out")))
+        assert [file.name for file in (tmp_path / "out").iterdir()] == ["lease.json"]
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.nightly)])
+def test_of_two_at_once_there_is_one_complete_result(ray_local, photos, tmp_path, rounds):
+    model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
+    for number in range(rounds):
+        config = PredictConfig(images=str(photos), model=str(model), output=str(tmp_path / f"out-{number}"))
+        done, refused = at_once(lambda config=config: main(config), 2)
+        assert [summary["images"] for summary in done] == [2] * len(done)
+        assert len(done) + len(refused) == 2
+        assert done
+        assert all(isinstance(error, LeaseError) for error in refused)
+        table = pq.read_table(tmp_path / f"out-{number}" / "predictions.parquet")
+        assert table["image_id"].to_pylist() == [1, 2]
+        results = json.loads((tmp_path / f"out-{number}" / "results.json").read_text())
+        assert len(results) == 2 * 12

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,20 @@ def test_the_data_that_chose_the_checkpoint_are_refused_unless_allowed(config, d
     assert main(replace(config, allow_chosen_on=True))["promoted"]
 
 
+def model_folder_of(config, version):
+    """A copy of the files of a version, to which it is pointed: the registry's own are shared by all tests."""
+    mlflow = client(config.tracking_uri)
+    source = mlflow.get_model_version("raydetr", str(version)).source
+    copy = Path(config.json).parent / f"files-{version}"
+    shutil.copytree(Path(source.removeprefix("file://")), copy)
+    database = sqlite3.connect(config.tracking_uri.removeprefix("sqlite:///"))
+    places = "UPDATE model_versions SET source = :uri, storage_location = :uri WHERE version = :version"
+    database.execute(places, {"uri": copy.as_uri(), "version": version})
+    database.commit()
+    database.close()
+    return copy
+
+
 def test_a_missing_report_is_refused(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     record = put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
@@ -129,6 +144,19 @@ def test_an_evaluation_kept_without_a_report_is_refused(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR), report=None)
     put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
     assert "missing of 1: its evaluation was kept without one" in refused(config)
+
+
+@pytest.mark.parametrize("changed", [1, 2])
+@pytest.mark.parametrize("change", ["other weights", "no weights"])
+def test_files_that_changed_since_they_were_registered_are_refused(config, data, tmp_path, changed, change):
+    for version, blur in ((1, BLUR), (2, BLUR / 2)):
+        put(config, tmp_path, version, data, guesses(data, blur))
+    weights = Path(model_folder_of(config, changed), "model.safetensors")
+    weights.unlink()
+    if change == "other weights":
+        weights.write_text("x")
+    assert f"the files are those that were registered: version {changed} has" in refused(config)
+    assert champion(config) == 1
 
 
 def test_predictions_that_are_not_those_that_were_scored_are_refused(config, data, tmp_path):
@@ -222,7 +250,6 @@ def test_latency_is_measured_of_both_and_bounds_the_challenger(data, tmp_path):
         register(uri, run_id, str(model))
     for version, blur in ((1, BLUR), (2, BLUR / 2)):
         put_on_file(uri, version, data, guesses(data, blur), tmp_path / str(version))
-        client(uri).set_model_version_tag("raydetr", str(version), "model.digest", f"digest {version}")
     client(uri).set_registered_model_alias("raydetr", "champion", "1")
     config = PromoteConfig(tracking_uri=uri, latency_images=8, max_latency_ms=1e-3)
     with pytest.raises(

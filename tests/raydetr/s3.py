@@ -10,7 +10,9 @@ The fixture sets AWS_ENDPOINT_URL and test credentials in the environment, so th
 are started during the test see them too.
 """
 
+import contextlib
 import http.client
+import random
 import socket
 import subprocess
 import sys
@@ -31,12 +33,16 @@ class Faults:
     """What the proxy does to requests, and what it has seen.
 
     latency: seconds before each answer.
+    slow_writes: the most seconds, drawn anew for each, before a PUT or DELETE arrives, and again before its answer.
+    ignore_conditions: pass no If-Match or If-None-Match on, as stores did that do not know them.
     fail: how many of the next requests are answered `status`.
     cut: how many of the next bodies are cut off half-way.
     down: answer everything `status`.
     """
 
     latency: float = 0.0
+    slow_writes: float = 0.0
+    ignore_conditions: bool = False
     fail: int = 0
     status: int = 503
     cut: int = 0
@@ -44,6 +50,7 @@ class Faults:
     requests: int = 0
     bytes_read: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+    writing: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, name: str) -> bool:
         """Use up one of a number of faults."""
@@ -133,6 +140,9 @@ def _handler(port: int, faults: Faults) -> type[BaseHTTPRequestHandler]:
             faults.requests += 1
             time.sleep(faults.latency)
             body = self._body()
+            is_write = self.command in ("PUT", "DELETE")
+            if is_write:
+                time.sleep(random.uniform(0, faults.slow_writes))
             if faults.down or faults.take("fail"):
                 self.send_response(faults.status)
                 self.send_header("Content-Length", "0")
@@ -144,11 +154,19 @@ def _handler(port: int, faults: Faults) -> type[BaseHTTPRequestHandler]:
                     k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding", "expect")
                 }
                 headers["Content-Length"] = str(len(body))
-                upstream.request(self.command, self.path, body, headers)
-                answer = upstream.getresponse()
-                data = answer.read()
+                if faults.ignore_conditions:
+                    headers = {
+                        k: v for k, v in headers.items() if k.lower() not in ("if-match", "if-none-match")
+                    }
+                # Moto looks at the condition and writes in two steps; S3 does it in one.
+                with faults.writing if is_write else contextlib.nullcontext():
+                    upstream.request(self.command, self.path, body, headers)
+                    answer = upstream.getresponse()
+                    data = answer.read()
             finally:
                 upstream.close()
+            if is_write:
+                time.sleep(random.uniform(0, faults.slow_writes))
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in (

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from raydetr.command import print_summary, write_summary
+from raydetr.command import print_summary, run, write_summary
+from raydetr.config import DemoConfig
 
 
 def test_a_summary_is_json_whatever_its_numbers_are(tmp_path: Path) -> None:
@@ -15,6 +16,22 @@ def test_a_summary_is_json_whatever_its_numbers_are(tmp_path: Path) -> None:
     assert "NaN" not in text
     assert json.loads(text) == {"schema_version": 1, "a": None, "b": {"c": [1.5, None]}, "d": "nan"}
     assert [each.name for each in file.parent.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize("place", ["a folder", "a file/summary.json"])
+def test_a_summary_that_could_not_be_written_is_refused_before_the_work(
+    tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "a file").touch()
+    calls: list[DemoConfig] = []
+    flags = ["--json", str(tmp_path / place)]
+    with pytest.raises(SystemExit) as ended:
+        run(lambda config: calls.append(config) or {}, DemoConfig, args=flags)
+    assert ended.value.code == 2
+    assert f"error: --json {tmp_path / place}: " in capsys.readouterr().err
+    assert calls == []
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a file", "a folder"]
 
 
 def test_numbers_are_printed_as_one_reads_them(capsys: pytest.CaptureFixture[str]) -> None:

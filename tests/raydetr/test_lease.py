@@ -1,6 +1,12 @@
 """One driver at a time; a dead one's lease runs out."""
 
+import os
+import pickle
+import random
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -8,14 +14,16 @@ from pathlib import Path
 import pytest
 
 from raydetr import storage
-from raydetr.errors import LeaseError
-from raydetr.lease import FILE, lease
+from raydetr.config import DemoConfig
+from raydetr.errors import LeaseError, StorageError
+from raydetr.lease import FILE, exclusive, lease
+from tests.raydetr.s3 import S3
 
 
 def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     with (
         lease(str(tmp_path), 1.0),
-        pytest.raises(LeaseError, match="held by another driver"),
+        pytest.raises(LeaseError, match="held by another process"),
         lease(str(tmp_path), 1.0),
     ):
         pass
@@ -76,7 +84,7 @@ def test_clocks_of_two_hosts_may_differ(tmp_path: Path, clock: float) -> None:
     while not storage.exists(address):
         time.sleep(0.01)
     try:
-        with pytest.raises(LeaseError, match="held by another driver"), lease(str(tmp_path), 1.0):
+        with pytest.raises(LeaseError, match="held by another process"), lease(str(tmp_path), 1.0):
             pass
     finally:
         ended.set()
@@ -102,11 +110,131 @@ def test_a_driver_whose_lease_was_taken_ends_and_leaves_it_to_the_other(
                 time.sleep(0.05)
 
     try:
-        with pytest.raises(LeaseError, match="another driver has taken the run"):
+        with pytest.raises(LeaseError, match="another process has taken the lease"):
             drive()
     finally:
         signal.signal(signal.SIGINT, usual)
     assert storage.read_json(address)["owner"] == "other"
+
+
+def test_a_driver_that_works_on_after_its_lease_was_taken_cannot_commit(tmp_path: Path) -> None:
+    address = f"{tmp_path}/{FILE}"
+    with lease(str(tmp_path), 60.0) as held:
+        held.verify()
+        copy = pickle.loads(pickle.dumps(held))  # of a worker elsewhere
+        copy.verify()
+        taken = {"owner": "host:1:abc", "command": "train.py", "expires": time.time() + 9}
+        storage.write_json(address, taken)
+        for each in (held, copy):
+            with pytest.raises(
+                LeaseError, match=r"commits nothing more|held by another process \(train.py, process 1 on"
+            ):
+                each.verify()
+    assert storage.read_json(address) == taken, "what the other one holds stays"
+    storage.delete_file(address)
+    with pytest.raises(LeaseError):
+        held.verify()
+
+
+def test_the_holder_is_named(tmp_path: Path) -> None:
+    with lease(str(tmp_path), 0.5), pytest.raises(LeaseError) as refusal, lease(str(tmp_path), 0.5):
+        pass
+    message = str(refusal.value)
+    assert f"process {os.getpid()} on {socket.gethostname()}, running since 20" in message
+    assert "\n" not in message
+
+
+def test_the_lease_of_a_process_that_has_gone_is_taken_at_once(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from raydetr.lease import lease\n"
+        "with lease(sys.argv[1], 60.0): print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    start = time.monotonic()
+    with pytest.raises(LeaseError), lease(str(tmp_path)):  # renewed every 15 s: seen to be alive all the same
+        pass
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with lease(str(tmp_path)):
+        assert time.monotonic() - start < 10
+
+
+def test_a_file_that_is_no_lease_is_named(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("{")
+    with (
+        pytest.raises(StorageError, match=r"lease\.json: not a lease of raydetr .*delete the file"),
+        lease(str(tmp_path)),
+    ):
+        pass
+
+
+def test_a_command_is_run_by_one_process_at_a_time(tmp_path: Path) -> None:
+    config = DemoConfig(output=str(tmp_path))
+    calls = []
+
+    @exclusive
+    def main(config: DemoConfig) -> int:
+        calls.append(config)
+        with pytest.raises(LeaseError, match="held by another process"):
+            main(config)
+        return 7
+
+    assert main(config) == 7
+    assert calls == [config]
+
+
+def rounds(s3: S3, count: int, at_once: int, slow_writes: float, duration_s: float) -> None:
+    """Rounds of three drivers that begin together with writes that take up to twice `slow_writes`.
+
+    In none do two of them work at the same time, and the one that works is never the one that stops.
+    """
+    with lease(s3.address("warm-up"), 60.0):
+        pass
+    s3.faults.slow_writes = slow_writes
+    failures: list[str] = []
+    worked: list[tuple[int, int]] = []
+    lock = threading.Lock()
+
+    def drive(number: int, driver: int, working: list[int]) -> None:
+        try:
+            with lease(s3.address(f"round-{number}"), duration_s, wait_s=600) as held:
+                working.append(driver)
+                end = time.monotonic() + random.uniform(0, duration_s / 2)
+                while time.monotonic() < end:
+                    if working != [driver]:
+                        failures.append(f"round {number}: {working} at once")
+                    time.sleep(0.02)
+                held.verify()
+                working.remove(driver)
+            with lock:
+                worked.append((number, driver))
+        except (LeaseError, StorageError) as error:
+            failures.append(f"round {number}, driver {driver}: {error}")
+
+    for start in range(0, count, at_once):
+        threads = []
+        for number in range(start, min(start + at_once, count)):
+            working: list[int] = []
+            threads += [threading.Thread(target=drive, args=(number, driver, working)) for driver in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    assert sorted(worked) == [(number, driver) for number in range(count) for driver in range(3)]
+
+
+def test_of_drivers_whose_writes_are_slow_one_works_at_a_time(s3: S3) -> None:
+    rounds(s3, count=3, at_once=3, slow_writes=0.1, duration_s=1.0)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+def test_two_hundred_rounds_with_writes_that_take_up_to_five_seconds(s3: S3) -> None:
+    rounds(s3, count=200, at_once=20, slow_writes=2.5, duration_s=20.0)
 
 
 def test_a_user_who_interrupts_is_obeyed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from pyarrow import fs
@@ -58,12 +59,31 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path: 
     assert storage.list_names(str(tmp_path)) == ["x"]
 
 
-def test_a_file_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
-    address = str(tmp_path / "x")
+@pytest.mark.parametrize("scheme", ["", "file://", "moved://"])
+def test_a_file_is_not_there_before_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    address = f"{scheme}{tmp_path}/x"
+    if scheme == "moved://":  # another file system of pyarrow, whose files are visible while they are written
+        inner = fs.SubTreeFileSystem("/", fs.LocalFileSystem())
+        monkeypatch.setattr(
+            storage, "resolve", lambda address: (inner, address.removeprefix(scheme).lstrip("/"))
+        )
+        seen = []
+        copy = storage.shutil.copyfileobj
+
+        def look(source: BinaryIO, target: BinaryIO, length: int) -> None:
+            copy(source, target, length)
+            seen.append(storage.exists(address))
+
+        monkeypatch.setattr(storage.shutil, "copyfileobj", look)
     with storage.open_output(address) as stream:
         stream.write(b"part")
         assert not storage.exists(address)
     assert storage.read_bytes(address) == b"part"
+    assert os.listdir(tmp_path) == ["x"]
+    if scheme == "moved://":
+        assert seen == [False]
 
 
 def test_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:
@@ -153,6 +173,50 @@ def test_a_folder_copies_there_and_back(tmp_path: Path) -> None:
     assert (back / "a").read_bytes() + (back / "sub" / "b").read_bytes() == b"12"
     with pytest.raises(StorageError, match="nowhere"):
         storage.download_folder(str(tmp_path / "nowhere"), str(back))
+
+
+@pytest.mark.parametrize("name", ["../escape", "a/../../escape", "/escape", "a//b", "./a", "a\\..\\b"])
+def test_names_that_lead_out_of_a_folder_are_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Keys of an object store may be any text."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "escape").write_text("precious")
+    monkeypatch.setattr(storage, "list_files", lambda _: iter([(name, 1)]))
+    with pytest.raises(StorageError, match="leads out of the folder"):
+        storage.download_folder(str(tmp_path / "source"), str(tmp_path / "target"))
+    assert sorted(os.listdir(tmp_path)) == ["escape", "source"]
+    assert (tmp_path / "escape").read_text() == "precious"
+
+
+def test_a_file_uri_is_the_path_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "a b").write_text("1")
+    assert storage.absolute((tmp_path / "a b").as_uri()) == str(tmp_path / "a b")
+    assert storage.read_bytes((tmp_path / "a b").as_uri()) == b"1"
+    with pytest.raises(StorageError, match="file:///folder/file"):
+        storage.read_bytes("file://host/x")
+
+
+def test_a_folder_that_several_delete_is_deleted(tmp_path: Path) -> None:
+    errors: list[Exception] = []
+
+    def delete() -> None:
+        try:
+            storage.delete_folder(str(tmp_path / "folder"))
+        except StorageError as error:
+            errors.append(error)
+
+    for _ in range(5):
+        (tmp_path / "folder").mkdir()
+        for number in range(200):
+            (tmp_path / "folder" / str(number)).touch()
+        threads = [threading.Thread(target=delete) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not (tmp_path / "folder").exists()
+    assert errors == []
 
 
 def test_deleting_takes_what_is_there_and_nothing_else(tmp_path: Path) -> None:

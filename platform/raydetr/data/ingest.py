@@ -45,6 +45,7 @@ from raydetr.data.shards import (
 from raydetr.data.split import Split, near_duplicates_of, split_images
 from raydetr.data.usable import CROWDS_REMEDY, Usable, require_usable
 from raydetr.errors import ConfigError, DataError
+from raydetr.lease import WAIT_S, Held, lease
 
 _SOURCE = "source.json"
 _OWN_FILES = re.compile(rf"(shard-\d{{6,}}\.parquet|{re.escape(FAULTS)})(\.[0-9a-f]{{32}}\.partial)?")
@@ -172,17 +173,9 @@ def _ingest(
     if options.reading != AS_USUAL:
         settings.append(json.dumps(asdict(options.reading)))
     source = hashlib.sha256(json.dumps([inputs.digest, settings]).encode()).hexdigest()
-    base: Manifest | None = None
-    categories = inputs.categories
-    if storage.exists(storage.join(output, MANIFEST)):
-        base = Manifest.load(output)
-        if base.source == source or not options.append:
-            return _finished(base, source)
-        _check_appended(base, inputs, part)
-        categories = base.categories
-    elif options.append:
-        raise DataError(f"{output}: no {MANIFEST}, so nothing to append to: leave --append out.")
-    elif not categories:
+    if finished := _find(output, source, options):
+        return finished
+    if not options.append and not inputs.categories:
         raise DataError(
             f"{inputs.name}: 'categories' is empty: list the classes, also of images without objects."
         )
@@ -191,6 +184,44 @@ def _ingest(
         return inputs.index.faults() if tell else iter(())
 
     _check_policy(set_faults(), options.on_fault)
+    with lease(output, wait_s=WAIT_S) as held:
+        if finished := _find(output, source, options):  # written by the process that held the lease
+            return finished
+        return _write(inputs, output, options, part, progress, source, others, set_faults, held)
+
+
+def _find(output: str, source: str, options: Options) -> IngestResult | None:
+    """The result of an earlier ingest of this input; None where there is something to write.
+
+    Raises:
+        DataError: the output holds other data, or nothing to append to.
+    """
+    if storage.exists(storage.join(output, MANIFEST)):
+        base = Manifest.load(output)
+        if base.source == source or not options.append:
+            return _finished(base, source)
+    elif options.append:
+        raise DataError(f"{output}: no {MANIFEST}, so nothing to append to: leave --append out.")
+    return None
+
+
+def _write(
+    inputs: Inputs,
+    output: str,
+    options: Options,
+    part: str,
+    progress: Callable[[int, int], None] | None,
+    source: str,
+    others: Sequence[Manifest],
+    set_faults: Callable[[], Iterator[Fault]],
+    held: Held,
+) -> IngestResult:
+    """Write the shards of an input and, while the lease is held and everything is there, their manifest."""
+    base = Manifest.load(output) if options.append else None
+    categories = inputs.categories
+    if base:
+        _check_appended(base, inputs, part)
+        categories = base.categories
     _prepare(output, source, base)
     cluster.connect(cpus=1)
     read_in_tasks = {"images": inputs.addresses.images, "panoptic_masks": inputs.addresses.panoptic_masks}
@@ -238,6 +269,8 @@ def _ingest(
         fault for other in others for fault in near_duplicates_of(storage.absolute(output), shown, other)
     ]
     _check_policy(suspected, options.on_fault)
+    _check_written(output, ordered, num_images)
+    held.verify()
     earlier = read_faults(storage.join(output, WORK)) if base else iter(())
     manifest = write_manifest(
         output,
@@ -251,6 +284,23 @@ def _ingest(
     storage.delete_folder(storage.join(output, WORK))
     skipped = num_images + (base.num_images if base else 0) - manifest.num_images
     return IngestResult(manifest, True, skipped)
+
+
+def _check_written(output: str, results: Sequence[ShardResult], num_images: int) -> None:
+    """Prove that every image was read once and that every shard is what was written.
+
+    Raises:
+        DataError: something is missing or was written twice.
+    """
+    read = sum(result.num_images for result in results)
+    shards = [result.summary.shard for result in results if result.summary is not None]
+    present = storage.file_sizes(output, [shard.file for shard in shards])
+    wrong = [shard.file for shard in shards if present.get(shard.file) != shard.num_bytes]
+    if read != num_images or wrong:
+        raise DataError(
+            f"{output}: {read} of {num_images} images were read, and {len(wrong)} shards are not as they were written "
+            f"{wrong[:3]}: another process has changed the folder. Rerun the command."
+        )
 
 
 def _prepare(output: str, source: str, base: Manifest | None) -> None:

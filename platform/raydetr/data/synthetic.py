@@ -16,6 +16,7 @@ from raydetr.data.inputs import Addresses
 from raydetr.data.report import print_progress
 from raydetr.data.scenes import STUFF, THINGS, make_scene, panoptic_map, polygons
 from raydetr.errors import ConfigError
+from raydetr.lease import WAIT_S, lease
 
 GENERATOR_VERSION = 2
 """Raised with every change of the images, annotations or shards: embedded data of another version is made anew."""
@@ -104,13 +105,20 @@ def embedded(split: Literal["train", "val"], root: str = "runs/data") -> str:
     root = storage.absolute(root)
     folder, shards = storage.join(root, "coco", split), storage.join(root, split)
     marker = storage.join(folder, _MARKER)
-    if not storage.exists(marker) or storage.read_json(marker) != _description(num_images, seed, 128):
+
+    def is_generated() -> bool:
+        return storage.exists(marker) and storage.read_json(marker) == _description(num_images, seed, 128)
+
+    if not is_generated():
         cluster.connect(cpus=1)
         cluster.require_shared(train_data=root)
-        storage.delete_folder(folder)
-        storage.delete_folder(shards)
-        print(f"generating {num_images:,} images of the embedded {split} set in {folder}", flush=True)
-        generate(folder, num_images, seed, run=_run_on_ray)
+        with lease(storage.join(root, "coco"), wait_s=WAIT_S) as held:
+            if not is_generated():  # by the process that held the lease
+                storage.delete_folder(folder)
+                storage.delete_folder(shards)
+                print(f"generating {num_images:,} images of the embedded {split} set in {folder}", flush=True)
+                generate(folder, num_images, seed, run=_run_on_ray)
+                held.verify()
     ingest(
         Addresses(storage.join(folder, "annotations/instances.json"), storage.join(folder, "images")),
         shards,

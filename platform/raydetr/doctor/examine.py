@@ -1,5 +1,6 @@
 """The order of the checks, and which need what an earlier one found."""
 
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,8 @@ from raydetr.doctor.config import DoctorConfig
 from raydetr.doctor.findings import Finding, Report
 from raydetr.doctor.nodes import Node, alive
 from raydetr.doctor.shards import Contents
-from raydetr.errors import ConfigError
+from raydetr.errors import ConfigError, StorageError
+from raydetr.lease import lease
 from raydetr.registry import tracking
 from raydetr.training.model import build_model
 
@@ -26,7 +28,17 @@ def examine(config: DoctorConfig) -> dict[str, Any]:
 
     Returns:
         The summary: `status`, the findings, the figures.
+
+    Raises:
+        LeaseError: another doctor examines the same output.
     """
+    with ExitStack() as stack:
+        with suppress(StorageError):  # an output that cannot be written is one of the findings
+            stack.enter_context(lease(storage.join(storage.absolute(config.output), "doctor")))
+        return _examine(config)
+
+
+def _examine(config: DoctorConfig) -> dict[str, Any]:
     report = Report()
     report.run("cluster", partial(resources.connect, config))
     nodes = alive() if ray.is_initialized() else []

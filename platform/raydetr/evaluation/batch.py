@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from detr.config import DetrConfig
 from detr.image_processing.decode import ImageError, decode_image
 from raydetr import storage
-from raydetr.errors import DataError, RequestError
+from raydetr.errors import DataError, EvaluationError, RequestError
 from raydetr.evaluation.actors import ActorOptions, run_actors
 from raydetr.evaluation.coco_files import write_results
 from raydetr.evaluation.predict import Parts
@@ -98,8 +99,26 @@ def predict_by_model(
         for rows in run_actors(model, windows, "", None, settings, options):
             parts.add(rows)
     predictions = parts.read()
+    check_complete(predictions, images)
     parts.delete()
     return predictions
+
+
+def check_complete(predictions: pa.Table, images: Images) -> None:
+    """Prove that each image was predicted once.
+
+    Raises:
+        EvaluationError: naming images that are missing or there twice.
+    """
+    found = Counter(predictions.column("image_id").to_pylist())
+    expected = range(1, len(images.names) + 1)
+    missing = [images.names[image_id - 1] for image_id in expected if image_id not in found]
+    surplus = sorted(image_id for image_id, count in found.items() if count > 1 or image_id not in expected)
+    if missing or surplus:
+        raise EvaluationError(
+            f"Not every image of {images.folder} was predicted exactly once: {len(missing)} missing {missing[:5]}, image "
+            f"ids there twice or unknown {surplus[:5]}, of {len(images.names)}. No result is written: rerun the command."
+        )
 
 
 def predict_by_endpoint(images: Images, detect: Detect) -> tuple[pa.Table, dict[int, str]]:
@@ -113,7 +132,9 @@ def predict_by_endpoint(images: Images, detect: Detect) -> tuple[pa.Table, dict[
     """
     labels: dict[int, str] = {}
     rows = [_ask(image_id, images, detect, labels) for image_id in range(1, len(images.names) + 1)]
-    return table(rows), labels
+    predictions = table(rows)
+    check_complete(predictions, images)
+    return predictions, labels
 
 
 def _ask(image_id: int, images: Images, detect: Detect, labels: dict[int, str]) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
+from detr.output_names import output_name
 from raydetr import storage
 from raydetr.data.shards import Manifest, read_records
 
@@ -77,12 +77,12 @@ def write_coco_files(predictions: pa.Table, manifest: Manifest, output: str) -> 
 
 
 def _write_panoptic(predictions: pa.Table, names: Mapping[int, str], folder: str) -> Iterator[dict[str, Any]]:
-    """PNGs, named like the images; entries of COCO's panoptic results."""
+    """Write PNGs, named after the images; yields the entries of COCO's panoptic results."""
     for batch in predictions.select(["image_id", "panoptic", "segments"]).to_batches(256):
         for row in batch.to_pylist():
             if row["panoptic"] is None:
                 continue
-            name = str(PurePosixPath(names[row["image_id"]]).with_suffix(".png"))
+            name = output_name(names[row["image_id"]], ".png")
             storage.write_bytes(storage.join(folder, name), row["panoptic"])
             segments = [{"id": s["id"], "category_id": s["category_id"]} for s in row["segments"]]
             yield {"image_id": row["image_id"], "file_name": name, "segments_info": segments}

@@ -26,14 +26,12 @@ from raydetr.evaluation.figures import figure_names
 from raydetr.evaluation.page import write_page
 from raydetr.evaluation.predict import predict, read_predictions
 from raydetr.evaluation.predictions import Masks, PredictionSettings
-from raydetr.evaluation.record import ANALYSIS, evaluation_key, find, keep, make, tag_bound
+from raydetr.evaluation.record import ANALYSIS, check_room, evaluation_key, find, keep, make, tag_bound
 from raydetr.evaluation.score import score
-from raydetr.lease import lease
+from raydetr.lease import WAIT_S, Held, lease
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.registry.tracking import resolve_uri
 
-WAIT_S = 24 * 3600.0
-"""How long a second evaluation of the same waits for the first, whose figures are then its own."""
 _SEARCHED = 64
 """Records that are looked at for masks."""
 
@@ -77,16 +75,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     record = find(model, manifest, asdict(settings), output)
     known = record is not None
     if record is None:
+        check_room(model, manifest, asdict(settings), _figure_names(settings.task), output)
         connect(config.actors + 1, gpus=config.actors * config.num_gpus)
         require_shared(data=manifest.root, output=output, tracking_uri=uri)
-        with lease(output, wait_s=WAIT_S):
+    if record is None or config.coco_json:
+        with lease(output, wait_s=WAIT_S) as held:
             record = find(model, manifest, asdict(settings), output)
             known = record is not None
-            record = record or _evaluate(config, uri, model, manifest, settings, output)
+            record = record or _evaluate(config, uri, model, manifest, settings, output, held)
+            if config.coco_json:
+                write_coco_files(read_predictions(record["predictions"]), manifest, output)
     if known:
         print(f"{model.address} is already scored on these data: these are the stored figures.", flush=True)
-    if config.coco_json:
-        write_coco_files(read_predictions(record["predictions"]), manifest, output)
     summary = {
         "model": model.address,
         "data": manifest.root,
@@ -115,6 +115,7 @@ def _evaluate(
     manifest: Manifest,
     settings: Settings,
     output: str,
+    held: Held,
 ) -> dict[str, Any]:
     options = ActorOptions(config.actors, config.batch_size, config.num_gpus)
     of = PredictionSettings(settings.masks, config.precision, config.engine, settings.segment_threshold)
@@ -125,6 +126,7 @@ def _evaluate(
     record["padding_share"] = _padding_share(model, table)
     storage.write_json(storage.join(output, ANALYSIS), scored.analysis)
     write_page(record["report"], record, scored.analysis, manifest, table)
+    held.verify()
     return keep(uri, model, record, scored.analysis, output)
 
 
@@ -185,10 +187,14 @@ def _settings(config: EvaluateConfig, model: ResolvedModel, manifest: Manifest) 
         raise ConfigError(f"--task {task}: {model.address} is a detector without masks.")
     if (task == "instance" and not has_masks) or (task.startswith("panoptic") and not has_segments):
         raise DataError(f"--task {task}: the first {_SEARCHED} records of {manifest.root} have none.")
-    known = figure_names(masks=task == "instance", panoptic=task == "panoptic")
+    known = _figure_names(task)
     if config.metric not in known:
         raise ConfigError(f"--metric {config.metric}: the figures of --task {task} are {', '.join(known)}.")
     return Settings(task, config.precision, config.engine, config.segment_threshold)
+
+
+def _figure_names(task: str) -> list[str]:
+    return list(figure_names(masks=task == "instance", panoptic=task == "panoptic"))
 
 
 def _masks_of(manifest: Manifest) -> tuple[bool, bool]:

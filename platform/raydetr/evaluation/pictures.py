@@ -13,6 +13,7 @@ from PIL import Image
 from detr.drawing import draw_detections, draw_segments
 from detr.image_processing.decode import decode_image
 from detr.mask_codec import decode_segmentation
+from detr.output_names import output_name
 from detr.panoptic_png import read_panoptic_png
 from raydetr import storage
 from raydetr.evaluation.batch import FORMATS, extension
@@ -23,7 +24,7 @@ _IMAGES_OF_A_TASK = 32
 def write_pictures(
     predictions: pa.Table, folder: str, labels: Mapping[int, str], output: str, threshold: float
 ) -> int:
-    """Write each image with its detections, or its segments, into the folder `pictures`, under the image's name.
+    """Write each image with its detections, or its segments, into the folder `pictures`, named by `output_name`.
 
     Args:
         predictions: from `batch.with_names`.
@@ -61,7 +62,7 @@ def _draw_all(rows: pa.Table, folder: str, labels: dict[int, str], output: str, 
     for row in rows.to_pylist():
         name = row["file_name"]
         picture = draw(storage.read_bytes(storage.join(folder, name)), row, labels, threshold)
-        storage.write_bytes(storage.join(output, name), encode(picture, name))
+        storage.write_bytes(storage.join(output, output_name(name)), encode(picture, name))
     return rows.select(["image_id"])
 
 

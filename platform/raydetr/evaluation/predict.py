@@ -10,6 +10,7 @@ What is predicted is kept in parts while the work goes on; a run that was killed
 import hashlib
 import json
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -159,7 +160,8 @@ class Parts:
     def _write(self) -> None:
         if not self._waiting:
             return
-        name = f"part-{len(self._names):06d}.parquet"
+        # A name of its own: a process that works on after its lease was taken must not replace a part.
+        name = f"part-{len(self._names):06d}-{uuid.uuid4().hex[:12]}.parquet"
         with storage.open_output(storage.join(self.folder, name)) as stream:
             pq.write_table(pa.concat_tables(self._waiting), stream, compression="zstd")
         self._names.append(name)

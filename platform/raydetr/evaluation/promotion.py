@@ -17,7 +17,7 @@ from raydetr import storage
 from raydetr.config import PromoteConfig
 from raydetr.data.mask_targets import MaskKind
 from raydetr.data.shards import Manifest
-from raydetr.errors import DataError, StorageError
+from raydetr.errors import DataError, RegistryError, StorageError
 from raydetr.evaluation import latency
 from raydetr.evaluation.compare import compare
 from raydetr.evaluation.page_comparison import write_comparison
@@ -26,7 +26,7 @@ from raydetr.evaluation.truth import read_truth
 from raydetr.registry import gate
 from raydetr.registry.gate import Contender, Decision, Rule
 from raydetr.registry.ledger import Entry, Ledger, now
-from raydetr.registry.models import resolve
+from raydetr.registry.models import files_digest, resolve
 from raydetr.registry.promote import Promotion, contender, keep_refusal, move, open_decision, undo
 from raydetr.registry.tracking import client, end_run, registry_errors, resolve_uri
 
@@ -104,6 +104,8 @@ def judge(config: PromoteConfig, uri: str, challenger: Contender, champion: Cont
     digest = gate.choose_judge(challenger, champion, _asked(config.data))
     records = [each.evaluations[digest] for each in both if digest in each.evaluations]
     rules = gate.check_papers(config, challenger, champion, digest, _missing_reports(both, digest))
+    if all(rule.passed for rule in rules):
+        rules.append(gate.check_files(both, {each.version: _files_digest(uri, each) for each in both}))
     if not all(rule.passed for rule in rules):
         return Judgement(gate.decide(rules, "", config.reason), digest)
     manifest = None
@@ -128,6 +130,13 @@ def _champion(uri: str, name: str, alias: str) -> Contender | None:
     with registry_errors(uri):
         version = client(uri).get_registered_model(name).aliases.get(alias)
     return None if version is None else contender(uri, f"models:/{name}/{version}")
+
+
+def _files_digest(uri: str, version: Contender) -> str:
+    try:
+        return files_digest(uri, version.name, version.version)
+    except RegistryError as error:
+        return f"no files that can be read ({error})"
 
 
 def _asked(data: str) -> str:

@@ -9,16 +9,17 @@ same ones when it is started again: the run in MLflow is known by the tag `evalu
 import hashlib
 import json
 import os
-import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from raydetr import storage
 from raydetr.data.shards import Manifest
+from raydetr.errors import ConfigError
+from raydetr.mlflow_names import class_metric
 from raydetr.registry.models import ResolvedModel
-from raydetr.registry.promote import evaluations, put_evaluation
+from raydetr.registry.promote import evaluation_room, evaluations, put_evaluation
 from raydetr.registry.tracking import (
     client,
     end_run,
@@ -100,6 +101,33 @@ def make(
     }
 
 
+def check_room(
+    model: ResolvedModel, manifest: Manifest, settings: Mapping[str, Any], figures: Sequence[str], output: str
+) -> None:
+    """Check that the record of an evaluation will fit into a tag of the version, before anything is predicted.
+
+    Args:
+        model: what is to be scored.
+        manifest: of the shards.
+        settings: as for `make`.
+        figures: their names.
+        output: folder of the evaluation.
+
+    Raises:
+        ConfigError: it will not.
+    """
+    if model.version is None:
+        return
+    longest = dict.fromkeys(figures, -1.2345678901234567e-10)
+    record = make(model, manifest, settings, longest, {}, storage.join(output, "predictions.parquet"), output)
+    surplus = -evaluation_room(record | {"run_id": "0" * 32, "padding_share": longest[figures[0]]})
+    if surplus > 0:
+        raise ConfigError(
+            f"--output {output}: the record of this evaluation would have {surplus} characters more than MLflow keeps "
+            f"in a tag: it names {output} three times and {manifest.root} once. Give shorter addresses."
+        )
+
+
 def keep(
     uri: str, model: ResolvedModel, record: Mapping[str, Any], analysis: Mapping[str, Any], output: str
 ) -> dict[str, Any]:
@@ -157,11 +185,12 @@ def tag_bound(uri: str, model: ResolvedModel, record: Mapping[str, Any], found: 
 
 def _of_classes(analysis: Mapping[str, Any]) -> dict[str, float]:
     """AP and PQ of each class by a name that MLflow accepts."""
-    values: dict[str, float] = {}
-    for each in analysis["classes"]:
-        name = re.sub(r"[^\w\-. /]", "_", str(each["name"]))
-        values |= {f"{key}/{name}": each[key] for key in ("AP", "mask_AP", "PQ") if key in each}
-    return values
+    return {
+        class_metric(key, str(each["name"])): each[key]
+        for each in analysis["classes"]
+        for key in ("AP", "mask_AP", "PQ")
+        if key in each
+    }
 
 
 def _is_whole(record: Mapping[str, Any], key: str) -> bool:

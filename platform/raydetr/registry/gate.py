@@ -157,6 +157,22 @@ def check_papers(
     return rules
 
 
+def check_files(contenders: Sequence[Contender], found: Mapping[int, str]) -> Rule:
+    """The versions still have the files that they were registered with.
+
+    Args:
+        contenders: the challenger and, where there is one, the champion.
+        found: version → digest of its files now, or what is wrong with them.
+    """
+    changed = [each for each in contenders if found[each.version] != each.digest]
+    return Rule(
+        "the files are those that were registered",
+        not changed,
+        "; ".join(f"{each.label} has {found[each.version][:200]}" for each in changed) or "yes",
+        "the digest of the version's files" + (": restore them, or register again" if changed else ""),
+    )
+
+
 def check_data(recorded: Sequence[str], found: str, address: str) -> Rule:
     """The shards at the address that the records name are those that were scored.
 

@@ -21,7 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from raydetr.conditional import wins
 from raydetr.errors import RegistryError
+from raydetr.mlflow_names import require_alias
 from raydetr.registry.tracking import artifact_location, client, registry_errors, start_run
 
 LEDGERS = "promotion"
@@ -74,8 +76,10 @@ class Ledger:
         """Find it, or begin it.
 
         Raises:
+            ConfigError: no alias can have this name.
             RegistryError: MLflow refuses, or the ledger's run was deleted.
         """
+        require_alias(alias, "--alias")
         self.uri, self.name, self.alias = uri, name, alias
         self.client = client(uri)
         self.experiment = experiment_name(name, alias)
@@ -102,20 +106,28 @@ class Ledger:
         """
         from mlflow.exceptions import MlflowException
 
-        value = asdict(entry)
-        number = value.pop("number")
-        try:
-            self.client.log_param(self.run_id, f"{number:04d}", json.dumps(value))
-        except MlflowException as error:
-            # Told that it is taken, or told nothing since the answer was lost: what is written decides.
+        content = asdict(entry)
+        number = content.pop("number")
+        refusal: MlflowException | None = None
+
+        def write() -> bool:
+            nonlocal refusal
+            try:
+                self.client.log_param(self.run_id, f"{number:04d}", json.dumps(content))
+            except MlflowException as error:  # taken, or the answer was lost
+                refusal = error
+            return refusal is None
+
+        def read() -> Entry:
             written = {known.number: known for known in self.entries()}
             if number not in written:
                 raise RegistryError(
                     f"MLflow at {self.uri}: {self.name}@{self.alias}: entry {number} of the ledger (run {self.run_id}) "
-                    f"cannot be written: {error.message}"
-                ) from error
-            return written[number] == entry
-        return True
+                    f"cannot be written: {refusal and refusal.message}"
+                ) from refusal
+            return written[number]
+
+        return wins(write, read, entry)
 
     def settle(self) -> list[Entry]:
         """Make the alias and the versions' tags what the last entry says and end its decision's run, unless that was

@@ -14,13 +14,21 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydetr.errors import ConfigError, RegistryError
+from raydetr.mlflow_names import require_alias, require_model_name
 from raydetr.registry.card import model_card
-from raydetr.registry.sources import MODEL_FILES, cache_folder, fetch_folder, require_model_files
+from raydetr.registry.sources import (
+    MODEL_FILES,
+    cache_folder,
+    fetch_folder,
+    folder_digest,
+    require_model_files,
+)
 from raydetr.registry.tracking import client, registry_errors
 
 if TYPE_CHECKING:
@@ -87,8 +95,11 @@ def register(
         the version.
 
     Raises:
+        ConfigError: no registered model can have this name.
         RegistryError: a file is missing, or MLflow refuses.
     """
+    require_model_name(name, "--name")
+    require_alias(alias, "--alias")
     require_model_files(folder)
     all_tags = {DIGEST_TAG: folder_digest(folder), **{key: str(value) for key, value in (tags or {}).items()}}
     mlflow_client = client(uri)
@@ -149,23 +160,51 @@ def resolve(address: str, uri: str) -> ResolvedModel:
     if not address.startswith("models:"):
         return _resolve_folder(address)
     version = registered_version(address, uri)
-    with registry_errors(uri):
-        directory = _version_directory(client(uri), uri, version)
-    folder = model_folder(directory)
-    require_model_files(folder)
+    pinned = f"models:/{version.name}/{version.version}"
+    folder = _files_of(uri, version)
     return ResolvedModel(
-        address=f"models:/{version.name}/{version.version}",
+        address=pinned,
         uri=uri,
         folder=folder,
         name=version.name,
         version=int(version.version),
-        digest=version.tags.get(DIGEST_TAG) or folder_digest(folder),
+        digest=_verified(folder, version.tags.get(DIGEST_TAG, ""), pinned),
     )
 
 
 def local_folder(model: ResolvedModel) -> str:
-    """The model's folder on the machine of the caller, which may be another one than resolved it."""
-    return model.folder if os.path.isdir(model.folder) else resolve(model.address, model.uri).folder
+    """The model's folder on the machine of the caller, which may be another one than resolved it.
+
+    Raises:
+        RegistryError: the files there are not those that were resolved.
+    """
+    folder = model.folder if os.path.isdir(model.folder) else resolve(model.address, model.uri).folder
+    _verified(folder, model.digest, model.address)
+    return folder
+
+
+def files_digest(uri: str, name: str, version: int) -> str:
+    """The digest of the files that a registered version has now; `DIGEST_TAG` has that of the files it was made of.
+
+    Raises:
+        RegistryError: there is no such version, or its files are gone.
+    """
+    return _digest_once(_files_of(uri, registered_version(f"models:/{name}/{version}", uri)))
+
+
+def _verified(folder: str, expected: str, address: str) -> str:
+    """The digest of a folder's files, which is the expected one; empty: any.
+
+    Raises:
+        RegistryError: it is another one.
+    """
+    found = _digest_once(folder)
+    if expected and found != expected:
+        raise RegistryError(
+            f"{address}: the files in {folder} are not those of this model (digest {found[:12]} instead of "
+            f"{expected[:12]}): they were changed or damaged. Restore them, or register the model again."
+        )
+    return found
 
 
 def registered_version(address: str, uri: str) -> Any:
@@ -222,13 +261,15 @@ def find_version(
     return by_number[int(version or 0)]
 
 
-def folder_digest(folder: str) -> str:
-    """sha256 (hex) over the names and contents of the files that make a model."""
-    digest = hashlib.sha256()
-    for name in MODEL_FILES:
-        with open(os.path.join(folder, name), "rb") as stream:
-            digest.update(f"{name}\n".encode() + hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+def _digest_once(folder: str) -> str:
+    """As `folder_digest`, computed once a process for files that do not change."""
+    status = [os.stat(os.path.join(folder, name)) for name in MODEL_FILES]
+    return _digest_of(folder, tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in status))
+
+
+@lru_cache(maxsize=64)
+def _digest_of(folder: str, _status: tuple[tuple[int, ...], ...]) -> str:
+    return folder_digest(folder)
 
 
 def model_folder(directory: str) -> str:
@@ -276,6 +317,14 @@ def _build_version(
     return directory
 
 
+def _files_of(uri: str, version: Any) -> str:
+    """The local folder of a version's model files, unverified."""
+    with registry_errors(uri):
+        folder = model_folder(_version_directory(client(uri), uri, version))
+    require_model_files(folder)
+    return folder
+
+
 def _version_directory(mlflow_client: "MlflowClient", uri: str, version: Any) -> str:
     """Local directory of a version: in place where the artifacts are local, else downloaded once a machine."""
     import mlflow.artifacts
@@ -288,6 +337,8 @@ def _version_directory(mlflow_client: "MlflowClient", uri: str, version: Any) ->
     cache = cache_folder()
     identity = f"{uri} {location} {version.name} {version.version} {version.creation_timestamp}"
     target = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    if target.exists() and not _is_whole(target, version):
+        shutil.rmtree(target, ignore_errors=True)  # damaged on this disk: fetch it again
     if not target.exists():
         partial = cache / f"{target.name}.{uuid.uuid4().hex}.partial"
         try:
@@ -301,3 +352,11 @@ def _version_directory(mlflow_client: "MlflowClient", uri: str, version: Any) ->
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return str(target)
+
+
+def _is_whole(directory: Path, version: Any) -> bool:
+    """Whether a cached version has the files that it was registered with."""
+    try:
+        return version.tags.get(DIGEST_TAG) in (None, _digest_once(model_folder(str(directory))))
+    except OSError:
+        return False

@@ -60,7 +60,7 @@ def put_evaluation(model: ResolvedModel, data_digest: str, record: Mapping[str, 
     Raises:
         RegistryError: the record is too long for MLflow, or MLflow refuses.
     """
-    value = json.dumps(record, sort_keys=True)
+    value = _as_tag(record)
     if len(value) > TAG_LENGTH:
         sizes = {key: len(json.dumps(part)) for key, part in record.items()}
         longest = max(sizes, key=lambda key: sizes[key])
@@ -76,6 +76,19 @@ def put_evaluation(model: ResolvedModel, data_digest: str, record: Mapping[str, 
             tags[f"{REPORT_TAG}{data_digest[:12]}"] = str(report)
         for key, content in reversed(tags.items()):  # the evaluation last: where it is, the report is
             mlflow_client.set_model_version_tag(str(model.name), str(model.version), key, content)
+
+
+def evaluation_room(record: Mapping[str, Any]) -> int:
+    """Characters that an evaluation leaves of a tag's length; negative: it does not fit."""
+    return TAG_LENGTH - len(_as_tag(record))
+
+
+def _as_tag(record: Mapping[str, Any]) -> str:
+    """A record as JSON, with as many of its undecodable images as fit: the predictions have them all."""
+    named = dict(record.get("undecodable") or {})
+    while len(value := json.dumps({**record, "undecodable": named}, sort_keys=True)) > TAG_LENGTH and named:
+        named.popitem()
+    return value if "undecodable" in record else json.dumps(record, sort_keys=True)
 
 
 def evaluations(model: ResolvedModel) -> dict[str, dict[str, Any]]:

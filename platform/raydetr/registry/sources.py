@@ -1,5 +1,6 @@
 """Model folders that are in no registry, brought to this machine: local ones, those on storage, those of the hub."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -54,23 +55,39 @@ def require_model_files(folder: str) -> None:
         raise RegistryError(f"{folder}: not a model, {', '.join(missing)} missing; it holds {found}.")
 
 
+def folder_digest(folder: str) -> str:
+    """sha256 over the names and contents of the files that make a model."""
+    digest = hashlib.sha256()
+    for name in MODEL_FILES:
+        with open(os.path.join(folder, name), "rb") as stream:
+            digest.update(f"{name}\n".encode() + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
 def _download(address: str) -> str:
     """A copy of a folder on storage, in the cache under the digest of its files: what is there may change."""
-    files, digest = {}, hashlib.sha256()
+    partial = cache_folder() / f"{uuid.uuid4().hex}.partial"
     try:
         for name in MODEL_FILES:
-            files[name] = storage.read_bytes(storage.join(address, name))
-            digest.update(f"{name}\n".encode() + hashlib.sha256(files[name]).digest())
+            with storage.open_output(str(partial / name)) as stream:
+                for chunk in storage.read_chunks(storage.join(address, name)):
+                    stream.write(chunk)
+        digest = folder_digest(str(partial))
+        target = cache_folder() / digest[:32]
+        if target.exists() and not is_copy(target, digest):
+            shutil.rmtree(target)  # damaged on this disk
+        with contextlib.suppress(OSError):  # it is there, or another process was first
+            partial.rename(target)
     except StorageError as error:
         raise RegistryError(f"{address}: not a folder with {', '.join(MODEL_FILES)} ({error})") from error
-    target = cache_folder() / digest.hexdigest()[:32]
-    if not target.exists():
-        partial = cache_folder() / f"{target.name}.{uuid.uuid4().hex}.partial"
-        partial.mkdir(parents=True)
-        for name, data in files.items():
-            (partial / name).write_bytes(data)
-        try:
-            partial.rename(target)
-        except OSError:  # another process was first
-            shutil.rmtree(partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return str(target)
+
+
+def is_copy(folder: Path, digest: str) -> bool:
+    """Whether a folder holds the files of this digest."""
+    try:
+        return folder_digest(str(folder)) == digest
+    except OSError:
+        return False

@@ -20,6 +20,7 @@ from urllib.parse import quote
 import httpx
 
 from raydetr.errors import ConfigError, RegistryError
+from raydetr.mlflow_names import require_experiment
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,6 +32,7 @@ _SQLITE = "sqlite:///"
 _METRICS_PER_CALL = 1000  # MLflow's limits of one log_batch
 _PARAMS_PER_CALL = 100
 _PARAM_LENGTH = 6000
+_RUN_NAME_LENGTH = 250
 
 
 def resolve_uri(flag: str) -> str:
@@ -120,7 +122,7 @@ def start_run(
         if run_id is None:
             experiment_id = _experiment_id(mlflow_client, uri, experiment)
             # With its tags at once: whoever is ended right after it knows it by them when started again.
-            created = mlflow_client.create_run(experiment_id, tags=all_tags, run_name=name)
+            created = mlflow_client.create_run(experiment_id, tags=all_tags, run_name=name[:_RUN_NAME_LENGTH])
             run_id = str(created.info.run_id)
             known: dict[str, str] = {}
             all_tags = {}
@@ -247,6 +249,7 @@ def _database_file(uri: str) -> str:
 
 def _experiment_id(mlflow_client: "MlflowClient", uri: str, name: str) -> str:
     """The id of an experiment, which is created where it does not exist."""
+    require_experiment(name, "--experiment")
     from mlflow.exceptions import MlflowException
 
     found = mlflow_client.get_experiment_by_name(name)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from detr.query_groups import QueryGroups
 from raydetr import storage
 from raydetr.errors import StorageError, TrainingError
+from raydetr.lease import Held
 from raydetr.training.state import TrainingState
 
 MARKER = "COMPLETE"
@@ -49,18 +50,22 @@ def last_committed_step(output: str) -> int:
     return max(committed_steps(output), default=0)
 
 
-def save(output: str, state: TrainingState, metadata: dict[str, Any]) -> str:
+def save(output: str, state: TrainingState, metadata: dict[str, Any], held: Held | None = None) -> str:
     """Write a checkpoint, marker last. Returns its address.
 
     Args:
         output: the run's folder.
         state: after `state.step` steps.
         metadata: kept as JSON in it.
+        held: the driver's lease of the folder; None: nobody else writes there.
 
     Raises:
         StorageError: it cannot be written; earlier checkpoints are untouched.
+        LeaseError: another driver has taken the lease; nothing is committed.
     """
     target = address(output, state.step)
+    if held:
+        held.verify()  # the folder may be the other driver's complete checkpoint
     storage.delete_folder(target)  # the rest of an attempt that ended half-way
     training: dict[str, Any] = {"optimizer": state.optimizer.state_dict()}
     if isinstance(state.module, QueryGroups):
@@ -84,6 +89,8 @@ def save(output: str, state: TrainingState, metadata: dict[str, Any]) -> str:
     storage.write_bytes(storage.join(target, "training.pt"), buffer.getvalue())
     counts = {name: getattr(state, name) for name in ("step", "images", "skipped", "non_finite")}
     storage.write_json(storage.join(target, STATE), {**metadata, **counts})
+    if held:
+        held.verify()
     storage.write_bytes(storage.join(target, MARKER), b"")
     return target
 

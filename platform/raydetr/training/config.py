@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raydetr.errors import ConfigError
+from raydetr.mlflow_names import require_experiment, require_model_name
 
 Task = Literal["detection", "instance", "panoptic", "panoptic-boxes"]
 Precision = Literal["float32", "bf16", "float64"]
@@ -212,6 +213,9 @@ class TrainConfig:
     """File for the summary as JSON."""
 
     def __post_init__(self) -> None:
+        require_experiment(self.experiment, "--experiment")
+        if self.name:
+            require_model_name(self.name, "--name")
         for name in (
             "workers",
             "steps",

@@ -20,7 +20,8 @@ from ray.train.v2._internal import util
 from raydetr.data import stream
 from raydetr.data.micro_batch import TrainingBatch
 from raydetr.data.shards import Manifest
-from raydetr.errors import StorageError, TrainingError
+from raydetr.errors import LeaseError, StorageError, TrainingError
+from raydetr.lease import Held
 from raydetr.training import checkpoint, non_finite, validation
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import StepTotals, all_reduce, step_totals, world_size
@@ -44,6 +45,7 @@ class Job:
     deadline: time.time() at which to end; None: never.
     background: validate in a task of its own, not between two steps.
     board: see `watchdog`.
+    held: the driver's lease of the run's folder: checkpoints are committed only while it is; None: no other driver.
     """
 
     config: TrainConfig
@@ -52,6 +54,7 @@ class Job:
     deadline: float | None = None
     background: bool = False
     board: Any = None
+    held: Held | None = None
 
 
 def train_worker(job: Job) -> dict[str, str]:
@@ -215,8 +218,8 @@ def commit(state: TrainingState, job: Job, progress: Progress) -> None:
     if progress.rank == 0:
         origin = {"config": asdict(config), "data_digest": job.data_digest}
         try:
-            checkpoint.save(config.output, state, {**progress.uncommitted(), **origin})
-        except StorageError as failure:
+            checkpoint.save(config.output, state, {**progress.uncommitted(), **origin}, job.held)
+        except (StorageError, LeaseError) as failure:
             error = str(failure)
             with contextlib.suppress(StorageError):  # it may not even be read
                 done = f"step {checkpoint.last_committed_step(config.output)}"

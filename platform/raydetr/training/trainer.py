@@ -22,7 +22,7 @@ from raydetr.data.synthetic import embedded
 from raydetr.data.usable import require_trainable, require_usable, trainable
 from raydetr.errors import ConfigError, OutOfTimeError, RaydetrError, RegistryError, TrainingError
 from raydetr.evaluation.categories import match_categories
-from raydetr.lease import lease
+from raydetr.lease import Held, lease
 from raydetr.registry import models, tracking
 from raydetr.training import checkpoint, scaling, validation
 from raydetr.training.config import TrainConfig
@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     manifest = Manifest.load(config.train_data)
     check(config, manifest)
-    with lease(config.output):
+    with lease(config.output) as held:
         if storage.exists(finished):  # by the driver that held the lease
             require_same_run(config)
             return dict(storage.read_json(finished))
@@ -72,9 +72,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
             validation.validate_what_was_lost(config, run_id)
             last = checkpoint.last_committed_step(config.output)
             if last < config.steps and not validation.has_stalled(config, last):
-                fit(config, manifest, run_id, start + 3600 * config.max_hours if config.max_hours else None)
+                deadline = start + 3600 * config.max_hours if config.max_hours else None
+                fit(config, manifest, run_id, deadline, held)
                 validation.validate_what_was_lost(config, run_id)
+            held.verify()
             summary = finish(config, manifest, run_id, time.time() - start)
+            held.verify()
         except RaydetrError as error:
             with contextlib.suppress(RegistryError):
                 status: tracking.RunStatus = "KILLED" if isinstance(error, OutOfTimeError) else "FAILED"
@@ -179,7 +182,13 @@ def _require_masks(config: TrainConfig, address: str, manifest: Manifest) -> Non
     )
 
 
-def fit(config: TrainConfig, manifest: Manifest, run_id: str, deadline: float | None) -> None:
+def fit(
+    config: TrainConfig,
+    manifest: Manifest,
+    run_id: str,
+    deadline: float | None,
+    held: Held | None = None,
+) -> None:
     """Run the workers until the last step is committed, or the run ends early.
 
     Raises:
@@ -199,7 +208,7 @@ def fit(config: TrainConfig, manifest: Manifest, run_id: str, deadline: float | 
         f"from step {stream.first_step()}",
         flush=True,
     )
-    outcome = _run_workers(config, manifest, stream, run_id, deadline, background)
+    outcome = _run_workers(config, manifest, stream, run_id, deadline, background, held)
     if outcome["error"]:
         raise TrainingError(outcome["error"])
     if outcome["ended"] == OUT_OF_TIME:
@@ -216,6 +225,7 @@ def _run_workers(
     run_id: str,
     deadline: float | None,
     background: bool,
+    held: Held | None,
 ) -> dict[str, str]:
     """What `train_worker` returned once all workers have ended, however often they were started again."""
     # The time after which Ray Train ends a worker whose process does not even answer.
@@ -229,6 +239,7 @@ def _run_workers(
             "run_id": run_id,
             "deadline": deadline,
             "background": background,
+            "held": held,
             "board": ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote(),
         },
         # Longer than the watchdog needs: whoever waits for a worker that hangs must not fail before that is named.

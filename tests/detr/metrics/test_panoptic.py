@@ -196,6 +196,25 @@ def test_a_map_in_memory_scores_as_its_png(tmp_path):
     assert evaluator.summarize() == expected.summarize()
 
 
+def test_maps_are_written_into_the_folder_one_for_each_image(tmp_path):
+    truth, predictions = random_data(0, tmp_path)
+    evaluator = PanopticEvaluator(truth, tmp_path / "truth", tmp_path / "deep" / "output")
+    names = ["../../escape.png", "a/x.jpg", "b/x.jpg", "/x.png"]
+    for prediction, name in zip(predictions, names):
+        ids = read_png(tmp_path / "found" / prediction["file_name"])
+        evaluator.update([{**prediction, "file_name": name, "segmentation": ids}])
+    evaluator.summarize()
+    written = json.loads((tmp_path / "deep" / "output" / "predictions.json").read_text())["annotations"]
+    files = [tmp_path / "deep" / "output" / each["file_name"] for each in written]
+    assert len({file.resolve() for file in files}) == len(files) > 1
+    assert all(file.resolve().is_relative_to(tmp_path / "deep" / "output") for file in files)
+    assert not (tmp_path / "escape.png").exists()
+    second = predictions[1]
+    ids = read_png(tmp_path / "found" / second["file_name"])
+    with pytest.raises(ValueError, match=r"both maps would be written to %2E%2E/%2E%2E/escape.png"):
+        evaluator.update([{**second, "file_name": names[0], "segmentation": ids}])
+
+
 def test_an_image_given_again_counts_once(tmp_path):
     truth, predictions = random_data(1, tmp_path)
     evaluator = PanopticEvaluator(truth, tmp_path / "truth")

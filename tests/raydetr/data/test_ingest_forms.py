@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 
 from raydetr import cluster, storage
+from raydetr.data import ingest as ingest_module
+from raydetr.data import synthetic
 from raydetr.data.ingest import Options, ingest, ingest_split
 from raydetr.data.inputs import Addresses, read_inputs
 from raydetr.data.schema import without_notes
 from raydetr.data.shards import Manifest, read_faults, read_records
 from raydetr.data.split import Split
-from raydetr.data.synthetic import generate
-from raydetr.errors import ClusterError, ConfigError, DataError
+from raydetr.data.synthetic import embedded, generate
+from raydetr.errors import ClusterError, ConfigError, DataError, LeaseError
+from tests.at_once import at_once
 from tests.raydetr.s3 import S3
 
 pytestmark = [
@@ -405,3 +408,68 @@ def test_from_and_to_s3_the_bytes_are_those_of_a_folder(generated: Path, tmp_pat
         command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ), check=False
     )
     assert "nothing to do" in again.stdout
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.nightly)])
+def test_of_two_at_once_one_writes_and_the_other_takes_its_result(
+    generated: Path, tmp_path: Path, rounds: int
+) -> None:
+    whole = tmp_path / "whole"
+    ingest(addresses(generated), str(whole), SMALL)
+    for number in range(rounds):
+        out = tmp_path / f"out-{number}"
+        done, refused = at_once(lambda out=out: ingest(addresses(generated), str(out), SMALL), 2)
+        assert refused == []
+        assert sorted(result.written for result in done) == [False, True]
+        assert files(out) == files(whole), "nothing is left behind either"
+
+
+def test_of_two_at_once_with_other_flags_one_is_refused(generated: Path, tmp_path: Path) -> None:
+    seeds = iter([1, 2])
+    done, refused = at_once(
+        lambda: ingest(addresses(generated), str(tmp_path), replace(SMALL, seed=next(seeds))), 2
+    )
+    assert len(done) == 1
+    assert "other input or of other flags" in str(refused[0])
+
+
+def test_shards_that_another_process_changed_get_no_manifest(
+    generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = ingest_module._check_written
+
+    def damage(output: str, *rest: Any) -> None:
+        with open(f"{output}/shard-000001.parquet", "ab") as stream:
+            stream.write(b"x")
+        check(output, *rest)
+
+    monkeypatch.setattr(ingest_module, "_check_written", damage)
+    with pytest.raises(DataError, match=r"1 shards are not as they were written \['shard-000001.parquet'\]"):
+        ingest(addresses(generated), str(tmp_path), SMALL)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_an_ingest_whose_lease_was_taken_writes_no_manifest(
+    generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = ingest_module._check_written
+    other = {"owner": "other", "expires": time.time() + 99}
+
+    def take(output: str, *rest: Any) -> None:
+        check(output, *rest)
+        storage.write_json(f"{output}/lease.json", other)
+
+    monkeypatch.setattr(ingest_module, "_check_written", take)
+    with pytest.raises(LeaseError, match="another process has taken the lease"):
+        ingest(addresses(generated), str(tmp_path), SMALL)
+    assert not (tmp_path / "manifest.json").exists()
+    assert storage.read_json(f"{tmp_path}/lease.json") == other
+
+
+def test_of_two_first_runs_one_makes_the_embedded_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthetic, "EMBEDDED", {"train": (40, 0), "val": (8, 1)})
+    done, refused = at_once(lambda: embedded("train", str(tmp_path)), 2)
+    assert (done, refused) == ([str(tmp_path / "train")] * 2, [])
+    assert Manifest.load(done[0]).num_images == 40

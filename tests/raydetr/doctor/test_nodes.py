@@ -10,6 +10,8 @@ import pytest
 from raydetr import cluster
 from raydetr.doctor import nodes, reach, versions
 from raydetr.doctor.examine import examine
+from raydetr.errors import LeaseError
+from raydetr.lease import lease
 from raydetr.registry import tracking
 from tests.raydetr.doctor.set_ups import configure, lines, write_data
 
@@ -131,6 +133,12 @@ def test_a_healthy_run_is_examined_without_a_warning(
         f"ok    memory: {each['found']}" for each in summary["findings"] if each["check"] == "memory"
     )
     assert not list((tmp_path / "run").glob("*.json")), "the run is not begun by being examined"
+
+
+def test_a_second_doctor_of_the_same_output_is_refused(tmp_path: Path) -> None:
+    config = configure(tmp_path)
+    with lease(f"{config.output}/doctor"), pytest.raises(LeaseError, match="held by another process"):
+        examine(config)
 
 
 def test_what_is_wrong_is_all_named_in_one_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,11 +13,11 @@ from PIL import Image
 from detr.detector import ObjectDetector
 from detr.panoptic_png import read_panoptic_png, write_panoptic_png
 from detr.segmentation import NO_MASK
-from raydetr.errors import DataError, RequestError
-from raydetr.evaluation import batch
+from raydetr.errors import DataError, EvaluationError, RequestError
+from raydetr.evaluation import batch, pictures, predict
 from raydetr.evaluation.actors import ActorOptions
 from raydetr.evaluation.pictures import draw, write_pictures
-from raydetr.evaluation.predictions import PredictionSettings, Predictor, table
+from raydetr.evaluation.predictions import PredictionSettings, Predictor, error_row, table
 from raydetr.registry.models import resolve
 from tests.tiny_detr import add_mask_head, png, save_tiny_detr
 
@@ -184,3 +185,58 @@ def test_the_labels_of_a_model_are_its_categories(tmp_path):
     with torch.no_grad():
         predictor = Predictor(ObjectDetector.from_pretrained(folder), None, PredictionSettings())
     assert predictor.category_ids.tolist() == [0, 1, 2]
+
+
+def test_images_are_predicted_exactly_once_or_nothing_is_written() -> None:
+    images = batch.Images("photos", ["a.jpg", "b.jpg", "c.jpg"])
+
+    def rows(*ids: int) -> pa.Table:
+        return table([error_row(image_id, "x") for image_id in ids])
+
+    batch.check_complete(rows(1, 2, 3), images)
+    for ids, message in (
+        ((1, 2), r"1 missing \['c.jpg'\]"),
+        ((1, 2, 2, 3), r"there twice or unknown \[2\]"),
+        ((1, 2, 3, 4), r"there twice or unknown \[4\]"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            batch.check_complete(rows(*ids), images)
+
+
+def test_parts_of_two_processes_never_replace_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "PART_S", -1.0)
+    first, second = (predict.Parts(str(tmp_path / "parts")) for _ in range(2))
+    for parts, ids in ((first, range(1, 6)), (second, range(1, 4)), (first, range(6, 11))):
+        parts.add(table([error_row(image_id, "x") for image_id in ids]))
+    assert first.read().column("image_id").to_pylist() == list(range(1, 11))
+    assert second.read().column("image_id").to_pylist() == [1, 2, 3]
+
+
+def test_pictures_of_keys_that_lead_out_stay_in_the_output(tmp_path):
+    """As an object store may have them."""
+    names = ["../escape.png", "a/../../b.png", "a//c.png", "d.png"]
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "photos" / name).write_bytes(png(40, 60, seed=0))
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    rows = pa.Table.from_pylist(
+        [
+            {
+                "image_id": number,
+                "height": 40,
+                "width": 60,
+                "score": [],
+                "category_id": [],
+                "bbox": [],
+                "file_name": name,
+                "panoptic": None,
+                "mask": None,
+            }
+            for number, name in enumerate(names, 1)
+        ]
+    )
+    output = tmp_path / "out" / "pictures"
+    pictures._draw_all(rows, str(tmp_path / "photos"), {}, str(output), 0.5)
+    made = [path for path in tmp_path.rglob("*") if path.is_file() and path not in before]
+    assert len(made) == 4
+    assert all(path.is_relative_to(output) for path in made)

@@ -9,11 +9,11 @@ import pytest
 
 from raydetr import storage
 from raydetr.data.shards import Manifest
-from raydetr.errors import RegistryError
+from raydetr.errors import ConfigError, RegistryError
 from raydetr.evaluation import record as module
-from raydetr.evaluation.record import EXPERIMENT, KEY_TAG, find, keep, make, tag_bound
+from raydetr.evaluation.record import EXPERIMENT, KEY_TAG, check_room, find, keep, make, tag_bound
 from raydetr.registry.models import ResolvedModel, register, resolve
-from raydetr.registry.promote import evaluations, promote
+from raydetr.registry.promote import evaluations, promote, put_evaluation
 from raydetr.registry.tracking import client, metric_history, start_run
 from tests.empty_registry import empty_registry
 from tests.tiers import rest_slow
@@ -63,12 +63,63 @@ def test_the_record_of_a_version_is_kept_in_three_places_and_lets_it_be_promoted
     assert run.data.params["data.digest"] == manifest.digest
     assert metric_history(version.uri, record["run_id"], "AP") == [(0, 0.25)]
     assert run.data.metrics["AP/ant"] == 0.5
-    assert run.data.metrics["AP/bee _b_"] == -1
+    assert run.data.metrics["AP/bee _x3C_b_x3E_"] == -1
     artifacts = {file.path for file in client(version.uri).list_artifacts(record["run_id"])}
     assert artifacts == {"analysis.json", "report.html"}
 
     assert find(version, manifest, SETTINGS, str(tmp_path / "elsewhere")) == record
     assert promote(version.uri, "models:/raydetr@challenger", "champion").version == 1
+
+
+def test_classes_of_any_name_have_a_metric_each(version, manifest, tmp_path):
+    names = [
+        ".",
+        "/",
+        "car/",
+        "a//b",
+        "",
+        "..",
+        "./x",
+        "a:b",
+        "a?b",
+        "a/b",
+        "c" * 400,
+        "c" * 401,
+        "é",
+        "\n",
+        "_x2F_",
+    ]
+    analysis = {"classes": [{"name": name, "AP": number / 100} for number, name in enumerate(names)]}
+    record = make(version, manifest, SETTINGS, FIGURES, {}, "p", str(tmp_path))
+    for place in ("report", "analysis"):
+        storage.write_bytes(record[place], b"{}")
+    run = client(version.uri).get_run(keep(version.uri, version, record, analysis, str(tmp_path))["run_id"])
+    of_classes = {key: value for key, value in run.data.metrics.items() if key.startswith("AP/")}
+    assert sorted(of_classes.values()) == [number / 100 for number in range(len(names))]
+
+
+def test_a_record_with_many_undecodable_images_is_cut_to_fit(version, manifest, tmp_path):
+    reasons = dict.fromkeys(range(10), "x" * 200)
+    record = make(
+        version,
+        manifest,
+        SETTINGS,
+        dict.fromkeys(map(str, range(60)), 0.123456789012345),
+        reasons,
+        "p",
+        "o" * 700,
+    )
+    put_evaluation(version, manifest.digest, record)
+    on_file = evaluations(version)[manifest.digest]
+    assert 0 < len(on_file["undecodable"]) < 10
+    assert {**on_file, "undecodable": {}} == {**record, "undecodable": {}}
+
+
+def test_a_record_that_cannot_fit_is_refused_before_anything_is_predicted(version, manifest, model):
+    check_room(version, manifest, SETTINGS, ["AP"], "o" * 500)
+    check_room(model, manifest, SETTINGS, ["AP"], "o" * 5000)  # of a folder none is put on file
+    with pytest.raises(ConfigError, match=r"--output ooo.*characters more than MLflow keeps in a tag"):
+        check_room(version, manifest, SETTINGS, ["AP"], "o" * 1600)
 
 
 def test_other_data_another_model_and_other_settings_have_no_record(version, manifest, tmp_path):

@@ -12,8 +12,9 @@ from raydetr.data.shards import Manifest
 from raydetr.evaluation.record import make
 from raydetr.evaluation.score import score
 from raydetr.evaluation.truth import read_truth
-from raydetr.registry.models import ResolvedModel
+from raydetr.registry.models import DIGEST_TAG, ResolvedModel
 from raydetr.registry.promote import put_evaluation
+from raydetr.registry.tracking import client
 from tests.raydetr.evaluation.tables import table_of
 
 SETTINGS = {"precision": "float32", "segment_threshold": 0.5, "max_detections": 100}
@@ -58,9 +59,8 @@ def put_on_file(
     folder.mkdir(parents=True)
     pq.write_table(predictions, folder / "predictions.parquet")
     (folder / "report.html").write_text(f"<p>version {version}</p>")
-    model = ResolvedModel(
-        f"models:/raydetr/{version}", uri, str(folder), "raydetr", version, f"digest {version}"
-    )
+    digest = client(uri).get_model_version("raydetr", str(version)).tags[DIGEST_TAG]
+    model = ResolvedModel(f"models:/raydetr/{version}", uri, str(folder), "raydetr", version, digest)
     address = str(folder / "predictions.parquet")
     scored = score(address, manifest, "none" if task == "detection" else task)
     settings = {**SETTINGS, "task": task}

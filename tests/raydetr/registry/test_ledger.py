@@ -1,18 +1,21 @@
 """The moves of an alias: numbered, written once, settled by whoever comes next, and undone."""
 
 import json
+import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from raydetr.errors import RegistryError
+from raydetr.config import PromoteConfig
+from raydetr.errors import ConfigError, RegistryError
 from raydetr.registry.gate import Decision
 from raydetr.registry.ledger import Entry, Ledger, experiment_name, now, text, undoable
 from raydetr.registry.promote import keep_refusal, move, open_decision, promote, undo
-from raydetr.registry.tracking import client
+from raydetr.registry.tracking import client, start_run
 from tests.mlflow_server import mlflow_server
 from tests.raydetr.registry.versions import bare_versions
 from tests.run_pipeline import environment
@@ -281,3 +284,46 @@ def test_a_decision_fits_into_a_tag():
     large = json.loads(text({"reason": "short", "rules": [rule] * 20 + [{**rule, "passed": False}]}))
     assert [r["passed"] for r in large["rules"]] == [False]
     assert len(text({"reason": "x" * 9000, "rules": [rule] * 20})) <= 5000
+
+
+@pytest.mark.parametrize("alias", ["latest", "V12", "", "best model", "a/b", "x" * 300])
+def test_an_alias_that_mlflow_refuses_is_refused_before_there_is_a_ledger(tracking_uri, alias):
+    bare_versions(tracking_uri, 1)
+    with pytest.raises(ConfigError, match="--alias"):
+        promote(tracking_uri, "models:/raydetr/1", alias)
+    with pytest.raises(ConfigError, match="--alias"):
+        PromoteConfig(alias=alias)
+    experiments = [each.name for each in client(tracking_uri).search_experiments()]
+    assert not [name for name in experiments if name.startswith("promotion")]
+
+
+def slow_rounds(uri: str, count: int, seconds: float) -> None:
+    """Rounds of three promotions at once that read, decide and write as slowly as they like: one wins each."""
+    bare_versions(uri, 3)
+    run_id = start_run(uri, "promotion", "decision", {}, {})
+    for number in range(1, count + 1):
+        won = []
+
+        def claim(version: int, number: int = number, won: list[int] = won) -> None:
+            ledger = Ledger(uri, "raydetr", f"alias-{number}")
+            time.sleep(random.uniform(0, seconds))
+            if ledger.claim(Entry(1, "promotion", None, version, run_id, now())):
+                won.append(version)
+            time.sleep(random.uniform(0, seconds))
+
+        threads = [threading.Thread(target=claim, args=(version,)) for version in (1, 2, 3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert won == [entry.version for entry in Ledger(uri, "raydetr", f"alias-{number}").entries()]
+
+
+def test_of_slow_promotions_one_wins(tracking_uri):
+    slow_rounds(tracking_uri, 2, 0.05)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3000)
+def test_of_slow_promotions_one_wins_in_two_hundred_rounds(tracking_uri):
+    slow_rounds(tracking_uri, 200, 2.5)

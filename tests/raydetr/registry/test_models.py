@@ -11,7 +11,8 @@ from detr.detector import ObjectDetector
 from detr.model import DetrForObjectDetection
 from raydetr import storage
 from raydetr.errors import ConfigError, RegistryError
-from raydetr.registry.models import folder_digest, local_folder, register, resolve
+from raydetr.registry import models
+from raydetr.registry.models import files_digest, folder_digest, local_folder, register, resolve
 from raydetr.registry.tracking import client, start_run
 from tests.tiny_detr import png, save_tiny_detr
 
@@ -186,6 +187,71 @@ def test_the_digest_changes_with_each_file(folder, tmp_path):
     assert folder_digest(str(copy)) != folder_digest(str(folder))
 
 
+FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
+
+
+def change(file: Path) -> None:
+    """Change one byte in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_version_whose_files_were_changed_is_not_loaded(tracking_uri, run_id, folder, name):
+    register(tracking_uri, run_id, str(folder))
+    model = resolve("models:/raydetr/1", tracking_uri)
+    assert local_folder(model) == model.folder
+    change(Path(model.folder, name))
+    for load in (lambda: resolve("models:/raydetr@challenger", tracking_uri), lambda: local_folder(model)):
+        with pytest.raises(
+            RegistryError, match=r"models:/raydetr/1: the files in .* are not those of this model"
+        ):
+            load()
+    assert files_digest(tracking_uri, "raydetr", 1) != model.digest
+    change(Path(model.folder, name))
+    assert resolve("models:/raydetr/1", tracking_uri) == model
+
+
+def test_a_folder_of_the_same_path_on_another_machine_is_not_taken_for_the_model(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "here")
+    model = resolve(str(tmp_path / "here"), "")
+    assert local_folder(model) == model.folder
+    shutil.rmtree(tmp_path / "here")
+    save_tiny_detr(tmp_path / "here", NAMES, seed=1)
+    with pytest.raises(RegistryError, match="are not those of this model"):
+        local_folder(model)
+
+
+def test_files_are_read_once_for_their_digest_while_they_do_not_change(
+    tracking_uri, run_id, folder, monkeypatch
+):
+    register(tracking_uri, run_id, str(folder))
+    resolve("models:/raydetr/1", tracking_uri)
+    read = []
+    monkeypatch.setattr(models, "folder_digest", lambda folder: read.append(folder) or folder_digest(folder))
+    model = resolve("models:/raydetr/1", tracking_uri)
+    local_folder(model)
+    assert read == []
+    Path(model.folder, "config.json").touch()
+    local_folder(model)
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [("a/b", "x"), ("a:b", "x"), ("a@b", "x"), ("it's", "x"), ("..", "x"), (" ", "x"), ("n" * 300, "x")]
+    + [("n", alias) for alias in ("", "latest", "v3", "a b", "a/b", "x" * 300)],
+)
+def test_a_name_or_alias_that_cannot_work_is_refused_before_anything_is_written(
+    tracking_uri, run_id, folder, name, alias
+):
+    with pytest.raises(ConfigError, match=r"--(name|alias)"):
+        register(tracking_uri, run_id, str(folder), name, alias)
+    assert client(tracking_uri).search_registered_models() == []
+    assert client(tracking_uri).search_logged_models(["0", "1"]) == []
+
+
 def test_a_model_on_storage_is_fetched_and_a_changed_one_again(s3, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     address = s3.address("models/tiny")
@@ -197,6 +263,11 @@ def test_a_model_on_storage_is_fetched_and_a_changed_one_again(s3, folder, tmp_p
     storage.upload_folder(str(other), address)
     assert resolve(address, "").digest == folder_digest(str(other)) != model.digest
     assert folder_digest(model.folder) == model.digest, "who resolved it before keeps what it had"
+    change(Path(model.folder, "model.safetensors"))
+    storage.upload_folder(str(folder), address)
+    assert resolve(address, "") == model, "a copy that was damaged on this disk is fetched again"
+    assert folder_digest(model.folder) == model.digest
+    assert not [file for file in Path(model.folder).parent.iterdir() if "partial" in file.name]
     with pytest.raises(RegistryError, match="not a folder with config"):
         resolve(s3.address("models/nothing"), "")
 

@@ -1,5 +1,6 @@
 """The registry through a real MLflow server instead of SQLite."""
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import torch
 
 from detr.detector import ObjectDetector
 from detr.model import DetrForObjectDetection
+from raydetr.errors import RegistryError
 from raydetr.registry.ledger import Ledger
 from raydetr.registry.models import folder_digest, register, resolve
 from raydetr.registry.promote import evaluations, promote, put_evaluation
@@ -72,6 +74,22 @@ def test_a_version_whose_files_lie_in_s3_loads_everywhere(s3, tmp_path, unused_p
 
         model = resolve("models:/raydetr@challenger", uri)
         assert folder_digest(model.folder) == folder_digest(str(folder))
+        weights = Path(model.folder, "model.safetensors")
+        weights.write_bytes(bytes(len(weights.read_bytes())))
+        assert resolve("models:/raydetr/1", uri) == model, (
+            "a copy that was damaged on this disk is fetched again"
+        )
+        (key,) = filter(lambda key: key.endswith("artifacts/model/model.safetensors"), s3.keys())
+        s3.client.put_object(Bucket=s3.bucket, Key=key, Body=bytes(len(weights.read_bytes())))
+        assert resolve("models:/raydetr/1", uri) == model, "the cache has what was verified"
+        whole = weights.read_bytes()
+        shutil.rmtree(tmp_path / "cache")
+        with pytest.raises(
+            RegistryError, match=r"models:/raydetr/1: the files in .* are not those of this model"
+        ):
+            resolve("models:/raydetr/1", uri)
+        s3.client.put_object(Bucket=s3.bucket, Key=key, Body=whole)
+        assert resolve("models:/raydetr/1", uri) == model
         (tmp_path / "report.html").write_text("<p>figures</p>")
         put_evaluation(model, "d1", {"figures": {"AP": 0.5}, "report": str(tmp_path / "report.html")})
         assert list(filter(lambda key: key.endswith("reports/d1.html"), s3.keys()))

@@ -1,6 +1,11 @@
-"""Registered versions for tests of promotions, made quickly: they have no files."""
+"""Registered versions for tests of promotions, made quickly: their files are a few bytes."""
+
+import hashlib
+import tempfile
+from pathlib import Path
 
 from raydetr.registry.models import DIGEST_TAG
+from raydetr.registry.sources import MODEL_FILES
 from raydetr.registry.tracking import client, start_run
 
 
@@ -10,10 +15,23 @@ def bare_versions(
     """Versions 1 to `count`, with an evaluation on the data `d1` where they are to have one."""
     run_id = start_run(uri, "training", "run", {}, {})
     mlflow = client(uri)
+    artifacts = mlflow.get_run(run_id).info.artifact_uri
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(1, count + 1):
+            Path(folder, str(number)).mkdir()
+            for file in MODEL_FILES:
+                Path(folder, str(number), file).write_text(str(number))
+        mlflow.log_artifacts(run_id, folder, "versions")
     mlflow.create_registered_model(name)
     for number in range(1, count + 1):
-        all_tags = {DIGEST_TAG: f"digest {number}", **(tags or {})}
+        all_tags = {DIGEST_TAG: digest_of(number), **(tags or {})}
         if evaluated:
             all_tags["evaluation.d1"] = '{"figures": {"AP": 0.5}}'
-        mlflow.create_model_version(name, "s3://nowhere/model", run_id=run_id, tags=all_tags)
+        mlflow.create_model_version(name, f"{artifacts}/versions/{number}", run_id=run_id, tags=all_tags)
     mlflow.set_registered_model_alias(name, "challenger", str(count))
+
+
+def digest_of(number: int) -> str:
+    """The digest of the files of a version that `bare_versions` made."""
+    content = hashlib.sha256(str(number).encode()).digest()
+    return hashlib.sha256(b"".join(f"{file}\n".encode() + content for file in MODEL_FILES)).hexdigest()

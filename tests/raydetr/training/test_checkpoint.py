@@ -1,14 +1,19 @@
 """A checkpoint is whole or not there, and a run goes on from it exactly."""
 
 import dataclasses
+import json
+import time
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 
 from raydetr import storage
 from raydetr.data.shards import Manifest
-from raydetr.errors import StorageError, TrainingError
+from raydetr.errors import LeaseError, StorageError, TrainingError
+from raydetr.lease import lease
 from raydetr.training import checkpoint
 from raydetr.training.config import TrainConfig
 from raydetr.training.state import TrainingState, create_state
@@ -67,16 +72,16 @@ def test_a_checkpoint_counts_only_when_everything_is_written(
     failing: str, config: TrainConfig, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.save(config.output, trained_state(config, manifest, 3), {})
-    write = storage.write_bytes
+    open_output = storage.open_output
     written = []
 
-    def fail(address: str, data: bytes) -> None:
+    def fail(address: str) -> AbstractContextManager[BinaryIO]:
         if address.endswith(failing):
             raise StorageError("disk full")
-        write(address, data)
         written.append(address)
+        return open_output(address)
 
-    monkeypatch.setattr(storage, "write_bytes", fail)
+    monkeypatch.setattr(storage, "open_output", fail)
     with pytest.raises(StorageError):
         checkpoint.save(config.output, trained_state(config, manifest, 6), {})
     assert checkpoint.last_committed_step(config.output) == 3
@@ -84,6 +89,32 @@ def test_a_checkpoint_counts_only_when_everything_is_written(
     monkeypatch.undo()
     checkpoint.save(config.output, trained_state(config, manifest, 6), {})
     assert checkpoint.last_committed_step(config.output) == 6
+
+
+def test_a_driver_whose_lease_was_taken_commits_nothing(
+    config: TrainConfig, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = trained_state(config, manifest, 3)
+    with lease(config.output, 60.0) as held:
+        checkpoint.save(config.output, state, {}, held)
+        other = json.dumps({"owner": "other", "expires": time.time() + 9}).encode()
+        whole = checkpoint.read_state(config.output, 3)
+
+        def take(*_: object) -> None:  # while the second checkpoint is being written
+            storage.write_bytes(held.address, other)
+
+        monkeypatch.setattr(torch, "save", take)
+        state.step = 6
+        with pytest.raises(LeaseError, match="another process has taken the lease"):
+            checkpoint.save(config.output, state, {}, held)
+        assert checkpoint.committed_steps(config.output) == [3]
+        monkeypatch.undo()
+        state.step = 3
+        with pytest.raises(LeaseError):  # before it touches the other driver's checkpoint
+            checkpoint.save(config.output, state, {"metrics": "of the old driver"}, held)
+    assert checkpoint.committed_steps(config.output) == [3]
+    assert checkpoint.read_state(config.output, 3) == whole
+    assert storage.read_bytes(held.address) == other
 
 
 def test_only_the_latest_are_kept(config: TrainConfig, manifest: Manifest) -> None:
