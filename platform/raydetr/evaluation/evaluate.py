@@ -16,8 +16,8 @@ from raydetr.config import EvaluateConfig
 from raydetr.data.ingest import Options, ingest
 from raydetr.data.inputs import Addresses
 from raydetr.data.mask_targets import MaskKind, has_mask
-from raydetr.data.report import fault_lines, print_progress
-from raydetr.data.shards import Manifest, read_faults, read_records
+from raydetr.data.report import print_faults, print_progress
+from raydetr.data.shards import Manifest, read_records
 from raydetr.data.synthetic import embedded
 from raydetr.errors import BelowBoundError, ConfigError, DataError
 from raydetr.evaluation.actors import ActorOptions
@@ -82,7 +82,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         with lease(output, wait_s=WAIT_S) as held:
             record = find(model, manifest, asdict(settings), output)
             known = record is not None
-            record = record or _evaluate(config, uri, model, manifest, settings, output, held)
+            if record is None:
+                print(
+                    f"scoring {model.address} on {manifest.num_images:,} images of {manifest.root}",
+                    flush=True,
+                )
+                record = _evaluate(config, uri, model, manifest, settings, output, held)
             if config.coco_json:
                 write_coco_files(read_predictions(record["predictions"]), manifest, output)
     if known:
@@ -120,6 +125,7 @@ def _evaluate(
     options = ActorOptions(config.actors, config.batch_size, config.num_gpus)
     of = PredictionSettings(settings.masks, config.precision, config.engine, settings.segment_threshold)
     predictions = predict(model, manifest, options, output, of)
+    print("computing metrics, intervals and the report", flush=True)
     scored = score(predictions, manifest, settings.kind)
     record = make(model, manifest, asdict(settings), scored.figures, scored.undecodable, predictions, output)
     table = read_predictions(predictions)
@@ -153,8 +159,7 @@ def _data(config: EvaluateConfig) -> Manifest:
     options = Options(max_fault_share=config.max_fault_share)
     output = storage.absolute(f"runs/data/{name}")
     manifest = ingest(addresses, output, options, print_progress("ingest")).manifest
-    if lines := fault_lines(read_faults(manifest.root)):
-        print(f"\nfaults and notes of {manifest.root}", *lines, sep="\n  ")
+    print_faults(manifest)
     return manifest
 
 

@@ -240,3 +240,30 @@ def test_pictures_of_keys_that_lead_out_stay_in_the_output(tmp_path):
     made = [path for path in tmp_path.rglob("*") if path.is_file() and path not in before]
     assert len(made) == 4
     assert all(path.is_relative_to(output) for path in made)
+
+
+def rows(*scores: list[float]) -> pa.Table:
+    made = [
+        {
+            "image_id": number + 1,
+            "category_id": [number % 2] * len(each),
+            "score": each,
+            "bbox": [[0.0] * 4] * len(each),
+        }
+        for number, each in enumerate(scores)
+    ]
+    names = [f"{number}.png" for number in range(len(scores))]
+    return table(made).append_column("file_name", pa.array(names))
+
+
+def test_nothing_above_the_threshold_names_the_best_scores_and_what_to_do() -> None:
+    found = rows([0.1, 0.31], [0.4], [], [0.02])
+    hint = batch.hint_on_nothing(found, {0: "ant", 1: "bee"}, 0.5)
+    assert "No detection reaches --threshold 0.5" in hint
+    assert "0.400 (bee, 1.png), 0.310 (ant, 0.png), 0.020 (bee, 3.png)" in hint
+    assert "Lower --threshold" in hint
+    assert batch.hint_on_nothing(found, {0: "ant"}, 0.4) == ""
+
+
+def test_without_a_readable_image_the_hint_says_so() -> None:
+    assert "no image could be read" in batch.hint_on_nothing(rows([]), {}, 0.5)
