@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from detr.image_processing.decode import decode_image
+from detr.image_processing.decode import Orientation, decode_image
 from detr.image_processing.layouts import image_to_tensor
 from detr.image_processing.processor import DetrImageProcessor
 from detr.image_processing.size import canonical_shape
@@ -105,20 +105,24 @@ def padding_share(sizes: Iterable[tuple[int, int]]) -> float:
 
 
 def prepare_image(
-    image: bytes | Image.Image | torch.Tensor, image_processor: DetrImageProcessor
+    image: bytes | Image.Image | torch.Tensor,
+    image_processor: DetrImageProcessor,
+    *,
+    orientation: Orientation = "ignore",
 ) -> PreparedImage:
     """Decode, convert, resize and pad one image. Needs no model; safe to call from several threads; CPU only.
 
     Args:
         image: an encoded image, a Pillow image, or a uint8 tensor [channels, height, width] of 0..255.
         image_processor: its conversion and resize are applied.
+        orientation: of encoded images: see `decode_image`.
 
     Raises:
-        ImageError: the bytes cannot be decoded.
+        ImageError: the bytes cannot be decoded, or would take too long to decode (`ImageCostError`).
         ValueError: a tensor of another dtype, or channels that cannot be converted.
     """
     if isinstance(image, bytes):
-        image = decode_image(image)
+        image = decode_image(image, orientation=orientation)
     tensor = image_to_tensor(image, image_processor.do_convert_rgb, "channels_first")
     if tensor.dtype != torch.uint8:
         raise ValueError(f"an image tensor is {tensor.dtype}: expected torch.uint8, values 0..255")

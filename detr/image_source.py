@@ -2,14 +2,13 @@
 
 import base64
 import binascii
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from detr.image_processing.decode import FORMATS, ImageError
+from detr.image_processing.decode import ImageError, open_image
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
 
@@ -78,10 +77,6 @@ def _fetch(address: str, timeout: float | None) -> bytes:
 
 def _decode(data: bytes, where: str) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        image.load()
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{where} is not an image that can be read: it begins with {data[:16]!r}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{where} cannot be decoded: {error}") from error
-    return ImageOps.exif_transpose(image)
+        return open_image(data, orientation="apply")
+    except ImageError as error:
+        raise type(error)(f"{where}: {error}") from error

@@ -344,7 +344,7 @@ def test_what_cannot_be_fetched_says_why(tmp_path):
     with serve(tmp_path) as address:
         with pytest.raises(ImageError, match=r"none\.png: the server answered 404"):
             load_image(f"{address}/none.png")
-        with pytest.raises(ImageError, match=r"page\.html is not an image that can be read: it begins with"):
+        with pytest.raises(ImageError, match=r"page\.html: not an image that can be read .* begin with"):
             load_image(f"{address}/page.html")
     with pytest.raises(ImageError, match=r"x\.png: cannot be fetched"):
         load_image(f"{address}/x.png")
@@ -358,7 +358,7 @@ def test_what_cannot_be_read_says_why(tmp_path):
     file = io.BytesIO()
     IMAGES[0].save(file, "PNG")
     (tmp_path / "cut.png").write_bytes(file.getvalue()[:2000])
-    with pytest.raises(ImageError, match=r"cut\.png cannot be decoded"):
+    with pytest.raises(ImageError, match=r"cut\.png: the PNG image cannot be decoded"):
         load_image(tmp_path / "cut.png")
     with pytest.raises(TypeError, match="an image is a int: expected an address"):
         load_image(5)

@@ -6,10 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from detr.image_processing import decode
-from detr.image_processing.decode import ImageError, convert_to_rgb, decode_image, image_size
+from detr.image_processing.decode import (
+    ImageError,
+    convert_to_rgb,
+    decode_image,
+    image_orientation,
+    image_size,
+)
 
 simplejpeg = pytest.importorskip("simplejpeg")
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
@@ -39,7 +45,7 @@ def test_lossless_rgb_comes_back_as_it_was(format, height, width):
     assert np.array_equal(interleaved(image), pixels)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "JPEG2000"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_the_memory_is_interleaved(format):
     image = decode_image(encode(Image.fromarray(random_pixels(0, 9, 7)), format))
     assert image.permute(1, 2, 0).is_contiguous()
@@ -114,13 +120,30 @@ def test_an_rgb_image_is_not_copied():
     assert convert_to_rgb(image) is image
 
 
-def test_exif_rotation_is_not_applied():
-    pixels = random_pixels(5, 10, 20)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("value", range(9))
+def test_an_image_is_turned_upright_only_on_request(format, value, monkeypatch):
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    data = encode(Image.fromarray(pixels), "JPEG", exif=exif)
-    assert decode_image(data).shape == (3, 10, 20)
-    assert image_size(data) == (10, 20)
+    exif[0x0112] = value
+    options = {"lossless": True} if format == "WEBP" else {"quality": 95} if format == "JPEG" else {}
+    pixels = Image.fromarray(random_pixels(5, 10, 20))
+    data = encode(pixels, format, exif=exif, **options)
+    stored = Image.open(io.BytesIO(encode(pixels, format, **options))).convert("RGB")
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert image_orientation(data) == (value or 1)
+    for decoder in (None, simplejpeg):
+        monkeypatch.setattr(decode, "simplejpeg", decoder)
+        for orientation, expected in (("ignore", np.array(stored)), ("apply", np.array(upright))):
+            image = decode_image(data, orientation=orientation)
+            assert np.array_equal(interleaved(image), expected)
+            assert image.permute(1, 2, 0).is_contiguous()
+            assert image_size(data, orientation=orientation) == expected.shape[:2]
+    assert np.array_equal(interleaved(decode_image(data)), np.array(stored))
+
+
+def test_another_orientation_is_refused():
+    with pytest.raises(ValueError, match=r"orientation is 'upright': expected one of \('apply', 'ignore'\)"):
+        decode_image(encode(Image.new("RGB", (3, 3))), orientation="upright")
 
 
 def test_the_first_frame_of_an_animation_is_taken():
@@ -181,7 +204,7 @@ def test_damaged_bytes_give_pixels_or_an_image_error(format):
     assert refused < 150 or format == "PNG"  # whose parts have checksums
 
 
-@pytest.mark.parametrize("format", ["EPS", "ICO", "PDF"])
+@pytest.mark.parametrize("format", ["EPS", "ICO", "PDF", "JPEG2000"])
 def test_formats_that_are_not_for_photographs_are_not_opened(format):
     with pytest.raises(ImageError, match=r"not an image that can be read \(JPEG"):
         decode_image(encode(Image.new("RGB", (32, 32)), format))
