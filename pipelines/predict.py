@@ -36,7 +36,12 @@ def main(config: PredictConfig) -> dict[str, Any]:
             client.health()
             images = batch.list_images(config.images)
             predictions, labels = batch.predict_by_endpoint(
-                images, lambda data: [asdict(found) for found in client.detect(data, 0.0).detections]
+                images,
+                lambda data: [
+                    asdict(found)
+                    for found in client.detect(data, 0.0, orientation=config.orientation).detections
+                ],
+                config.orientation,
             )
     else:
         model = resolve(config.model or "models:/raydetr@champion", resolve_uri(config.tracking_uri))
@@ -44,7 +49,9 @@ def main(config: PredictConfig) -> dict[str, Any]:
         images = batch.list_images(config.images)
         connect(config.actors + 1, gpus=config.actors * config.num_gpus)
         require_shared(images=config.images, output=config.output)
-        settings = PredictionSettings(config.masks, config.precision, config.engine, config.segment_threshold)
+        settings = PredictionSettings(
+            config.masks, config.precision, config.engine, config.segment_threshold, config.orientation
+        )
         options = ActorOptions(config.actors, config.batch_size, config.num_gpus)
         predictions = batch.predict_by_model(images, model, options, settings, output)
     named = batch.with_names(predictions, images)
@@ -59,7 +66,7 @@ def main(config: PredictConfig) -> dict[str, Any]:
     }
     if config.pictures:
         connect(1)
-        write_pictures(named, images.folder, labels, output, config.threshold)
+        write_pictures(named, images.folder, labels, output, config.threshold, config.orientation)
         summary["pictures"] = storage.join(output, "pictures")
     return summary
 
