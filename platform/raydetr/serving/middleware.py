@@ -189,7 +189,8 @@ class Deadline:
     """Bounds in time: 408 where the body takes longer than `body_s` to arrive, 504 where the answer is not begun
     `deadline_s` after the request.
 
-    What the app awaits is cancelled. A thread that works for it goes on to its end, its result is dropped.
+    What the app awaits is cancelled: images that wait are dropped, and one that is being decoded ends within its
+    processor time.
     """
 
     def __init__(self, app: "ASGIApp", limits: Limits) -> None:
