@@ -13,7 +13,13 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 from pycocotools import mask
 
-from detr.image_processing.decode import DEFAULT_MAX_PIXELS, ImageError, decode_image, image_size
+from detr.image_processing.decode import (
+    DEFAULT_MAX_PIXELS,
+    ImageCostError,
+    ImageError,
+    decode_image,
+    image_size,
+)
 from detr.image_processing.masks import LARGEST_COORDINATE
 from raydetr.data.duplicates import image_hash
 
@@ -70,7 +76,8 @@ def inspect_image(
         size = image_size(data)
     except ImageError as error:
         bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-        code = "image-too-large" if isinstance(error.__cause__, bombs) else "unreadable-image"
+        too_large = isinstance(error, ImageCostError) or isinstance(error.__cause__, bombs)
+        code = "image-too-large" if too_large else "unreadable-image"
         return ImageFacts(*(claimed or (0, 0)), claimed, ((code, str(error)),))
     found: list[Problem] = []
     if size[0] * size[1] > DEFAULT_MAX_PIXELS:
@@ -79,6 +86,8 @@ def inspect_image(
     image_bits = None
     try:
         image_bits = image_hash(decode_image(data))
+    except ImageCostError as error:
+        return ImageFacts(*size, claimed or size, (("image-too-large", str(error)),))
     except ImageError as error:
         found.append((_decode_fault(data), str(error)))
     if (json_height, json_width) != (None, None) and (json_height, json_width) != size:

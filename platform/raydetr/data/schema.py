@@ -113,7 +113,7 @@ FAULTS: dict[str, FaultKind] = {
         FaultKind("missing-file", "image", "the image file does not exist", "untrained"),
         FaultKind("unreadable-image", "image", "the file is not an image or is damaged", "untrained"),
         FaultKind("unconvertible-image", "image", "the image cannot be converted to RGB", "untrained"),
-        FaultKind("image-too-large", "image", "more pixels than the decoder accepts", "untrained"),
+        FaultKind("image-too-large", "image", "more pixels, or work, than the decoder accepts", "untrained"),
         FaultKind("size-mismatch", "image", "the size in the JSON is not the image's", "untrained"),
         FaultKind("missing-panoptic", "image", "the panoptic PNG does not exist", "box-only"),
         FaultKind("unreadable-panoptic", "image", "the panoptic PNG is damaged or not RGB", "box-only"),
