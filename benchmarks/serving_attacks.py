@@ -158,7 +158,7 @@ def served(folder: str, edge: int) -> Iterator[tuple[str, str, str]]:
 async def send_costly(url: str, count: int, at_once: int) -> None:
     """Send costly images, and print how often each status was answered."""
     images = [
-        progressive_jpeg(4000, 4000, 60),  # about 2.6 s by its estimate
+        progressive_jpeg(4000, 4000, 60),  # about 2.7 s by its estimate
         interlaced_png(7000, 7000),
         palette_png(9400, 9400),
         animated_webp(3000, 3000, 20),

@@ -29,7 +29,7 @@ class Mutation:
 MUTATIONS = {
     "costly images get no lane of their own": Mutation(
         "platform/raydetr/serving/preparer.py",
-        "costly = [job for job in jobs if job.seconds > LIGHT_S]",
+        "costly = [job for job in jobs if job.seconds > LIGHT_S or 3 * job.pixels > self.limits.max_pixels]",
         "costly: list[Job] = []",
         ("tests/raydetr/serving/test_preparer.py",),
     ),

@@ -22,8 +22,8 @@ from raydetr.serving.images import Inspected, Limits, called
 from raydetr.serving.refusals import RETRY_AFTER_S, Unavailable
 from raydetr.serving.shares import FairShare
 
-LIGHT_S = 0.25
-"""Estimated seconds up to which an image is light: a JPEG of 24 megapixels from a camera."""
+LIGHT_S = 0.5
+"""Estimated seconds up to which an image can be light: a JPEG of 24 megapixels from a camera takes 0.3."""
 LIGHT_CPU_S = 2.0
 """Processor time of an image that was taken for light; one that needs more is costly after all."""
 COSTLY_NICENESS = 10
@@ -37,8 +37,9 @@ class Preparer:
     """Prepares the images of all requests of a process, in worker processes that can be lost.
 
     Images are inspected first: an estimate of the work decides whether an image is light or costly. Either kind has its
-    own workers, so that photos never wait for costly images, however many there are. At any time images of at most one
-    and a half times `Limits.max_pixels` are being decoded.
+    own workers, so that photos never wait for costly images, however many there are. A light image has at most a third
+    of `Limits.max_pixels`, so that one of them does not keep the others from decoding. At any time images of at most five
+    thirds of `Limits.max_pixels` are being decoded.
 
     Args:
         limits: on each image.
@@ -58,7 +59,7 @@ class Preparer:
         self.limits = limits
         workers = workers or min(4, os.cpu_count() or 1)
         self._program = program or WorkerProgram()
-        self._light = Lane(self._program, "light", workers, 0, limits.max_pixels / 2)
+        self._light = Lane(self._program, "light", workers, 0, limits.max_pixels * 2 / 3)
         self._costly = Lane(self._program, "costly", workers, COSTLY_NICENESS, limits.max_pixels)
         self._costly_s = FairShare(max(workers * limits.deadline_s / 2, limits.decode_s))
         self._min_costly_s = self._costly_s.capacity / max_costly
@@ -109,7 +110,7 @@ class Preparer:
             )
             for data, number, found in zip(images, numbers, inspected)
         ]
-        costly = [job for job in jobs if job.seconds > LIGHT_S]
+        costly = [job for job in jobs if job.seconds > LIGHT_S or 3 * job.pixels > self.limits.max_pixels]
         if not costly:
             return await all_or_none(self._light_image(job) for job in jobs)
         with self._costly_place(client, sum(job.seconds for job in costly)):

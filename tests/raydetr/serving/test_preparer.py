@@ -9,6 +9,7 @@ import pytest
 from detr.detector import prepare_image
 from raydetr.errors import RequestError, ServingError
 from raydetr.serving import preparer as module
+from raydetr.serving.decoding import Lane
 from raydetr.serving.images import Limits, inspect_image
 from raydetr.serving.preparer import LIGHT_S, Preparer
 from raydetr.serving.refusals import Unavailable
@@ -18,8 +19,15 @@ from tests.raydetr.serving.guarded_app import PROCESSOR
 from tests.raydetr.serving.oriented import oriented
 from tests.tiny_detr import png
 
-COSTLY = progressive_jpeg(1500, 1500, 70)
-"""Costly by its estimate; about 0.2 s."""
+COSTLY = progressive_jpeg(640, 640, 80)
+"""Costly by its estimate here; some hundredths of a second."""
+LONGER = progressive_jpeg(1200, 1200, 45)
+"""A tenth of a second."""
+
+
+@pytest.fixture(autouse=True)
+def _costly_from_a_few_hundredths_of_a_second(monkeypatch):
+    monkeypatch.setattr(module, "LIGHT_S", 0.04)
 
 
 @pytest.fixture
@@ -67,7 +75,7 @@ def test_photos_do_not_wait_for_costly_images_of_the_same_client(own):
             await images.prepare([data], PROCESSOR, "client")
             done.append(name)
 
-        costly = [asyncio.create_task(one("costly", COSTLY)) for _ in range(6)]
+        costly = [asyncio.create_task(one("costly", COSTLY)) for _ in range(4)]
         await asyncio.sleep(0.05)
         await one("photo", png(20, 30))
         await asyncio.gather(*costly)
@@ -95,6 +103,14 @@ def test_costly_images_are_refused_beyond_their_share_and_photos_are_not(own):
     assert outcomes[6:] == [None, None]
 
 
+def test_a_large_image_is_costly_whatever_its_estimate(own, monkeypatch):
+    images, taken = own(Limits(max_pixels=3000)), []
+    submit = Lane.submit
+    monkeypatch.setattr(Lane, "submit", lambda lane, job: taken.append(lane) or submit(lane, job))
+    asyncio.run(images.prepare([png(20, 50), png(20, 51)], PROCESSOR))
+    assert taken.count(images._costly) == 1
+
+
 def test_a_request_of_many_costly_images_takes_one_worker_at_a_time():
     images = Preparer(Limits(), 32, 2, program())
     most = 0
@@ -112,14 +128,13 @@ def test_a_request_of_many_costly_images_takes_one_worker_at_a_time():
 
     asyncio.run(run())
     images.close()
-    assert most == 1500 * 1500
+    assert most == 640 * 640
 
 
 def test_an_image_that_was_taken_for_light_is_given_more_time_among_the_costly(monkeypatch):
-    data = progressive_jpeg(1200, 1200, 50)
     monkeypatch.setattr(module, "LIGHT_S", 100.0)
     monkeypatch.setattr(module, "LIGHT_CPU_S", 0.02)
-    (prepared,) = prepare([data])
+    (prepared,) = prepare([LONGER])
     assert prepared.original_size == (1200, 1200)
 
 
@@ -128,10 +143,9 @@ def test_an_image_that_takes_longer_than_estimated_is_refused(monkeypatch):
     monkeypatch.setattr(
         Preparer, "_task", lambda *given: dataclasses.replace(task(*given), cpu_s=0.02 if given[1] else 60)
     )
-    for data in (COSTLY, progressive_jpeg(1200, 1200, 45)):
-        with pytest.raises(RequestError, match=r"The image takes more than 0\.02 s to decode") as error:
-            prepare([data])
-        assert error.value.status == 413
+    with pytest.raises(RequestError, match=r"The image takes more than 0\.02 s to decode") as error:
+        prepare([LONGER])
+    assert error.value.status == 413
     monkeypatch.undo()
     assert len(prepare([png(9, 9)])) == 1
 
@@ -182,5 +196,5 @@ def test_a_request_that_is_given_up_leaves_nothing_behind(own):
 
 
 def test_the_costly_image_of_these_tests_is_one():
-    assert inspect_image(COSTLY, Limits()).seconds > LIGHT_S
+    assert inspect_image(COSTLY, Limits()).seconds > module.LIGHT_S
     assert inspect_image(png(600, 800), Limits()).seconds < LIGHT_S
