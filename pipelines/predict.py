@@ -47,7 +47,12 @@ def predict(config: PredictConfig, held: Held) -> dict[str, Any]:
             client.health()
             images = batch.list_images(config.images)
             predictions, labels = batch.predict_by_endpoint(
-                images, lambda data: [asdict(found) for found in client.detect(data, 0.0).detections]
+                images,
+                lambda data: [
+                    asdict(found)
+                    for found in client.detect(data, 0.0, orientation=config.orientation).detections
+                ],
+                config.orientation,
             )
     else:
         model = resolve(config.model or "models:/raydetr@champion", resolve_uri(config.tracking_uri))
@@ -56,7 +61,9 @@ def predict(config: PredictConfig, held: Held) -> dict[str, Any]:
         print(f"predicting {len(images.names):,} images with {source}", flush=True)
         connect(config.actors + 1, gpus=config.actors * config.num_gpus)
         require_shared(images=config.images, output=config.output)
-        settings = PredictionSettings(config.masks, config.precision, config.engine, config.segment_threshold)
+        settings = PredictionSettings(
+            config.masks, config.precision, config.engine, config.segment_threshold, config.orientation
+        )
         options = ActorOptions(config.actors, config.batch_size, config.num_gpus)
         predictions = batch.predict_by_model(images, model, options, settings, output)
     named = batch.with_names(predictions, images)
@@ -75,7 +82,7 @@ def predict(config: PredictConfig, held: Held) -> dict[str, Any]:
     }
     if config.pictures:
         connect(1)
-        write_pictures(named, images.folder, labels, output, config.threshold)
+        write_pictures(named, images.folder, labels, output, config.threshold, config.orientation)
         summary["pictures"] = storage.join(output, "pictures")
     return summary
 

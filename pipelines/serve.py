@@ -5,6 +5,7 @@ On one machine:  python pipelines/serve.py --model models:/raydetr@champion --po
 Tiny:            python pipelines/serve.py
 
 Then: curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/detect?threshold=0.5'
+Tokens: python pipelines/token_file.py --tokens FILE --name alice
 As a service that outlives its driver: platform/deploy/serve.yaml (serve deploy), rayservice.yaml (Kubernetes).
 """
 
@@ -17,15 +18,20 @@ from raydetr.command import Interrupted, run, write_summary
 from raydetr.config import ServeConfig
 from raydetr.registry.tracking import resolve_uri
 from raydetr.serving.app import endpoint, from_config, require_gpus
+from raydetr.serving.auth import curl_command
+from raydetr.serving.proxy import request_callback
+from raydetr.serving.request_log import print_request_lines_plainly
 
 
 def main(config: ServeConfig) -> dict[str, Any]:
     """Serve until a signal comes; the summary."""
     model, app = from_config(config)
+    request_callback()
     least = config.replicas + config.ingress_replicas
     connect(cpus=max(config.max_replicas + config.ingress_replicas, least), least=least)
     require_shared(model=resolve_uri(config.tracking_uri) if model.version is not None else config.model)
     require_gpus(config)
+    print_request_lines_plainly()
     with endpoint(app, config.host, config.port) as url:
         summary = {
             "model": model.address,
@@ -36,8 +42,7 @@ def main(config: ServeConfig) -> dict[str, Any]:
             "replicas": config.replicas,
         }
         print(
-            f"\n{model.label} is ready on {config.device}:\n"
-            f"  curl --data-binary @photo.jpg '{url}/v1/detect?threshold=0.5'",
+            f"\n{model.label} is ready on {config.device}:\n  {curl_command(url, config.tokens)}",
             flush=True,
         )
         if config.json:

@@ -25,9 +25,11 @@ def row(first: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-@pytest.mark.parametrize("name", ["ingest", "train", "evaluate", "promote", "predict", "serve", "demo"])
+@pytest.mark.parametrize(
+    "name", ["ingest", "train", "evaluate", "promote", "predict", "serve", "token_file", "demo"]
+)
 def test_the_flags_of_a_pipeline_are_listed(name: str) -> None:
-    flags = TrainConfig if name == "train" else getattr(config, f"{name.capitalize()}Config")
+    flags = TrainConfig if name == "train" else getattr(config, name.title().replace("_", "") + "Config")
     fields = dataclasses.fields(flags)
     assert row(f"`{name}`") == [f"--{field.name.replace('_', '-')}" for field in fields]
     assert (ROOT / "pipelines" / f"{name}.py").exists()

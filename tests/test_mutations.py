@@ -69,6 +69,36 @@ MUTATIONS = {
         "import timm\nimport torch\nimport torch.nn",
         ("tests/detr/test_import.py",),
     ),
+    "costly images get no lane of their own": Mutation(
+        "platform/raydetr/serving/preparer.py",
+        "costly = [job for job in jobs if job.seconds > LIGHT_S or 3 * job.pixels > self.limits.max_pixels]",
+        "costly: list[Job] = []",
+        ("tests/raydetr/serving/test_preparer.py",),
+    ),
+    "a worker may use any amount of processor time": Mutation(
+        "platform/raydetr/serving/decode_worker.py",
+        "signal.setitimer(signal.ITIMER_PROF, task.cpu_s)",
+        "pass",
+        ("tests/raydetr/serving/test_decoding.py",),
+    ),
+    "images are decoded first come, first served": Mutation(
+        "platform/raydetr/serving/decoding.py",
+        "start = max(self._now, self._free_at.get(job.client, 0.0))",
+        "start = 0.0",
+        ("tests/raydetr/serving/test_decoding.py",),
+    ),
+    "one client may take all places": Mutation(
+        "platform/raydetr/serving/shares.py",
+        "return amount > free or self._held.get(client, 0.0) >= FACTOR * free",
+        "return amount > free",
+        ("tests/raydetr/serving/test_shares.py", "tests/raydetr/serving/test_service.py"),
+    ),
+    "a replica's queues keep their last images": Mutation(
+        "platform/raydetr/serving/detector.py",
+        "work, job.work = job.work, None",
+        "work = job.work",
+        ("tests/raydetr/serving/test_detector.py",),
+    ),
     "the order is off by one after a resume": Mutation(
         "platform/raydetr/data/plan.py",
         "skip = max(0, start - visit.first)",

@@ -236,6 +236,8 @@ class PredictConfig:
     """Write each image with its detections into the folder `pictures`."""
     threshold: float = 0.5
     """Lowest score of a detection that is drawn and counted; the files hold all of them."""
+    orientation: Literal["apply", "ignore"] = "ignore"
+    """apply: turn photos upright by their EXIF orientation; ignore: boxes are in pixels of the stored image."""
     actors: int = 1
     """Model replicas (Ray Data actors)."""
     batch_size: int = 8
@@ -307,10 +309,14 @@ class ServeConfig:
     """Images that wait for a replica, besides those that replicas have; beyond it the answer is 429."""
     max_bytes: int = 20 * 1024 * 1024
     """Most bytes of a request's body."""
+    max_bytes_in_flight: int = 256 * 1024 * 1024
+    """Maximum bytes of the bodies of all requests in one HTTP process; beyond it the answer is 429."""
     max_pixels: int = 89_478_485
     """Most pixels of an image."""
     max_images: int = 16
     """Most images of a request."""
+    decode_s: float = 10.0
+    """Maximum processor seconds for decoding one image; beyond it the answer is 413."""
     deadline_s: float = 60.0
     """Seconds within which a request is answered; then 504, and its work is dropped."""
     tracking_uri: str = ""
@@ -322,12 +328,13 @@ class ServeConfig:
         _require_positive(
             self,
             *("replicas", "ingress_replicas", "max_batch_size", "max_queued_images"),
-            *("max_bytes", "max_pixels", "max_images"),
+            *("max_bytes", "max_bytes_in_flight", "max_pixels", "max_images"),
         )
         if not 0 < self.port < 65536:
             raise ConfigError(f"--port is {self.port}: give one between 1 and 65535.")
-        if self.deadline_s <= 0:
-            raise ConfigError(f"--deadline-s is {self.deadline_s}: it must be above 0.")
+        for name in ("deadline_s", "decode_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be above 0.")
         for name in ("batch_wait_s", "follow_s", "num_gpus", "min_replicas", "max_replicas"):
             if getattr(self, name) < 0:
                 raise ConfigError(
@@ -357,6 +364,20 @@ def require_share(max_fault_share: float) -> None:
     """Raise ConfigError where --max-fault-share is no share."""
     if not 0 <= max_fault_share <= 1:
         raise ConfigError(f"--max-fault-share is {max_fault_share}: it is a share, 0 to 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFileConfig:
+    """Make a token for a client of the endpoint."""
+
+    name: str
+    """Of the client, for the request log."""
+    tokens: str = "tokens"
+    """File of a line `sha256hex  name` for each token; created where there is none. For serve.py --tokens."""
+    token_file: str = ""
+    """File for the token, readable by its owner alone; empty: it is printed."""
+    json: str = ""
+    """File for the summary as JSON, which has the token where it is printed."""
 
 
 def _require_engine(engine: str, on_gpu: bool) -> None:

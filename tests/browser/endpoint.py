@@ -9,8 +9,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from playwright.sync_api import Browser, Page, expect
 
-from detr.detector import ObjectDetector
-from detr.image_processing.decode import ImageError
+from detr.detector import ObjectDetector, prepare_image
+from detr.image_processing.decode import ImageError, Orientation
 from raydetr.serving.page import index
 from raydetr.serving.segments import SegmentRequest, segments
 
@@ -28,6 +28,8 @@ class Server:
     token: asked for, unless None.
     asked: paths and queries of the posts.
     bodies: of the posts.
+    answered: (height, width) of the images that were answered.
+    turns: whether `orientation=apply` is heard.
     """
 
     url: str
@@ -37,6 +39,8 @@ class Server:
     token: str | None = None
     asked: list[str] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
+    answered: list[tuple[int, int]] = field(default_factory=list)
+    turns: bool = True
 
     def detections(self, image: bytes) -> list[dict[str, Any]]:
         return self.detector.detect_image(image)
@@ -74,22 +78,32 @@ def application(server: Server) -> FastAPI:
         return {"models": [{**MODEL, "labels": NAMES, "tasks": server.tasks}]}
 
     @app.post("/v1/detect", response_model=None)
-    async def detect(request: Request, threshold: float = 0.5) -> dict[str, Any] | JSONResponse:
+    async def detect(
+        request: Request, threshold: float = 0.5, orientation: Orientation = "ignore"
+    ) -> dict[str, Any] | JSONResponse:
         data = await request.body()
         try:
-            prepared = server.detector.prepare(data)
+            turned = orientation if server.turns else "ignore"
+            prepared = prepare_image(data, server.detector.image_processor, orientation=turned)
         except ImageError as error:
             return refused(415, f"The body is not an image that can be read: {error}.")
         height, width = prepared.original_size
-        found = [each for each in server.detections(data) if each["score"] >= threshold]
+        server.answered.append((height, width))
+        answered = server.detector.detect([prepared])[0].to_dicts(id2label)
+        found = [each for each in answered if each["score"] >= threshold]
         image = {"height": height, "width": width}
         return {"model": MODEL, "image": image, "detections": found, "times": TIMES}
 
     @app.post("/v1/segment")
     async def segment(
-        request: Request, kind: str, threshold: float = 0.5, format: str = "rle"
+        request: Request,
+        kind: str,
+        threshold: float = 0.5,
+        format: str = "rle",
+        orientation: Orientation = "ignore",
     ) -> dict[str, Any]:
-        prepared = server.detector.prepare(await request.body())
+        data = await request.body()
+        prepared = prepare_image(data, server.detector.image_processor, orientation=orientation)
         height, width = prepared.original_size
         asked = SegmentRequest(kind, threshold, format)  # type: ignore[arg-type]
         outputs = server.detector.run([prepared])

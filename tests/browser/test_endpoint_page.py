@@ -8,12 +8,29 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from tests.browser.endpoint import NAMES, Open, Server, changed, pixels
+from detr.image_processing.decode import decode_image
+from tests.browser.endpoint import NAMES, PIXELS, Open, Server, changed, pixels
+from tests.raydetr.serving.oriented import oriented
+from tests.tiers import rest_slow
 from tests.tiny_detr import png
+
+RED = f"""() => {{{PIXELS}
+  let [x, y, count] = [0, 0, 0];
+  for (let i = 0; i < data.length; i += 4) {{
+    if (data[i] > 150 && data[i + 1] < 100) {{
+      x += (i / 4) % canvas.width;
+      y += Math.floor(i / 4 / canvas.width);
+      count += 1;
+    }}
+  }}
+  return [x / count, y / count];
+}}"""
+"""Center of what is red on the canvas."""
 
 
 def scores(server: Server, image: bytes) -> list[float]:
@@ -29,7 +46,7 @@ def test_a_chosen_picture_is_sent_as_it_is_and_its_detections_are_listed(server:
     opened.choose(image)
     opened.until_answered()
     assert server.bodies == [image]
-    assert server.asked == ["/v1/detect?threshold=0"]
+    assert server.asked == ["/v1/detect?threshold=0&orientation=apply"]
     expected = server.detections(image)
     opened.slide(0)
     assert opened.page.locator("#list .score").all_inner_texts() == [f"{d['score']:.2f}" for d in expected]
@@ -170,24 +187,71 @@ def test_a_dropped_picture_is_taken(server: Server, visit: Open) -> None:
     expect(opened.page.locator("body")).not_to_have_class(re.compile("dragging"))
 
 
-def test_a_photo_that_lies_on_its_side_is_sent_upright(server: Server, visit: Open) -> None:
-    photo, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = 6
-    Image.open(io.BytesIO(png(60, 90))).save(photo, "JPEG", exif=exif)
+@pytest.mark.parametrize(
+    "file",
+    rest_slow(
+        [
+            ("JPEG", "phone.png", "image/png"),
+            ("PNG", "scan.png", "image/png"),
+            ("JPEG", "photo.jpg", "image/jpeg"),
+            ("JPEG", "photo", ""),
+            ("PNG", "scan.jpg", "image/jpeg"),
+            ("WEBP", "photo.webp", "image/webp"),
+        ],
+        fast=2,
+    ),
+)
+def test_boxes_of_a_photo_that_lies_on_its_side_are_of_what_is_shown(
+    server: Server, visit: Open, file: tuple[str, str, str]
+) -> None:
+    form, name, kind = file
+    photo = oriented(form)
     opened = visit()
-    opened.choose(photo.getvalue(), "photo.jpg", "image/jpeg")
+    opened.choose(photo, name, kind)
     opened.until_answered()
-    assert Image.open(io.BytesIO(server.bodies[0])).size == (60, 90)
-    assert "sent upright · 60 × 90 pixels" in opened.page.locator("#caption").inner_text()
+    assert "120 × 180 pixels" in opened.page.locator("#caption").inner_text()
+    assert server.answered[-1] == (180, 120)
+    assert server.bodies == [photo]  # as it is: the server turns it
+
+
+@pytest.mark.parametrize("orientation", rest_slow([7, 1, 2, 3, 4, 5, 6, 8]))
+def test_the_browser_and_the_server_turn_a_picture_alike(
+    server: Server, visit: Open, orientation: int
+) -> None:
+    photo = oriented("PNG", orientation)
+    opened = visit()
+    opened.choose(photo, "photo.png")
+    opened.until_answered()
+    opened.slide(1)  # no box is drawn
+    where = opened.page.evaluate(RED)
+    upright = decode_image(photo, orientation="apply").numpy().astype(int)
+    rows, columns = np.nonzero((upright[0] > 150) & (upright[1] < 100))
+    scale = opened.page.evaluate("document.getElementById('canvas').width") / upright.shape[2]
+    assert where == pytest.approx([columns.mean() * scale, rows.mean() * scale], abs=2 * scale)
+
+
+def test_where_browser_and_server_disagree_the_page_sends_what_it_shows(server: Server, visit: Open) -> None:
+    photo = oriented("PNG")
+    server.turns = False
+    opened = visit()
+    opened.choose(photo, "photo.png")
+    opened.until_answered()
+    assert [image.size for image in map(Image.open, map(io.BytesIO, server.bodies))] == [
+        (180, 120),
+        (120, 180),
+    ]
+    assert "sent upright · 120 × 180 pixels" in opened.page.locator("#caption").inner_text()
+    assert server.answered[-1] == (180, 120)
 
 
 def test_another_format_is_sent_as_png(server: Server, visit: Open) -> None:
     gif = io.BytesIO()
     Image.open(io.BytesIO(png(60, 90))).save(gif, "GIF")
     opened = visit()
-    opened.choose(gif.getvalue(), "old.gif", "image/gif")
-    opened.until_answered()
-    assert Image.open(io.BytesIO(server.bodies[0])).format == "PNG"
+    for number, name in enumerate(("old.gif", "old.png")):
+        opened.choose(gif.getvalue(), name, "image/" + name[-3:])
+        opened.until_answered()
+        assert Image.open(io.BytesIO(server.bodies[number])).format == "PNG"
 
 
 @pytest.mark.slow

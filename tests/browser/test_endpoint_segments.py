@@ -86,7 +86,7 @@ def test_a_panoptic_map_is_asked_for_again_when_the_slider_is_let_go(server: Ser
     opened.slide(0.2)
     opened.page.locator("#threshold").dispatch_event("change")
     opened.until_answered()
-    assert server.asked[-1] == "/v1/segment?threshold=0.2&kind=panoptic&format=rle"
+    assert server.asked[-1] == "/v1/segment?threshold=0.2&orientation=apply&kind=panoptic&format=rle"
 
 
 def test_a_model_without_masks_offers_boxes_only(server: Server, visit: Open) -> None:

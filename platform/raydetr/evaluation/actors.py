@@ -15,7 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayTaskError
 
 from detr.detector import ObjectDetector, PreparedImage, prepare_image
-from detr.image_processing.decode import ImageError
+from detr.image_processing.decode import ImageError, Orientation
 from detr.image_processing.processor import DetrImageProcessor
 from raydetr import storage
 from raydetr.data.pixels import decode_record
@@ -81,7 +81,13 @@ def run_actors(
     with DataContext.current(context):
         dataset = ray.data.from_items([dict(window) for window in windows], override_num_blocks=len(windows))
         predictions = dataset.map_batches(
-            partial(_prepare, root=root, model=model, batch_size=options.batch_size),
+            partial(
+                _prepare,
+                root=root,
+                model=model,
+                batch_size=options.batch_size,
+                orientation=settings.orientation,
+            ),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
@@ -102,7 +108,9 @@ def run_actors(
         raise
 
 
-def _prepare(windows: pa.Table, root: str, model: ResolvedModel, batch_size: int) -> Iterator[pa.Table]:
+def _prepare(
+    windows: pa.Table, root: str, model: ResolvedModel, batch_size: int, orientation: Orientation
+) -> Iterator[pa.Table]:
     """Read and decode images, and yield them as batches of equal canonical shape."""
     image_processor = DetrImageProcessor.from_pretrained(local_folder(model))
     waiting: dict[tuple[int, int], list[tuple[int, PreparedImage]]] = defaultdict(list)
@@ -111,7 +119,7 @@ def _prepare(windows: pa.Table, root: str, model: ResolvedModel, batch_size: int
             try:
                 if isinstance(data, ImageError):
                     raise data
-                prepared = prepare_image(data, image_processor)
+                prepared = prepare_image(data, image_processor, orientation=orientation)
             except ImageError as error:
                 yield _pack_error(image_id, str(error))
                 continue

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from detr.config import DetrConfig
-from detr.image_processing.decode import ImageError, decode_image
+from detr.image_processing.decode import ImageError, Orientation, image_size
 from raydetr import storage
 from raydetr.errors import DataError, EvaluationError, RequestError
 from raydetr.evaluation.actors import ActorOptions, run_actors
@@ -121,8 +121,15 @@ def check_complete(predictions: pa.Table, images: Images) -> None:
         )
 
 
-def predict_by_endpoint(images: Images, detect: Detect) -> tuple[pa.Table, dict[int, str]]:
+def predict_by_endpoint(
+    images: Images, detect: Detect, orientation: Orientation = "ignore"
+) -> tuple[pa.Table, dict[int, str]]:
     """Predict by a running endpoint, one image after the other.
+
+    Args:
+        images: what to predict.
+        detect: asks the endpoint.
+        orientation: what it is asked for; see `PredictionSettings`.
 
     Returns:
         a table of `PREDICTION_SCHEMA`, ascending by image id; label → name of what was found.
@@ -131,17 +138,21 @@ def predict_by_endpoint(images: Images, detect: Detect) -> tuple[pa.Table, dict[
         RequestError: the endpoint refuses the client, and not an image.
     """
     labels: dict[int, str] = {}
-    rows = [_ask(image_id, images, detect, labels) for image_id in range(1, len(images.names) + 1)]
+    rows = [
+        _ask(image_id, images, detect, orientation, labels) for image_id in range(1, len(images.names) + 1)
+    ]
     predictions = table(rows)
     check_complete(predictions, images)
     return predictions, labels
 
 
-def _ask(image_id: int, images: Images, detect: Detect, labels: dict[int, str]) -> dict[str, Any]:
+def _ask(
+    image_id: int, images: Images, detect: Detect, orientation: Orientation, labels: dict[int, str]
+) -> dict[str, Any]:
     data = storage.read_bytes(images.address(image_id))
     try:
         found = detect(data)
-        height, width = decode_image(data).shape[-2:]
+        height, width = image_size(data, orientation)
     except (ImageError, RequestError) as error:
         if isinstance(error, RequestError) and error.status not in _IMAGE_AT_FAULT:
             raise

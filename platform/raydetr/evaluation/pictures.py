@@ -11,7 +11,7 @@ import ray.data
 from PIL import Image
 
 from detr.drawing import draw_detections, draw_segments
-from detr.image_processing.decode import decode_image
+from detr.image_processing.decode import Orientation, decode_image
 from detr.mask_codec import decode_segmentation
 from detr.output_names import output_name
 from detr.panoptic_png import read_panoptic_png
@@ -22,7 +22,12 @@ _IMAGES_OF_A_TASK = 32
 
 
 def write_pictures(
-    predictions: pa.Table, folder: str, labels: Mapping[int, str], output: str, threshold: float
+    predictions: pa.Table,
+    folder: str,
+    labels: Mapping[int, str],
+    output: str,
+    threshold: float,
+    orientation: Orientation = "ignore",
 ) -> int:
     """Write each image with its detections, or its segments, into the folder `pictures`, named by `output_name`.
 
@@ -32,6 +37,7 @@ def write_pictures(
         labels: label → name.
         output: address of the folder that gets the folder `pictures`.
         threshold: least score of a detection that is drawn.
+        orientation: in which the images were predicted; see `PredictionSettings`.
 
     Returns:
         how many were drawn: those that can be decoded.
@@ -50,6 +56,7 @@ def write_pictures(
                 labels=dict(labels),
                 output=storage.join(output, "pictures"),
                 threshold=threshold,
+                orientation=orientation,
             ),
             batch_size=None,
             batch_format="pyarrow",
@@ -58,17 +65,31 @@ def write_pictures(
     return sum(len(batch["image_id"]) for batch in drawn.iter_batches(batch_size=None))
 
 
-def _draw_all(rows: pa.Table, folder: str, labels: dict[int, str], output: str, threshold: float) -> pa.Table:
+def _draw_all(
+    rows: pa.Table,
+    folder: str,
+    labels: dict[int, str],
+    output: str,
+    threshold: float,
+    orientation: Orientation,
+) -> pa.Table:
     for row in rows.to_pylist():
         name = row["file_name"]
-        picture = draw(storage.read_bytes(storage.join(folder, name)), row, labels, threshold)
+        data = storage.read_bytes(storage.join(folder, name))
+        picture = draw(data, row, labels, threshold, orientation)
         storage.write_bytes(storage.join(output, output_name(name)), encode(picture, name))
     return rows.select(["image_id"])
 
 
-def draw(data: bytes, row: Mapping[str, Any], labels: Mapping[int, str], threshold: float) -> Image.Image:
+def draw(
+    data: bytes,
+    row: Mapping[str, Any],
+    labels: Mapping[int, str],
+    threshold: float,
+    orientation: Orientation = "ignore",
+) -> Image.Image:
     """An encoded image with a row of `PREDICTION_SCHEMA`: its segments, masks or boxes, whichever it has first."""
-    image = decode_image(data)
+    image = decode_image(data, orientation=orientation)
     if row["panoptic"] is not None:
         segments = [{**each, "label_id": each["category_id"]} for each in row["segments"]]
         return draw_segments(image, read_panoptic_png(row["panoptic"]), segments, names=labels)

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from detr.detector import Detections, ObjectDetector, PreparedImage
+from detr.image_processing.decode import Orientation
 from detr.metrics.masks import encode_masks
 from detr.metrics.panoptic_matching import VOID
 from detr.panoptic_png import write_panoptic_png
@@ -53,6 +54,8 @@ class PredictionSettings:
     """What computes the model; see `detr.fast.optimized`."""
     segment_threshold: float = 0.5
     """Least score of a query that becomes a panoptic segment."""
+    orientation: Orientation = "ignore"
+    """apply: images are turned upright by their EXIF orientation. Annotations mostly refer to the stored pixels."""
 
 
 class Predictor:

@@ -26,6 +26,7 @@ from raydetr.serving.images import Limits
 from raydetr.serving.ingress import DETECTOR, Ingress, Options, new_api
 from raydetr.serving.loaded import Precision
 from raydetr.serving.refusals import RETRY_AFTER_S
+from raydetr.serving.service import MAX_BODIES
 from raydetr.serving.versions import Alias
 
 api = new_api()
@@ -113,7 +114,8 @@ def application(
         name="Ingress",
         num_replicas=ingress_replicas,
         ray_actor_options={"num_cpus": 1, "runtime_env": environment},
-        max_ongoing_requests=options.most_requests + _SMALL_REQUESTS,
+        # The ingress itself bounds requests and bodies that arrive; Serve must not count a slow body as a request.
+        max_ongoing_requests=options.most_requests + MAX_BODIES + _SMALL_REQUESTS,
         max_queued_requests=options.most_requests + _SMALL_REQUESTS,
         backpressure_config=_REFUSE,
         graceful_shutdown_timeout_s=limits.deadline_s,
@@ -176,7 +178,14 @@ def from_config(config: ServeConfig) -> tuple[ResolvedModel, serve.Application]:
             queued=config.max_queued_images,
         ),
         batching=Batching(config.max_batch_size, config.batch_wait_s),
-        limits=Limits(config.max_bytes, config.max_pixels, config.max_images, deadline_s=config.deadline_s),
+        limits=Limits(
+            config.max_bytes,
+            config.max_pixels,
+            config.max_images,
+            deadline_s=config.deadline_s,
+            decode_s=config.decode_s,
+            max_bytes_in_flight=config.max_bytes_in_flight,
+        ),
         tokens=os.path.abspath(config.tokens) if config.tokens else "",
         alias=Alias(config.model, uri, config.follow_s) if follows else None,
         trial=_trial(config, uri),

@@ -1,13 +1,7 @@
-r"""Who may ask: bearer tokens, of which a file holds the hashes.
+"""Who may ask: bearer tokens, of which a file holds the hashes.
 
-One token a line of the file, `sha256hex  name`; the name goes into the log. `#` begins a comment. To make one::
-
-    TOKEN=$(openssl rand -base64 32)
-    printf %s "$TOKEN" | sha256sum | sed 's/-$/alice/' >> tokens
-
-    python -c "import secrets; print(secrets.token_urlsafe(32))" > alice.token
-    python -c "import sys, hashlib; print(hashlib.sha256(sys.stdin.read().strip().encode()).hexdigest(), 'alice')" \
-        < alice.token >> tokens
+One token a line of the file, `sha256hex  name`; the name goes into the log. `#` begins a comment. `add_token` makes one
+(`pipelines/token_file.py --tokens FILE --name alice`).
 
 The client sends `Authorization: Bearer TOKEN`. To rotate: add a line, hand the new token out, remove the old line.
 A plain SHA-256 is enough for a random token of 256 bits, and not for a password that a person made up.
@@ -17,7 +11,10 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import os
 import re
+import secrets
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -128,6 +125,47 @@ def parse_tokens(content: bytes) -> tuple[Mapping[bytes, str], list[int]]:
         else:
             names[bytes.fromhex(match[1])] = match[2]
     return names, bad
+
+
+def add_token(path: str | Path, name: str) -> str:
+    """Make a new token, and add its hash to a file, which is created for its owner alone where there is none.
+
+    Args:
+        path: the file.
+        name: of the client, for the log; one to 100 characters without `#`. It may have other tokens, as while one is
+            being replaced.
+
+    Returns:
+        the token, which is stored nowhere.
+
+    Raises:
+        ConfigError: the name cannot be one, or the file cannot be written.
+    """
+    token = secrets.token_urlsafe(32)
+    line = f"{hashlib.sha256(token.encode()).hexdigest()}  {name}\n".encode()
+    if list(parse_tokens(line)[0].values()) != [name]:
+        raise ConfigError(
+            f"--name is {name!r}: give 1 to 100 printable characters, without # and outer spaces."
+        )
+    try:
+        with open(path, "ab", opener=lambda file, flags: os.open(file, flags, 0o600)) as file:
+            if file.tell() and not _read(Path(path)).endswith(b"\n"):
+                file.write(b"\n")
+            file.write(line)
+    except OSError as error:
+        raise ConfigError(f"--tokens {path} cannot be written: {error.strerror or error}.") from error
+    return token
+
+
+def curl_command(url: str, tokens: str) -> str:
+    """What asks an endpoint, for a shell.
+
+    Args:
+        url: of the endpoint.
+        tokens: its file of tokens; empty: it wants none.
+    """
+    header = '-H "Authorization: Bearer $TOKEN" ' if tokens else ""
+    return f"curl {header}--data-binary @photo.jpg {shlex.quote(f'{url}/v1/detect?threshold=0.5')}"
 
 
 def _read(path: Path) -> bytes:

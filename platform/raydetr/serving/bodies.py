@@ -2,22 +2,25 @@
 
 Raw bytes of one image, multipart/form-data with parts named `images`, or JSON `{"images": ["<base64>", …]}`. The body
 is read within `Limits.max_bytes` whatever its form, and taken apart on a thread. Nothing is written to a disk, no file
-name is used, and nothing is fetched: an address in place of an image is refused like any other text.
+name is used, and nothing is fetched: a URL in place of an image is refused like any other text.
 """
 
 import asyncio
 import binascii
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from email.message import Message
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import Request
 
 from raydetr.errors import RequestError
-from raydetr.serving.images import Limits, read_body
+from raydetr.serving.images import Limits
+
+Encoded: TypeAlias = bytes | bytearray | memoryview
+"""An image file's bytes; a view where it is part of a body, which is not copied."""
 
 # curl --data-binary says application/x-www-form-urlencoded where no type is given.
 _RAW = {"", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded"}
@@ -35,18 +38,19 @@ _MORE_STRUCTURE = 64  # characters besides the commas of the list: bounds the nu
 class Body:
     """What a request brought."""
 
-    images: list[bytes]
+    images: list[Encoded]
     """Encoded, in the order they were sent; at least one."""
     many: bool
     """Whether the body was a list (multipart or JSON) and the answer has to be one, or one raw image."""
 
 
-async def read_images(request: Request, limits: Limits) -> Body:
+async def read_images(request: Request, limits: Limits, take: Callable[[int], None]) -> Body:
     """Read a request's body and take it apart.
 
     Args:
         request: its body has not been read.
         limits: `max_bytes` and `max_images` count here.
+        take: see `read_body`.
 
     Raises:
         RequestError: 400 for a body that is empty or malformed, 413 for one that is too large or has too many images,
@@ -61,7 +65,7 @@ async def read_images(request: Request, limits: Limits) -> Body:
     boundary = _boundary(content_type) if kind == "multipart/form-data" else b""
     if not is_raw and kind not in ("multipart/form-data", "application/json"):
         raise RequestError(415, f"The Content-Type of the body is not one that is read: send {_ACCEPTED}.")
-    data = await read_body(request.stream(), request.headers.get("content-length"), limits)
+    data = await read_body(request.stream(), request.headers.get("content-length"), limits, take)
     if is_raw:
         return Body([data], many=False)
     if kind == "application/json":
@@ -69,7 +73,40 @@ async def read_images(request: Request, limits: Limits) -> Body:
     return Body(await asyncio.to_thread(images_of_multipart, data, boundary, limits), many=True)
 
 
-def images_of_json(data: bytes, limits: Limits) -> list[bytes]:
+async def read_body(
+    chunks: AsyncIterator[bytes], declared: str | None, limits: Limits, take: Callable[[int], None]
+) -> bytearray:
+    """Collect a request's body, and stop as soon as it is over the limit.
+
+    Args:
+        chunks: of the body.
+        declared: the Content-Length header, where there is one.
+        limits: `max_bytes` counts here.
+        take: called with the size of each chunk before it is stored; may refuse it with an exception.
+
+    Raises:
+        RequestError: 400 for an empty body, 413 for one that is too large.
+    """
+    too_large = RequestError(413, f"The body is larger than {limits.max_bytes} bytes: send a smaller image.")
+    # int() refuses thousands of digits with a ValueError
+    if (
+        declared is not None
+        and declared.isdecimal()
+        and (len(declared) > 18 or int(declared) > limits.max_bytes)
+    ):
+        raise too_large
+    body = bytearray()
+    async for chunk in chunks:
+        if len(body) + len(chunk) > limits.max_bytes:
+            raise too_large
+        take(len(chunk))
+        body += chunk
+    if not body:
+        raise RequestError(400, "The body is empty: send the bytes of a JPEG, PNG or WebP file.")
+    return body
+
+
+def images_of_json(data: bytes | bytearray, limits: Limits) -> list[Encoded]:
     """The images of `{"images": ["<base64>", …]}`.
 
     Args:
@@ -117,7 +154,7 @@ def _decoded(text: Any, number: int) -> bytes:
     return image
 
 
-def images_of_multipart(data: bytes, boundary: bytes, limits: Limits) -> list[bytes]:
+def images_of_multipart(data: bytes | bytearray, boundary: bytes, limits: Limits) -> list[Encoded]:
     """The parts named `images` of a multipart/form-data body (RFC 7578).
 
     Args:
@@ -129,7 +166,7 @@ def images_of_multipart(data: bytes, boundary: bytes, limits: Limits) -> list[by
         RequestError: 400 for a body that is malformed or cut short, 413 for too many parts, 422 for a part of another
             name or an empty one.
     """
-    images = []
+    images: list[Encoded] = []
     for number, (head, content) in enumerate(_parts(data, boundary), 1):
         _check_count(number, limits)
         name = _name(head, number)
@@ -142,8 +179,9 @@ def images_of_multipart(data: bytes, boundary: bytes, limits: Limits) -> list[by
     return images
 
 
-def _parts(data: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _parts(data: bytes | bytearray, boundary: bytes) -> Iterator[tuple[bytes, memoryview]]:
     """Headers and content of each part; every search is linear and goes on where the last one ended."""
+    view = memoryview(data)
     delimiter = b"\r\n--" + boundary
     if data.startswith(delimiter[2:]):
         position = len(delimiter) - 2
@@ -165,7 +203,7 @@ def _parts(data: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes]]:
         end = data.find(delimiter, head_end + 2)
         if end < 0:
             raise RequestError(400, "The multipart body is cut short: it does not end with its boundary.")
-        yield data[line_end + 2 : head_end], data[head_end + 4 : end]
+        yield bytes(view[line_end + 2 : head_end]), view[head_end + 4 : end]
         position = end + len(delimiter)
 
 

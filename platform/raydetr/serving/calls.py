@@ -138,12 +138,17 @@ def encoded(image: ImageSource) -> bytes:
 
 
 def detect_params(
-    threshold: float, top_k: int | None, classes: Sequence[str] | None
+    threshold: float, top_k: int | None, classes: Sequence[str] | None, orientation: str | None
 ) -> list[tuple[str, Any]]:
     """The query of `/v1/detect`; see `Client.detect`."""
     if isinstance(classes, str):
         raise TypeError(f"classes is {classes!r}: expected a list of names.")
-    return [("threshold", threshold), ("top_k", top_k), *(("classes", name) for name in classes or ())]
+    return [
+        ("threshold", threshold),
+        ("top_k", top_k),
+        *(("classes", name) for name in classes or ()),
+        ("orientation", orientation),
+    ]
 
 
 def _given(params: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:

@@ -26,6 +26,7 @@ from raydetr.serving.results import DetectResult, Health, SegmentResult, ServedM
 
 T = TypeVar("T")
 Kind = Literal["instance", "panoptic", "semantic"]
+Orientation = Literal["apply", "ignore"]
 
 
 class Client(Calls):
@@ -43,6 +44,7 @@ class Client(Calls):
         threshold: float = 0.5,
         top_k: int | None = None,
         classes: Sequence[str] | None = None,
+        orientation: Orientation | None = None,
     ) -> DetectResult:
         """Detect objects in one image.
 
@@ -51,13 +53,15 @@ class Client(Calls):
             threshold: least score, 0..1.
             top_k: most detections, by score; all where None.
             classes: names of labels to look for; all where there are none.
+            orientation: "apply" turns the image upright by its EXIF orientation, "ignore" answers for the stored pixels;
+                the endpoint's own ("ignore") where None.
 
         Raises:
             RequestError: the endpoint refuses the request (4xx), with its status; 429 once the repeats are used up.
             ServingError: it does not answer, or not as it should.
             OSError: the file cannot be read.
         """
-        params = detect_params(threshold, top_k, classes)
+        params = detect_params(threshold, top_k, classes, orientation)
         return self._run(self.post_image_call("/v1/detect", encoded(image), params, results.detect_result))
 
     def detect_many(
@@ -66,6 +70,7 @@ class Client(Calls):
         threshold: float = 0.5,
         top_k: int | None = None,
         classes: Sequence[str] | None = None,
+        orientation: Orientation | None = None,
     ) -> list[DetectResult]:
         """Detect objects in several images, a few in each request; results in the order of the images.
 
@@ -76,13 +81,14 @@ class Client(Calls):
             threshold: see `detect`.
             top_k: see `detect`.
             classes: see `detect`.
+            orientation: see `detect`.
 
         Raises:
             RequestError: see `detect`.
             ServingError: see `detect`.
             OSError: see `detect`.
         """
-        params = detect_params(threshold, top_k, classes)
+        params = detect_params(threshold, top_k, classes, orientation)
         return [found for each in self.many_call(images, params) for found in self._run(each)]
 
     def segment(
@@ -91,6 +97,7 @@ class Client(Calls):
         kind: Kind = "instance",
         threshold: float | None = None,
         format: Literal["rle", "png"] = "rle",
+        orientation: Orientation | None = None,
     ) -> SegmentResult:
         """Segment one image.
 
@@ -99,13 +106,14 @@ class Client(Calls):
             kind: instance (a mask for each object), panoptic (every pixel once), semantic (classes only).
             threshold: least score, 0..1; the endpoint's own where None.
             format: rle gives each segment its mask, png one map of all of them.
+            orientation: see `detect`.
 
         Raises:
             RequestError: as in `detect`; 409 where the model has no masks.
             ServingError: see `detect`.
             OSError: see `detect`.
         """
-        params = [("kind", kind), ("threshold", threshold), ("format", format)]
+        params = [("kind", kind), ("threshold", threshold), ("format", format), ("orientation", orientation)]
         return self._run(self.post_image_call("/v1/segment", encoded(image), params, results.segment_result))
 
     def models(self) -> list[ServedModel]:
@@ -192,10 +200,11 @@ class AsyncClient(Calls):
         threshold: float = 0.5,
         top_k: int | None = None,
         classes: Sequence[str] | None = None,
+        orientation: Orientation | None = None,
     ) -> DetectResult:
         """See `Client.detect`."""
         data = await to_thread.run_sync(encoded, image)
-        params = detect_params(threshold, top_k, classes)
+        params = detect_params(threshold, top_k, classes, orientation)
         return await self._run(self.post_image_call("/v1/detect", data, params, results.detect_result))
 
     async def detect_many(
@@ -204,9 +213,10 @@ class AsyncClient(Calls):
         threshold: float = 0.5,
         top_k: int | None = None,
         classes: Sequence[str] | None = None,
+        orientation: Orientation | None = None,
     ) -> list[DetectResult]:
         """See `Client.detect_many`."""
-        calls = self.many_call(images, detect_params(threshold, top_k, classes))
+        calls = self.many_call(images, detect_params(threshold, top_k, classes, orientation))
         found: list[DetectResult] = []
         while call := await to_thread.run_sync(next, calls, None):
             found += await self._run(call)
@@ -218,10 +228,11 @@ class AsyncClient(Calls):
         kind: Kind = "instance",
         threshold: float | None = None,
         format: Literal["rle", "png"] = "rle",
+        orientation: Orientation | None = None,
     ) -> SegmentResult:
         """See `Client.segment`."""
         data = await to_thread.run_sync(encoded, image)
-        params = [("kind", kind), ("threshold", threshold), ("format", format)]
+        params = [("kind", kind), ("threshold", threshold), ("format", format), ("orientation", orientation)]
         return await self._run(self.post_image_call("/v1/segment", data, params, results.segment_result))
 
     async def models(self) -> list[ServedModel]:

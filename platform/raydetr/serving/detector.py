@@ -47,13 +47,25 @@ class Result:
     """Time of its batch on the device, in milliseconds."""
 
 
-@dataclass(eq=False)
-class _Job:
-    version: LoadedModel | None
-    """None once it is under way: a queue of Serve keeps its last batch until the next one of that shape comes, and
-    would keep a version that was replaced long ago."""
+@dataclass(frozen=True)
+class _Work:
+    """What a job is about."""
+
+    version: LoadedModel
     image: PreparedImage
     request: SegmentRequest | None
+
+
+@dataclass(eq=False)
+class _Job:
+    """One image in a queue of Serve, which keeps its last batch, with arguments and results, until the next one of
+    that shape comes. So a job holds nothing once it is over: neither the image, nor the result, nor the version.
+    """
+
+    work: _Work | None
+    """Taken out by the batch."""
+    outcome: Result | Exception | None = None
+    """Taken out by the client, for whom the batch puts it here. An exception would hold the whole batch by its frames."""
     in_background: bool = False
     """Nobody waits for it."""
     since: float = field(default_factory=time.monotonic)
@@ -96,7 +108,7 @@ class Detector:
         self.metrics = ReplicaMetrics()
         self.versions: OrderedDict[str, LoadedModel] = OrderedDict([(_key(model), self._load(model))])
         self.loading: dict[str, asyncio.Task[LoadedModel]] = {}
-        self.queues: dict[tuple[str, tuple[int, int], bool], Callable[[_Job], Awaitable[Result]]] = {}
+        self.queues: dict[tuple[str, tuple[int, int], bool], Callable[[_Job], Awaitable[None]]] = {}
         self._batches = 0  # of clients, on the device or waiting for it
         self._pause = asyncio.Event()
         self._background = asyncio.Lock()
@@ -107,11 +119,13 @@ class Detector:
 
     async def detect(self, model: ResolvedModel, image: PreparedImage, in_background: bool = False) -> Result:
         """Detections of one image, computed together with others of its shape that wait."""
-        return await self._answer(_Job(await self._version(model), image, None, in_background))
+        work = _Work(await self._version(model), image, None)
+        return await self._answer(_Job(work, in_background=in_background), "detect", image.shape)
 
     async def segment(self, model: ResolvedModel, image: PreparedImage, request: SegmentRequest) -> Result:
         """Segments of one image, computed together with others of its shape that wait."""
-        return await self._answer(_Job(await self._version(model), image, request))
+        work = _Work(await self._version(model), image, request)
+        return await self._answer(_Job(work), "segment", image.shape)
 
     async def load(self, model: ResolvedModel, in_use: Sequence[ResolvedModel] = ()) -> str | None:
         """Have a version loaded, checked and warm; the one that answers now goes on answering meanwhile.
@@ -169,26 +183,38 @@ class Detector:
         version.check()
         return version
 
-    async def _answer(self, job: _Job) -> Result:
-        task = "detect" if job.request is None else "segment"
-        key = (task, job.image.shape, job.in_background)
+    async def _answer(self, job: _Job, task: str, shape: tuple[int, int]) -> Result:
+        key = (task, shape, job.in_background)
         queue = self.queues.get(key)
         if queue is None:
             queue = self.queues[key] = self._new_queue(task, job.in_background)
         try:
-            return await queue(job)
+            await queue(job)
         except asyncio.CancelledError:
-            job.gone = True
+            job.gone, job.work, job.outcome = True, None, None
             raise
+        outcome, job.outcome = job.outcome, None
+        if isinstance(outcome, Result):
+            return outcome
+        assert outcome is not None
+        raise outcome
 
-    def _new_queue(self, task: str, in_background: bool) -> Callable[[_Job], Awaitable[Result]]:
+    def _new_queue(self, task: str, in_background: bool) -> Callable[[_Job], Awaitable[None]]:
         @serve.batch(max_batch_size=self.batching.max_size, batch_wait_timeout_s=self.batching.wait_s)
-        async def run_batch(jobs: list[_Job]) -> list[Result]:
-            return await (self._in_a_pause if in_background else self._at_once)(task, jobs)
+        async def run_batch(jobs: list[_Job]) -> list[None]:
+            outcomes: Sequence[Result | Exception | None]
+            try:
+                outcomes = await (self._in_a_pause if in_background else self._at_once)(task, jobs)
+            except Exception as error:
+                outcomes = [error] * len(jobs)
+            for job, outcome in zip(jobs, outcomes, strict=True):
+                if not job.gone:
+                    job.outcome = outcome
+            return [None] * len(jobs)
 
         return run_batch
 
-    async def _at_once(self, task: str, jobs: list[_Job]) -> list[Result]:
+    async def _at_once(self, task: str, jobs: list[_Job]) -> list[Result | None]:
         self._batches += 1
         self._pause.clear()
         try:
@@ -198,40 +224,44 @@ class Detector:
             if not self._batches:
                 self._pause.set()
 
-    async def _in_a_pause(self, task: str, jobs: list[_Job]) -> list[Result]:
+    async def _in_a_pause(self, task: str, jobs: list[_Job]) -> list[Result | None]:
         async with self._background:
             while self._batches:
                 await self._pause.wait()
             return await asyncio.get_running_loop().run_in_executor(self.executor, self._run, task, jobs)
 
-    def _run(self, task: str, jobs: list[_Job]) -> list[Result]:
-        """Results of a batch, in order; while an alias moves it may hold jobs of two versions."""
+    def _run(self, task: str, jobs: list[_Job]) -> list[Result | None]:
+        """Results of a batch, in order, None where the client has gone; while an alias moves the jobs may be of two
+        versions.
+        """
         started = time.monotonic()
-        results = {id(job): Result(Failure(499, "The client has gone."), 0.0) for job in jobs}
-        groups: dict[int, tuple[LoadedModel, list[_Job]]] = {}
-        for job in jobs:
+        results: list[Result | None] = [None] * len(jobs)
+        groups: dict[int, list[tuple[int, _Work]]] = {}
+        for place, job in enumerate(jobs):
             self.metrics.queue_wait_ms.observe(1000 * (started - job.since))
-            version, job.version = job.version, None
-            if version is not None and not job.gone:
-                groups.setdefault(id(version), (version, []))[1].append(job)
-        for version, group in groups.values():
+            work, job.work = job.work, None
+            if work is not None:
+                groups.setdefault(id(work.version), []).append((place, work))
+        for group in groups.values():
             begun = time.monotonic()
-            values = self._values(version, group)
+            values = self._values([work for _, work in group])
             took = 1000 * (time.monotonic() - begun)
             self.metrics.model_ms.observe(took, {"task": task})
             self.metrics.batch_size.observe(len(group), {"task": task})
-            self.metrics.padding_share.observe(padding_share(job.image.size for job in group), {"task": task})
-            for job, value in zip(group, values, strict=True):
+            share = padding_share(work.image.size for _, work in group)
+            self.metrics.padding_share.observe(share, {"task": task})
+            for (place, _), value in zip(group, values, strict=True):
                 if isinstance(value, Failure):
                     self.metrics.out_of_memory.inc()
-                results[id(job)] = Result(value, took)
-        return [results[id(job)] for job in jobs]
+                results[place] = Result(value, took)
+        return results
 
     @staticmethod
-    def _values(version: LoadedModel, group: list[_Job]) -> list[Any]:
+    def _values(group: list[_Work]) -> list[Any]:
+        version = group[0].version
         if group[0].request is None:
-            return version.detect([job.image for job in group])
-        return version.segment([(job.image, job.request) for job in group if job.request is not None])
+            return version.detect([work.image for work in group])
+        return version.segment([(work.image, work.request) for work in group if work.request is not None])
 
 
 def _key(model: ResolvedModel) -> str:

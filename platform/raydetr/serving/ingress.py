@@ -6,20 +6,25 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from ray import serve
+from ray.exceptions import TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatusOverview
 from starlette.datastructures import Headers, MutableHeaders
 
+from raydetr.errors import ServingError
 from raydetr.registry.models import ResolvedModel
 from raydetr.serving import open_inference, routes
 from raydetr.serving.auth import Tokens
 from raydetr.serving.challenger import Challenger, Trial
 from raydetr.serving.images import Limits
+from raydetr.serving.methods import HeadAndOptions
 from raydetr.serving.metrics import Measured, RequestMetrics, ShadowMetrics
 from raydetr.serving.middleware import log_requests, protect
 from raydetr.serving.openapi import documented_api
+from raydetr.serving.preparer import Preparer
+from raydetr.serving.queries import check_query
 from raydetr.serving.refusals import add_handlers
 from raydetr.serving.service import Current, Service
 from raydetr.serving.shadow import Shadow
@@ -62,14 +67,18 @@ def new_api(*, secured: bool = False) -> FastAPI:
     """
     api = documented_api(secured=secured)
     add_handlers(api)
-    api.include_router(routes.router)
-    api.include_router(open_inference.router)
+    for router in (routes.router, open_inference.router):
+        api.include_router(router, dependencies=[Depends(check_query)])
+    api.add_middleware(HeadAndOptions)
     return api
 
 
-class OneRequestId:
-    """ASGI middleware: Serve's proxy adds `X-Request-Id` with the id that the request came with (it gives one to a
-    request without), so the same id of our own would be in the answer twice.
+class BehindServe:
+    """ASGI middleware, the outermost: what Serve's proxy does otherwise than an HTTP server.
+
+    The proxy adds `X-Request-Id` with the id that the request came with (it gives one to a request without), so the same
+    id of our own would be in the answer twice. And where a client goes away while its body arrives, what receives is
+    cancelled.
     """
 
     def __init__(self, app: "ASGIApp") -> None:
@@ -78,6 +87,12 @@ class OneRequestId:
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Answer one request."""
 
+        async def received() -> "Message":
+            try:
+                return await receive()
+            except TaskCancelledError:
+                return {"type": "http.disconnect"}
+
         async def once(message: "Message") -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -85,7 +100,7 @@ class OneRequestId:
                     del headers["x-request-id"]
             await send(message)
 
-        await self.app(scope, receive, once if scope["type"] == "http" else send)
+        await self.app(scope, received, once if scope["type"] == "http" else send)
 
 
 @serve.ingress()
@@ -96,9 +111,10 @@ class Ingress:
         self.options, self.detector = options, detector
         self.metrics = RequestMetrics()
         self.app_name = serve.get_replica_context().app_name
-        self.service = Service(
-            Current.of(model, options.limits), detector, options.limits, options.most_requests, self._is_ready
-        )
+        preparer = Preparer(options.limits, max(1, options.most_requests // 2))
+        if not preparer.start():
+            raise ServingError("No process that decodes images starts; the log has the reason.")
+        self.service = Service(Current.of(model), detector, preparer, options.most_requests, self._is_ready)
         # Champion and challenger may move at once, and replicas have room for one version besides those in use.
         self._loading = threading.Lock()
         self._show_version()
@@ -109,6 +125,7 @@ class Ingress:
             self.shadow = Shadow(
                 options.trial.shadow,
                 options.trial.most_shadows,
+                preparer.prepare,
                 partial(self.service.detect, in_background=True),
                 ShadowMetrics(),
             )
@@ -121,12 +138,12 @@ class Ingress:
         api.state.service = self.service
         protect(api, self.options.limits, Tokens(self.options.tokens) if self.options.tokens else None)
         api.add_middleware(Measured, metrics=self.metrics)
-        api.add_middleware(OneRequestId)
+        api.add_middleware(BehindServe)
         return api
 
     def _take(self, model: ResolvedModel) -> str | None:
         """Have all replicas load and check a version beside the one that answers; then requests use it."""
-        current = Current.of(model, self.options.limits)
+        current = Current.of(model)
         with self._loading:
             refused = self._load(model)
             if refused is None:
@@ -138,7 +155,7 @@ class Ingress:
     def _try(self, model: ResolvedModel) -> str | None:
         """Have all replicas load and check a challenger; then it gets its share."""
         assert self.options.trial is not None
-        current = Current.of(model, self.options.limits)
+        current = Current.of(model)
         until = time.monotonic() + _LOAD_TIMEOUT_S
         while (replicas := self._replicas()) is None or replicas.status == "UPDATING":
             if time.monotonic() > until:

@@ -13,11 +13,9 @@ The app finds the id of the request in `request.state.request_id`, the name of t
 import asyncio
 import json
 import logging
-import re
 import sys
 import time
 import traceback
-import uuid
 from collections.abc import MutableMapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
@@ -30,6 +28,7 @@ from starlette.requests import ClientDisconnect
 from raydetr.errors import RequestError
 from raydetr.serving.auth import BearerAuth, Tokens
 from raydetr.serving.images import Limits
+from raydetr.serving.request_id import sane_request_id
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -41,7 +40,6 @@ LOG = logging.getLogger("raydetr.serving.requests")
 CLIENT_GONE = 499
 """Status in the log of a request whose client went away before it was answered."""
 
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _MOST_OF_A_MESSAGE = 300  # characters in the log: an exception's text may quote what a client sent
 
 
@@ -75,11 +73,6 @@ def log_requests(stream: TextIO | None = None) -> None:
 def error_answer(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """The endpoint's JSON for an error; see `schemas.ErrorResponse`."""
     return JSONResponse({"error": {"status": status, "message": message}}, status, headers)
-
-
-def sane_request_id(given: str | None) -> str:
-    """The client's request id, if it is 1 to 64 of A-Z a-z 0-9 . _ -, else a new one of 32 hexadecimal digits."""
-    return given if given is not None and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 class RequestContext:
@@ -196,7 +189,8 @@ class Deadline:
     """Bounds in time: 408 where the body takes longer than `body_s` to arrive, 504 where the answer is not begun
     `deadline_s` after the request.
 
-    What the app awaits is cancelled. A thread that works for it goes on to its end, its result is dropped.
+    What the app awaits is cancelled: images that wait are dropped, and one that is being decoded ends within its
+    processor time.
     """
 
     def __init__(self, app: "ASGIApp", limits: Limits) -> None:

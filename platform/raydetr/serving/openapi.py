@@ -87,6 +87,7 @@ def _describe(operation: dict[str, Any], secured: bool) -> None:
     responses: dict[str, Any] = operation["responses"]
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]
+    responses.setdefault("422", {"description": "Unprocessable Content", "content": _ERROR})  # of the query
     responses.pop("401", None)
     if secured:
         operation["security"] = [{"token": []}]

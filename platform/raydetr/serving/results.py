@@ -43,10 +43,15 @@ class Model:
 
 @dataclass(frozen=True)
 class ImageSize:
-    """Of the image as it was decoded, in pixels."""
+    """Of the image as it was decoded, in pixels.
+
+    orientation: "apply" where it was turned upright by its EXIF orientation, "ignore" where its stored pixels count; None
+        where the server does not tell.
+    """
 
     height: int
     width: int
+    orientation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def _model(model: Json) -> Model:
 
 
 def _image(image: Json) -> ImageSize:
-    return ImageSize(image["height"], image["width"])
+    return ImageSize(image["height"], image["width"], image.get("orientation"))
 
 
 def _times(answer: Json) -> Times | None:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import HTMLResponse
 
 from detr.detector import Detections, PreparedImage
+from detr.image_processing.decode import Orientation
 from raydetr.errors import RequestError
 from raydetr.serving.bodies import read_images
 from raydetr.serving.page import index
@@ -27,7 +28,7 @@ from raydetr.serving.schemas import (
     Times,
 )
 from raydetr.serving.segments import Format, Kind, SegmentRequest
-from raydetr.serving.service import Current, ServiceOf
+from raydetr.serving.service import ClientOf, Current, ServiceOf
 from raydetr.serving.shadow import Seen
 
 router = APIRouter()
@@ -66,6 +67,12 @@ _JSON = {
     },
     "example": {"images": [_GREY]},
 }
+_Orientation = Annotated[
+    Orientation,
+    Query(
+        description="apply: turn images upright by their EXIF orientation; ignore: answer for the stored pixels."
+    ),
+]
 _ONE = dict.fromkeys(("image/jpeg", "image/png", "image/webp", "application/octet-stream"), _BINARY)
 
 
@@ -128,21 +135,23 @@ async def models(service: ServiceOf) -> ModelsResponse:
 async def detect(
     request: Request,
     service: ServiceOf,
+    client: ClientOf,
     threshold: Annotated[float, Query(ge=0, le=1, description="Least score.")] = 0.5,
     top_k: Annotated[int | None, Query(ge=1, description="Most detections of an image.")] = None,
     classes: Annotated[list[str] | None, Query(description="Label names to keep; repeated.")] = None,
+    orientation: _Orientation = "ignore",
 ) -> DetectResponse | DetectManyResponse:
     """Detect objects in the image that is the body, or in those of a form or of JSON."""
     begun = time.monotonic()
 
     async def by(current: Current) -> DetectResponse | DetectManyResponse:
         wanted = _label_ids(classes, current)
-        prepared = await current.preparer.prepare(sent.images)
+        prepared = await service.preparer.prepare(sent.images, current.image_processor, client, orientation)
         prepared_at = time.monotonic()
         found = await service.detect(prepared, current)
-        service.shadow(Seen(sent.images, prepared, [result.value for result in found]), current)
+        service.shadow(Seen(sent.images, prepared, [result.value for result in found], orientation), current)
         results = [
-            _detections(image, result.value, current, threshold, top_k, wanted)
+            _detections(_info(image, orientation), result.value, current, threshold, top_k, wanted)
             for image, result in zip(prepared, found, strict=True)
         ]
         request.state.model = current.model.label
@@ -153,10 +162,11 @@ async def detect(
             model=current.info, image=results[0].image, detections=results[0].detections, times=times
         )
 
-    with service.request() as champion:
-        _label_ids(classes, champion)  # before the body is read
-        sent = await read_images(request, service.limits)
-        return await service.answer("detect", champion, by, begun)
+    _label_ids(classes, service.current)  # before the body is read
+    with service.body(client) as take:
+        sent = await read_images(request, service.limits, take)
+        with service.request(client) as champion:
+            return await service.answer("detect", champion, by, begun)
 
 
 @router.post(
@@ -174,32 +184,35 @@ async def detect(
 async def segment(
     request: Request,
     service: ServiceOf,
+    client: ClientOf,
     kind: Annotated[Kind, Query(description="What a segment is: see docs/serving.md.")] = "instance",
     threshold: Annotated[float, Query(ge=0, le=1, description="Least score of a segment.")] = 0.5,
     format: Annotated[
         Format, Query(description="rle: each segment's run lengths; png: one map of all.")
     ] = "rle",
+    orientation: _Orientation = "ignore",
 ) -> SegmentResponse:
     """Segment one image: run lengths of each segment, or one map of all as PNG."""
     begun = time.monotonic()
 
     async def by(current: Current) -> SegmentResponse:
-        (image,) = await current.preparer.prepare(sent.images)
+        (image,) = await service.preparer.prepare(sent.images, current.image_processor, client, orientation)
         prepared_at = time.monotonic()
         result = await service.segment(image, current, SegmentRequest(kind, threshold, format))
         request.state.model = current.model.label
         return SegmentResponse(
             model=current.info,
-            image=_size(image),
+            image=_info(image, orientation),
             times=_times(begun, prepared_at, result.model_ms),
             **result.value,
         )
 
-    with service.request() as champion:
-        sent = await read_images(request, service.limits)
+    with service.body(client) as take:
+        sent = await read_images(request, service.limits, take)
         if len(sent.images) != 1:
             raise RequestError(422, f"{len(sent.images)} images were sent: segmentation takes one.")
-        return await service.answer("segment", champion, by, begun)
+        with service.request(client) as champion:
+            return await service.answer("segment", champion, by, begun)
 
 
 def _served(current: Current) -> ServedModel:
@@ -220,7 +233,7 @@ def _label_ids(classes: Sequence[str] | None, current: Current) -> set[int] | No
 
 
 def _detections(
-    image: PreparedImage,
+    image: ImageInfo,
     found: Detections,
     current: Current,
     threshold: float,
@@ -232,12 +245,12 @@ def _detections(
         for each in found.to_dicts(current.id2label)
         if each["score"] >= threshold and (wanted is None or each["label_id"] in wanted)
     ]
-    return DetectResult(image=_size(image), detections=kept[:top_k])
+    return DetectResult(image=image, detections=kept[:top_k])
 
 
-def _size(image: PreparedImage) -> ImageInfo:
+def _info(image: PreparedImage, orientation: Orientation) -> ImageInfo:
     height, width = image.original_size
-    return ImageInfo(height=height, width=width)
+    return ImageInfo(height=height, width=width, orientation=orientation)
 
 
 def _times(begun: float, prepared_at: float, model_ms: float) -> Times:

@@ -4,8 +4,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from detr.image_processing.decode import Orientation
+
 _MODEL = {"name": "raydetr", "version": 3}
-_IMAGE = {"height": 480, "width": 640}
+_IMAGE = {"height": 480, "width": 640, "orientation": "ignore"}
 _TIMES = {"prepare_ms": 6.1, "model_ms": 41.8, "total_ms": 52.7}
 _CAT = {
     "score": 0.982,
@@ -21,7 +23,7 @@ def _example(**values: Any) -> ConfigDict:
 
 
 class Box(BaseModel):
-    """Corners in pixels of the image that was sent, EXIF rotation not applied; they may lie beyond its edges."""
+    """Corners in pixels of the image, see `ImageInfo`; they may lie beyond its edges."""
 
     xmin: float
     ymin: float
@@ -46,10 +48,11 @@ class ModelInfo(BaseModel):
 
 
 class ImageInfo(BaseModel):
-    """What was decoded."""
+    """What was decoded, in pixels: with orientation=apply of the upright image, else of the stored one."""
 
     height: int
     width: int
+    orientation: Orientation = Field(description="Whether the EXIF orientation was applied, as requested.")
 
 
 class Times(BaseModel):

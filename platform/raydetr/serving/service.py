@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
@@ -22,17 +22,21 @@ from detr.detector import PreparedImage
 from detr.image_processing.processor import DetrImageProcessor
 from raydetr.errors import RequestError
 from raydetr.registry.models import ResolvedModel, local_folder
+from raydetr.serving.concurrently import all_or_none
 from raydetr.serving.detector import Result
-from raydetr.serving.images import Limits, Preparer
 from raydetr.serving.loaded import Failure, has_masks
+from raydetr.serving.preparer import Preparer
 from raydetr.serving.refusals import RETRY_AFTER_S, Unavailable, too_many
 from raydetr.serving.schemas import ModelInfo
 from raydetr.serving.shadow import Seen
+from raydetr.serving.shares import FairShare
 
 if TYPE_CHECKING:
     from raydetr.serving.challenger import Challenger
 
 T = TypeVar("T")
+MAX_BODIES = 1024
+"""Bodies that arrive at a time in one process."""
 LOST_REPLICAS = 3
 """Replicas that may die under one image before its request fails; an answer has no side effect to repeat."""
 
@@ -43,23 +47,23 @@ class Current:
 
     model: ResolvedModel
     info: ModelInfo
-    preparer: Preparer
+    image_processor: DetrImageProcessor
     id2label: dict[int, str]
     tasks: tuple[str, ...]
 
     def prepares_otherwise_than(self, other: "Current") -> bool:
         """Whether an image prepared for one version is none for the other."""
-        return self.preparer.image_processor.to_dict() != other.preparer.image_processor.to_dict()
+        return self.image_processor.to_dict() != other.image_processor.to_dict()
 
     @classmethod
-    def of(cls, model: ResolvedModel, limits: Limits) -> Self:
-        """Read it from the version's files; limits are those on one request."""
+    def of(cls, model: ResolvedModel) -> Self:
+        """Read it from the version's files."""
         folder = local_folder(model)
         config = DetrConfig.from_pretrained(folder)
         return cls(
             model,
             ModelInfo(name=model.name or model.label, version=model.version),
-            Preparer(DetrImageProcessor.from_pretrained(folder), limits),
+            DetrImageProcessor.from_pretrained(folder),
             config.id2label,
             ("detect", "segment") if has_masks(config) else ("detect",),
         )
@@ -71,8 +75,8 @@ class Service:
     Args:
         current: the version that answers; replaced where an alias moves.
         detector: handle of the model replicas, `detector.Detector`.
-        limits: on one request.
-        most_requests: worked on or waiting at a time; beyond it is 429.
+        preparer: prepares the images of all requests, within its limits.
+        max_requests: worked on or waiting at a time; beyond it is 429.
         replicas_ready: whether a model replica is ready, by Serve's own account; may block.
     """
 
@@ -80,30 +84,59 @@ class Service:
         self,
         current: Current,
         detector: DeploymentHandle[Any],
-        limits: Limits,
-        most_requests: int,
+        preparer: Preparer,
+        max_requests: int,
         replicas_ready: Callable[[], bool],
     ) -> None:
-        self.current, self.detector, self.limits = current, detector, limits
-        self.most_requests = most_requests
+        self.current, self.detector, self.preparer = current, detector, preparer
+        self.limits = preparer.limits
         self.challenger: Challenger | None = None  # set where one is tried
         self._replicas_ready = replicas_ready
-        self._requests = 0
+        self._requests = FairShare(max_requests)
+        self._bodies = FairShare(MAX_BODIES)
+        self._bytes = FairShare(max(self.limits.max_bytes_in_flight, 2 * self.limits.max_bytes))
 
     @contextlib.contextmanager
-    def request(self) -> Iterator[Current]:
-        """One request within the bound; the version that answers it, if the challenger does not.
+    def body(self, client: str) -> Iterator[Callable[[int], None]]:
+        """Room for one body, from before it arrives until its request is answered.
+
+        Yields:
+            what takes room for so many bytes more, and raises Unavailable where the client has had its share.
 
         Raises:
-            Unavailable: 429 where there are too many; before anything of the body is read.
+            Unavailable: 429 where the request could not be worked on if its body were here, or its client sends too
+                many at a time.
         """
-        if self._requests >= self.most_requests:
+        if self._requests.is_full(client) or not self._bodies.take(client):
             raise too_many()
-        self._requests += 1
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            if not self._bytes.take(client, count):
+                raise too_many()
+            taken += count
+
+        try:
+            yield take
+        finally:
+            self._bodies.give_back(client)
+            self._bytes.give_back(client, taken)
+
+    @contextlib.contextmanager
+    def request(self, client: str) -> Iterator[Current]:
+        """One request, whose body has arrived, within the bound; the version that answers it, if the challenger does
+        not.
+
+        Raises:
+            Unavailable: 429 where there are too many, or the client has had its share.
+        """
+        if not self._requests.take(client):
+            raise too_many()
         try:
             yield self.current
         finally:
-            self._requests -= 1
+            self._requests.give_back(client)
 
     async def answer(
         self, task: str, champion: Current, run: Callable[[Current], Awaitable[T]], begun: float
@@ -128,7 +161,7 @@ class Service:
         """Have the challenger detect the same images too, for its share, once the champion has answered."""
         challenger = self.challenger
         if challenger is not None and challenger.is_other_than(current):
-            busy = 2 * self._requests > self.most_requests
+            busy = 2 * self._requests.used > self._requests.capacity
             challenger.shadow.consider(seen, current, challenger.current, busy)
 
     async def detect(
@@ -139,7 +172,9 @@ class Service:
         Raises:
             Unavailable: of one of them.
         """
-        return await _all([self._ask("detect", current.model, image, in_background) for image in images])
+        return await all_or_none(
+            [self._ask("detect", current.model, image, in_background) for image in images]
+        )
 
     async def segment(self, image: PreparedImage, current: Current, request: Any) -> Result:
         """Segments of an image.
@@ -175,8 +210,8 @@ class Service:
         raise no_replica()
 
     async def is_ready(self) -> bool:
-        """Whether a model replica has answered its warm-up and is there."""
-        return await asyncio.to_thread(self._replicas_ready)
+        """Whether a model replica has answered its warm-up and is there, and images are being decoded."""
+        return await asyncio.to_thread(lambda: self._replicas_ready() and self.preparer.is_ready())
 
 
 def no_replica() -> Unavailable:
@@ -184,20 +219,18 @@ def no_replica() -> Unavailable:
     return Unavailable(503, "No model replica is there: try again later.", RETRY_AFTER_S)
 
 
-async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order; where one fails, or the caller is cancelled, the others are cancelled too."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
+def client_of(request: Request) -> str:
+    """Who sends a request, for its share of the endpoint: the name of its token, else its address."""
+    name: str | None = getattr(request.state, "client", None)
+    if name is not None:
+        return f"token {name}"
+    return request.client.host if request.client else ""
+
+
 ServiceOf = Annotated[Service, Depends(_service)]
+ClientOf = Annotated[str, Depends(client_of)]

@@ -12,7 +12,10 @@ import torch
 
 from detr.boxes import box_iou
 from detr.detector import Detections, PreparedImage
+from detr.image_processing.decode import Orientation
+from detr.image_processing.processor import DetrImageProcessor
 from raydetr.errors import ServingError
+from raydetr.serving.bodies import Encoded
 from raydetr.serving.detector import Result
 from raydetr.serving.metrics import ShadowMetrics
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from raydetr.serving.service import Current
 
 logger = logging.getLogger("ray.serve")
+_CLIENT = "the shadow"
 LEAST_SCORE = 0.5
 """Detections below it are not compared."""
 LEAST_IOU = 0.5
@@ -44,10 +48,11 @@ class Comparison:
 class Seen:
     """One request as the champion answered it."""
 
-    images: Sequence[bytes]
-    """Encoded."""
+    images: Sequence[Encoded]
     prepared: Sequence[PreparedImage]
     found: Sequence[Detections]
+    orientation: Orientation = "ignore"
+    """In which they were prepared."""
 
 
 class Shadow:
@@ -59,6 +64,7 @@ class Shadow:
     Args:
         share: of images, 0..1.
         most: images at a time.
+        prepare: prepares images again, for a challenger that wants them otherwise; see `Preparer.prepare`.
         detect: asks the model replicas.
         metrics: that count.
     """
@@ -67,10 +73,14 @@ class Shadow:
         self,
         share: float,
         most: int,
+        prepare: Callable[
+            [Sequence[Encoded], DetrImageProcessor, str, Orientation], Awaitable[list[PreparedImage]]
+        ],
         detect: Callable[[Sequence[PreparedImage], "Current"], Awaitable[list[Result]]],
         metrics: ShadowMetrics,
     ) -> None:
-        self.share, self.most, self._detect, self._metrics = share, most, detect, metrics
+        self.share, self.most, self._metrics = share, most, metrics
+        self._prepare, self._detect = prepare, detect
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio itself would forget them
 
     def consider(self, seen: Seen, champion: "Current", challenger: "Current", busy: bool) -> None:
@@ -82,28 +92,31 @@ class Shadow:
             challenger: the version that is tried.
             busy: whether clients wait for what a comparison would take.
         """
-        for image in zip(seen.images, seen.prepared, seen.found, strict=True):
+        again = challenger.prepares_otherwise_than(champion)
+        for data, image, found in zip(seen.images, seen.prepared, seen.found, strict=True):
             if random.random() >= self.share:
                 continue
             if busy or len(self._tasks) >= self.most:
                 self._metrics.images.inc(tags={"model": challenger.model.label, "outcome": "dropped"})
                 continue
-            task = asyncio.create_task(self._run(*image, champion, challenger))
+            source = bytes(data) if again else image  # not a view, which would keep the whole body
+            run = self._run(source, seen.orientation, found, champion, challenger)
+            task = asyncio.create_task(run)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _run(
         self,
-        data: bytes,
-        image: PreparedImage,
+        source: bytes | PreparedImage,
+        orientation: Orientation,
         found: Detections,
         champion: "Current",
         challenger: "Current",
     ) -> None:
         try:
-            if challenger.prepares_otherwise_than(champion):
-                (image,) = await challenger.preparer.prepare([data])
-            (result,) = await self._detect([image], challenger)
+            if isinstance(source, bytes):
+                (source,) = await self._prepare([source], challenger.image_processor, _CLIENT, orientation)
+            (result,) = await self._detect([source], challenger)
             if not (np.isfinite(result.value.scores).all() and np.isfinite(result.value.boxes_xyxy).all()):
                 raise ServingError("its scores or boxes are not finite numbers")
             comparison = compare(found, champion.id2label, result.value, challenger.id2label)

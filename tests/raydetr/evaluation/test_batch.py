@@ -15,10 +15,11 @@ from detr.panoptic_png import read_panoptic_png, write_panoptic_png
 from detr.segmentation import NO_MASK
 from raydetr.errors import DataError, EvaluationError, RequestError
 from raydetr.evaluation import batch, pictures, predict
-from raydetr.evaluation.actors import ActorOptions
+from raydetr.evaluation.actors import ActorOptions, _prepare
 from raydetr.evaluation.pictures import draw, write_pictures
 from raydetr.evaluation.predictions import PredictionSettings, Predictor, error_row, table
 from raydetr.registry.models import resolve
+from tests.raydetr.serving.oriented import oriented
 from tests.tiny_detr import add_mask_head, png, save_tiny_detr
 
 ENDPOINT_BOX = {"xmin": 1.0, "ymin": 2.0, "xmax": 11.0, "ymax": 22.0}
@@ -163,6 +164,20 @@ def test_an_endpoint_gives_the_same_table_and_refusals_of_an_image_are_passed_ov
 
     with pytest.raises(RequestError):
         batch.predict_by_endpoint(images, refuse)
+
+
+@pytest.mark.parametrize(("orientation", "size"), [("ignore", (120, 180)), ("apply", (180, 120))])
+def test_photos_are_predicted_and_drawn_as_stored_or_upright(model, tmp_path, orientation, size):
+    (tmp_path / "photo.png").write_bytes(oriented("PNG"))
+    images = batch.list_images(str(tmp_path))
+    predictions, labels = batch.predict_by_endpoint(images, lambda _: [], orientation)
+    (row,) = predictions.to_pylist()
+    assert (row["height"], row["width"]) == size
+    drawn = draw(oriented("PNG"), row, labels, 0.5, orientation)  # enlarged
+    assert drawn.height * size[1] == drawn.width * size[0]
+    windows = pa.Table.from_pylist([{"image_ids": [1], "addresses": [images.address(1)]}])
+    (prepared,) = _prepare(windows, "", model, 8, orientation)
+    assert prepared.to_pylist()[0]["original_size"] == [list(size)]
 
 
 def test_a_folder_without_images_and_a_missing_folder_are_errors(tmp_path):

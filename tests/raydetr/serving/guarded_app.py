@@ -17,15 +17,17 @@ from raydetr.errors import RequestError
 from raydetr.serving import middleware
 from raydetr.serving.auth import Tokens
 from raydetr.serving.bodies import read_images
-from raydetr.serving.images import Limits, Preparer
+from raydetr.serving.images import Limits
 from raydetr.serving.middleware import error_answer, protect
+from tests.raydetr.serving.decoders import preparer
 
+LIMITS = Limits()
 PROCESSOR = DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64})
 
 
 def guarded_app(limits: Limits, tokens: Tokens | None = None) -> FastAPI:
     api = FastAPI(redirect_slashes=False)
-    preparer = Preparer(PROCESSOR, limits)
+    images = preparer(limits)
 
     @api.exception_handler(RequestError)
     async def _(_: Request, error: RequestError) -> JSONResponse:
@@ -38,8 +40,8 @@ def guarded_app(limits: Limits, tokens: Tokens | None = None) -> FastAPI:
     @api.post("/v1/detect")
     async def detect(request: Request) -> dict[str, Any]:
         request.state.model = "tiny/3"
-        body = await read_images(request, limits)
-        prepared = await preparer.prepare(body.images)
+        body = await read_images(request, limits, lambda _: None)
+        prepared = await images.prepare(body.images, PROCESSOR)
         return {"many": body.many, "sizes": [image.original_size for image in prepared]}
 
     @api.get("/health")

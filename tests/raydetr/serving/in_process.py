@@ -14,6 +14,7 @@ from raydetr.serving.ingress import new_api
 from raydetr.serving.loaded import LoadedModel
 from raydetr.serving.middleware import protect
 from raydetr.serving.service import Current, Service
+from tests.raydetr.serving.decoders import preparer
 
 
 class _Response:
@@ -65,9 +66,9 @@ def application(
 ) -> FastAPI:
     """The application; `api.state.service` is its service, and `api.state.service.detector` its `Replica`."""
     service = Service(
-        Current.of(model, limits),
+        Current.of(model),
         Replica(LoadedModel.load(model, "cpu")),  # type: ignore[arg-type]
-        limits,
+        preparer(limits),
         most_requests,
         lambda: True,
     )

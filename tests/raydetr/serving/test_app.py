@@ -129,7 +129,7 @@ def test_an_answer_is_that_of_the_detector_in_process(url, detector, threshold):
     data = png(60, 90)
     answer = detect(url, data, threshold)
     assert answer["model"] == {"name": "raydetr", "version": 3}
-    assert answer["image"] == {"height": 60, "width": 90}
+    assert answer["image"] == {"height": 60, "width": 90, "orientation": "ignore"}
     assert_is_answer(answer, detector, data, threshold)
     assert 0 < len(answer["detections"]) <= 12
 
@@ -211,7 +211,7 @@ def test_segments_are_those_of_postprocess_on_the_image_alone(url, segmenter, ki
         np.testing.assert_array_equal(read_panoptic_png(base64.b64decode(with_map["map"])), ids)
         for answer in (with_masks, with_map):
             assert answer["model"] == {"name": "raydetr", "version": 3}
-            assert answer["image"] == {"height": ids.shape[0], "width": ids.shape[1]}
+            assert answer["image"] == {"height": ids.shape[0], "width": ids.shape[1], "orientation": "ignore"}
             for ours, theirs in zip(answer["segments"], segments, strict=True):
                 assert (ours["id"], ours["label_id"]) == (theirs["id"], theirs["label_id"])
                 assert ours["label"] == NAMES[theirs["label_id"]]

@@ -3,15 +3,20 @@ import hashlib
 import logging
 import os
 import shlex
-import subprocess
-import sys
-import textwrap
 
 import pytest
 
 from raydetr.errors import ConfigError
 from raydetr.serving import auth
-from raydetr.serving.auth import BearerAuth, Tokens, is_loopback, parse_tokens, require_tokens
+from raydetr.serving.auth import (
+    BearerAuth,
+    Tokens,
+    add_token,
+    curl_command,
+    is_loopback,
+    parse_tokens,
+    require_tokens,
+)
 from raydetr.serving.images import Limits
 from tests.raydetr.serving.guarded_app import ask, call, guarded_app, message_of, scope_of
 
@@ -220,16 +225,42 @@ def test_lines_may_have_the_form_of_sha256sum_of_windows_and_of_tabs():
     assert (dict(names), bad) == ({bytes.fromhex(digest): "alice", bytes(32): "bob"}, [])
 
 
-def test_the_commands_of_the_docstring_make_a_token_that_works(tmp_path):
-    documented = textwrap.dedent(auth.__doc__.split("::\n", 1)[1].split("The client", 1)[0])
-    commands = (
-        documented.replace("python -c", f"{shlex.quote(sys.executable)} -c")
-        + '\nprintf %s "$TOKEN" > bob.token'
-    )
-    subprocess.run(["bash", "-ec", commands.replace("alice", "bob", 1)], cwd=tmp_path, check=True)
-    tokens = Tokens(tmp_path / "tokens")
-    for name in ("alice", "bob"):
-        assert tokens.name_of((tmp_path / f"{name}.token").read_text().strip()) == name
+def test_an_added_token_lets_its_client_in_and_leaves_the_others(file, clock):
+    with file.open("a") as out:
+        out.write("# no line end")
+    tokens = Tokens(file, clock=clock)
+    carol, other = add_token(file, "carol of sales"), add_token(file, "carol of sales")
+    clock.now += 1.0
+    assert carol != other
+    assert [tokens.name_of(each) for each in (carol, other)] == ["carol of sales"] * 2
+    assert tokens.name_of("first-token") == "alice"
+    assert carol not in file.read_text()
+
+
+def test_a_new_file_of_tokens_is_its_owners_alone(tmp_path):
+    token = add_token(tmp_path / "tokens", "alice")
+    assert (tmp_path / "tokens").stat().st_mode & 0o777 == 0o600
+    assert Tokens(tmp_path / "tokens").name_of(token) == "alice"
+
+
+@pytest.mark.parametrize("name", ["", " ", " alice", "al\nice", "al\x1b[31mice", "a#b", "n" * 101, "\t"])
+def test_a_name_that_would_not_be_read_again_is_refused_and_nothing_is_written(tmp_path, name):
+    with pytest.raises(ConfigError, match="--name"):
+        add_token(tmp_path / "tokens", name)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be written"):
+        add_token(tmp_path / "nowhere" / "tokens", "alice")
+
+
+def test_the_printed_command_has_the_token_and_survives_a_shell():
+    for tokens in ("", "tokens"):
+        command = curl_command("http://h/it's a path", tokens)
+        words = shlex.split(command.replace("$TOKEN", "secret"))
+        assert words[-1] == "http://h/it's a path/v1/detect?threshold=0.5"
+        assert ("Authorization: Bearer secret" in words) == bool(tokens)
 
 
 def test_tokens_are_required_unless_only_this_machine_can_ask():

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from raydetr.errors import RequestError
-from raydetr.serving.bodies import images_of_json, images_of_multipart
+from raydetr.serving.bodies import images_of_json, images_of_multipart, read_body
 from raydetr.serving.images import Limits
 from tests.raydetr.serving.guarded_app import (
     ask,
@@ -282,3 +282,46 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(api):
     log = log_lines()
     assert asyncio.run(call(api, scope, b"half", then="leave")) == []
     assert (json.loads(log.getvalue())["status"], json.loads(log.getvalue())["bytes_in"]) == (499, 4)
+
+
+def read(*chunks: bytes, declared: str | None = None) -> tuple[bytes, int]:
+    """The body, and how many chunks were taken."""
+    taken = 0
+
+    async def stream():
+        nonlocal taken
+        for chunk in chunks:
+            taken += 1
+            yield chunk
+
+    return asyncio.run(read_body(stream(), declared, Limits(max_bytes=10), lambda _: None)), taken
+
+
+def test_a_body_is_put_together():
+    assert read(b"12345", b"", b"67890", declared="10") == (b"1234567890", 3)
+
+
+def test_a_body_is_refused_by_its_declared_size_before_it_is_read():
+    with pytest.raises(RequestError, match="larger than 10 bytes") as error:
+        read(b"1", declared="11")
+    assert error.value.status == 413
+
+
+def test_a_body_that_declares_nothing_or_lies_is_cut_off_at_the_limit():
+    for declared in (None, "3", "nonsense"):
+        endless = (b"123456" for _ in range(10**9))
+        with pytest.raises(RequestError) as error:
+            read(*[next(endless) for _ in range(3)], declared=declared)
+        assert error.value.status == 413
+
+
+def test_an_empty_body_is_a_bad_request():
+    with pytest.raises(RequestError, match="empty") as error:
+        read(b"", declared="0")
+    assert error.value.status == 400
+
+
+def test_a_declared_size_of_thousands_of_digits_is_too_large():
+    with pytest.raises(RequestError) as error:
+        read(b"1", declared="9" * 5000)
+    assert error.value.status == 413

@@ -16,7 +16,6 @@ from raydetr.registry.tracking import client, start_run
 from raydetr.serving.app import application, endpoint
 from raydetr.serving.challenger import Challenger, Trial
 from raydetr.serving.detector import Batching
-from raydetr.serving.images import Limits
 from raydetr.serving.refusals import too_many
 from raydetr.serving.service import Current, no_replica
 from raydetr.serving.versions import Alias
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy i
 @pytest.fixture(scope="module")
 def champion(tmp_path_factory) -> Current:
     folder = save_tiny_detr(tmp_path_factory.mktemp("model") / "tiny", ["ant"], edge=64)
-    return Current.of(resolve(str(folder), ""), Limits())
+    return Current.of(resolve(str(folder), ""))
 
 
 def answered(

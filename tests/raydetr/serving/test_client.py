@@ -41,7 +41,7 @@ DETECTION = {
 }
 MODEL = {"name": "raydetr", "version": 3}
 TIMES = {"prepare_ms": 1.0, "model_ms": 20.0, "total_ms": 22.5}
-ONE = {"image": {"height": 60, "width": 90}, "detections": [DETECTION]}
+ONE = {"image": {"height": 60, "width": 90, "orientation": "ignore"}, "detections": [DETECTION]}
 DETECTED = {"model": MODEL, **ONE, "times": TIMES}
 
 Reply = Callable[[BaseHTTPRequestHandler], None]
@@ -170,10 +170,18 @@ def ask(request: pytest.FixtureRequest, server: Scripted) -> Ask:
 def test_a_detection_is_asked_for_and_read_as_the_contract_says(server: Scripted, ask: Ask) -> None:
     schemas.DetectResponse.model_validate(DETECTED)  # what we read here is what the endpoint writes
     server.replies.append(reply(200, DETECTED))
-    result = ask("detect", b"image", 0.25, top_k=7, classes=["cat", "traffic light"], token="secret")
+    result = ask(
+        "detect",
+        b"image",
+        0.25,
+        top_k=7,
+        classes=["cat", "traffic light"],
+        orientation="apply",
+        token="secret",
+    )
     assert result.detections == (Detection(0.9, "cat", 3, Box(1.5, 2.0, 30.0, 40.25)),)
     assert result.model == Model("raydetr", 3)
-    assert result.image == ImageSize(60, 90)
+    assert result.image == ImageSize(60, 90, "ignore")
     assert result.times == Times(1.0, 20.0, 22.5)
     assert json.loads(json.dumps(asdict(result))) == DETECTED
     (asked,) = server.asked
@@ -183,6 +191,7 @@ def test_a_detection_is_asked_for_and_read_as_the_contract_says(server: Scripted
         ("top_k", "7"),
         ("classes", "cat"),
         ("classes", "traffic light"),
+        ("orientation", "apply"),
     ]
     assert asked["headers"]["Content-Type"] == "application/octet-stream"
     assert asked["headers"]["Authorization"] == "Bearer secret"
@@ -225,7 +234,10 @@ def test_many_images_go_out_a_few_at_a_time_and_come_back_in_order(
     images = [b"0" * 10, b"1" * 10, b"2" * 10, b"3" * 995, b"4" * 2000]
 
     def sizes(*widths: int) -> Reply:
-        each = [{"image": {"height": 1, "width": width}, "detections": [DETECTION]} for width in widths]
+        each = [
+            {"image": {"height": 1, "width": width, "orientation": "ignore"}, "detections": [DETECTION]}
+            for width in widths
+        ]
         schemas.DetectManyResponse.model_validate({"model": MODEL, "results": each, "times": TIMES})
         return reply(200, {"model": MODEL, "results": each, "times": TIMES})
 

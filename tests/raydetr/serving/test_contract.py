@@ -106,6 +106,9 @@ class Provoked:
         service = api.state.service
         yield from self.post(api)
         yield from self.get(api)
+        for method, path, _ in documented(api):  # a parameter that there is not
+            asked = path.replace("{name}", MODEL) + "?thresold=1"
+            yield method, path, ask(api, method, asked, headers=self.auth)
         for method, path, _ in documented(api):  # no token
             yield method, path, ask(api, method, path.replace("{name}", MODEL))
         yield from self.post(api, b"")  # 400

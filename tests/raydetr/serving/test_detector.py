@@ -4,12 +4,18 @@ import asyncio
 import gc
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
+from ray.serve import batching
 
+from detr.detector import PreparedImage
 from raydetr.registry.models import ResolvedModel, resolve
-from raydetr.serving.detector import Batching, Detector, _Job
+from raydetr.serving.detector import Batching, Detector, _Job, _Work
+from raydetr.serving.segments import SegmentRequest
 from tests.tiny_detr import png, save_tiny_detr
 
 
@@ -69,8 +75,9 @@ def test_a_batch_that_serve_keeps_does_not_keep_its_version(model, tmp_path):
     async def replace() -> None:
         detector = Detector(model, Batching(), "cpu", kept_versions=2)
         version = next(iter(detector.versions.values()))
-        batch = [_Job(version, version.detector.prepare(png(60, 90, 0)), None)]
+        batch = [_Job(_Work(version, version.detector.prepare(png(60, 90, 0)), None))]
         (result,) = await detector._at_once("detect", batch)
+        assert result is not None
         assert len(result.value.scores) > 0
         replaced = weakref.ref(version)
         del version
@@ -80,3 +87,70 @@ def test_a_batch_that_serve_keeps_does_not_keep_its_version(model, tmp_path):
         assert replaced() is None
 
     asyncio.run(replace())
+
+
+class Computes(Detector):
+    """Queues and jobs of a detector, without a model: boxes are noise, and a shape of height 3 fails."""
+
+    def __init__(self) -> None:
+        self.batching, self.queues = Batching(4, 0.01), {}
+        self._batches, self._pause, self._background = 0, asyncio.Event(), asyncio.Lock()
+        self.executor = ThreadPoolExecutor(1)
+        self.metrics = MagicMock()
+        self.values: list[weakref.ref] = []
+
+    async def _version(self, model: Any) -> Any:
+        return self
+
+    def _values(self, group: list[_Work]) -> list[Any]:
+        if group[0].image.shape[0] == 3:
+            raise RuntimeError("no kernel for this shape")
+        values = [np.full((100, 100), id(work)) for work in group]
+        self.values += [weakref.ref(value) for value in values]
+        return values
+
+
+def test_nothing_of_an_image_is_retained_once_it_is_answered(monkeypatch):
+    """Serve's queues, of which there is one for each shape, keep their last batch."""
+    monkeypatch.setattr(
+        batching._BatchQueue, "_warn_if_max_batch_size_exceeds_max_ongoing_requests", lambda _: None
+    )
+
+    async def run() -> None:
+        detector = Computes()
+        images: list[weakref.ref] = []
+
+        async def ask(height: int, method: Any, *args: Any) -> None:
+            image = PreparedImage(np.zeros((3, height, 64), np.uint8), (height, 64), (height, 64))
+            images.append(weakref.ref(image))
+            if height == 3:
+                with pytest.raises(RuntimeError, match="no kernel"):
+                    await method(None, image, *args)
+            else:
+                assert isinstance((await method(None, image, *args)).value, np.ndarray)
+
+        segments = SegmentRequest("instance", 0.5, "rle")
+        for height in range(1, 6):
+            await asyncio.gather(
+                *[ask(height, detector.detect) for _ in range(5)],
+                *[ask(height, detector.detect, True) for _ in range(5)],
+                *[ask(height, detector.segment, segments) for _ in range(3)],
+            )
+        gone = [asyncio.ensure_future(ask(4, detector.detect)) for _ in range(3)]
+        await asyncio.sleep(0.001)
+        for task in gone:
+            task.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        gone.clear()
+        del task  # whose exception has a frame with the image
+        await asyncio.sleep(0.05)
+        gc.collect()
+        assert len(images) == 68
+        assert len(detector.queues) == 15
+        assert sum(image() is not None for image in images) == 0
+        assert sum(value() is not None for value in detector.values) == 0
+        detector.queues.clear()  # while there is a loop: Serve's queues make a new one when they are deleted
+        gc.collect()
+        detector.executor.shutdown()
+
+    asyncio.run(run())

@@ -8,7 +8,8 @@ from starlette.responses import StreamingResponse
 
 from raydetr.errors import ConfigError, RequestError
 from raydetr.serving.images import Limits
-from raydetr.serving.middleware import protect, sane_request_id
+from raydetr.serving.middleware import protect
+from raydetr.serving.request_id import sane_request_id
 from tests.raydetr.serving.guarded_app import ask, call, guarded_app, log_lines, message_of, scope_of
 from tests.tiny_detr import png
 

@@ -1,6 +1,7 @@
 """What Serve's refusals become, with calls of a handle that fail as Serve's do."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from raydetr.serving.images import Limits
 from raydetr.serving.loaded import OUT_OF_MEMORY
 from raydetr.serving.refusals import Unavailable
 from raydetr.serving.service import Current, Service
+from tests.raydetr.serving.decoders import preparer
 from tests.tiny_detr import png, save_tiny_detr
 
 FINE = Result("found", 1.0)
@@ -59,7 +61,7 @@ class Replicas:
 @pytest.fixture(scope="module")
 def current(tmp_path_factory) -> Current:
     folder = save_tiny_detr(tmp_path_factory.mktemp("model") / "tiny", ["ant"], edge=64)
-    return Current.of(resolve(str(folder), ""), Limits())
+    return Current.of(resolve(str(folder), ""))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def image(current) -> PreparedImage:
 
 
 def ask(current: Current, image: PreparedImage, replicas: Replicas, images: int = 1) -> list[Result]:
-    service = Service(current, replicas, Limits(), 2, lambda: True)
+    service = Service(current, replicas, preparer(), 2, lambda: True)
     return asyncio.run(service.detect([image] * images, current))
 
 
@@ -112,20 +114,54 @@ def test_where_one_image_fails_the_calls_of_the_others_are_cancelled(current, im
 
 
 def test_requests_are_counted_and_the_count_goes_down_however_they_end(current):
-    service = Service(current, Replicas(), Limits(), 2, lambda: True)
-    with service.request() as first, service.request():
+    service = Service(current, Replicas(), preparer(), 2, lambda: True)
+    with service.request("a") as first, service.request("b"):
         assert first is current
-        with pytest.raises(Unavailable) as error, service.request():
+        with pytest.raises(Unavailable) as error, service.request("c"):
             pass
         assert error.value.status == 429
-    with pytest.raises(KeyError), service.request():
+    with pytest.raises(KeyError), service.request("a"):
         raise KeyError
-    with service.request(), service.request():
+    with service.request("a"), service.request("a"):
         pass
 
 
+def test_one_client_cannot_take_all_places(current):
+    service = Service(current, Replicas(), preparer(), 8, lambda: True)
+    with contextlib.ExitStack() as held:
+        for _ in range(6):
+            held.enter_context(service.request("a"))
+        with pytest.raises(Unavailable), service.request("a"):
+            pass
+        with pytest.raises(Unavailable), service.body("a"):
+            pass
+        with service.body("b"), service.request("b"):
+            pass
+
+
+def test_bodies_of_all_clients_have_a_bound_and_one_client_cannot_take_it(current):
+    service = Service(current, Replicas(), preparer(Limits(100, max_bytes_in_flight=1000)), 8, lambda: True)
+    with contextlib.ExitStack() as held:
+        for _ in range(8):
+            held.enter_context(service.body("a"))(90)  # the places of requests are not taken by bodies
+        take = held.enter_context(service.body("a"))
+        take(40)
+        with pytest.raises(Unavailable) as error:
+            take(60)
+        assert error.value.status == 429
+        held.enter_context(service.body("b"))(90)
+    assert service._bytes.used == service._bodies.used == 0
+
+
+def test_a_body_of_the_largest_size_fits_an_idle_endpoint_whatever_the_bound_of_all(current):
+    service = Service(current, Replicas(), preparer(Limits(100, max_bytes_in_flight=10)), 8, lambda: True)
+    with service.body("a") as take:
+        for _ in range(100):
+            take(1)
+
+
 def test_a_version_without_a_mask_head_is_not_asked_for_segments(current, image):
-    service = Service(current, Replicas(), Limits(), 2, lambda: True)
+    service = Service(current, Replicas(), preparer(), 2, lambda: True)
     with pytest.raises(RequestError, match="has no mask head") as error:
         asyncio.run(service.segment(image, current, None))
     assert error.value.status == 409

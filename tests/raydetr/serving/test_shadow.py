@@ -10,9 +10,9 @@ import pytest
 from detr.detector import Detections
 from raydetr.registry.models import resolve
 from raydetr.serving.detector import Result
-from raydetr.serving.images import Limits
 from raydetr.serving.service import Current
 from raydetr.serving.shadow import Comparison, Seen, Shadow, compare
+from tests.raydetr.serving.decoders import preparer
 from tests.tiny_detr import png, save_tiny_detr
 
 LABELS = {0: "ant", 1: "bee"}
@@ -78,7 +78,7 @@ class Metrics:
 def versions(tmp_path_factory) -> list[Current]:
     folder = tmp_path_factory.mktemp("models")
     made = [save_tiny_detr(folder / str(edge), ["ant", "bee"], edge=edge) for edge in (64, 96)]
-    return [Current.of(resolve(str(each), ""), Limits()) for each in made]
+    return [Current.of(resolve(str(each), "")) for each in made]
 
 
 def run(
@@ -95,9 +95,9 @@ def run(
 
     async def ask() -> None:
         data = png(60, 90)
-        prepared = await champion.preparer.prepare([data] * images)
+        prepared = await preparer().prepare([data] * images, champion.image_processor)
         answered = [found((0.9, 0, LEFT))] * images
-        shadow = Shadow(1.0, most, detect, metrics)
+        shadow = Shadow(1.0, most, preparer().prepare, detect, metrics)
         for _ in range(requests):
             shadow.consider(Seen([data] * images, prepared, answered), champion, challenger, busy)
         while shadow._tasks:
@@ -151,5 +151,5 @@ def test_of_a_request_with_more_images_than_there_is_room_the_first_are_compared
 
 
 def test_a_share_of_none_compares_nothing(versions):
-    shadow = Shadow(0.0, 2, None, None)  # type: ignore[arg-type]
+    shadow = Shadow(0.0, 2, None, None, None)  # type: ignore[arg-type]
     shadow.consider(Seen([], [], []), *versions, busy=False)

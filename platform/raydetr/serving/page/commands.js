@@ -14,7 +14,8 @@ function curlCommand(picture, path, query, asksForToken) {
 function pythonCode(picture, mode, query, asksForToken) {
   const file = JSON.stringify(picture.name);
   const token = asksForToken ? ', token=os.environ["TOKEN"]' : "";
-  const given = query.threshold === undefined ? "" : `, threshold=${query.threshold}`;
+  const threshold = query.threshold === undefined ? "" : `, threshold=${query.threshold}`;
+  const given = `${threshold}, orientation="${query.orientation}"`;
   const call = mode === "boxes" ? `detect(${file}${given})` : `segment(${file}, "${mode}"${given})`;
   const loop =
     mode === "boxes"

@@ -62,12 +62,17 @@ async function look(repeat = 0) {
   find("busy").hidden = false;
   find("result").setAttribute("aria-busy", "true");
   find("status").textContent = "Looking …";
-  const query = least === null ? {} : { threshold: least };
+  const query = { ...(least === null ? {} : { threshold: least }), orientation: "apply" };
   const started = performance.now();
   try {
     const answer = mode === "boxes"
       ? await ask("v1/detect", { query, body: picture.blob, signal })
       : await ask("v1/segment", { query: { ...query, kind: mode, format: "rle" }, body: picture.blob, signal });
+    if (!isSeenAlike(picture, answer.image) && picture.note !== "sent upright") {
+      const turned = await upright(picture);
+      if (!signal.aborted) take(turned);
+      return;
+    }
     state.answers[mode] = { ...answer, least, items: read(answer), took: performance.now() - started };
     tokenWorks();
     if (!models) askModels();

@@ -1,32 +1,14 @@
 // A file to a picture that this browser shows and the server reads alike; and drawing on it.
 
-const SENT_AS_IS = ["image/jpeg", "image/png", "image/webp"];
 const SMALL_SIDE = 1600;
 
-// EXIF's orientation of a JPEG file, 1 where it has none.
-async function orientation(blob) {
-  if (blob.type !== "image/jpeg") return 1;
-  const view = new DataView(await blob.slice(0, 256 * 1024).arrayBuffer());
-  const inside = (place, bytes) => place + bytes <= view.byteLength;
-  let place = 2;
-  while (inside(place, 10) && view.getUint8(place) === 0xff) {
-    const marker = view.getUint8(place + 1);
-    if (marker === 0xda) break;
-    if (marker === 0xe1 && view.getUint32(place + 4) === 0x45786966) {
-      const start = place + 10;
-      if (!inside(start, 8)) break;
-      const little = view.getUint16(start) === 0x4949;
-      const directory = start + view.getUint32(start + 4, little);
-      if (!inside(directory, 2)) break;
-      for (let i = 0; i < view.getUint16(directory, little); i++) {
-        const entry = directory + 2 + 12 * i;
-        if (!inside(entry, 12)) break;
-        if (view.getUint16(entry, little) === 0x0112) return view.getUint16(entry + 8, little);
-      }
-    }
-    place += 2 + view.getUint16(place + 2);
-  }
-  return 1;
+// The type of a file that the server reads, by its first bytes, as the server finds it; null for any other file.
+async function formatOf(file) {
+  const bytes = new Uint8Array(await file.slice(0, 12).arrayBuffer());
+  const start = String.fromCharCode(...bytes);
+  if (start.startsWith("\xff\xd8\xff")) return "image/jpeg";
+  if (start.startsWith("\x89PNG\r\n\x1a\n")) return "image/png";
+  return start.startsWith("RIFF") && start.slice(8) === "WEBP" ? "image/webp" : null;
 }
 
 // Another encoding of what the browser shows: upright, no longer than `side`.
@@ -46,14 +28,21 @@ async function readPicture(file, name) {
   } catch {
     return null;
   }
-  // The server does not turn pictures by EXIF, and boxes are of the pixels that it gets.
-  if (!SENT_AS_IS.includes(file.type)) {
+  const type = await formatOf(file);
+  if (!type) {
     return { blob: await copy(bitmap, Infinity, "image/png"), bitmap, name, note: "sent as PNG" };
   }
-  if ((await orientation(file)) > 1) {
-    return { blob: await copy(bitmap, Infinity, "image/jpeg"), bitmap, name, note: "sent upright" };
-  }
-  return { blob: file, bitmap, name, note: "" };
+  return { blob: file.slice(0, file.size, type), bitmap, name, note: "" };
+}
+
+// The server turns a picture upright by its EXIF orientation (orientation=apply), and so does the browser, but they may
+// find it in different places. Boxes are of the pixels that the server has.
+function isSeenAlike(picture, image) {
+  return image.width === picture.bitmap.width && image.height === picture.bitmap.height;
+}
+
+async function upright(picture) {
+  return { ...picture, blob: await copy(picture.bitmap, Infinity, "image/png"), note: "sent upright" };
 }
 
 async function smaller(picture) {

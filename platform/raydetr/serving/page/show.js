@@ -121,7 +121,7 @@ function activate(item) {
 
 function showCommands() {
   const { picture, mode, threshold } = state;
-  const query = leastScore() === null ? {} : { threshold };
+  const query = { ...(leastScore() === null ? {} : { threshold }), orientation: "apply" };
   const [path, all] = mode === "boxes" ? ["v1/detect", query] : ["v1/segment", { kind: mode, ...query }];
   find("curl").textContent = curlCommand(picture, path, all, asksForToken);
   find("python").textContent = pythonCode(picture, mode, query, asksForToken);

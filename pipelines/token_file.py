@@ -1,0 +1,32 @@
+"""Make a token for a client of the endpoint: its hash goes into the file of tokens, the token itself to the client.
+
+One machine or cluster:  python pipelines/token_file.py --tokens tokens --name alice --token-file alice.token
+Tiny:                    python pipelines/token_file.py --tokens tokens --name alice
+
+A running endpoint (`serve.py --tokens tokens`) lets the client in a second later. To replace a token, make another one of
+that name, hand it out, and remove the old line.
+"""
+
+import os
+from typing import Any
+
+from raydetr.command import run
+from raydetr.config import TokenFileConfig
+from raydetr.errors import ConfigError
+from raydetr.serving.auth import add_token
+
+
+def main(config: TokenFileConfig) -> dict[str, Any]:
+    """Add a token; the summary, with the token itself where no file is given for it."""
+    if config.token_file and os.path.exists(config.token_file):
+        raise ConfigError(f"--token-file {config.token_file} exists: it may hold a token that is in use.")
+    token = add_token(config.tokens, config.name)
+    if not config.token_file:
+        return {"tokens": config.tokens, "name": config.name, "token": token}
+    with open(config.token_file, "x", opener=lambda file, flags: os.open(file, flags, 0o600)) as file:
+        file.write(f"{token}\n")
+    return {"tokens": config.tokens, "name": config.name, "token_file": config.token_file}
+
+
+if __name__ == "__main__":
+    run(main, TokenFileConfig)

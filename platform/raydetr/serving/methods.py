@@ -1,0 +1,41 @@
+"""HEAD and OPTIONS, which load balancers and browsers send: for every route, from what it answers to other methods."""
+
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import MutableHeaders
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class HeadAndOptions:
+    """ASGI middleware: HEAD is GET without its body; OPTIONS gets 204 with the route's methods in `Allow`."""
+
+    def __init__(self, app: "ASGIApp") -> None:
+        self.app = app
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Answer one request."""
+        method = scope.get("method")
+        if method not in ("HEAD", "OPTIONS"):
+            await self.app(scope, receive, send)
+            return
+
+        async def without_body(message: "Message") -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            elif method == "OPTIONS" and message.get("status") == 405:
+                headers = MutableHeaders(scope=message)
+                allowed = [each.strip() for each in headers.get("allow", "").split(",") if each.strip()]
+                headers["Allow"] = ", ".join([*allowed, *(["HEAD"] if "GET" in allowed else []), "OPTIONS"])
+                for name in ("content-length", "content-type"):
+                    del headers[name]
+                message["status"] = 204
+            await send(message)
+
+        if method == "HEAD":
+            scope["method"] = "GET"
+        try:
+            await self.app(scope, receive, without_body)
+        finally:
+            scope["method"] = method  # for the log

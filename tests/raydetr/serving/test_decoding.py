@@ -1,0 +1,244 @@
+"""Workers that are lost, and the order in which a lane takes images."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+
+import numpy as np
+import psutil
+import pytest
+
+from raydetr.errors import RequestError, ServingError
+from raydetr.serving.decode_worker import Task
+from raydetr.serving.decoding import Job, Lane, WorkerLost, WorkerProgram
+from raydetr.serving.images import Limits, prepare
+from tests.raydetr.serving.costly import progressive_jpeg
+from tests.raydetr.serving.decoders import program
+from tests.raydetr.serving.guarded_app import PROCESSOR
+from tests.tiny_detr import png
+
+LIMITS = Limits(decode_s=100)
+SLOW = progressive_jpeg(2000, 2000, 100)  # about half a second
+
+
+def job(data: bytes = b"", client: str = "", pixels: int = 0, seconds: float = 1.0, cpu_s: float = 60) -> Job:
+    settings = json.dumps(PROCESSOR.to_dict())
+    return Job(Task(LIMITS, settings, "ignore", None, cpu_s, 60), data, client, pixels, seconds)
+
+
+@pytest.fixture
+def lane():
+    lane = Lane(program(), "test", 1, 0)
+    yield lane
+    lane.close()
+
+
+def worker_of(lane: Lane) -> psutil.Process:
+    """The newest worker, which is the lane's: it has answered last."""
+    lane.submit(job(png(9, 9))).result(60)
+    process = program()._process
+    assert process is not None
+    return max(psutil.Process(process.pid).children(), key=lambda each: (each.create_time(), each.pid))
+
+
+def test_a_worker_prepares_an_image_as_this_process_does(lane):
+    data = png(50, 90)
+    prepared, expected = lane.submit(job(data)).result(60), prepare(data, PROCESSOR, LIMITS)
+    assert np.array_equal(prepared.pixels, expected.pixels)
+    assert (prepared.size, prepared.original_size) == (expected.size, expected.original_size)
+
+
+def test_a_view_of_a_body_is_decoded_without_a_copy_of_it(lane):
+    body = memoryview(b"before" + png(50, 90) + b"after")[6:-5]
+    assert lane.submit(job(body)).result(60).original_size == (50, 90)
+
+
+def test_an_image_at_fault_is_refused_and_its_worker_stays(lane):
+    before = worker_of(lane)
+    with pytest.raises(RequestError, match="cannot be decoded") as error:
+        lane.submit(job(png(50, 50)[:-60])).result(60)
+    assert error.value.status == 400
+    assert worker_of(lane) == before
+
+
+def test_an_image_that_uses_up_its_processor_time_costs_no_more_than_that(lane):
+    before = worker_of(lane)
+    started = time.monotonic()
+    with pytest.raises(WorkerLost) as lost:
+        lane.submit(job(SLOW, cpu_s=0.1)).result(60)
+    assert lost.value.out_of_time
+    assert worker_of(lane) != before
+    assert time.monotonic() - started < 10  # where the image would take longer on a machine that is busy
+
+
+def test_an_image_whose_worker_was_killed_is_done_by_another_one_once(lane):
+    before = worker_of(lane)
+    before.kill()
+    assert lane.submit(job(png(50, 90))).result(60).original_size == (50, 90)
+    future = lane.submit(job(SLOW))
+    killed = {before.pid}
+    for _ in range(2):
+        while (found := _newest(killed)) is None:
+            time.sleep(0.01)
+        found.kill()
+        killed.add(found.pid)
+    with pytest.raises(WorkerLost) as lost:
+        future.result(60)
+    assert not lost.value.out_of_time
+    assert worker_of(lane).pid not in killed
+
+
+def _newest(killed: set[int]) -> psutil.Process | None:
+    """A worker that is at work on `SLOW`."""
+    children = psutil.Process(program()._process.pid).children()  # type: ignore[union-attr]
+    busy = [each for each in children if each.pid not in killed and each.status() == psutil.STATUS_RUNNING]
+    return busy[0] if busy else None
+
+
+def test_where_no_worker_starts_it_is_an_error_at_once(monkeypatch):
+    broken = WorkerProgram()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ServingError, match="does not start"):
+        broken.new_worker(0)
+    broken.close()
+
+
+@pytest.mark.slow
+def test_a_program_that_was_lost_is_started_again():
+    started = WorkerProgram()
+    lane = Lane(started, "test", 1, 0)
+    lane.submit(job(png(9, 9))).result(60)
+    started._process.kill()
+    started._process.wait()
+    for child in psutil.process_iter():
+        if child.ppid() == started._process.pid:
+            child.kill()
+    assert lane.submit(job(png(50, 90))).result(120).original_size == (50, 90)
+    lane.close()
+    started.close()
+
+
+@pytest.mark.slow
+def test_a_worker_has_no_more_memory_than_its_largest_image_needs():
+    code = (
+        "from raydetr.serving.decode_worker import _bound_memory\n"
+        "from raydetr.serving.images import Limits\n"
+        "_bound_memory(Limits(max_pixels=10**6))\n"
+        "bytearray(400 * 2**20)\n"
+        "try: bytearray(700 * 2**20)\n"
+        "except MemoryError: print('bounded')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "bounded\n"
+
+
+@pytest.mark.slow
+def test_workers_and_their_program_end_with_the_process_that_uses_them():
+    code = (
+        "import os, sys\n"
+        "from raydetr.serving.decoding import WorkerProgram\n"
+        "program = WorkerProgram()\n"
+        "worker = program.new_worker(0)\n"
+        "print(program._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    until = time.monotonic() + 30
+    while psutil.pid_exists(int(done.stdout)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+class Order:
+    """A lane whose jobs are taken here and not by its threads."""
+
+    def __init__(self, pixels: float = math.inf) -> None:
+        self.lane = Lane(program(), "test", 1, 0, pixels)
+        self.lane._started = True
+
+    def submit(self, client: str, seconds: float = 1.0, pixels: int = 0) -> Future:
+        return self.lane.submit(job(client=client, seconds=seconds, pixels=pixels))
+
+    def take(self) -> Job:
+        taken = self.lane._next()
+        assert taken is not None
+        return taken
+
+    def taken(self, count: int) -> str:
+        return "".join(self.take().client for _ in range(count))
+
+
+def test_clients_take_turns_however_many_images_each_has_waiting():
+    order = Order()
+    for _ in range(100):
+        order.submit("a")
+    assert order.taken(3) == "aaa"
+    order.submit("b")
+    order.submit("b")
+    assert sorted(order.taken(4)) == ["a", "a", "b", "b"]
+    assert order.taken(2) == "aa"
+
+
+def test_a_client_of_costly_images_has_fewer_turns():
+    order = Order()
+    for _ in range(20):
+        order.submit("dear", seconds=4.0)
+        order.submit("cheap", seconds=1.0)
+    turns = order.taken(20)
+    assert turns.count("cheap") == 16
+    assert turns.count("dear") == 4
+
+
+def test_a_client_pays_for_what_its_images_took_and_not_for_their_estimate(lane):
+    blocker = lane.submit(job(SLOW, "other"))
+    underestimated = lane.submit(job(SLOW, "a", seconds=0.001))
+    underestimated.result(60)
+    assert blocker.done()
+    with lane._changed:
+        assert lane._free_at["a"] - lane._now > 0.1
+
+
+def test_images_in_work_have_at_most_so_many_pixels_and_a_large_one_is_not_overtaken():
+    order = Order(pixels=1000)
+    for client, pixels in (("a", 600), ("b", 700), ("c", 100)):
+        order.submit(client, pixels=pixels)
+    first = order.take()
+    assert first.pixels == 600
+    with order.lane._changed:
+        assert not order.lane._fits(order.lane._waiting[0][2])
+        assert order.lane._waiting[0][2].client == "b"
+        order.lane._in_work -= first.pixels
+    assert order.taken(2) == "bc"
+
+
+def test_an_image_above_the_bound_is_decoded_alone():
+    order = Order(pixels=1000)
+    order.submit("a", pixels=5000)
+    assert order.take().pixels == 5000
+
+
+def test_an_image_that_nobody_waits_for_is_dropped_and_its_bytes_with_it():
+    order = Order()
+    gone = job(b"bytes", "a")
+    assert order.lane.submit(gone).cancel()
+    order.submit("b")
+    assert gone.data is None
+    assert order.take().client == "b"

@@ -1,0 +1,36 @@
+"""What is around the application behind Serve's proxy."""
+
+import asyncio
+
+import pytest
+from fastapi import FastAPI
+from ray.exceptions import TaskCancelledError
+
+from raydetr.serving.ingress import BehindServe
+from tests.raydetr.serving.guarded_app import LIMITS, ask, guarded_app, log_lines, scope_of
+
+
+@pytest.fixture
+def api() -> FastAPI:
+    api = guarded_app(LIMITS)
+    api.add_middleware(BehindServe)
+    return api
+
+
+def test_the_id_that_the_proxy_adds_is_not_sent_twice(api):
+    assert "X-Request-Id" not in ask(api, "GET", "/health", headers={"X-Request-Id": "one"}).headers
+    assert len(ask(api, "GET", "/health").headers["X-Request-Id"]) == 32
+
+
+def test_a_client_that_leaves_while_its_body_arrives_is_no_failure_of_the_server(api):
+    log = log_lines()
+
+    async def receive():
+        raise TaskCancelledError
+
+    async def send(message):
+        raise AssertionError(message)
+
+    asyncio.run(api(scope_of("/v1/detect", content_type="image/png"), receive, send))
+    assert '"status": 499' in log.getvalue()
+    assert "error" not in log.getvalue()
