@@ -6,6 +6,7 @@ B batch; C_i, h_i, w_i channels and size of feature map i.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr.config import DetrConfig
-from detr.frozen_batch_norm import fold_into_convolutions, freeze_batch_norm
+from detr.frozen_batch_norm import ConvolutionFolding, freeze_batch_norm
 from detr.state_dict import read_state_dict
 
 # transformers' ResNetConfig by (layer_type, depths): the timm net that is the same network.
@@ -42,6 +43,7 @@ class ConvEncoder(nn.Module):
         model: timm's feature extractor.
         channels: C_i of every map.
         strides: of every map.
+        folding: of its frozen batch norms; None where they are gone for good.
     """
 
     def __init__(self, config: DetrConfig) -> None:
@@ -54,15 +56,16 @@ class ConvEncoder(nn.Module):
         if config.backbone_config["model_type"] == "timm_backbone":
             config.backbone_config["out_indices"] = list(info.out_indices)
         freeze_batch_norm(net, config.compat)
-        fold_into_convolutions(net)
         freeze_stages(net, config.trainable_backbone_stages)
         self.model = net
+        self.folding: ConvolutionFolding | None = ConvolutionFolding()
         if isinstance(pretrained, str):
             load_backbone_weights(net, read_state_dict(pretrained), config, source=pretrained)
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Float [B, channels, H, W] to the feature maps float [B, C_i, h_i, w_i], shallow to deep."""
-        maps: list[Tensor] = self.model(pixel_values)
+        with nullcontext() if self.folding is None else self.folding.running(self.model):
+            maps: list[Tensor] = self.model(pixel_values)
         return maps
 
 
@@ -253,7 +256,7 @@ def load_backbone_weights(
     net: nn.Module, state_dict: Mapping[str, Tensor], config: DetrConfig, source: str = "the state dict"
 ) -> None:
     """Copy classification weights into a feature extractor, in place; see `load_pretrained_backbone`."""
-    own = net.state_dict()
+    own = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     given = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
     tensors = given if given.keys() == own.keys() else _in_timm_names(given, config, source)
     # a feature extractor writes `stages.0` as `stages_0`
@@ -267,7 +270,7 @@ def load_backbone_weights(
             raise ValueError(
                 f"{source}: {name} has shape {tuple(tensor.shape)}, the backbone {tuple(own[name].shape)}"
             )
-    net.load_state_dict(found)
+    net.load_state_dict(found, strict=False)
 
 
 def _in_timm_names(tensors: Mapping[str, Tensor], config: DetrConfig, source: str) -> Mapping[str, Tensor]:
