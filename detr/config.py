@@ -31,6 +31,10 @@ _ALIASES = {
 _LEGACY_BACKBONE_KEYS = ("backbone", "use_timm_backbone", "backbone_kwargs")
 
 
+# In config.json of a model with auxiliary losses, next to auxiliary_loss false: with true, transformers would feed the
+# normed output of each decoder layer to the next one and predict differently.
+_AUXILIARY_LOSS = "auxiliary_loss_in_training"
+
 _WEIGHTS = (
     *("class_cost", "bbox_cost", "giou_cost", "bbox_loss_coefficient", "giou_loss_coefficient"),
     *("mask_loss_coefficient", "dice_loss_coefficient"),
@@ -125,6 +129,8 @@ class DetrConfig:
     def __init__(self, **kwargs: Any) -> None:
         given = dict(kwargs)
         given.pop("model_type", None)
+        if given.pop(_AUXILIARY_LOSS, False):
+            given["auxiliary_loss"] = True
         for key in _IGNORED_KEYS:
             given.pop(key, None)
         _apply_aliases(given)
@@ -242,6 +248,8 @@ class DetrConfig:
         }
         out.pop("use_pretrained_backbone", None)
         out["model_type"] = self.model_type
+        if self.auxiliary_loss and self.compat == "original":
+            out |= {"auxiliary_loss": False, _AUXILIARY_LOSS: True}
         out["backbone_config"]["use_pretrained_backbone"] = False
         if not isinstance(self.activation_function, str):
             warnings.warn(
@@ -292,6 +300,8 @@ class DetrConfig:
             if alias in overrides or name in overrides:
                 merged.pop(name, None)
                 merged.pop(alias, None)
+        if "auxiliary_loss" in overrides:
+            merged.pop(_AUXILIARY_LOSS, None)
         merged.update(overrides)
         merged["use_pretrained_backbone"] = overrides.get("use_pretrained_backbone", False)
         with warnings.catch_warnings():
@@ -320,8 +330,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
+        hint = (
+            "; transformers' Trainer writes none: give config=model.config to from_pretrained, or write it there with "
+            "model.config.save_pretrained(folder)"
+            if next(path.parent.glob("model*.safetensors"), None)
+            else ""
+        )
         raise FileNotFoundError(
-            f"{path} does not exist: a model folder holds config.json and model.safetensors"
+            f"{path} does not exist: a model folder holds config.json and model.safetensors{hint}"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

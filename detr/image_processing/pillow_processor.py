@@ -19,6 +19,8 @@ class DetrImageProcessorPil(DetrImageProcessor):
     0..255 before, as in transformers: they have to be within 0..1, or whole numbers within 0..255.
     """
 
+    _uses_torch = False
+
     def resize(self, image: torch.Tensor) -> torch.Tensor:
         """The image [channels, height, width] resized by Pillow: uint8, or float32 for values within 0..1.
 

@@ -74,6 +74,7 @@ class DetrImageProcessor(PostProcessingMethods):
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values", "pixel_mask"]
+    _uses_torch: ClassVar[bool] = True
 
     format: str = "coco_detection"
     do_resize: bool = True
@@ -212,6 +213,7 @@ class DetrImageProcessor(PostProcessingMethods):
         *,
         revision: str | None = None,
         local_files_only: bool = False,
+        use_fast: bool | None = None,
         **overrides: Any,
     ) -> Self:
         """Load a processor that this class or transformers wrote.
@@ -221,12 +223,19 @@ class DetrImageProcessor(PostProcessingMethods):
                 hub id: see `detr.checkpoint.model_folder`, for the next two as well.
             revision: of a hub id.
             local_files_only: of a hub id.
+            use_fast: True for this class, which uses torch; False is `DetrImageProcessorPil`'s. None is either.
             overrides: attributes that replace those of the file.
 
         Raises:
             FileNotFoundError: there is no such folder or file.
-            ValueError: the file is not a JSON object, or holds a value that cannot be used.
+            ValueError: the file is not a JSON object, or holds a value that cannot be used; or ``use_fast`` is that of
+                the other class.
         """
+        if use_fast not in (None, cls._uses_torch):
+            raise ValueError(
+                f"use_fast={use_fast} is not {cls.__name__}: AutoImageProcessor.from_pretrained(use_fast={use_fast}) "
+                "gives the class that is"
+            )
         path = Path(source)
         if not path.exists():
             from detr.checkpoint import model_folder  # imports timm, which data tasks do without
