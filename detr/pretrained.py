@@ -34,7 +34,13 @@ class DetrPreTrainedModel(nn.Module):
         self.config = config
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, low_cpu_mem_usage: object = None, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        low_cpu_mem_usage: object = None,  # noqa: ARG003
+        **kwargs: Any,
+    ) -> Self:
         """Load a model folder, a model of the hub or a ``.pth`` file; see `detr.checkpoint.load_model`.
 
         ``low_cpu_mem_usage`` changes nothing, as in transformers 5: at most two copies of the weights are in memory.
