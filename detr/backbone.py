@@ -6,7 +6,7 @@ B batch; C_i, h_i, w_i channels and size of feature map i.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from detr.checkpoint_names import BACKBONE_PREFIX, to_file_name
 from detr.config import DetrConfig
-from detr.frozen_batch_norm import fold_into_convolutions, freeze_batch_norm
+from detr.frozen_batch_norm import ConvolutionFolding, freeze_batch_norm
 from detr.model_files import is_hub_id
 from detr.resnet import ResNet
 from detr.state_dict import read_model_weights, read_state_dict
@@ -44,6 +44,7 @@ class ConvEncoder(nn.Module):
         model: the feature extractor, timm's or a `ResNet`.
         channels: C_i of every map.
         strides: of every map.
+        folding: of its frozen batch norms; None where they are gone for good.
     """
 
     def __init__(self, config: DetrConfig) -> None:
@@ -56,15 +57,16 @@ class ConvEncoder(nn.Module):
         if config.backbone_config["model_type"] == "timm_backbone":
             config.backbone_config["out_indices"] = list(info.out_indices)
         freeze_batch_norm(net, config.compat)
-        fold_into_convolutions(net)
         freeze_stages(net, config.trainable_backbone_stages)
         self.model = net
+        self.folding: ConvolutionFolding | None = ConvolutionFolding()
         if isinstance(pretrained, str):
             load_backbone_weights(net, _read_backbone(pretrained), config, source=pretrained)
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Float [B, channels, H, W] to the feature maps float [B, C_i, h_i, w_i], shallow to deep."""
-        maps: list[Tensor] = self.model(pixel_values)
+        with nullcontext() if self.folding is None else self.folding.running(self.model):
+            maps: list[Tensor] = self.model(pixel_values)
         return maps
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -111,7 +112,10 @@ def load_model(
             values = original_config(tensors, str(files), classes_given=new_classes)
             config = DetrConfig.from_dict(values, **overrides)
         model = cls(config)
-        decides = "transformers_version" in values and "compat" not in values and "compat" not in overrides
+        # A folder of ours that transformers has written again has our compat, but is trained by transformers' rules.
+        decides = (
+            "transformers_version" in values and "compat" not in overrides and config.compat == "original"
+        )
         reason = _reason_for_compat(values, model) if decides else ""
         if reason:
             logger.warning(
@@ -259,19 +263,25 @@ def _is_of(name: str, heads: tuple[str, ...]) -> bool:
 
 
 def save_model(
-    model: DetrPreTrainedModel, folder: str | Path, max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE
+    model: DetrPreTrainedModel,
+    folder: str | Path,
+    max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is made where missing.
 
-    Both are in the layout of transformers, which can load them. Weights that were in the folder are replaced.
+    Both are in the layout of transformers, which can load them and predicts the same; where it does not (activations
+    fused into the backbone's batch norm), that is logged. Weights that were in the folder are replaced.
 
     Args:
         model: the model.
         folder: where to.
         max_shard_size: bytes, or text such as "5GB", from which on the weights are several files with an index.
+        state_dict: instead of the model's own.
 
     Raises:
-        ValueError: the model comes from `optimize`, whose weights are no longer those of the network.
+        ValueError: the model comes from `optimize`, whose weights are no longer those of the network; or ``state_dict``
+            is not that of the model.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -280,11 +290,18 @@ def save_model(
         raise ValueError(
             "this model comes from optimize() and cannot be saved: save the one it was made from"
         )
+    own = model.state_dict()
+    given = own if state_dict is None else state_dict
+    if given.keys() != own.keys():
+        name = sorted(given.keys() ^ own.keys())[0]
+        raise ValueError(f"state_dict is not that of the model: {name} is in only one of the two")
+    if model.config.compat == "original" and differs_from_transformers(model):
+        _warn_about_transformers(str(model.config.backbone_config.get("backbone")))
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in given.items()}
     if model.config.backbone_config["model_type"] == "resnet":
         tensors = {to_resnet_name(name): tensor for name, tensor in tensors.items()}
     old = set(path.glob("model*.safetensors")) | set(path.glob("model.safetensors.index.json"))
@@ -300,3 +317,12 @@ def save_model(
     for file in old:
         file.unlink()
     model.config.save_pretrained(path)
+
+
+@cache
+def _warn_about_transformers(backbone: str) -> None:
+    logger.warning(
+        "a model with the backbone %s is saved: transformers can load it but predicts differently, since it drops the "
+        "activations fused into the backbone's batch norm, and its eps; load it with detr",
+        backbone,
+    )

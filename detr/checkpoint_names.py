@@ -113,7 +113,7 @@ def is_original(tensors: Mapping[str, Tensor]) -> bool:
 def adapt_names(tensors: Mapping[str, Tensor], wanted: Set[str]) -> dict[str, Tensor]:
     """Rename the tensors of a file to those of a model, which may be another DETR class than the file's.
 
-    ``num_batches_tracked`` is dropped: frozen batch norm has none.
+    ``num_batches_tracked`` is dropped where the model has none, as frozen batch norm.
 
     Args:
         tensors: in any of the known layouts.
@@ -121,9 +121,10 @@ def adapt_names(tensors: Mapping[str, Tensor], wanted: Set[str]) -> dict[str, Te
     """
     if is_original(tensors):
         tensors = from_original(tensors)
-    named = {to_file_name(k): v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+    named = {to_file_name(name): tensor for name, tensor in tensors.items()}
     candidates = [named]
     for prefix in ("model.", "detr.", "detr.model."):
         candidates.append({name.removeprefix(prefix): tensor for name, tensor in named.items()})
         candidates.append({prefix + name: tensor for name, tensor in named.items()})
-    return max(candidates, key=lambda candidate: len(wanted & candidate.keys()))
+    best = max(candidates, key=lambda candidate: len(wanted & candidate.keys()))
+    return {k: v for k, v in best.items() if k in wanted or not k.endswith("num_batches_tracked")}

@@ -33,6 +33,10 @@ _ALIASES = {
 _LEGACY_BACKBONE_KEYS = ("backbone", "use_timm_backbone", "backbone_kwargs")
 
 
+# In config.json of a model with auxiliary losses, next to auxiliary_loss false: with true, transformers would feed the
+# normed output of each decoder layer to the next one and predict differently.
+_AUXILIARY_LOSS = "auxiliary_loss_in_training"
+
 _WEIGHTS = (
     *("class_cost", "bbox_cost", "giou_cost", "bbox_loss_coefficient", "giou_loss_coefficient"),
     *("mask_loss_coefficient", "dice_loss_coefficient"),
@@ -138,6 +142,8 @@ class DetrConfig:
 
     def __init__(self, **kwargs: Any) -> None:
         given = {name: value for name, value in kwargs.items() if name not in _FILE_KEYS}
+        if given.pop(_AUXILIARY_LOSS, False):
+            given["auxiliary_loss"] = True
         self._check_names(given)
         if given.pop("model_type", "detr") != "detr":
             raise ValueError(f"model_type must be 'detr', got {kwargs['model_type']!r}")
@@ -289,6 +295,8 @@ class DetrConfig:
         for name in ("use_pretrained_backbone", "attn_implementation"):
             out.pop(name, None)
         out["model_type"] = self.model_type
+        if self.auxiliary_loss and self.compat == "original":
+            out |= {"auxiliary_loss": False, _AUXILIARY_LOSS: True}
         out["backbone_config"]["use_pretrained_backbone"] = False
         if not isinstance(self.activation_function, str):
             warnings.warn(
@@ -352,6 +360,8 @@ class DetrConfig:
                 merged.pop(alias, None)
         if "num_layers" in overrides:
             merged = {k: v for k, v in merged.items() if k not in ("encoder_layers", "decoder_layers")}
+        if "auxiliary_loss" in overrides:
+            merged.pop(_AUXILIARY_LOSS, None)
         merged = _merged_backbone(merged, overrides)
         merged["use_pretrained_backbone"] = overrides.get("use_pretrained_backbone", False)
         with warnings.catch_warnings():
@@ -389,7 +399,11 @@ class DetrConfig:
 
 def read_config(files: ModelFiles, overrides: Mapping[str, Any]) -> tuple[DetrConfig, dict[str, Any]]:
     """The configuration of a model with ``overrides``, and the content of its file; see `DetrConfig.from_pretrained`."""
-    path = files.require(CONFIG_NAME, hint="a model folder holds config.json and model.safetensors")
+    hint = (
+        "a model folder holds config.json and model.safetensors. transformers' Trainer writes no config.json: give "
+        "config=model.config to from_pretrained, or write it there with model.config.save_pretrained(folder)"
+    )
+    path = files.require(CONFIG_NAME, hint=hint)
     values = read_json(path)
     if values.get("model_type", "detr") != "detr":
         raise ValueError(f"{path} is the configuration of a {values['model_type']!r} model, not of DETR")

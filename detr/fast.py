@@ -20,12 +20,15 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
+from detr.attention import MultiheadAttention
 from detr.backbone import ConvEncoder
+from detr.capture import refuse_capture
 from detr.fast_cpu import OneDnnConv2d, pack_layers
 from detr.fast_cuda import (
     CudnnConv2d,
@@ -34,15 +37,20 @@ from detr.fast_cuda import (
     use_fast_layers,
     use_gpu_kernels,
 )
-from detr.fast_decoder import use_fast_decoders
+from detr.fast_decoder import use_fast_decoder
 from detr.fast_graphs import replay_graphs
 from detr.fast_mask_head import FastMaskHead
 from detr.fast_openvino import compute_with_openvino, uses_openvino
-from detr.frozen_batch_norm import FoldedConv2d, FrozenBatchNorm2d, called_module, feeds_only, nodes_of, trace
+from detr.frozen_batch_norm import called_module, feeds_only, fold, foldable_pairs, nodes_of, trace
 from detr.mask_head import MaskHead
+from detr.plain_layers import is_plain_tree, structure_of
+from detr.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer
 
 M = TypeVar("M", bound=nn.Module)
 _FUSED: tuple[type[OneDnnConv2d] | type[CudnnConv2d], ...] = (OneDnnConv2d, CudnnConv2d)
+_TRANSFORMER = {Encoder, Decoder, EncoderLayer, DecoderLayer, MultiheadAttention}
+_TRANSFORMER_LAYERS = {*_TRANSFORMER, nn.ModuleList, nn.Linear, nn.LayerNorm}
+_MASK_LAYERS = {MaskHead, nn.Conv2d, nn.GroupNorm}
 
 
 Engine = Literal["torch", "openvino"]
@@ -52,9 +60,13 @@ Engine = Literal["torch", "openvino"]
 def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, engine: Engine = "torch") -> M:
     """A copy of ``model`` that is faster in inference: see the file's docstring.
 
-    It is in evaluation mode, has no gradients, stays on its device and can neither be saved nor take other weights. A
-    backbone that cannot be traced (its forward branches on values) stays as it is. What is optimised already is
-    returned as it is.
+    It is in evaluation mode and has no gradients. Parts that are not the layers of this package stay as they are: a
+    backbone that cannot be traced, an encoder, a decoder or a mask head in which a layer has a hook or was replaced,
+    wrapped (LoRA), parametrized or quantized. A model that is optimized already is returned as it is.
+
+    The result refuses, with an error that says what to do instead: to be saved, to take other weights, to change its
+    dtype or device, and to be traced or exported (a CPU's with ``pack=False`` can be). Where it holds OpenVINO's or a
+    GPU's state, it cannot be copied or pickled either.
 
     Args:
         model: a DETR model, on its device and in its dtype. On a CPU, float32 gains most.
@@ -86,28 +98,58 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, eng
         vars(module).pop("states", None)  # of a model that is compiled: it would call the original
     for module in fast.modules():
         if isinstance(module, ConvEncoder):
-            module.model = _fast_backbone(module.model, pack, dtype)
-    use_fast_decoders(fast)
+            net = _fast_backbone(module.model, pack, dtype)
+            if net is not module.model:
+                module.model, module.folding = net, None
+    stacks: list[Any] = [
+        module
+        for module in fast.modules()
+        if isinstance(module, Encoder | Decoder) and is_plain_tree(module, _TRANSFORMER_LAYERS)
+    ]
+    for stack in stacks:
+        use_fast_decoder(stack)
     on_gpu = pack and next(fast.parameters()).device.type == "cuda"
     for name, module in [*fast.named_modules()]:
-        if isinstance(module, MaskHead):
+        if isinstance(module, MaskHead) and is_plain_tree(module, _MASK_LAYERS):
             fast.set_submodule(name, gpu_mask_head(module) if on_gpu else FastMaskHead(module))
     if dtype is not None:
         _convert(fast, dtype)
     if on_gpu:
-        use_fast_layers(fast)
+        use_fast_layers(stacks)
         replay_graphs(fast)
     elif pack:
-        pack_layers(fast)
+        pack_layers(fast, stacks)
     if engine == "openvino":
         compute_with_openvino(fast, optimized(model, pack=False), dtype)
+    for module in fast.modules():
+        if hasattr(module, "save_pretrained"):
+            vars(module)["made_by_optimize"] = True
     fast.register_load_state_dict_pre_hook(_refuse_weights)  # type: ignore[no-untyped-call]
     return fast
 
 
 def is_optimized(model: nn.Module) -> bool:
     """Whether a model comes from `optimized`."""
-    return any(isinstance(module, _Backbone) for module in model.modules())
+    return any("made_by_optimize" in vars(module) for module in model.modules())
+
+
+def refuse_conversion(model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    """Raise an error where a function, which is to be applied to the tensors of a model, changes dtype or device.
+
+    Args:
+        model: from `optimized`: its packed weights would not follow.
+        function: as `torch.nn.Module.to` makes it.
+
+    Raises:
+        ValueError: it does.
+    """
+    for own in {(tensor.dtype, tensor.device): tensor for tensor in model.parameters()}.values():
+        given = function(torch.empty(0, dtype=own.dtype, device=own.device))
+        if (given.dtype, given.device) != (own.dtype, own.device):
+            raise ValueError(
+                f"this model comes from optimize() and stays {own.dtype} on {own.device}, it cannot become {given.dtype} "
+                f"on {given.device}: convert the one it was made from, and optimize that"
+            )
 
 
 def _refuse_weights(*_: Any) -> None:
@@ -120,7 +162,7 @@ def _refuse_weights(*_: Any) -> None:
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not _is_of_heads(name):
+        if tensor.is_floating_point() and not _is_of_heads(name):
             tensor.data = tensor.data.to(dtype)
 
 
@@ -134,9 +176,14 @@ class _Backbone(nn.Module):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
         self.graph_module = graph
+        self._is_packed = any(isinstance(module, _FUSED) for module in graph.modules())
         self._as_they_are = any(isinstance(module, SpaceToDepthConv2d) for module in graph.modules())
 
     def forward(self, pixel_values: Tensor) -> Any:
+        if self._is_packed:
+            refuse_capture(
+                "a model from optimize()", "export the one it was made from, or optimize(pack=False)"
+            )
         if not self._as_they_are:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return self.graph_module(pixel_values)
@@ -144,10 +191,10 @@ class _Backbone(nn.Module):
 
 @torch.no_grad()
 def _fast_backbone(net: nn.Module, pack: bool, dtype: torch.dtype | None) -> nn.Module:
-    try:
-        graph = fx.GraphModule(net, trace(net))
-    except (fx.proxy.TraceError, TypeError, RuntimeError):
+    calls = None if structure_of(net) is None else trace(net)
+    if calls is None:
         return net
+    graph = fx.GraphModule(net, calls)
     _fold_batch_norms(graph)  # before it is rounded
     if dtype is not None:
         graph.to(dtype)
@@ -166,15 +213,10 @@ def _fast_backbone(net: nn.Module, pack: bool, dtype: torch.dtype | None) -> nn.
 
 def _fold_batch_norms(graph: fx.GraphModule) -> None:
     """Convolutions take their norm's weight and bias for good, and what then does nothing is left out."""
-    for node in nodes_of(graph.graph):
-        module = called_module(graph, node)
-        if isinstance(module, FoldedConv2d):
-            convolution: Any = module
-            weight, bias = module.weight_and_bias()
-            convolution.weight, convolution.bias = (nn.Parameter(t.clone(), False) for t in (weight, bias))
-            convolution.__class__ = nn.Conv2d
-        elif isinstance(module, FrozenBatchNorm2d) and module.folded:
-            graph.set_submodule(str(node.target), module.act)
+    for node, convolution, norm in foldable_pairs(graph, graph.graph):
+        weight, bias = fold(convolution, norm)
+        convolution.weight, convolution.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+        graph.set_submodule(str(node.target), norm.act)
     for node in nodes_of(graph.graph):
         if type(called_module(graph, node)) is nn.Identity:
             _replace(graph, node, node.args[0])

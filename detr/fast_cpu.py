@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from detr.attention import activation_function
 from detr.fast_mask_head import FastMaskHead
-from detr.transformer import Decoder, Encoder
+from detr.plain_layers import is_plain_tree
 
 
 class OneDnnConv2d(nn.Module):
@@ -103,21 +104,27 @@ class OneDnnLinear(nn.Module):
         return self._convolution(pixels).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
-def pack_layers(model: nn.Module) -> None:
-    """Have oneDNN compute a transformer's linear layers, with their ReLU, its input's and a mask head's convolutions."""
+def pack_layers(model: nn.Module, stacks: Iterable[Any]) -> None:
+    """Have oneDNN compute linear layers, with their ReLU, the transformer's input and a mask head's convolutions.
+
+    Args:
+        model: changed in place.
+        stacks: its encoders and decoders of plain layers; others stay as they are.
+    """
     for module in model.modules():
         projection = getattr(module, "input_projection", None)
-        if isinstance(projection, nn.Conv2d) and OneDnnConv2d.fits(projection.weight):
+        if (
+            projection is not None
+            and is_plain_tree(projection, {nn.Conv2d})
+            and OneDnnConv2d.fits(projection.weight)
+        ):
             module.input_projection = OneDnnConv2d(projection)
     for head in model.modules():
         if isinstance(head, FastMaskHead):
             for name, module in [*head.named_modules(remove_duplicate=False)]:
                 if isinstance(module, nn.Conv2d) and OneDnnConv2d.fits(module.weight):
                     head.set_submodule(name, OneDnnConv2d(module))
-    layer: Any
-    for stack in model.modules():
-        if not isinstance(stack, Encoder | Decoder):
-            continue
+    for stack in stacks:
         for layer in stack.layers:
             if layer.activation is F.relu and OneDnnConv2d.fits(layer.fc1.weight):
                 layer.fc1 = OneDnnLinear(layer.fc1, nn.ReLU)

@@ -6,6 +6,7 @@ activation is stored.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,6 @@ from detr.attention import activation_function
 from detr.fast_mask_head import FastMaskHead
 from detr.frozen_batch_norm import called_module, nodes_of
 from detr.mask_head import MaskHead
-from detr.transformer import DecoderLayer, EncoderLayer
 
 
 class CudnnConv2d(nn.Module):
@@ -150,16 +150,16 @@ def use_gpu_kernels(graph: fx.GraphModule) -> None:
             graph.set_submodule(str(node.target), FastMaxPool2d(module))
 
 
-def use_fast_layers(model: nn.Module) -> None:
-    """Let the layers of a transformer run on the units for matrix products, and the wide ones do their ReLU."""
+def use_fast_layers(stacks: Iterable[Any]) -> None:
+    """Let the plain layers of encoders and decoders run on the units for matrix products, and the wide ones do their ReLU."""
     from detr.fast_float32 import use_tensor_cores  # imports Triton
 
-    use_tensor_cores(model)
-    for module in model.modules():
-        if isinstance(module, EncoderLayer | DecoderLayer) and module.activation is F.relu:
-            layer: Any = module
-            layer.fc1 = LinearReLU(layer.fc1)
-            layer.activation = activation_function("linear")
+    for stack in stacks:
+        use_tensor_cores(stack)
+        for layer in stack.layers:
+            if layer.activation is F.relu:
+                layer.fc1 = LinearReLU(layer.fc1)
+                layer.activation = activation_function("linear")
 
 
 def gpu_mask_head(head: MaskHead) -> FastMaskHead:

@@ -34,21 +34,20 @@ class FastDecoder(Decoder):
 
 
 @torch.no_grad()
-def use_fast_decoders(model: nn.Module) -> None:
-    """Make a model's decoders such ones, in place."""
-    for module in [*model.modules()]:
-        if type(module) is not Decoder or not len(module.layers):
-            continue
-        decoder: Any = module
-        attentions = [layer.encoder_attn for layer in decoder.layers]
-        decoder.keys = _joined([attention.k_proj for attention in attentions])
-        decoder.values = _joined([attention.v_proj for attention in attentions])
-        for attention in attentions:
-            attention.k_proj, attention.v_proj = nn.Identity(), nn.Identity()
-        decoder.__class__ = FastDecoder
-        first = decoder.layers[0]
-        attended = first.self_attn.out_proj(first.self_attn.v_proj.bias)
-        first.attended_zeros = first.self_attn_layer_norm(attended)
+def use_fast_decoder(decoder: Any) -> None:
+    """Make a stack of plain layers such a decoder, in place, where it is a decoder with layers."""
+    if type(decoder) is not Decoder or not len(decoder.layers):
+        return
+    fast: Any = decoder
+    attentions = [layer.encoder_attn for layer in fast.layers]
+    fast.keys = _joined([attention.k_proj for attention in attentions])
+    fast.values = _joined([attention.v_proj for attention in attentions])
+    for attention in attentions:
+        attention.k_proj, attention.v_proj = nn.Identity(), nn.Identity()
+    fast.__class__ = FastDecoder
+    first = fast.layers[0]
+    attended = first.self_attn.out_proj(first.self_attn.v_proj.bias)
+    first.attended_zeros = first.self_attn_layer_norm(attended)
 
 
 def _joined(layers: list[nn.Linear]) -> nn.Linear:

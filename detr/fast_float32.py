@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from detr.attention import MultiheadAttention, activation_function
 from detr.fast_pool import triton_runs
-from detr.transformer import Decoder, Encoder
 
 if triton_runs():
     import triton
@@ -205,20 +204,16 @@ class Float32Attention(MultiheadAttention):
         return result.transpose(1, 2)
 
 
-def use_tensor_cores(model: nn.Module) -> None:
-    """Let the float32 layers of a model's transformer run there, in place; nothing without Triton."""
+def use_tensor_cores(stack: Any) -> None:
+    """Let the float32 layers of an encoder or decoder run there, in place; nothing without Triton."""
     if not triton_runs():
         return
-    layer: Any
-    for stack in model.modules():
-        if not isinstance(stack, Encoder | Decoder):
-            continue
-        for layer in stack.layers:
-            if layer.activation is F.relu and layer.fc1.weight.dtype == torch.float32:
-                layer.fc1 = Float32Linear(layer.fc1, relu=True)
-                layer.activation = activation_function("linear")
-        for name, module in [*stack.named_modules()]:
-            if type(module) is nn.Linear and module.weight.dtype == torch.float32:
-                stack.set_submodule(name, Float32Linear(module))
-            elif Float32Attention.fits(module) and module.out_proj.weight.dtype == torch.float32:
-                module.__class__ = Float32Attention
+    for layer in stack.layers:
+        if layer.activation is F.relu and layer.fc1.weight.dtype == torch.float32:
+            layer.fc1 = Float32Linear(layer.fc1, relu=True)
+            layer.activation = activation_function("linear")
+    for name, module in [*stack.named_modules()]:
+        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+            stack.set_submodule(name, Float32Linear(module))
+        elif Float32Attention.fits(module) and module.out_proj.weight.dtype == torch.float32:
+            module.__class__ = Float32Attention

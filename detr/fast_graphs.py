@@ -32,6 +32,13 @@ class GraphMemory:
         self.lock = threading.Lock()
         self.kept = 0  # bytes
 
+    def __reduce__(self) -> Any:
+        """Raise an error: what a GPU has recorded cannot be copied."""
+        raise TypeError(
+            "a model that optimize() made on a GPU cannot be copied or pickled: copy the one it was made from, and "
+            "optimize that"
+        )
+
 
 class Replayed:
     """A function of tensors on a GPU that is recorded for shapes it has seen before.

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr.capture import may_branch_on_values
 from detr.mask_head import MaskContext, MaskHead
 
 
@@ -54,11 +55,13 @@ class FastMaskHead(MaskHead):
             stage.plain(adapter(each)) + stage.bias[:, None, None]
             for stage, adapter, each in zip(self.stages, self.adapters, maps[2::-1], strict=True)
         )
-        return MaskContext(base, (deep, middle, shallow), attention.unflatten(-1, projected.shape[-2:]))
+        return MaskContext(
+            base, (deep, middle, shallow), attention.reshape(*attention.shape[:-1], *projected.shape[-2:])
+        )
 
     def _masks(self, context: MaskContext, image: Tensor, query: Tensor) -> Tensor:
         def of_image(maps: Tensor) -> Tensor:
-            return maps if len(maps) == 1 else maps[image]
+            return maps if may_branch_on_values() and len(maps) == 1 else maps[image]
 
         attention = context.attention[image, query].contiguous(memory_format=torch.channels_last)
         x = self.normed(self.attention_lay1(attention) + of_image(context.base), self.gn1)
@@ -79,7 +82,10 @@ class FastMaskHead(MaskHead):
             float [M, C', H, W].
         """
         small, size = x.shape[-2:], shared.shape[-2:]
-        if any(large not in (2 * least, 2 * least - 1) for large, least in zip(size, small, strict=True)):
+        doubled = may_branch_on_values() and all(
+            large in (2 * least, 2 * least - 1) for large, least in zip(size, small, strict=True)
+        )
+        if not doubled:
             return stage.plain(F.interpolate(x, size=size, mode="nearest")) + shared
         y = self.enlarged(stage.phases(x), shared)
         for dim in (-2, -1):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detr.capture import may_branch_on_values
 from detr.outputs import DetrModelOutput
 
 _PRECISIONS = {None: "f32", torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -96,6 +97,13 @@ class _OpenVinoStates:
         self._request = _compiled(tensors, precision).create_infer_request()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> Any:
+        """Raise an error: what OpenVINO has compiled cannot be copied."""
+        raise TypeError(
+            "a model from optimize(engine='openvino') cannot be copied or pickled: copy the one it was made from, and "
+            "optimize that"
+        )
+
     def __call__(self, pixel_values: Any, pixel_mask: Any = None, **options: Any) -> Any:
         model: Any = self._model()
         config = model.config
@@ -104,6 +112,7 @@ class _OpenVinoStates:
         size = (len(pixel_values), *pixel_values.shape[2:]) if images else None
         if (
             not images
+            or not may_branch_on_values()  # a recorded graph: OpenVINO is no part of it
             or not pixel_values.numel()  # of which OpenVINO makes nothing, and what it had before stays
             or pixel_values.shape[1] != config.num_channels
             or (pixel_mask is not None and pixel_mask.shape != size)

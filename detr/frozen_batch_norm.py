@@ -1,19 +1,26 @@
 """Batch norm that never changes, as DETR uses it in the backbone: batches are too small for statistics.
 
-It is an affine map of each channel, so the convolution before it does it too, with a scaled weight: that saves a pass
-over every activation, and another in the backward pass. Parameters and their gradients stay those of the two layers.
+It is an affine map of each channel, so the convolution before it can do it too, with a scaled weight: that saves a pass
+over every activation, and another in the backward pass. `ConvolutionFolding` does so while a backbone runs. The module
+tree stays one of plain layers, whose parameters, gradients, copies and files are those of the layers.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from detr.capture import may_branch_on_values
+from detr.plain_layers import structure_of
 
 TRANSFORMERS_EPS = 1e-5
 
@@ -25,9 +32,6 @@ class FrozenBatchNorm2d(nn.Module):
         num_features: channels.
         eps: added to the variance.
         activation: applied to the result; timm's ``BatchNormAct2d`` carries one.
-
-    Attributes:
-        folded: the convolution before it does the affine map; only the activation is left.
     """
 
     weight: Tensor
@@ -45,7 +49,6 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
         self.act = nn.Identity() if activation is None else activation
-        self.folded = False
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The affine map that this layer is: float [C] and float [C]."""
@@ -54,64 +57,143 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float [B, C, h, w] to float [B, C, h, w] of the same dtype, also under autocast."""
-        if self.folded:
+        if (
+            not torch.compiler.is_compiling()
+            and _RUNNING.folded is not None
+            and _RUNNING.folded.take(self, x)
+        ):
             return self.act(x)
         scale, shift = (t.to(x.dtype).view(1, -1, 1, 1) for t in self.scale_and_shift())
         # addcmul keeps no activation for the backward pass, F.batch_norm would keep its input
         return self.act(torch.addcmul(shift, x, scale))
 
 
-class FoldedConv2d(nn.Conv2d):
-    """A convolution and the affine map of the frozen batch norm behind it, as one convolution."""
+def fold(convolution: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that does the work of both layers."""
+    scale, shift = norm.scale_and_shift()
+    bias = shift if convolution.bias is None else shift + convolution.bias * scale
+    return convolution.weight * scale.view(-1, 1, 1, 1), bias
 
-    # In a tuple: a module of its own would stand twice in the state dict.
-    norm: tuple[FrozenBatchNorm2d]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Float [B, C, h, w] to float [B, C', h', w']."""
-        weight, bias = self.weight_and_bias()
-        if self.kernel_size == (1, 1) and _is_for_onednn(input):
+class ConvolutionFolding:
+    """Lets the convolutions of a net do the work of the frozen batch norms behind them, while the net runs.
+
+    Whether a convolution and a norm belong together is asked of the modules that are in the tree at each call. Where
+    anything intervenes (a hook, a forward of an instance, a compiled module, a net that cannot be traced), the net
+    runs as it is. So layers can be replaced, wrapped, copied and saved as in any net of torch.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[list[Any], list[tuple[nn.Conv2d, FrozenBatchNorm2d]]] = ([], [])
+
+    def __reduce__(self) -> tuple[type[ConvolutionFolding], tuple[()]]:
+        """A copy, which belongs to another net, finds its pairs itself."""
+        return type(self), ()
+
+    def running(self, net: nn.Module) -> AbstractContextManager[Any]:
+        """A context in which to call ``net``, in this thread."""
+        structure = structure_of(net) if may_branch_on_values() else None
+        if structure is None:
+            return nullcontext()
+        known, pairs = self._known
+        if len(known) != len(structure) or not all(a is b for a, b in zip(known, structure, strict=True)):
+            graph = trace(net)
+            pairs = (
+                []
+                if graph is None
+                else [(convolution, norm) for _, convolution, norm in foldable_pairs(net, graph)]
+            )
+            self._known = structure, pairs
+        return _FoldedConvolutions(pairs) if pairs else nullcontext()
+
+
+class _FoldedConvolutions(TorchFunctionMode):
+    """Computes the convolution of each pair with the folded weight, and hands the result to its norm.
+
+    A mode of torch is local to its thread, and sees the convolutions wherever they are called.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[nn.Conv2d, FrozenBatchNorm2d]]) -> None:
+        super().__init__()
+        tensors = Counter(id(convolution.weight) for convolution, _ in pairs)
+        # A weight that two layers share does not say which of them is called.
+        self._pairs = {id(pair[0].weight): pair for pair in pairs if tensors[id(pair[0].weight)] == 1}
+        self._results: dict[nn.Module, Tensor] = {}
+        self._hooks = _saved_tensor_hooks()
+        self._before: _FoldedConvolutions | None = None
+
+    def __enter__(self) -> _FoldedConvolutions:
+        self._before, _RUNNING.folded = _RUNNING.folded, self
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _RUNNING.folded = self._before
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self._results and error[0] is None:
+            raise _lost(next(iter(self._results)))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        pair = self._pairs.get(id(args[1])) if func is F.conv2d and len(args) == 7 else None
+        # Within activation checkpointing the layers are called again in the backward pass, outside of this context, and
+        # have to save the same tensors there.
+        if pair is None or _saved_tensor_hooks() != self._hooks:
+            return func(*args, **(kwargs or {}))
+        x, _, _, stride, padding, dilation, groups = args
+        convolution, norm = pair
+        weight, bias = fold(convolution, norm)
+        if convolution.kernel_size == (1, 1) and _is_for_onednn(x):
             # A kernel of one pixel has nothing to spread, so the dilation changes only what torch chooses: with one
             # thread it would not have oneDNN compute this layer and its gradients, which is faster where registers are wide.
-            return F.conv2d(input, weight, bias, self.stride, self.padding, 2, self.groups)
-        return self._conv_forward(input, weight, bias)
+            dilation = 2
+        result = self._results[norm] = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return result
 
-    def weight_and_bias(self) -> tuple[Tensor, Tensor]:
-        """Those of the one convolution."""
-        scale, shift = self.norm[0].scale_and_shift()
-        bias = shift if self.bias is None else shift + self.bias * scale
-        return self.weight * scale.view(-1, 1, 1, 1), bias
+    def take(self, norm: FrozenBatchNorm2d, x: Tensor) -> bool:
+        """Whether ``x`` is the result of a convolution that did the work of ``norm``."""
+        result = self._results.pop(norm, None)
+        if result is not None and result is not x:
+            raise _lost(norm)
+        return result is not None
+
+
+class _Running(threading.local):
+    folded: _FoldedConvolutions | None = None
+
+
+_RUNNING = _Running()
+
+
+def _saved_tensor_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _lost(norm: nn.Module) -> RuntimeError:
+    return RuntimeError(
+        f"the backbone's forward changed the result of a convolution before its {norm}, which it did not do when it was "
+        "traced: register a forward hook on that convolution, so that both layers are computed one after the other"
+    )
 
 
 def _is_for_onednn(x: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()  # nor exporting; asked first, what follows would split the graph
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
     )
 
 
-def fold_into_convolutions(net: nn.Module) -> None:
-    """Let every convolution that only a frozen batch norm reads do its affine map, in place.
-
-    Names in the state dict stay. A net that cannot be traced, because its forward branches on values, is left alone.
-    """
-    try:
-        graph = trace(net)
-    except (fx.proxy.TraceError, TypeError, RuntimeError):
-        return
+def foldable_pairs(net: nn.Module, graph: fx.Graph) -> list[tuple[Any, nn.Conv2d, FrozenBatchNorm2d]]:
+    """Convolutions that only a frozen batch norm reads: the norm's node, the convolution and the norm."""
+    pairs = []
     for node in nodes_of(graph):
         norm = called_module(net, node)
-        if not isinstance(norm, FrozenBatchNorm2d):
+        if type(norm) is not FrozenBatchNorm2d:
             continue
         convolution = called_module(net, node.args[0])
         if type(convolution) is nn.Conv2d and feeds_only(graph, node.args[0], node):
-            # In place, so that hooks and names stay.
-            folded: Any = convolution
-            folded.__class__ = FoldedConv2d
-            folded.norm = (norm,)
-            norm.folded = True
+            pairs.append((node, convolution, norm))
+    return pairs
 
 
 _TRACING = threading.Lock()
@@ -134,7 +216,7 @@ class _Tracer(fx.Tracer):
             for name in ("get_notrace_functions", "get_notrace_modules")
         )
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self._leaves = (FrozenBatchNorm2d, FoldedConv2d, *get_notrace_modules())
+        self._leaves = (FrozenBatchNorm2d, *get_notrace_modules())
         self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -157,18 +239,20 @@ class _Tracer(fx.Tracer):
         vars(self).update(kept)
 
 
-def trace(net: nn.Module) -> fx.Graph:
+def trace(net: nn.Module) -> fx.Graph | None:
     """The calls of a timm net as a graph, which names its modules and holds none of them.
 
     A `torch.fx.GraphModule` would: with its graph it is a circle, which keeps a net alive until Python looks for such.
 
-    Raises:
-        torch.fx.proxy.TraceError: its forward branches on values.
+    Returns:
+        None where the net cannot be traced: its forward branches on values, or a layer of the user's needs tensors.
     """
     with _TRACING:  # two at once would undo each other's changes in the wrong order
         tracer = _Tracer()
         try:
             return tracer.trace(net)
+        except Exception:  # of any code, which was called without tensors
+            return None
         finally:
             tracer.forget()
 
@@ -205,9 +289,10 @@ def freeze_batch_norm(module: nn.Module, compat: str = "original") -> None:
                 frozen = FrozenBatchNorm2d(child.num_features)
             else:
                 frozen = FrozenBatchNorm2d(child.num_features, child.eps, getattr(child, "act", None))
-            frozen.load_state_dict(
-                {k: v for k, v in child.state_dict().items() if k != "num_batches_tracked"}
-            )
+            for key in ("weight", "bias", "running_mean", "running_var"):
+                tensor = getattr(child, key)
+                if tensor is not None:  # a norm without affine parameters
+                    frozen.register_buffer(key, tensor.detach().clone())  # on its own device, such as meta
             setattr(module, name, frozen)
         else:
             freeze_batch_norm(child, compat)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from detr.attention import activation_function
+from detr.capture import may_branch_on_values
 from detr.config import DetrConfig
+from detr.plain_layers import is_plain_tree
 
 # The largest activation of one chunk of masks; a few of its size exist at a time. On a CPU they shall stay in its cache;
 # smaller ones would not fill a GPU.
@@ -67,7 +69,8 @@ class MaskContext:
     """What all masks of an image share.
 
     Attributes:
-        base: float [B, D + H, h, w], the image's part of the first convolution.
+        base: float [B, D + H, h, w], the image's part of the first convolution; or float [B, D, h, w], the projected
+            feature map, where that convolution cannot be split.
         maps: three of float [B, C_i, h_i, w_i], the adapted feature maps, deep to shallow.
         attention: float [B, Q, H, h, w].
     """
@@ -131,9 +134,11 @@ class MaskHead(nn.Module):
             maps: the backbone's maps, shallow to deep.
             attention: float [B, Q, H, h * w], from `BoxAttention`.
         """
-        base = F.conv2d(projected, self.lay1.weight[:, : self.dim], self.lay1.bias, padding=1)
+        base = projected
+        if self._splits_first():
+            base = F.conv2d(projected, self.lay1.weight[:, : self.dim], self.lay1.bias, padding=1)
         adapted = (self.adapter1(maps[2]), self.adapter2(maps[1]), self.adapter3(maps[0]))
-        return MaskContext(base, adapted, attention.unflatten(-1, projected.shape[-2:]))
+        return MaskContext(base, adapted, attention.reshape(*attention.shape[:-1], *projected.shape[-2:]))
 
     def forward(self, context: MaskContext, image: Tensor, query: Tensor) -> Tensor:
         """Compute masks in chunks; with gradients, what is inside a chunk is computed again in the backward pass.
@@ -147,7 +152,7 @@ class MaskHead(nn.Module):
             Logits float [M, h_0, w_0], at the size of the shallowest map.
         """
         shallow = context.maps[-1]
-        if torch.compiler.is_compiling():
+        if not may_branch_on_values():
             return self._masks(context, image, query)
         per_mask = shallow[0].numel() * shallow.element_size()
         most = max(1, (self._chunk_bytes_on_gpu if shallow.is_cuda else _CHUNK_BYTES) // per_mask)
@@ -162,9 +167,16 @@ class MaskHead(nn.Module):
                 parts.append(self._masks(context, images, queries))
         return torch.cat(parts)
 
+    def _splits_first(self) -> bool:
+        """Whether the first convolution is a plain one: a layer that was replaced, or that is watched, has to be called."""
+        return is_plain_tree(self.lay1, {nn.Conv2d})
+
     def _masks(self, context: MaskContext, image: Tensor, query: Tensor) -> Tensor:
         attention = context.attention[image, query]
-        x = F.conv2d(attention, self.lay1.weight[:, self.dim :], padding=1) + context.base[image]
+        if self._splits_first():
+            x = F.conv2d(attention, self.lay1.weight[:, self.dim :], padding=1) + context.base[image]
+        else:
+            x = self.lay1(torch.cat((context.base[image], attention), 1))
         x = self.activation(self.gn1(x))
         x = self.activation(self.gn2(self.lay2(x)))
         stages = ((self.lay3, self.gn3), (self.lay4, self.gn4), (self.lay5, self.gn5))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr.backbone import Backbone, downsample_mask
+from detr.capture import may_branch_on_values, refuse_capture
 from detr.config import DetrConfig
 from detr.criterion import set_loss
 from detr.distributed import average_normalisers
@@ -227,10 +228,8 @@ class DetrModel(DetrPreTrainedModel):
 
 
 def _is_all_ones(mask: Tensor) -> bool:
-    """Whether a mask on the CPU is all ones; on an accelerator the answer would cost a synchronisation."""
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return bool((mask != 0).all())
+    """Whether a mask on the CPU is all ones; on an accelerator the answer would cost a synchronization."""
+    return mask.device.type == "cpu" and may_branch_on_values() and bool((mask != 0).all())
 
 
 def _encoder_output(given: DetrEncoderOutput | Sequence[Any] | Tensor | None) -> DetrEncoderOutput | None:
@@ -285,7 +284,8 @@ class DetrForObjectDetection(DetrPreTrainedModel):
             Logits float [..., Q, C + 1] and boxes float [..., Q, 4], cxcywh in 0..1.
         """
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            hidden_states = hidden_states.to(self.class_labels_classifier.weight.dtype)
+            parameter = next(self.class_labels_classifier.parameters(), None)  # a quantized head has none
+            hidden_states = hidden_states.to(torch.float32 if parameter is None else parameter.dtype)
             return self.class_labels_classifier(hidden_states), self.bbox_predictor(hidden_states).sigmoid()
 
     def forward(
@@ -370,6 +370,7 @@ class DetrForObjectDetection(DetrPreTrainedModel):
         logits, pred_boxes = predicted or self.predict(outputs.last_hidden_state)
         loss = loss_dict = auxiliary_outputs = None
         if labels is not None:
+            refuse_capture("the loss", "call the model without labels")
             all_logits, all_boxes = logits[None], pred_boxes[None]
             if outputs.intermediate_hidden_states is not None:
                 aux_logits, aux_boxes = self.predict(outputs.intermediate_hidden_states[:-1])

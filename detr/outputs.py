@@ -5,7 +5,7 @@ B batch, Q queries, S cells of the deepest feature map, D ``d_model``, L decoder
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,47 +14,54 @@ from torch import Tensor
 
 
 @dataclass
-class ModelOutput:
-    """Base of the outputs: ``out.logits``, ``out["logits"]`` and ``out[0]``; fields that are None have no index."""
+class ModelOutput(dict[str, Any]):
+    """Base of the outputs: ``out.logits``, ``out["logits"]`` and ``out[0]``; fields that are None have no index.
 
-    def keys(self) -> list[str]:
-        """Names of the fields that are not None, in order."""
-        return [f.name for f in fields(self) if getattr(self, f.name) is not None]
+    It is a dict of the fields that are not None, which is what transformers' Trainer and accelerate take apart and put
+    together again, and is made from a dict of fields as well as from keywords.
+    """
 
-    def values(self) -> list[Any]:
-        """Values of the fields that are not None, in order."""
-        return [getattr(self, name) for name in self.keys()]
-
-    def items(self) -> list[tuple[str, Any]]:
-        """Pairs of name and value of the fields that are not None, in order."""
-        return [(name, getattr(self, name)) for name in self.keys()]
+    def __post_init__(self) -> None:
+        first, *others = fields(self)
+        given = getattr(self, first.name)
+        if isinstance(given, Mapping) and all(getattr(self, each.name) is None for each in others):
+            setattr(self, first.name, None)
+            for name, value in given.items():
+                self[name] = value
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The values as a tuple, as ``return_dict=False`` gives them."""
-        return tuple(self.values())
+        return tuple(self[name] for name in self)
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The field ``key``, or ``default`` where it is None or does not exist."""
-        try:
-            return self[key]
-        except KeyError:
-            return default
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if value is None:
+            super().pop(name, None)
+            return
+        super().__setitem__(name, value)
+        order = [each.name for each in fields(self)]
+        if list(self) != [
+            each for each in order if each in self
+        ]:  # the index of a value is its place in the class
+            present = {each: getattr(self, each) for each in order if each in self}
+            super().clear()
+            super().update(present)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in {each.name for each in fields(self)}:
+            raise KeyError(f"{type(self).__name__} has no field {name!r}")
+        setattr(self, name, value)
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        if isinstance(key, str):
-            if key not in self:
-                raise KeyError(key)
-            return getattr(self, key)
-        return self.to_tuple()[key]
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
-    def __contains__(self, key: object) -> bool:
-        return key in self.keys()
+    def _is_fixed(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(f"a {type(self).__name__} has fixed fields: assign to them")
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+    pop = popitem = update = setdefault = clear = __delitem__ = __ior__ = _is_fixed
 
-    def __len__(self) -> int:
-        return len(self.keys())
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, each.name) for each in fields(self))
 
 
 @dataclass

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detr.checkpoint import DEFAULT_MAX_SHARD_SIZE, load_model, save_model
 from detr.config import DetrConfig
-from detr.fast import Engine, optimized
+from detr.fast import Engine, is_optimized, optimized, refuse_conversion
 from detr.transformer import Decoder, Encoder
 
 
@@ -24,6 +25,8 @@ class DetrPreTrainedModel(nn.Module):
         config: the configuration it was built from.
     """
 
+    supports_gradient_checkpointing = True
+
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
         if not isinstance(config, DetrConfig):
@@ -31,13 +34,46 @@ class DetrPreTrainedModel(nn.Module):
         self.config = config
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Self:
-        """Load a model folder, a model of the hub or a ``.pth`` file; see `detr.checkpoint.load_model`."""
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        low_cpu_mem_usage: object = None,  # noqa: ARG003
+        **kwargs: Any,
+    ) -> Self:
+        """Load a model folder, a model of the hub or a ``.pth`` file; see `detr.checkpoint.load_model`.
+
+        ``low_cpu_mem_usage`` changes nothing, as in transformers 5: at most two copies of the weights are in memory.
+        """
         return load_model(cls, folder, **kwargs)
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE) -> None:
-        """Write ``config.json`` and ``model.safetensors``; see `detr.checkpoint.save_model`."""
-        save_model(self, folder, max_shard_size)
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        save_function: Callable[..., Any] | None = None,  # noqa: ARG002
+        max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write ``config.json`` and ``model.safetensors``; see `detr.checkpoint.save_model`.
+
+        Args:
+            save_directory: the folder, which is created where missing.
+            is_main_process: False writes nothing: of several processes one writes.
+            state_dict: the weights, where they were gathered already (``accelerator.get_state_dict(model)``); None takes
+                the model's own.
+            save_function: changes nothing, as in transformers: it writes pickled files, and there are none.
+            max_shard_size: see `detr.checkpoint.save_model`.
+            safe_serialization: must be True; pickled weights are read but not written.
+
+        Raises:
+            ValueError: see `detr.checkpoint.save_model`; or ``safe_serialization`` is False.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False: weights are written as safetensors only")
+        if is_main_process:
+            save_model(self, save_directory, max_shard_size, state_dict)
 
     @property
     def device(self) -> torch.device:
@@ -57,12 +93,56 @@ class DetrPreTrainedModel(nn.Module):
         """A faster copy for inference, of the same class and with the same outputs; see `detr.fast.optimized`."""
         return optimized(self, pack, dtype, engine)
 
-    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
-        """Recompute the transformer's layers in the backward pass instead of keeping their activations."""
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute the transformer's layers in the backward pass instead of storing their activations.
+
+        Args:
+            activation_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`; ``use_reentrant`` is False unless
+                given here.
+            every_n_layers: must be 1: every layer is recomputed.
+            offload: must be False: what is stored stays on the device.
+
+        Raises:
+            ValueError: another ``every_n_layers`` or ``offload``.
+        """
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                f"every_n_layers={every_n_layers}, offload={offload}: every layer is recomputed, and nothing is offloaded"
+            )
+        self._set_checkpointing({"use_reentrant": False, **(activation_checkpointing_kwargs or {})})
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Another name of `activation_checkpointing_enable`, which older versions of transformers call."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Undo `activation_checkpointing_enable`."""
+        self._set_checkpointing(None)
+
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers are recomputed in the backward pass."""
+        return any(
+            module.checkpointing is not None
+            for module in self.modules()
+            if isinstance(module, Encoder | Decoder)
+        )
+
+    def _set_checkpointing(self, kwargs: dict[str, Any] | None) -> None:
         for module in self.modules():
             if isinstance(module, Encoder | Decoder):
-                module.gradient_checkpointing = enable
+                module.checkpointing = kwargs
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Undo `gradient_checkpointing_enable`."""
-        self.gradient_checkpointing_enable(False)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if is_optimized(self):
+            refuse_conversion(self, fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -152,7 +152,8 @@ class DetrForSegmentation(DetrPreTrainedModel):
         keep = None if features.keep is None else features.keep.flatten(1)
         attention = self.bbox_attention(outputs.last_hidden_state, outputs.encoder_last_hidden_state, keep)
         height, width = features.counted.shape[-2:]
-        projected = features.cells.transpose(1, 2).unflatten(2, (height, width))
+        # reshape and not unflatten here and below: ONNX would keep the example's sizes
+        projected = features.cells.transpose(1, 2).reshape(*features.cells.shape[::2], height, width)
         context: MaskContext = self.mask_head.context(projected, features.maps, attention)
         return context
 
@@ -164,7 +165,7 @@ class DetrForSegmentation(DetrPreTrainedModel):
             return _spread(self.mask_head(context, image, query), image, query, wanted)
         index = torch.arange(batch * queries, device=context.attention.device)
         masks: Tensor = self.mask_head(context, index // queries, index % queries)
-        return masks.unflatten(0, (batch, queries))
+        return masks.reshape(batch, queries, *masks.shape[1:])
 
     def _masks_of(self, context: MaskContext, image: Tensor, query: Tensor) -> Tensor:
         """Logits float [M, h, w] of matched queries, which depend on the parameters even where M is 0."""

@@ -122,7 +122,8 @@ class _Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.layerdrop = layerdrop
-        self.gradient_checkpointing = False
+        # Keywords of torch.utils.checkpoint.checkpoint, None to store all activations.
+        self.checkpointing: dict[str, Any] | None = None
 
     def _run(self, layer: nn.Module, x: Tensor, *args: Any) -> tuple[Any, ...]:
         if self.training and self.layerdrop and float(torch.rand(())) < self.layerdrop:
@@ -131,8 +132,8 @@ class _Stack(nn.Module):
             inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
             unused = sum((t.sum() * 0.0 for t in [*layer.parameters(), *inputs]), start=x.new_zeros(()))
             return (x + unused, None, None)
-        if self.gradient_checkpointing and self.training:
-            result: tuple[Any, ...] = checkpoint(layer, x, *args, use_reentrant=False)
+        if self.checkpointing is not None and self.training:
+            result: tuple[Any, ...] = checkpoint(layer, x, *args, **self.checkpointing)
             return result
         return layer(x, *args)
 

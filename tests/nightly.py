@@ -1,4 +1,5 @@
-"""Run what takes too long for every change: mutations, soak tests, the lowest allowed versions, load, benchmarks.
+"""Run what takes too long for every change: mutations, soak tests, the lowest allowed versions, tools of others, load,
+benchmarks.
 
     python tests/nightly.py [--steps mutations lowest ...] [--output runs/nightly]
 
@@ -71,6 +72,27 @@ def lowest(log: IO[str], folder: Path) -> int:
     )
 
 
+def interop(log: IO[str], folder: Path) -> int:
+    """Trainer, accelerate, PEFT and torchmetrics with our models, in an environment that has them."""
+    python = str(folder / "interop" / "bin" / "python")
+    uv = [sys.executable, "-m", "uv"]
+    install = [
+        "pip",
+        "install",
+        "--python",
+        python,
+        "--constraint",
+        "constraints.txt",
+        "--editable",
+        ".[dev,interop]",
+    ]
+    return (
+        run([*uv, "venv", "--clear", "--python", sys.executable, str(folder / "interop")], log)
+        or run([*uv, *install], log)
+        or run(pytest("-m", "", "tests/detr/test_tools.py", python=python), log)
+    )
+
+
 def loaded(log: IO[str], folder: Path) -> int:
     """The tests of `make test` next to two busy processes: time limits that are too tight fail."""
     with busy(2):
@@ -83,7 +105,7 @@ def benchmarks(log: IO[str], folder: Path) -> int:
 
 
 STEPS: dict[str, Callable[[IO[str], Path], int]] = {
-    step.__name__: step for step in (mutations, lowest, loaded, soak, benchmarks)
+    step.__name__: step for step in (mutations, lowest, interop, loaded, soak, benchmarks)
 }
 
 

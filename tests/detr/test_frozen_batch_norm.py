@@ -3,12 +3,13 @@ import timm
 import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from detr.frozen_batch_norm import (
-    FoldedConv2d,
+    ConvolutionFolding,
     FrozenBatchNorm2d,
     differs_from_transformers,
-    fold_into_convolutions,
     freeze_batch_norm,
 )
 
@@ -79,14 +80,129 @@ def test_a_frozen_norm_keeps_no_activation_for_the_backward_pass():
     assert all(numel < x.numel() for numel in saved)
 
 
-def test_a_folded_network_is_compiled_as_one_graph():
-    """Each split would be a start of its own in every step, and a place where the compiler can fail."""
+def two_pairs() -> nn.Sequential:
+    torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)
-    ).eval()
+    )
+    for norm in (net[1], net[4]):
+        randomise(norm, 1)
     freeze_batch_norm(net)
-    fold_into_convolutions(net)
-    assert sum(isinstance(m, FoldedConv2d) for m in net) == 2
-    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    return net.eval()
+
+
+class CountNorms(TorchFunctionMode):
+    """Counts the affine maps of frozen batch norms that are computed on their own."""
+
+    number = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.addcmul
+        return func(*args, **(kwargs or {}))
+
+
+def run_folded(net: nn.Module, x: torch.Tensor, folding: ConvolutionFolding) -> tuple[torch.Tensor, int]:
+    with CountNorms() as counter, folding.running(net):
+        return net(x), counter.number
+
+
+def test_a_folded_network_is_compiled_as_one_graph():
+    """Each split would be a start of its own in every step, and a place where the compiler can fail."""
+    net, folding = two_pairs(), ConvolutionFolding()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with folding.running(net):
+            return net(x)
+
+    x = torch.randn(1, 3, 8, 8)
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), net(x))
+
+
+def test_folded_convolutions_give_the_outputs_and_gradients_of_the_layers():
+    net, folding, x = two_pairs(), ConvolutionFolding(), torch.randn(2, 3, 9, 7)
+    expected = net(x)
+    got, norms = run_folded(net, x, folding)
+    assert norms == 0
+    torch.testing.assert_close(got, expected)
+    weights = [net[0].weight, net[3].weight, net[0].bias]
+    gradients = (torch.autograd.grad(y.square().sum(), weights) for y in (got, expected))
+    for ours, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(
+    "kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "forward"]
+)
+def test_layers_are_called_one_by_one_where_something_watches_them(layer, kind):
+    net, folding, x = two_pairs(), ConvolutionFolding(), torch.randn(2, 3, 9, 7, requires_grad=True)
+    run_folded(net, x, folding)  # it was folded before
+    expected, seen = net(x), []
+    if kind == "forward":
+        forward = net[layer].forward
+        net[layer].forward = lambda y: seen.append(y) or forward(y)
+    else:
+        getattr(net[layer], kind)(lambda *given: seen.append(given) and None)
+    got, norms = run_folded(net, x, folding)
+    got.sum().backward()
+    assert (norms, len(seen)) == (2, 1)
+    torch.testing.assert_close(got, expected)
+
+
+def test_an_operation_between_the_two_layers_is_an_error_where_tracing_did_not_see_it():
+    class Switched(nn.Module):
+        doubles = False
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 1), FrozenBatchNorm2d(8)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.norm(2 * x if self.doubles else x)
+
+    net, folding, x = Switched(), ConvolutionFolding(), torch.randn(1, 3, 4, 4)
+    assert run_folded(net, x, folding)[1] == 0
+    net.doubles = True
+    with pytest.raises(RuntimeError, match="register a forward hook"):
+        run_folded(net, x, folding)
+    net.conv.register_forward_hook(lambda *_: None)
+    assert run_folded(net, x, folding)[1] == 1
+
+
+def test_a_weight_that_two_convolutions_share_is_not_folded():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.one, self.two = FrozenBatchNorm2d(3), FrozenBatchNorm2d(3)
+            self.second.weight = self.first.weight
+            self.two.weight.fill_(3.0)
+
+        def forward(self, x):
+            return self.two(self.second(self.one(self.first(x))))
+
+    net, x = Shared(), torch.randn(1, 3, 4, 4)
+    got, norms = run_folded(net, x, ConvolutionFolding())
+    assert norms == 2
+    torch.testing.assert_close(got, net(x))
+
+
+def test_layers_may_be_checkpointed_within_the_net():
+    net, x = two_pairs(), torch.randn(1, 3, 8, 8, requires_grad=True)
+    inner = net.forward
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return checkpoint(inner, x, use_reentrant=False)
+
+    outer = Checkpointed()
+    got, _ = run_folded(outer, x, ConvolutionFolding())
+    (gradient,) = torch.autograd.grad(got.sum(), x)
+    (expected,) = torch.autograd.grad(net(x).sum(), x)
+    torch.testing.assert_close(gradient, expected)
