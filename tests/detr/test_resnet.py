@@ -13,6 +13,7 @@ import detr
 from detr.backbone import ConvEncoder, load_pretrained_backbone
 from detr.checkpoint import load_weights
 from tests.detr.conftest import SMALL, separate_the_queries
+from tests.tiers import rest_slow
 
 TRANSFORMER = {key: value for key, value in SMALL.items() if key != "backbone"}
 
@@ -35,7 +36,7 @@ def random_resnet(seed: int) -> transformers.ResNetConfig:
     )
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", rest_slow(range(12), fast=6))
 def test_a_random_resnet_predicts_as_in_transformers_and_is_exchanged_with_it(seed, tmp_path: Path):
     backbone = random_resnet(seed)
     config = detr.DetrConfig(**TRANSFORMER, backbone_config=backbone)
