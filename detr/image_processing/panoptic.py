@@ -66,7 +66,7 @@ def panoptic_labels(
 
     Raises:
         FileNotFoundError: the PNG does not exist.
-        ValueError: it has another size than the image, none of the segments is in it, or a segment lacks a field.
+        ValueError: it has another size than the image, a segment with an area has no pixel in it, or lacks a field.
     """
     file = masks_path / annotation["file_name"]
     if not file.is_file():
@@ -84,7 +84,6 @@ def panoptic_labels(
     try:
         ids_of_segments = torch.as_tensor([segment["id"] for segment in segments], dtype=torch.int64)
         segment_map, boxes = number_segments(ids, ids_of_segments.tolist())
-        found = bool(segment_map.numbers.any())
         labels = {
             "size": torch.tensor([height, width]),
             "image_id": torch.as_tensor([_id(annotation)], dtype=torch.int64),
@@ -99,11 +98,14 @@ def panoptic_labels(
             f"image_id {_id(annotation)}: each segment needs id, category_id, iscrowd (integers) and area, but reading "
             f"them failed with {type(error).__name__}: {error}"
         ) from error
-    if segments and not found:
+    numbers = segment_map.numbers
+    suspects = ((labels["boxes"] == 0).all(dim=1) & (labels["area"] > 0)).nonzero()[:, 0].tolist()
+    # the box of a segment of the first pixel alone is zeros, too
+    if absent := [index for index in suspects if not (numbers == segment_map.segments[index]).any()]:
         raise ValueError(
-            f"image_id {_id(annotation)}: none of its {len(segments)} segments is in {file}: their ids are "
-            f"{ids_of_segments[:5].tolist()}, those of the PNG {np.unique(ids)[:5].tolist()}; an id is coded as "
-            "R + 256 G + 65536 B, or is the value itself in a gray PNG"
+            f"image_id {_id(annotation)}: {len(absent)} of its {len(segments)} segments have an area but no pixel in "
+            f"{file}: their ids are {ids_of_segments[absent[:5]].tolist()}, the PNG has {np.unique(ids)[:5].tolist()}; "
+            "an id is coded as R + 256 G + 65536 B, or is the value itself in a gray PNG"
         )
     return labels, segment_map
 

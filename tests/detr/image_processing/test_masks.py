@@ -221,12 +221,22 @@ def test_values_of_a_gray_panoptic_png_are_the_ids(mode, tmp_path):
     image = random_image(np.random.default_rng(0), 40, 60)
     labels = processor(image, annotation, masks_path=tmp_path)["labels"][0]
     assert labels["masks"].sum((1, 2)).tolist() == [1200, 1200]
-    for segment in segments:
+    for number, segment in enumerate(segments, 1):
         segment["id"] += 1
-    with pytest.raises(
-        ValueError, match=r"image_id 1: none of its 2 segments is in .*a\.png: their ids are \[8, "
-    ):
-        processor(image, annotation, masks_path=tmp_path)
+        with pytest.raises(ValueError, match=rf"image_id 1: {number} of its 2 segments .*a\.png: .* are \[8"):
+            processor(image, annotation, masks_path=tmp_path)
+
+
+def test_a_segment_of_the_first_pixel_alone_is_there(tmp_path):
+    ids = np.full((40, 60), 5, np.uint8)
+    ids[0, 0] = 9
+    Image.fromarray(ids).save(tmp_path / "a.png")
+    segments = [{"id": id, "category_id": 0, "area": 1, "iscrowd": 0} for id in (5, 9)]
+    annotation = {"image_id": 1, "file_name": "a.png", "segments_info": segments}
+    processor = DetrImageProcessor(format="coco_panoptic", do_resize=False)
+    image = random_image(np.random.default_rng(0), 40, 60)
+    labels = processor(image, annotation, masks_path=tmp_path)["labels"][0]
+    assert labels["masks"].sum((1, 2)).tolist() == [2399, 1]
 
 
 def test_panoptic_errors_name_the_file(tmp_path):
