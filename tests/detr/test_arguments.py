@@ -76,7 +76,7 @@ CONFIG: dict[str, tuple[Any, dict[str, Any]]] = {
     "compat": ("transformers", {}),
 }
 NAMES = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}, "architectures": ["DetrModel"]}
-DTYPES = {"dtype", "torch_dtype"}
+DTYPES = ("dtype", "torch_dtype")
 ELSEWHERE = {"use_pretrained_backbone", "use_timm_backbone", "is_encoder_decoder"}
 
 

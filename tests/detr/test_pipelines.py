@@ -408,7 +408,7 @@ def test_an_image_has_one_result_however_it_is_given(detector, tmp_path):
         (np.zeros((1, 1, 3, 9, 9), np.uint8), ValueError, r"shape \(1, 3, 9, 9\)"),
         (np.zeros((9, 9, 2), np.uint8), ValueError, "neither the first nor the last dimension"),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_image_is_refused_at_the_call(detector, source, error, message):
     with pytest.raises(error, match=message) as caught:

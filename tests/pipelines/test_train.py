@@ -55,6 +55,10 @@ def test_a_finished_run_returns_at_once(folder: Path, manifest: Manifest, pipeli
     done = pipeline("train", "--train-data", manifest.root, "--output", "runs/a", *SMALL, cwd=folder)
     assert done.returncode == 0
     assert "this run is finished" in done.stdout
+    other = ["--train-data", "nowhere", "--output", "runs/a", *SMALL, "--seed", "7"]
+    refused = pipeline("train", *other, cwd=folder)
+    assert refused.returncode == 2
+    assert "finished run with other values of seed, train_data" in refused.stderr
 
 
 def test_other_flags_in_the_folder_of_an_unfinished_run_are_refused(

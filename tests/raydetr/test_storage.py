@@ -146,7 +146,7 @@ def test_sizes_are_those_of_the_files_that_exist(tmp_path: Path) -> None:
     (tmp_path / "c.jpg").write_bytes(b"1234")
     names = ["a.jpg", "sub/b.jpg", "../c.jpg", "missing.jpg", "sub"]
     for address in (str(folder), f"{folder}/", f"file://{folder}"):
-        assert storage.file_sizes(address, names) == {"a.jpg": 2, "sub/b.jpg": 3, "../c.jpg": 4}
+        assert storage.file_sizes(address, names) == {"a.jpg": 2, "sub/b.jpg": 3}
 
 
 def test_sizes_follow_links(tmp_path: Path) -> None:

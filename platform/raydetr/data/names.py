@@ -23,15 +23,15 @@ def leads_out(name: str) -> bool:
 
 def stem(name: str) -> str:
     """What files of equal names, whatever the case, the encoding and the ending, have in common: to look them up by."""
-    return _canonical(_relative(name)[0]).rpartition("/")[2].rpartition(".")[0]
+    return _canonical(_relative(name)).rpartition("/")[2].rpartition(".")[0]
 
 
 def match(name: str, files: Iterable[str], folder: str) -> tuple[str | None, list[str]]:
     """The file that a name stands for, and those that it nearly does.
 
-    Separators of Windows, percent-encoding, the case, the Unicode form, a longer path (absolute, of the annotator's
-    machine) and a shorter one (the bare name of a file in a subfolder) make no other name. A name that two files have
-    is of neither.
+    Separators of Windows, percent-encoding, the case, the Unicode form, a longer path (absolute or with `..`, of the
+    annotator's machine) and a shorter one (the bare name of a file in a subfolder) make no other name. A name that two
+    files have is of neither. What is found is always in the folder.
 
     Args:
         name: that is of no file as it is written.
@@ -39,7 +39,7 @@ def match(name: str, files: Iterable[str], folder: str) -> tuple[str | None, lis
         folder: its address.
     """
     files = list(files)
-    path, is_absolute = _relative(name)
+    path = _relative(name)
     root = folder.replace("\\", "/").rstrip("/") + "/"
     exact = [path]
     for full in (name.replace("\\", "/"), posixpath.normpath(posixpath.join(root, name.replace("\\", "/")))):
@@ -52,20 +52,23 @@ def match(name: str, files: Iterable[str], folder: str) -> tuple[str | None, lis
         [file for file in files if _canonical(file) in map(_canonical, exact)],
         [file for file in files if _ends_alike(_canonical(file), _canonical(path))],
     ):
-        if len(alike) == 1 and (is_absolute or not leads_out(path)):
+        if len(alike) == 1:
             return alike[0], []
         if alike:
             return None, alike
     return None, files
 
 
-def _relative(name: str) -> tuple[str, bool]:
-    """A name with slashes and without the root of an absolute one; whether it was absolute."""
+def _relative(name: str) -> str:
+    """A name with slashes, without the root of an absolute one and without `..` at its start."""
     path = _LABEL_STUDIO.sub("/", name.replace("\\", "/"))
     found = _ABSOLUTE.match(path)
     if found and "://" in found.group():
         path = path.partition("?")[0]
-    return posixpath.normpath(path[found.end() :] if found else path), bool(found)
+    path = posixpath.normpath(path[found.end() :] if found else path)
+    while path.startswith("../"):
+        path = path[3:]
+    return path
 
 
 def _canonical(path: str) -> str:

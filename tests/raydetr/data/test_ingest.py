@@ -304,6 +304,48 @@ def test_fail_stops_with_the_fault_and_leaves_no_manifest(awkward: Path, tmp_pat
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_too_much_that_cannot_be_trained_on_is_an_error_until_it_is_accepted(
+    awkward: Path, tmp_path: Path
+) -> None:
+    def break_a_third(content: dict[str, Any]) -> None:
+        for image in content["images"][::3]:
+            image["height"] += 1
+
+    folder = edited(awkward, tmp_path / "broken", break_a_third)
+    with pytest.raises(DataError, match=r"of 101 images .*\n.*size-mismatch: (.|\n)*What to do"):
+        ingest_awkward(folder, tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert ingest_awkward(folder, tmp_path / "out", max_fault_share=0.5).written
+
+
+def test_images_without_objects_are_a_data_set_alone_and_appended(awkward: Path, tmp_path: Path) -> None:
+    def negatives(content: dict[str, Any]) -> None:
+        content["images"] = [{**each, "id": 1 + n} for n, each in enumerate(content["images"][50:60])]
+        content["annotations"] = []
+
+    def without_categories(content: dict[str, Any]) -> None:
+        negatives(content)
+        content["images"] = [{"id": 1, "file_name": "61.png"}]
+        content["categories"] = []
+
+    folder = edited(awkward, tmp_path / "negatives", negatives)
+    alone = ingest_awkward(folder, tmp_path / "alone").manifest
+    assert (alone.num_images, alone.num_objects) == (10, 0)
+    first = edited(
+        awkward, tmp_path / "first", lambda content: content["images"].__delitem__(slice(50, None))
+    )
+    kept = ingest_awkward(first, tmp_path / "out", max_fault_share=1.0).manifest
+    # Their ids are 1 to 10, as those of other images: they get ids of their own.
+    added = ingest_awkward(folder, tmp_path / "out", append=True).manifest
+    assert (added.num_images, added.num_objects) == (60, kept.num_objects)
+    ids = [row["image_id"] for row in read_records(added, ["image_id"])]
+    assert len(set(ids)) == 60
+    again = edited(awkward, tmp_path / "more", without_categories)
+    assert ingest_awkward(again, tmp_path / "out", append=True).manifest.categories == kept.categories
+    with pytest.raises(DataError, match="'categories' is empty"):
+        ingest_awkward(again, tmp_path / "nothing")
+
+
 def test_progress_counts_up_to_all_images(awkward: Path, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     ingest_awkward(awkward, tmp_path / "out", progress=lambda done, total: calls.append((done, total)))

@@ -1,6 +1,8 @@
 """A JSON file read in pieces is what `json.loads` makes of the whole, wherever the pieces end."""
 
+import gzip
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -114,3 +116,26 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: bytes, message: str) -> Non
     (tmp_path / "x.json").write_bytes(text)
     with pytest.raises(DataError, match=rf"x\.json: .*{message}"):
         read(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_a_gzip_file_is_read_as_what_is_in_it(tmp_path: Path, members: int) -> None:
+    text = json.dumps({"images": [{"id": number, "text": "x" * 100} for number in range(1000)]}).encode()
+    cuts = [len(text) * part // members for part in range(members + 1)]
+    packed = b"".join(gzip.compress(text[a:b]) for a, b in itertools.pairwise(cuts))
+    (tmp_path / "x.json").write_bytes(text)
+    (tmp_path / "x.json.gz").write_bytes(packed)
+    digest = hashlib.sha256()
+    plain, unpacked = (list(read_elements(str(tmp_path / name), digest)) for name in ("x.json", "x.json.gz"))
+    assert unpacked == plain
+    assert digest.hexdigest() == hashlib.sha256(text + packed).hexdigest()
+    (tmp_path / "x.json.gz").write_bytes(packed[:-20])
+    with pytest.raises(DataError, match=r"x\.json\.gz: .*gzip"):
+        list(read_elements(str(tmp_path / "x.json.gz")))
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04", b"BZh9", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"])
+def test_an_archive_is_refused_with_the_remedy(tmp_path: Path, start: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(start + b"rest")
+    with pytest.raises(DataError, match="unpack it"):
+        list(read_elements(str(tmp_path / "x.json")))

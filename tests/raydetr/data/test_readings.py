@@ -322,6 +322,7 @@ def found(inputs: Inputs) -> list[tuple[str | None, list[str]]]:
         ("Mu\u0308ller.jpg", "M\u00fcller.jpg"),
         ("M\u00fcller.jpg", "Mu\u0308ller.jpg"),
         ("a.jpg", "../images/a.jpg"),
+        ("a.jpg", "..\\..\\label-studio\\media\\upload\\4\\a.jpg"),
     ],
 )
 def test_a_file_is_found_by_a_name_in_another_spelling(tmp_path: Path, file: str, name: str) -> None:

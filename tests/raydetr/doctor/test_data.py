@@ -1,5 +1,6 @@
 """What the doctor says about data sets: one that is right, and each thing that can be wrong with it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_a_healthy_data_set_is_ok_throughout(tmp_path: Path) -> None:
     config = configure(tmp_path)
     found = [
         *data.integrity("train-data", manifest, contents),
-        *data.faults(manifest),
+        *data.faults(config, manifest),
         *data.labels(manifest, contents),
         *data.queries(config, 8, manifest, contents),
         *data.masks(config, "train-data", contents),
@@ -90,7 +91,7 @@ def test_a_category_without_objects_is_worth_a_look(tmp_path: Path) -> None:
 def test_names_that_occur_twice_are_named(tmp_path: Path) -> None:
     manifest = write_data(tmp_path, categories=[{"id": n, "name": "ant"} for n in (3, 7, 90)])
     line = lines(data.labels(manifest, shards.survey(manifest, 0)))[0]
-    assert line.startswith("warn  labels: category names that are empty or occur twice: 'ant'")
+    assert line.startswith("FAIL  labels: category names that are empty or occur twice: 'ant'")
 
 
 def test_too_few_queries_are_named_with_the_number_to_give(tmp_path: Path) -> None:
@@ -130,15 +131,36 @@ def test_masks_on_few_objects_are_worth_a_look(tmp_path: Path) -> None:
 def test_boxes_in_another_form_fail(tmp_path: Path) -> None:
     write_data(tmp_path)
     manifest = change_manifest(tmp_path, faults={"boxes-normalised": 1})
-    assert lines(data.faults(manifest))[0].startswith("FAIL  faults: boxes-normalised: boxes from 0 to 1")
+    assert lines(data.faults(configure(tmp_path), manifest))[0].startswith(
+        "FAIL  faults: boxes-normalised: boxes from 0 to 1"
+    )
 
 
 def test_many_objects_left_out_are_a_warning_with_an_example(tmp_path: Path) -> None:
-    write_data(tmp_path)
-    manifest = change_manifest(tmp_path, faults={"empty-box": 30})
-    (line,) = lines(data.faults(manifest))
-    assert line.startswith("warn  faults: empty-box 30; not trained on because of them: 0 images, 30 objects")
+    def empty(number: int, made: dict) -> None:
+        for item in made["objects"][: number % 2]:
+            item["fault"] = "empty-box"
+
+    objects = write_data(tmp_path, empty).num_objects
+    manifest = change_manifest(tmp_path, faults={"empty-box": 20})
+    (line,) = lines(data.faults(configure(tmp_path), manifest))
+    assert line.startswith("warn  faults: empty-box 20; not trained on: 0 of 40 images (0 %)")
+    assert f"20 of {objects} objects" in line
     assert "faults.parquet" in line
+
+
+def test_what_training_would_refuse_fails(tmp_path: Path) -> None:
+    def missing(number: int, made: dict) -> None:
+        made["fault"] = "missing-file" if number % 2 else None
+
+    write_data(tmp_path, missing)
+    manifest = change_manifest(tmp_path, faults={"missing-file": 20})
+    config = configure(tmp_path)
+    (line,) = lines(data.faults(config, manifest))
+    assert line.startswith(f"FAIL  faults: {manifest.root}: 20 of 40 images (50 %)")
+    assert "--images" in line
+    (line,) = lines(data.faults(replace(config, max_fault_share=0.5), manifest))
+    assert line.startswith("warn  faults: missing-file 20; not trained on: 20 of 40 images")
 
 
 def test_a_validation_set_that_is_the_training_set_or_has_other_classes_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from raydetr.errors import ConfigError, TrainingError
 from raydetr.registry import models, tracking
 from raydetr.training import checkpoint
 from raydetr.training.config import TrainConfig
-from raydetr.training.run import open_run, pinned_model
+from raydetr.training.run import open_run, pinned_model, require_same_run
 from raydetr.training.trainer import check
 from tests.awkward import write_awkward
 from tests.empty_registry import empty_registry
@@ -44,6 +44,29 @@ def test_a_run_goes_on_with_what_its_errors_advise_and_at_another_address_of_mlf
     storage.write_bytes(storage.join(checkpoint.address(first.output, 5), checkpoint.MARKER), b"")
     with pytest.raises(TrainingError, match="begun with other values of cell_loss, learning_rate:"):
         open_run(replace(moved, learning_rate=1.0, cell_loss=2.0), manifest)
+
+
+def test_a_finished_run_is_that_of_its_flags_and_data_alone(tmp_path: Path) -> None:
+    manifest = write_awkward(tmp_path / "data")
+    done = TrainConfig(
+        train_data=manifest.root, output=str(tmp_path / "run"), tracking_uri=empty_registry(tmp_path)
+    )
+    open_run(done, manifest)
+    require_same_run(replace(done, max_hours=3.0, max_fault_share=1.0))
+    for changes in (
+        {"steps": 5000, "num_queries": 50},
+        {"train_data": "/does/not/exist"},
+        {"task": "instance"},
+    ):
+        with pytest.raises(
+            TrainingError, match=f"finished run with other values of {', '.join(sorted(changes))}:"
+        ):
+            require_same_run(replace(done, **changes))
+    write_awkward(tmp_path / "data", seed=1)
+    with pytest.raises(TrainingError, match="other values of data_digest"):
+        require_same_run(done)
+    shutil.rmtree(tmp_path / "data")
+    require_same_run(done)
 
 
 def test_flags_may_change_as_long_as_nothing_was_done_with_them(tmp_path: Path) -> None:
