@@ -110,7 +110,7 @@ class _FileCell:
             try:
                 with open(self.path, "rb") as stream:
                     return Content(stream.read())
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):  # the latter is `write`'s error to explain
                 return Content(None)
 
         return attempt(self.address, "read", once)

@@ -354,8 +354,14 @@ def test_progress_counts_up_to_all_images(awkward: Path, tmp_path: Path) -> None
 
 
 def test_an_error_in_a_task_arrives_as_its_own(awkward: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "shard-000000.parquet" / "in the way").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"out/shard-000000.parquet: cannot be written"):
+        ingest_awkward(awkward, tmp_path / "out")
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused_before_the_work(awkward: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"out/.*cannot be written"):
+    with pytest.raises(StorageError, match=r"file/out/lease.json: cannot be written"):
         ingest_awkward(awkward, tmp_path / "file" / "out")
 
 

@@ -51,13 +51,11 @@ def test_evaluations_are_kept_for_each_data_set(two_versions, tmp_path):
 
 def test_a_record_that_is_too_long_for_a_tag_is_refused_with_what_is_long_in_it(two_versions):
     model = resolve("models:/raydetr/1", two_versions)
-    record = {**RECORD, "undecodable": {str(i): "cut short" for i in range(400)}}
-    with pytest.raises(
-        RegistryError, match=r"on d1 has \d+ characters as JSON.* 5000 .*shorten 'undecodable'"
-    ):
+    record = {**RECORD, "settings": {str(i): "cut short" for i in range(400)}}
+    with pytest.raises(RegistryError, match=r"on d1 has \d+ characters as JSON.* 5000 .*shorten 'settings'"):
         put_evaluation(model, "d1", record)
     assert evaluations(model) == {}
-    fits = {**RECORD, "undecodable": "x" * (5000 - len(json.dumps({**RECORD, "undecodable": ""})))}
+    fits = {**RECORD, "settings": "x" * (5000 - len(json.dumps({**RECORD, "settings": ""})))}
     put_evaluation(model, "d1", fits)
     assert evaluations(model) == {"d1": fits}
 
