@@ -8,12 +8,12 @@ Then: curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/detect?threshold=0
 As a service that outlives its driver: platform/deploy/serve.yaml (serve deploy), rayservice.yaml (Kubernetes).
 """
 
-import signal
+import contextlib
 import threading
 from typing import Any
 
 from raydetr.cluster import connect, require_shared
-from raydetr.command import run, write_summary
+from raydetr.command import Interrupted, run, write_summary
 from raydetr.config import ServeConfig
 from raydetr.registry.tracking import resolve_uri
 from raydetr.serving.app import endpoint, from_config, require_gpus
@@ -26,9 +26,6 @@ def main(config: ServeConfig) -> dict[str, Any]:
     connect(cpus=max(config.max_replicas + config.ingress_replicas, least), least=least)
     require_shared(model=resolve_uri(config.tracking_uri) if model.version is not None else config.model)
     require_gpus(config)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     with endpoint(app, config.host, config.port) as url:
         summary = {
             "model": model.address,
@@ -45,8 +42,8 @@ def main(config: ServeConfig) -> dict[str, Any]:
         )
         if config.json:
             write_summary(config.json, summary)
-        stop.wait()
-        print("\nstopping", flush=True)
+        with contextlib.suppress(Interrupted):
+            threading.Event().wait()
     return summary
 
 

@@ -1,12 +1,18 @@
-"""What every pipeline does around its work: flags in, resolved configuration, summary table, JSON out."""
+"""What every pipeline does around its work: flags in, resolved configuration, signals, summary table, JSON out."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import shlex
+import signal
+import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, Protocol, TypeVar, cast
 
 import tyro
@@ -14,6 +20,18 @@ import tyro
 from raydetr.errors import RaydetrError
 
 SUMMARY_SCHEMA_VERSION = 1
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_REPEAT_S = 1.0
+"""Wrappers such as `make` and `uv run` deliver one Ctrl-C twice: a second signal within this time is the same one."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived. Like KeyboardInterrupt no `Exception`, so that no handler of errors swallows it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_status = 128 + number
+        """As shells report a process that the signal ended."""
 
 
 class Config(Protocol):
@@ -37,7 +55,8 @@ def run(
     """Parse flags of `config_class`, print them, call `main`, print its summary and write it to `--json`.
 
     A `RaydetrError` ends the process with its message and its exit status, 2 for most, without a traceback; the
-    summary that it may carry is printed and written like any other.
+    summary that it may carry is printed and written like any other. SIGINT and SIGTERM end it with 130 and 143 after
+    the cleanup of whatever runs, and print the command that resumes.
 
     Args:
         main: takes the configuration, returns the summary: names to numbers, strings, lists or dicts.
@@ -54,14 +73,80 @@ def run(
             config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
         )
         config = cast(C, flags)
-        print_config(config)
-        summary = dict(main(config))
+        print_config(config, default)
+        with interruptible("stopping and cleaning up"):
+            summary = dict(main(config))
     except RaydetrError as error:
         if error.summary is not None:
             conclude(config, error.summary)
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except Interrupted as stop:
+        print(f"\nstopped by {stop}. Rerun the command to resume:\n  {rerun_command()}", file=sys.stderr)
+        for number in SIGNALS:  # a second Ctrl-C ends what libraries do at exit, without a traceback
+            signal.signal(number, signal.SIG_DFL)
+        sys.exit(stop.exit_status)
     conclude(config, summary)
+
+
+@contextlib.contextmanager
+def interruptible(action: str) -> Iterator[None]:
+    """Make SIGINT and SIGTERM raise `Interrupted` in the block, once; a second signal ends the process at once.
+
+    The only place that handles these two signals: what Ray installs is undone in `cluster.connect` and
+    `training.scaling.Trainer`. Does nothing outside the main thread, the only one that Python runs handlers in.
+
+    Args:
+        action: what the process does on the signal; printed at once, even while the main thread is in C code.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[tuple[int, float]] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if not received:
+            received.append((number, time.monotonic()))
+            raise Interrupted(number)
+        if time.monotonic() - received[0][1] > _REPEAT_S:
+            os._exit(128 + number)  # not by the signal itself, which process 1 of a container would ignore
+
+    def announce() -> None:
+        # Python's handlers run only between two bytecodes of the main thread, which may be seconds away.
+        while number := receiver.recv(1):
+            if number[0] in SIGNALS:
+                with contextlib.suppress(OSError, ValueError):  # a terminal or pipe that is gone
+                    name = signal.Signals(number[0]).name
+                    sys.stderr.write(f"\n{name}: {action}. A second signal exits at once, without cleanup.\n")
+                    sys.stderr.flush()
+                return
+
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    thread = threading.Thread(target=announce, name="signals", daemon=True)
+    thread.start()
+    fd_before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
+    except Interrupted:
+        raise
+    except BaseException as error:
+        if received:  # C code such as ray.get raises another exception in place of the handler's
+            raise Interrupted(received[0][0]) from error
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(fd_before)
+        sender.close()
+        thread.join()
+        receiver.close()
+
+
+def rerun_command() -> str:
+    """This process's command line, quoted for a shell."""
+    return shlex.join(sys.orig_argv)
 
 
 def conclude(config: Config, summary: Mapping[str, Any]) -> None:
@@ -71,12 +156,23 @@ def conclude(config: Config, summary: Mapping[str, Any]) -> None:
         write_summary(config.json, summary)
 
 
-def print_config(config: Any) -> None:
-    """Print the resolved configuration, one field a line."""
-    print(f"{type(config).__name__}")
-    for field in dataclasses.fields(config):
+def print_config(config: Any, default: Any = None) -> None:
+    """Print the settings that differ from their defaults, one a line, and how many do not.
+
+    Args:
+        config: a dataclass of flags.
+        default: instance whose values are the defaults; None: those of the fields.
+    """
+    fields = dataclasses.fields(config)
+    given = [field for field in fields if getattr(config, field.name) != _default(field, default)]
+    print(type(config).__name__)
+    for field in given:
         print(f"  {field.name.replace('_', '-')} = {getattr(config, field.name)!r}")
-    sys.stdout.flush()
+    print(f"  {len(fields) - len(given)} settings have their defaults, which --help lists", flush=True)
+
+
+def _default(field: "dataclasses.Field[Any]", default: Any) -> Any:
+    return field.default if default is None else getattr(default, field.name)
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

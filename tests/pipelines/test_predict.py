@@ -34,8 +34,9 @@ def test_a_model_folder_gives_pictures_and_results(ray_local, photos, tmp_path):
 def test_without_a_model_the_champion_is_asked_for(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(RegistryError, match="no registered model 'raydetr'"):
+    with pytest.raises(RegistryError, match=r"no registered model.*--tracking-uri"):
         main(PredictConfig(images=str(photos)))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_endpoint_that_is_not_there_is_a_clear_error(photos):

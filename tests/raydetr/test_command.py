@@ -1,11 +1,12 @@
 """What a pipeline prints and writes of its summary."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from raydetr.command import print_summary, write_summary
+from raydetr.command import print_config, print_summary, write_summary
 
 
 def test_a_summary_is_json_whatever_its_numbers_are(tmp_path: Path) -> None:
@@ -24,4 +25,26 @@ def test_numbers_are_printed_as_one_reads_them(capsys: pytest.CaptureFixture[str
         ["AP", "0.1235"],
         ["rate", "345.7"],
         ["steps", "1400"],
+    ]
+
+
+@dataclasses.dataclass
+class Flags:
+    train_data: str
+    steps: int = 100
+    sizes: tuple[int, ...] = (1, 2)
+
+
+def test_only_settings_that_were_given_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    print_config(Flags("my data", steps=7))
+    assert capsys.readouterr().out.splitlines() == [
+        "Flags",
+        "  train-data = 'my data'",
+        "  steps = 7",
+        "  1 settings have their defaults, which --help lists",
+    ]
+    print_config(Flags("my data", steps=7), default=Flags("my data", steps=7, sizes=(3,)))
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  sizes = (1, 2)",
+        "  2 settings have their defaults, which --help lists",
     ]

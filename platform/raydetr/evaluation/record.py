@@ -21,6 +21,7 @@ from raydetr.registry.models import ResolvedModel
 from raydetr.registry.promote import evaluations, put_evaluation
 from raydetr.registry.tracking import (
     client,
+    end_on_error,
     end_run,
     log_artifacts,
     log_metrics,
@@ -127,16 +128,17 @@ def keep(
         uri, EXPERIMENT, name, params, tags, run_id=run_of_key(uri, EXPERIMENT, KEY_TAG, record["key"])
     )
     values = {**record["figures"], "undecodable": record["num_undecodable"], **_of_classes(analysis)}
-    with registry_errors(uri):
-        started = int(client(uri).get_run(run_id).info.start_time)
-    log_metrics(uri, run_id, [(0, values)], [started])  # at one time: sent twice, they are there once
-    with tempfile.TemporaryDirectory() as folder:
-        for address in (record["report"], record["analysis"]):
-            file = os.path.join(folder, os.path.basename(address))
-            with open(file, "wb") as stream:
-                stream.write(storage.read_bytes(address))
-        log_artifacts(uri, run_id, folder)
-    end_run(uri, run_id)
+    with end_on_error(uri, run_id):
+        with registry_errors(uri):
+            started = int(client(uri).get_run(run_id).info.start_time)
+        log_metrics(uri, run_id, [(0, values)], [started])  # at one time: sent twice, they are there once
+        with tempfile.TemporaryDirectory() as folder:
+            for address in (record["report"], record["analysis"]):
+                file = os.path.join(folder, os.path.basename(address))
+                with open(file, "wb") as stream:
+                    stream.write(storage.read_bytes(address))
+            log_artifacts(uri, run_id, folder)
+        end_run(uri, run_id)
     kept = {**record, "run_id": run_id}
     storage.write_json(storage.join(output, METRICS), kept)
     if model.version is not None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from raydetr.errors import ConfigError, RegistryError
 from raydetr.registry.card import model_card
 from raydetr.registry.sources import MODEL_FILES, cache_folder, fetch_folder, require_model_files
-from raydetr.registry.tracking import client, registry_errors
+from raydetr.registry.tracking import WHERE, client, registry_errors, require_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -182,6 +182,7 @@ def registered_version(address: str, uri: str) -> Any:
     match = _ADDRESS.fullmatch(address)
     if match is None:
         raise ConfigError(f"{address!r}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION.")
+    require_database(uri, match["name"])
     with registry_errors(uri):
         return find_version(client(uri), uri, match["name"], alias=match["alias"], version=match["version"])
 
@@ -207,8 +208,12 @@ def find_version(
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         names = sorted(m.name for m in mlflow_client.search_registered_models())
-        there = f"it has {', '.join(names)}" if names else "it has none: pipelines/train.py registers one"
-        raise RegistryError(f"MLflow at {uri} has no registered model {name!r}; {there}.") from error
+        there = (
+            f"it has {', '.join(names)}: give one of them as --model models:/{names[0]}@{alias or 'champion'}"
+            if names
+            else "it has none: pipelines/train.py registers one"
+        )
+        raise RegistryError(f"MLflow at {uri} has no registered model {name!r}; {there}. {WHERE}") from error
     if alias is not None:
         if alias not in model.aliases:
             there = ", ".join(f"{a} → version {v}" for a, v in sorted(model.aliases.items())) or "none"

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import httpx
 
-from raydetr.errors import ConfigError, RegistryError
+from raydetr.errors import ConfigError, OutOfTimeError, RegistryError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 GIT_TAG = "mlflow.source.git.commit"
+WHERE = (
+    "The default is runs/mlflow.db in the current folder: rerun the command in the folder where the model was trained, or "
+    "give its database by --tracking-uri sqlite:////PATH/runs/mlflow.db or MLFLOW_TRACKING_URI."
+)
+"""How to name another registry."""
 _SQLITE = "sqlite:///"
 _METRICS_PER_CALL = 1000  # MLflow's limits of one log_batch
 _PARAMS_PER_CALL = 100
@@ -69,6 +74,8 @@ def client(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
+    if uri.startswith(_SQLITE):
+        os.makedirs(os.path.dirname(uri.removeprefix(_SQLITE)), exist_ok=True)
     # "Creating initial MLflow database tables...", "Waiting up to 300 seconds ...": no news for the user.
     for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -215,6 +222,22 @@ def end_run(uri: str, run_id: str, status: RunStatus = "FINISHED") -> None:
         mlflow_client.set_terminated(run_id, status)
 
 
+@contextlib.contextmanager
+def end_on_error(uri: str, run_id: str) -> Iterator[None]:
+    """End a run as FAILED or KILLED where the block does not finish, so that none stays RUNNING.
+
+    KILLED: a signal, or the run's time is up. A server that does not answer is not waited for.
+    """
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(RegistryError):
+            resolve_uri(uri)
+            killed = isinstance(error, KeyboardInterrupt | OutOfTimeError)
+            end_run(uri, run_id, "KILLED" if killed else "FAILED")
+        raise
+
+
 def git_revision() -> str | None:
     """Commit of the project this code runs from, `-dirty` appended with uncommitted changes.
 
@@ -232,17 +255,35 @@ def git_revision() -> str | None:
 
 
 def _database_file(uri: str) -> str:
-    """The absolute path of an SQLite address, checked here because MLflow would retry for 100 s before it failed."""
+    """The absolute path of an SQLite address, checked here because MLflow would retry for 100 s before it failed.
+
+    A file that does not exist is not created: `client` does so for whoever writes.
+    """
     file = os.path.abspath(uri.removeprefix(_SQLITE))
     if set(file) & set("%?#"):  # SQLAlchemy reads them as parts of a URL
         raise ConfigError(f"--tracking-uri: {file}: the path of the database must not contain %, ? or #.")
     try:
-        os.makedirs(os.path.dirname(file), exist_ok=True)
-        with contextlib.closing(sqlite3.connect(file)) as database:
-            database.execute("PRAGMA schema_version")
+        if os.path.lexists(file):
+            with contextlib.closing(sqlite3.connect(file)) as database:
+                database.execute("PRAGMA schema_version")
+        else:
+            folder = next(str(each) for each in Path(file).parents if each.exists())
+            if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(f"{folder} is no folder that this user may write to")
     except (OSError, sqlite3.Error) as error:
         raise ConfigError(f"--tracking-uri: {file} cannot be opened as SQLite database ({error}).") from error
     return file
+
+
+def require_database(uri: str, name: str) -> None:
+    """Check that there is a database to read a registered model from, and create none.
+
+    Raises:
+        RegistryError: the address is an SQLite file that does not exist.
+    """
+    file = uri.removeprefix(_SQLITE)
+    if uri.startswith(_SQLITE) and not os.path.exists(file):
+        raise RegistryError(f"There is no MLflow database {file}, so no registered model {name!r}. {WHERE}")
 
 
 def _experiment_id(mlflow_client: "MlflowClient", uri: str, name: str) -> str:

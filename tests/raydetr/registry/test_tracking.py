@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from raydetr.errors import ConfigError, RegistryError
+from raydetr.errors import ConfigError, OutOfTimeError, RegistryError
+from raydetr.registry.models import registered_version
 from raydetr.registry.tracking import (
     GIT_TAG,
     client,
+    end_on_error,
     end_run,
     git_revision,
     log_artifacts,
@@ -118,3 +120,44 @@ def test_importing_the_registry_does_not_import_mlflow():
     )
     root = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": f"{root}:{root}/platform"})
+
+
+def test_reading_creates_no_database_and_says_which_one_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(RegistryError) as error:
+        registered_version("models:/raydetr@champion", resolve_uri(""))
+    assert f"no MLflow database {tmp_path}/runs/mlflow.db" in str(error.value)
+    assert "--tracking-uri sqlite:////" in str(error.value)
+    assert "MLFLOW_TRACKING_URI" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_created(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(ConfigError, match=r"new/mlflow\.db cannot be opened"):
+        resolve_uri(f"sqlite:///{tmp_path}/new/mlflow.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (KeyboardInterrupt(), "KILLED"),
+        (OutOfTimeError("--max-hours"), "KILLED"),
+        (ValueError("a bug"), "FAILED"),
+        (SystemExit(1), "FAILED"),
+    ],
+)
+def test_a_run_whose_block_does_not_finish_is_not_left_running(tracking_uri, error, status):
+    run_id = start_run(tracking_uri, "training", "first", {}, {})
+    with pytest.raises(type(error)), end_on_error(tracking_uri, run_id):
+        raise error
+    assert client(tracking_uri).get_run(run_id).info.status == status
+
+
+def test_a_run_whose_block_finishes_is_left_as_it_is(tracking_uri):
+    run_id = start_run(tracking_uri, "training", "first", {}, {})
+    with end_on_error(tracking_uri, run_id):
+        pass
+    assert client(tracking_uri).get_run(run_id).info.status == "RUNNING"

@@ -1,0 +1,115 @@
+"""What SIGINT and SIGTERM do to a command: said at once, cleaned up, and ended with the command that resumes."""
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from raydetr.command import SIGNALS, interruptible
+from tests.run_pipeline import environment
+
+PROGRAM = """
+import contextlib, dataclasses, hashlib, sys, time
+from raydetr.command import run
+
+@dataclasses.dataclass
+class Config:
+    json: str = ""
+
+def main(config):
+    try:
+        print("working", flush=True)
+        {work}
+    finally:
+        print("cleaning up", flush=True)
+        time.sleep({cleanup})
+        print("clean", flush=True)
+    return {{}}
+
+run(main, Config)
+"""
+WORK = {
+    "in Python": "time.sleep(60)",
+    "in C code that raises an exception of its own": """
+        try:
+            time.sleep(60)
+        except BaseException:
+            raise SystemError("a call returned a result with an exception set")""",
+}
+
+
+@contextmanager
+def working(folder: Path, work: str, cleanup: float = 0.0) -> Iterator["subprocess.Popen[str]"]:
+    """A command at work, with a flag that a shell would have to quote."""
+    program = folder / "my program.py"
+    program.write_text(PROGRAM.format(work=work, cleanup=cleanup))
+    process = subprocess.Popen(
+        [sys.executable, str(program), "--json", "a b.json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    assert process.stdout is not None
+    try:
+        while process.stdout.readline() != "working\n":
+            assert process.poll() is None, process.communicate()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("work", WORK)
+def test_a_signal_cleans_up_and_names_the_command_that_resumes(
+    number: signal.Signals, work: str, tmp_path: Path
+) -> None:
+    with working(tmp_path, WORK[work]) as process:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert out.splitlines() == ["cleaning up", "clean"]
+    said, stopped, command = (line for line in err.splitlines() if line)
+    assert said.startswith(f"{number.name}: stopping and cleaning up.")
+    assert stopped == f"stopped by {number.name}. Rerun the command to resume:"
+    assert shlex.split(command) == [sys.executable, str(tmp_path / "my program.py"), "--json", "a b.json"]
+    assert "Traceback" not in err
+
+
+def test_the_signal_is_answered_within_a_second_while_the_main_thread_is_in_c_code(tmp_path: Path) -> None:
+    with working(tmp_path, 'hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)') as process:
+        sent = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("SIGINT: stopping"):
+            assert process.poll() is None
+        assert time.monotonic() - sent < 1
+        assert process.poll() is None
+
+
+def test_a_second_signal_ends_a_cleanup_that_hangs_and_one_that_is_delivered_twice_does_not(
+    tmp_path: Path,
+) -> None:
+    with working(tmp_path, "time.sleep(60)", cleanup=30.0) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "cleaning up\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 128 + signal.SIGTERM
+
+
+def test_the_handlers_of_before_are_back_after_the_block() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with interruptible("stopping"):
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
