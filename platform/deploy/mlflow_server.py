@@ -1,83 +1,173 @@
 """The cluster's MLflow server, on the head: python platform/deploy/mlflow_server.py
 
 Runs and models are in SQLite on the head's disk, artifacts in RAYDETR_STORAGE/mlflow/artifacts. Each minute in which
-something was written, a copy of the database goes to RAYDETR_STORAGE/mlflow/mlflow.db: a new head starts from it.
+something was written, a backup of the database goes to RAYDETR_STORAGE/mlflow/mlflow.db: a new head starts from it.
+
+SIGTERM and SIGINT stop the server, then back up once more. Exit status: 0 after such a stop, or where another instance
+of this script serves and backs up already; 1 the server exited by itself, the last backup failed, or the port belongs to
+a server whose database nobody backs up.
 """
 
 import contextlib
+import ctypes
+import fcntl
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from raydetr import storage
+from raydetr.command import Interrupted, interruptible
 from raydetr.errors import StorageError
 
 PORT = 5000
 BACKUP_SECONDS = 60.0
+STOP_SECONDS = 10.0
+"""How long the server may take to answer its last requests; Kubernetes ends a pod after 30 s by default."""
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Serve until the process is ended."""
-    if is_answering():
-        print(f"an MLflow server answers on port {PORT} already")
-        return
-    shared = storage.join(storage.absolute(os.environ["RAYDETR_STORAGE"]), "mlflow")
+    """Serve and back up until a signal arrives."""
     database = Path.home() / "mlflow" / "mlflow.db"
-    restore(database, storage.join(shared, "mlflow.db"))
-    server = subprocess.Popen(
+    shared = storage.join(storage.absolute(os.environ["RAYDETR_STORAGE"]), "mlflow")
+    backup = storage.join(shared, "mlflow.db")
+    try:
+        with (
+            interruptible("stopping the MLflow server, then a last backup of its database"),
+            supervise(database),
+        ):
+            if is_answering(STOP_SECONDS):
+                sys.exit(
+                    f"error: port {PORT} has a server that this script did not start, so nobody backs up its database. "
+                    f"Find it with `ss -ltnp sport = :{PORT}`, stop it, and start this script again."
+                )
+            restore(database, backup)
+            back_up_forever(start(database, storage.join(shared, "artifacts")), database, backup)
+    except Interrupted as stop:
+        print(f"stopped by {stop}; {backup} is up to date", flush=True)
+
+
+def is_answering(patience_s: float) -> bool:
+    """Whether a server answers at the port, and goes on to do so: that of an instance that was killed stops soon."""
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5):
+                time.sleep(0.5)
+        except OSError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def supervise(database: Path) -> Iterator[None]:
+    """Be the only process that serves and backs up a database; exit with 0 where another one is that already.
+
+    `ray up` runs the start commands again. Waits for an instance that is stopping.
+    """
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name("supervisor.lock").open(
+        "a+"
+    ) as lock:  # freed by the kernel however the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            if holder := lock.read():
+                print(f"process {holder} serves {database} and backs it up already", flush=True)
+                sys.exit(0)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        try:
+            yield
+        finally:
+            lock.truncate(0)
+
+
+def restore(database: Path, backup: str) -> None:
+    """Fetch the backup of a former head where this one has no database."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    if not database.exists() and storage.exists(backup):
+        print(f"starting from {backup}", flush=True)
+        partial = database.with_name("restoring.db")
+        partial.write_bytes(storage.read_bytes(backup))
+        partial.replace(database)
+
+
+def start(database: Path, artifacts: str) -> "subprocess.Popen[bytes]":
+    """Start the server in a process group of its own, which the kernel ends with this process, however that ends."""
+
+    def end_with_parent() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # the server passes it on to its workers
+
+    return subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server"]
         # All addresses of the host: workers use its own, tunnels loopback. The security group lets nobody else in.
         + ["--host", "0.0.0.0", "--port", str(PORT), "--workers", "2"]
-        + ["--backend-store-uri", f"sqlite:///{database}"]
-        + ["--artifacts-destination", storage.join(shared, "artifacts")],
+        + ["--backend-store-uri", f"sqlite:///{database}", "--artifacts-destination", artifacts],
         env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which then stops the server
+        preexec_fn=end_with_parent,
     )
+
+
+def stop(server: "subprocess.Popen[bytes]") -> None:
+    """SIGTERM, and SIGKILL for what is left of the process group after `STOP_SECONDS`."""
+    server.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(STOP_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def back_up_forever(server: "subprocess.Popen[bytes]", database: Path, backup: str) -> None:
+    """Back up the database whenever it has changed, until the server exits or a signal arrives, and then once more."""
+    saved = None
     try:
-        back_up_forever(server, database, storage.join(shared, "mlflow.db"))
-    finally:
-        server.terminate()
-
-
-def is_answering() -> bool:
-    """Whether there is a server already: `ray up` runs the start commands again."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5):
-            return True
-    except OSError:
-        return False
-
-
-def restore(database: Path, copy: str) -> None:
-    """Fetch the copy of a former head where this one has no database."""
-    database.parent.mkdir(parents=True, exist_ok=True)
-    if not database.exists() and storage.exists(copy):
-        print(f"going on with {copy}", flush=True)
-        database.write_bytes(storage.read_bytes(copy))
-
-
-def back_up_forever(server: "subprocess.Popen[bytes]", database: Path, copy: str) -> None:
-    """Copy the database whenever it has changed, until the server ends."""
-    copied = None
-    while server.poll() is None:
-        time.sleep(BACKUP_SECONDS)
-        if database.exists() and (state := _state(database)) != copied:
+        while server.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(BACKUP_SECONDS)
             try:
-                storage.write_bytes(copy, snapshot(database))
+                saved = back_up(database, backup, saved)
             except StorageError as error:
-                # Away for a while: the server goes on, and the next copy has it all.
-                print(f"no copy of the database: {error}", flush=True)
-                continue
-            copied = state
-    sys.exit(f"the MLflow server ended with status {server.returncode}")
+                # Away for a while: the server goes on, and the next backup has it all.
+                print(f"no backup of the database: {error}", flush=True)
+    finally:
+        stop(server)  # nothing is written after the last backup
+        try:
+            back_up(database, backup, saved)
+        except StorageError as error:
+            sys.exit(f"error: the last backup failed: {error} The database is {database} on this machine.")
+    sys.exit(f"error: the MLflow server exited with status {server.returncode}")
+
+
+State = list[tuple[int, int]]
+"""Time of the last change and size of each file of a database."""
+
+
+def back_up(database: Path, backup: str, saved: State | None) -> State | None:
+    """Back up the database if it has changed since `saved`; the state that is now saved."""
+    files = [database, database.with_name(database.name + "-wal")]
+    state = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
+    if state and state != saved:
+        storage.write_bytes(backup, snapshot(database))
+    return state
 
 
 def snapshot(database: Path) -> bytes:
-    """The database as of one moment, whoever writes to it meanwhile."""
+    """The database as of one moment, while others write to it."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "copy.db"
         with (
@@ -86,11 +176,6 @@ def snapshot(database: Path) -> bytes:
         ):
             source.backup(to)
         return target.read_bytes()
-
-
-def _state(database: Path) -> list[tuple[int, int]]:
-    files = [database, database.with_name(database.name + "-wal")]
-    return [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
 
 
 if __name__ == "__main__":
