@@ -5,7 +5,10 @@ import logging
 import math
 import os
 import shlex
+import signal
+import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,11 +17,15 @@ import ray.autoscaler.sdk
 
 import detr
 import raydetr
-from raydetr import storage
+from raydetr import ray_internals, storage
 from raydetr.errors import ClusterError
 
 WAIT_FOR_NODES = "RAYDETR_WAIT_FOR_NODES"
 """Environment variable: seconds to wait for the nodes of an autoscaling cluster, which may begin with a head alone."""
+PROBE_S = 15.0
+"""How long a cluster may take to answer; Ray itself would try for 14 minutes."""
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_HTTP2_SETTINGS = 4
 
 
 def connect(
@@ -37,22 +44,16 @@ def connect(
         least_gpus: GPUs with which it can begin; None: `gpus`.
 
     Raises:
-        ClusterError: the cluster has fewer of them, or `detr` and `raydetr` come from two copies of the project.
+        ClusterError: no cluster answers at `RAY_ADDRESS`, a local Ray does not start, the cluster has fewer CPUs or
+            GPUs, or `detr` and `raydetr` come from two copies of the project.
     """
     check_same_root()
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # two lines per execution otherwise
+    # Two lines per execution, and one on progress bars. Importing ray.data sets the level of their parent logger anew.
+    logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level=logging.WARNING, log_to_driver=True)
-        else:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(
-                address="local",
-                runtime_env=quoted_interpreter(),
-                num_cpus=max(cpus, os.cpu_count() or 1),
-                include_dashboard=True,  # Ray Train asks its state API whether the controller lives
-                logging_level=logging.WARNING,
-            )
+        ray_internals.quiet_driver()
+        _start(cpus)
     there = _wait_for({"CPU": cpus, "GPU": gpus}, float(os.environ.get(WAIT_FOR_NODES) or 0))
     if there["CPU"] < (least := least or cpus):
         raise ClusterError(
@@ -64,6 +65,76 @@ def connect(
             f"The cluster has {there['GPU']:g} GPUs and this job needs {least_gpus:g}: add nodes with GPUs, lower "
             "--workers or --actors, or compute on CPUs."
         )
+
+
+def _start(cpus: int) -> None:
+    """Join the cluster at `RAY_ADDRESS`, or start a local Ray."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        if address and address != "local":
+            print(f"connecting to Ray at {address}", flush=True)
+            _require_answer(address)
+            ray.init(logging_level=logging.WARNING, log_to_driver=True)
+        else:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            # It warns that the token of the user is used, or that there is none; only this machine reaches this Ray.
+            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+            num_cpus = max(cpus, os.cpu_count() or 1)
+            print(f"starting a local Ray with {num_cpus} CPUs; it takes 5 to 60 s", flush=True)
+            ray.init(
+                address="local",
+                runtime_env=quoted_interpreter(),
+                num_cpus=num_cpus,
+                include_dashboard=True,  # Ray Train asks its state API whether the controller lives
+                logging_level=logging.WARNING,
+            )
+    except Exception as error:  # Ray raises RuntimeError, ConnectionError, TimeoutError and a bare Exception
+        if isinstance(error, ClusterError):
+            raise
+        ray.shutdown()
+        remedy = (
+            "check RAY_ADDRESS, the token (RAY_AUTH_MODE) and that the cluster runs the same Ray and Python"
+            if address and address != "local"
+            else "the machine is busy or short of memory or disk: stop what it runs and rerun the command"
+        )
+        raise ClusterError(f"Ray did not start ({type(error).__name__}: {error}): {remedy}.") from error
+    finally:
+        if (
+            in_main_thread
+        ):  # Ray installs a handler that exits without cleanup, and Abseil's, which prints a stack
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _require_answer(address: str) -> None:
+    """Ask for the HTTP/2 greeting of a cluster's gRPC server, where the address names a host and a port.
+
+    Raises:
+        ClusterError: none within `PROBE_S`.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", or a form that Ray refuses at once
+    until, reason = time.monotonic() + PROBE_S, "no answer"
+    while (left := until - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as connection:
+                if os.environ.get("RAY_USE_TLS", "0") != "0":
+                    return
+                connection.settimeout(max(until - time.monotonic(), 0.1))
+                connection.sendall(_HTTP2_PREFACE)
+                greeting = connection.recv(9)
+            if len(greeting) >= 4 and greeting[3] == _HTTP2_SETTINGS:
+                return
+            reason = "what answers there is no Ray"
+        except (OSError, OverflowError) as error:
+            reason = str(error)
+        time.sleep(0.5)
+    raise ClusterError(
+        f"RAY_ADDRESS is {address} and no Ray cluster answers there ({reason}): start it, correct RAY_ADDRESS (the "
+        "head's port is 6379 by default), or unset it to start a local Ray."
+    )
 
 
 def _wait_for(needed: dict[str, float], seconds: float) -> dict[str, float]:

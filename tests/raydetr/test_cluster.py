@@ -1,11 +1,21 @@
 """A cluster that is too small says so before anything starts."""
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
+
+from raydetr import cluster
+from raydetr.errors import ClusterError
+from tests.http_folder import serve
 
 ROOT = Path(__file__).parents[2]
 CASES = [(8, 0, False), (1, 0, True), (8, 1, True), (8, 2, False)]
@@ -55,3 +65,56 @@ def test_more_workers_than_the_cluster_has_cpus_for_is_an_error_with_the_remedy(
         )
         assert "lower --workers" in error
     assert not output.exists()
+
+
+@contextlib.contextmanager
+def dead(kind: str, folder: Path) -> Iterator[str]:
+    """An address at which no Ray cluster answers: nothing listens, nothing speaks, or a web server does."""
+    with contextlib.ExitStack() as stack:
+        if kind == "a web server":
+            yield stack.enter_context(serve(folder)).removeprefix("http://")
+            return
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        if kind == "a stopped process":
+            listener.listen()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("prefix", ["", "ray://"])
+@pytest.mark.parametrize("kind", ["nothing", "a stopped process", "a web server"])
+def test_an_address_at_which_no_cluster_answers_is_a_quick_error(
+    kind: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cluster.PROBE_S <= 20
+    monkeypatch.setattr(cluster, "PROBE_S", 0.3)
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: pytest.fail("Ray would try for 14 minutes"))
+    with dead(kind, tmp_path) as address:
+        monkeypatch.setenv("RAY_ADDRESS", prefix + address)
+        start = time.monotonic()
+        with pytest.raises(
+            ClusterError, match=f"RAY_ADDRESS is {prefix}{address} and no Ray cluster answers"
+        ):
+            cluster._start(cpus=1)
+    assert time.monotonic() - start < 3
+
+
+def test_a_grpc_server_such_as_rays_passes_the_probe() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        cluster._require_answer(f"127.0.0.1:{port}")
+    finally:
+        server.stop(None)
+
+
+def test_a_ray_that_does_not_start_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_out(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")  # Ray raises just that
+
+    monkeypatch.setattr(cluster.ray, "init", time_out)
+    with pytest.raises(
+        ClusterError, match=r"did not start \(Exception: The current node timed out.*machine is busy"
+    ):
+        cluster._start(cpus=1)

@@ -15,6 +15,7 @@ from raydetr.registry import tracking
 from raydetr.training.config import TrainConfig
 
 LINE_EVERY_S = 5.0
+_LONGEST_PAUSE_S = 60.0
 RESEND_S = 300.0
 """A new MLflow server that goes on from a copy of the database lacks what came after it: so much is sent again when a
 run goes on. The copies of platform/deploy/mlflow_server.py are a minute apart."""
@@ -64,7 +65,7 @@ class Progress:
         self._line_remote += remote
         if self._line_step < 0:  # the first step pays for starting up
             self._restart_line(step)
-        elif self.rank == 0 and time.perf_counter() - self._line_at >= LINE_EVERY_S:
+        elif self.rank == 0 and time.perf_counter() - self._line_at >= self._pause():
             self._print_line(step, metrics)
 
     def restore(self, metadata: dict[str, Any]) -> None:
@@ -95,6 +96,11 @@ class Progress:
                 return
         self._sent += self.rows
         self.rows = []
+
+    def _pause(self) -> float:
+        """Seconds between two lines: a tenth of the time so far, so that a long run prints one a minute."""
+        running = time.perf_counter() - self._began
+        return max(LINE_EVERY_S, min(running / 10, _LONGEST_PAUSE_S))
 
     def _print_line(self, step: int, metrics: dict[str, float]) -> None:
         elapsed = time.perf_counter() - self._line_at

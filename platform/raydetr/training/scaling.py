@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
@@ -18,9 +19,11 @@ from ray.train.v2._internal.execution.scaling_policy import (
     NoopDecision,
     ScalingDecision,
     ScalingPolicy,
+    autoscaling_coordinator_client,
 )
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
+from raydetr import ray_internals
 from raydetr.errors import OutOfTimeError
 from raydetr.training.signals import PreemptedError
 
@@ -38,6 +41,11 @@ class _LeavesCpus(ScalingPolicy):
     _started = False
     deadline: float | None = None
     """time.time() after which nothing is waited for, and no workers start again; None: never."""
+
+    def after_controller_start(self, *args: Any, **kwargs: Any) -> None:
+        """Ask for nodes."""
+        _quiet_controller()
+        super().after_controller_start(*args, **kwargs)
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Start, or wait for nodes.
@@ -64,6 +72,16 @@ class _LeavesCpus(ScalingPolicy):
             )
         time.sleep(1)
         return NoopDecision()
+
+
+def _quiet_controller() -> None:
+    """In Ray Train's controller, where policies run: log what is wrong with a run, not each step of its start.
+
+    A request to the autoscaler that a busy machine answers late is repeated every few seconds; Ray warns of each with a
+    traceback. Where it never arrives, `Waiting for nodes` is logged above.
+    """
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger(autoscaling_coordinator_client.__name__).setLevel(logging.ERROR)
 
 
 class Elastic(_LeavesCpus, ElasticScalingPolicy):
@@ -99,6 +117,7 @@ class Trainer(TorchTrainer):
     def __init__(self, *args: Any, deadline: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._deadline = deadline
+        self._controller: Any = None
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         # Ray Train V2, which mypy does not see: `ray.train` chooses at run time.
@@ -107,7 +126,26 @@ class Trainer(TorchTrainer):
         policy = (Elastic if config.elasticity_enabled else Fixed)(config)
         policy.deadline = self._deadline
         arguments |= {"scaling_policy": policy, "failure_policy": Restarts(failures)}
-        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
+        try:
+            return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
+        except KeyboardInterrupt:
+            if self._controller is not None:
+                ray.kill(self._controller)  # its workers end with it, before another driver takes the lease
+            raise
+
+    def _create_default_callbacks(self) -> Any:
+        """Ray's, on a local Ray without the one that outlives the driver: there nothing does.
+
+        It looks for the cluster's address anew, and ends in a traceback where the machine runs another Ray.
+        """
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        if not ray_internals.is_local():
+            return callbacks
+        return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leave SIGINT to `command.interruptible`: Ray's handler returns as if the run had finished."""
+        self._controller = controller
 
 
 def cpus_for_workers() -> int:

@@ -164,3 +164,19 @@ def test_a_line_tells_step_loss_speed_and_time_left(
     line = capfd.readouterr().out
     assert line.startswith(f"step 2/{run[0].steps}  loss 9.000  ")
     assert " left" in line
+
+
+def test_a_long_run_prints_a_line_a_minute(
+    run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("raydetr.training.progress.time.perf_counter", lambda: now)
+    progress, printed = Progress(*run, rank=0), []
+    for step in range(1200):  # of a second each
+        add(progress, step)
+        now += 1.0
+        if capfd.readouterr().out:
+            printed.append(step)
+    assert printed[0] <= 10
+    assert len(printed) < 50
+    assert {later - earlier for earlier, later in zip(printed[-5:], printed[-4:], strict=False)} == {60}
