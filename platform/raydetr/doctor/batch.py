@@ -10,15 +10,12 @@ from PIL import Image, ImageDraw
 
 from detr.drawing import class_color, draw_detections, draw_segments
 from raydetr import storage
-from raydetr.data import stream
-from raydetr.data.micro_batch import TrainingBatch, unpack
+from raydetr.data.micro_batch import TrainingBatch
 from raydetr.data.shards import Manifest
-from raydetr.data.source import shard_source
-from raydetr.data.stream import Stream, build_plan
 from raydetr.doctor.findings import Finding
 from raydetr.errors import StorageError
 from raydetr.training.config import TrainConfig
-from raydetr.training.run import plan_spec
+from raydetr.training.preview import stream_of, walk
 
 LONGEST_S = 20.0
 """How long data is read to see how fast that is, the first step apart."""
@@ -47,17 +44,6 @@ class Drawn:
         return self.batches + self.others
 
 
-def stream_of(config: TrainConfig, manifest: Manifest, last_step: int) -> Stream:
-    """The stream of a run, its first steps."""
-    return Stream(
-        source=shard_source(manifest),
-        plan=build_plan(manifest, plan_spec(config), config.repeat_threshold),
-        last_step=last_step,
-        first_step=int,
-        masks=config.masks,
-    )
-
-
 def first_batches(config: TrainConfig, manifest: Manifest) -> Drawn:
     """Make the first step, and go on for about a window or 20 seconds."""
     per_step = config.micro_batch_size * config.micro_batches
@@ -73,13 +59,6 @@ def first_batches(config: TrainConfig, manifest: Manifest) -> Drawn:
     images = sum(len(batch.image_ids) for batch in batches)
     first = [batch for batch in batches if batch.step == 0]
     return Drawn(first, batches[len(first) :], images / seconds)
-
-
-def walk(made: Stream, micro_batch_size: int) -> Iterator[TrainingBatch]:
-    """The micro-batches of a stream for one worker, made in this process as data tasks would."""
-    for window in stream._walk(made, 0):
-        for row in stream._fill(window, made, world_size=1, row_bytes=1):
-            yield from unpack(row, micro_batch_size)
 
 
 def findings(config: TrainConfig, drawn: Drawn) -> Iterator[Finding]:

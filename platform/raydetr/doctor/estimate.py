@@ -10,6 +10,7 @@ from raydetr.doctor.findings import Finding
 from raydetr.doctor.nodes import Node
 from raydetr.doctor.trial import Trial
 from raydetr.training.config import TrainConfig
+from raydetr.training.preview import duration
 
 FROM_SCRATCH_EPOCHS = 300
 """The paper's schedule on COCO's 118,000 images; the longer one is 500 epochs."""
@@ -88,7 +89,7 @@ def findings(
         "ok",
         f"{trial.step_seconds:.2f} s a step ({trial.images} images of one worker), about "
         f"{found.images_per_second:.1f} images/s with {config.workers} workers, bound by {found.bound_by}: "
-        f"{_duration(hours)} for {config.steps:,} steps.",
+        f"{duration(3600 * hours)} for {config.steps:,} steps.",
     )
     left = cpus - config.workers
     rate = (
@@ -177,7 +178,3 @@ def _epochs(config: TrainConfig, manifest: Manifest, embedded: bool) -> Iterator
         )
         advice = "" if config.model else ", or start from a trained model: --recipe fine-tune --model ADDRESS"
         yield Finding("epochs", "warn", f"{text}: {need}.", f"give --steps {wanted:,} or more{advice}.")
-
-
-def _duration(hours: float) -> str:
-    return f"{hours * 60:.0f} minutes" if hours < 2 else f"{hours:.1f} hours"

@@ -8,7 +8,7 @@ import ray
 
 from raydetr import storage
 from raydetr.data.shards import Manifest
-from raydetr.data.synthetic import embedded
+from raydetr.data.synthetic import EMBEDDED_ROOT, embedded
 from raydetr.doctor import batch, data, estimate, reach, resources, shards, trial, versions
 from raydetr.doctor.config import DoctorConfig
 from raydetr.doctor.findings import Finding, Report
@@ -17,6 +17,7 @@ from raydetr.doctor.shards import Contents
 from raydetr.errors import ConfigError
 from raydetr.registry import tracking
 from raydetr.training.model import build_model
+from raydetr.training.preview import resolution_cautions
 
 
 def examine(config: DoctorConfig) -> dict[str, Any]:
@@ -129,7 +130,11 @@ def _model(
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         report.figures["parameters"] = count
         text = f"{count / 1e6:.1f} million parameters, {trained / 1e6:.1f} of them trained"
-        return [Finding("model", "ok", f"{text}, {len(manifest.id2label)} classes.")]
+        cautions = resolution_cautions(config, manifest, model)
+        return [
+            Finding("model", "ok", f"{text}, {len(manifest.id2label)} classes."),
+            *(Finding("resolution", "warn", f"{each.found}.", f"{each.remedy}.") for each in cautions),
+        ]
 
     built = report.run("model", build)
     report.run("queries", partial(data.queries, config, num_queries, manifest, contents))
@@ -183,7 +188,7 @@ def _trial(
     real = sum(each["cpus"] for each in described if isinstance(each, dict)) or 1
     speed = estimate.speed(config, made[0], drawn.images_per_second, cpus, real)
     report.figures |= estimate.figures(config, manifest, made[0], speed)
-    is_embedded = manifest.root == storage.absolute("runs/data/train")
+    is_embedded = manifest.root == storage.absolute(f"{EMBEDDED_ROOT}/train")
     report.run("time", partial(estimate.findings, config, manifest, made[0], speed, cpus, is_embedded))
     if nodes:
         report.run("memory", partial(estimate.memory, config, made[0], nodes, described))

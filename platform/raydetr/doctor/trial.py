@@ -17,20 +17,18 @@ from raydetr.data.mask_targets import mask_targets
 from raydetr.data.micro_batch import TrainingBatch
 from raydetr.data.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest, read_records, training_targets
-from raydetr.doctor.batch import stream_of, walk
 from raydetr.doctor.config import DoctorConfig
 from raydetr.doctor.findings import Finding
 from raydetr.errors import ClusterError, DataError, TrainingError
 from raydetr.evaluation.in_process import figures, predict_share
-from raydetr.training.distributed import step_totals
+from raydetr.training.preview import stream_of, take_step, time_steps, walk
 from raydetr.training.progress import usage
-from raydetr.training.state import TrainingState, create_state
-from raydetr.training.step import is_finite, train_step
+from raydetr.training.state import create_state
+from raydetr.training.step import is_finite
 from raydetr.training.validation import main_figure
 
 IMAGES = 8
 _SEARCHED = 500
-_TIMED_STEPS, _TIMED_S = 3, 20.0
 
 
 @dataclass(frozen=True)
@@ -108,22 +106,6 @@ def make(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBat
     )
 
 
-def time_steps(config: DoctorConfig, state: TrainingState, batches: Sequence[TrainingBatch]) -> float:
-    """Seconds of an optimiser step on these micro-batches, with the one thread that Ray gives a worker on CPU."""
-    threads = torch.get_num_threads()
-    if config.accelerator == "cpu":
-        torch.set_num_threads(1)
-    try:
-        times: list[float] = []
-        while len(times) <= _TIMED_STEPS and sum(times) < _TIMED_S:
-            start = time.perf_counter()
-            _step(config, state, batches, 0)
-            times.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return statistics.median(times[1:] or times)  # the first one pays for starting up
-
-
 def overfit(
     config: DoctorConfig, manifest: Manifest, device: torch.device
 ) -> tuple[list[float], str, float, dict[str, float]]:
@@ -149,7 +131,7 @@ def overfit(
         state = create_state(config, few, device)
         losses, ended, start = [], "steps", time.perf_counter()
         for number, batches in zip(range(config.overfit_steps), itertools.cycle(steps), strict=False):
-            metrics = _step(config, state, batches, number)
+            metrics = take_step(config, state, batches, number)
             losses.append(_loss_of_what_is_trained(config, metrics))
             if not is_finite(metrics):
                 ended = "not finite"
@@ -241,15 +223,6 @@ def finding(config: DoctorConfig, trial: Trial, images: int = IMAGES) -> Iterato
             "look at batch.png whether boxes and names are right; try --learning-rate 1e-4 and "
             "--backbone-learning-rate 1e-5, --backbone-weights; or give --overfit-steps more.",
         )
-
-
-def _step(
-    config: DoctorConfig, state: TrainingState, batches: Sequence[TrainingBatch], number: int
-) -> dict[str, float]:
-    batches = [replace(batch, step=number) for batch in batches]
-    model = state.model.config
-    totals = step_totals(batches, model.num_queries, model.eos_coefficient)
-    return train_step(state.module, state, batches, config, totals)
 
 
 def _epoch(config: DoctorConfig, few: Manifest) -> list[list[TrainingBatch]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator
@@ -185,7 +186,9 @@ def leave_out(
     places = "; ".join(each[0] for each in told if each[0]) or "in no single layer: the sum overflows"
     _, _, file, error = next((each for each in told if each[0]), told[0])  # of the worker that it began with
     kept = (
-        f"Its batch could not be kept: {error}" if error else f"Its batch: pipelines/train.py --replay {file}"
+        f"Its batch could not be kept: {error}"
+        if error
+        else f"Its batch: pipelines/train.py --replay {shlex.quote(file)}"
     )
     state.non_finite += 1
     message = (

@@ -1,6 +1,5 @@
 """The driver of a training run: checks first, then Ray Train, then the finished model and its registration."""
 
-import contextlib
 import dataclasses
 import os
 import time
@@ -18,11 +17,11 @@ from raydetr.data.shards import Manifest, read_rows
 from raydetr.data.source import shard_source
 from raydetr.data.stream import PlanDataConfig, Stream, build_plan
 from raydetr.data.synthetic import embedded
-from raydetr.errors import ConfigError, OutOfTimeError, RaydetrError, RegistryError, TrainingError
+from raydetr.errors import ConfigError, OutOfTimeError, TrainingError
 from raydetr.evaluation.categories import match_categories
 from raydetr.lease import lease
 from raydetr.registry import models, tracking
-from raydetr.training import checkpoint, scaling, validation
+from raydetr.training import checkpoint, preview, scaling, validation
 from raydetr.training.config import TrainConfig
 from raydetr.training.finish import finish
 from raydetr.training.loop import OUT_OF_TIME
@@ -32,6 +31,8 @@ from raydetr.training.watchdog import Board
 from raydetr.training.worker import train_loop_per_worker, validate
 
 SUMMARY = "summary.json"
+_ESTIMATED_STEPS = 200
+"""Fewer steps take less time than it takes to estimate it."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -59,23 +60,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
         **({"model": config.model} if models.is_path(config.model) else {}),
     )
     manifest = Manifest.load(config.train_data)
+    print(f"checking {config.train_data} ({manifest.num_images:,} images) and building the model", flush=True)
     check(config, manifest)
     with lease(config.output):
         if storage.exists(finished):  # by the driver that held the lease
             return dict(storage.read_json(finished))
         run_id = open_run(config, manifest, asked_model)
-        try:
+        with tracking.end_on_error(config.tracking_uri, run_id):
             validation.validate_what_was_lost(config, run_id)
             last = checkpoint.last_committed_step(config.output)
             if last < config.steps and not validation.has_stalled(config, last):
                 fit(config, manifest, run_id, start + 3600 * config.max_hours if config.max_hours else None)
                 validation.validate_what_was_lost(config, run_id)
             summary = finish(config, manifest, run_id, time.time() - start)
-        except RaydetrError as error:
-            with contextlib.suppress(RegistryError):
-                status: tracking.RunStatus = "KILLED" if isinstance(error, OutOfTimeError) else "FAILED"
-                tracking.end_run(config.tracking_uri, run_id, status)
-            raise
         storage.write_json(finished, summary)
     return summary
 
@@ -131,6 +128,8 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
         model = build_model(config, manifest)
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(f"The model cannot be built: {error}") from error
+    for caution in preview.resolution_cautions(config, manifest, model):
+        print(f"warning: {caution.found}: {caution.remedy}.", flush=True)
     if config.task in ("detection", "instance") and manifest.max_objects_per_image > model.config.num_queries:
         remedy = (
             "Start from another --model, or train a new one with --num-queries"
@@ -193,6 +192,8 @@ def fit(config: TrainConfig, manifest: Manifest, run_id: str, deadline: float | 
         f"from step {stream.first_step()}",
         flush=True,
     )
+    _print_estimate(config, manifest, config.steps - stream.first_step())
+    print(f"starting {config.workers} workers; the first step takes up to a minute to arrive", flush=True)
     outcome = _run_workers(config, manifest, stream, run_id, deadline, background)
     if outcome["error"]:
         raise TrainingError(outcome["error"])
@@ -200,6 +201,17 @@ def fit(config: TrainConfig, manifest: Manifest, run_id: str, deadline: float | 
         raise OutOfTimeError(
             f"{config.output}: --max-hours {config.max_hours:g} are over; step "
             f"{checkpoint.last_committed_step(config.output)} of {config.steps} is committed. The same command goes on."
+        )
+
+
+def _print_estimate(config: TrainConfig, manifest: Manifest, steps: int) -> None:
+    """How long the steps will take, where this machine is the one that computes them and there are many."""
+    if config.accelerator == "cpu" and cluster.nodes() == 1 and steps >= _ESTIMATED_STEPS:
+        seconds = preview.estimate_step_seconds(config, manifest)
+        print(
+            f"about {seconds:.2g} s a step on this machine, at least {preview.duration(seconds * steps)} for "
+            f"{steps:,} steps",
+            flush=True,
         )
 
 
