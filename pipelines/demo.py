@@ -3,9 +3,11 @@
 On one machine:  make demo   (or: python pipelines/demo.py)
 Tiny:            python pipelines/demo.py --steps 20 --output runs/tiny-demo
 
-It leaves in --output: summary.json, loss.png, predictions.png, answer.png. Another --output is another run.
+It leaves summary.json, loss.png, predictions.png and answer.png in --output, and the model raydetr-demo.
 """
 
+import shlex
+import sys
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -29,10 +31,9 @@ from raydetr.training.trainer import train
 
 def main(config: DemoConfig) -> dict[str, Any]:
     """Every stage once; the summary says how long each took and what came of it."""
-    output, uri = storage.absolute(config.output), tracking.resolve_uri("")
-    clock = Clock()
-    recipe = replace(RECIPES["small"], output=f"{output}/train", seed=config.seed, experiment="demo")
-    training = replace(recipe, steps=config.steps or recipe.steps)
+    output, uri, clock = storage.absolute(config.output), tracking.resolve_uri(""), Clock()
+    recipe = replace(RECIPES["small"], output=f"{output}/train", name=NAME, experiment="demo")
+    training = replace(recipe, seed=config.seed, steps=config.steps or recipe.steps)
     cluster.connect(training.workers + training.data_cpus)
     clock.stage("generate and ingest")
     _, val_data = embedded("train"), embedded("val")  # of other seeds: no scene is in both
@@ -41,9 +42,9 @@ def main(config: DemoConfig) -> dict[str, Any]:
     clock.stage("evaluate")
     scored = evaluate(EvaluateConfig(model=trained["model"], data=val_data))
     clock.stage("promote")
-    judge = {"data": scored["data_digest"], "allow_chosen_on": True}
-    promoted = promote(PromoteConfig(model=trained["model"], **judge))
-    champion = models.resolve("models:/raydetr@champion", uri)
+    promotion = PromoteConfig(model=trained["model"], data=scored["data_digest"], allow_chosen_on=True)
+    promoted = promote(promotion)
+    champion = models.resolve(f"models:/{NAME}@champion", uri)
     clock.stage("serve one validation image over HTTP")
     image = next(read_records(Manifest.load(val_data)))["image"]
     with endpoint(application(champion), "127.0.0.1", config.port) as url, Client(url) as client:
@@ -69,16 +70,15 @@ def main(config: DemoConfig) -> dict[str, Any]:
         "evaluation": scored,
     }
     write_summary(f"{output}/summary.json", summary)
-    print(NEXT.format(output=config.output, uri=uri, report=scored["report"]))
+    print(NEXT.format(*map(shlex.quote, (config.output, scored["report"], sys.orig_argv[0], uri)), name=NAME))
     return summary
 
 
+NAME = "raydetr-demo"  # `raydetr`, the default of all other pipelines, is the user's own model
 NEXT = """
-Look at {output}/predictions.png, {output}/loss.png, {output}/answer.png and the evaluation's report:
-{report}
-Runs and models:  .venv/bin/mlflow ui --backend-store-uri {uri}
-Your own data:    .venv/bin/python pipelines/ingest.py --annotations FILE.json --images FOLDER --output runs/data/mine
-                  .venv/bin/python pipelines/train.py --train-data runs/data/mine --num-queries 100 --output runs/mine
+Look at predictions.png, loss.png and answer.png in {0}, and at the evaluation's report {1}
+Serve this model:  {2} pipelines/serve.py --model models:/{name}@champion
+Runs and models:   {2} -m mlflow ui --backend-store-uri {3}
 """
 
 if __name__ == "__main__":

@@ -15,13 +15,16 @@ from raydetr.data.ingest import Options, ingest
 from raydetr.data.inputs import Addresses
 from raydetr.data.report import print_progress
 from raydetr.data.scenes import STUFF, THINGS, make_scene, panoptic_map, polygons
-from raydetr.errors import ConfigError
+from raydetr.errors import ConfigError, DataError
 
 GENERATOR_VERSION = 2
 """Raised with every change of the images, annotations or shards: embedded data of another version is made anew."""
 
 EMBEDDED = {"train": (4000, 0), "val": (500, 1)}
 """Split → number of images, seed."""
+
+EMBEDDED_ROOT = "runs/embedded"
+"""Folder of the embedded data set: not runs/data, which holds the user's own."""
 
 _SHARD_BYTES = 4 * 1024 * 1024  # several shards even of this small set: ingest and stream run in parallel
 _CHUNK = 250
@@ -87,7 +90,7 @@ def generate(folder: str, num_images: int, seed: int, size: int = 128, run: Run 
     _write_json(folder, _MARKER, description)
 
 
-def embedded(split: Literal["train", "val"], root: str = "runs/data") -> str:
+def embedded(split: Literal["train", "val"], root: str = EMBEDDED_ROOT) -> str:
     """The embedded data set's shards, made on first use: scenes of other seeds for train and val.
 
     The COCO folder that they are ingested from stays beside them, in `coco/<split>`. Connects to Ray when there is
@@ -99,12 +102,19 @@ def embedded(split: Literal["train", "val"], root: str = "runs/data") -> str:
 
     Returns:
         Address of the shards: `<root>/<split>`, absolute.
+
+    Raises:
+        DataError: a data set that was not generated is there.
     """
     num_images, seed = EMBEDDED[split]
     root = storage.absolute(root)
     folder, shards = storage.join(root, "coco", split), storage.join(root, split)
     marker = storage.join(folder, _MARKER)
     if not storage.exists(marker) or storage.read_json(marker) != _description(num_images, seed, 128):
+        if storage.is_folder(shards) and not storage.is_folder(folder):
+            raise DataError(
+                f"{shards}: a data set that is not the embedded one: move it, or give its address by --train-data or --data."
+            )
         cluster.connect(cpus=1)
         cluster.require_shared(train_data=root)
         storage.delete_folder(folder)

@@ -24,7 +24,7 @@ from raydetr.data.scenes import (
 )
 from raydetr.data.shards import Manifest, read_faults, read_records, training_targets
 from raydetr.data.synthetic import embedded, generate
-from raydetr.errors import ConfigError
+from raydetr.errors import ConfigError, DataError
 from tests.raydetr.s3 import S3
 
 # pycocotools' decode, with numpy 2.
@@ -273,3 +273,12 @@ def test_the_embedded_splits_are_as_large_as_promised_and_of_different_seeds() -
     (train, train_seed), (val, val_seed) = synthetic.EMBEDDED["train"], synthetic.EMBEDDED["val"]
     assert (train, val) == (4000, 500)
     assert train_seed != val_seed
+
+
+def test_a_data_set_of_the_user_in_the_place_of_the_embedded_one_is_refused_and_kept(tmp_path: Path) -> None:
+    shards = tmp_path / "train"
+    shards.mkdir()
+    (shards / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match=f"{shards}: a data set that is not the embedded one"):
+        embedded("train", str(tmp_path))
+    assert (shards / "manifest.json").read_text() == "{}"
