@@ -160,6 +160,9 @@ class PromoteConfig:
     """Images of the data that latency is measured on, the first ones."""
     allow_chosen_on: bool = False
     """Accept data that a version was trained on, or that its best checkpoint or its end was chosen by, as judge."""
+    replace_champion: bool = False
+    """Replace a champion that cannot be compared, such as one with other classes, without a comparison; needs --reason.
+    The challenger's own evaluation and report are required all the same."""
     reason: str = ""
     """Why, in your words; kept with the decision."""
     report: str = ""
@@ -180,6 +183,10 @@ class PromoteConfig:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative."
                 )
+        if self.replace_champion and (self.undo or not self.reason.strip()):
+            raise ConfigError(
+                "--replace-champion promotes without a comparison: give the reason by --reason, and no --undo."
+            )
         if len(self.reason) > 500:
             raise ConfigError(f"--reason has {len(self.reason)} characters: 500 at most are kept.")
 

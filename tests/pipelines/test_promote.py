@@ -98,6 +98,27 @@ def test_other_data_are_refused(config, data, tmp_path):
     assert main(replace(config, data=other.root))["data_digest"] == other.digest
 
 
+def test_a_champion_of_other_classes_is_replaced_for_a_reason_and_comes_back_by_undo(config, data, tmp_path):
+    other = write_awkward(tmp_path / "other", shards=(20,), seed=1)
+    put(config, tmp_path, 1, data, guesses(data, BLUR))
+    put(config, tmp_path, 2, other, guesses(other, BLUR))
+    assert '--replace-champion True --reason "' in refused(config)
+    chosen = replace(config, replace_champion=True, reason="counts nuts now")
+    summary = main(chosen)
+    assert (summary["promoted"], summary["from_version"], champion(config)) == (True, 1, 2)
+    assert summary["rules"][0]["found"] == "version 1"
+    (kept,) = (each for each in tags(config, 2).values() if each["promoted"])
+    assert kept["reason"] == "version 1 is replaced (counts nuts now)"
+    main(replace(config, undo=True))
+    assert champion(config) == 1
+
+
+def test_a_replacement_needs_an_evaluation_of_its_own(config, data, tmp_path):
+    put(config, tmp_path, 1, data, guesses(data, BLUR))
+    reason = refused(replace(config, replace_champion=True, reason="new classes"))
+    assert reason.startswith("it is evaluated: version 2 on nothing")
+
+
 def test_data_that_changed_on_storage_are_refused(config, data, tmp_path):
     shards = tmp_path / "copied"
     shutil.copytree(data.root, shards)

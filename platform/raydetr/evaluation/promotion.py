@@ -100,10 +100,14 @@ def judge(config: PromoteConfig, uri: str, challenger: Contender, champion: Cont
         challenger: to be promoted.
         champion: behind the alias; None where nothing is.
     """
+    replaced = []
+    if config.replace_champion and champion is not None:
+        replaced = [gate.check_replacement(challenger, champion, _asked(config.data))]
+        champion = None
     both = [challenger] if champion is None else [champion, challenger]
     digest = gate.choose_judge(challenger, champion, _asked(config.data))
     records = [each.evaluations[digest] for each in both if digest in each.evaluations]
-    rules = gate.check_papers(config, challenger, champion, digest, _missing_reports(both, digest))
+    rules = replaced + gate.check_papers(config, challenger, champion, digest, _missing_reports(both, digest))
     if not all(rule.passed for rule in rules):
         return Judgement(gate.decide(rules, "", config.reason), digest)
     manifest = None
@@ -112,7 +116,7 @@ def judge(config: PromoteConfig, uri: str, challenger: Contender, champion: Cont
         rules.append(rule)
     if not all(rule.passed for rule in rules):
         return Judgement(gate.decide(rules, "", config.reason), digest)
-    comparison, success = None, gate.NO_CHAMPION
+    comparison, success = None, replaced[0].found + " is replaced" if replaced else gate.NO_CHAMPION
     if champion is not None and manifest is not None:
         old, new = (read_predictions(record["predictions"]) for record in records)
         comparison = compare(read_truth(manifest, _kind(records[-1])), old, new)

@@ -6,6 +6,7 @@ class much worse, fast enough. Where nothing is behind the alias there is nothin
 its report is enough.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -104,6 +105,32 @@ def choose_judge(challenger: Contender, champion: Contender | None, asked: str) 
         listed = "; ".join(f"{digest[:12]} ({_address(challenger, digest)})" for digest in sorted(there))
         raise ConfigError(f"--data: there are several data sets to judge by: {listed}. Say which.")
     return next(iter(there), "")
+
+
+def check_replacement(challenger: Contender, champion: Contender, asked: str) -> Rule:
+    """The rule by which `--replace-champion` leaves out the comparison.
+
+    Args:
+        challenger: to be promoted.
+        champion: behind the alias.
+        asked: digest that `--data` means, or its beginning; empty: any.
+
+    Raises:
+        ConfigError: the two can be compared.
+    """
+    common = set(challenger.evaluations) & set(champion.evaluations)
+    if common := {digest for digest in common if digest.startswith(asked)}:
+        listed = ", ".join(sorted(digest[:12] for digest in common))
+        raise ConfigError(
+            f"--replace-champion: {challenger.label} and {champion.label} are both evaluated on {listed}, so they can "
+            "be compared: leave the flag out."
+        )
+    return Rule(
+        "the champion is replaced without a comparison",
+        True,
+        champion.label,
+        "--replace-champion with a reason",
+    )
 
 
 def check_papers(
@@ -282,7 +309,25 @@ def _evaluated(challenger: Contender, champion: Contender | None, digest: str) -
         if champion is None
         else "the same"
     )
-    return Rule(name, all(on_file), "; ".join(found), limit + _again(all(on_file)))
+    if all(on_file) or champion is None:
+        return Rule(name, all(on_file), "; ".join(found), limit + _again(all(on_file)))
+    return Rule(name, False, "; ".join(found), f"{limit}: {_in_common(challenger, champion, digest)}")
+
+
+def _in_common(challenger: Contender, champion: Contender, digest: str) -> str:
+    """How to get an evaluation of both on the same data."""
+    digest = digest or next(iter(challenger.evaluations), "")
+    address = (challenger.evaluations.get(digest, {}).get("data") or {}).get("address", "")
+    data = f" --data {shlex.quote(address)}" if address else ""
+    lacks = [each for each in (champion, challenger) if digest not in each.evaluations or not digest]
+    commands = " and ".join(
+        f"pipelines/evaluate.py --model models:/{each.name}/{each.version}{data}" for each in lacks
+    )
+    return (
+        f"run {commands}. Where that says that labels and categories do not match, the two are models of different "
+        "classes: train the new one under a name of its own (pipelines/train.py --name NAME, then --model "
+        'models:/NAME@challenger), or replace the champion (--replace-champion True --reason "…")'
+    )
 
 
 def _scored_alike(challenger: Contender, champion: Contender, digest: str) -> Rule:

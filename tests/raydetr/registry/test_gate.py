@@ -13,6 +13,7 @@ from raydetr.registry.gate import (
     check_data,
     check_latency,
     check_papers,
+    check_replacement,
     check_unmoved,
     choose_judge,
     compare_rules,
@@ -169,12 +170,37 @@ def test_other_data_are_refused_and_told():
     assert not found.promoted
     assert found.reason == (
         "both are evaluated on the same data: version 2 on bbbbbbbbbbbb; version 1 on aaaaaaaaaaaa, "
-        "asked for: the same: run pipelines/evaluate.py"
+        "asked for: the same: run pipelines/evaluate.py --model models:/raydetr/1 --data shards/bbbb. Where that says that "
+        "labels and categories do not match, the two are models of different classes: train the new one under a name of "
+        "its own (pipelines/train.py --name NAME, then --model models:/NAME@challenger), or replace the champion "
+        '(--replace-champion True --reason "…")'
     )
     nothing = papers(challenger=replace(CHALLENGER, evaluations={}), champion=None)
     assert "it is evaluated: version 2 on nothing" in nothing.reason
     asked = papers(replace(CONFIG, data=OTHER))
     assert "asked for: an evaluation on bbbbbbbbbbbb" in asked.reason
+
+
+def test_a_path_of_the_advice_is_quoted():
+    data = {OTHER: {**record("new", OTHER), "data": {"address": "my shards/val", "digest": OTHER}}}
+    assert "--data 'my shards/val'" in papers(challenger=replace(CHALLENGER, evaluations=data)).reason
+
+
+def test_a_champion_is_replaced_only_where_it_cannot_be_compared():
+    with pytest.raises(
+        ConfigError, match=r"version 2 and version 1 are both evaluated on aaaaaaaaaaaa.*leave the flag out"
+    ):
+        check_replacement(CHALLENGER, CHAMPION, "")
+    other = replace(CHALLENGER, evaluations={OTHER: record("new", OTHER)})
+    assert check_replacement(other, CHAMPION, "").passed
+    both = replace(CHALLENGER, evaluations={**CHALLENGER.evaluations, **other.evaluations})
+    assert check_replacement(both, CHAMPION, OTHER[:8]).passed, "not on these data"
+
+
+@pytest.mark.parametrize("flags", [{}, {"reason": " "}, {"reason": "new classes", "undo": True}])
+def test_a_replacement_needs_a_reason(flags):
+    with pytest.raises(ConfigError, match="--replace-champion promotes without a comparison"):
+        PromoteConfig(replace_champion=True, **flags)
 
 
 def test_of_several_data_sets_one_must_be_said():
