@@ -23,8 +23,7 @@ from raydetr.config import IngestConfig
 from raydetr.data.html_report import write_report
 from raydetr.data.ingest import IngestResult, Options, ingest, ingest_split
 from raydetr.data.inputs import Addresses
-from raydetr.data.report import counts, fault_lines, print_progress
-from raydetr.data.shards import read_faults
+from raydetr.data.report import counts, print_faults, print_progress
 from raydetr.data.split import Split
 
 
@@ -66,8 +65,7 @@ def summarise(result: IngestResult) -> dict[str, Any]:
     manifest = result.manifest
     if not result.written:
         print(f"{manifest.root} is complete and made from this input: nothing to do.")
-    if lines := fault_lines(read_faults(manifest.root)):
-        print(f"\nfaults and notes of {manifest.root}", *lines, sep="\n  ")
+    print_faults(manifest)
     return counts(manifest) | {"written": result.written, "images skipped": result.num_images_skipped}
 
 

@@ -42,6 +42,7 @@ def main(config: PredictConfig) -> dict[str, Any]:
         model = resolve(config.model or "models:/raydetr@champion", resolve_uri(config.tracking_uri))
         source, labels = model.address, batch.label_names(model)
         images = batch.list_images(config.images)
+        print(f"predicting {len(images.names):,} images with {source}", flush=True)
         connect(config.actors + 1, gpus=config.actors * config.num_gpus)
         require_shared(images=config.images, output=config.output)
         settings = PredictionSettings(config.masks, config.precision, config.engine, config.segment_threshold)
@@ -49,11 +50,14 @@ def main(config: PredictConfig) -> dict[str, Any]:
         predictions = batch.predict_by_model(images, model, options, settings, output)
     named = batch.with_names(predictions, images)
     batch.write_files(named, labels, output)
+    if hint := batch.hint_on_nothing(named, labels, config.threshold):
+        print(f"\n{hint}", flush=True)
     summary = {
         "predicted_by": source,
         "images": len(images.names),
         "unreadable": len(named) - named.column("error").null_count,
         "objects": batch.count_above(named, config.threshold),
+        "best_score": max((each["score"] for each in batch.best_scores(named, labels, 1)), default=0.0),
         "predictions": storage.join(output, "predictions.parquet"),
         "results": storage.join(output, "results.json"),
     }

@@ -8,7 +8,7 @@ from typing import Any
 from raydetr import storage
 from raydetr.data.schema import FAULTS, Fault
 from raydetr.data.shards import FAULTS as FAULTS_FILE
-from raydetr.data.shards import Manifest
+from raydetr.data.shards import Manifest, read_faults
 
 MAX_EXAMPLES = 3
 
@@ -37,6 +37,12 @@ def fault_lines(faults: Iterable[Fault]) -> list[str]:
         if count > len(examples):
             lines.append(f"    … and {count - len(examples):,} more in faults.parquet")
     return lines
+
+
+def print_faults(manifest: Manifest) -> None:
+    """Print the summary of a data set's faults, if it has any."""
+    if lines := fault_lines(read_faults(manifest.root)):
+        print(f"\nfaults and notes of {manifest.root}", *lines, sep="\n  ", flush=True)
 
 
 def counts(manifest: Manifest) -> dict[str, Any]:

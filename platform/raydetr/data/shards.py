@@ -6,6 +6,7 @@ these files depends on the time or the place of writing.
 """
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -91,7 +92,7 @@ class Manifest:
         if not storage.exists(file):
             raise DataError(
                 f"{address}: no {MANIFEST}, so not a (complete) folder of shards: "
-                f"make one with pipelines/ingest.py --output {address}."
+                f"make one with pipelines/ingest.py --output {shlex.quote(address)}."
             )
         content = storage.read_json(file)
         version = content.get("schema_version") if isinstance(content, dict) else None

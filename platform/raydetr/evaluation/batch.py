@@ -177,6 +177,44 @@ def write_files(predictions: pa.Table, labels: Mapping[int, str], output: str) -
     storage.write_json(storage.join(output, "images.json"), content)
 
 
+def best_scores(predictions: pa.Table, labels: Mapping[int, str], count: int = 3) -> list[dict[str, Any]]:
+    """The detections with the highest scores, at most one an image, best first: score, label, file_name.
+
+    Args:
+        predictions: from `with_names`.
+        labels: label → name.
+        count: at most so many.
+    """
+    columns = ("file_name", "category_id", "score")
+    best = []
+    for row in predictions.select(columns).to_pylist():
+        if row["score"]:
+            place = max(range(len(row["score"])), key=row["score"].__getitem__)
+            label = labels.get(row["category_id"][place], str(row["category_id"][place]))
+            best.append({"score": row["score"][place], "label": label, "file_name": row["file_name"]})
+    return sorted(best, key=lambda each: -each["score"])[:count]
+
+
+def hint_on_nothing(predictions: pa.Table, labels: Mapping[int, str], threshold: float) -> str:
+    """What to do where no detection reaches the threshold; empty where one does.
+
+    Args:
+        predictions: from `with_names`.
+        labels: label → name.
+        threshold: lowest score that counts.
+    """
+    if count_above(predictions, threshold):
+        return ""
+    best = best_scores(predictions, labels)
+    if not best:
+        return "The model detected nothing: no image could be read, see images.json."
+    listed = ", ".join(f"{each['score']:.3f} ({each['label']}, {each['file_name']})" for each in best)
+    return (
+        f"No detection reaches --threshold {threshold:g}. The best scores are {listed}. Lower --threshold, or train longer "
+        "or on images like these; the files hold all detections."
+    )
+
+
 def count_above(predictions: pa.Table, threshold: float) -> int:
     """Detections with at least this score."""
     scores = predictions.column("score").combine_chunks().flatten()

@@ -16,7 +16,7 @@ from raydetr.config import EvaluateConfig
 from raydetr.data.ingest import ingest
 from raydetr.data.inputs import Addresses
 from raydetr.data.mask_targets import MaskKind, has_mask
-from raydetr.data.report import print_progress
+from raydetr.data.report import print_faults, print_progress
 from raydetr.data.shards import Manifest, read_records
 from raydetr.data.synthetic import embedded
 from raydetr.errors import BelowBoundError, ConfigError, DataError
@@ -82,7 +82,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         with lease(output, wait_s=WAIT_S):
             record = find(model, manifest, asdict(settings), output)
             known = record is not None
-            record = record or _evaluate(config, uri, model, manifest, settings, output)
+            if record is None:
+                print(
+                    f"scoring {model.address} on {manifest.num_images:,} images of {manifest.root}",
+                    flush=True,
+                )
+                record = _evaluate(config, uri, model, manifest, settings, output)
     if known:
         print(f"{model.address} is already scored on these data: these are the stored figures.", flush=True)
     if config.coco_json:
@@ -119,6 +124,7 @@ def _evaluate(
     options = ActorOptions(config.actors, config.batch_size, config.num_gpus)
     of = PredictionSettings(settings.masks, config.precision, config.engine, settings.segment_threshold)
     predictions = predict(model, manifest, options, output, of)
+    print("computing metrics, intervals and the report", flush=True)
     scored = score(predictions, manifest, settings.kind)
     record = make(model, manifest, asdict(settings), scored.figures, scored.undecodable, predictions, output)
     table = read_predictions(predictions)
@@ -147,9 +153,11 @@ def _data(config: EvaluateConfig) -> Manifest:
     given = config.annotations, config.images, config.panoptic_annotations, config.panoptic_masks
     addresses = Addresses(*(storage.absolute(each) if each else "" for each in given))
     name = "-".join([*addresses.images.split("/")[-2:], _digest(addresses)[:8]])
-    return ingest(
+    manifest = ingest(
         addresses, storage.absolute(f"runs/data/{name}"), progress=print_progress("ingest")
     ).manifest
+    print_faults(manifest)
+    return manifest
 
 
 def _digest(addresses: Addresses) -> str:

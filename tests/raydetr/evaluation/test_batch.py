@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -184,3 +185,30 @@ def test_the_labels_of_a_model_are_its_categories(tmp_path):
     with torch.no_grad():
         predictor = Predictor(ObjectDetector.from_pretrained(folder), None, PredictionSettings())
     assert predictor.category_ids.tolist() == [0, 1, 2]
+
+
+def rows(*scores: list[float]) -> pa.Table:
+    made = [
+        {
+            "image_id": number + 1,
+            "category_id": [number % 2] * len(each),
+            "score": each,
+            "bbox": [[0.0] * 4] * len(each),
+        }
+        for number, each in enumerate(scores)
+    ]
+    names = [f"{number}.png" for number in range(len(scores))]
+    return table(made).append_column("file_name", pa.array(names))
+
+
+def test_nothing_above_the_threshold_names_the_best_scores_and_what_to_do() -> None:
+    found = rows([0.1, 0.31], [0.4], [], [0.02])
+    hint = batch.hint_on_nothing(found, {0: "ant", 1: "bee"}, 0.5)
+    assert "No detection reaches --threshold 0.5" in hint
+    assert "0.400 (bee, 1.png), 0.310 (ant, 0.png), 0.020 (bee, 3.png)" in hint
+    assert "Lower --threshold" in hint
+    assert batch.hint_on_nothing(found, {0: "ant"}, 0.4) == ""
+
+
+def test_without_a_readable_image_the_hint_says_so() -> None:
+    assert "no image could be read" in batch.hint_on_nothing(rows([]), {}, 0.5)

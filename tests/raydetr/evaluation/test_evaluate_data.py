@@ -12,7 +12,7 @@ from raydetr.evaluation.evaluate import _data
 
 @pytest.mark.usefixtures("ray_local")
 def test_a_coco_folder_is_ingested_once_and_again_when_its_annotations_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     generate(str(tmp_path / "coco"), 4, seed=1, size=48)
@@ -26,7 +26,12 @@ def test_a_coco_folder_is_ingested_once_and_again_when_its_annotations_change(
     assert Path(first.root, "manifest.json").stat().st_mtime_ns == written
     content = json.loads(file.read_text())
     content["annotations"].pop()
+    content["annotations"][0]["bbox"][2] = -1.0
+    assert "faults" not in capsys.readouterr().out
     file.write_text(json.dumps(content))
     edited = _data(config)
     assert edited.root != first.root
     assert edited.num_objects == first.num_objects - 1
+    printed = capsys.readouterr().out
+    assert f"faults and notes of {edited.root}" in printed
+    assert f"annotation {content['annotations'][0]['id']}" in printed
