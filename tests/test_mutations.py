@@ -125,6 +125,36 @@ MUTATIONS = {
         ("tests/raydetr/evaluation/test_predict.py",),
         slow=True,
     ),
+    "a signal that C code answers with an exception of its own ends in a traceback": Mutation(
+        "platform/raydetr/command.py",
+        "raise Interrupted(received[0][0]) from error",
+        "raise",
+        ("tests/raydetr/test_signals_of_commands.py",),
+    ),
+    "an interrupted run stays RUNNING": Mutation(
+        "platform/raydetr/registry/tracking.py",
+        'end_run(uri, run_id, "KILLED" if killed else "FAILED")',
+        "pass",
+        ("tests/raydetr/registry/test_tracking.py",),
+    ),
+    "whatever answers at RAY_ADDRESS is taken for Ray": Mutation(
+        "platform/raydetr/cluster.py",
+        "if len(greeting) >= 4 and greeting[3] == _HTTP2_SETTINGS:",
+        "if greeting:",
+        ("tests/raydetr/test_cluster.py",),
+    ),
+    "looking for a model creates a database": Mutation(
+        "platform/raydetr/registry/models.py",
+        '    require_database(uri, match["name"])\n',
+        "",
+        ("tests/raydetr/registry/test_tracking.py",),
+    ),
+    "objects of a pixel are fine": Mutation(
+        "platform/raydetr/training/preview.py",
+        "MIN_CELLS = 2.0",
+        "MIN_CELLS = 0.0",
+        ("tests/raydetr/training/test_preview.py",),
+    ),
 }
 
 
