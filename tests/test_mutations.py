@@ -247,7 +247,7 @@ MUTATIONS = {
     ),
     "looking for a model creates a database": Mutation(
         "platform/raydetr/registry/models.py",
-        "    require_database(uri)\n",
+        '    require_database(uri, match["name"])\n',
         "",
         ("tests/raydetr/registry/test_tracking.py",),
     ),

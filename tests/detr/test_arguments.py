@@ -104,7 +104,7 @@ def behavior(config: detr.DetrConfig, monkeypatch: pytest.MonkeyPatch) -> list[A
 
 
 def test_the_table_has_every_keyword_of_the_configuration():
-    assert CONFIG.keys() | NAMES.keys() | DTYPES | ELSEWHERE == detr.DetrConfig.keywords()
+    assert CONFIG.keys() | NAMES.keys() | {*DTYPES} | ELSEWHERE == detr.DetrConfig.keywords()
 
 
 @pytest.mark.parametrize("name", CONFIG)

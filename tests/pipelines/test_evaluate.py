@@ -31,7 +31,7 @@ def test_a_version_is_scored_once_and_can_then_be_promoted(ray_local, pipeline, 
 
     first = pipeline("evaluate", "--data", "shards", "--actors", "2", "--json", "first.json", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    assert "batch-size = 8" in first.stdout
+    assert "actors = 2" in first.stdout
     assert "AP50" in first.stdout
     summary = json.loads((tmp_path / "first.json").read_text())
     assert summary["model"] == "models:/raydetr/1"

@@ -32,7 +32,7 @@ def test_a_coco_folder_becomes_shards_and_the_same_command_again_changes_nothing
         "ingest", *(part for name, value in flags.items() for part in (f"--{name}", value)), cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert "on-fault = 'keep'" in done.stdout
+    assert "output = 'out put'" in done.stdout
     assert "ingest: 70 of 70 images, " in done.stdout
     assert "empty-box: 1 (zero width or height; untrained)" in done.stdout
     assert f"image {faulty['image_id']}, annotation {faulty['id']}: bbox" in done.stdout

@@ -221,7 +221,7 @@ def registered_version(address: str, uri: str) -> Any:
     match = _ADDRESS.fullmatch(address)
     if match is None:
         raise ConfigError(f"{address!r}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION.")
-    require_database(uri)
+    require_database(uri, match["name"])
     with registry_errors(uri):
         return find_version(client(uri), uri, match["name"], alias=match["alias"], version=match["version"])
 

@@ -277,15 +277,15 @@ def _database_file(uri: str) -> str:
     return file
 
 
-def require_database(uri: str) -> None:
-    """Check that there is a database to read from, and create none.
+def require_database(uri: str, name: str) -> None:
+    """Check that there is a database to read a registered model from, and create none.
 
     Raises:
         RegistryError: the address is an SQLite file that does not exist.
     """
     file = uri.removeprefix(_SQLITE)
     if uri.startswith(_SQLITE) and not os.path.exists(file):
-        raise RegistryError(f"There is no MLflow database {file}, so no registered model. {WHERE}")
+        raise RegistryError(f"There is no MLflow database {file}, so no registered model {name!r}. {WHERE}")
 
 
 def _experiment_id(mlflow_client: "MlflowClient", uri: str, name: str) -> str:
