@@ -12,6 +12,7 @@ from typing import Any, Literal
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
+from detr.image_processing.container import read_container
 from detr.image_processing.decode import (
     DEFAULT_MAX_PIXELS,
     ImageCostError,
@@ -297,7 +298,9 @@ def _size_problems(claimed: tuple[int | None, int | None], size: tuple[int, int]
 def _header_problems(data: bytes, file_name: str) -> list[Problem]:
     """What an image's header says that is worth reporting."""
     found: list[Problem] = []
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(
+        io.BytesIO(read_container(data).data)
+    ) as image:  # without metadata, which Pillow may read for minutes
         promised = _ENDINGS.get(file_name.rpartition(".")[2].lower())
         if promised is not None and image.format not in promised:
             found.append(("mislabelled-image", f"named {file_name}, but in format {image.format}"))
@@ -307,9 +310,14 @@ def _header_problems(data: bytes, file_name: str) -> list[Problem]:
             found.append(("deep-image", f"{bits} bits a channel"))
         if image.mode in ("CMYK", "YCCK"):
             found.append(("cmyk-image", f"mode {image.mode}"))
-        if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
-            found.append(("animated-image", f"{getattr(image, 'n_frames', 2)} frames"))
+        if image.format in ("GIF", "PNG", "WEBP") and _is_animated(data):
+            found.append(("animated-image", "the first frame is used"))
     return found
+
+
+def _is_animated(data: bytes) -> bool:
+    with Image.open(io.BytesIO(data)) as image:
+        return bool(getattr(image, "is_animated", False))
 
 
 def _bits(image: Image.Image, data: bytes) -> int:

@@ -111,17 +111,12 @@ def embedded(split: Literal["train", "val"], root: str = EMBEDDED_ROOT) -> str:
     root = storage.absolute(root)
     folder, shards = storage.join(root, "coco", split), storage.join(root, split)
     marker = storage.join(folder, _MARKER)
-<<<<<<< ours
 
     def is_generated() -> bool:
         return storage.exists(marker) and storage.read_json(marker) == _description(num_images, seed, 128)
 
     if not is_generated():
-        if not storage.exists(marker) and storage.is_folder(shards):
-=======
-    if not storage.exists(marker) or storage.read_json(marker) != _description(num_images, seed, 128):
         if storage.is_folder(shards) and not storage.is_folder(folder):
->>>>>>> theirs
             raise DataError(
                 f"{shards}: a data set that is not the embedded one: move it, or give its address by --train-data or --data."
             )
