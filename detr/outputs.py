@@ -56,6 +56,7 @@ class ModelOutput(dict[str, Any]):
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def _is_fixed(self, *_: Any, **__: Any) -> Any:
+        """Raise a TypeError: the fields of an output are fixed."""
         raise TypeError(f"a {type(self).__name__} has fixed fields: assign to them")
 
     pop = popitem = update = setdefault = clear = __delitem__ = __ior__ = _is_fixed

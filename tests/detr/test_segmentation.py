@@ -93,7 +93,7 @@ def test_the_output_is_read_by_name_by_key_and_by_index_in_transformers_order(tw
         ours = twins.ours(batch.pixel_values, batch.pixel_mask, labels=batch.labels)
         theirs = twins.theirs(batch.pixel_values, pixel_mask=batch.pixel_mask, labels=batch.labels)
         as_tuple = twins.ours(batch.pixel_values, batch.pixel_mask, return_dict=False)
-    assert ours.keys() == list(theirs.keys())
+    assert list(ours) == list(theirs.keys())
     assert ours["pred_masks"] is ours.pred_masks is ours[4]
     assert torch.equal(as_tuple[2], ours.pred_masks)
 
