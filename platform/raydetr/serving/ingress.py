@@ -19,6 +19,7 @@ from raydetr.serving import open_inference, routes
 from raydetr.serving.auth import Tokens
 from raydetr.serving.challenger import Challenger, Trial
 from raydetr.serving.images import Limits
+from raydetr.serving.memory import give_back_memory
 from raydetr.serving.methods import HeadAndOptions
 from raydetr.serving.metrics import Measured, RequestMetrics, ShadowMetrics
 from raydetr.serving.middleware import log_requests, protect
@@ -181,8 +182,11 @@ class Ingress:
         return next((reason for reason in reasons if reason is not None), None)
 
     def check_health(self) -> None:
-        """Serve asks this now and then; a gauge that is not set again ceases to be exported."""
+        """Serve asks this now and then; a gauge that is not set again ceases to be exported, and the memory of bodies
+        stays with the process unless it is given back.
+        """
         self._show_version()
+        give_back_memory()
 
     def _show_version(self) -> None:
         info = self.service.current.info

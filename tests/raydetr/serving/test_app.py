@@ -425,7 +425,7 @@ def test_a_batch_has_one_shape_and_at_most_the_given_size(url, model, detector):
             self.batches = []
 
         def _run(self, task, jobs):
-            self.batches.append([job.image.shape for job in jobs])
+            self.batches.append([job.work.image.shape for job in jobs])
             return super()._run(task, jobs)
 
         async def get_batches(self):
