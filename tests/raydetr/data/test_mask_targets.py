@@ -194,7 +194,7 @@ def segments_png(height: int, width: int) -> bytes:
         ("a.jpg", jpeg(), (40, 60), segments_png(30, 60), ["panoptic-size"]),
         ("a.png", jpeg(), (40, 60), segments_png(30, 60), ["mislabelled-image", "panoptic-size"]),
         ("a.jpg", jpeg(6), (None, None), segments_png(60, 40), ["exif-orientation", "panoptic-size"]),
-        ("a.jpg", jpeg(6), (60, 40), segments_png(60, 40), ["exif-orientation", "size-mismatch"]),
+        ("a.jpg", jpeg(6), (60, 40), segments_png(40, 60), ["repaired-orientation", "panoptic-size"]),
         ("a.jpg", jpeg(3), (40, 60), segments_png(40, 60)[:60], ["exif-orientation", "unreadable-panoptic"]),
         ("a.jpg", None, (40, 60), segments_png(40, 60)[:60], ["missing-file", "unreadable-panoptic"]),
     ],
