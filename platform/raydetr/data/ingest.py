@@ -193,8 +193,11 @@ def _ingest(
     _check_policy(set_faults(), options.on_fault)
     _prepare(output, source, base)
     cluster.connect(cpus=1)
-    read_in_tasks = {"images": inputs.addresses.images, "panoptic_masks": inputs.addresses.panoptic_masks}
-    cluster.require_shared(**{flag: each for flag, each in read_in_tasks.items() if each}, output=output)
+    for folder in inputs.addresses.folders:
+        cluster.require_shared(images=folder)
+    if inputs.addresses.panoptic_masks:
+        cluster.require_shared(panoptic_masks=inputs.addresses.panoptic_masks)
+    cluster.require_shared(output=output)
     work = partial(
         write_checked,
         images=tuple(map(storage.absolute, inputs.addresses.folders)),
