@@ -23,7 +23,7 @@ from raydetr.command import require_writable, run
 from raydetr.config import IngestConfig
 from raydetr.data.html_report import write_report
 from raydetr.data.ingest import IngestResult, Options, ingest, ingest_split
-from raydetr.data.inputs import Addresses, Source
+from raydetr.data.inputs import Addresses
 from raydetr.data.record import Reading
 from raydetr.data.report import counts, print_faults, print_progress
 from raydetr.data.split import Split
@@ -34,15 +34,14 @@ def main(config: IngestConfig) -> dict[str, Any]:
     start = time.monotonic()
     if config.report:
         require_writable(config.report, "--report")
-    addresses = addresses_of(config)
+    panoptic = config.panoptic_annotations, config.panoptic_masks
+    addresses = Addresses.of(
+        config.annotations, config.images, *panoptic, config.classes, config.follow_links
+    )
     options = Options(
-        config.on_fault,
-        config.seed,
-        config.shard_bytes,
-        config.append,
-        config.compare_with,
-        config.max_fault_share,
-        Reading(config.orientation, config.crowds_as_objects),
+        *(config.on_fault, config.seed, config.shard_bytes, config.append, config.compare_with),
+        max_fault_share=config.max_fault_share,
+        reading=Reading(config.orientation, config.crowds_as_objects),
     )
     progress = print_progress("ingest")
     if config.split:
@@ -61,21 +60,6 @@ def main(config: IngestConfig) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "images per second": round(result.manifest.num_images / seconds, 1) if result.written else 0.0,
     }
-
-
-def addresses_of(config: IngestConfig) -> Addresses:
-    """What to read."""
-    folders = config.images * len(config.annotations) if len(config.images) == 1 else config.images
-    first, *others = config.annotations or ("",)
-    return Addresses(
-        first,
-        config.images[0],
-        config.panoptic_annotations,
-        config.panoptic_masks,
-        config.classes,
-        tuple(Source(file, folder) for file, folder in zip(others, folders[1:], strict=True)),
-        config.follow_links,
-    )
 
 
 def report(config: IngestConfig, result: IngestResult) -> None:

@@ -95,7 +95,7 @@ def test_positional_arguments_are_those_of_transformers(name):
         {"state_dict": "own"},
         {"max_shard_size": "20KB"},
     ],
-    ids=str,
+    ids=lambda arguments: next(iter(arguments)),
 )
 def test_accelerates_calls_save_the_model(arguments, tmp_path):
     model = DetrForObjectDetection(small_config()).eval()

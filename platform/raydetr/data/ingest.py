@@ -224,8 +224,11 @@ def _write(
         categories = base.categories
     _prepare(output, source, base)
     cluster.connect(cpus=1)
-    read_in_tasks = {"images": inputs.addresses.images, "panoptic_masks": inputs.addresses.panoptic_masks}
-    cluster.require_shared(**{flag: each for flag, each in read_in_tasks.items() if each}, output=output)
+    for folder in inputs.addresses.folders:
+        cluster.require_shared(images=folder)
+    if inputs.addresses.panoptic_masks:
+        cluster.require_shared(panoptic_masks=inputs.addresses.panoptic_masks)
+    cluster.require_shared(output=output)
     work = partial(
         write_checked,
         images=tuple(map(storage.absolute, inputs.addresses.folders)),

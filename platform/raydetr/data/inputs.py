@@ -53,6 +53,23 @@ class Addresses:
     others: tuple[Source, ...] = ()
     follow_links: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        annotations: Sequence[str],
+        images: Sequence[str],
+        panoptic_annotations: str = "",
+        panoptic_masks: str = "",
+        classes: str = "",
+        follow_links: bool = False,
+    ) -> "Addresses":
+        """Of several JSONs, or none, with one folder of images for all or one for each."""
+        first, *further = annotations or ("",)
+        folders = [images[0]] * len(further) if len(images) == 1 else images[1:]
+        sources = tuple(Source(*pair) for pair in zip(further, folders, strict=True))
+        panoptic = panoptic_annotations, panoptic_masks
+        return cls(first, images[0], *panoptic, classes, sources, follow_links)
+
     @property
     def folders(self) -> list[str]:
         """The folders of images, each once."""

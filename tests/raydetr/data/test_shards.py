@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raydetr.data.schema import FAULTS, SCHEMA, SCHEMA_VERSION, Fault
+from raydetr.data.schema import FAULTS, SCHEMA, SCHEMA_VERSION, Fault, is_repaired
 from raydetr.data.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import (
     TARGET_COLUMNS,
@@ -84,7 +84,8 @@ def test_the_manifest_counts_what_the_shards_hold(tmp_path: Path) -> None:
     assert manifest.num_images == 150
     assert manifest.num_objects == len(objects)
     assert manifest.num_faulty_images == 22
-    assert manifest.num_faulty_objects == sum(item["fault"] is not None for item in objects)
+    faulty = [item for item in objects if item["fault"] is not None and not is_repaired(item["fault"])]
+    assert manifest.num_faulty_objects == len(faulty)
     assert manifest.max_objects_per_image == max(
         len(training_targets(row, manifest.labels)[1]) for row in read_records(manifest)
     )
@@ -255,7 +256,16 @@ def test_crowds_and_excluding_faults_are_no_targets_and_other_faults_are() -> No
     objects.append(target([99, 0, 1, 1], iscrowd=1))
     boxes, _ = training_targets({"height": 100, "width": 200, "objects": objects}, {9: 0})
     kept = [OBJECT_CODES[int(x)] for x in boxes[:, 0]]
-    assert kept == ["bad-segmentation", "mask-unlike-box", "duplicate-annotation-id", "box-over-edge"]
+    assert kept == [
+        *(
+            "bad-segmentation",
+            "mask-unlike-box",
+            "duplicate-annotation-id",
+            "box-over-edge",
+            "unreadable-area",
+        ),
+        *("repaired-field", "repaired-box", "repaired-segmentation", "crowd-as-object"),
+    ]
 
 
 @pytest.mark.parametrize("objects", [[], None, [target([0, 0, 1, 1], iscrowd=1)]])

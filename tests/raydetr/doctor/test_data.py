@@ -158,7 +158,7 @@ def test_what_training_would_refuse_fails(tmp_path: Path) -> None:
     config = configure(tmp_path)
     (line,) = lines(data.faults(config, manifest))
     assert line.startswith(f"FAIL  faults: {manifest.root}: 20 of 40 images (50 %)")
-    assert "--images" in line
+    assert "--max-fault-share" in line
     (line,) = lines(data.faults(replace(config, max_fault_share=0.5), manifest))
     assert line.startswith("warn  faults: missing-file 20; not trained on: 20 of 40 images")
 

@@ -103,7 +103,7 @@ def test_validation_data_that_cannot_be_scored_are_refused_before_the_first_step
 def test_data_without_anything_to_learn_are_refused_before_the_first_step(
     base: TrainConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"no object of the 61 images can be trained on.*\n.*no annotations"):
+    with pytest.raises(DataError, match=r"no object of the 60 images can be trained on.*\n.*no annotations"):
         check(base, write_awkward(tmp_path / "empty", empty=1.0))
     categories = [{"id": n, "name": "ant"} for n in (3, 7, 90)]
     with pytest.raises(DataError, match="3 and 7 are both named 'ant'"):

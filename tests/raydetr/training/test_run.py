@@ -46,6 +46,7 @@ def test_a_run_goes_on_with_what_its_errors_advise_and_at_another_address_of_mlf
         open_run(replace(moved, learning_rate=1.0, cell_loss=2.0), manifest)
 
 
+@pytest.mark.usefixtures("ray_local")
 def test_a_finished_run_is_that_of_its_flags_and_data_alone(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     done = TrainConfig(
