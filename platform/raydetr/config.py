@@ -75,6 +75,10 @@ class IngestConfig:
             raise ConfigError(f"--split is {self.split!r}: expected numbers such as 0.8,0.1,0.1.") from error
 
     def __post_init__(self) -> None:
+        for name in ("annotations", "images"):
+            value: str | tuple[str, ...] = getattr(self, name)
+            if isinstance(value, str):  # a caller in Python with a single one
+                object.__setattr__(self, name, (value,) if value else ())
         if self.split and self.append:
             raise ConfigError("--split and --append exclude each other: append to one of the parts.")
         if self.group_by and not self.split:
