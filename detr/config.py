@@ -337,7 +337,7 @@ class DetrConfig:
         unknown = overrides.keys() - cls.keywords()
         if unknown:
             raise TypeError(f"DetrConfig has no {', '.join(sorted(unknown))}")
-        known = cls.keywords() | {"model_type"}
+        known = cls.keywords() | {"model_type", _AUXILIARY_LOSS}
         extra = {k: v for k, v in values.items() if k not in known | _FILE_KEYS}
         # null in an old file, such as dilation without timm, is the field's default
         merged = {k: v for k, v in values.items() if k in known and k not in _FILE_KEYS and v is not None}

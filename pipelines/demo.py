@@ -39,12 +39,13 @@ def main(config: DemoConfig) -> dict[str, Any]:
     clock.stage("generate and ingest")
     _, val_data = embedded("train"), embedded("val")  # of other seeds: no scene is in both
     clock.stage("train")
-    trained = train(replace(recipe, steps=config.steps or recipe.steps))
+    trained = train(training)
     clock.stage("evaluate")
     scored = evaluate(EvaluateConfig(model=trained["model"], data=val_data))
     clock.stage("promote")
-    promotion = PromoteConfig(model=trained["model"], data=scored["data_digest"], allow_chosen_on=True)
-    promoted = promote(promotion)
+    promoted = promote(
+        PromoteConfig(model=trained["model"], data=scored["data_digest"], allow_chosen_on=True)
+    )
     champion = models.resolve(f"models:/{NAME}@champion", uri)
     clock.stage("serve one validation image over HTTP")
     image = next(read_records(Manifest.load(val_data)))["image"]

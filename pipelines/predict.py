@@ -21,7 +21,7 @@ from raydetr.evaluation.actors import ActorOptions
 from raydetr.evaluation.pictures import write_pictures
 from raydetr.evaluation.predictions import PredictionSettings
 from raydetr.lease import Held, lease
-from raydetr.registry.models import resolve
+from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.registry.tracking import resolve_uri
 from raydetr.serving.client import Client
 
@@ -29,33 +29,28 @@ TOKEN = "RAYDETR_TOKEN"
 
 
 def main(config: PredictConfig) -> dict[str, Any]:
-    """Predict by the endpoint where one is given, else by actors with the model; the summary.
-
-    Raises:
-        LeaseError: another process predicts into the same output.
-    """
+    """Predict by the endpoint where one is given, else by actors with the model; the summary."""
+    uri = "" if config.endpoint else resolve_uri(config.tracking_uri)
+    model = None if config.endpoint else resolve(config.model or "models:/raydetr@champion", uri)
     with lease(storage.absolute(config.output)) as held:
-        return predict(config, held)
+        return predict(config, model, held)
 
 
-def predict(config: PredictConfig, held: Held) -> dict[str, Any]:
+def predict(config: PredictConfig, model: ResolvedModel | None, held: Held) -> dict[str, Any]:
     """Predict into an output folder whose lease is held."""
     output = storage.absolute(config.output)
-    if config.endpoint:
+    if model is None:
         source = config.endpoint
         with Client(source, token=os.environ.get(TOKEN)) as client:
             client.health()
             images = batch.list_images(config.images)
-            predictions, labels = batch.predict_by_endpoint(
-                images,
-                lambda data: [
-                    asdict(found)
-                    for found in client.detect(data, 0.0, orientation=config.orientation).detections
-                ],
-                config.orientation,
-            )
+
+            def detect(data: bytes) -> list[dict[str, Any]]:
+                found = client.detect(data, 0.0, orientation=config.orientation)
+                return [asdict(each) for each in found.detections]
+
+            predictions, labels = batch.predict_by_endpoint(images, detect, config.orientation)
     else:
-        model = resolve(config.model or "models:/raydetr@champion", resolve_uri(config.tracking_uri))
         source, labels = model.address, batch.label_names(model)
         images = batch.list_images(config.images)
         print(f"predicting {len(images.names):,} images with {source}", flush=True)

@@ -60,4 +60,4 @@ def test_the_standard_librarys_platform_is_what_is_imported() -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "pipelines").glob("*.py")), ids=lambda file: file.name)
 def test_a_pipeline_is_read_in_one_sitting(file: Path) -> None:
-    assert len(file.read_text().splitlines()) <= 85
+    assert len(file.read_text().splitlines()) <= 90

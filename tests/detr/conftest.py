@@ -40,7 +40,10 @@ MOST_TWINS = 6
 
 
 def small_config(**changes: Any) -> DetrConfig:
-    return DetrConfig(**{**SMALL, **changes})
+    settings = {**SMALL, **changes}
+    if "backbone_config" in changes:
+        settings.pop("backbone", None)
+    return DetrConfig(**settings)
 
 
 @torch.no_grad()

@@ -255,6 +255,7 @@ PIPELINE: dict[str, tuple[dict[str, Any], str]] = {
     "model_kwargs": ({"model_kwargs": {"torch_dtype": torch.float16}}, "dtype"),
     "pad": ({"pad": "canonical"}, "pad"),
     "batch_size": ({"batch_size": 3}, "batch_size"),
+    "orientation": ({"orientation": "ignore"}, "orientation"),
 }
 
 

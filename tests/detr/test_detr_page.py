@@ -1,4 +1,4 @@
-"""Every Python block of docs/detr.md runs, with a small model in the place of the hub's."""
+"""The examples of docs/detr.md from "Trainer" on run, with a small model in the place of the hub's."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,8 @@ from detr import DetrForObjectDetection, DetrImageProcessor
 from tests.detr.conftest import separate_the_queries, small_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "detr.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+_, EXAMPLES = PAGE.read_text(encoding="utf-8").split("\n## Trainer\n")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", EXAMPLES, re.DOTALL | re.MULTILINE)
 TOOLS = ("accelerate", "peft", "transformers")
 
 

@@ -81,7 +81,7 @@ def test_all_outputs_equal_transformers_by_name_shape_and_value(
         for ours, theirs in ((twins.ours, twins.theirs), (twins.ours.model, twins.theirs.model)):
             a = ours(batch.pixel_values, batch.pixel_mask, **flags)
             b = theirs(batch.pixel_values, pixel_mask=batch.pixel_mask, **flags)
-            assert a.keys() == list(b.keys())
+            assert list(a.keys()) == list(b.keys())
             for name in a:
                 x, y = a[name], b[name]
                 x, y = (x, y) if isinstance(x, tuple) else ((x,), (y,))
@@ -216,7 +216,7 @@ def test_outputs_are_read_by_attribute_key_and_index(make_twins, make_batch):
         pair = model(batch.pixel_values, labels=batch.labels, return_dict=False)
     assert isinstance(out, DetrObjectDetectionOutput)
     assert out.loss is out["loss"] is out[0]
-    assert out.keys() == [
+    assert list(out.keys()) == [
         "loss",
         "loss_dict",
         "logits",

@@ -10,8 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pycocotools import mask
-
+from detr.mask_codec import box_of_rle
 from raydetr.data.faults import Problem, as_int, as_numbers, read_segmentation, rle_covers
 
 _INTEGER = re.compile(r"[+-]?\d{1,19}(\.0*)?")
@@ -86,10 +85,8 @@ def box_of(segmentation: Mapping[str, Any] | None) -> list[float] | None:
         rle = segmentation["rle"]
         if not rle_covers(rle):
             return None
-        counts = rle["counts"]
-        if counts is None:
-            counts = mask.frPyObjects({"size": rle["size"], "counts": rle["runs"]}, *rle["size"])["counts"]
-        box = mask.toBbox({"size": rle["size"], "counts": counts}).tolist()
+        counts = rle["runs"] if rle["counts"] is None else rle["counts"]
+        box = box_of_rle({"size": rle["size"], "counts": counts}, "a mask")
     return box if min(box[2:]) > 0 else None
 
 

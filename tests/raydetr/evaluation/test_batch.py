@@ -251,7 +251,7 @@ def test_pictures_of_keys_that_lead_out_stay_in_the_output(tmp_path):
         ]
     )
     output = tmp_path / "out" / "pictures"
-    pictures._draw_all(rows, str(tmp_path / "photos"), {}, str(output), 0.5)
+    pictures._draw_all(rows, str(tmp_path / "photos"), {}, str(output), 0.5, "ignore")
     made = [path for path in tmp_path.rglob("*") if path.is_file() and path not in before]
     assert len(made) == 4
     assert all(path.is_relative_to(output) for path in made)

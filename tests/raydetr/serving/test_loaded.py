@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from detr import DetrConfig
 from detr.detector import ObjectDetector
 from raydetr.errors import ServingError
-from raydetr.registry.models import ResolvedModel, resolve
+from raydetr.registry.models import ResolvedModel, folder_digest, resolve
 from raydetr.serving.loaded import OUT_OF_MEMORY, LoadedModel, in_parts
 from tests.tiny_detr import add_mask_head, png, save_tiny_detr
 
@@ -94,7 +94,9 @@ def test_a_model_with_a_mask_head_detects_as_without(tmp_path):
 def test_a_configuration_says_which_classes_are_stuff(model, tmp_path):
     assert LoadedModel.load(model, "cpu").stuff == []
     folder = save_tiny_detr(tmp_path / "tiny", NAMES, edge=64)
-    DetrConfig.from_pretrained(folder, stuff_label_ids=[0, 2]).save_pretrained(folder)
+    config = DetrConfig.from_pretrained(folder)
+    config.stuff_label_ids = [0, 2]
+    config.save_pretrained(folder)
     assert LoadedModel.load(resolve(str(folder), ""), "cpu").stuff == [0, 2]
 
 
@@ -105,7 +107,7 @@ def test_a_version_whose_outputs_are_not_finite_is_refused(model, tmp_path):
     weights["class_labels_classifier.bias"][0] = float("nan")
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(ServingError, match="logits of a reference image are not finite"):
-        LoadedModel.load(damaged, "cpu").check()
+        LoadedModel.load(replace_digest(damaged), "cpu").check()
     LoadedModel.load(model, "cpu").check()
 
 
@@ -117,7 +119,7 @@ def test_a_version_with_labels_of_another_model_is_refused(model, tmp_path):
     config["label2id"]["dog"] = 3
     file.write_text(json.dumps(config))
     with pytest.raises((ServingError, ValueError)):
-        LoadedModel.load(damaged, "cpu").check()
+        LoadedModel.load(replace_digest(damaged), "cpu").check()
 
 
 def test_bf16_finds_the_same_within_its_precision(model):
@@ -147,3 +149,7 @@ def damaged_copy(model: ResolvedModel, tmp_path: Path) -> ResolvedModel:
     for file in Path(model.folder).iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     return dataclasses.replace(model, folder=str(folder))
+
+
+def replace_digest(model: ResolvedModel) -> ResolvedModel:
+    return dataclasses.replace(model, digest=folder_digest(model.folder))
