@@ -271,6 +271,7 @@ def test_an_argument_of_the_pipeline_changes_it(name, folder):
             "size": made.image_processor.size,
             "pad": made.pad,
             "batch_size": made.batch_size,
+            "orientation": made.orientation,
         }
 
     values, what = PIPELINE[name]

@@ -55,11 +55,12 @@ def test_contradicting_flags_are_refused():
 
 
 def test_a_second_process_with_the_same_output_is_refused_by_name(photos, tmp_path):
+    model = str(save_tiny_detr(tmp_path / "tiny", ["ant"], edge=64))
     with lease(str(tmp_path / "out")):
         with pytest.raises(
             LeaseError, match=r"held by another process \(.*, process \d+ on .*give another --output"
         ):
-            main(PredictConfig(images=str(photos), model="x", output=str(tmp_path / "out")))
+            main(PredictConfig(images=str(photos), model=model, output=str(tmp_path / "out")))
         assert [file.name for file in (tmp_path / "out").iterdir()] == ["lease.json"]
 
 
