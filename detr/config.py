@@ -11,13 +11,16 @@ import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from detr.backbone_config import normal_backbone_config
+from detr.multiscale.config import MultiScaleConfig
 
 CONFIG_NAME = "config.json"
+MULTI_SCALE_TYPE = "detr_multi_scale"
+"""The ``model_type`` in the file of a multi-scale model, so that transformers refuses it instead of misreading it."""
 
 # Written by transformers from its base class; they say nothing about a detector and are not kept.
 _IGNORED_KEYS = frozenset(
@@ -73,6 +76,8 @@ class DetrConfig:
             path reads them from that file, False starts from random weights.
         compat: where facebookresearch/detr and transformers disagree, which one to follow: the decoder's norm
             under ``auxiliary_loss``, fused activations of frozen batch norm, initialisation, input dropout.
+        multi_scale: settings of the multi-scale architecture (`detr.multiscale`), a `MultiScaleConfig` or a dict;
+            None is the page's. Only this library reads its files.
 
     Raises:
         TypeError: a field has a value of the wrong type.
@@ -119,6 +124,7 @@ class DetrConfig:
     trainable_backbone_stages: int = 3
     use_pretrained_backbone: bool | str = False
     compat: Literal["original", "transformers"] = "original"
+    multi_scale: MultiScaleConfig | None = None
 
     model_type = "detr"
 
@@ -242,6 +248,9 @@ class DetrConfig:
         }
         out.pop("use_pretrained_backbone", None)
         out["model_type"] = self.model_type
+        del out["multi_scale"]
+        if self.multi_scale is not None:
+            out["model_type"], out["multi_scale"] = MULTI_SCALE_TYPE, asdict(self.multi_scale)
         out["backbone_config"]["use_pretrained_backbone"] = False
         if not isinstance(self.activation_function, str):
             warnings.warn(
@@ -329,7 +338,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object")
-    if values.get("model_type", "detr") != "detr":
+    if values.get("model_type", "detr") not in ("detr", MULTI_SCALE_TYPE):
         raise ValueError(f"{path} is the configuration of a {values['model_type']!r} model, not of DETR")
     return values
 
@@ -370,6 +379,8 @@ def _checked(name: str, annotation: str, value: Any) -> Any:
     elif name == "use_pretrained_backbone":
         value = str(value) if isinstance(value, Path) else value
         valid = isinstance(value, bool | str)
+    elif name == "multi_scale":
+        value, valid = MultiScaleConfig.from_value(value), True
     elif name == "dtype":
         value = None if value is None else str(value).removeprefix("torch.")
         valid = True

@@ -1,0 +1,34 @@
+"""From one sigmoid per class to the one softmax over classes and "no object" that DETR's outputs have."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LEAST = 1e-7
+"""Probability of "no object" at least, so that its logarithm is finite."""
+
+
+def softmax_logits(logits: Tensor) -> Tensor:
+    """Logits of C + 1 classes whose softmax has the sigmoid score of the best class as its probability.
+
+    Other classes keep their scores too where all scores add up to at most 1; else they share what the best one leaves.
+    So the best class and its score, which is what post-processing reads, are always those of the sigmoids.
+
+    Args:
+        logits: float [..., C], before the sigmoid.
+
+    Returns:
+        float [..., C + 1], normalized: their softmax is their exponential.
+    """
+    scores = logits.sigmoid()
+    best, index = scores.max(-1, keepdim=True)
+    others = scores.sum(-1, keepdim=True) - best
+    left = (1 - best).clamp(min=_LEAST)
+    # in logarithms: a score of 1e-20 keeps its order among the others
+    shrink = (left / others.clamp(min=_LEAST)).clamp(max=1).log()
+    is_best = torch.arange(logits.shape[-1], device=logits.device) == index
+    classes = F.logsigmoid(logits) + torch.where(is_best, 0.0, shrink)
+    nothing = (left - others).clamp(min=_LEAST).log()
+    return torch.cat((classes, nothing), -1)
