@@ -55,6 +55,10 @@ class DetrModel(DetrPreTrainedModel):
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__(config)
+        if config.multi_scale is not None:
+            raise ValueError(
+                "config.multi_scale is set: its network has no DetrModel without heads; use DetrForObjectDetection"
+            )
         self.backbone = Backbone(config)
         self.position_embedding: nn.Module
         if config.position_embedding_type == "sine":
@@ -298,6 +302,13 @@ class DetrForObjectDetection(DetrPreTrainedModel):
         self.bbox_predictor = BoxHead(config.d_model)
         if config.compat == "transformers":
             init_as_transformers((self.class_labels_classifier, self.bbox_predictor), config.init_std)
+
+    def reset_class_head(self) -> None:
+        """Draw the class head anew, for other classes."""
+        if self.multi_scale is not None:
+            self.multi_scale.reset_class_head()
+        else:
+            self.class_labels_classifier.reset_parameters()
 
     def predict(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Classes and boxes of decoder outputs.

@@ -73,7 +73,7 @@ def _match_class_head(
     # Another number of classes has a new head already.
     detector = model.detr if isinstance(model, DetrForSegmentation) else model
     if len(had) == len(wanted):
-        detector.class_labels_classifier.reset_parameters()
+        detector.reset_class_head()
 
 
 def _some(names: dict[int, str]) -> str:
