@@ -215,7 +215,9 @@ def draw_curves(rows: list[dict], metric: str, file: Path) -> None:
     """AP50 over time, one line for each run, one colour for each recipe."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     gpu = rows[0].get("device", "cpu") != "cpu"
-    for name, colour in zip(RECIPES, ("tab:red", "tab:orange", "tab:blue", "tab:green", "tab:purple"), strict=True):
+    for name, colour in zip(
+        RECIPES, ("tab:red", "tab:orange", "tab:blue", "tab:green", "tab:purple"), strict=True
+    ):
         runs: dict[int, list[tuple[float, float]]] = {}
         for row in rows:
             if row["recipe"] == name:

@@ -59,7 +59,6 @@ RECIPES = {
             "num_queries": 100,
             "encoder_layers": 1,
             "decoder_layers": 1,
-            "activation_function": "silu",
             "class_cost": 2.0,
         },
         learning_rate=6e-4,

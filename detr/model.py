@@ -246,7 +246,9 @@ def _refuse_for_multi_scale(**arguments: Any) -> None:
     """Raise ValueError where an argument is given that the multi-scale architecture has no place for."""
     given = [name for name, value in arguments.items() if value is not None]
     if given:
-        raise ValueError(f"{given[0]} is an argument of the page's architecture, but config.multi_scale is set")
+        raise ValueError(
+            f"{given[0]} is an argument of the page's architecture, but config.multi_scale is set"
+        )
 
 
 def _is_all_ones(mask: Tensor) -> bool:

@@ -8,7 +8,6 @@ B batch, N the largest number of objects in an image, S tokens, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np

@@ -17,7 +17,7 @@ class MultiScaleConfig:
 
     Attributes:
         head_convolutions: separable convolutions in each of the two towers of the dense head.
-        candidates: tokens of an image that enter non-maximum suppression, at least ``num_queries``.
+        candidates_per_query: tokens that enter non-maximum suppression, for each of the ``num_queries``.
         nms_threshold: IoU from which a token of the same class is a duplicate of a better one.
         assigned_tokens: tokens that learn one object, at most (the k of TOOD).
         score_exponent, iou_exponent: exponents of the score and of the IoU in the alignment metric of TOOD.
@@ -29,7 +29,7 @@ class MultiScaleConfig:
     """
 
     head_convolutions: int = 2
-    candidates: int = 300
+    candidates_per_query: int = 3
     nms_threshold: float = 0.7
     assigned_tokens: int = 9
     score_exponent: float = 0.5
@@ -43,7 +43,7 @@ class MultiScaleConfig:
                 raise TypeError(
                     f"multi_scale.{field.name} must be {field.type}, got {value!r} of type {type(value).__name__}"
                 )
-            least = 1 if field.name in ("candidates", "assigned_tokens") else 0
+            least = 1 if field.name in ("candidates_per_query", "assigned_tokens") else 0
             if not least <= value < float("inf"):
                 raise ValueError(f"multi_scale.{field.name} must be at least {least}, got {value}")
         if not 0 < self.nms_threshold <= 1:

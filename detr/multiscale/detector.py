@@ -10,6 +10,7 @@ Outputs are those of DETR: at most ``num_queries`` objects, none of them twice, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,12 +43,14 @@ class MultiScaleDetector(nn.Module):
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
         if config.multi_scale is None:
-            raise ValueError("config.multi_scale is None: DetrForObjectDetection is then the model of the page")
+            raise ValueError(
+                "config.multi_scale is None: DetrForObjectDetection is then the model of the page"
+            )
         self.config, self.settings = config, config.multi_scale
         _check(config)
         self.backbone = Backbone(config)
         strides = self.backbone.conv_encoder.strides
-        if any(coarse % fine or coarse == fine for fine, coarse in zip(strides, strides[1:])):
+        if any(coarse % fine or coarse == fine for fine, coarse in itertools.pairwise(strides)):
             raise ValueError(
                 f"multi_scale needs maps of rising strides, each a multiple of the one before, got {strides}: choose "
                 "other out_indices of the backbone, without dilation"
@@ -123,7 +126,7 @@ class MultiScaleDetector(nn.Module):
             tokens.boxes_cxcywh.detach(),
             grid,
             queries=self.config.num_queries,
-            candidates=self.settings.candidates,
+            candidates=self.settings.candidates_per_query * self.config.num_queries,
             threshold=self.settings.nms_threshold,
         )
         features, logits, boxes = (
@@ -147,15 +150,9 @@ class MultiScaleDetector(nn.Module):
 
 def _check(config: DetrConfig) -> None:
     """Refuse a configuration that the architecture cannot follow."""
-    assert config.multi_scale is not None
     if config.d_model % GROUPS:
         raise ValueError(f"multi_scale needs a d_model that is a multiple of {GROUPS}, got {config.d_model}")
     if config.decoder_layers < 1:
         raise ValueError("multi_scale needs at least one decoder layer: tokens alone are no set of objects")
-    if config.num_queries > config.multi_scale.candidates:
-        raise ValueError(
-            f"multi_scale.candidates is {config.multi_scale.candidates}, fewer than num_queries {config.num_queries}: "
-            "queries are chosen among the candidates"
-        )
     if config.compat != "original":
         raise ValueError("multi_scale is no architecture of transformers: compat must be 'original'")

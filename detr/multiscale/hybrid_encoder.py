@@ -8,6 +8,7 @@ B batch, D ``d_model``; h_i, w_i size of map i, finest first.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -54,13 +55,15 @@ class HybridEncoder(nn.Module):
     def __init__(self, config: DetrConfig, channels: Sequence[int], strides: Sequence[int]) -> None:
         super().__init__()
         self.projections = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(count, config.d_model, 1, bias=False), nn.GroupNorm(GROUPS, config.d_model))
+            nn.Sequential(
+                nn.Conv2d(count, config.d_model, 1, bias=False), nn.GroupNorm(GROUPS, config.d_model)
+            )
             for count in channels
         )
         self.encoder = Encoder(config)
         init_as_original(self.encoder)
         self.fusions = nn.ModuleList(separable_convolution(config.d_model) for _ in channels)
-        self.ratios = [coarse // fine for fine, coarse in zip(strides, strides[1:])]
+        self.ratios = [coarse // fine for fine, coarse in itertools.pairwise(strides)]
 
     def forward(self, maps: Sequence[Tensor], grid: TokenGrid, positions: Tensor) -> list[Tensor]:
         """Encode.

@@ -39,7 +39,9 @@ class TokenGrid:
         return list(tokens.split([height * width for height, width in self.shapes], dim=1))
 
 
-def token_grid(pixel_values: Tensor, pixel_mask: Tensor | None, maps: Sequence[Tensor], strides: Sequence[int]) -> TokenGrid:
+def token_grid(
+    pixel_values: Tensor, pixel_mask: Tensor | None, maps: Sequence[Tensor], strides: Sequence[int]
+) -> TokenGrid:
     """Lay out the tokens of the feature maps of a batch.
 
     Args:

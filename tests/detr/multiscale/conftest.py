@@ -23,7 +23,7 @@ SMALL = {
     "num_labels": 5,
     "dropout": 0.0,
     "trainable_backbone_stages": 5,
-    "multi_scale": {"candidates": 40},
+    "multi_scale": {},
 }
 
 

@@ -7,10 +7,10 @@ from detr.multiscale.config import MultiScaleConfig
 
 
 def test_settings_are_read_back_from_the_file(tmp_path):
-    config = DetrConfig(multi_scale={"candidates": 200, "nms_threshold": 0.6})
+    config = DetrConfig(multi_scale={"candidates_per_query": 4, "nms_threshold": 0.6})
     config.save_pretrained(tmp_path)
     read = DetrConfig.from_pretrained(tmp_path)
-    assert read.multi_scale == MultiScaleConfig(candidates=200, nms_threshold=0.6)
+    assert read.multi_scale == MultiScaleConfig(candidates_per_query=4, nms_threshold=0.6)
     assert read == config
 
 
@@ -18,8 +18,8 @@ def test_settings_are_read_back_from_the_file(tmp_path):
     ("value", "error", "reason"),
     [
         ({"candidate": 200}, TypeError, "no setting 'candidate'"),
-        ({"candidates": 0}, ValueError, "at least 1"),
-        ({"candidates": 2.5}, TypeError, "must be int"),
+        ({"candidates_per_query": 0}, ValueError, "at least 1"),
+        ({"candidates_per_query": 2.5}, TypeError, "must be int"),
         ({"head_convolutions": True}, TypeError, "must be int"),
         ({"nms_threshold": 0}, ValueError, "nms_threshold"),
         ({"nms_threshold": float("nan")}, ValueError, "nms_threshold"),

@@ -48,9 +48,7 @@ def test_two_half_batches_with_shared_normalizers_have_the_gradient_of_the_whole
     batch = make_batch(SIZES, objects, dtype=torch.float64)
     num_boxes = max(sum(objects), 1)
     loss, whole = gradients(model, batch)
-    halves = [
-        gradients(model, batch, images, num_boxes=num_boxes) for images in (slice(0, 2), slice(2, 4))
-    ]
+    halves = [gradients(model, batch, images, num_boxes=num_boxes) for images in (slice(0, 2), slice(2, 4))]
     torch.testing.assert_close(halves[0][0] + halves[1][0], loss, rtol=1e-12, atol=0)
     assert whole.keys() == {name for name, _ in model.named_parameters()}
     for name, expected in whole.items():
@@ -162,13 +160,11 @@ def test_a_saved_model_answers_the_same(make_model, make_batch, tmp_path):
     model.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     assert values["model_type"] == "detr_multi_scale"
-    assert values["multi_scale"]["candidates"] == 40
+    assert values["multi_scale"]["candidates_per_query"] == 3
     loaded = DetrForObjectDetection.from_pretrained(tmp_path)
     assert loaded.config == model.config
     with torch.no_grad():
-        got, expected = (
-            each(batch.pixel_values, batch.pixel_mask).to_tuple() for each in (loaded, model)
-        )
+        got, expected = (each(batch.pixel_values, batch.pixel_mask).to_tuple() for each in (loaded, model))
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
@@ -208,7 +204,6 @@ def test_what_the_architecture_has_no_place_for_is_refused(make_model):
     [
         ({"d_model": 36}, "d_model"),
         ({"decoder_layers": 0}, "decoder layer"),
-        ({"num_queries": 50}, "candidates"),
         ({"compat": "transformers"}, "compat"),
         ({"backbone_kwargs": {"out_indices": [3, 4], "output_stride": 16}}, "strides"),
     ],
