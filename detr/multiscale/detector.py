@@ -82,9 +82,7 @@ class MultiScaleDetector(nn.Module):
         loss = loss_dict = auxiliary_outputs = None
         all_logits = softmax_logits(logits)
         if labels is not None:
-            if not self.config.auxiliary_loss:
-                logits, boxes = logits[-1:], boxes[-1:]
-            elif len(logits) > 1:
+            if self.config.auxiliary_loss:
                 auxiliary_outputs = [
                     {"logits": c, "pred_boxes": b} for c, b in zip(all_logits[:-1], boxes[:-1], strict=True)
                 ]

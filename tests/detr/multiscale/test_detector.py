@@ -105,6 +105,12 @@ def test_a_prediction_depends_on_neither_neighbors_nor_the_batch_size(make_model
             )
 
 
+def test_every_parameter_learns_without_auxiliary_losses_too(make_model, make_batch):
+    model = make_model()
+    _, found = gradients(model, make_batch(SIZES[:2], dtype=torch.float64))
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+
+
 def test_a_mask_of_ones_is_no_mask(make_model, make_batch):
     model, batch = make_model(), make_batch(((90, 70),), dtype=torch.float64)
     with torch.no_grad():
