@@ -62,7 +62,7 @@ class MultiScaleDetector(nn.Module):
     def reset_class_head(self) -> None:
         """Draw anew what predicts classes, for other classes."""
         for module in (self.dense_head, *self.decoder.layers):
-            module.reset_class_head()  # type: ignore[operator]
+            module.reset_class_head()
 
     def forward(
         self,
