@@ -50,12 +50,12 @@ class MultiScaleDetector(nn.Module):
         _check(config)
         self.backbone = Backbone(config)
         strides = self.backbone.conv_encoder.strides
-        if any(coarse % fine or coarse == fine for fine, coarse in itertools.pairwise(strides)):
+        if any(coarse != 2 * fine for fine, coarse in itertools.pairwise(strides)):
             raise ValueError(
-                f"multi_scale needs maps of rising strides, each a multiple of the one before, got {strides}: choose "
+                f"multi_scale needs maps whose strides double from one to the next, got {strides}: choose "
                 "other out_indices of the backbone, without dilation"
             )
-        self.encoder = HybridEncoder(config, self.backbone.conv_encoder.channels, strides)
+        self.encoder = HybridEncoder(config, self.backbone.conv_encoder.channels)
         self.dense_head = DenseHead(config, self.settings.head_convolutions)
         self.decoder = RefiningDecoder(config)
 

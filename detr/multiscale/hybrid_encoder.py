@@ -8,7 +8,6 @@ B batch, D ``d_model``; h_i, w_i size of map i, finest first.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -48,11 +47,10 @@ class HybridEncoder(nn.Module):
 
     Args:
         config: D, the encoder's layers.
-        channels: of the backbone's maps, finest first.
-        strides: of these maps; each a multiple of the one before.
+        channels: of the backbone's maps, finest first, each of twice the stride of the one before.
     """
 
-    def __init__(self, config: DetrConfig, channels: Sequence[int], strides: Sequence[int]) -> None:
+    def __init__(self, config: DetrConfig, channels: Sequence[int]) -> None:
         super().__init__()
         self.projections = nn.ModuleList(
             nn.Sequential(
@@ -63,7 +61,6 @@ class HybridEncoder(nn.Module):
         self.encoder = Encoder(config)
         init_as_original(self.encoder)
         self.fusions = nn.ModuleList(separable_convolution(config.d_model) for _ in channels)
-        self.ratios = [coarse // fine for fine, coarse in itertools.pairwise(strides)]
 
     def forward(self, maps: Sequence[Tensor], grid: TokenGrid, positions: Tensor) -> list[Tensor]:
         """Encode.
@@ -84,9 +81,8 @@ class HybridEncoder(nn.Module):
         above = self.fusions[-1](encoded.transpose(1, 2).reshape(projected[-1].shape))
         fused = [above]
         for index in range(len(maps) - 2, -1, -1):
-            height, width = grid.shapes[index]
-            # repeated, not resized: token i lies over token i // ratio, whatever the image's size
-            above = F.interpolate(above, scale_factor=float(self.ratios[index]), mode="nearest")
-            above = self.fusions[index](projected[index] + above[..., :height, :width])
+            # of 2 n or 2 n - 1 rows, row i is under row i // 2 of the coarser map: nearest gives just that
+            above = F.interpolate(above, size=grid.shapes[index], mode="nearest")
+            above = self.fusions[index](projected[index] + above)
             fused.insert(0, above)
         return fused

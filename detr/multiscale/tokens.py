@@ -50,7 +50,7 @@ def token_grid(
         maps: float [B, C_i, h_i, w_i], finest first.
         strides: of the maps, in pixels.
     """
-    batch, device = len(pixel_values), pixel_values.device
+    batch, device = pixel_values.shape[0], pixel_values.device
     dtype = torch.float64 if pixel_values.dtype == torch.float64 else torch.float32
     shapes = tuple((each.shape[-2], each.shape[-1]) for each in maps)
     if pixel_mask is None:
