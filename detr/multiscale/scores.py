@@ -22,13 +22,14 @@ def softmax_logits(logits: Tensor) -> Tensor:
     Returns:
         float [..., C + 1], normalized: their softmax is their exponential.
     """
-    scores = logits.sigmoid()
-    best, index = scores.max(-1, keepdim=True)
-    others = scores.sum(-1, keepdim=True) - best
-    left = (1 - best).clamp(min=_LEAST)
-    # in logarithms: a score of 1e-20 keeps its order among the others
-    shrink = (left / others.clamp(min=_LEAST)).clamp(max=1).log()
+    best, index = logits.max(-1, keepdim=True)
     is_best = torch.arange(logits.shape[-1], device=logits.device) == index
-    classes = F.logsigmoid(logits) + torch.where(is_best, 0.0, shrink)
+    others = logits.sigmoid().masked_fill(is_best, 0).sum(-1, keepdim=True)
+    # 1 - sigmoid(best), without its rounding where that is nearly 0
+    left = (-best).sigmoid().clamp(min=_LEAST)
+    # In logarithms: a score of 1e-20 keeps its order among the others. Softplus is exact in ONNX too, where the logarithm
+    # of a sigmoid would have the error of a fast sigmoid.
+    shrink = (left / others.clamp(min=_LEAST)).clamp(max=1).log()
+    classes = -F.softplus(-logits) + torch.where(is_best, 0.0, shrink)
     nothing = (left - others).clamp(min=_LEAST).log()
     return torch.cat((classes, nothing), -1)
