@@ -46,7 +46,7 @@ def gradients(state: TrainingState) -> dict[str, torch.Tensor]:
 def test_micro_batches_add_up_to_the_gradient_of_the_whole_step(
     config: TrainConfig, manifest: Manifest
 ) -> None:
-    config = replace(config, micro_batch_size=1, micro_batches=8)
+    config = replace(config, micro_batch_size=1, micro_batches=8, steps=1)
     state = create_state(config, manifest, CPU)
     for batches in batches_of_steps(config, manifest):
         totals = step_totals(batches, config.num_queries, 0.1)
