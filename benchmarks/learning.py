@@ -53,14 +53,13 @@ def build(task: Task, recipe: Recipe, names: list[str], seed: int, size: dict[st
         backbone_kwargs={"out_indices": list(task.out_indices)},
         encoder_attention_heads=8,
         decoder_attention_heads=8,
-        num_queries=task.num_queries,
         dropout=recipe.dropout,
         auxiliary_loss=recipe.auxiliary_loss,
         eos_coefficient=recipe.eos_coefficient,
         mask_loss_coefficient=recipe.mask_weight,
         dice_loss_coefficient=recipe.mask_weight,
         id2label=dict(enumerate(names)),
-        **size,
+        **{"num_queries": task.num_queries, **size, **recipe.network},
     )
     model = (DetrForSegmentation if task.masks else DetrForObjectDetection)(config)
     load_pretrained_backbone(model, weights_file(WEIGHTS))
@@ -216,7 +215,9 @@ def draw_curves(rows: list[dict], metric: str, file: Path) -> None:
     """AP50 over time, one line for each run, one colour for each recipe."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     gpu = rows[0].get("device", "cpu") != "cpu"
-    for name, colour in zip(RECIPES, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True):
+    for name, colour in zip(
+        RECIPES, ("tab:red", "tab:orange", "tab:blue", "tab:green", "tab:purple"), strict=True
+    ):
         runs: dict[int, list[tuple[float, float]]] = {}
         for row in rows:
             if row["recipe"] == name:

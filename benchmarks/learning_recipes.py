@@ -1,19 +1,23 @@
 """What `learning.py` compares, and on what: recipes, data sets and the sizes of images and networks."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from detr.augment import AugmentSpec
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What may differ between the runs: training, not the network.
+    """What may differ between the runs: training, and for "multi-scale" the network.
 
     library: detr, transformers, or "transformers repaired": see `_of_transformers`.
+    network: fields of `DetrConfig` in which the network differs from that of the task.
     warmup: share of the time in which the learning rate rises.
     """
 
     library: str = "detr"
+    network: Mapping[str, Any] = field(default_factory=dict)
     query_groups: int = 1
     cell_loss: float = 0.0
     local_attention: bool = False
@@ -47,6 +51,22 @@ RECIPES = {
         schedule="cosine",
         dropout=0.0,
         eos_coefficient=0.3,
+        ema_decay=0.998,
+    ),
+    "multi-scale": Recipe(
+        network={
+            "multi_scale": {},
+            "num_queries": 100,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "class_cost": 2.0,
+        },
+        learning_rate=6e-4,
+        backbone_learning_rate=1.5e-4,
+        clip_norm=5.0,
+        warmup=0.02,
+        schedule="cosine",
+        dropout=0.0,
         ema_decay=0.998,
     ),
 }

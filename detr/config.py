@@ -12,12 +12,16 @@ import difflib
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from detr.backbone_config import is_transformers_name, known_entries, normal_backbone_config, with_entries
 from detr.model_files import CONFIG_NAME, FILE_ARGUMENTS, ModelFiles, read_json
+from detr.multiscale.config import MultiScaleConfig
+
+MULTI_SCALE_TYPE = "detr_multi_scale"
+"""The ``model_type`` in the file of a multi-scale model, so that transformers refuses it instead of misreading it."""
 
 # Who wrote a file and how it ran there: no settings, so they are dropped.
 _FILE_KEYS = frozenset({"_name_or_path", "_attn_implementation", "transformers_version"})
@@ -79,6 +83,8 @@ class DetrConfig:
             path reads them from that file, False starts from random weights.
         compat: where facebookresearch/detr and transformers disagree, which one to follow: the decoder's norm
             under ``auxiliary_loss``, fused activations of frozen batch norm, initialisation, input dropout.
+        multi_scale: settings of the multi-scale architecture (`detr.multiscale`), a `MultiScaleConfig` or a dict;
+            None is the page's. Only this library reads its files.
 
     Args:
         backbone: instead of ``backbone_config``: a timm name, or a folder or hub id of a ResNet of transformers
@@ -136,6 +142,7 @@ class DetrConfig:
     trainable_backbone_stages: int = 3
     use_pretrained_backbone: bool | str = False
     compat: Literal["original", "transformers"] = "original"
+    multi_scale: MultiScaleConfig | None = None
 
     model_type = "detr"
     attn_implementation: ClassVar[str] = "sdpa"
@@ -145,7 +152,7 @@ class DetrConfig:
         if given.pop(_AUXILIARY_LOSS, False):
             given["auxiliary_loss"] = True
         self._check_names(given)
-        if given.pop("model_type", "detr") != "detr":
+        if given.pop("model_type", "detr") not in ("detr", MULTI_SCALE_TYPE):
             raise ValueError(f"model_type must be 'detr', got {kwargs['model_type']!r}")
         _apply_aliases(given)
         attention = given.pop("attn_implementation", None)
@@ -297,6 +304,9 @@ class DetrConfig:
         out["model_type"] = self.model_type
         if self.auxiliary_loss and self.compat == "original":
             out |= {"auxiliary_loss": False, _AUXILIARY_LOSS: True}
+        del out["multi_scale"]
+        if self.multi_scale is not None:
+            out["model_type"], out["multi_scale"] = MULTI_SCALE_TYPE, asdict(self.multi_scale)
         out["backbone_config"]["use_pretrained_backbone"] = False
         if not isinstance(self.activation_function, str):
             warnings.warn(
@@ -405,7 +415,7 @@ def read_config(files: ModelFiles, overrides: Mapping[str, Any]) -> tuple[DetrCo
     )
     path = files.require(CONFIG_NAME, hint=hint)
     values = read_json(path)
-    if values.get("model_type", "detr") != "detr":
+    if values.get("model_type", "detr") not in ("detr", MULTI_SCALE_TYPE):
         raise ValueError(f"{path} is the configuration of a {values['model_type']!r} model, not of DETR")
     try:
         return DetrConfig.from_dict(values, **overrides), values
@@ -494,6 +504,8 @@ def _checked(name: str, annotation: str, value: Any) -> Any:
     elif name == "use_pretrained_backbone":
         value = str(value) if isinstance(value, Path) else value
         valid = isinstance(value, bool | str)
+    elif name == "multi_scale":
+        value, valid = MultiScaleConfig.from_value(value), True
     elif name == "dtype":
         value = None if value is None else dtype_name(value)
         valid = True

@@ -43,8 +43,11 @@ def compute_with_openvino(fast: nn.Module, plain: nn.Module, dtype: torch.dtype 
         )
     inner: Any
     inner, source = (
-        next(module for module in each.modules() if hasattr(module, "states")) for each in (fast, plain)
+        next((module for module in each.modules() if hasattr(module, "states")), None)
+        for each in (fast, plain)
     )
+    if inner is None:
+        raise ValueError("engine='openvino' computes no model with config.multi_scale: use engine='torch'")
     wants_maps = hasattr(fast, "mask_context")
     inner.states = _OpenVinoStates(inner, _Tensors(source, wants_maps).eval(), _PRECISIONS[dtype])
 

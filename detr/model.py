@@ -21,6 +21,7 @@ from detr.criterion import set_loss
 from detr.distributed import average_normalisers
 from detr.initialization import init_as_original, init_as_transformers
 from detr.mask_head import MaskContext
+from detr.multiscale.detector import MultiScaleDetector
 from detr.outputs import DetrEncoderOutput, DetrModelOutput, DetrObjectDetectionOutput
 from detr.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
 from detr.pretrained import DetrPreTrainedModel
@@ -55,6 +56,10 @@ class DetrModel(DetrPreTrainedModel):
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__(config)
+        if config.multi_scale is not None:
+            raise ValueError(
+                "config.multi_scale is set: its network has no DetrModel without heads; use DetrForObjectDetection"
+            )
         self.backbone = Backbone(config)
         self.position_embedding: nn.Module
         if config.position_embedding_type == "sine":
@@ -205,18 +210,8 @@ class DetrModel(DetrPreTrainedModel):
             # as transformers: here the mask hides cells but does not move the positions
             keep = None if pixel_mask is None else downsample_mask(pixel_mask, (side, side))
             return ImageFeatures(inputs_embeds, keep, ones)
-        if pixel_values is None:
-            raise ValueError("You have to specify either pixel_values or inputs_embeds")
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values must be [batch, channels, height, width], got {list(pixel_values.shape)}"
-            )
-        batch, _, *image_size = pixel_values.shape
-        if pixel_mask is not None and pixel_mask.shape != (batch, *image_size):
-            raise ValueError(
-                f"pixel_mask is {list(pixel_mask.shape)}, pixel_values {list(pixel_values.shape)}: "
-                "batch, height and width must agree"
-            )
+        pixel_values = check_pixels(pixel_values, pixel_mask)
+        batch = pixel_values.shape[0]
         maps = self.backbone(pixel_values)
         projected = self.input_projection(maps[-1])
         cells, (height, width) = projected.flatten(2).transpose(1, 2), projected.shape[-2:]
@@ -225,6 +220,36 @@ class DetrModel(DetrPreTrainedModel):
             return ImageFeatures(cells, None, ones, maps)
         mask = downsample_mask(pixel_mask, (height, width))
         return ImageFeatures(cells, mask, mask, maps)
+
+
+def check_pixels(pixel_values: Tensor | None, pixel_mask: Tensor | None) -> Tensor:
+    """``pixel_values``, if they are a batch of images that the mask fits.
+
+    Raises:
+        ValueError: they are missing, or a shape does not fit.
+    """
+    if pixel_values is None:
+        raise ValueError("You have to specify either pixel_values or inputs_embeds")
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            f"pixel_values must be [batch, channels, height, width], got {list(pixel_values.shape)}"
+        )
+    batch, _, *image_size = pixel_values.shape
+    if pixel_mask is not None and pixel_mask.shape != (batch, *image_size):
+        raise ValueError(
+            f"pixel_mask is {list(pixel_mask.shape)}, pixel_values {list(pixel_values.shape)}: "
+            "batch, height and width must agree"
+        )
+    return pixel_values
+
+
+def _refuse_for_multi_scale(**arguments: Any) -> None:
+    """Raise ValueError where an argument is given that the multi-scale architecture has no place for."""
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{given[0]} is an argument of the page's architecture, but config.multi_scale is set"
+        )
 
 
 def _is_all_ones(mask: Tensor) -> bool:
@@ -262,15 +287,29 @@ class DetrForObjectDetection(DetrPreTrainedModel):
 
     Args:
         config: the configuration; nothing is downloaded unless ``config.use_pretrained_backbone`` is True.
+
+    Attributes:
+        multi_scale: the whole network where ``config.multi_scale`` is set, which then stands in for ``model`` and
+            the heads; None in the model of the page.
     """
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__(config)
+        self.multi_scale = None if config.multi_scale is None else MultiScaleDetector(config)
+        if self.multi_scale is not None:
+            return
         self.model = DetrModel(config)
         self.class_labels_classifier = nn.Linear(config.d_model, config.num_labels + 1)
         self.bbox_predictor = BoxHead(config.d_model)
         if config.compat == "transformers":
             init_as_transformers((self.class_labels_classifier, self.bbox_predictor), config.init_std)
+
+    def reset_class_head(self) -> None:
+        """Draw the class head anew, for other classes."""
+        if self.multi_scale is not None:
+            self.multi_scale.reset_class_head()
+        else:
+            self.class_labels_classifier.reset_parameters()
 
     def predict(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Classes and boxes of decoder outputs.
@@ -331,6 +370,24 @@ class DetrForObjectDetection(DetrPreTrainedModel):
         Raises:
             ValueError: an argument or a label does not fit; the message says which.
         """
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        if self.multi_scale is not None:
+            _refuse_for_multi_scale(
+                decoder_attention_mask=decoder_attention_mask,
+                encoder_outputs=encoder_outputs,
+                inputs_embeds=inputs_embeds,
+                decoder_inputs_embeds=decoder_inputs_embeds,
+                output_attentions=output_attentions or None,
+                output_hidden_states=output_hidden_states or None,
+            )
+            output = self.multi_scale(
+                check_pixels(pixel_values, pixel_mask),
+                pixel_mask,
+                labels,
+                num_boxes=num_boxes,
+                image_weights=image_weights,
+            )
+            return output if as_dict else output.to_tuple()
         outputs = self.model(
             pixel_values,
             pixel_mask=pixel_mask,
@@ -344,7 +401,6 @@ class DetrForObjectDetection(DetrPreTrainedModel):
         )
         detected = self.detect(outputs, labels, num_boxes, class_weight_sum, image_weights)
         output = DetrObjectDetectionOutput(**detected, **hidden_outputs(outputs))
-        as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
     def detect(

@@ -37,6 +37,10 @@ class DetrForSegmentation(DetrPreTrainedModel):
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__(config)
+        if config.multi_scale is not None:
+            raise ValueError(
+                "config.multi_scale is set: that architecture has no masks yet; use DetrForObjectDetection"
+            )
         self.detr = DetrForObjectDetection(config)
         self.mask_head = MaskHead(config, self.detr.model.backbone.conv_encoder.channels)
         self.bbox_attention = BoxAttention(config)

@@ -5,7 +5,7 @@ On one machine:  python pipelines/train.py --train-data shards/train --output ru
 Embedded data:   python pipelines/train.py
 Tiny:            python pipelines/train.py --steps 20 --output runs/tiny
 
---recipe sets the defaults of all other flags: small, detr-r50, fine-tune, panoptic, panoptic-boxes, masks.
+--recipe sets the defaults of all other flags: small, multi-scale, detr-r50, fine-tune, panoptic, panoptic-boxes, masks.
 The same command again resumes the run at --output; a finished one returns at once. Exit status: 0 finished, 2 an error
 that the message explains, 75 --max-hours are over and the run is at a checkpoint.
 """

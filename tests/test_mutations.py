@@ -129,6 +129,30 @@ MUTATIONS = {
         "num_boxes=max(boxes / workers, 1.0)",
         ("tests/raydetr/training/test_distributed.py",),
     ),
+    "tokens are weighted alike whatever their image weighs": Mutation(
+        "detr/multiscale/criterion.py",
+        "    share = share * weights[:, None]\n",
+        "",
+        ("tests/detr/multiscale/test_detector.py",),
+    ),
+    "an object's quality is not its own best overlap": Mutation(
+        "detr/multiscale/assignment.py",
+        "scaled = chosen * (top_iou",
+        "scaled = chosen * (top_iou.amax(1, keepdim=True)",
+        ("tests/detr/multiscale/test_assignment.py",),
+    ),
+    "a suppressed token suppresses others": Mutation(
+        "detr/multiscale/selection.py",
+        "_ROUNDS = 31",
+        "_ROUNDS = 1",
+        ("tests/detr/multiscale/test_selection.py",),
+    ),
+    "padding may become a query": Mutation(
+        "detr/multiscale/selection.py",
+        "- 2 * gap * (~grid.valid)",
+        "",
+        ("tests/detr/multiscale/test_selection.py",),
+    ),
     "gradients are added up in an order that a restart changes": Mutation(
         "platform/raydetr/training/state.py",
         'if dist.get_backend() == "gloo"',

@@ -89,7 +89,8 @@ def transformers_config(config: DetrConfig) -> Any:
     import transformers
 
     values = {f.name: getattr(config, f.name) for f in fields(config)}
-    for name in ("compat", "trainable_backbone_stages", "use_pretrained_backbone", "architectures", "dtype"):
+    own = ("compat", "trainable_backbone_stages", "use_pretrained_backbone", "multi_scale")
+    for name in (*own, "architectures", "dtype"):
         del values[name]
     return transformers.DetrConfig(**copy.deepcopy(values))
 

@@ -77,7 +77,7 @@ CONFIG: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 NAMES = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}, "architectures": ["DetrModel"]}
 DTYPES = ("dtype", "torch_dtype")
-ELSEWHERE = {"use_pretrained_backbone", "use_timm_backbone", "is_encoder_decoder"}
+ELSEWHERE = {"multi_scale", "use_pretrained_backbone", "use_timm_backbone", "is_encoder_decoder"}
 
 
 def behavior(config: detr.DetrConfig, monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -10,7 +10,7 @@ import transformers
 
 from detr.config import DetrConfig
 
-OURS = {"compat", "trainable_backbone_stages", "use_pretrained_backbone"}
+OURS = {"compat", "trainable_backbone_stages", "use_pretrained_backbone", "multi_scale"}
 
 OLD_HUB_CONFIG = {
     "_name_or_path": "",

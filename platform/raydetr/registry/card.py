@@ -38,7 +38,7 @@ meant to identify persons or to decide alone where a mistake can harm someone.
 ## How to load
 
 ```python
-from detr import {kind}, DetrImageProcessor  # or from transformers
+from detr import {kind}, DetrImageProcessor{also}
 
 model = {kind}.from_pretrained(folder)
 image_processor = DetrImageProcessor.from_pretrained(folder)
@@ -84,4 +84,5 @@ def model_card(
         ),
         figures=f"| of training | |\n|---|---|\n{rows}" if rows else "None were known when this was written.",
         kind="DetrForSegmentation" if masks else "DetrForObjectDetection",
+        also="" if config.get("multi_scale") else "  # or from transformers",
     )

@@ -20,6 +20,7 @@ ARCHITECTURE = (
     "ffn_dim",
     "num_queries",
     "local_attention",
+    "multi_scale",
     "compat",
 )
 """Fields of a new model, which a model that training starts from (`TrainConfig.model`) has of its own."""
@@ -85,6 +86,9 @@ class TrainConfig:
     local_attention: bool = False
     """A new model starts with queries spread over the image, half of its heads looking around their place, and masks
     that depend on their queries."""
+    multi_scale: bool = False
+    """Train the multi-scale architecture, which learns from a backbone alone within minutes; transformers cannot read its
+    files. The strides are those of --backbone-out-indices."""
     compat: Literal["original", "transformers"] = "original"
     """Where the original DETR and transformers disagree (initialisation, norms, input dropout), whom to follow."""
 
@@ -278,6 +282,15 @@ class TrainConfig:
         _require(
             not self.patience or bool(self.validate_every), self, "patience", "it needs --validate-every"
         )
+        if self.multi_scale:
+            for name, plain in (
+                ("query_groups", 1),
+                ("cell_loss", 0.0),
+                ("local_attention", False),
+                ("compile", False),
+            ):
+                _require(getattr(self, name) == plain, self, name, "--multi-scale has no place for it")
+            _require(not self.segments, self, "task", "--multi-scale has no masks yet")
         if self.freeze_detector and (self.masks == "none" or not self.model):
             raise ConfigError(
                 "--freeze-detector trains the mask head on a detector that is there: give --task instance or "

@@ -8,6 +8,7 @@ import torch
 from detr import DetrConfig, DetrForObjectDetection, DetrForSegmentation
 from detr.backbone import load_pretrained_backbone
 from detr.image_processing.processor import DetrImageProcessor
+from detr.multiscale.config import MultiScaleConfig
 from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError
 from raydetr.registry import models, tracking
@@ -73,7 +74,7 @@ def _match_class_head(
     # Another number of classes has a new head already.
     detector = model.detr if isinstance(model, DetrForSegmentation) else model
     if len(had) == len(wanted):
-        detector.class_labels_classifier.reset_parameters()
+        detector.reset_class_head()
 
 
 def _some(names: dict[int, str]) -> str:
@@ -102,6 +103,7 @@ def _new_model(
             num_queries=config.num_queries,
             dropout=config.dropout,
             compat=config.compat,
+            multi_scale=MultiScaleConfig() if config.multi_scale else None,
             id2label=manifest.id2label,
             **chosen,
         )

@@ -19,6 +19,18 @@ _SMALL = TrainConfig(
     checkpoint_every=200,
 )
 
+_MULTI_SCALE = TrainConfig(
+    multi_scale=True,
+    encoder_layers=1,
+    decoder_layers=1,
+    num_queries=100,
+    class_cost=2.0,
+    clip_norm=5.0,
+    steps=600,
+    warmup_steps=20,
+    checkpoint_every=200,
+)
+
 _DETR_R50 = TrainConfig(
     backbone="resnet50",
     backbone_out_indices=(1, 2, 3, 4),
@@ -50,6 +62,7 @@ _DETR_R50 = TrainConfig(
 
 RECIPES = {
     "small": _SMALL,
+    "multi-scale": _MULTI_SCALE,
     "detr-r50": _DETR_R50,
     "fine-tune": replace(
         _DETR_R50,
@@ -70,7 +83,8 @@ RECIPES = {
         drop_at=0.6,
     ),
 }
-"""small: the embedded data set on two cores, in minutes. detr-r50: the paper's detector from an ImageNet backbone
+"""small: the embedded data set on two cores, in minutes. multi-scale: the same data, or one's own, with the multi-scale
+architecture, which learns from an ImageNet backbone within minutes. detr-r50: the paper's detector from an ImageNet backbone
 (500 epochs of COCO are 3.7 million steps of 16 images; the default is 40 epochs). fine-tune: a detector (--model) on
 one's own classes. panoptic: boxes and masks of things and stuff jointly. panoptic-boxes, then masks: the same in two
 steps, 25 epochs of COCO's for the mask head alone (--task instance for instances)."""

@@ -251,6 +251,15 @@ def test_masks_query_groups_and_cells_are_learned_as_by_one_process(
     assert_trains_alike(dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run")
 
 
+@pytest.mark.parametrize("workers", [3, pytest.param(2, marks=pytest.mark.nightly)])
+def test_the_multi_scale_architecture_is_learned_as_by_one_process(
+    workers: int, config: TrainConfig, manifest: Manifest, tmp_path: Path, ray_local: None
+) -> None:
+    config = dataclasses.replace(config, multi_scale=True)
+    reference = one_process(config, manifest)
+    assert_trains_alike(dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run")
+
+
 def assert_trains_alike(config: TrainConfig, manifest: Manifest, reference: Reference, folder: Path) -> None:
     run_workers(config, manifest, folder)
     assert received(folder) == reference.images

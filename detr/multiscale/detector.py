@@ -1,0 +1,156 @@
+"""The multi-scale DETR: a set predictor that learns from a backbone alone within minutes.
+
+From the image to the answer::
+
+    backbone maps --> HybridEncoder --> DenseHead --> distinct tokens --> RefiningDecoder --> boxes and scores
+    (strides 4..)     (RT-DETR)         (TOOD)        (DDQ)               (DINO)
+
+Outputs are those of DETR: at most ``num_queries`` objects, none of them twice, no suppression afterwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detr.backbone import Backbone
+from detr.config import DetrConfig
+from detr.distributed import average_normalisers
+from detr.multiscale.criterion import multi_scale_loss
+from detr.multiscale.decoder import RefiningDecoder
+from detr.multiscale.dense_head import DenseHead, DensePredictions
+from detr.multiscale.hybrid_encoder import GROUPS, HybridEncoder, token_positions
+from detr.multiscale.scores import softmax_logits
+from detr.multiscale.selection import distinct_tokens
+from detr.multiscale.tokens import TokenGrid, token_grid
+from detr.outputs import DetrObjectDetectionOutput
+
+
+class MultiScaleDetector(nn.Module):
+    """The network behind `DetrForObjectDetection` where ``config.multi_scale`` is set.
+
+    Args:
+        config: the configuration; its ``multi_scale`` is not None.
+
+    Raises:
+        ValueError: a width, a stride or a number of queries does not fit the architecture.
+    """
+
+    def __init__(self, config: DetrConfig) -> None:
+        super().__init__()
+        if config.multi_scale is None:
+            raise ValueError(
+                "config.multi_scale is None: DetrForObjectDetection is then the model of the page"
+            )
+        self.config, self.settings = config, config.multi_scale
+        _check(config)
+        self.backbone = Backbone(config)
+        strides = self.backbone.conv_encoder.strides
+        if any(coarse != 2 * fine for fine, coarse in itertools.pairwise(strides)):
+            raise ValueError(
+                f"multi_scale needs maps whose strides double from one to the next, got {strides}: choose "
+                "other out_indices of the backbone, without dilation"
+            )
+        self.encoder = HybridEncoder(config, self.backbone.conv_encoder.channels)
+        self.dense_head = DenseHead(config, self.settings.head_convolutions)
+        self.decoder = RefiningDecoder(config)
+
+    def reset_class_head(self) -> None:
+        """Draw anew what predicts classes, for other classes."""
+        for module in (self.dense_head, *self.decoder.layers):
+            module.reset_class_head()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        num_boxes: float | Tensor | None = None,
+        image_weights: Tensor | None = None,
+    ) -> DetrObjectDetectionOutput:
+        """Detect, and compute the loss where labels are given; arguments are those of `DetrForObjectDetection`.
+
+        Raises:
+            ValueError: an argument or a label does not fit; the message says which.
+        """
+        grid, tokens, logits, boxes, states = self.predict(pixel_values, pixel_mask)
+        loss = loss_dict = auxiliary_outputs = None
+        all_logits = softmax_logits(logits)
+        if labels is not None:
+            if self.config.auxiliary_loss:
+                auxiliary_outputs = [
+                    {"logits": c, "pred_boxes": b} for c, b in zip(all_logits[:-1], boxes[:-1], strict=True)
+                ]
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                num_boxes, _ = average_normalisers(
+                    labels, image_weights, self.config, num_boxes, 1.0, logits.device
+                )
+            loss, loss_dict = multi_scale_loss(
+                tokens,
+                grid,
+                logits,
+                boxes,
+                labels,
+                self.config,
+                self.settings,
+                num_boxes=num_boxes,
+                image_weights=image_weights,
+            )
+        return DetrObjectDetectionOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=all_logits[-1],
+            pred_boxes=boxes[-1],
+            auxiliary_outputs=auxiliary_outputs,
+            last_hidden_state=states,
+            encoder_last_hidden_state=tokens.features,
+        )
+
+    def predict(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None
+    ) -> tuple[TokenGrid, DensePredictions, Tensor, Tensor, Tensor]:
+        """The tokens of a batch, and the decoder's logits [L, B, Q, C], boxes [L, B, Q, 4] and states [B, Q, D]."""
+        maps = self.backbone(pixel_values)
+        grid = token_grid(pixel_values, pixel_mask, maps, self.backbone.conv_encoder.strides)
+        positions = token_positions(grid, self.config.d_model)
+        tokens = self.dense_head(self.encoder(maps, grid, positions), grid)
+        index, real = distinct_tokens(
+            tokens.logits.detach(),
+            tokens.boxes_cxcywh.detach(),
+            grid,
+            queries=self.config.num_queries,
+            candidates=self.settings.candidates_per_query * self.config.num_queries,
+            threshold=self.settings.nms_threshold,
+        )
+        features, logits, boxes = (
+            each.gather(1, index[..., None].expand(-1, -1, each.shape[-1]))
+            for each in (tokens.features, tokens.logits.detach(), tokens.boxes_cxcywh.detach())
+        )
+        # a query that starts from padding is no object, whatever the token there says
+        logits = torch.where(real[..., None], logits, -16.0)
+        # The finest map has most tokens and says least that its queries do not hold already.
+        skipped = grid.shapes[0][0] * grid.shapes[0][1] if len(grid.shapes) > 1 else 0
+        refined = self.decoder(
+            features,
+            logits,
+            boxes,
+            tokens.features[:, skipped:],
+            positions[:, skipped:],
+            grid.valid[:, skipped:] if grid.padded else None,
+        )
+        return grid, tokens, *refined
+
+
+def _check(config: DetrConfig) -> None:
+    """Refuse a configuration that the architecture cannot follow."""
+    if config.d_model % GROUPS:
+        raise ValueError(f"multi_scale needs a d_model that is a multiple of {GROUPS}, got {config.d_model}")
+    if config.decoder_layers < 1:
+        raise ValueError("multi_scale needs at least one decoder layer: tokens alone are no set of objects")
+    if config.compat != "original":
+        raise ValueError("multi_scale is no architecture of transformers: compat must be 'original'")

@@ -1,0 +1,111 @@
+"""A run that trains the multi-scale architecture: its steps, what its flags refuse, and starting from its model."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr import DetrForObjectDetection
+from raydetr.data.shards import Manifest
+from raydetr.errors import ConfigError
+from raydetr.training.config import TrainConfig
+from raydetr.training.distributed import step_totals
+from raydetr.training.model import build_model, image_processor
+from raydetr.training.recipes import RECIPES
+from raydetr.training.state import TrainingState, create_state
+from raydetr.training.step import compute_gradients, to_device
+from tests.awkward import write_awkward
+from tests.cluster.recorded_training import config as make_config
+from tests.training_steps import batches_of_steps, train_here
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_awkward(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def config(manifest: Manifest) -> TrainConfig:
+    return replace(
+        make_config(manifest.root, "nowhere"), multi_scale=True, steps=3, precision="float64", seed=1
+    )
+
+
+def gradients(state: TrainingState) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in state.module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def test_micro_batches_add_up_to_the_gradient_of_the_whole_step(
+    config: TrainConfig, manifest: Manifest
+) -> None:
+    config = replace(config, micro_batch_size=1, micro_batches=8, steps=1)
+    state = create_state(config, manifest, CPU)
+    for batches in batches_of_steps(config, manifest):
+        totals = step_totals(batches, config.num_queries, 0.1)
+        compute_gradients(state.module, state, batches, config, totals.num_boxes, totals.class_weight_sum)
+        accumulated = gradients(state)
+        state.module.zero_grad()
+        pixel_values, pixel_mask = zip(*(to_device(batch, state) for batch in batches), strict=True)
+        state.module(
+            torch.cat(pixel_values),
+            torch.cat(pixel_mask),
+            labels=[label for batch in batches for label in batch.labels],
+            image_weights=torch.cat([batch.weights for batch in batches]),
+        ).loss.backward()
+        whole = gradients(state)
+        state.module.zero_grad()
+        assert accumulated.keys() == whole.keys()
+        for name, expected in whole.items():
+            torch.testing.assert_close(accumulated[name], expected, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_steps_are_finite_in_bf16(config: TrainConfig, manifest: Manifest) -> None:
+    config = replace(config, precision="bf16")
+    metrics = train_here(config, manifest, create_state(config, manifest, CPU))
+    assert len(metrics) == 3
+    assert all(math.isfinite(value) for each in metrics for value in each.values())
+    assert {"loss_ce", "loss_dense_giou"} <= metrics[0].keys()
+
+
+def test_the_recipe_builds_the_architecture(manifest: Manifest) -> None:
+    recipe = replace(RECIPES["multi-scale"], backbone_weights="")
+    model = build_model(recipe, manifest)
+    assert isinstance(model, DetrForObjectDetection)
+    assert model.config.multi_scale is not None
+    assert model.multi_scale.backbone.conv_encoder.strides == [4, 8, 16]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"query_groups": 2}, {"cell_loss": 1.0}, {"local_attention": True}, {"task": "instance"}]
+)
+def test_flags_that_the_architecture_has_no_place_for_are_refused(
+    changes: dict[str, object], config: TrainConfig
+) -> None:
+    (name,) = changes
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):
+        replace(config, **changes)
+
+
+def test_a_model_of_the_architecture_is_tuned_on_other_classes(
+    config: TrainConfig, manifest: Manifest, tmp_path: Path
+) -> None:
+    learned = build_model(config, manifest)
+    learned.save_pretrained(tmp_path)
+    image_processor(config).save_pretrained(tmp_path)
+    tuned = replace(config, model=str(tmp_path), multi_scale=False, seed=2)
+    name = "multi_scale.dense_head.class_labels_classifier.weight"
+    assert torch.equal(build_model(tuned, manifest).state_dict()[name], learned.state_dict()[name])
+    for names in (("bee", "ant", "cat"), ("ant", "bee")):
+        categories = tuple({"id": i, "name": each} for i, each in enumerate(names))
+        model = build_model(tuned, replace(manifest, categories=categories))
+        assert model.config.multi_scale is not None
+        assert len(model.state_dict()[name]) == len(names)
+        assert not torch.equal(model.state_dict()[name][0], learned.state_dict()[name][0])
