@@ -5,6 +5,7 @@ They are the optional dependencies `interop`: `pip install -e '.[interop]'`.
 
 import copy
 from functools import partial
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +16,18 @@ import detr
 from detr import DetrConfig, DetrForObjectDetection, DetrImageProcessor
 from tests.detr.conftest import separate_the_queries, small_config
 
-NEEDED = ("accelerate", "albumentations", "peft", "torchmetrics")
-for package in NEEDED:
-    pytest.importorskip(package, reason=f"the optional dependencies `interop` are not installed: {package}")
+MISSING = [
+    name for name in ("accelerate", "albumentations", "peft", "torchmetrics") if find_spec(name) is None
+]
 
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow, pytest.mark.oracle]
+pytestmark = [
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.slow,
+    pytest.mark.oracle,
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"the optional dependencies `interop` are not installed: {MISSING}"
+    ),
+]
 
 CLASSES = {0: "square", 1: "disk"}
 
