@@ -125,6 +125,7 @@ def load_model(
                 reason,
             )
             config.compat = "transformers"
+            config.auxiliary_loss = bool(values.get("auxiliary_loss"))  # as its decoder ran there
             model = cls(config)
     else:
         model = cls(config)
@@ -295,7 +296,11 @@ def save_model(
     if given.keys() != own.keys():
         name = sorted(given.keys() ^ own.keys())[0]
         raise ValueError(f"state_dict is not that of the model: {name} is in only one of the two")
-    if model.config.compat == "original" and differs_from_transformers(model):
+    if (
+        model.config.compat == "original"
+        and model.config.multi_scale is None
+        and differs_from_transformers(model)
+    ):
         _warn_about_transformers(str(model.config.backbone_config.get("backbone")))
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)

@@ -210,6 +210,8 @@ class DetrConfig:
             name, value = "backbone_config", self._normal_backbone_config(None, {"backbone": value})
         elif name == "backbone_config":
             value = self._normal_backbone_config(value, {})
+        elif name == "multi_scale":
+            value = MultiScaleConfig.from_value(value)
         elif name in ("num_channels", "dilation"):
             object.__setattr__(self, name, value)
             changed = _changed_backbone(self.backbone_config, {name: value})
@@ -370,7 +372,7 @@ class DetrConfig:
                 merged.pop(alias, None)
         if "num_layers" in overrides:
             merged = {k: v for k, v in merged.items() if k not in ("encoder_layers", "decoder_layers")}
-        if "auxiliary_loss" in overrides:
+        if "auxiliary_loss" in overrides or overrides.get("compat") == "transformers":
             merged.pop(_AUXILIARY_LOSS, None)
         merged = _merged_backbone(merged, overrides)
         merged["use_pretrained_backbone"] = overrides.get("use_pretrained_backbone", False)

@@ -92,7 +92,10 @@ class ConvolutionFolding:
 
     def running(self, net: nn.Module) -> AbstractContextManager[Any]:
         """A context in which to call ``net``, in this thread."""
-        structure = structure_of(net) if may_branch_on_values() else None
+        is_replica = getattr(
+            net, "_is_replica", False
+        )  # of DataParallel: it has other modules in every forward
+        structure = structure_of(net) if may_branch_on_values() and not is_replica else None
         if structure is None:
             return nullcontext()
         known, pairs = self._known

@@ -5,7 +5,7 @@ B batch, Q queries, S cells of the deepest feature map, D ``d_model``, L decoder
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,6 +24,8 @@ class ModelOutput(dict[str, Any]):
     def __post_init__(self) -> None:
         first, *others = fields(self)
         given = getattr(self, first.name)
+        if isinstance(given, Iterator):  # of pairs: how torch's DataParallel puts dicts together
+            given = dict(given)
         if isinstance(given, Mapping) and all(getattr(self, each.name) is None for each in others):
             setattr(self, first.name, None)
             for name, value in given.items():

@@ -32,18 +32,20 @@ def main(config: PredictConfig) -> dict[str, Any]:
     """Predict by the endpoint where one is given, else by actors with the model; the summary."""
     uri = "" if config.endpoint else resolve_uri(config.tracking_uri)
     model = None if config.endpoint else resolve(config.model or "models:/raydetr@champion", uri)
+    images = batch.list_images(config.images)
     with lease(storage.absolute(config.output)) as held:
-        return predict(config, model, held)
+        return predict(config, images, model, held)
 
 
-def predict(config: PredictConfig, model: ResolvedModel | None, held: Held) -> dict[str, Any]:
+def predict(
+    config: PredictConfig, images: batch.Images, model: ResolvedModel | None, held: Held
+) -> dict[str, Any]:
     """Predict into an output folder whose lease is held."""
     output = storage.absolute(config.output)
     if model is None:
         source = config.endpoint
         with Client(source, token=os.environ.get(TOKEN)) as client:
             client.health()
-            images = batch.list_images(config.images)
 
             def detect(data: bytes) -> list[dict[str, Any]]:
                 found = client.detect(data, 0.0, orientation=config.orientation)
@@ -52,7 +54,6 @@ def predict(config: PredictConfig, model: ResolvedModel | None, held: Held) -> d
             predictions, labels = batch.predict_by_endpoint(images, detect, config.orientation)
     else:
         source, labels = model.address, batch.label_names(model)
-        images = batch.list_images(config.images)
         print(f"predicting {len(images.names):,} images with {source}", flush=True)
         connect(config.actors + 1, gpus=config.actors * config.num_gpus)
         require_shared(images=config.images, output=config.output)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from detr.backbone import Backbone
+from detr.capture import refuse_capture
 from detr.config import DetrConfig
 from detr.distributed import average_normalisers
 from detr.multiscale.criterion import multi_scale_loss
@@ -82,6 +83,7 @@ class MultiScaleDetector(nn.Module):
         loss = loss_dict = auxiliary_outputs = None
         all_logits = softmax_logits(logits)
         if labels is not None:
+            refuse_capture("the loss", "call the model without labels")
             if self.config.auxiliary_loss:
                 auxiliary_outputs = [
                     {"logits": c, "pred_boxes": b} for c, b in zip(all_logits[:-1], boxes[:-1], strict=True)
@@ -152,5 +154,9 @@ def _check(config: DetrConfig) -> None:
         raise ValueError(f"multi_scale needs a d_model that is a multiple of {GROUPS}, got {config.d_model}")
     if config.decoder_layers < 1:
         raise ValueError("multi_scale needs at least one decoder layer: tokens alone are no set of objects")
+    if config.output_attentions or config.output_hidden_states:
+        raise ValueError("multi_scale has neither output_attentions nor output_hidden_states")
+    if config.position_embedding_type != "sine" or config.decoder_layerdrop:
+        raise ValueError("multi_scale needs sine position embeddings and a decoder_layerdrop of 0")
     if config.compat != "original":
         raise ValueError("multi_scale is no architecture of transformers: compat must be 'original'")

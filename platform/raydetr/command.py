@@ -150,7 +150,7 @@ def interruptible(action: str) -> Iterator[None]:
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield
-    except Interrupted:
+    except (Interrupted, SystemExit):
         raise
     except BaseException as error:
         if received:  # C code such as ray.get raises another exception in place of the handler's

@@ -49,6 +49,16 @@ class Held:
         if found.get("owner") != self.owner:
             raise LeaseError(_taken(self.address, found))
 
+    def is_held(self) -> bool:
+        """Whether no other process has taken the lease, as far as the storage answers."""
+        try:
+            self.verify()
+        except LeaseError:
+            return False
+        except StorageError:
+            return True
+        return True
+
 
 @contextmanager
 def lease(output: str, duration_s: float = DURATION_S, *, wait_s: float = 0.0) -> Iterator[Held]:

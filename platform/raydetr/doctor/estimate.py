@@ -165,7 +165,7 @@ def _epochs(config: TrainConfig, manifest: Manifest, embedded: bool) -> Iterator
     count = epochs(config, manifest)
     text = f"{config.steps:,} steps are {count:.1f} epochs of {manifest.num_images:,} images"
     least = FINE_TUNE_EPOCHS if config.model else FAR_BELOW
-    if count >= least:
+    if count >= least or config.multi_scale:
         yield Finding("epochs", "ok", f"{text}.")
     elif embedded:
         yield Finding("epochs", "ok", f"{text}, enough for the embedded ones.")

@@ -12,7 +12,7 @@ import os
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -225,15 +225,22 @@ def end_run(uri: str, run_id: str, status: RunStatus = "FINISHED") -> None:
 
 
 @contextlib.contextmanager
-def end_on_error(uri: str, run_id: str) -> Iterator[None]:
+def end_on_error(uri: str, run_id: str, is_owner: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """End a run as FAILED or KILLED where the block does not finish, so that none stays RUNNING.
 
     KILLED: a signal, or the run's time is up. A server that does not answer is not waited for.
+
+    Args:
+        uri: of the tracking server.
+        run_id: of the run.
+        is_owner: whether the run is still this process's: another driver may have resumed it.
     """
     try:
         yield
     except BaseException as error:
         with contextlib.suppress(RegistryError):
+            if not is_owner():
+                raise
             resolve_uri(uri)
             killed = isinstance(error, KeyboardInterrupt | OutOfTimeError)
             end_run(uri, run_id, "KILLED" if killed else "FAILED")

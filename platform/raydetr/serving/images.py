@@ -14,6 +14,7 @@ from detr.image_processing.decode import (
     check_cost,
     decode_image,
     image_size,
+    open_image,
 )
 from detr.image_processing.processor import DetrImageProcessor
 from raydetr.errors import ConfigError, RequestError
@@ -107,7 +108,8 @@ def prepare(
         RequestError: 413 where it would take too long, 400 where it is damaged or of a shape that cannot be resized.
     """
     try:
-        image = decode_image(
+        decode = open_image if image_processor.keeps_gray else decode_image
+        image = decode(
             data,
             limits.max_pixels,
             orientation=orientation,

@@ -112,7 +112,8 @@ class LoadedModel:
         Raises:
             ServingError: an output is not finite, or there are not as many classes as labels.
         """
-        noise = np.random.default_rng(0).integers(0, 256, (3, *REFERENCE_SIZE), np.uint8)
+        channels = 1 if self.detector.image_processor.keeps_gray else 3
+        noise = np.random.default_rng(0).integers(0, 256, (channels, *REFERENCE_SIZE), np.uint8)
         image = self.detector.prepare(torch.from_numpy(noise))
         outputs = [self.detector.run([image])]
         if self.segmenter is not None:

@@ -283,19 +283,21 @@ class TrainConfig:
             not self.patience or bool(self.validate_every), self, "patience", "it needs --validate-every"
         )
         if self.multi_scale:
-            for name, plain in (
-                ("query_groups", 1),
-                ("cell_loss", 0.0),
-                ("local_attention", False),
-                ("compile", False),
-            ):
-                _require(getattr(self, name) == plain, self, name, "--multi-scale has no place for it")
-            _require(not self.segments, self, "task", "--multi-scale has no masks yet")
+            self.require_multi_scale()
         if self.freeze_detector and (self.masks == "none" or not self.model):
             raise ConfigError(
                 "--freeze-detector trains the mask head on a detector that is there: give --task instance or "
                 "panoptic, and the detector's address as --model."
             )
+
+    def require_multi_scale(self) -> None:
+        """Raise ConfigError where a setting does not fit the multi-scale architecture."""
+        plain: dict[str, object] = {"query_groups": 1, "cell_loss": 0.0, "local_attention": False}
+        plain |= {"compile": False, "activation_checkpointing": False}
+        for name, value in plain.items():
+            remedy = "a multi-scale model has no place for it: use --recipe multi-scale"
+            _require(getattr(self, name) == value, self, name, remedy)
+        _require(not self.segments, self, "task", "a multi-scale model has no masks yet")
 
     @property
     def masks(self) -> Literal["none", "instance", "panoptic", "panoptic-boxes"]:

@@ -58,7 +58,10 @@ def resolution_cautions(
         return
     side, scale, image_edge, aspect = median
     detector = model.detr if isinstance(model, DetrForSegmentation) else model
-    stride = detector.model.backbone.conv_encoder.strides[-1]
+    if detector.multi_scale is None:
+        stride = detector.model.backbone.conv_encoder.strides[-1]
+    else:
+        stride = detector.multi_scale.backbone.conv_encoder.strides[0]
     if side / stride < MIN_CELLS:
         edge = math.ceil(scale * image_edge * MIN_CELLS * stride / side / 32) * 32
         longest = math.ceil(edge * max(aspect, 5 / 3))

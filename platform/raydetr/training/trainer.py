@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             require_same_run(config)
             return dict(storage.read_json(finished))
         run_id = open_run(config, manifest, asked_model)
-        with tracking.end_on_error(config.tracking_uri, run_id):
+        with tracking.end_on_error(config.tracking_uri, run_id, held.is_held):
             validation.validate_what_was_lost(config, run_id)
             last = checkpoint.last_committed_step(config.output)
             if last < config.steps and not validation.has_stalled(config, last):
@@ -137,6 +137,12 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
         model = build_model(config, manifest)
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(f"The model cannot be built: {error}") from error
+    if model.config.multi_scale is not None:
+        config.require_multi_scale()
+    elif config.multi_scale:
+        raise ConfigError(
+            f"--model {config.model} is not a multi-scale model: leave --multi-scale and its recipe out."
+        )
     for caution in preview.resolution_cautions(config, manifest, model):
         print(f"warning: {caution.found}: {caution.remedy}.", flush=True)
     if config.task in ("detection", "instance") and manifest.max_objects_per_image > model.config.num_queries:

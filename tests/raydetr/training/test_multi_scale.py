@@ -16,6 +16,7 @@ from raydetr.training.model import build_model, image_processor
 from raydetr.training.recipes import RECIPES
 from raydetr.training.state import TrainingState, create_state
 from raydetr.training.step import compute_gradients, to_device
+from raydetr.training.trainer import check
 from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
 from tests.training_steps import batches_of_steps, train_here
@@ -109,3 +110,16 @@ def test_a_model_of_the_architecture_is_tuned_on_other_classes(
         assert model.config.multi_scale is not None
         assert len(model.state_dict()[name]) == len(names)
         assert not torch.equal(model.state_dict()[name][0], learned.state_dict()[name][0])
+
+
+def test_a_run_is_checked_and_its_recipe_has_to_fit_the_model(config, manifest, tmp_path):
+    check(config, manifest)
+    build_model(config, manifest).save_pretrained(tmp_path / "multi")
+    image_processor(config).save_pretrained(tmp_path / "multi")
+    plain = make_config(manifest.root, str(tmp_path / "run"))
+    build_model(plain, manifest).save_pretrained(tmp_path / "plain")
+    image_processor(config).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ConfigError, match="use --recipe multi-scale"):
+        check(replace(plain, model=str(tmp_path / "multi"), query_groups=2), manifest)
+    with pytest.raises(ConfigError, match="is not a multi-scale model"):
+        check(replace(config, model=str(tmp_path / "plain")), manifest)
