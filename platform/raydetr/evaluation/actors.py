@@ -21,7 +21,7 @@ from detr.image_processing.processor import DetrImageProcessor
 from raydetr import storage
 from raydetr.data.pixels import decode_record
 from raydetr.data.shards import read_rows
-from raydetr.errors import RaydetrError, StorageError
+from raydetr.errors import ConfigError, RaydetrError, StorageError
 from raydetr.evaluation.predictions import PredictionSettings, Predictor, error_row, table
 from raydetr.registry.models import ResolvedModel, local_folder
 
