@@ -145,7 +145,7 @@ def test_latency_is_measured_with_the_mask_heads(data, judge, tmp_path):
     names = [category["name"] for category in data.categories]
     for version in (1, 2):
         folder = save_tiny_detr(tmp_path / f"tiny-{version}", names, edge=64, seed=version)
-        register(uri, run_id, str(add_mask_head(folder)))
+        register(uri, run_id, str(add_mask_head(folder, seed=version)))
     client(uri).set_registered_model_alias("raydetr", "champion", "1")
     by = PromoteConfig(tracking_uri=uri, metric=judge.metric, latency_images=4, max_latency_ms=1e6)
     evaluate_both(by, tmp_path, data, judge, BLUR, BLUR / 2)
