@@ -18,7 +18,7 @@ SCRIPT = """
 import asyncio, sys
 import psutil
 from raydetr.registry.models import resolve
-from raydetr.serving.detector import Batching, Detector, _Job
+from raydetr.serving.detector import Batching, Detector, _Job, _Work
 from raydetr.serving.segments import SegmentRequest
 from tests.raydetr.serving.traffic import IMAGES
 
@@ -31,7 +31,7 @@ async def main(folders):
         images = [version.detector.prepare(data) for data in IMAGES]
         for image in images:
             for task, request in (("detect", None), ("segment", SegmentRequest("panoptic", 0.2, "png"))):
-                results = await detector._at_once(task, [_Job(version, image, request) for _ in range(4)])
+                results = await detector._at_once(task, [_Job(_Work(version, image, request)) for _ in range(4)])
                 assert len(results) == 4
         del version, results
         await detector.check_health()
