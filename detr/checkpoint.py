@@ -150,7 +150,7 @@ def _saved_dtype(config: DetrConfig, tensors: Mapping[str, Tensor]) -> torch.dty
 def find_dtype(
     dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None = None
 ) -> torch.dtype | None:
-    """The dtype that is asked for under either name; None is "auto".
+    """The dtype requested under either name; None is "auto".
 
     Raises:
         ValueError: it is no floating-point dtype, or the two names contradict each other.

@@ -305,7 +305,7 @@ class DetrForObjectDetection(DetrPreTrainedModel):
             init_as_transformers((self.class_labels_classifier, self.bbox_predictor), config.init_std)
 
     def reset_class_head(self) -> None:
-        """Draw the class head anew, for other classes."""
+        """Reinitialize the class head, for other classes."""
         if self.multi_scale is not None:
             self.multi_scale.reset_class_head()
         else:

@@ -4,7 +4,8 @@ The decoded image is a uint8 tensor [3, height, width] whose memory is interleav
 write it: `image.permute(1, 2, 0)` is contiguous, and torch's uint8 resize of it is three times as fast as that of
 a planar one, with the same result.
 
-The work is estimated before it starts: decoding cannot be cancelled, and neither bytes nor pixels bound it.
+The work is estimated before it starts: decoding cannot be cancelled, and neither bytes nor pixels bound it. A caller
+of several functions here walks through the file once: it gives them the `Container` in place of the bytes.
 """
 
 import io
@@ -74,7 +75,7 @@ class ImageCostError(ImageError):
 
 
 def image_size(
-    data: bytes, orientation: Orientation = "ignore", formats: Sequence[str] = FORMATS
+    data: bytes | Container, orientation: Orientation = "ignore", formats: Sequence[str] = FORMATS
 ) -> tuple[int, int]:
     """Read an image's (height, width) from its header, without decoding it.
 
@@ -88,23 +89,23 @@ def image_size(
         ImageCostError: it consists of more parts than are looked at.
     """
     check_orientation(orientation)
-    container = read_container(data)
+    container = _container(data)
     with _open(container, formats) as image:
         width, height = image.size
     turned = orientation == "apply" and container.orientation > 4
     return (width, height) if turned else (height, width)
 
 
-def image_orientation(data: bytes) -> int:
+def image_orientation(data: bytes | Container) -> int:
     """The EXIF orientation of an encoded JPEG, PNG, WebP or TIFF image.
 
     Returns:
         1 (upright) to 8, as EXIF defines it; 1 where there is none or it is invalid. 5 to 8 exchange height and width.
     """
-    return read_container(data).orientation
+    return _container(data).orientation
 
 
-def decode_cost(data: bytes, formats: Sequence[str] = FORMATS) -> float:
+def decode_cost(data: bytes | Container, formats: Sequence[str] = FORMATS) -> float:
     """Estimate the CPU seconds that `decode_image` takes, from an image's structure, without decoding it.
 
     Args:
@@ -117,12 +118,14 @@ def decode_cost(data: bytes, formats: Sequence[str] = FORMATS) -> float:
     Raises:
         ImageError: as `image_size`.
     """
-    container = read_container(data)
+    container = _container(data)
     with _open(container, formats) as image:
         return _cost(container, image)
 
 
-def check_cost(data: bytes, max_cost: float = DEFAULT_MAX_COST, formats: Sequence[str] = FORMATS) -> float:
+def check_cost(
+    data: bytes | Container, max_cost: float = DEFAULT_MAX_COST, formats: Sequence[str] = FORMATS
+) -> float:
     """Refuse an image that would take too long to decode.
 
     Args:
@@ -137,13 +140,13 @@ def check_cost(data: bytes, max_cost: float = DEFAULT_MAX_COST, formats: Sequenc
         ImageCostError: the estimate is above `max_cost`; the message names the cause.
         ImageError: as `image_size`.
     """
-    container = read_container(data)
+    container = _container(data)
     with _open(container, formats) as image:
         return _check_cost(container, image, max_cost)
 
 
 def decode_image(
-    data: bytes,
+    data: bytes | Container,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     *,
     orientation: Orientation = "ignore",
@@ -174,7 +177,7 @@ def decode_image(
         ValueError: another orientation.
     """
     check_orientation(orientation)
-    container = read_container(data)
+    container = _container(data)
     pixels = _decode_jpeg(container, max_pixels, max_cost, formats)
     if pixels is None:
         image = convert_to_rgb(_load(container, max_pixels, max_cost, formats))
@@ -186,7 +189,7 @@ def decode_image(
 
 
 def open_image(
-    data: bytes,
+    data: bytes | Container,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     *,
     orientation: Orientation = "ignore",
@@ -195,7 +198,7 @@ def open_image(
 ) -> Image.Image:
     """Decode an encoded image into a Pillow image of its own mode: see `decode_image` for arguments and errors."""
     check_orientation(orientation)
-    container = read_container(data)
+    container = _container(data)
     return _turned(_load(container, max_pixels, max_cost, formats), container, orientation)
 
 
@@ -269,6 +272,10 @@ def check_orientation(orientation: str) -> None:
         raise ValueError(f"orientation is {orientation!r}: expected one of {get_args(Orientation)}")
 
 
+def _container(data: bytes | Container) -> Container:
+    return data if isinstance(data, Container) else read_container(data)
+
+
 def _check_cost(container: Container, image: Image.Image, max_cost: float) -> float:
     seconds = _cost(container, image)
     if not seconds <= max_cost:
@@ -322,7 +329,7 @@ def _open(container: Container, formats: Sequence[str]) -> Image.Image:
     """Open an image lazily: only its header is read."""
     data = container.data
     if math.isinf(container.seconds):
-        raise ImageCostError(f"the image has {container.detail}: save it anew with an image editor")
+        raise ImageCostError(f"the image has {container.detail}: save it again with an image editor")
     try:
         return Image.open(io.BytesIO(data), formats=tuple(formats))
     except UnidentifiedImageError:

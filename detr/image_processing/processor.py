@@ -224,7 +224,7 @@ class DetrImageProcessor(PostProcessingMethods):
         Raises:
             FileNotFoundError: there is no such folder, file or model.
             TypeError: an unknown attribute.
-            ValueError: the file is not a JSON object, or holds a value that cannot be used; another class is asked for.
+            ValueError: the file is not a JSON object, or holds a value that cannot be used; another class is requested.
         """
         if use_fast is not None and use_fast != cls._is_fast:
             raise ValueError(

@@ -1,7 +1,7 @@
 """The refining decoder: queries that start from tokens and correct their scores and boxes layer by layer.
 
 Boxes are refined as in Deformable DETR and DINO (https://arxiv.org/abs/2203.03605): each layer adds to the box of the
-one before, whose gradient is stopped. Scores likewise start from the token's own, so that the first layer
+one before, whose gradient is stopped. Scores start from the token's own, so that the first layer
 begins with what the dense head already knows and only has to tell objects from leftovers.
 
 B batch, Q queries, M tokens of the memory, C classes, D ``d_model``, L layers.
@@ -68,7 +68,7 @@ class RefiningDecoder(nn.Module):
         Args:
             features: float [B, Q, D], of the tokens that queries start from.
             logits: float [B, Q, C], their predictions; no gradient flows to them.
-            boxes_cxcywh: float [B, Q, 4], likewise.
+            boxes_cxcywh: float [B, Q, 4], cxcywh in 0..1.
             memory: float [B, M, D].
             memory_position: float [B, M, D].
             memory_keep: bool [B, M], False on padding; None where there is none.

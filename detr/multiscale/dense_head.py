@@ -61,7 +61,7 @@ class DenseHead(nn.Module):
         nn.init.zeros_(self.bbox_predictor.bias)
 
     def reset_class_head(self) -> None:
-        """Draw the class head anew, for other classes."""
+        """Reinitialize the class head, for other classes."""
         self.class_labels_classifier.reset_parameters()
         nn.init.constant_(self.class_labels_classifier.bias, PRIOR_LOGIT)
 

@@ -61,7 +61,7 @@ class MultiScaleDetector(nn.Module):
         self.decoder = RefiningDecoder(config)
 
     def reset_class_head(self) -> None:
-        """Draw anew what predicts classes, for other classes."""
+        """Reinitialize what predicts classes, for other classes."""
         for module in (self.dense_head, *self.decoder.layers):
             module.reset_class_head()
 

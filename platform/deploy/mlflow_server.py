@@ -5,7 +5,7 @@ something was written, a backup of the database goes to RAYDETR_STORAGE/mlflow/m
 
 SIGTERM and SIGINT stop the server, then back up once more. Exit status: 0 after such a stop, or where another instance
 of this script serves and backs up already; 1 the server exited by itself, the last backup failed, or the port belongs to
-a server whose database nobody backs up.
+a server whose database is not backed up.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def main() -> None:
         ):
             if is_answering(STOP_SECONDS):
                 sys.exit(
-                    f"error: port {PORT} has a server that this script did not start, so nobody backs up its database. "
+                    f"error: port {PORT} has a server that this script did not start, so its database is not backed up. "
                     f"Find it with `ss -ltnp sport = :{PORT}`, stop it, and start this script again."
                 )
             restore(database, backup)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def is_answering(patience_s: float) -> bool:
-    """Whether a server answers at the port, and goes on to do so: that of an instance that was killed stops soon."""
+    """Whether a server answers at the port, and continues to: that of an instance that was killed stops soon."""
     until = time.monotonic() + patience_s
     while time.monotonic() < until:
         try:
@@ -142,7 +142,7 @@ def back_up_forever(server: "subprocess.Popen[bytes]", database: Path, backup: s
             try:
                 saved = back_up(database, backup, saved)
             except StorageError as error:
-                # Away for a while: the server goes on, and the next backup has it all.
+                # Away for a while: the server continues, and the next backup has it all.
                 print(f"no backup of the database: {error}", flush=True)
     finally:
         stop(server)  # nothing is written after the last backup

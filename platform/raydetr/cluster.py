@@ -48,7 +48,7 @@ def connect(
             GPUs, or `detr` and `raydetr` come from two copies of the project.
     """
     check_same_root()
-    # Two lines per execution, and one on progress bars. Importing ray.data sets the level of their parent logger anew.
+    # Two lines per execution, and one on progress bars. Importing ray.data resets the level of their parent logger.
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     if not ray.is_initialized():

@@ -128,7 +128,9 @@ class _FileCell:
                     return None
                 if data is None:
                     os.remove(self.path)
-                    os.remove(self.lock)  # under the lock: whoever waits for it sees that it is another file
+                    os.remove(
+                        self.lock
+                    )  # under the lock: a process that waits for it sees that it is another file
                 else:
                     with self._finished(data) as partial:
                         os.replace(partial, self.path)
@@ -182,7 +184,7 @@ class _FileCell:
             time.sleep(0.01)
 
     def _has_lock(self, descriptor: int) -> bool:
-        """Lock the file, which must still be the one of this name: a lock on a removed file excludes nobody."""
+        """Lock the file, which must still be the one of this name: a lock on a removed file excludes no process."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return os.path.samestat(os.fstat(descriptor), os.stat(self.lock))

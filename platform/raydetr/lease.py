@@ -1,8 +1,8 @@
 """One command per output folder: a lease on it, renewed while the command runs.
 
 The lease is a cell (`conditional`): it is taken, renewed and given back by compare-and-set, so a write that arrives
-late, after another process has taken the lease, changes nothing. A process whose renewals fail works on, since nobody
-else may have taken the lease while the storage was away; what it commits is guarded by `Held.verify`.
+late, after another process has taken the lease, changes nothing. A process whose renewals fail works on, since no
+other process may have taken the lease while the storage was away; what it commits is guarded by `Held.verify`.
 """
 
 import json
@@ -39,11 +39,11 @@ class Held:
     owner: str
 
     def verify(self) -> None:
-        """Prove that nobody else has taken the lease: before a commit, also in another process than the driver.
+        """Check that no other process has taken the lease: before a commit, also in another process than the driver.
 
         Raises:
             LeaseError: another process has taken it.
-            StorageError: the lease cannot be read, so nobody knows.
+            StorageError: the lease cannot be read.
         """
         found = _record(self.address, cell(self.address).read())
         if found.get("owner") != self.owner:
@@ -199,7 +199,7 @@ class _Holder:
         return True
 
     def _wait(self, until: float, told: bool) -> tuple[Content, bool]:
-        """Wait until nobody holds the lease.
+        """Wait until the lease is free.
 
         Whether its holder is alive is decided by whether it changes, on this process's clock alone: other hosts' clocks
         may be off.

@@ -15,7 +15,7 @@ from raydetr.errors import ConfigError
 MAX_METRIC_NAME = 250
 """Characters of a metric name."""
 _MAX_FOLDER = 240
-"""Bytes of a quoted experiment name: beside SQLite the experiment's artifacts are in a folder of this name."""
+"""Bytes of a quoted experiment name: next to SQLite the experiment's artifacts are in a folder of this name."""
 _MAX_MODEL, _MAX_ALIAS = 120, 100
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _ESCAPED = re.compile(r"_x([0-9A-F]*)_")

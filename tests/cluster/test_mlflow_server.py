@@ -137,7 +137,9 @@ def test_a_server_that_nobody_supervises_is_an_error(
     monkeypatch.setenv("RAYDETR_STORAGE", str(tmp_path))
     with serve(tmp_path) as url:
         monkeypatch.setattr(script, "PORT", int(url.rpartition(":")[2]))
-        with pytest.raises(SystemExit, match="that this script did not start, so nobody backs up") as error:
+        with pytest.raises(
+            SystemExit, match="that this script did not start, so its database is not backed up"
+        ) as error:
             script.main()
     assert error.value.code != 0
 
@@ -211,7 +213,7 @@ def test_a_killed_supervisor_leaves_no_server_behind(tmp_path: Path, port: int) 
         process.wait()
         until = time.monotonic() + 30
         while answers(port):
-            assert time.monotonic() < until, "the server lives on, and nobody backs up its database"
+            assert time.monotonic() < until, "the server keeps running, and its database is not backed up"
             time.sleep(0.5)
 
 

@@ -12,13 +12,12 @@ from typing import Any, Literal
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from detr.image_processing.container import read_container
+from detr.image_processing.container import Container, read_container
 from detr.image_processing.decode import (
     DEFAULT_MAX_PIXELS,
     ImageCostError,
     ImageError,
     decode_image,
-    image_orientation,
     image_size,
 )
 from detr.mask_codec import LARGEST_COORDINATE, box_of_rle, rle_runs
@@ -80,8 +79,9 @@ def inspect_image(
         claimed = (json_height, json_width) if max(json_height, json_width) < 2**31 else None
     if data is None:
         return ImageFacts(*(claimed or (0, 0)), claimed, (("missing-file", "no such file"),))
+    container = read_container(data)
     try:
-        size = image_size(data)
+        size = image_size(container)
     except ImageError as error:
         bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
         too_large = isinstance(error, ImageCostError) or isinstance(error.__cause__, bombs)
@@ -92,14 +92,14 @@ def inspect_image(
         text = f"{size[0]} x {size[1]} pixels; at most {DEFAULT_MAX_PIXELS:,} are decoded"
         return ImageFacts(*size, claimed or size, (("image-too-large", text),))
     image_bits = None
-    exif, of_header = image_orientation(data), _header_problems(data, file_name)
+    exif, of_header = container.orientation, _header_problems(container, data, file_name)
     shown = size[::-1] if exif >= 5 else size
     turned = exif != 1 and (
         orientation == "apply" or (orientation == "auto" and claimed == shown and shown != size)
     )
     stored, size = size, shown if turned else size
     try:
-        image_bits = image_hash(decode_image(data, orientation="apply" if turned else "ignore"))
+        image_bits = image_hash(decode_image(container, orientation="apply" if turned else "ignore"))
     except ImageCostError as error:
         return ImageFacts(*size, claimed or size, (("image-too-large", str(error)),))
     except ImageError as error:
@@ -295,11 +295,11 @@ def _size_problems(claimed: tuple[int | None, int | None], size: tuple[int, int]
     return []
 
 
-def _header_problems(data: bytes, file_name: str) -> list[Problem]:
+def _header_problems(container: Container, data: bytes, file_name: str) -> list[Problem]:
     """What an image's header says that is worth reporting."""
     found: list[Problem] = []
     with Image.open(
-        io.BytesIO(read_container(data).data)
+        io.BytesIO(container.data)
     ) as image:  # without metadata, which Pillow may read for minutes
         promised = _ENDINGS.get(file_name.rpartition(".")[2].lower())
         if promised is not None and image.format not in promised:

@@ -222,7 +222,7 @@ FAULTS: dict[str, FaultKind] = {
         FaultKind("repaired-field", "object", "a field written in another form", "repaired"),
         FaultKind("repaired-box", "object", "no box: it is that of the segmentation", "repaired"),
         FaultKind("repaired-segmentation", "object", "a segmentation written in another form", "repaired"),
-        FaultKind("crowd-as-object", "object", "iscrowd 1, read as an object as asked for", "repaired"),
+        FaultKind("crowd-as-object", "object", "iscrowd 1, read as an object on request", "repaired"),
         FaultKind(
             "repaired-category", "set", "an unused category with the name of another, left out", "repaired"
         ),

@@ -129,7 +129,7 @@ def predict_by_endpoint(
     Args:
         images: what to predict.
         detect: asks the endpoint.
-        orientation: what it is asked for; see `PredictionSettings`.
+        orientation: sent with each request; see `PredictionSettings`.
 
     Returns:
         a table of `PREDICTION_SCHEMA`, ascending by image id; label → name of what was found.

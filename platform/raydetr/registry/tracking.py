@@ -266,7 +266,7 @@ def git_revision() -> str | None:
 def _database_file(uri: str) -> str:
     """The absolute path of an SQLite address, checked here because MLflow would retry for 100 s before it failed.
 
-    A file that does not exist is not created: `client` does so for whoever writes.
+    A file that does not exist is not created: `client` does so for writers.
     """
     file = os.path.abspath(uri.removeprefix(_SQLITE))
     if set(file) & set("%?#"):  # SQLAlchemy reads them as parts of a URL

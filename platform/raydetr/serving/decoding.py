@@ -116,7 +116,7 @@ class Job:
 
     task: Task
     data: bytes | bytearray | memoryview | None
-    """Encoded; None once nobody needs it."""
+    """Encoded; None once it is not needed."""
     client: str
     pixels: int
     """That count against the lane's bound."""

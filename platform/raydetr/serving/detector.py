@@ -66,7 +66,7 @@ class _Job:
     outcome: Result | Exception | None = None
     """Taken out by the client, for whom the batch puts it here. An exception would hold the whole batch by its frames."""
     in_background: bool = False
-    """Nobody waits for it."""
+    """No client waits for it."""
     since: float = field(default_factory=time.monotonic)
     gone: bool = False
     """Its client does not wait any more."""

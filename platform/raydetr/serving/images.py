@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from detr.detector import PreparedImage, prepare_image
+from detr.image_processing.container import read_container
 from detr.image_processing.decode import (
     DEFAULT_MAX_COST,
     DEFAULT_MAX_PIXELS,
@@ -73,14 +74,15 @@ def inspect_image(data: bytes, limits: Limits, number: int | None = None) -> Ins
             too long to decode.
     """
     try:
-        height, width = image_size(data, formats=WEB_FORMATS)
+        container = read_container(data)
+        height, width = image_size(container, formats=WEB_FORMATS)
         if height * width > limits.max_pixels:
             raise RequestError(
                 413,
                 f"{called(number)} has {height} x {width} pixels, the limit is {limits.max_pixels}: send a smaller "
                 "one.",
             )
-        return Inspected(height * width, check_cost(data, limits.decode_s, WEB_FORMATS))
+        return Inspected(height * width, check_cost(container, limits.decode_s, WEB_FORMATS))
     except ImageCostError as error:
         raise _too_costly(error, number) from error
     except ImageError as error:

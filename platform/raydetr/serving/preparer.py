@@ -193,7 +193,9 @@ def _refusal(lost: WorkerLost, task: Task) -> RequestError:
             413,
             f"{image} takes more than {task.cpu_s:g} s to decode: save it as a baseline JPEG, or smaller.",
         )
-    return RequestError(400, f"{image} cannot be decoded: it ends the decoder. Save it anew.")
+    return RequestError(
+        400, f"{image} cannot be decoded: it ends the decoder. Save it again with an image editor."
+    )
 
 
 def _one_pixel() -> bytes:

@@ -57,7 +57,7 @@ def save(output: str, state: TrainingState, metadata: dict[str, Any], held: Held
         output: the run's folder.
         state: after `state.step` steps.
         metadata: kept as JSON in it.
-        held: the driver's lease of the folder; None: nobody else writes there.
+        held: the driver's lease of the folder; None: no other process writes there.
 
     Raises:
         StorageError: it cannot be written; earlier checkpoints are untouched.

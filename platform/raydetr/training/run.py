@@ -130,7 +130,7 @@ def open_run(config: TrainConfig, manifest: Manifest, asked_model: str = "") -> 
 
 
 def require_same_run(config: TrainConfig) -> None:
-    """Check that the finished run in the output folder is the one that is asked for.
+    """Check that the finished run in the output folder is the requested one.
 
     Args:
         config: its model as `pinned_model` has it.

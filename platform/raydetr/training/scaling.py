@@ -136,7 +136,7 @@ class Trainer(TorchTrainer):
     def _create_default_callbacks(self) -> Any:
         """Ray's, on a local Ray without the one that outlives the driver: there nothing does.
 
-        It looks for the cluster's address anew, and ends in a traceback where the machine runs another Ray.
+        It looks up the cluster's address again, and ends in a traceback where the machine runs another Ray.
         """
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]
         if not ray_internals.is_local():
