@@ -103,14 +103,14 @@ def set_loss(
             check_masks(labels)
         cost = MatchingCost(config.class_cost, config.bbox_cost, config.giou_cost)
         matching = hungarian_matching(logits, pred_boxes, targets, cost, labels)
-        weights = _image_weights(image_weights, logits)
+        weights = weights_of_images(image_weights, logits)
         if num_boxes is None:
-            num_boxes = _weighted_counts(targets.counts, weights).clamp(min=1)
+            num_boxes = weighted_sum(targets.counts, weights).clamp(min=1)
         if class_weight_sum is None:
             queries = logits.shape[2]
             matched = [min(n, queries) for n in targets.counts]
             per_image = [m + config.eos_coefficient * (queries - m) for m in matched]
-            class_weight_sum = _weighted_counts(per_image, weights)
+            class_weight_sum = weighted_sum(per_image, weights)
             class_weight_sum = torch.where(class_weight_sum > 0, class_weight_sum, 1)
         terms = {
             "loss_ce": _loss_ce(logits, targets, matching, weights, config.eos_coefficient)
@@ -143,8 +143,8 @@ def set_loss(
     return loss, loss_dict
 
 
-def _image_weights(image_weights: Tensor | None, logits: Tensor) -> Tensor:
-    """float [B] on the device and in the dtype of the logits."""
+def weights_of_images(image_weights: Tensor | None, logits: Tensor) -> Tensor:
+    """The weight of each image, 1 by default: float [B] on the device and in the dtype of the logits [L, B, Q, C]."""
     batch = logits.shape[1]
     if image_weights is None:
         return logits.new_ones(batch)
@@ -153,7 +153,8 @@ def _image_weights(image_weights: Tensor | None, logits: Tensor) -> Tensor:
     return image_weights.to(logits.device, logits.dtype, non_blocking=True)
 
 
-def _weighted_counts(counts: Sequence[float], weights: Tensor) -> Tensor:
+def weighted_sum(counts: Sequence[float], weights: Tensor) -> Tensor:
+    """Sum over the images of one number each times the image's weight, float []."""
     return (_on_device_of(weights, counts) * weights).sum()
 
 

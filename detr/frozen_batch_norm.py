@@ -92,9 +92,8 @@ class ConvolutionFolding:
 
     def running(self, net: nn.Module) -> AbstractContextManager[Any]:
         """A context in which to call ``net``, in this thread."""
-        is_replica = getattr(
-            net, "_is_replica", False
-        )  # of DataParallel: it has other modules in every forward
+        # A replica of DataParallel has other modules in every forward.
+        is_replica = getattr(net, "_is_replica", False)
         structure = structure_of(net) if may_branch_on_values() and not is_replica else None
         if structure is None:
             return nullcontext()
@@ -212,11 +211,9 @@ class _Tracer(fx.Tracer):
     _thread = 0  # also when everything is forgotten: another thread may still be on its way here
 
     def __init__(self) -> None:
+        timm = sys.modules.get("timm.models")  # without it there is no net of timm to trace
         get_notrace_functions, get_notrace_modules = (
-            getattr(
-                sys.modules.get("timm.models"), name, tuple
-            )  # without timm there is no net of timm to trace
-            for name in ("get_notrace_functions", "get_notrace_modules")
+            getattr(timm, name, tuple) for name in ("get_notrace_functions", "get_notrace_modules")
         )
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self._leaves = (FrozenBatchNorm2d, *get_notrace_modules())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detr.boxes import box_cxcywh_to_xyxy, elementwise_generalized_iou, elementwise_iou
 from detr.config import DetrConfig
-from detr.criterion import Labels
+from detr.criterion import Labels, weighted_sum, weights_of_images
 from detr.matcher import MatchingCost, hungarian_matching
 from detr.multiscale.assignment import assign_tokens, pad_targets
 from detr.multiscale.config import MultiScaleConfig
@@ -81,10 +81,9 @@ def multi_scale_loss(
         logits, boxes_cxcywh = logits.to(dtype), boxes_cxcywh.to(dtype)
         tokens = DensePredictions(tokens.logits.to(dtype), tokens.boxes_cxcywh.to(dtype), tokens.features)
         targets = gather_targets(labels, config.num_labels, logits.shape[1], logits.device, dtype)
-        weights = _image_weights(image_weights, logits)
+        weights = weights_of_images(image_weights, logits)
         if num_boxes is None:
-            counts = torch.tensor(targets.counts, dtype=dtype).to(logits.device, non_blocking=True)
-            num_boxes = (counts * weights).sum().clamp(min=1)
+            num_boxes = weighted_sum(targets.counts, weights).clamp(min=1)
         of_layers = _set_terms(logits, boxes_cxcywh, targets, labels, config, weights)
         of_tokens = _dense_terms(tokens, grid, targets, settings, weights)
         coefficients = (1.0, config.bbox_loss_coefficient, config.giou_loss_coefficient)
@@ -97,17 +96,6 @@ def multi_scale_loss(
             terms[f"loss_{name}"], terms[f"loss_dense_{name}"] = per_layer[last], dense
             terms |= {f"loss_{name}_{layer}": per_layer[layer] for layer in range(last)}
     return loss, terms
-
-
-def _image_weights(image_weights: Tensor | None, logits: Tensor) -> Tensor:
-    """float [B] on the device and in the dtype of the logits [L, B, Q, C]."""
-    if image_weights is None:
-        return logits.new_ones(logits.shape[1])
-    if image_weights.shape != logits.shape[1:2]:
-        raise ValueError(
-            f"image_weights must have shape [{logits.shape[1]}], got {list(image_weights.shape)}"
-        )
-    return image_weights.to(logits.device, logits.dtype, non_blocking=True)
 
 
 def _set_terms(

@@ -83,10 +83,11 @@ def box_of(segmentation: Mapping[str, Any] | None) -> list[float] | None:
         box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
     else:
         rle = segmentation["rle"]
-        if not rle_covers(rle):
-            return None
         counts = rle["runs"] if rle["counts"] is None else rle["counts"]
-        box = box_of_rle({"size": rle["size"], "counts": counts}, "a mask")
+        try:
+            box = box_of_rle({"size": rle["size"], "counts": counts}, "a mask")
+        except ValueError:
+            return None
     return box if min(box[2:]) > 0 else None
 
 

@@ -1,7 +1,7 @@
-"""How much of a data set can be trained on, and whether that is enough: one judgement for ingest, training and doctor."""
+"""How much of a data set can be trained on, and whether that is enough: one judgment for ingest, training and doctor."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from raydetr.data.report import count_faults, fault_lines
@@ -37,7 +37,7 @@ class Usable:
     lost_objects: int = 0
 
     def __add__(self, other: "Usable") -> "Usable":
-        return Usable(*(mine + its for mine, its in zip(_values(self), _values(other), strict=True)))
+        return Usable(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
     def add(self, record: Mapping[str, Any]) -> "Usable":
         """With a record."""
@@ -156,14 +156,3 @@ def _common_folder(faults: Iterable[Fault], code: str) -> str:
     """The folder that all images with a fault are in, in words; empty where there is none of its own."""
     folders = {fault.file.rpartition("/")[0] for fault in faults if fault.code == code}
     return f" (all are in {folders.pop()}/)" if len(folders) == 1 and "" not in folders else ""
-
-
-def _values(usable: Usable) -> tuple[int, ...]:
-    return (
-        usable.images,
-        usable.unusable_images,
-        usable.objects,
-        usable.unusable_objects,
-        usable.crowds,
-        usable.lost_objects,
-    )
