@@ -113,7 +113,7 @@ def decode_cost(data: bytes | Container, formats: Sequence[str] = FORMATS) -> fl
         formats: some of `FORMATS`.
 
     Returns:
-        seconds on a core that decodes 100 megapixels of baseline JPEG a second, within a factor of about 3.
+        seconds of a slow core; `benchmarks/decoding_cost.py` compares them with measured ones.
 
     Raises:
         ImageError: as `image_size`.

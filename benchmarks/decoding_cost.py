@@ -1,0 +1,93 @@
+"""How far the estimated cost of decoding an image is from the processor time that it takes.
+
+    python benchmarks/decoding_cost.py [--edge 2400]
+
+Photo-like images in every format that is decoded, with the options that change the work. Prints, for each, the estimate,
+the time of the fastest of three runs and their ratio, and at the end the range of the ratios.
+"""
+
+import argparse
+import io
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the images that the tests make
+
+from detr.image_processing.decode import decode_cost, decode_image
+from tests.raydetr.serving.costly import interlaced_png, progressive_jpeg
+
+
+def photo(edge: int) -> Image.Image:
+    """Smooth areas with noise, 3:4."""
+    generator = np.random.default_rng(0)
+    small = Image.fromarray(generator.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    smooth = np.asarray(small.resize((edge * 4 // 3, edge), Image.Resampling.BICUBIC), np.int16)
+    return Image.fromarray((smooth + generator.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+def files(edge: int) -> dict[str, bytes]:
+    """Encoded images by name."""
+    image = photo(edge)
+    cases: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "JPEG 4:2:0": ("RGB", "JPEG", {"quality": 85}),
+        "JPEG 4:4:4": ("RGB", "JPEG", {"quality": 95, "subsampling": 0}),
+        "JPEG progressive 4:2:0": ("RGB", "JPEG", {"quality": 85, "progressive": True}),
+        "JPEG progressive 4:4:4": ("RGB", "JPEG", {"quality": 95, "subsampling": 0, "progressive": True}),
+        "JPEG gray": ("L", "JPEG", {"quality": 85}),
+        "JPEG CMYK": ("CMYK", "JPEG", {"quality": 85}),
+        "PNG RGB": ("RGB", "PNG", {}),
+        "PNG RGBA": ("RGBA", "PNG", {}),
+        "PNG palette": ("P", "PNG", {}),
+        "PNG gray": ("L", "PNG", {}),
+        "WebP lossy": ("RGB", "WEBP", {"quality": 80, "method": 0}),
+        "WebP lossless": ("RGB", "WEBP", {"lossless": True, "method": 0}),
+        "GIF": ("P", "GIF", {}),
+        "TIFF LZW": ("RGB", "TIFF", {"compression": "tiff_lzw"}),
+        "TIFF raw": ("RGB", "TIFF", {}),
+        "BMP": ("RGB", "BMP", {}),
+        "PPM": ("RGB", "PPM", {}),
+    }
+    size = image.height, image.width
+    made = {"JPEG of 60 scans": progressive_jpeg(*size, 60), "PNG interlaced": interlaced_png(*size)}
+    for name, (mode, form, options) in cases.items():
+        stream = io.BytesIO()
+        image.convert(mode).save(stream, form, **options)
+        made[name] = stream.getvalue()
+    return made
+
+
+def seconds(data: bytes) -> float:
+    """Processor time of decoding, the least of three."""
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        decode_image(data, max_cost=1000)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--edge", type=int, default=2400)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    ratios = []
+    print("| file | kB | estimate, s | measured, s | ratio |\n|---|---|---|---|---|")
+    for name, data in files(options.edge).items():
+        estimate, measured = decode_cost(data), seconds(data)
+        ratios.append(estimate / measured)
+        print(f"| {name} | {len(data) / 1000:,.0f} | {estimate:.3f} | {measured:.3f} | {ratios[-1]:.2f} |")
+    print(f"\nestimate / measured: {min(ratios):.2f} to {max(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
