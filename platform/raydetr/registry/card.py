@@ -84,5 +84,13 @@ def model_card(
         ),
         figures=f"| of training | |\n|---|---|\n{rows}" if rows else "None were known when this was written.",
         kind="DetrForSegmentation" if masks else "DetrForObjectDetection",
-        also="" if config.get("multi_scale") else "  # or from transformers",
+        also="  # or from transformers" if _is_of_transformers(config) else "",
     )
+
+
+def _is_of_transformers(config: Mapping[str, Any]) -> bool:
+    """Whether transformers predicts the same from this folder: see "Loading" in docs/detr.md."""
+    if config.get("multi_scale"):
+        return False
+    backbone = str((config.get("backbone_config") or {}).get("backbone") or "resnet")
+    return config.get("compat") == "transformers" or backbone.startswith("resnet")

@@ -11,6 +11,7 @@ are in `OUTPUT/validations/step-00000200.json`, which stay when the checkpoint i
 """
 
 import io
+import logging
 import os
 import pickle
 import tempfile
@@ -28,6 +29,12 @@ from raydetr.training.state import TrainingState
 MARKER = "COMPLETE"
 PREFIX = "step-"
 STATE = "state.json"
+
+# Meant for users who save a model by hand: a run would repeat it in every process. The model
+# card names transformers only where it predicts the same.
+logging.getLogger("detr.checkpoint").addFilter(
+    lambda record: "transformers can load it but predicts differently" not in record.msg
+)
 
 
 def address(output: str, step: int) -> str:
