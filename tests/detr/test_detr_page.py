@@ -40,7 +40,7 @@ def collate(items):
 
 
 def test_the_page_has_blocks():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 @pytest.mark.filterwarnings("ignore")
