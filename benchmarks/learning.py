@@ -50,7 +50,10 @@ def build(task: Task, recipe: Recipe, names: list[str], seed: int, size: dict[st
     torch.manual_seed(seed)
     config = DetrConfig(
         backbone="efficientnet_lite0",
-        backbone_kwargs={"out_indices": list(task.out_indices)},
+        # the multi-scale architecture has no use for a map of stride 2
+        backbone_kwargs={
+            "out_indices": [i for i in task.out_indices if i or "multi_scale" not in recipe.network]
+        },
         encoder_attention_heads=8,
         decoder_attention_heads=8,
         dropout=recipe.dropout,

@@ -243,7 +243,7 @@ def check_pixels(pixel_values: Tensor | None, pixel_mask: Tensor | None) -> Tens
     return pixel_values
 
 
-def _refuse_for_multi_scale(**arguments: Any) -> None:
+def refuse_for_multi_scale(**arguments: Any) -> None:
     """Raise ValueError where an argument is given that the multi-scale architecture has no place for."""
     given = [name for name, value in arguments.items() if value is not None]
     if given:
@@ -372,7 +372,7 @@ class DetrForObjectDetection(DetrPreTrainedModel):
         """
         as_dict = self.config.return_dict if return_dict is None else return_dict
         if self.multi_scale is not None:
-            _refuse_for_multi_scale(
+            refuse_for_multi_scale(
                 decoder_attention_mask=decoder_attention_mask,
                 encoder_outputs=encoder_outputs,
                 inputs_embeds=inputs_embeds,

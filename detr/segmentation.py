@@ -14,7 +14,14 @@ from torch import Tensor
 from detr.config import DetrConfig
 from detr.initialization import init_mask_head
 from detr.mask_head import BoxAttention, MaskContext, MaskHead
-from detr.model import DetrForObjectDetection, ImageFeatures, hidden_outputs
+from detr.model import (
+    DetrForObjectDetection,
+    ImageFeatures,
+    check_pixels,
+    hidden_outputs,
+    refuse_for_multi_scale,
+)
+from detr.multiscale.masks import MultiScaleMaskHead
 from detr.outputs import DetrEncoderOutput, DetrModelOutput, DetrSegmentationOutput
 from detr.pretrained import DetrPreTrainedModel
 
@@ -37,11 +44,13 @@ class DetrForSegmentation(DetrPreTrainedModel):
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__(config)
-        if config.multi_scale is not None:
-            raise ValueError(
-                "config.multi_scale is set: that architecture has no masks yet; use DetrForObjectDetection"
-            )
         self.detr = DetrForObjectDetection(config)
+        self.mask_head: MaskHead | MultiScaleMaskHead
+        if self.detr.multi_scale is not None:
+            self.mask_head = MultiScaleMaskHead(
+                config, self.detr.multi_scale.backbone.conv_encoder.strides[0]
+            )
+            return
         self.mask_head = MaskHead(config, self.detr.model.backbone.conv_encoder.channels)
         self.bbox_attention = BoxAttention(config)
         gain = config.init_xavier_std if config.compat == "transformers" else 1.0
@@ -95,6 +104,28 @@ class DetrForSegmentation(DetrPreTrainedModel):
         Raises:
             ValueError: an argument or a label does not fit; the message says which.
         """
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        if self.detr.multi_scale is not None:
+            refuse_for_multi_scale(
+                decoder_attention_mask=decoder_attention_mask,
+                encoder_outputs=encoder_outputs,
+                inputs_embeds=inputs_embeds,
+                decoder_inputs_embeds=decoder_inputs_embeds,
+                output_attentions=output_attentions or None,
+                output_hidden_states=output_hidden_states or None,
+            )
+            output = self.detr.multi_scale(
+                check_pixels(pixel_values, pixel_mask),
+                pixel_mask,
+                labels,
+                num_boxes=num_boxes,
+                image_weights=image_weights,
+                mask_head=self.mask_head,
+            )
+            if min_score is not None:
+                wanted = _kept(output.logits, min_score)[..., None, None]
+                output.pred_masks = torch.where(wanted, output.pred_masks, NO_MASK)
+            return output if as_dict else output.to_tuple()
         if inputs_embeds is not None:
             raise ValueError(
                 "inputs_embeds skips the backbone, whose feature maps the mask head needs: give pixel_values"
@@ -111,7 +142,6 @@ class DetrForSegmentation(DetrPreTrainedModel):
         output = self.segment(
             features, outputs, labels, num_boxes, class_weight_sum, image_weights, min_score=min_score
         )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
     def segment(

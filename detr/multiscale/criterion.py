@@ -16,10 +16,12 @@ from torch import Tensor
 from detr.boxes import box_cxcywh_to_xyxy, elementwise_generalized_iou, elementwise_iou
 from detr.config import DetrConfig
 from detr.criterion import Labels, weighted_sum, weights_of_images
-from detr.matcher import MatchingCost, hungarian_matching
+from detr.matcher import Matching, MatchingCost, hungarian_matching
 from detr.multiscale.assignment import assign_tokens, pad_targets
 from detr.multiscale.config import MultiScaleConfig
 from detr.multiscale.dense_head import DensePredictions
+from detr.multiscale.mask_loss import mask_terms
+from detr.multiscale.masks import MaskContext
 from detr.multiscale.scores import softmax_logits
 from detr.multiscale.tokens import TokenGrid
 from detr.targets import Targets, gather_targets
@@ -55,6 +57,7 @@ def multi_scale_loss(
     *,
     num_boxes: float | Tensor | None = None,
     image_weights: Tensor | None = None,
+    masks: MaskContext | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch, computed in float32 (float64 for float64 predictions), also under autocast.
 
@@ -68,10 +71,12 @@ def multi_scale_loss(
         settings: of the dense losses.
         num_boxes: what every sum is divided by; None: the number of target boxes in this batch, at least 1.
         image_weights: float [B], the weight of each image in every term; None: 1 each.
+        masks: of the last layer's queries, for segmentation; the labels then need ``masks`` [n, H_i, W_i] too.
 
     Returns:
         The weighted sum, float [], and the terms ``loss_ce``, ``loss_bbox`` and ``loss_giou`` of the last layer, with ``_i``
-        those of layer i, and with ``dense_`` those of the tokens (``loss_dense_ce``).
+        those of layer i, and with ``dense_`` those of the tokens (``loss_dense_ce``); ``loss_mask`` and ``loss_dice`` of the
+        last layer, with ``masks``.
 
     Raises:
         ValueError: a label is wrong; the message names the image.
@@ -84,7 +89,9 @@ def multi_scale_loss(
         weights = weights_of_images(image_weights, logits)
         if num_boxes is None:
             num_boxes = weighted_sum(targets.counts, weights).clamp(min=1)
-        of_layers = _set_terms(logits, boxes_cxcywh, targets, labels, config, weights)
+        cost = MatchingCost(config.class_cost, config.bbox_cost, config.giou_cost)
+        matching = hungarian_matching(softmax_logits(logits.detach()), boxes_cxcywh, targets, cost, labels)
+        of_layers = _set_terms(logits, boxes_cxcywh, targets, matching, weights)
         of_tokens = _dense_terms(tokens, grid, targets, settings, weights)
         coefficients = (1.0, config.bbox_loss_coefficient, config.giou_loss_coefficient)
         loss = torch.zeros((), dtype=dtype, device=logits.device)
@@ -95,15 +102,18 @@ def multi_scale_loss(
             loss = loss + coefficient * (per_layer.sum() + settings.dense_loss_coefficient * dense)
             terms[f"loss_{name}"], terms[f"loss_dense_{name}"] = per_layer[last], dense
             terms |= {f"loss_{name}_{layer}": per_layer[layer] for layer in range(last)}
+        if masks is not None:
+            of_masks = mask_terms(masks, grid, labels, targets, matching, weights)
+            terms |= {name: total / num_boxes for name, total in of_masks.items()}
+            loss = loss + config.mask_loss_coefficient * terms["loss_mask"]
+            loss = loss + config.dice_loss_coefficient * terms["loss_dice"]
     return loss, terms
 
 
 def _set_terms(
-    logits: Tensor, boxes: Tensor, targets: Targets, labels: Labels, config: DetrConfig, weights: Tensor
+    logits: Tensor, boxes: Tensor, targets: Targets, matching: Matching, weights: Tensor
 ) -> dict[str, Tensor]:
     """Weighted sums of the terms of each layer, float [L] each, after one-to-one matching."""
-    cost = MatchingCost(config.class_cost, config.bbox_cost, config.giou_cost)
-    matching = hungarian_matching(softmax_logits(logits.detach()), boxes, targets, cost, labels)
     predicted = boxes.flatten(1, 2).gather(1, matching.query[..., None].expand(-1, -1, 4))
     wanted = targets.boxes_cxcywh[matching.target]
     distance, overlap, giou = _box_distances(predicted, wanted)

@@ -25,10 +25,11 @@ from detr.multiscale.criterion import multi_scale_loss
 from detr.multiscale.decoder import RefiningDecoder
 from detr.multiscale.dense_head import DenseHead, DensePredictions
 from detr.multiscale.hybrid_encoder import GROUPS, HybridEncoder, token_positions
+from detr.multiscale.masks import MultiScaleMaskHead
 from detr.multiscale.scores import softmax_logits
 from detr.multiscale.selection import distinct_tokens
 from detr.multiscale.tokens import TokenGrid, token_grid
-from detr.outputs import DetrObjectDetectionOutput
+from detr.outputs import DetrObjectDetectionOutput, DetrSegmentationOutput
 
 
 class MultiScaleDetector(nn.Module):
@@ -73,13 +74,18 @@ class MultiScaleDetector(nn.Module):
         *,
         num_boxes: float | Tensor | None = None,
         image_weights: Tensor | None = None,
-    ) -> DetrObjectDetectionOutput:
-        """Detect, and compute the loss where labels are given; arguments are those of `DetrForObjectDetection`.
+        mask_head: MultiScaleMaskHead | None = None,
+    ) -> DetrObjectDetectionOutput | DetrSegmentationOutput:
+        """Detect, and compute the loss where labels are given; arguments are those of `DetrForObjectDetection`, and
+
+        Args:
+            mask_head: that of `DetrForSegmentation`, to return its output. With labels no gradient flows through it.
 
         Raises:
             ValueError: an argument or a label does not fit; the message says which.
         """
-        grid, tokens, logits, boxes, states = self.predict(pixel_values, pixel_mask)
+        grid, tokens, finest, logits, boxes, states = self.predict(pixel_values, pixel_mask)
+        masks = None if mask_head is None else mask_head(finest, grid, states, boxes[-1])
         loss = loss_dict = auxiliary_outputs = None
         all_logits = softmax_logits(logits)
         if labels is not None:
@@ -102,25 +108,36 @@ class MultiScaleDetector(nn.Module):
                 self.settings,
                 num_boxes=num_boxes,
                 image_weights=image_weights,
+                masks=masks,
             )
-        return DetrObjectDetectionOutput(
-            loss=loss,
-            loss_dict=loss_dict,
-            logits=all_logits[-1],
-            pred_boxes=boxes[-1],
-            auxiliary_outputs=auxiliary_outputs,
-            last_hidden_state=states,
-            encoder_last_hidden_state=tokens.features,
-        )
+        found = {
+            "loss": loss,
+            "loss_dict": loss_dict,
+            "logits": all_logits[-1],
+            "pred_boxes": boxes[-1],
+            "auxiliary_outputs": auxiliary_outputs,
+            "last_hidden_state": states,
+            "encoder_last_hidden_state": tokens.features,
+        }
+        if masks is None:
+            return DetrObjectDetectionOutput(**found)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and labels is None):
+            return DetrSegmentationOutput(**found, pred_masks=masks.logits())
 
     def predict(
         self, pixel_values: Tensor, pixel_mask: Tensor | None
-    ) -> tuple[TokenGrid, DensePredictions, Tensor, Tensor, Tensor]:
-        """The tokens of a batch, and the decoder's logits [L, B, Q, C], boxes [L, B, Q, 4] and states [B, Q, D]."""
+    ) -> tuple[TokenGrid, DensePredictions, Tensor, Tensor, Tensor, Tensor]:
+        """Predict what both kinds of outputs start from.
+
+        Returns:
+            The tokens' grid and predictions, the encoder's finest map [B, D, h, w], and the decoder's logits
+            [L, B, Q, C], boxes [L, B, Q, 4] and states [B, Q, D].
+        """
         maps = self.backbone(pixel_values)
         grid = token_grid(pixel_values, pixel_mask, maps, self.backbone.conv_encoder.strides)
         positions = token_positions(grid, self.config.d_model)
-        tokens = self.dense_head(self.encoder(maps, grid, positions), grid)
+        encoded = self.encoder(maps, grid, positions)
+        tokens = self.dense_head(encoded, grid)
         index, real = distinct_tokens(
             tokens.logits.detach(),
             tokens.boxes_cxcywh.detach(),
@@ -145,7 +162,7 @@ class MultiScaleDetector(nn.Module):
             positions[:, skipped:],
             grid.valid[:, skipped:] if grid.padded else None,
         )
-        return grid, tokens, *refined
+        return grid, tokens, encoded[0], *refined
 
 
 def _check(config: DetrConfig) -> None:

@@ -8,7 +8,6 @@ import torch
 from detr.config import DetrConfig
 from detr.image_processing.processor import DetrImageProcessor
 from detr.model import DetrForObjectDetection, DetrModel
-from detr.segmentation import DetrForSegmentation
 from tests.detr.multiscale.conftest import build_model
 from tests.ranks import process_group, run_ranks
 
@@ -198,7 +197,7 @@ def test_what_the_architecture_has_no_place_for_is_refused(make_model):
         model(pixels, decoder_inputs_embeds=torch.zeros(1, 12, 32))
     with pytest.raises(ValueError, match="pixel_mask is"):
         model(pixels, torch.ones(1, 60, 64))
-    for model_class in (DetrModel, DetrForSegmentation):
+    for model_class in (DetrModel,):
         with pytest.raises(ValueError, match="multi_scale"):
             model_class(model.config)
     with pytest.raises(ValueError, match="openvino"):
