@@ -89,7 +89,7 @@ def mask_losses(
         boxes_cxcywh: float [B, N, 4], of the objects.
         grid: of the tokens; its first map is that of the masks.
     """
-    batch, most, height, width = logits.shape
+    height, width = logits.shape[-2:]
     cells = height * width
     logits, wanted = logits.flatten(2), wanted.to(logits.dtype).flatten(2)
     valid = grid.valid[:, None, :cells]
