@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from detr.checkpoint import DEFAULT_MAX_SHARD_SIZE, load_model, save_model
+from detr.checkpoint import DEFAULT_MAX_SHARD_SIZE, load_model, save_model, warn_about_transformers
 from detr.config import DetrConfig
 from detr.fast import Engine, is_optimized, optimized, refuse_conversion
 from detr.transformer import Decoder, Encoder
@@ -58,6 +58,8 @@ class DetrPreTrainedModel(nn.Module):
     ) -> None:
         """Write ``config.json`` and ``model.safetensors``; see `detr.checkpoint.save_model`.
 
+        A model that transformers would load but predict differently is logged.
+
         Args:
             save_directory: the folder, which is created where missing.
             is_main_process: False writes nothing: of several processes one writes.
@@ -73,6 +75,7 @@ class DetrPreTrainedModel(nn.Module):
         if not safe_serialization:
             raise ValueError("safe_serialization=False: weights are written as safetensors only")
         if is_main_process:
+            warn_about_transformers(self)
             save_model(self, save_directory, max_shard_size, state_dict)
 
     @property
