@@ -89,7 +89,9 @@ def test_the_signal_is_answered_at_once_while_the_main_thread_is_in_c_code(tmp_p
         assert process.stderr is not None
         while not process.stderr.readline().startswith("SIGINT: stopping"):
             assert process.poll() is None
-        assert process.poll() is None, "it was said while the hash, which takes most of a minute, was computed"
+        assert process.poll() is None, (
+            "it was said while the hash, which takes most of a minute, was computed"
+        )
 
 
 def test_a_second_signal_ends_a_cleanup_that_hangs_and_one_that_is_delivered_twice_does_not(
