@@ -70,9 +70,9 @@ def find_errors(evaluation: Evaluation, matches: Matches, min_score: float) -> E
 def duplicate_share(evaluation: Evaluation, matches: Matches, min_score: float = 0.5) -> float:
     """Second detections of objects, as a share of the objects; 0 where there are none.
 
-    A second detection has an IoU of at least 0.5 with an object of its class, and no object is matched with it since
-    detections of higher scores have them all. TIDE's kind "duplicate" leaves out those that overlap an object of
-    another class as well.
+    A second detection has an IoU of at least 0.5 with an object of its class but no match, because detections
+    of higher scores are matched with all such objects. TIDE's kind "duplicate" omits those that overlap an
+    object of another class as well.
 
     Args:
         evaluation: of boxes.
@@ -132,7 +132,8 @@ def _overlaps(
         rows: int64 [n], of `matches`, the detections.
 
     Yields:
-        Positions in `rows` [d], objects of `matches` [o], their IoU float64 [d, o], and whether classes are the same.
+        Positions in `rows` [d], objects of `matches` [o], their IoU float64 [d, o], and bool [d, o],
+        whether they have the same class.
     """
     detections = _by_image(matches.image[rows], matches.num_images)
     objects = _by_image(matches.object_image, matches.num_images)
