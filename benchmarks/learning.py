@@ -203,6 +203,10 @@ def main() -> None:
     for data in given.data:
         if data not in tasks:
             parser.error(f"{data} is not learned on {given.device}")
+        if tasks[data].masks and any(RECIPES[name].library == "torchvision" for name in given.recipes):
+            parser.error(
+                f"{data} has masks, which torchvision's detectors here do not learn: take another --data"
+            )
     try:
         recipes = {name: change(RECIPES[name], given.set) for name in given.recipes}
     except ValueError as error:

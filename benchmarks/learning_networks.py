@@ -24,9 +24,6 @@ def build(task: Task, recipe: Recipe, names: list[str], seed: int, size: dict[st
         names: of the classes.
         seed: of the new weights.
         size: fields of `DetrConfig` that a recipe may override.
-
-    Raises:
-        ValueError: torchvision's detectors for masks.
     """
     torch.manual_seed(seed)
     indices = recipe.out_indices or task.out_indices
@@ -46,8 +43,6 @@ def build(task: Task, recipe: Recipe, names: list[str], seed: int, size: dict[st
         **{"num_queries": queries, **size, **network},
     )
     if recipe.library == "torchvision":
-        if task.masks:
-            raise ValueError("torchvision's detectors are compared on boxes: choose a data set without masks")
         rival = TorchvisionDetector(config=config, edge=task.test_edge, **recipe.network)
         load_pretrained_backbone(rival, weights_file(WEIGHTS))
         return rival
