@@ -88,7 +88,8 @@ RECIPES = {
         ema_decay=0.998,
     ),
     "faster-rcnn": replace(_RIVAL, network={"kind": "faster-rcnn"}),
-    "fcos": replace(_RIVAL, network={"kind": "fcos"}),
+    # as torchvision has it, without a map of stride 4: with one, AP on bccd was 0.33 after 3 minutes
+    "fcos": replace(_RIVAL, network={"kind": "fcos"}, out_indices=(2, 3, 4)),
 }
 
 _FIXED = ("library", "network")

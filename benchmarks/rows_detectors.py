@@ -1,8 +1,8 @@
 """Rows of the table about whole detectors: the multi-scale network next to torchvision's and the page's.
 
-They are the networks that `learning.py` trains: equal backbone, equal images, weights after the backbone new. Outputs
-are not equal, since the networks are not; what they learn is in docs/training.md. Both run eagerly in float32, but
-for the rows that say `optimize()`.
+They are the networks that `learning.py` trains, on equal images, with equal backbones and new weights behind
+them. Outputs are not equal, since the networks are not; docs/training.md says what they learn. Both run
+eagerly in float32, but for the rows that say `optimize()`.
 """
 
 from collections.abc import Callable

@@ -14,13 +14,11 @@ from torchvision.models.detection import FCOS, FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from detr import DetrConfig
 from detr.backbone import Backbone
 
-LEVELS = 5
-"""Maps of the pyramid: the four of strides 4 to 32, and one of stride 64."""
 _SMALLEST_BOX = 0.5
 """Pixels: of a side of a box that is trained on. torchvision refuses boxes without area."""
 
@@ -37,14 +35,19 @@ class Pyramid(nn.Module):
     """A backbone and the feature pyramid on it: float [B, 3, H, W] to maps of `out_channels`, by name.
 
     Args:
-        config: of the backbone; its maps have strides 4 to 32.
+        config: of the backbone.
         width: channels of every map.
+        coarser: what makes maps of further strides.
+
+    Attributes:
+        strides: of the backbone's maps, finest first.
     """
 
-    def __init__(self, config: DetrConfig, width: int) -> None:
+    def __init__(self, config: DetrConfig, width: int, coarser: ExtraFPNBlock) -> None:
         super().__init__()
         self.net = Backbone(config)
-        self.fpn = FeaturePyramidNetwork(self.net.conv_encoder.channels, width, LastLevelMaxPool())
+        self.strides = self.net.conv_encoder.strides
+        self.fpn = FeaturePyramidNetwork(self.net.conv_encoder.channels, width, coarser)
         self.out_channels = width
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
@@ -69,10 +72,11 @@ class TorchvisionDetector(nn.Module):
     def __init__(self, kind: str, config: DetrConfig, edge: int, width: int = 128) -> None:
         super().__init__()
         self.config = config
-        body = Pyramid(config, width)
         if kind == "faster-rcnn":
+            body = Pyramid(config, width, LastLevelMaxPool())
             self.detector: nn.Module = _faster_rcnn(body, config.num_labels, edge)
         elif kind == "fcos":
+            body = Pyramid(config, width, LastLevelP6P7(width, width))
             self.detector = _fcos(body, config.num_labels)
         else:
             raise ValueError(f"kind is {kind!r}: expected 'faster-rcnn' or 'fcos'")
@@ -131,12 +135,13 @@ class _AsGiven(GeneralizedRCNNTransform):
 
 def _faster_rcnn(body: Pyramid, classes: int, edge: int) -> FasterRCNN:
     """With fewer proposals than torchvision's 2,000 and 1,000, which small images do not need."""
-    sizes = tuple((edge * 2**level // 24,) for level in range(LEVELS))
+    maps = len(body.strides)
+    sizes = tuple((edge * 2**level // 24,) for level in range(maps + 1))
     return FasterRCNN(
         body,
         classes + 1,
-        rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * LEVELS),
-        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2),
+        rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+        box_roi_pool=MultiScaleRoIAlign([str(level) for level in range(maps)], 7, 2),
         rpn_pre_nms_top_n_train=500,
         rpn_post_nms_top_n_train=300,
         rpn_pre_nms_top_n_test=300,
@@ -146,6 +151,8 @@ def _faster_rcnn(body: Pyramid, classes: int, edge: int) -> FasterRCNN:
 
 
 def _fcos(body: Pyramid, classes: int) -> FCOS:
-    """With anchors of the strides' sizes, as torchvision requires, and the paper's score threshold of 0.05."""
-    sizes = tuple((4 * 2**level,) for level in range(LEVELS))
-    return FCOS(body, classes, anchor_generator=AnchorGenerator(sizes, ((1.0,),) * LEVELS), score_thresh=0.05)
+    """With anchors of the strides' sizes, as torchvision requires, and the paper's score threshold, 0.05."""
+    coarsest = body.strides[-1]
+    sizes = tuple((stride,) for stride in (*body.strides, 2 * coarsest, 4 * coarsest))
+    anchors = AnchorGenerator(sizes, ((1.0,),) * len(sizes))
+    return FCOS(body, classes, anchor_generator=anchors, score_thresh=0.05)
