@@ -232,6 +232,12 @@ MUTATIONS = {
         "if False:",
         ("tests/detr/test_output_names.py",),
     ),
+    "a second detection of an object may be of another class": Mutation(
+        "platform/raydetr/evaluation/errors_by_kind.py",
+        "(same & (iou >= OVERLAP))",
+        "(iou >= OVERLAP)",
+        ("tests/raydetr/evaluation/test_errors_by_kind.py",),
+    ),
     "the bootstrap of a comparison is not paired": Mutation(
         "platform/raydetr/evaluation/compare.py",
         "[_side(truth, table, seed, resamples) for table in (old, new)]",
