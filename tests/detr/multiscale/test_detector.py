@@ -105,6 +105,25 @@ def test_a_prediction_depends_on_neither_neighbors_nor_the_batch_size(make_model
             )
 
 
+def test_a_prediction_does_not_depend_on_the_padding_of_the_maps(make_model, make_batch, monkeypatch):
+    model, (height, width) = make_model(), (90, 70)  # multiples of no stride
+    alone = make_batch(((height, width),), dtype=torch.float64)
+    padded = torch.zeros(1, 3, 160, 128, dtype=torch.float64)
+    padded[..., :height, :width] = alone.pixel_values
+    mask = torch.zeros(1, 160, 128)
+    mask[:, :height, :width] = 1
+    backbone = model.multi_scale.backbone
+    with torch.no_grad():
+        maps, larger = backbone(alone.pixel_values), backbone(padded)
+        expected = model(alone.pixel_values)
+        for own, other in zip(maps, larger, strict=True):
+            other.fill_(7.0)[..., : own.shape[-2], : own.shape[-1]] = own
+        monkeypatch.setattr(backbone, "forward", lambda _: larger)
+        got = model(padded, mask)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got.pred_boxes, expected.pred_boxes, rtol=1e-10, atol=1e-10)
+
+
 def test_every_parameter_learns_without_auxiliary_losses_too(make_model, make_batch):
     model = make_model()
     _, found = gradients(model, make_batch(SIZES[:2], dtype=torch.float64))
