@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from detr.config import DetrConfig
 from detr.multiscale.hybrid_encoder import SeparableConvolution
 from detr.multiscale.tokens import TokenGrid
+from detr.transformer import run_layer
 
 PRIOR_LOGIT = -4.0
 """Of every class at the start: hardly any token is an object (the prior of focal loss, which was 0.01)."""
@@ -52,6 +54,7 @@ class DenseHead(nn.Module):
     def __init__(self, config: DetrConfig, convolutions: int) -> None:
         super().__init__()
         dim = config.d_model
+        self.checkpointing: dict[str, Any] | None = None  # see `run_layer`
         self.class_tower = nn.ModuleList(SeparableConvolution(dim) for _ in range(convolutions))
         self.box_tower = nn.ModuleList(SeparableConvolution(dim) for _ in range(convolutions))
         self.class_labels_classifier = nn.Linear(dim, config.num_labels)
@@ -67,14 +70,14 @@ class DenseHead(nn.Module):
 
     def towers(self, maps: Sequence[Tensor], grid: TokenGrid) -> tuple[list[Tensor], list[Tensor]]:
         """Features for classes and for boxes, float [B, D, h_i, w_i] each, of such maps, finest first."""
-        return _run(self.class_tower, maps, grid), _run(self.box_tower, maps, grid)
+        return self._run(self.class_tower, maps, grid), self._run(self.box_tower, maps, grid)
 
     def forward(
         self, class_maps: Sequence[Tensor], box_maps: Sequence[Tensor], grid: TokenGrid
     ) -> DensePredictions:
         """Predict from what `towers` returns. Linear layers run outside autocast: see `detr.model`."""
         of_class, of_box = (
-            torch.cat([each.flatten(2) for each in maps], 2).transpose(1, 2)
+            torch.cat([each.flatten(2).transpose(1, 2) for each in maps], 1)
             for maps in (class_maps, box_maps)
         )
         with torch.autocast(device_type=of_class.device.type, enabled=False):
@@ -85,12 +88,11 @@ class DenseHead(nn.Module):
             sizes = _SIZE * grid.sizes_wh * raw[..., 2:].clamp(-4, 4).exp()
         return DensePredictions(logits, torch.cat((centers, sizes), -1), of_class + of_box)
 
-
-def _run(tower: nn.ModuleList, maps: Sequence[Tensor], grid: TokenGrid) -> list[Tensor]:
-    results = []
-    for each, real in zip(maps, grid.masks(maps[0].dtype), strict=True):
-        x = each
-        for convolution in tower:
-            x = convolution(x, real)
-        results.append(x)
-    return results
+    def _run(self, tower: nn.ModuleList, maps: Sequence[Tensor], grid: TokenGrid) -> list[Tensor]:
+        results = []
+        for each, real in zip(maps, grid.masks(maps[0].dtype), strict=True):
+            x = each
+            for convolution in tower:
+                x = run_layer(self, convolution, x, real)
+            results.append(x)
+        return results
