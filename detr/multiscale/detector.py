@@ -133,7 +133,7 @@ class MultiScaleDetector(nn.Module):
         """All convolutions: the backbone, the hybrid encoder and the towers of the dense head."""
         maps = self.backbone(pixel_values)
         grid = token_grid(pixel_values, pixel_mask, maps, self.backbone.conv_encoder.strides)
-        encoded = self.encoder(maps, grid, token_positions(grid, self.config.d_model))
+        encoded = self.encoder(maps, grid)
         return EncodedMaps(encoded[0], *self.dense_head.towers(encoded, grid))
 
     def predict(
@@ -142,7 +142,6 @@ class MultiScaleDetector(nn.Module):
         """The tokens of a batch, and the decoder's logits [L, B, Q, C], boxes [L, B, Q, 4] and states [B, Q, D]."""
         encoded = self.encode(pixel_values, pixel_mask)
         grid = token_grid(pixel_values, pixel_mask, encoded.class_maps, self.backbone.conv_encoder.strides)
-        positions = token_positions(grid, self.config.d_model)
         tokens = self.dense_head(encoded.class_maps, encoded.box_maps, grid)
         index, real = distinct_tokens(
             tokens.logits.detach(),
@@ -165,7 +164,7 @@ class MultiScaleDetector(nn.Module):
             logits,
             boxes,
             tokens.features[:, skipped:],
-            positions[:, skipped:],
+            token_positions(grid.centers_xy[:, skipped:], self.config.d_model),
             grid.valid[:, skipped:] if grid.padded else None,
         )
         return grid, tokens, *refined

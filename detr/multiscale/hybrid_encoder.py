@@ -27,7 +27,8 @@ class PositionNorm(nn.LayerNorm):
     """Layer norm over the channels of each position of a map, float [B, D, h, w] to the same shape.
 
     Its statistics are those of one position: unlike those of group norm they depend on neither padding nor the size of
-    the image. ViTDet (https://arxiv.org/abs/2203.16527) has it in pyramid and heads too.
+    Its statistics are those of one position: they depend on neither padding nor the size of the image. ViTDet
+    (https://arxiv.org/abs/2203.16527) has it in pyramid and heads too.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,16 +36,14 @@ class PositionNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class SeparableConvolution(nn.Sequential):
+class SeparableConvolution(nn.Module):
     """3 x 3 depthwise, 1 x 1 pointwise, norm, SiLU: float [B, D, h, w] to the same shape."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__(
-            nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False),
-            nn.Conv2d(dim, dim, 1, bias=False),
-            PositionNorm(dim),
-            nn.SiLU(),
-        )
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.pointwise = nn.Conv2d(dim, dim, 1, bias=False)
+        self.norm = PositionNorm(dim)
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         """Compute.
@@ -54,13 +53,14 @@ class SeparableConvolution(nn.Sequential):
             real: float [B, 1, h, w], 0 on padding, which is to look to the image as the zeros around a map do; None
                 where there is none.
         """
-        return super().forward(x if real is None else x * real)
+        x = x if real is None else x * real
+        return F.silu(self.norm(self.pointwise(self.depthwise(x))))
 
 
-def token_positions(grid: TokenGrid, dim: int) -> Tensor:
-    """The position embeddings of all tokens, float [B, S, D]."""
-    sizes = torch.full_like(grid.centers_xy, _TOKEN_SIZE)
-    return box_embedding(torch.cat((grid.centers_xy, sizes), -1), dim)
+def token_positions(centers_xy: Tensor, dim: int) -> Tensor:
+    """The position embeddings float [B, S, D] of tokens with centers float [B, S, 2]."""
+    sizes = torch.full_like(centers_xy, _TOKEN_SIZE)
+    return box_embedding(torch.cat((centers_xy, sizes), -1), dim)
 
 
 class HybridEncoder(nn.Module):
@@ -81,13 +81,12 @@ class HybridEncoder(nn.Module):
         init_as_original(self.encoder)
         self.fusions = nn.ModuleList(SeparableConvolution(config.d_model) for _ in channels)
 
-    def forward(self, maps: Sequence[Tensor], grid: TokenGrid, positions: Tensor) -> list[Tensor]:
+    def forward(self, maps: Sequence[Tensor], grid: TokenGrid) -> list[Tensor]:
         """Encode.
 
         Args:
             maps: float [B, C_i, h_i, w_i], finest first.
             grid: of these maps.
-            positions: float [B, S, D].
 
         Returns:
             float [B, D, h_i, w_i] for every map.
@@ -95,7 +94,7 @@ class HybridEncoder(nn.Module):
         projected = [project(each) for project, each in zip(self.projections, maps, strict=True)]
         coarsest = projected[-1].flatten(2).transpose(1, 2)
         keep = grid.per_map(grid.valid)[-1] if grid.padded else None
-        position = grid.per_map(positions)[-1].to(coarsest.dtype)
+        position = token_positions(grid.per_map(grid.centers_xy)[-1], coarsest.shape[-1]).to(coarsest.dtype)
         encoded = self.encoder(coarsest, keep, position).last_hidden_state
         real = grid.masks(coarsest.dtype)
         above = self.fusions[-1](encoded.transpose(1, 2).reshape(projected[-1].shape), real[-1])
