@@ -147,6 +147,18 @@ MUTATIONS = {
         "_ROUNDS = 1",
         ("tests/detr/multiscale/test_selection.py",),
     ),
+    "convolutions look into the padding": Mutation(
+        "detr/multiscale/hybrid_encoder.py",
+        "x = x if real is None else x * real",
+        "x = x if real is None else x",
+        ("tests/detr/multiscale/test_detector.py",),
+    ),
+    "an image has more tokens the more padding it has": Mutation(
+        "detr/multiscale/tokens.py",
+        "(corner < sizes[:, None]).all(-1)",
+        "(corner < sizes[:, None] + extent).all(-1)",
+        ("tests/detr/multiscale/test_detector.py",),
+    ),
     "padding may become a query": Mutation(
         "detr/multiscale/selection.py",
         "- 2 * gap * (~grid.valid)",

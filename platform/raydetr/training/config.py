@@ -293,7 +293,7 @@ class TrainConfig:
     def require_multi_scale(self) -> None:
         """Raise ConfigError where a setting does not fit the multi-scale architecture."""
         plain: dict[str, object] = {"query_groups": 1, "cell_loss": 0.0, "local_attention": False}
-        plain |= {"compile": False, "activation_checkpointing": False}
+        plain |= {"compile": False}
         for name, value in plain.items():
             remedy = "a multi-scale model has no place for it: use --recipe multi-scale"
             _require(getattr(self, name) == value, self, name, remedy)
