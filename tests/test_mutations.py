@@ -71,7 +71,7 @@ MUTATIONS = {
     ),
     "costly images get no lane of their own": Mutation(
         "platform/raydetr/serving/preparer.py",
-        "costly = [job for job in jobs if job.seconds > LIGHT_S or 3 * job.pixels > self.limits.max_pixels]",
+        "costly = [job for job in jobs if job.seconds > light_s or 3 * job.pixels > self.limits.max_pixels]",
         "costly: list[Job] = []",
         ("tests/raydetr/serving/test_preparer.py",),
     ),
@@ -89,7 +89,7 @@ MUTATIONS = {
     ),
     "one client may take all places": Mutation(
         "platform/raydetr/serving/shares.py",
-        "return amount > free or self._held.get(client, 0.0) >= FACTOR * free",
+        "return amount > free or self.held(client) >= FACTOR * free",
         "return amount > free",
         ("tests/raydetr/serving/test_shares.py", "tests/raydetr/serving/test_service.py"),
     ),
