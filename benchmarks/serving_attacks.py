@@ -1,11 +1,11 @@
 """A client that sends photos to an endpoint, alone and next to attacks: how long it waits, and the endpoint's memory.
 
-    python benchmarks/serving_attacks.py [--seconds 30] [--costly 1000] [--slow 200] [--edge 480] [--json FILE]
+    python benchmarks/serving_attacks.py [--costly 1000] [--rounds 5] [--slow 200] [--seconds 60] [--json FILE]
 
 On loopback, with a local Ray and two tokens, one for each client. The attacks, one after the other: costly images
 (progressive JPEGs, interlaced and palette PNGs, animated WebP files, just below the limit on their estimated cost or
-above it), then connections whose bodies or headers never end. The targets: a p99 of at most twice the one alone, every
-photo answered, and an endpoint of bounded memory.
+above it), in turn with as much time of photos alone; then connections whose bodies or headers never end. The targets: a
+p99 of at most twice the one alone, every photo answered, and an endpoint of bounded memory.
 """
 
 import argparse

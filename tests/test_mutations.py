@@ -75,6 +75,18 @@ MUTATIONS = {
         "costly: list[Job] = []",
         ("tests/raydetr/serving/test_preparer.py",),
     ),
+    "costly images are computed together with the others": Mutation(
+        "platform/raydetr/serving/detector.py",
+        'return "costly" if isinstance(image, CostlyImage) else "client"',
+        'return "client"',
+        ("tests/raydetr/serving/test_detector.py",),
+    ),
+    "costly images are decoded at the priority of photos": Mutation(
+        "platform/raydetr/serving/decode_worker.py",
+        "if message[0]:",
+        "if False:",
+        ("tests/raydetr/serving/test_decoding.py",),
+    ),
     "a worker may use any amount of processor time": Mutation(
         "platform/raydetr/serving/decode_worker.py",
         "signal.setitimer(signal.ITIMER_PROF, task.cpu_s)",
