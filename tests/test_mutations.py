@@ -71,9 +71,21 @@ MUTATIONS = {
     ),
     "costly images get no lane of their own": Mutation(
         "platform/raydetr/serving/preparer.py",
-        "costly = [job for job in jobs if job.seconds > LIGHT_S or 3 * job.pixels > self.limits.max_pixels]",
+        "costly = [job for job in jobs if job.seconds > light_s or 3 * job.pixels > self.limits.max_pixels]",
         "costly: list[Job] = []",
         ("tests/raydetr/serving/test_preparer.py",),
+    ),
+    "costly images are computed together with the others": Mutation(
+        "platform/raydetr/serving/detector.py",
+        'return "costly" if isinstance(image, CostlyImage) else "client"',
+        'return "client"',
+        ("tests/raydetr/serving/test_detector.py",),
+    ),
+    "costly images are decoded at the priority of photos": Mutation(
+        "platform/raydetr/serving/decode_worker.py",
+        "if message[0]:",
+        "if False:",
+        ("tests/raydetr/serving/test_decoding.py",),
     ),
     "a worker may use any amount of processor time": Mutation(
         "platform/raydetr/serving/decode_worker.py",
@@ -89,7 +101,7 @@ MUTATIONS = {
     ),
     "one client may take all places": Mutation(
         "platform/raydetr/serving/shares.py",
-        "return amount > free or self._held.get(client, 0.0) >= FACTOR * free",
+        "return amount > free or self.held(client) >= FACTOR * free",
         "return amount > free",
         ("tests/raydetr/serving/test_shares.py", "tests/raydetr/serving/test_service.py"),
     ),
