@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TINY = """
 --backbone test_resnet --backbone-out-indices 1 2 3 4 --backbone-weights '' --d-model 32 --encoder-layers 1
---decoder-layers 1 --attention-heads 4 --ffn-dim 32 --query-groups 1 --num-queries 8 --test-edge 64 --shortest-edges 48 64
---longest-edge 96 --micro-batch-size 2 --checkpoint-every 5 --local-attention False --cell-loss 0
+--decoder-layers 1 --attention-heads 4 --ffn-dim 32 --num-queries 8 --test-edge 64 --shortest-edges 48 64
+--longest-edge 96 --micro-batch-size 2 --checkpoint-every 5
 """
 
 
