@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import rows_cluster
+import rows_detectors
 import rows_engines
 import rows_model
 import rows_outputs
@@ -33,6 +34,7 @@ PARTS = (
     rows_model,
     rows_engines,
     rows_training,
+    rows_detectors,
     rows_processing,
     rows_outputs,
     rows_panoptic,

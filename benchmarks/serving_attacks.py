@@ -1,28 +1,30 @@
 """A client that sends photos to an endpoint, alone and next to attacks: how long it waits, and the endpoint's memory.
 
-    python benchmarks/serving_attacks.py [--seconds 30] [--costly 1000] [--slow 200] [--edge 480] [--json FILE]
+    python benchmarks/serving_attacks.py [--costly 1000] [--rounds 5] [--slow 200] [--seconds 60] [--json FILE]
 
 On loopback, with a local Ray and two tokens, one for each client. The attacks, one after the other: costly images
 (progressive JPEGs, interlaced and palette PNGs, animated WebP files, just below the limit on their estimated cost or
-above it), then connections whose bodies or headers never end. The targets: a p99 of at most twice the one alone, every
-photo answered, and an endpoint of bounded memory.
+above it), in turn with as much time of photos alone; then connections whose bodies or headers never end. The targets: a
+p99 of at most twice the one alone, every photo answered, and an endpoint of bounded memory.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import multiprocessing.pool
 import os
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -40,19 +42,28 @@ from tests.raydetr.serving.costly import animated_webp, interlaced_png, palette_
 from tests.tiny_detr import png
 
 PORT = 8741
-PHOTO_EVERY_S = 0.5
+_CODE = {
+    "proxy": "ProxyActor",
+    "ingress": ":Ingress",
+    "model": ":Detector",
+    "decoders": "raydetr.serving.decode_worker",
+    "attacker": "--attack",
+}
+"""What a process's command line contains, by what it is; decoders of costly images are told by their priority."""
 
 
 def main() -> None:
     """Print a row for each attack."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--seconds", type=float, default=30.0, help="of photos alone and next to slow clients"
-    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="of photos next to slow clients")
     parser.add_argument("--costly", type=int, default=1000, help="costly images")
-    parser.add_argument("--at-once", type=int, default=64, help="of them")
+    parser.add_argument("--rounds", type=int, default=5, help="with and without costly images, in turn")
+    parser.add_argument("--at-once", type=int, default=64, help="costly images")
     parser.add_argument(
         "--slow", type=int, default=200, help="connections with slow bodies, and with slow headers"
+    )
+    parser.add_argument(
+        "--every", type=float, default=1.0, help="seconds between photos; more than the model takes for one"
     )
     parser.add_argument("--edge", type=int, default=480, help="shortest edge that the model sees")
     parser.add_argument("--json", type=Path)
@@ -61,83 +72,167 @@ def main() -> None:
     if given.attack:
         asyncio.run(send_costly(given.attack, given.costly, given.at_once))
         return
+    names = ("alone", "next to costly images", "next to slow clients")
+    alone, costly, slow = [Photos(name, given.every) for name in names]
+    statuses: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder, served(folder, given.edge) as (url, photo_token, token):
-        with Photos(url, photo_token) as alone:
-            time.sleep(given.seconds)
-        rows = {"photos alone": alone.row()}
-        with Photos(url, photo_token) as photos:
-            command = [sys.executable, __file__, "--attack", url, "--costly", str(given.costly)]
-            command += ["--at-once", str(given.at_once)]
-            done = subprocess.run(
-                command, env={**os.environ, "TOKEN": token}, capture_output=True, text=True, check=True
-            )
-        rows["next to costly images"] = photos.row()
-        with Photos(url, photo_token) as photos, slow_clients(given.slow, token) as connections:
-            time.sleep(max(given.seconds, HEADERS_S + 5))
+        share = given.costly // given.rounds
+        with attacker(url, token, share, given.at_once) as attack:
+            Photos("warm-up", given.every).during(url, photo_token, 5.0)
+            for _ in range(given.rounds):
+                took = costly.during(url, photo_token, lambda: statuses.update(attack()))
+                alone.during(url, photo_token, took)
+        seconds = max(given.seconds, HEADERS_S + 5)
+        with slow_clients(given.slow, token) as connections:
+            slow.during(url, photo_token, seconds)
             closed = sum(map(is_closed, connections))
-        rows["next to slow bodies and headers"] = photos.row()
-    print(f"\nto {given.costly} costly images: {done.stdout.strip()}")
-    print(
-        f"{closed} of {2 * given.slow} slow connections were closed after {max(given.seconds, HEADERS_S + 5):g} s"
-    )
+    print(f"\nto {share * given.rounds} costly images: {json.dumps(dict(sorted(statuses.items())))}")
+    print(f"{closed} of {2 * given.slow} slow connections were closed after {seconds:g} s")
+    rows = {photos.name: photos.row() for photos in (alone, costly, slow)}
     for name, row in rows.items():
-        ratio = row["p99_s"] / rows["photos alone"]["p99_s"]
-        print(f"{name:34} {json.dumps(row)}  p99 {ratio:.2f} of alone")
+        ratio = row["p99_s"] / rows["alone"]["p99_s"]
+        print(f"{name:22} p99 {ratio:.2f} of alone  {json.dumps(row)}")
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 class Photos:
-    """A client that sends a photo every `PHOTO_EVERY_S` while the context lasts, and the memory of what serves it."""
+    """A client that sends a photo every `every_s`, whatever became of those before, and what it saw."""
 
-    def __init__(self, url: str, token: str) -> None:
-        self.url, self.headers = url, {"Authorization": f"Bearer {token}"}
+    def __init__(self, name: str, every_s: float) -> None:
+        self.name, self.every_s = name, every_s
         self.seconds: list[float] = []
+        self.times: list[dict[str, float]] = []
         self.statuses: Counter[int] = Counter()
-        self.mib = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self.cpu_s: Counter[str] = Counter()
+        self.took_s = 0.0
+        self.mib: Counter[str] = Counter()
+        """The most that was seen of each kind of process, and of the HTTP side together."""
 
-    def _run(self) -> None:
-        photo = png(480, 640)
-        with httpx.Client(timeout=120, headers=self.headers) as http:
-            while not self._stop.is_set():
-                started = time.monotonic()
-                self.statuses[http.post(f"{self.url}/v1/detect", content=photo).status_code] += 1
-                self.seconds.append(time.monotonic() - started)
-                self.mib = max(self.mib, memory_mib())
-                self._stop.wait(max(0.0, PHOTO_EVERY_S - self.seconds[-1]))
+    def during(self, url: str, token: str, what: float | Callable[[], object]) -> float:
+        """Send photos for some seconds, or while something else is done; how long that took."""
+        with multiprocessing.pool.ThreadPool(2) as pool:
+            wait = (time.sleep, (what,)) if isinstance(what, float) else (what, ())
+            started, before = time.monotonic(), cpu_seconds()
+            done = pool.apply_async(*wait)
+            watched = pool.apply_async(self._watch_memory, (done,))
+            asyncio.run(self._send(url, token, done))
+            done.get()
+            watched.get()
+        took = time.monotonic() - started
+        self.cpu_s += cpu_seconds() - before
+        self.took_s += took
+        return took
 
-    def row(self) -> dict[str, float]:
+    async def _send(self, url: str, token: str, done: "AsyncResult[Any]") -> None:
+        photo, tasks, started = png(480, 640), [], time.monotonic()
+        async with httpx.AsyncClient(timeout=120, headers={"Authorization": f"Bearer {token}"}) as http:
+
+            async def one() -> None:
+                begun = time.monotonic()
+                answer = await http.post(f"{url}/v1/detect", content=photo)
+                self.seconds.append(time.monotonic() - begun)
+                self.statuses[answer.status_code] += 1
+                if answer.status_code == 200:
+                    self.times.append(answer.json()["times"])
+
+            while not done.ready():
+                tasks.append(asyncio.create_task(one()))
+                await asyncio.sleep(started + len(tasks) * self.every_s - time.monotonic())
+            await asyncio.gather(*tasks)
+
+    def _watch_memory(self, done: "AsyncResult[Any]") -> None:
+        while not done.ready():
+            self.mib |= memory_mib()
+            done.wait(1.0)
+
+    def row(self) -> dict[str, Any]:
         """Of what was seen."""
         ordered = sorted(self.seconds)
         return {
             "photos": len(ordered),
             "answered": self.statuses[200],
             "p50_s": round(statistics.median(ordered), 3),
-            "p99_s": round(statistics.quantiles(ordered, n=100, method="inclusive")[98], 3),
+            "p99_s": p99(ordered),
             "max_s": round(ordered[-1], 3),
-            "http_side_mib": round(self.mib),
+            "p99_ms_of": {
+                name: p99([times[name] for times in self.times])
+                for name in ("prepare_ms", "model_ms", "total_ms")
+            },
+            "mib": {kind: round(mib) for kind, mib in self.mib.items()},
+            "cores": {kind: round(seconds / self.took_s, 2) for kind, seconds in self.cpu_s.items()},
         }
 
-    def __enter__(self) -> "Photos":
-        self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+def p99(values: list[float]) -> float:
+    """The 99th percentile."""
+    return round(statistics.quantiles(values, n=100, method="inclusive")[98], 3)
 
 
-def memory_mib() -> float:
-    """Proportional memory of the HTTP processes, their decoders and Serve's proxies, of this user's Ray."""
-    total = 0
+def processes() -> Iterator[tuple[str, psutil.Process]]:
+    """What serves on this machine, and attacks, by its kind."""
     for process in psutil.process_iter(["cmdline"]):
         command = " ".join(process.info["cmdline"] or [])
-        if any(part in command for part in (":Ingress", "ProxyActor", "raydetr.serving.decode_worker")):
+        for kind, code in _CODE.items():
+            if code in command:
+                with contextlib.suppress(psutil.Error):
+                    yield (f"costly {kind}" if kind == "decoders" and is_low(process) else kind), process
+                break
+
+
+def is_low(process: psutil.Process) -> bool:
+    """Whether its priority is below that of the processes that Ray starts."""
+    niceness = int(os.environ.get("RAY_worker_niceness", "15"))  # noqa: SIM112  # Ray's name
+    return process.nice() > niceness or os.sched_getscheduler(process.pid) == os.SCHED_IDLE
+
+
+def cpu_seconds() -> Counter[str]:
+    """Processor time that each kind of process has used; those that have ended are not counted."""
+    total: Counter[str] = Counter()
+    for kind, process in processes():
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total[kind] += times.user + times.system  # type: ignore[assignment]
+    return total
+
+
+def memory_mib() -> Counter[str]:
+    """Proportional memory of each kind of process, and of all that decode and speak HTTP together."""
+    total: Counter[str] = Counter()
+    for kind, process in processes():
+        if kind not in ("model", "attacker"):
             with contextlib.suppress(psutil.Error):
-                total += process.memory_full_info().pss
-    return total / 2**20
+                mib = process.memory_full_info().pss / 2**20
+                total[kind] += mib  # type: ignore[assignment]
+                total["http side"] += mib  # type: ignore[assignment]
+    return total
+
+
+@contextlib.contextmanager
+def attacker(url: str, token: str, count: int, at_once: int) -> Iterator[Callable[[], dict[str, int]]]:
+    """A process that has its images ready; what has it send its share of them, and how often each status came."""
+    command = [sys.executable, __file__, "--attack", url, "--costly", str(count), "--at-once", str(at_once)]
+    with subprocess.Popen(
+        command,
+        env={**os.environ, "TOKEN": token},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()  # it is ready
+
+        def attack() -> dict[str, int]:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            answered: dict[str, int] = json.loads(process.stdout.readline())
+            return answered
+
+        yield attack
+        process.stdin.close()
 
 
 @contextlib.contextmanager
@@ -156,7 +251,7 @@ def served(folder: str, edge: int) -> Iterator[tuple[str, str, str]]:
 
 
 async def send_costly(url: str, count: int, at_once: int) -> None:
-    """Send costly images, and print how often each status was answered."""
+    """Send costly images for each line of the standard input, and print how often each status was answered."""
     images = [
         progressive_jpeg(4000, 4000, 60),  # about 2.7 s by its estimate
         interlaced_png(7000, 7000),
@@ -164,21 +259,25 @@ async def send_costly(url: str, count: int, at_once: int) -> None:
         animated_webp(3000, 3000, 20),
         progressive_jpeg(9450, 9468, 450),  # beyond the limit
     ]
-    statuses: Counter[int] = Counter()
-    left = iter(range(count))
+    print("ready", flush=True)
     limits = httpx.Limits(max_connections=at_once)
     headers = {"Authorization": f"Bearer {os.environ['TOKEN']}"}
-    async with httpx.AsyncClient(timeout=120, headers=headers, limits=limits) as http:
+    for _ in sys.stdin:
+        statuses: Counter[int] = Counter()
+        left = iter(range(count))
+        async with httpx.AsyncClient(timeout=120, headers=headers, limits=limits) as http:
 
-        async def one_after_another() -> None:
-            for number in left:
-                answer = await http.post(f"{url}/v1/detect", content=images[number % len(images)])
-                statuses[answer.status_code] += 1
-                if answer.status_code == 429:
-                    await asyncio.sleep(1)
+            async def one_after_another(
+                http: httpx.AsyncClient, left: Iterator[int], statuses: Counter[int]
+            ) -> None:
+                for number in left:
+                    answer = await http.post(f"{url}/v1/detect", content=images[number % len(images)])
+                    statuses[answer.status_code] += 1
+                    if answer.status_code == 429:
+                        await asyncio.sleep(1)
 
-        await asyncio.gather(*[one_after_another() for _ in range(at_once)])
-    print(json.dumps(dict(sorted(statuses.items()))))
+            await asyncio.gather(*[one_after_another(http, left, statuses) for _ in range(at_once)])
+        print(json.dumps(dict(sorted(statuses.items()))), flush=True)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ took would be taken for every input. Every such branch in this package asks here
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
@@ -23,6 +24,11 @@ def may_branch_on_values() -> bool:
         or is_in_torch_dispatch_mode()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def is_all_ones(mask: Tensor) -> bool:
+    """Whether a mask on the CPU is all ones; on an accelerator the answer would cost a synchronization."""
+    return mask.device.type == "cpu" and may_branch_on_values() and bool((mask != 0).all())
 
 
 def refuse_capture(what: str, instead: str) -> None:

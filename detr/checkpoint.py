@@ -271,8 +271,8 @@ def save_model(
 ) -> None:
     """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is made where missing.
 
-    Both are in the layout of transformers, which can load them and predicts the same; where it does not (activations
-    fused into the backbone's batch norm), that is logged. Weights that were in the folder are replaced.
+    Both are in the layout of transformers, which can load them and predicts the same, except where activations are
+    fused into the backbone's batch norm (see `warn_about_transformers`). Weights that were in the folder are replaced.
 
     Args:
         model: the model.
@@ -296,12 +296,6 @@ def save_model(
     if given.keys() != own.keys():
         name = sorted(given.keys() ^ own.keys())[0]
         raise ValueError(f"state_dict is not that of the model: {name} is in only one of the two")
-    if (
-        model.config.compat == "original"
-        and model.config.multi_scale is None
-        and differs_from_transformers(model)
-    ):
-        _warn_about_transformers(str(model.config.backbone_config.get("backbone")))
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
@@ -324,8 +318,15 @@ def save_model(
     model.config.save_pretrained(path)
 
 
+def warn_about_transformers(model: DetrPreTrainedModel) -> None:
+    """Log, once for each backbone, that transformers reads the file of this model but predicts differently."""
+    config = model.config
+    if config.compat == "original" and config.multi_scale is None and differs_from_transformers(model):
+        _warn_about_backbone(str(config.backbone_config.get("backbone")))
+
+
 @cache
-def _warn_about_transformers(backbone: str) -> None:
+def _warn_about_backbone(backbone: str) -> None:
     logger.warning(
         "a model with the backbone %s is saved: transformers can load it but predicts differently, since it drops the "
         "activations fused into the backbone's batch norm, and its eps; load it with detr",

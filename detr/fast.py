@@ -6,6 +6,7 @@ What is done, and why it changes no result beyond rounding:
 - Weights and activations are channels-last, which is what convolutions read fastest.
 - Each convolution does the ReLU and the addition that follow it, while its result is still in a register: with oneDNN
   on a CPU (`detr.fast_cpu`, which has it compute linear layers too), with cuDNN on a GPU (`detr.fast_cuda`).
+- Convolutions and linear layers of the multi-scale architecture are oneDNN's too.
 - The first self-attention of the decoder is a constant, and all its layers make keys and values in one product
   (`detr.fast_decoder`).
 - A mask head does not compute again what the maps that it doubles repeat (`detr.fast_mask_head`).
@@ -43,6 +44,9 @@ from detr.fast_mask_head import FastMaskHead
 from detr.fast_openvino import compute_with_openvino, uses_openvino
 from detr.frozen_batch_norm import called_module, feeds_only, fold, foldable_pairs, nodes_of, trace
 from detr.mask_head import MaskHead
+from detr.multiscale.decoder import RefiningLayer
+from detr.multiscale.dense_head import DenseHead
+from detr.multiscale.hybrid_encoder import HybridEncoder, PositionNorm, SeparableConvolution
 from detr.plain_layers import is_plain_tree, structure_of
 from detr.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer
 
@@ -95,7 +99,8 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, eng
         return model
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     for module in fast.modules():
-        vars(module).pop("states", None)  # of a model that is compiled: it would call the original
+        for method in ("states", "encode"):
+            vars(module).pop(method, None)  # of a model that is compiled: it would call the original
     for module in fast.modules():
         if isinstance(module, ConvEncoder):
             net = _fast_backbone(module.model, pack, dtype)
@@ -118,7 +123,7 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, eng
         use_fast_layers(stacks)
         replay_graphs(fast)
     elif pack:
-        pack_layers(fast, stacks)
+        pack_layers(fast, [*stacks, *_multi_scale_layers(fast)])
     if engine == "openvino":
         compute_with_openvino(fast, optimized(model, pack=False), dtype)
     for module in fast.modules():
@@ -126,6 +131,20 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, eng
             vars(module)["made_by_optimize"] = True
     fast.register_load_state_dict_pre_hook(_refuse_weights)  # type: ignore[no-untyped-call]
     return fast
+
+
+def _multi_scale_layers(model: nn.Module) -> list[nn.Module]:
+    """What of the multi-scale architecture is layers of its own kinds, besides its encoder."""
+    kinds = {*_TRANSFORMER_LAYERS, SeparableConvolution, nn.Sequential, nn.Conv2d, PositionNorm}
+    parts: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, HybridEncoder):
+            parts += (module.projections, module.fusions)
+        elif isinstance(module, DenseHead):
+            parts += (module.class_tower, module.box_tower)
+        elif isinstance(module, RefiningLayer):
+            parts.append(module.layer)
+    return [part for part in parts if is_plain_tree(part, kinds)]
 
 
 def is_optimized(model: nn.Module) -> bool:

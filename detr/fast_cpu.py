@@ -109,7 +109,7 @@ def pack_layers(model: nn.Module, stacks: Iterable[Any]) -> None:
 
     Args:
         model: changed in place.
-        stacks: its encoders and decoders of plain layers; others stay as they are.
+        stacks: its encoders, decoders and other parts of plain layers; the rest stays as it is.
     """
     for module in model.modules():
         projection = getattr(module, "input_projection", None)
@@ -125,13 +125,15 @@ def pack_layers(model: nn.Module, stacks: Iterable[Any]) -> None:
                 if isinstance(module, nn.Conv2d) and OneDnnConv2d.fits(module.weight):
                     head.set_submodule(name, OneDnnConv2d(module))
     for stack in stacks:
-        for layer in stack.layers:
-            if layer.activation is F.relu and OneDnnConv2d.fits(layer.fc1.weight):
+        for layer in stack.modules():
+            if getattr(layer, "activation", None) is F.relu and OneDnnConv2d.fits(layer.fc1.weight):
                 layer.fc1 = OneDnnLinear(layer.fc1, nn.ReLU)
                 layer.activation = activation_function("linear")
         for name, module in [*stack.named_modules()]:
             if isinstance(module, nn.Linear) and OneDnnConv2d.fits(module.weight):
                 stack.set_submodule(name, OneDnnLinear(module))
+            elif isinstance(module, nn.Conv2d) and OneDnnConv2d.fits(module.weight):
+                stack.set_submodule(name, OneDnnConv2d(module))
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:

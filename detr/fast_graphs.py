@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detr.multiscale.detector import MultiScaleDetector
+
 _MOST_KEPT = 0.05
 """Share of the GPU's memory for the inputs and results of recorded graphs; what is between them they share."""
 
@@ -96,6 +98,8 @@ def replay_graphs(model: nn.Module) -> None:
         inner: Any = module
         if hasattr(inner, "states"):
             inner.states = _ReplayedStates(inner, model if hasattr(model, "mask_context") else None, memory)
+        elif isinstance(inner, MultiScaleDetector):
+            vars(inner)["encode"] = Replayed(inner.encode, memory)
         elif hasattr(inner, "replay_masks"):
             inner.replay_masks(memory)
 

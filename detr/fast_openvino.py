@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from detr.capture import may_branch_on_values
+from detr.multiscale.detector import EncodedMaps, MultiScaleDetector
 from detr.outputs import DetrModelOutput
 
 _PRECISIONS = {None: "f32", torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -23,7 +24,7 @@ _EXAMPLE = (2, 128, 96)
 
 
 def compute_with_openvino(fast: nn.Module, plain: nn.Module, dtype: torch.dtype | None) -> None:
-    """Have OpenVINO compute the states of a model, with as many threads as torch has now.
+    """Have OpenVINO compute the states of a model, or the maps of a multi-scale one, with as many threads as torch has now.
 
     Args:
         fast: a DETR model, changed in place. What is not an image (embeddings, or a wish for attention weights), it
@@ -41,24 +42,46 @@ def compute_with_openvino(fast: nn.Module, plain: nn.Module, dtype: torch.dtype 
             f"engine='openvino' computes float32 models on a CPU in torch.float32 or torch.bfloat16, got {first.dtype} "
             f"on {first.device} and dtype={dtype}"
         )
-    inner: Any
-    inner, source = (
-        next((module for module in each.modules() if hasattr(module, "states")), None)
-        for each in (fast, plain)
-    )
-    if inner is None:
-        raise ValueError("engine='openvino' computes no model with config.multi_scale: use engine='torch'")
-    wants_maps = hasattr(fast, "mask_context")
-    inner.states = _OpenVinoStates(inner, _Tensors(source, wants_maps).eval(), _PRECISIONS[dtype])
+    precision = _PRECISIONS[dtype]
+    for inner, source in zip(fast.modules(), plain.modules(), strict=False):
+        if isinstance(inner, MultiScaleDetector):
+            vars(inner)["encode"] = _OpenVinoMaps(inner, _Maps(source).eval(), precision)
+            return
+    found: list[Any] = [
+        next(module for module in each.modules() if hasattr(module, "states")) for each in (fast, plain)
+    ]
+    tensors = _States(found[1], hasattr(fast, "mask_context"))
+    vars(found[0])["states"] = _OpenVinoStates(found[0], tensors.eval(), precision)
 
 
 def uses_openvino(model: nn.Module) -> bool:
     """Whether OpenVINO computes this model."""
-    return any(isinstance(vars(module).get("states"), _OpenVinoStates) for module in model.modules())
+    return any(isinstance(each, _OpenVino) for module in model.modules() for each in vars(module).values())
 
 
 class _Tensors(nn.Module):
-    """`DetrModel.states` of images as a tuple of tensors, which is what can be exported.
+    """What OpenVINO computes: a function of images and their masks, with a tuple of tensors, which can be exported.
+
+    Args:
+        model: the part of a model that it belongs to.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._model = model
+        self.channels = model.config.num_channels
+
+
+class _Maps(_Tensors):
+    """`MultiScaleDetector.encode`."""
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, ...]:
+        encoded: EncodedMaps = self._model.encode(pixel_values, pixel_mask)
+        return (encoded.finest, *encoded.class_maps, *encoded.box_maps)
+
+
+class _States(_Tensors):
+    """`DetrModel.states`.
 
     Args:
         model: a `DetrModel`.
@@ -66,9 +89,8 @@ class _Tensors(nn.Module):
     """
 
     def __init__(self, model: Any, wants_maps: bool) -> None:
-        super().__init__()
-        self._model, self._wants_maps = model, wants_maps
-        self.channels = model.config.num_channels
+        super().__init__(model)
+        self._wants_maps = wants_maps
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, ...]:
         features, outputs = self._model.states(
@@ -85,17 +107,20 @@ class _Tensors(nn.Module):
         return (*found, *(features.maps if self._wants_maps else ()))
 
 
-class _OpenVinoStates:
-    """`DetrModel.states`, computed by OpenVINO where nothing but images is given.
+class _OpenVino:
+    """A method of a part of a model, computed by OpenVINO where nothing but images is given.
 
     Args:
-        model: a `DetrModel`, which may hold this.
-        tensors: of the same model.
+        model: the part, which may hold this.
+        tensors: of the same part.
         precision: OpenVINO's name of a dtype.
     """
 
+    method = ""
+    """Its name."""
+
     def __init__(self, model: Any, tensors: _Tensors, precision: str) -> None:
-        self._states: Callable[..., Any] = type(model).states
+        self._compute: Callable[..., Any] = getattr(type(model), self.method)
         self._model = weakref.ref(model)  # no circle
         self._request = _compiled(tensors, precision).create_infer_request()
         self._lock = threading.Lock()
@@ -112,7 +137,7 @@ class _OpenVinoStates:
         config = model.config
         asked = [*options.values(), config.output_attentions, config.output_hidden_states]
         images = isinstance(pixel_values, Tensor) and pixel_values.ndim == 4 and not pixel_values.is_cuda
-        size = (len(pixel_values), *pixel_values.shape[2:]) if images else None
+        size: Any = (len(pixel_values), *pixel_values.shape[2:]) if images else None
         if (
             not images
             or not may_branch_on_values()  # a recorded graph: OpenVINO is no part of it
@@ -121,29 +146,49 @@ class _OpenVinoStates:
             or (pixel_mask is not None and pixel_mask.shape != size)
             or any(option is not None and option is not False for option in asked)
         ):
-            return self._states(model, pixel_values, pixel_mask, **options)
-        return self._computed(model, pixel_values, pixel_mask, size)
-
-    def _computed(self, model: Any, pixel_values: Tensor, pixel_mask: Tensor | None, size: Any) -> Any:
-        from detr.model import ImageFeatures
-
+            return self._compute(model, pixel_values, pixel_mask, **options)
         mask = torch.ones(size, dtype=torch.bool) if pixel_mask is None else pixel_mask.bool()
         with self._lock:
             self._request.infer([pixel_values.detach().float().numpy(), mask.numpy()], share_inputs=True)
             results = [torch.from_numpy(tensor.data) for tensor in self._request.output_tensors]
             # Copies: the request writes to the same memory when it is asked again.
-            cells, counted, last, encoded, *more = (
+            results = [
                 each.to(torch.bool if each.dtype == torch.bool else pixel_values.dtype, copy=True)
                 for each in results
-            )
-        intermediate = more.pop(0) if model.decoder.auxiliary_loss else None
-        keep = None if pixel_mask is None or bool(mask.all()) else counted
+            ]
+        return self._returned(model, results, None if pixel_mask is None or bool(mask.all()) else mask)
+
+    def _returned(self, _model: Any, _results: list[Tensor], _mask: Tensor | None) -> Any:
+        """What the method returns, from what OpenVINO computed; ``_mask`` is None where all pixels are real."""
+        raise NotImplementedError
+
+
+class _OpenVinoMaps(_OpenVino):
+    """`MultiScaleDetector.encode`."""
+
+    method = "encode"
+
+    def _returned(self, _model: Any, results: list[Tensor], _mask: Tensor | None) -> Any:
+        finest, *maps = results
+        return EncodedMaps(finest, maps[: len(maps) // 2], maps[len(maps) // 2 :])
+
+
+class _OpenVinoStates(_OpenVino):
+    """`DetrModel.states`."""
+
+    method = "states"
+
+    def _returned(self, _model: Any, results: list[Tensor], _mask: Tensor | None) -> Any:
+        from detr.model import ImageFeatures
+
+        cells, counted, last, encoded, *more = results
+        intermediate = more.pop(0) if _model.decoder.auxiliary_loss else None
         outputs = DetrModelOutput(
             last_hidden_state=last,
             encoder_last_hidden_state=encoded,
             intermediate_hidden_states=intermediate,
         )
-        return ImageFeatures(cells, keep, counted, more), outputs
+        return ImageFeatures(cells, None if _mask is None else counted, counted, more), outputs
 
 
 def _compiled(tensors: _Tensors, precision: str) -> Any:

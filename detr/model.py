@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr.backbone import Backbone, downsample_mask
-from detr.capture import may_branch_on_values, refuse_capture
+from detr.capture import is_all_ones, refuse_capture
 from detr.config import DetrConfig
 from detr.criterion import set_loss
 from detr.distributed import average_normalisers
@@ -215,7 +215,7 @@ class DetrModel(DetrPreTrainedModel):
         maps = self.backbone(pixel_values)
         projected = self.input_projection(maps[-1])
         cells, (height, width) = projected.flatten(2).transpose(1, 2), projected.shape[-2:]
-        if pixel_mask is None or _is_all_ones(pixel_mask):
+        if pixel_mask is None or is_all_ones(pixel_mask):
             ones = torch.ones((batch, height, width), dtype=torch.bool, device=cells.device)
             return ImageFeatures(cells, None, ones, maps)
         mask = downsample_mask(pixel_mask, (height, width))
@@ -250,11 +250,6 @@ def refuse_for_multi_scale(**arguments: Any) -> None:
         raise ValueError(
             f"{given[0]} is an argument of the page's architecture, but config.multi_scale is set"
         )
-
-
-def _is_all_ones(mask: Tensor) -> bool:
-    """Whether a mask on the CPU is all ones; on an accelerator the answer would cost a synchronization."""
-    return mask.device.type == "cpu" and may_branch_on_values() and bool((mask != 0).all())
 
 
 def _encoder_output(given: DetrEncoderOutput | Sequence[Any] | Tensor | None) -> DetrEncoderOutput | None:

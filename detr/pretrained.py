@@ -9,9 +9,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from detr.checkpoint import DEFAULT_MAX_SHARD_SIZE, load_model, save_model
+from detr.checkpoint import DEFAULT_MAX_SHARD_SIZE, load_model, save_model, warn_about_transformers
 from detr.config import DetrConfig
 from detr.fast import Engine, is_optimized, optimized, refuse_conversion
+from detr.multiscale.decoder import RefiningDecoder
+from detr.multiscale.dense_head import DenseHead
 from detr.transformer import Decoder, Encoder
 
 
@@ -58,6 +60,8 @@ class DetrPreTrainedModel(nn.Module):
     ) -> None:
         """Write ``config.json`` and ``model.safetensors``; see `detr.checkpoint.save_model`.
 
+        A model that transformers would load but predict differently is logged.
+
         Args:
             save_directory: the folder, which is created where missing.
             is_main_process: False writes nothing: of several processes one writes.
@@ -73,6 +77,7 @@ class DetrPreTrainedModel(nn.Module):
         if not safe_serialization:
             raise ValueError("safe_serialization=False: weights are written as safetensors only")
         if is_main_process:
+            warn_about_transformers(self)
             save_model(self, save_directory, max_shard_size, state_dict)
 
     @property
@@ -99,7 +104,7 @@ class DetrPreTrainedModel(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Recompute the transformer's layers in the backward pass instead of storing their activations.
+        """Recompute layers in the backward pass instead of storing their activations: the transformer's, and the dense head's.
 
         Args:
             activation_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`; ``use_reentrant`` is False unless
@@ -131,15 +136,11 @@ class DetrPreTrainedModel(nn.Module):
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether layers are recomputed in the backward pass."""
-        return any(
-            module.checkpointing is not None
-            for module in self.modules()
-            if isinstance(module, Encoder | Decoder)
-        )
+        return any(getattr(module, "checkpointing", None) is not None for module in self.modules())
 
     def _set_checkpointing(self, kwargs: dict[str, Any] | None) -> None:
         for module in self.modules():
-            if isinstance(module, Encoder | Decoder):
+            if isinstance(module, Encoder | Decoder | RefiningDecoder | DenseHead):
                 module.checkpointing = kwargs
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -6,7 +6,7 @@ Parameter names are those of the published checkpoints, so a state dict needs no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -115,6 +115,19 @@ class DecoderLayer(_FeedForwardLayer):
         return self._feed_forward(x), self_weights, cross_weights
 
 
+def run_layer(owner: Any, layer: Callable[..., Any], *args: Any) -> Any:
+    """Call a layer, or in training a part of a network, whose activations are recomputed if its owner says so.
+
+    Args:
+        owner: a module with ``checkpointing``: keywords of `torch.utils.checkpoint.checkpoint`, None to store all.
+        layer: what is called.
+        args: of the call.
+    """
+    if owner.checkpointing is not None and owner.training:
+        return checkpoint(layer, *args, **owner.checkpointing)
+    return layer(*args)
+
+
 class _Stack(nn.Module):
     """What encoder and decoder share: layers that can be dropped and checkpointed."""
 
@@ -122,8 +135,7 @@ class _Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.layerdrop = layerdrop
-        # Keywords of torch.utils.checkpoint.checkpoint, None to store all activations.
-        self.checkpointing: dict[str, Any] | None = None
+        self.checkpointing: dict[str, Any] | None = None  # see `run_layer`
 
     def _run(self, layer: nn.Module, x: Tensor, *args: Any) -> tuple[Any, ...]:
         if self.training and self.layerdrop and float(torch.rand(())) < self.layerdrop:
@@ -132,10 +144,7 @@ class _Stack(nn.Module):
             inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
             unused = sum((t.sum() * 0.0 for t in [*layer.parameters(), *inputs]), start=x.new_zeros(()))
             return (x + unused, None, None)
-        if self.checkpointing is not None and self.training:
-            result: tuple[Any, ...] = checkpoint(layer, x, *args, **self.checkpointing)
-            return result
-        return layer(x, *args)
+        return run_layer(self, layer, x, *args)
 
 
 class Encoder(_Stack):

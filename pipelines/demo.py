@@ -22,6 +22,7 @@ from raydetr.evaluation.coco_files import coco_results
 from raydetr.evaluation.evaluate import evaluate
 from raydetr.evaluation.predict import read_predictions
 from raydetr.evaluation.promotion import promote
+from raydetr.evaluation.score import duplicate_share
 from raydetr.lease import exclusive
 from raydetr.registry import models, tracking
 from raydetr.serving.app import application, endpoint
@@ -33,9 +34,10 @@ from raydetr.training.trainer import train
 def main(config: DemoConfig) -> dict[str, Any]:
     """Every stage once; the summary says how long each took and what came of it."""
     output, uri, clock = storage.absolute(config.output), tracking.resolve_uri(""), Clock()
-    recipe = replace(RECIPES["small"], output=f"{output}/train", name=NAME, experiment="demo")
+    recipe = replace(RECIPES["scenes"], output=f"{output}/train", name=NAME, experiment="demo")
     training = replace(recipe, seed=config.seed, steps=config.steps or recipe.steps)
-    cluster.connect(training.workers + training.data_cpus)
+    with tracking.connecting(uri):
+        cluster.connect(training.workers + training.data_cpus)
     clock.stage("generate and ingest")
     _, val_data = embedded("train"), embedded("val")  # of other seeds: no scene is in both
     clock.stage("train")
@@ -60,6 +62,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
     clock.stop()
     summary = {
         **{name: scored[name] for name in ("AP", "AP50")},
+        "duplicates": duplicate_share(scored["predictions"], Manifest.load(val_data), report.THRESHOLD),
         "validation_images": scored["images"],
         "images_per_second": trained["images_per_second"],
         "model_version": champion.address,

@@ -18,7 +18,7 @@ from typing import Any
 from raydetr.command import print_summary, run, write_summary
 from raydetr.doctor.config import DoctorConfig
 from raydetr.errors import RaydetrError
-from raydetr.training.recipes import RECIPES, require_model_flags
+from raydetr.training.recipes import DEFAULT, RECIPES, require_model_flags
 
 
 def main(config: DoctorConfig, recipe: str = "") -> dict[str, Any]:
@@ -43,7 +43,7 @@ def main(config: DoctorConfig, recipe: str = "") -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default="small")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default=DEFAULT)
     recipe, flags = parser.parse_known_args()
     default = DoctorConfig(**dataclasses.asdict(RECIPES[recipe.recipe]))
     run(partial(main, recipe=recipe.recipe), DoctorConfig, default=default, args=flags)

@@ -2,10 +2,11 @@
 
 On a cluster:    ray job submit -- python pipelines/train.py --train-data s3://bucket/train --output s3://bucket/runs/1
 On one machine:  python pipelines/train.py --train-data shards/train --output runs/mine
-Embedded data:   python pipelines/train.py
-Tiny:            python pipelines/train.py --steps 20 --output runs/tiny
+Embedded data:   python pipelines/train.py --recipe scenes
+Tiny:            python pipelines/train.py --recipe scenes --steps 20 --output runs/tiny
 
---recipe sets the defaults of all other flags: small, multi-scale, detr-r50, fine-tune, panoptic, panoptic-boxes, masks.
+--recipe sets the defaults of all other flags: multi-scale (the default), scenes, detr-small, detr-r50, fine-tune,
+panoptic, panoptic-boxes, masks.
 The same command again resumes the run at --output; a finished one returns at once. Exit status: 0 finished, 2 an error
 that the message explains, 75 --max-hours are over and the run is at a checkpoint.
 """
@@ -17,7 +18,7 @@ from typing import Any
 from raydetr.command import run
 from raydetr.config import EvaluateConfig
 from raydetr.training.config import TrainConfig
-from raydetr.training.recipes import RECIPES, require_model_flags
+from raydetr.training.recipes import DEFAULT, RECIPES, require_model_flags
 
 
 def main(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
@@ -52,6 +53,6 @@ def main(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default="small")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default=DEFAULT)
     recipe, flags = parser.parse_known_args()
     run(partial(main, recipe=recipe.recipe), TrainConfig, default=RECIPES[recipe.recipe], args=flags)

@@ -71,9 +71,21 @@ MUTATIONS = {
     ),
     "costly images get no lane of their own": Mutation(
         "platform/raydetr/serving/preparer.py",
-        "costly = [job for job in jobs if job.seconds > LIGHT_S or 3 * job.pixels > self.limits.max_pixels]",
+        "costly = [job for job in jobs if job.seconds > light_s or 3 * job.pixels > self.limits.max_pixels]",
         "costly: list[Job] = []",
         ("tests/raydetr/serving/test_preparer.py",),
+    ),
+    "costly images are computed together with the others": Mutation(
+        "platform/raydetr/serving/detector.py",
+        'return "costly" if isinstance(image, CostlyImage) else "client"',
+        'return "client"',
+        ("tests/raydetr/serving/test_detector.py",),
+    ),
+    "costly images are decoded at the priority of photos": Mutation(
+        "platform/raydetr/serving/decode_worker.py",
+        "if message[0]:",
+        "if False:",
+        ("tests/raydetr/serving/test_decoding.py",),
     ),
     "a worker may use any amount of processor time": Mutation(
         "platform/raydetr/serving/decode_worker.py",
@@ -89,7 +101,7 @@ MUTATIONS = {
     ),
     "one client may take all places": Mutation(
         "platform/raydetr/serving/shares.py",
-        "return amount > free or self._held.get(client, 0.0) >= FACTOR * free",
+        "return amount > free or self.held(client) >= FACTOR * free",
         "return amount > free",
         ("tests/raydetr/serving/test_shares.py", "tests/raydetr/serving/test_service.py"),
     ),
@@ -146,6 +158,18 @@ MUTATIONS = {
         "_ROUNDS = 31",
         "_ROUNDS = 1",
         ("tests/detr/multiscale/test_selection.py",),
+    ),
+    "convolutions look into the padding": Mutation(
+        "detr/multiscale/hybrid_encoder.py",
+        "x = x if real is None else x * real",
+        "x = x if real is None else x",
+        ("tests/detr/multiscale/test_detector.py",),
+    ),
+    "an image has more tokens the more padding it has": Mutation(
+        "detr/multiscale/tokens.py",
+        "(corner < sizes[:, None]).all(-1)",
+        "(corner < sizes[:, None] + extent).all(-1)",
+        ("tests/detr/multiscale/test_detector.py",),
     ),
     "padding may become a query": Mutation(
         "detr/multiscale/selection.py",
@@ -231,6 +255,12 @@ MUTATIONS = {
         'if not part.strip("."):',
         "if False:",
         ("tests/detr/test_output_names.py",),
+    ),
+    "a second detection of an object may be of another class": Mutation(
+        "platform/raydetr/evaluation/errors_by_kind.py",
+        "(same & (iou >= OVERLAP))",
+        "(iou >= OVERLAP)",
+        ("tests/raydetr/evaluation/test_errors_by_kind.py",),
     ),
     "the bootstrap of a comparison is not paired": Mutation(
         "platform/raydetr/evaluation/compare.py",

@@ -13,10 +13,13 @@ from detr.model import DetrForObjectDetection
 from detr.segmentation import DetrForSegmentation
 
 
-def save_tiny_detr(folder: Path, names: Sequence[str], seed: int = 0, edge: int = 96) -> Path:
+def save_tiny_detr(
+    folder: Path, names: Sequence[str], seed: int = 0, edge: int = 96, *, multi_scale: bool = False
+) -> Path:
     """Write a resnet18 DETR with 12 queries and labels of these names; images are resized to about `edge`."""
     config = DetrConfig(
         backbone="resnet18",
+        multi_scale={} if multi_scale else None,
         d_model=32,
         encoder_layers=1,
         decoder_layers=2,

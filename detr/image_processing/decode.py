@@ -180,12 +180,10 @@ def decode_image(
     container = _container(data)
     pixels = _decode_jpeg(container, max_pixels, max_cost, formats)
     if pixels is None:
-        image = convert_to_rgb(_load(container, max_pixels, max_cost, formats))
-    elif orientation == "ignore" or container.orientation == 1:
-        return torch.from_numpy(pixels).permute(2, 0, 1)
-    else:
-        image = Image.fromarray(pixels)
-    return pil_to_tensor(_turned(image, container, orientation))
+        pixels = _rgb_pixels(_load(container, max_pixels, max_cost, formats))
+    if orientation == "apply" and container.orientation != 1:
+        return pil_to_tensor(_turned(Image.fromarray(pixels), container, orientation))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def open_image(
@@ -225,6 +223,23 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 def pil_to_tensor(image: Image.Image) -> torch.Tensor:
     """Copy a Pillow image of mode RGB into uint8 [3, height, width], interleaved in memory."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _rgb_pixels(image: Image.Image) -> np.ndarray:
+    """Uint8 [height, width, 3] of an image as `convert_to_rgb` makes it, by strips: whole, conversions take four bytes
+    a pixel for each of their steps."""
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        return np.repeat(_high_byte(image)[..., None], 3, axis=2)
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels[top:bottom] = np.asarray(convert_to_rgb(image.crop((0, top, width, bottom))))
+    return pixels
+
+
+_STRIP_PIXELS = 100_000
 
 
 def _decode_jpeg(

@@ -9,6 +9,8 @@ B batch, Q queries, M tokens of the memory, C classes, D ``d_model``, L layers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ from detr.attention import additive_mask
 from detr.config import DetrConfig
 from detr.initialization import init_as_original
 from detr.multiscale.tokens import box_embedding
-from detr.transformer import DecoderLayer
+from detr.transformer import DecoderLayer, run_layer
 
 
 class RefiningLayer(nn.Module):
@@ -50,6 +52,7 @@ class RefiningDecoder(nn.Module):
         super().__init__()
         dim = config.d_model
         self.dim = dim
+        self.checkpointing: dict[str, Any] | None = None  # see `run_layer`
         self.content = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.position = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.layers = nn.ModuleList(RefiningLayer(config) for _ in range(config.decoder_layers))
@@ -84,11 +87,17 @@ class RefiningDecoder(nn.Module):
         for each in self.layers:  # type: ignore[assignment]
             logits, boxes_cxcywh = logits.detach(), boxes_cxcywh.detach()
             position = self.position(box_embedding(boxes_cxcywh, self.dim).to(x.dtype))
-            x, *_ = each.layer(x, position, None, memory, key, mask, False)
+            x, *_ = run_layer(self, each.layer, x, position, None, memory, key, mask, False)
             with torch.autocast(device_type=x.device.type, enabled=False):
                 states = x.to(each.class_labels_classifier.weight.dtype)
                 logits = logits + each.class_labels_classifier(states)
-                boxes_cxcywh = (boxes_cxcywh.logit(eps=1e-3) + each.bbox_predictor(states)).sigmoid()
+                boxes_cxcywh = (_logit(boxes_cxcywh) + each.bbox_predictor(states)).sigmoid()
             all_logits.append(logits)
             all_boxes.append(boxes_cxcywh)
         return torch.stack(all_logits), torch.stack(all_boxes), x
+
+
+def _logit(x: Tensor) -> Tensor:
+    """The logit of x float [...] in 0..1, kept off its ends, in operations that all exporters know."""
+    x = x.clamp(1e-3, 1 - 1e-3)
+    return (x / (1 - x)).log()

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detr.config import DetrConfig
-from detr.multiscale.hybrid_encoder import separable_convolution
+from detr.multiscale.hybrid_encoder import SeparableConvolution
 from detr.multiscale.tokens import TokenGrid
+from detr.transformer import run_layer
 
 PRIOR_LOGIT = -4.0
 """Of every class at the start: hardly any token is an object (the prior of focal loss, which was 0.01)."""
@@ -52,8 +54,9 @@ class DenseHead(nn.Module):
     def __init__(self, config: DetrConfig, convolutions: int) -> None:
         super().__init__()
         dim = config.d_model
-        self.class_tower = nn.Sequential(*(separable_convolution(dim) for _ in range(convolutions)))
-        self.box_tower = nn.Sequential(*(separable_convolution(dim) for _ in range(convolutions)))
+        self.checkpointing: dict[str, Any] | None = None  # see `run_layer`
+        self.class_tower = nn.ModuleList(SeparableConvolution(dim) for _ in range(convolutions))
+        self.box_tower = nn.ModuleList(SeparableConvolution(dim) for _ in range(convolutions))
         self.class_labels_classifier = nn.Linear(dim, config.num_labels)
         self.bbox_predictor = nn.Linear(dim, 4)
         self.reset_class_head()
@@ -65,10 +68,18 @@ class DenseHead(nn.Module):
         self.class_labels_classifier.reset_parameters()
         nn.init.constant_(self.class_labels_classifier.bias, PRIOR_LOGIT)
 
-    def forward(self, maps: Sequence[Tensor], grid: TokenGrid) -> DensePredictions:
-        """Predict from maps float [B, D, h_i, w_i], finest first. Heads run outside autocast: see `detr.model`."""
-        of_class = torch.cat([self.class_tower(each).flatten(2) for each in maps], 2).transpose(1, 2)
-        of_box = torch.cat([self.box_tower(each).flatten(2) for each in maps], 2).transpose(1, 2)
+    def towers(self, maps: Sequence[Tensor], grid: TokenGrid) -> tuple[list[Tensor], list[Tensor]]:
+        """Features for classes and for boxes, float [B, D, h_i, w_i] each, of such maps, finest first."""
+        return self._run(self.class_tower, maps, grid), self._run(self.box_tower, maps, grid)
+
+    def forward(
+        self, class_maps: Sequence[Tensor], box_maps: Sequence[Tensor], grid: TokenGrid
+    ) -> DensePredictions:
+        """Predict from what `towers` returns. Linear layers run outside autocast: see `detr.model`."""
+        of_class, of_box = (
+            torch.cat([each.flatten(2).transpose(1, 2) for each in maps], 1)
+            for maps in (class_maps, box_maps)
+        )
         with torch.autocast(device_type=of_class.device.type, enabled=False):
             dtype = self.class_labels_classifier.weight.dtype
             logits = self.class_labels_classifier(of_class.to(dtype))
@@ -76,3 +87,12 @@ class DenseHead(nn.Module):
             centers = grid.centers_xy + _REACH * grid.sizes_wh * raw[..., :2].tanh()
             sizes = _SIZE * grid.sizes_wh * raw[..., 2:].clamp(-4, 4).exp()
         return DensePredictions(logits, torch.cat((centers, sizes), -1), of_class + of_box)
+
+    def _run(self, tower: nn.ModuleList, maps: Sequence[Tensor], grid: TokenGrid) -> list[Tensor]:
+        results = []
+        for each, real in zip(maps, grid.masks(maps[0].dtype), strict=True):
+            x = each
+            for convolution in tower:
+                x = run_layer(self, convolution, x, real)
+            results.append(x)
+        return results

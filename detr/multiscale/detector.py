@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +25,27 @@ from detr.distributed import average_normalisers
 from detr.multiscale.criterion import multi_scale_loss
 from detr.multiscale.decoder import RefiningDecoder
 from detr.multiscale.dense_head import DenseHead, DensePredictions
-from detr.multiscale.hybrid_encoder import GROUPS, HybridEncoder, token_positions
+from detr.multiscale.hybrid_encoder import HybridEncoder, token_positions
 from detr.multiscale.masks import MultiScaleMaskHead
 from detr.multiscale.scores import softmax_logits
 from detr.multiscale.selection import distinct_tokens
 from detr.multiscale.tokens import TokenGrid, token_grid
 from detr.outputs import DetrObjectDetectionOutput, DetrSegmentationOutput
+
+
+@dataclass(frozen=True)
+class EncodedMaps:
+    """What the convolutions make of images.
+
+    Attributes:
+        finest: float [B, D, h_0, w_0], the finest map of the hybrid encoder.
+        class_maps: float [B, D, h_i, w_i] of every map, finest first, from the dense head's tower for classes.
+        box_maps: of the same sizes, from its tower for boxes.
+    """
+
+    finest: Tensor
+    class_maps: list[Tensor]
+    box_maps: list[Tensor]
 
 
 class MultiScaleDetector(nn.Module):
@@ -124,6 +140,13 @@ class MultiScaleDetector(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and labels is None):
             return DetrSegmentationOutput(**found, pred_masks=masks.logits())
 
+    def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> EncodedMaps:
+        """All convolutions: the backbone, the hybrid encoder and the towers of the dense head."""
+        maps = self.backbone(pixel_values)
+        grid = token_grid(pixel_values, pixel_mask, maps, self.backbone.conv_encoder.strides)
+        encoded = self.encoder(maps, grid)
+        return EncodedMaps(encoded[0], *self.dense_head.towers(encoded, grid))
+
     def predict(
         self, pixel_values: Tensor, pixel_mask: Tensor | None
     ) -> tuple[TokenGrid, DensePredictions, Tensor, Tensor, Tensor, Tensor]:
@@ -133,11 +156,9 @@ class MultiScaleDetector(nn.Module):
             The tokens' grid and predictions, the encoder's finest map [B, D, h, w], and the decoder's logits
             [L, B, Q, C], boxes [L, B, Q, 4] and states [B, Q, D].
         """
-        maps = self.backbone(pixel_values)
-        grid = token_grid(pixel_values, pixel_mask, maps, self.backbone.conv_encoder.strides)
-        positions = token_positions(grid, self.config.d_model)
-        encoded = self.encoder(maps, grid, positions)
-        tokens = self.dense_head(encoded, grid)
+        encoded = self.encode(pixel_values, pixel_mask)
+        grid = token_grid(pixel_values, pixel_mask, encoded.class_maps, self.backbone.conv_encoder.strides)
+        tokens = self.dense_head(encoded.class_maps, encoded.box_maps, grid)
         index, real = distinct_tokens(
             tokens.logits.detach(),
             tokens.boxes_cxcywh.detach(),
@@ -159,16 +180,16 @@ class MultiScaleDetector(nn.Module):
             logits,
             boxes,
             tokens.features[:, skipped:],
-            positions[:, skipped:],
+            token_positions(grid.centers_xy[:, skipped:], self.config.d_model),
             grid.valid[:, skipped:] if grid.padded else None,
         )
-        return grid, tokens, encoded[0], *refined
+        return grid, tokens, encoded.finest, *refined
 
 
 def _check(config: DetrConfig) -> None:
     """Refuse a configuration that the architecture cannot follow."""
-    if config.d_model % GROUPS:
-        raise ValueError(f"multi_scale needs a d_model that is a multiple of {GROUPS}, got {config.d_model}")
+    if config.d_model % 8:
+        raise ValueError(f"multi_scale needs a d_model that is a multiple of 8, got {config.d_model}")
     if config.decoder_layers < 1:
         raise ValueError("multi_scale needs at least one decoder layer: tokens alone are no set of objects")
     if config.output_attentions or config.output_hidden_states:

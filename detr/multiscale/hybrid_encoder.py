@@ -19,27 +19,48 @@ from detr.initialization import init_as_original
 from detr.multiscale.tokens import TokenGrid, box_embedding
 from detr.transformer import Encoder
 
-GROUPS = 8
-"""Of every group norm: statistics of one image alone, so that an output does not depend on the batch."""
-
 _TOKEN_SIZE = 0.1
 """The width and height of a token in its position embedding, which is that of a box."""
 
 
-def separable_convolution(dim: int) -> nn.Sequential:
-    """3 x 3 depthwise, 1 x 1 pointwise, group norm, SiLU: float [B, D, h, w] to the same shape."""
-    return nn.Sequential(
-        nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False),
-        nn.Conv2d(dim, dim, 1, bias=False),
-        nn.GroupNorm(GROUPS, dim),
-        nn.SiLU(),
-    )
+class PositionNorm(nn.LayerNorm):
+    """Layer norm over the channels of each position of a map, float [B, D, h, w] to the same shape.
+
+    Its statistics are those of one position: unlike those of group norm they depend on neither padding nor the size of
+    Its statistics are those of one position: they depend on neither padding nor the size of the image. ViTDet
+    (https://arxiv.org/abs/2203.16527) has it in pyramid and heads too.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def token_positions(grid: TokenGrid, dim: int) -> Tensor:
-    """The position embeddings of all tokens, float [B, S, D]."""
-    sizes = torch.full_like(grid.centers_xy, _TOKEN_SIZE)
-    return box_embedding(torch.cat((grid.centers_xy, sizes), -1), dim)
+class SeparableConvolution(nn.Module):
+    """3 x 3 depthwise, 1 x 1 pointwise, norm, SiLU: float [B, D, h, w] to the same shape."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.pointwise = nn.Conv2d(dim, dim, 1, bias=False)
+        self.norm = PositionNorm(dim)
+
+    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
+        """Compute.
+
+        Args:
+            x: float [B, D, h, w].
+            real: float [B, 1, h, w], 0 on padding, which is to look to the image as the zeros around a map do; None
+                where there is none.
+        """
+        x = x if real is None else x * real
+        return F.silu(self.norm(self.pointwise(self.depthwise(x))))
+
+
+def token_positions(centers_xy: Tensor, dim: int) -> Tensor:
+    """The position embeddings float [B, S, D] of tokens with centers float [B, S, 2]."""
+    sizes = torch.full_like(centers_xy, _TOKEN_SIZE)
+    return box_embedding(torch.cat((centers_xy, sizes), -1), dim)
 
 
 class HybridEncoder(nn.Module):
@@ -53,22 +74,19 @@ class HybridEncoder(nn.Module):
     def __init__(self, config: DetrConfig, channels: Sequence[int]) -> None:
         super().__init__()
         self.projections = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(count, config.d_model, 1, bias=False), nn.GroupNorm(GROUPS, config.d_model)
-            )
+            nn.Sequential(nn.Conv2d(count, config.d_model, 1, bias=False), PositionNorm(config.d_model))
             for count in channels
         )
         self.encoder = Encoder(config)
         init_as_original(self.encoder)
-        self.fusions = nn.ModuleList(separable_convolution(config.d_model) for _ in channels)
+        self.fusions = nn.ModuleList(SeparableConvolution(config.d_model) for _ in channels)
 
-    def forward(self, maps: Sequence[Tensor], grid: TokenGrid, positions: Tensor) -> list[Tensor]:
+    def forward(self, maps: Sequence[Tensor], grid: TokenGrid) -> list[Tensor]:
         """Encode.
 
         Args:
             maps: float [B, C_i, h_i, w_i], finest first.
             grid: of these maps.
-            positions: float [B, S, D].
 
         Returns:
             float [B, D, h_i, w_i] for every map.
@@ -76,13 +94,14 @@ class HybridEncoder(nn.Module):
         projected = [project(each) for project, each in zip(self.projections, maps, strict=True)]
         coarsest = projected[-1].flatten(2).transpose(1, 2)
         keep = grid.per_map(grid.valid)[-1] if grid.padded else None
-        position = grid.per_map(positions)[-1].to(coarsest.dtype)
+        position = token_positions(grid.per_map(grid.centers_xy)[-1], coarsest.shape[-1]).to(coarsest.dtype)
         encoded = self.encoder(coarsest, keep, position).last_hidden_state
-        above = self.fusions[-1](encoded.transpose(1, 2).reshape(projected[-1].shape))
+        real = grid.masks(coarsest.dtype)
+        above = self.fusions[-1](encoded.transpose(1, 2).reshape(projected[-1].shape), real[-1])
         fused = [above]
         for index in range(len(maps) - 2, -1, -1):
             # of 2 n or 2 n - 1 rows, row i is under row i // 2 of the coarser map: nearest gives just that
             above = F.interpolate(above, size=grid.shapes[index], mode="nearest")
-            above = self.fusions[index](projected[index] + above)
+            above = self.fusions[index](projected[index] + above, real[index])
             fused.insert(0, above)
         return fused

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from detr.config import DetrConfig
-from detr.multiscale.hybrid_encoder import separable_convolution
+from detr.multiscale.hybrid_encoder import SeparableConvolution
 from detr.multiscale.tokens import TokenGrid
 
 _REACH = 1.5
@@ -99,7 +99,7 @@ class MultiScaleMaskHead(nn.Module):
         super().__init__()
         dim = config.d_model
         self.stride, self.channels = stride, dim // 4
-        self.pixels = nn.Sequential(separable_convolution(dim), nn.Conv2d(dim, self.channels, 1))
+        self.tower, self.pixels = SeparableConvolution(dim), nn.Conv2d(dim, self.channels, 1)
         self.kernels = nn.Sequential(
             nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, self.channels + len(_START))
         )
@@ -118,7 +118,7 @@ class MultiScaleMaskHead(nn.Module):
             states: float [B, Q, D], of the decoder.
             boxes_cxcywh: float [B, Q, 4], of the decoder.
         """
-        pixels = self.pixels(finest)
+        pixels = self.pixels(self.tower(finest, grid.masks(finest.dtype)[0]))
         height, width = grid.shapes[0]
         with torch.autocast(device_type=states.device.type, enabled=False):
             # as the other heads outside autocast: powers of coordinates cancel

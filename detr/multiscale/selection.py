@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr.boxes import box_cxcywh_to_xyxy, elementwise_iou
+from detr.capture import may_branch_on_values
 from detr.multiscale.tokens import TokenGrid
 
 _ROUNDS = 31
@@ -43,7 +44,9 @@ def suppress_duplicates(boxes_xyxy: Tensor, classes: Tensor, threshold: float) -
     suppresses = ((iou > threshold) & same).triu(1).to(torch.float32)
     kept = torch.ones_like(suppresses[:, :1])
     for _ in range(_ROUNDS):
-        kept = (kept @ suppresses == 0).to(torch.float32)
+        last, kept = kept, (kept @ suppresses == 0).to(torch.float32)
+        if kept.device.type == "cpu" and may_branch_on_values() and torch.equal(kept, last):
+            break  # every further round gives the same
     return kept[:, 0] > 0
 
 

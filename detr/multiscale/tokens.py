@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from detr.backbone import downsample_mask
+from detr.capture import is_all_ones
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,13 @@ class TokenGrid:
         """Split [B, S, ...] into one [B, h * w, ...] per map."""
         return list(tokens.split([height * width for height, width in self.shapes], dim=1))
 
+    def masks(self, dtype: torch.dtype) -> list[Tensor] | list[None]:
+        """Of every map, 1 on tokens of the image and 0 on padding, [B, 1, h, w]; None where nothing is padded."""
+        if not self.padded:
+            return [None] * len(self.shapes)
+        valid = zip(self.per_map(self.valid), self.shapes, strict=True)
+        return [each.unflatten(1, shape)[:, None].to(dtype) for each, shape in valid]
+
 
 def token_grid(
     pixel_values: Tensor, pixel_mask: Tensor | None, maps: Sequence[Tensor], strides: Sequence[int]
@@ -58,23 +65,22 @@ def token_grid(
         sizes = torch.stack(
             [torch.full((batch,), side, dtype=dtype, device=device) for side in (width, height)], 1
         )
-        valid = torch.ones(batch, sum(h * w for h, w in shapes), dtype=torch.bool, device=device)
     else:
         real = pixel_mask != 0
-        sizes = torch.stack((real[:, 0].sum(1), real[:, :, 0].sum(1)), 1).clamp(min=1).to(dtype)
-        valid = torch.cat([downsample_mask(pixel_mask, shape).flatten(1) for shape in shapes], 1)
-    pixels, extents = [], []
+        sizes = torch.stack((real[:, 0].sum(1), real[:, :, 0].sum(1)), 1).to(dtype)
+    corners, extents = [], []
     for (height, width), stride in zip(shapes, strides, strict=True):
-        y = (torch.arange(height, dtype=dtype, device=device) + 0.5) * stride
-        x = (torch.arange(width, dtype=dtype, device=device) + 0.5) * stride
-        pixels.append(torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), -1).flatten(0, 1))
-        extents.append(torch.full_like(pixels[-1], stride))
+        y, x = (torch.arange(side, dtype=dtype, device=device) * stride for side in (height, width))
+        corners.append(torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), -1).flatten(0, 1))
+        extents.append(torch.full_like(corners[-1], stride))
+    corner, extent, whole = torch.cat(corners), torch.cat(extents), sizes.clamp(min=1)[:, None]
     return TokenGrid(
         shapes,
-        torch.cat(pixels) / sizes[:, None],
-        torch.cat(extents) / sizes[:, None],
-        valid,
-        pixel_mask is not None,
+        (corner + 0.5 * extent) / whole,
+        extent / whole,
+        # as many as the image alone would have, whatever the padding
+        (corner < sizes[:, None]).all(-1),
+        pixel_mask is not None and not is_all_ones(pixel_mask),
     )
 
 

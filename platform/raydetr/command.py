@@ -26,6 +26,10 @@ _REPEAT_S = 1.0
 """Wrappers such as `make` and `uv run` deliver one Ctrl-C twice: a second signal within this time is the same one."""
 
 
+interrupted = threading.Event()
+"""Set once SIGINT or SIGTERM arrived: what workers print while they are ended tells a user nothing."""
+
+
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM arrived. Like KeyboardInterrupt no `Exception`, so that no handler of errors swallows it."""
 
@@ -136,12 +140,14 @@ def interruptible(action: str) -> Iterator[None]:
         # Python's handlers run only between two bytecodes of the main thread, which may be seconds away.
         while number := receiver.recv(1):
             if number[0] in SIGNALS:
+                interrupted.set()
                 with contextlib.suppress(OSError, ValueError):  # a terminal or pipe that is gone
                     name = signal.Signals(number[0]).name
                     sys.stderr.write(f"\n{name}: {action}. A second signal exits at once, without cleanup.\n")
                     sys.stderr.flush()
                 return
 
+    interrupted.clear()
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     thread = threading.Thread(target=announce, name="signals", daemon=True)

@@ -409,7 +409,7 @@ class DemoConfig:
     output: str = "runs/demo"
     """Folder of the run, its pictures and summary.json."""
     steps: int = 0
-    """Optimiser steps; 0: as many as the recipe `small` has."""
+    """Optimizer steps; 0: as many as the recipe `scenes` has."""
     seed: int = 0
     """Seed of the initial weights, the order of the data and augmentation."""
     port: int = 8000

@@ -11,6 +11,8 @@ from typing import Any
 
 from ray._private import worker
 
+from raydetr.command import interrupted
+
 _BACKEND_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 
 HARMLESS = re.compile(
@@ -62,6 +64,8 @@ def quiet_driver() -> None:
     print_lines, connect = worker.print_to_stdstream, worker.connect
 
     def print_telling_lines(data: dict[str, Any], ignore_prefix: bool) -> None:
+        if interrupted.is_set():  # tracebacks and stacks of workers that Ray ends in the midst of their work
+            return
         if lines := harmless.without(data.get("ip"), data.get("pid"), data["lines"]):
             print_lines({**data, "lines": lines}, ignore_prefix)
 

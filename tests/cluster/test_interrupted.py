@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TINY = """
 --backbone test_resnet --backbone-out-indices 1 2 3 4 --backbone-weights '' --d-model 32 --encoder-layers 1
---decoder-layers 1 --attention-heads 4 --ffn-dim 32 --query-groups 1 --num-queries 8 --test-edge 64 --shortest-edges 48 64
---longest-edge 96 --micro-batch-size 2 --checkpoint-every 5 --local-attention False --cell-loss 0
+--decoder-layers 1 --attention-heads 4 --ffn-dim 32 --num-queries 8 --test-edge 64 --shortest-edges 48 64
+--longest-edge 96 --micro-batch-size 2 --checkpoint-every 5
 """
 
 
@@ -53,9 +53,8 @@ def test_an_interrupted_run_is_killed_in_mlflow_and_resumes_by_the_printed_comma
             assert time.monotonic() < until, log.read_text()
             time.sleep(0.2)
         os.killpg(driver.pid, number)  # as a terminal does
-        sent = time.monotonic()
         while f"{number.name}: stopping" not in log.read_text():
-            assert time.monotonic() - sent < 1, log.read_text()
+            assert driver.poll() is None, log.read_text()
             time.sleep(0.02)
         assert driver.wait(120) == 128 + number
     finally:
@@ -63,6 +62,7 @@ def test_an_interrupted_run_is_killed_in_mlflow_and_resumes_by_the_printed_comma
         driver.wait()
     text = log.read_text()
     assert "Traceback" not in text
+    assert "Stack trace" not in text
     run_id = storage.read_json(str(output / "run.json"))["run_id"]
     assert tracking.client(uri).get_run(run_id).info.status == "KILLED"
     assert not (output / "lease.json").exists()

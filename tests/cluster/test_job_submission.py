@@ -7,7 +7,7 @@ import pytest
 
 from tests.cluster.local_head import copy_project, start_head, submit
 
-TINY = ["--steps", "2", "--output", "runs/tiny", "--name", ""]
+TINY = ["--recipe", "scenes", "--steps", "2", "--output", "runs/tiny", "--name", ""]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

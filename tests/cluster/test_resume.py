@@ -15,7 +15,7 @@ from tests.cluster.fault_runs import attempts, losses, of_driver, received, star
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 24
-FLAGS = f"--steps {STEPS} --precision float64 --dropout 0.1 --ema-decay 0.9 --query-groups 2 --warmup-steps 5".split()
+FLAGS = f"--steps {STEPS} --precision float64 --dropout 0.1 --ema-decay 0.9 --warmup-steps 5".split()
 
 
 @pytest.fixture(scope="module")
@@ -23,19 +23,28 @@ def train_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_awkward(tmp_path_factory.mktemp("data")).root
 
 
-@pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.nightly)])
-def workers(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
+@pytest.fixture(
+    scope="module",
+    params=[
+        (3, "--query-groups 2"),
+        pytest.param((2, "--query-groups 2"), marks=pytest.mark.nightly),
+        (2, "--multi-scale True"),
+    ],
+    ids=str,
+)
+def case(request: pytest.FixtureRequest) -> tuple[int, list[str]]:
+    """Number of workers, and all flags."""
+    workers, flags = request.param
+    return workers, [*FLAGS, *flags.split(), "--workers", str(workers)]
 
 
 @pytest.fixture(scope="module")
-def whole(workers: int, train_data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The folder of a run that nothing happened to, and the flags of it."""
+def whole(case: tuple[int, list[str]], train_data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happened to."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    flags = [*FLAGS, "--workers", str(workers)]
-    with start(train_data, output, *flags) as run:
+    with start(train_data, output, *case[1]) as run:
         run.wait()
-    return output, flags
+    return output
 
 
 def assert_equal(left: Path, right: Path) -> None:
@@ -63,10 +72,10 @@ def assert_same(left: Any, right: Any, where: str) -> None:
 
 
 def test_a_run_that_is_killed_and_then_has_no_time_left_computes_the_same_to_the_bit(
-    workers: int, whole: tuple[Path, list[str]], train_data: str, tmp_path: Path
+    case: tuple[int, list[str]], whole: Path, train_data: str, tmp_path: Path
 ) -> None:
     """Its driver, and with it Ray, is killed; started again, its time is up at once; a third start ends it."""
-    output, (undisturbed, flags) = tmp_path / "run", whole
+    output, undisturbed, (workers, flags) = tmp_path / "run", whole, case
     with start(train_data, output, *flags) as run:
         run.reach(10, workers)
         run.driver.send_signal(signal.SIGKILL)

@@ -12,7 +12,18 @@ from tests.run_pipeline import RunPipeline
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_local")]
 
 FLAGS = [
-    *("--task", "instance", "--steps", "8", "--checkpoint-every", "2", "--max-failures", "0"),
+    *(
+        "--recipe",
+        "detr-small",
+        "--task",
+        "instance",
+        "--steps",
+        "8",
+        "--checkpoint-every",
+        "2",
+        "--max-failures",
+        "0",
+    ),
     *("--validate-every", "2", "--patience", "2", "--learning-rate", "0", "--backbone-learning-rate", "0"),
     *("--backbone", "test_resnet", "--backbone-out-indices", "1", "2", "3", "4", "--backbone-weights", ""),
     *("--d-model", "32", "--encoder-layers", "1", "--decoder-layers", "2", "--ffn-dim", "32"),

@@ -16,7 +16,7 @@ from detr import (
     DetrImageProcessor,
     DetrImageProcessorPil,
 )
-from detr.checkpoint import _warn_about_transformers
+from detr.checkpoint import _warn_about_backbone
 from tests.detr.conftest import separate_the_queries, small_config
 
 PIXELS = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
@@ -63,12 +63,12 @@ def test_a_folder_that_went_through_transformers_predicts_as_there(trains_there,
 
 
 def test_saving_what_transformers_predicts_differently_is_logged_once(tmp_path, caplog):
-    _warn_about_transformers.cache_clear()
+    _warn_about_backbone.cache_clear()
     caplog.set_level(logging.WARNING)
     for _ in range(2):
         saved(tmp_path, backbone="mobilenetv3_small_050")
     assert caplog.text.count("transformers can load it but predicts differently") == 1
-    _warn_about_transformers.cache_clear()
+    _warn_about_backbone.cache_clear()
     caplog.clear()
     saved(tmp_path, backbone="mobilenetv3_small_050", compat="transformers")
     saved(tmp_path)

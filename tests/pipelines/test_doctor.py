@@ -80,6 +80,8 @@ def test_everything_that_is_wrong_is_named_at_once_and_the_status_is_2(
     change_manifest(tmp_path, digest="0" * 64)
     (tmp_path / "run").write_text("a file where the folder should be")
     wrong = [
+        "--recipe",
+        "detr-small",
         "--tracking-uri",
         "http://127.0.0.1:1",
         "--num-queries",

@@ -58,7 +58,7 @@ def test_wrong_input_ends_with_its_message_and_no_traceback(tmp_path: Path, pipe
     (tmp_path / "list.json").write_text("[]")
     done = pipeline("ingest", "--annotations", "list.json", "--images", ".", "--output", "out", cwd=tmp_path)
     assert done.returncode == 2
-    assert "error: list.json: not COCO: the file holds a list" in done.stderr
+    assert "list.json: not COCO: the file holds a list" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import threading
 from typing import Any
 
 import pytest
@@ -60,6 +61,10 @@ def test_ray_prints_what_is_left_and_logs_of_a_local_ray_keep_their_level(
     worker.print_to_stdstream({**data, "lines": [HARMLESS[0], TELLING[0]]}, ignore_prefix=False)
     worker.print_to_stdstream({**data, "lines": HARMLESS}, ignore_prefix=False)
     assert printed == [{**data, "lines": TELLING[:1]}]
+    monkeypatch.setattr("raydetr.ray_internals.interrupted", stopped := threading.Event())
+    stopped.set()
+    worker.print_to_stdstream({**data, "lines": TELLING}, ignore_prefix=False)
+    assert len(printed) == 1, "workers that are ended after Ctrl-C print tracebacks"
     worker.connect()
     assert "RAY_BACKEND_LOG_LEVEL" not in os.environ
     monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "debug")

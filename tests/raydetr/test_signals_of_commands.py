@@ -83,15 +83,15 @@ def test_a_signal_cleans_up_and_names_the_command_that_resumes(
     assert "Traceback" not in err
 
 
-def test_the_signal_is_answered_within_a_second_while_the_main_thread_is_in_c_code(tmp_path: Path) -> None:
+def test_the_signal_is_answered_at_once_while_the_main_thread_is_in_c_code(tmp_path: Path) -> None:
     with working(tmp_path, 'hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)') as process:
-        sent = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
         while not process.stderr.readline().startswith("SIGINT: stopping"):
             assert process.poll() is None
-        assert time.monotonic() - sent < 1
-        assert process.poll() is None
+        assert process.poll() is None, (
+            "it was said while the hash, which takes most of a minute, was computed"
+        )
 
 
 def test_a_second_signal_ends_a_cleanup_that_hangs_and_one_that_is_delivered_twice_does_not(

@@ -80,7 +80,7 @@ class Options:
         Raises:
             DataError: one of them is not there.
         """
-        return [Manifest.load(address) for address in self.compare_with]
+        return [Manifest.load(storage.absolute(address)) for address in self.compare_with]
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:
@@ -168,6 +168,7 @@ def _ingest(
 
     `others` have no image to share with it; `tell`: the faults of the files as a whole are told with this part.
     """
+    output = storage.absolute(output)
     settings = [options.on_fault, options.seed, options.shard_bytes, key, options.append]
     settings += sorted(other.digest for other in others if options.compare_with)
     if options.reading != AS_USUAL:
@@ -231,9 +232,9 @@ def _write(
     cluster.require_shared(output=output)
     work = partial(
         write_checked,
-        images=tuple(map(storage.absolute, inputs.addresses.folders)),
-        masks=storage.absolute(inputs.addresses.panoptic_masks) if inputs.addresses.panoptic_masks else "",
-        output=storage.absolute(output),
+        images=tuple(inputs.addresses.folders),
+        masks=inputs.addresses.panoptic_masks,
+        output=output,
         category_ids=frozenset(category["id"] for category in categories),
         class_map=inputs.class_map,
         skip=options.on_fault == "skip-image",
@@ -268,9 +269,7 @@ def _write(
         reason = f"{usable.crowds:,} of {usable.objects:,} objects: {CROWDS_REMEDY}"
         suspected.append(Fault("crowds", file, None, None, reason))
     shown = [summary.shard for summary in summaries]
-    suspected += [
-        fault for other in others for fault in near_duplicates_of(storage.absolute(output), shown, other)
-    ]
+    suspected += [fault for other in others for fault in near_duplicates_of(output, shown, other)]
     _check_policy(suspected, options.on_fault)
     _check_written(output, ordered, num_images)
     held.verify()

@@ -31,6 +31,9 @@ class Source:
     annotations: str
     images: str = ""
 
+    def __post_init__(self) -> None:
+        _resolve(self, "annotations", "images")
+
 
 @dataclass(frozen=True)
 class Addresses:
@@ -53,6 +56,9 @@ class Addresses:
     others: tuple[Source, ...] = ()
     follow_links: bool = False
 
+    def __post_init__(self) -> None:
+        _resolve(self, "annotations", "images", "panoptic_annotations", "panoptic_masks", "classes")
+
     @classmethod
     def of(
         cls,
@@ -74,6 +80,13 @@ class Addresses:
     def folders(self) -> list[str]:
         """The folders of images, each once."""
         return list(dict.fromkeys([self.images, *(each.images or self.images for each in self.others)]))
+
+
+def _resolve(addresses: object, *names: str) -> None:
+    """Replace relative addresses of a frozen dataclass, which are under RAYDETR_STORAGE where that is set."""
+    for name in names:
+        if given := getattr(addresses, name):
+            object.__setattr__(addresses, name, storage.absolute(given))
 
 
 @dataclass(frozen=True)
@@ -174,7 +187,7 @@ def _list_files(addresses: Addresses, index: Index) -> None:
         index.add_files("image_files", _files(folder, addresses, index), number)
     if addresses.panoptic_masks:
         index.add_files("mask_files", _files(addresses.panoptic_masks, addresses, index))
-    index.join_files([storage.absolute(folder) for folder in addresses.folders])
+    index.join_files(addresses.folders)
     if next(index.files("image_files"), None) is None:
         first = next(index.entries()).file_name
         folders = ", ".join(addresses.folders)

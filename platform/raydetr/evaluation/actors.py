@@ -14,14 +14,13 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayTaskError
 
-from detr.config import DetrConfig
 from detr.detector import ObjectDetector, PreparedImage, prepare_image
 from detr.image_processing.decode import ImageError, Orientation
 from detr.image_processing.processor import DetrImageProcessor
 from raydetr import storage
 from raydetr.data.pixels import decode_record
 from raydetr.data.shards import read_rows
-from raydetr.errors import ConfigError, RaydetrError, StorageError
+from raydetr.errors import RaydetrError, StorageError
 from raydetr.evaluation.predictions import PredictionSettings, Predictor, error_row, table
 from raydetr.registry.models import ResolvedModel, local_folder
 
@@ -73,13 +72,8 @@ def run_actors(
         tables of `PREDICTION_SCHEMA`, in any order.
 
     Raises:
-        RaydetrError: a shard is damaged, a prediction is not finite, or the engine cannot compute the model.
+        RaydetrError: a shard is damaged, or a prediction is not finite.
     """
-    if (
-        settings.engine == "openvino"
-        and DetrConfig.from_pretrained(local_folder(model)).multi_scale is not None
-    ):
-        raise ConfigError(f"--engine openvino: {model.address} is a multi-scale model: use --engine torch.")
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
     context = DataContext.get_current().copy()
     context.target_max_block_size = _BLOCK_BYTES

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from detr.metrics.coco_matching import TRUE, Evaluation, Matches, matches_of
-from raydetr.evaluation.errors_by_kind import KINDS, confident, error_costs, find_errors
+from raydetr.evaluation.errors_by_kind import KINDS, confident, duplicate_share, error_costs, find_errors
 from raydetr.evaluation.figures import Evaluations, evaluate_predictions, figures_of
 from raydetr.evaluation.intervals import CONFIDENCE, RESAMPLES, intervals, resample
 from raydetr.evaluation.panoptic_quality import PanopticCounts, class_qualities, count_segments
@@ -51,6 +51,7 @@ def analyse(
         - confusion: names, with "background" last; counts [row of the truth][column of the prediction]
         - calibration: ece, mce and bins of all detections, of which those at IoU 0.5 are true
         - errors: counts and cost (AP50 points) of each of `KINDS`, and the AP50 they are lost from
+        - duplicates: second detections at score 0.5 as a share of the objects, see `duplicate_share`
         - slices: by what → name, images, objects, AP, AP50
         - worst: kind of error → image ids, worst first
         - images, undecodable: how many
@@ -79,6 +80,7 @@ def analyse(
         "confusion": _confusion(truth, chosen, min_score),
         "calibration": _calibration(boxes),
         "errors": {"counts": errors.counts(), "cost": costs, "AP50": ap50, "min_score": min_score},
+        "duplicates": duplicate_share(boxes, matches),
         "slices": score_slices(truth, boxes),
         "worst": {kind: errors.worst(kind, boxes.image_ids) for kind in kinds},
         "images": len(boxes.image_ids),

@@ -12,7 +12,7 @@ An object that is not found is missed, unless a localisation or classification e
 matched with them are left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,15 +56,7 @@ def find_errors(evaluation: Evaluation, matches: Matches, min_score: float) -> E
     wrong = np.flatnonzero((matches.score >= min_score) & (matches.status[0] == FALSE))
     kinds = np.full(len(wrong), KINDS.index("background"))
     missed = ~found_objects(evaluation, matches, min_score)
-    detections = _by_image(matches.image[wrong], matches.num_images)
-    objects = _by_image(matches.object_image, matches.num_images)
-    boxes, true_boxes = evaluation.found["bbox"][matches.row], evaluation.objects["bbox"][matches.object_row]
-    for found, truth in zip(detections, objects, strict=True):
-        if not len(found) or not len(truth):
-            continue
-        rows = wrong[found]
-        iou = coco_mask.bbox_iou(boxes[rows], true_boxes[truth], np.zeros(len(truth), bool))
-        same = matches.category[rows][:, None] == matches.object_category[truth]
+    for found, truth, iou, same in _overlaps(evaluation, matches, wrong):
         kinds[found], about = _kinds(iou, same)
         missed[truth[about]] = False
     lost = np.flatnonzero(missed)
@@ -73,6 +65,26 @@ def find_errors(evaluation: Evaluation, matches: Matches, min_score: float) -> E
         np.concatenate([kinds, np.full(len(lost), KINDS.index("missed"))]),
         np.concatenate([matches.score[wrong], np.ones(len(lost))]),
     )
+
+
+def duplicate_share(evaluation: Evaluation, matches: Matches, min_score: float = 0.5) -> float:
+    """Second detections of objects, as a share of the objects; 0 where there are none.
+
+    A second detection has an IoU of at least 0.5 with an object of its class but no match, because detections
+    of higher scores are matched with all such objects. TIDE's kind "duplicate" omits those that overlap an
+    object of another class as well.
+
+    Args:
+        evaluation: of boxes.
+        matches: of it.
+        min_score: of the detections that count.
+    """
+    wrong = np.flatnonzero((matches.score >= min_score) & (matches.status[0] == FALSE))
+    second = sum(
+        np.count_nonzero((same & (iou >= OVERLAP)).any(axis=1))
+        for _, _, iou, same in _overlaps(evaluation, matches, wrong)
+    )
+    return second / max(len(matches.object_row), 1)
 
 
 def found_objects(evaluation: Evaluation, matches: Matches, min_score: float) -> np.ndarray:
@@ -107,6 +119,30 @@ def _kinds(iou: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ]
     )
     return kinds, about
+
+
+def _overlaps(
+    evaluation: Evaluation, matches: Matches, rows: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Detections and objects of each image that has both.
+
+    Args:
+        evaluation: of boxes.
+        matches: of it.
+        rows: int64 [n], of `matches`, the detections.
+
+    Yields:
+        Positions in `rows` [d], objects of `matches` [o], their IoU float64 [d, o], and bool [d, o],
+        whether they have the same class.
+    """
+    detections = _by_image(matches.image[rows], matches.num_images)
+    objects = _by_image(matches.object_image, matches.num_images)
+    boxes, true_boxes = evaluation.found["bbox"][matches.row], evaluation.objects["bbox"][matches.object_row]
+    for found, truth in zip(detections, objects, strict=True):
+        if len(found) and len(truth):
+            iou = coco_mask.bbox_iou(boxes[rows[found]], true_boxes[truth], np.zeros(len(truth), bool))
+            same = matches.category[rows[found]][:, None] == matches.object_category[truth]
+            yield found, truth, iou, same
 
 
 def _by_image(image: np.ndarray, num_images: int) -> list[np.ndarray]:

@@ -152,9 +152,8 @@ def _data(config: EvaluateConfig) -> Manifest:
     connect(cpus)  # before `embedded`, which asks for less
     if not config.images:
         return Manifest.load(embedded("val"))
-    given = (config.annotations, config.images, config.panoptic_annotations, config.panoptic_masks)
-    annotations, images, panoptic, masks = (storage.absolute(each) if each else "" for each in given)
-    addresses = Addresses(annotations, images, panoptic, masks)
+    panoptic = config.panoptic_annotations, config.panoptic_masks
+    addresses = Addresses(config.annotations, config.images, *panoptic)
     name = "-".join([*addresses.images.split("/")[-2:], _digest(addresses)[:8]])
     options = Options(max_fault_share=config.max_fault_share)
     output = storage.absolute(f"runs/data/{name}")

@@ -18,6 +18,8 @@ from raydetr.data.shards import Manifest, read_records, training_targets
 
 SMOOTHING = 25
 CAPTION = 22
+THRESHOLD = 0.5
+"""Least score of a box that is drawn."""
 GAP = 8
 
 
@@ -26,9 +28,7 @@ def loss_curve(losses: Sequence[tuple[int, float]], file: str) -> None:
     steps, values = np.array(losses).T
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(
-        xlabel="step", ylabel="training loss", title="Loss of the set prediction, all layers"
-    )
+    axes = figure.add_subplot(xlabel="step", ylabel="training loss", title="Training loss, sum of all terms")
     axes.plot(steps, values, color="#b9c8dc", linewidth=0.8, label="step")
     width = min(SMOOTHING, len(values))
     smooth = np.convolve(values, np.ones(width) / width, mode="valid")
@@ -41,7 +41,11 @@ def loss_curve(losses: Sequence[tuple[int, float]], file: str) -> None:
 
 
 def sheet(
-    manifest: Manifest, results: Iterable[dict[str, Any]], file: str, count: int = 12, threshold: float = 0.5
+    manifest: Manifest,
+    results: Iterable[dict[str, Any]],
+    file: str,
+    count: int = 12,
+    threshold: float = THRESHOLD,
 ) -> None:
     """Write a PNG of images of a data set, each twice: with its annotated and with its predicted boxes.
 
@@ -78,7 +82,9 @@ def sheet(
     _montage(pairs, columns=3).save(_made(file))
 
 
-def answer(image: bytes, detections: Sequence[dict[str, Any]], file: str, threshold: float = 0.5) -> None:
+def answer(
+    image: bytes, detections: Sequence[dict[str, Any]], file: str, threshold: float = THRESHOLD
+) -> None:
     """Write a PNG of an image with the detections that the endpoint answered."""
     shown = [each for each in detections if each["score"] >= threshold]
     draw_detections(

@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -72,16 +73,36 @@ def resolve_uri(flag: str) -> str:
 
 def client(uri: str) -> "MlflowClient":
     """MLflow's client for runs and models at an address from `resolve_uri`."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow import MlflowClient
-
+    client_class = _client_class()
     if uri.startswith(_SQLITE):
         os.makedirs(os.path.dirname(uri.removeprefix(_SQLITE)), exist_ok=True)
     # "Creating initial MLflow database tables...", "Waiting up to 300 seconds ...": no news for the user.
     for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return client_class(tracking_uri=uri, registry_uri=uri)
+
+
+def _client_class() -> "type[MlflowClient]":
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow import MlflowClient
+
+    return MlflowClient
+
+
+@contextlib.contextmanager
+def connecting(uri: str) -> Iterator[None]:
+    """Open the database in a thread while the block runs: a new one gets its tables, mostly waiting for the disk.
+
+    Raises:
+        RegistryError: MLflow cannot open it; after the block.
+    """
+    _client_class()  # not imported by two threads at a time, of which one would see half of it
+    with ThreadPoolExecutor(1) as thread:
+        opened = thread.submit(client, uri)
+        yield
+        with registry_errors(uri):
+            opened.result()
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 Decoding cannot be cancelled, and a damaged or hostile file may take long or end the process. So it happens in workers
 that can be lost. The process that is started imports once what all workers need and then forks: a worker is replaced
-within milliseconds, and its memory is that of its image. Each socket that comes over DESCRIPTOR, with one byte (how nice
-the worker is, see nice(2)), gets a worker, which sends `READY` and then answers `Task`s until its socket closes.
+within milliseconds, and its memory is that of its image. Each socket that comes over DESCRIPTOR, with one byte (1: the
+worker runs only while a core is idle), gets a worker, which sends `READY` and then answers `Task`s until its socket
+closes.
 
 The operating system ends a worker that uses more processor time or time than its task may.
 """
@@ -59,11 +60,19 @@ def main(descriptor: int) -> None:
             return
         if os.fork() == 0:
             control.close()
-            os.nice(message[0])
+            if message[0]:
+                _yield_to_all()
             with contextlib.suppress(EOFError, OSError):  # the endpoint has gone
                 work(Connection(descriptors[0]))
             os._exit(0)
         os.close(descriptors[0])
+
+
+def _yield_to_all() -> None:
+    """Run only while a core is idle. Niceness alone would not do: Ray starts its workers at 15 of 19 already."""
+    os.nice(19)
+    with contextlib.suppress(OSError):  # a sandbox may not allow it
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def work(connection: Connection) -> None:

@@ -50,11 +50,11 @@ class WorkerProgram:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
-    def new_worker(self, niceness: int) -> Connection:
+    def new_worker(self, idle_priority: bool) -> Connection:
         """A connection to a new worker.
 
         Args:
-            niceness: 0 to 19, how much the worker gives way to other processes.
+            idle_priority: whether the worker runs only while a core is idle.
 
         Raises:
             ServingError: it does not start.
@@ -62,7 +62,7 @@ class WorkerProgram:
         ours, theirs = multiprocessing.Pipe()
         try:
             with self._lock, theirs:
-                self._fork(theirs, niceness)
+                self._fork(theirs, idle_priority)
             if ours.poll(START_S) and ours.recv_bytes(len(READY)) == READY:
                 return ours
         except (OSError, EOFError):
@@ -70,15 +70,15 @@ class WorkerProgram:
         ours.close()
         raise ServingError("A process that decodes images does not start; the log has the reason.")
 
-    def _fork(self, theirs: Connection, niceness: int) -> None:
+    def _fork(self, theirs: Connection, idle_priority: bool) -> None:
         if self._process is None or self._process.poll() is not None:
             self._start()
         assert self._control is not None
         try:
-            socket.send_fds(self._control, [bytes([niceness])], [theirs.fileno()])
+            socket.send_fds(self._control, [bytes([idle_priority])], [theirs.fileno()])
         except OSError:  # it has just ended
             self._start()
-            socket.send_fds(self._control, [bytes([niceness])], [theirs.fileno()])
+            socket.send_fds(self._control, [bytes([idle_priority])], [theirs.fileno()])
 
     def _start(self) -> None:
         self._close()
@@ -141,14 +141,19 @@ class Lane:
         program: starts workers.
         name: of the threads.
         workers: most jobs at a time.
-        niceness: of the workers, see `WorkerProgram.new_worker`.
+        idle_priority: of the workers, see `WorkerProgram.new_worker`.
         pixels: most pixels in work at a time. One job may have more, alone.
     """
 
     def __init__(
-        self, program: WorkerProgram, name: str, workers: int, niceness: int, pixels: float = math.inf
+        self,
+        program: WorkerProgram,
+        name: str,
+        workers: int,
+        idle_priority: bool,
+        pixels: float = math.inf,
     ) -> None:
-        self._program, self._niceness = program, niceness
+        self._program, self._idle_priority = program, idle_priority
         self._pixels, self._in_work = pixels, 0
         self._changed = threading.Condition()
         self._waiting: list[tuple[float, int, Job]] = []
@@ -215,7 +220,7 @@ class Lane:
         return self._in_work + job.pixels <= self._pixels
 
     def _work(self) -> None:
-        worker = _Worker(self._program, self._niceness)
+        worker = _Worker(self._program, self._idle_priority)
         while (job := self._next()) is not None:
             begun = time.monotonic()
             try:
@@ -238,15 +243,15 @@ class Lane:
 class _Worker:
     """The worker of one thread, replaced where it is lost."""
 
-    def __init__(self, program: WorkerProgram, niceness: int) -> None:
-        self._program, self._niceness = program, niceness
+    def __init__(self, program: WorkerProgram, idle_priority: bool) -> None:
+        self._program, self._idle_priority = program, idle_priority
         self._connection: Connection | None = None
 
     def answer(self, job: Job) -> Answer:
         """Have the worker do a job; a second one, where the first is lost before its time is up."""
         for _ in range(2):
             if self._connection is None:
-                self._connection = self._program.new_worker(self._niceness)
+                self._connection = self._program.new_worker(self._idle_priority)
             begun = time.monotonic()
             try:
                 return _answer(self._connection, job)

@@ -1,14 +1,16 @@
 """The model replica: prepared images in, detections or segments out, in batches of equal canonical shape."""
 
 import asyncio
+import contextlib
 import gc
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from ray import serve
 
@@ -16,12 +18,17 @@ from detr.detector import PreparedImage, padding_share
 from detr.fast import Engine
 from raydetr.errors import RaydetrError
 from raydetr.registry.models import ResolvedModel
+from raydetr.serving.images import CostlyImage
 from raydetr.serving.loaded import Failure, LoadedModel, Precision
 from raydetr.serving.memory import give_back_memory
 from raydetr.serving.metrics import ReplicaMetrics
 from raydetr.serving.segments import SegmentRequest
 
 logger = logging.getLogger("ray.serve")
+Priority: TypeAlias = Literal["client", "costly", "shadow"]
+"""Of an image: for a client, for a client that sent a costly image, for nobody who waits."""
+COSTLY_WAIT_S = 5.0
+"""Longest time without a pause until a costly image is computed before the others, in seconds."""
 KEPT_VERSIONS = 2
 """Versions that a replica holds: the one that answers, and the one before or next; with a challenger one more."""
 
@@ -65,8 +72,7 @@ class _Job:
     """Taken out by the batch."""
     outcome: Result | Exception | None = None
     """Taken out by the client, for whom the batch puts it here. An exception would hold the whole batch by its frames."""
-    in_background: bool = False
-    """No client waits for it."""
+    priority: Priority = "client"
     since: float = field(default_factory=time.monotonic)
     gone: bool = False
     """Its client does not wait any more."""
@@ -87,7 +93,8 @@ class Detector:
         kept_versions: that it holds, those that were asked for last.
 
     What is asked in the background never shares a batch with what clients wait for, and gets the device only in their
-    pauses: at most one such batch can be on it when a client comes.
+    pauses: at most one such batch can be on it when a client comes. Costly images are computed in those pauses too, one
+    by one, or every `COSTLY_WAIT_S` one of them where there is no pause.
 
     Raises:
         ServingError: the version does not answer its reference image as it should.
@@ -107,10 +114,12 @@ class Detector:
         self.metrics = ReplicaMetrics()
         self.versions: OrderedDict[str, LoadedModel] = OrderedDict([(_key(model), self._load(model))])
         self.loading: dict[str, asyncio.Task[LoadedModel]] = {}
-        self.queues: dict[tuple[str, tuple[int, int], bool], Callable[[_Job], Awaitable[None]]] = {}
+        self.queues: dict[tuple[str, tuple[int, int], Priority], Callable[[_Job], Awaitable[None]]] = {}
         self._batches = 0  # of clients, on the device or waiting for it
         self._pause = asyncio.Event()
+        self._pause.set()
         self._background = asyncio.Lock()
+        self._forced_at = -math.inf
         # One thread: one batch at a time is on the device, and the event loop is free to fill the next.
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="detect")
         # Always the same one: what a thread has freed stays with it, and each new one would add to that.
@@ -119,12 +128,13 @@ class Detector:
     async def detect(self, model: ResolvedModel, image: PreparedImage, in_background: bool = False) -> Result:
         """Detections of one image, computed together with others of its shape that wait."""
         work = _Work(await self._version(model), image, None)
-        return await self._answer(_Job(work, in_background=in_background), "detect", image.shape)
+        priority = "shadow" if in_background else _priority(image)
+        return await self._answer(_Job(work, priority=priority), "detect", image.shape)
 
     async def segment(self, model: ResolvedModel, image: PreparedImage, request: SegmentRequest) -> Result:
         """Segments of one image, computed together with others of its shape that wait."""
         work = _Work(await self._version(model), image, request)
-        return await self._answer(_Job(work), "segment", image.shape)
+        return await self._answer(_Job(work, priority=_priority(image)), "segment", image.shape)
 
     async def load(self, model: ResolvedModel, in_use: Sequence[ResolvedModel] = ()) -> str | None:
         """Have a version loaded, checked and warm; the one that answers now goes on answering meanwhile.
@@ -183,10 +193,10 @@ class Detector:
         return version
 
     async def _answer(self, job: _Job, task: str, shape: tuple[int, int]) -> Result:
-        key = (task, shape, job.in_background)
+        key = (task, shape, job.priority)
         queue = self.queues.get(key)
         if queue is None:
-            queue = self.queues[key] = self._new_queue(task, job.in_background)
+            queue = self.queues[key] = self._new_queue(task, job.priority)
         try:
             await queue(job)
         except asyncio.CancelledError:
@@ -198,12 +208,19 @@ class Detector:
         assert outcome is not None
         raise outcome
 
-    def _new_queue(self, task: str, in_background: bool) -> Callable[[_Job], Awaitable[None]]:
-        @serve.batch(max_batch_size=self.batching.max_size, batch_wait_timeout_s=self.batching.wait_s)
+    def _new_queue(self, task: str, priority: Priority) -> Callable[[_Job], Awaitable[None]]:
+        # A client that comes meanwhile waits for at most one costly image.
+        max_size = 1 if priority == "costly" else self.batching.max_size
+
+        @serve.batch(max_batch_size=max_size, batch_wait_timeout_s=self.batching.wait_s)
         async def run_batch(jobs: list[_Job]) -> list[None]:
             outcomes: Sequence[Result | Exception | None]
             try:
-                outcomes = await (self._in_a_pause if in_background else self._at_once)(task, jobs)
+                if priority == "client":
+                    outcomes = await self._at_once(task, jobs)
+                else:
+                    wait_s = COSTLY_WAIT_S if priority == "costly" else math.inf
+                    outcomes = await self._in_a_pause(task, jobs, wait_s)
             except Exception as error:
                 outcomes = [error] * len(jobs)
             for job, outcome in zip(jobs, outcomes, strict=True):
@@ -223,11 +240,21 @@ class Detector:
             if not self._batches:
                 self._pause.set()
 
-    async def _in_a_pause(self, task: str, jobs: list[_Job]) -> list[Result | None]:
-        async with self._background:
-            while self._batches:
-                await self._pause.wait()
-            return await asyncio.get_running_loop().run_in_executor(self.executor, self._run, task, jobs)
+    async def _in_a_pause(self, task: str, jobs: list[_Job], wait_s: float = math.inf) -> list[Result | None]:
+        """Run a batch while no client's batch is there; or once, every `wait_s`, where there always is one."""
+        since = time.monotonic()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                left_s = max(since, self._forced_at) + wait_s - time.monotonic()
+                await asyncio.wait_for(self._pause.wait(), None if math.isinf(left_s) else max(left_s, 0.0))
+            async with self._background:
+                is_forced = time.monotonic() >= max(since, self._forced_at) + wait_s
+                if self._batches and is_forced:
+                    self._forced_at = time.monotonic()
+                if is_forced or not self._batches:
+                    return await asyncio.get_running_loop().run_in_executor(
+                        self.executor, self._run, task, jobs
+                    )
 
     def _run(self, task: str, jobs: list[_Job]) -> list[Result | None]:
         """Results of a batch, in order, None where the client has gone; while an alias moves the jobs may be of two
@@ -261,6 +288,10 @@ class Detector:
         if group[0].request is None:
             return version.detect([work.image for work in group])
         return version.segment([(work.image, work.request) for work in group if work.request is not None])
+
+
+def _priority(image: PreparedImage) -> Priority:
+    return "costly" if isinstance(image, CostlyImage) else "client"
 
 
 def _key(model: ResolvedModel) -> str:

@@ -61,6 +61,10 @@ class Inspected(NamedTuple):
     """Estimated processor time."""
 
 
+class CostlyImage(PreparedImage):
+    """A prepared image of low priority: it was costly to decode, or its client has costly ones waiting."""
+
+
 def inspect_image(data: bytes, limits: Limits, number: int | None = None) -> Inspected:
     """Check an image by its header and structure, without decoding it.
 

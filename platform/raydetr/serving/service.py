@@ -24,6 +24,7 @@ from raydetr.errors import RequestError
 from raydetr.registry.models import ResolvedModel, local_folder
 from raydetr.serving.concurrently import all_or_none
 from raydetr.serving.detector import Result
+from raydetr.serving.images import CostlyImage
 from raydetr.serving.loaded import Failure, has_masks
 from raydetr.serving.preparer import Preparer
 from raydetr.serving.refusals import RETRY_AFTER_S, Unavailable, too_many
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MAX_BODIES = 1024
 """Bodies that arrive at a time in one process."""
+MAX_COSTLY = 4
+"""Costly images of one process that replicas have at a time: their places are for the others."""
 LOST_REPLICAS = 3
 """Replicas that may die under one image before its request fails; an answer has no side effect to repeat."""
 
@@ -94,6 +97,7 @@ class Service:
         self._replicas_ready = replicas_ready
         self._requests = FairShare(max_requests)
         self._bodies = FairShare(MAX_BODIES)
+        self._costly = asyncio.Semaphore(MAX_COSTLY)
         self._bytes = FairShare(max(self.limits.max_bytes_in_flight, 2 * self.limits.max_bytes))
 
     @contextlib.contextmanager
@@ -172,9 +176,12 @@ class Service:
         Raises:
             Unavailable: of one of them.
         """
-        return await all_or_none(
-            [self._ask("detect", current.model, image, in_background) for image in images]
-        )
+
+        async def one(image: PreparedImage) -> Result:
+            async with contextlib.nullcontext() if in_background else self._turn(image):
+                return await self._ask("detect", current.model, image, in_background)
+
+        return await all_or_none(map(one, images))
 
     async def segment(self, image: PreparedImage, current: Current, request: Any) -> Result:
         """Segments of an image.
@@ -187,7 +194,11 @@ class Service:
             raise RequestError(
                 409, f"The model {current.info.name} has no mask head: it detects (POST /v1/detect)."
             )
-        return await self._ask("segment", current.model, image, request)
+        async with self._turn(image):
+            return await self._ask("segment", current.model, image, request)
+
+    def _turn(self, image: PreparedImage) -> contextlib.AbstractAsyncContextManager[None]:
+        return self._costly if isinstance(image, CostlyImage) else contextlib.nullcontext()
 
     async def _ask(self, method: str, *args: Any) -> Result:
         """One call of a model replica, of another one where that dies meanwhile."""

@@ -21,10 +21,14 @@ class FairShare:
         self.used = 0.0
         self._held: defaultdict[str, float] = defaultdict(float)
 
+    def held(self, client: str) -> float:
+        """What a client has taken and not given back."""
+        return self._held.get(client, 0.0)
+
     def is_full(self, client: str, amount: float = 1.0) -> bool:
         """Whether this client cannot take an amount now."""
         free = self.capacity - self.used
-        return amount > free or self._held.get(client, 0.0) >= FACTOR * free
+        return amount > free or self.held(client) >= FACTOR * free
 
     def take(self, client: str, amount: float = 1.0) -> bool:
         """Take an amount for a client; False where it has had its share or nothing is left."""

@@ -11,7 +11,6 @@ are in `OUTPUT/validations/step-00000200.json`, which stay when the checkpoint i
 """
 
 import io
-import logging
 import os
 import pickle
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from detr.checkpoint import save_model
 from detr.query_groups import QueryGroups
 from raydetr import storage
 from raydetr.errors import StorageError, TrainingError
@@ -29,12 +29,6 @@ from raydetr.training.state import TrainingState
 MARKER = "COMPLETE"
 PREFIX = "step-"
 STATE = "state.json"
-
-# Meant for users who save a model by hand: a run would repeat it in every process. The model
-# card names transformers only where it predicts the same.
-logging.getLogger("detr.checkpoint").addFilter(
-    lambda record: "transformers can load it but predicts differently" not in record.msg
-)
 
 
 def address(output: str, step: int) -> str:
@@ -83,7 +77,7 @@ def save(output: str, state: TrainingState, metadata: dict[str, Any], held: Held
                 state.average.swap()  # the model holds the averages, the average the raw weights
                 training["raw"] = [value.clone() for value in state.average.values]
             try:
-                state.model.save_pretrained(os.path.join(folder, "model"))
+                save_model(state.model, os.path.join(folder, "model"))
             finally:
                 if state.average:
                     state.average.swap()

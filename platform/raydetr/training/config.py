@@ -21,6 +21,7 @@ ARCHITECTURE = (
     "num_queries",
     "local_attention",
     "multi_scale",
+    "nms_threshold",
     "compat",
 )
 """Fields of a new model, which a model that training starts from (`TrainConfig.model`) has of its own."""
@@ -28,7 +29,7 @@ ARCHITECTURE = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a DETR. The defaults are a plain recipe for the embedded data set; --recipe sets better ones."""
+    """Train a DETR. The defaults are a plain recipe for small images; --recipe sets better ones."""
 
     # The run
     train_data: str = ""
@@ -89,6 +90,9 @@ class TrainConfig:
     multi_scale: bool = False
     """Train the multi-scale architecture, which learns from a backbone alone within minutes; transformers cannot read its
     files. The strides are those of --backbone-out-indices."""
+    nms_threshold: float = 0.7
+    """multi-scale: queries start from locations whose boxes of one class have at most this IoU. Lower: fewer duplicates,
+    where objects of one class do not hide each other."""
     compat: Literal["original", "transformers"] = "original"
     """Where the original DETR and transformers disagree (initialisation, norms, input dropout), whom to follow."""
 
@@ -259,6 +263,7 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < 1, self, name, "it is from 0 to less than 1")
         for name in ("drop_at", "max_fault_share", "max_skipped", "repeat_threshold"):
             _require(0 <= getattr(self, name) <= 1, self, name, "it is a share, from 0 to 1")
+        _require(0 < self.nms_threshold <= 1, self, "nms_threshold", "it is an IoU, above 0 and at most 1")
         _require(self.hang_after_s > 0, self, "hang_after_s", "it must be positive")
         _require(
             self.data_cpus >= 1, self, "data_cpus", "with no CPU left to the data stream the run would hang"
@@ -293,11 +298,16 @@ class TrainConfig:
     def require_multi_scale(self) -> None:
         """Raise ConfigError where a setting does not fit the multi-scale architecture."""
         plain: dict[str, object] = {"query_groups": 1, "cell_loss": 0.0, "local_attention": False}
-        plain |= {"compile": False, "activation_checkpointing": False}
+        plain |= {"compile": False}
         for name, value in plain.items():
-            remedy = "a multi-scale model has no place for it: use --recipe multi-scale"
+            remedy = "a multi-scale model has no place for it: leave it out, or use --recipe detr-small or detr-r50"
             _require(getattr(self, name) == value, self, name, remedy)
-        _require(not self.segments, self, "task", "a multi-scale model has no masks yet")
+        _require(
+            not self.segments,
+            self,
+            "task",
+            "a multi-scale model has no masks yet: add --recipe detr-small or detr-r50",
+        )
 
     @property
     def masks(self) -> Literal["none", "instance", "panoptic", "panoptic-boxes"]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from detr import DetrForObjectDetection, DetrForSegmentation
+from detr.checkpoint import save_model
 from raydetr import storage
 from raydetr.data.shards import Manifest
 from raydetr.errors import RegistryError, TrainingError
@@ -66,7 +67,7 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
         source = storage.join(checkpoint.address(config.output, chosen), "model")
         storage.download_folder(source, folder)
         kind = DetrForSegmentation if config.segments else DetrForObjectDetection
-        kind.from_pretrained(folder).float().save_pretrained(folder)
+        save_model(kind.from_pretrained(folder).float(), folder)
         storage.upload_folder(folder, summary["model_folder"])
         if config.name:
             version = patiently(

@@ -103,7 +103,7 @@ def _new_model(
             num_queries=config.num_queries,
             dropout=config.dropout,
             compat=config.compat,
-            multi_scale=MultiScaleConfig() if config.multi_scale else None,
+            multi_scale=MultiScaleConfig(nms_threshold=config.nms_threshold) if config.multi_scale else None,
             id2label=manifest.id2label,
             **chosen,
         )

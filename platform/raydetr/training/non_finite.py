@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from detr.checkpoint import save_model
 from detr.model import DetrForObjectDetection
 from detr.query_groups import QueryGroups
 from detr.segmentation import DetrForSegmentation
@@ -68,7 +69,7 @@ def keep(
     if rank == 0:
         try:
             with tempfile.TemporaryDirectory() as local:
-                state.model.save_pretrained(local)
+                save_model(state.model, local)
                 state.processor.save_pretrained(local)
                 storage.upload_folder(local, storage.join(folder, "model"))
         except (OSError, SafetensorError) as error:  # the local disk is full

@@ -68,7 +68,8 @@ def resolution_cautions(
         yield Caution(
             f"half of the objects are smaller than {side / stride:.1f} cells of the feature map ({side:.0f} pixels after "
             f"resizing by {scale:.2g}, {side / scale:.0f} before; a cell has {stride} pixels): the model hardly sees them",
-            f"give --shortest-edges {edge} --test-edge {edge} --longest-edge {longest}, or cut the images into tiles",
+            f"give --shortest-edges {edge} --test-edge {edge} --longest-edge {longest}{_without_crop(config)}, or cut the "
+            "images into tiles",
         )
 
 
@@ -81,13 +82,17 @@ def _other_resolution(config: TrainConfig) -> Iterator[Caution]:
         return
     sizes = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
     times = (_typical_edge(config) / edge) ** 2
-    crop = " --crop False" if config.crop else ""
     yield Caution(
         f"--model {config.model} was trained on images of {edge} pixels (shorter side), and this run feeds it {sizes}, "
         f"{times:.2g} times the pixels: its weights fit less, and a step takes as many times longer",
-        f"give --shortest-edges {edge} --test-edge {edge} --longest-edge {longest or edge * 5 // 3}{crop}, unless you "
-        "want the other resolution",
+        f"give --shortest-edges {edge} --test-edge {edge} --longest-edge {longest or edge * 5 // 3}"
+        f"{_without_crop(config)}, unless you want the other resolution",
     )
+
+
+def _without_crop(config: TrainConfig) -> str:
+    """The flag without which half of the images would have the resolution of the crop."""
+    return " --crop False" if config.crop else ""
 
 
 def _typical_edge(config: TrainConfig) -> int:

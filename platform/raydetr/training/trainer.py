@@ -141,7 +141,7 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
         config.require_multi_scale()
     elif config.multi_scale:
         raise ConfigError(
-            f"--model {config.model} is not a multi-scale model: leave --multi-scale and its recipe out."
+            f"--model {config.model} is not a multi-scale model: add --recipe fine-tune or detr-small, which train it as it is."
         )
     for caution in preview.resolution_cautions(config, manifest, model):
         print(f"warning: {caution.found}: {caution.remedy}.", flush=True)

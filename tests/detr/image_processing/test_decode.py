@@ -76,6 +76,27 @@ def test_real_jpegs_decode_to_the_pixels_pillow_gives():
         assert image_size(data) == expected.shape[:2]
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("transparency", [None, 3])
+def test_an_image_is_converted_by_strips_as_it_is_in_one(mode, transparency, monkeypatch):
+    generator = np.random.default_rng(0)
+    rgba = Image.fromarray(generator.integers(0, 256, (23, 17, 4), np.uint8), "RGBA")
+    if mode == "I;16":
+        image = Image.fromarray(generator.integers(0, 65536, (23, 17), np.uint16))
+    else:
+        image = rgba.quantize(50) if mode == "P" else rgba.convert(mode)
+    if transparency is not None and mode in ("L", "P"):
+        image.info["transparency"] = transparency
+    file = io.BytesIO()
+    image.save(file, "TIFF" if mode == "CMYK" else "PNG")
+    expected = np.array(convert_to_rgb(Image.open(io.BytesIO(file.getvalue()))))
+    monkeypatch.setattr(decode, "_STRIP_PIXELS", 17 * 5)
+    converted, convert = [], decode.convert_to_rgb
+    monkeypatch.setattr(decode, "convert_to_rgb", lambda part: converted.append(part.size) or convert(part))
+    assert np.array_equal(decode_image(file.getvalue()).permute(1, 2, 0).numpy(), expected)
+    assert converted == ([] if mode == "I;16" else [*[(17, 5)] * 4, (17, 3)])
+
+
 def test_grey_is_repeated_in_all_channels():
     grey = random_pixels(2, 6, 8, 1)[..., 0]
     for image in (Image.fromarray(grey), Image.fromarray(grey > 127)):

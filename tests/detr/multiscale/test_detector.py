@@ -104,6 +104,25 @@ def test_a_prediction_depends_on_neither_neighbors_nor_the_batch_size(make_model
             )
 
 
+def test_a_prediction_does_not_depend_on_the_padding_of_the_maps(make_model, make_batch, monkeypatch):
+    model, (height, width) = make_model(), (90, 70)  # multiples of no stride
+    alone = make_batch(((height, width),), dtype=torch.float64)
+    padded = torch.zeros(1, 3, 160, 128, dtype=torch.float64)
+    padded[..., :height, :width] = alone.pixel_values
+    mask = torch.zeros(1, 160, 128)
+    mask[:, :height, :width] = 1
+    backbone = model.multi_scale.backbone
+    with torch.no_grad():
+        maps, larger = backbone(alone.pixel_values), backbone(padded)
+        expected = model(alone.pixel_values)
+        for own, other in zip(maps, larger, strict=True):
+            other.fill_(7.0)[..., : own.shape[-2], : own.shape[-1]] = own
+        monkeypatch.setattr(backbone, "forward", lambda _: larger)
+        got = model(padded, mask)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got.pred_boxes, expected.pred_boxes, rtol=1e-10, atol=1e-10)
+
+
 def test_every_parameter_learns_without_auxiliary_losses_too(make_model, make_batch):
     model = make_model()
     _, found = gradients(model, make_batch(SIZES[:2], dtype=torch.float64))
@@ -160,6 +179,32 @@ def test_under_autocast_losses_and_boxes_are_float32(make_model, make_batch):
     torch.testing.assert_close(outputs.loss, exact, rtol=0.1, atol=0)
 
 
+def test_a_model_in_bfloat16_predicts_and_learns(make_model, make_batch):
+    model, batch = make_model(dtype=torch.bfloat16).train(), make_batch(SIZES[:2])
+    outputs = model(batch.pixel_values.bfloat16(), batch.pixel_mask, labels=batch.labels)
+    outputs.loss.backward()
+    assert outputs.loss.dtype == torch.float32
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in model.parameters())
+    exact = model.float()(batch.pixel_values, batch.pixel_mask, labels=batch.labels).loss
+    torch.testing.assert_close(outputs.loss, exact, rtol=0.1, atol=0)
+
+
+def test_gradient_checkpointing_changes_no_gradient(make_model, make_batch):
+    model, batch = make_model().train(), make_batch(SIZES[:2], dtype=torch.float64)
+    calls = []
+    convolution = model.multi_scale.dense_head.box_tower[0]
+    convolution.register_forward_pre_hook(lambda *_: calls.append(1))
+    loss, expected = gradients(model, batch)
+    stored = len(calls)
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    again, found = gradients(model, batch)
+    assert len(calls) == 3 * stored, "nothing was recomputed"
+    torch.testing.assert_close(again, loss, rtol=0, atol=0)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
 def test_a_saved_model_answers_the_same(make_model, make_batch, tmp_path):
     model, batch = make_model(dtype=torch.float32), make_batch(SIZES[:2])
     model.save_pretrained(tmp_path)
@@ -200,8 +245,6 @@ def test_what_the_architecture_has_no_place_for_is_refused(make_model):
     for model_class in (DetrModel,):
         with pytest.raises(ValueError, match="multi_scale"):
             model_class(model.config)
-    with pytest.raises(ValueError, match="openvino"):
-        model.optimize(engine="openvino")
 
 
 @pytest.mark.parametrize(

@@ -473,3 +473,23 @@ def test_of_two_first_runs_one_makes_the_embedded_data(
     done, refused = at_once(lambda: embedded("train", str(tmp_path)), 2)
     assert (done, refused) == ([str(tmp_path / "train")] * 2, [])
     assert Manifest.load(done[0]).num_images == 40
+
+
+def test_relative_addresses_are_under_the_shared_storage_where_that_is_set(
+    generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, here = tmp_path / "shared", tmp_path / "here"
+    shutil.copytree(generated, shared / "mine")
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("RAYDETR_STORAGE", str(shared))
+    first = ingest(Addresses("mine/annotations/instances.json", "mine/images"), "shards").manifest
+    again = ingest(Addresses("mine/annotations/instances.json", "mine/images"), "shards")
+    assert first.root == str(shared / "shards")
+    assert not again.written
+    assert Options(compare_with=("shards",)).compared()[0].digest == first.digest
+    parts = ingest_split(
+        Addresses("mine/annotations/instances.json", "mine/images"), "parts", Split((0.5, 0.5))
+    )
+    assert {part.manifest.root for part in parts.values()} == {f"{shared}/parts/train", f"{shared}/parts/val"}
+    assert list(here.iterdir()) == []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from detr.metrics.coco_matching import columns_of_records, evaluate_detections, matches_of
-from raydetr.evaluation.errors_by_kind import KINDS, confident, error_costs, find_errors
+from raydetr.evaluation.errors_by_kind import KINDS, confident, duplicate_share, error_costs, find_errors
 from tests.detr.metrics.test_coco import pycocotools_evaluation, random_data
 
 OBJECT = [0.0, 0.0, 100.0, 100.0]
@@ -112,3 +112,48 @@ def test_counts_equal_hotcocos_and_costs_what_is_won_without_the_errors():
             assert costs[kind] == pytest.approx(without - ap50, abs=1e-9), f"seed {seed} {kind}"
             won += costs[kind] > 0
     assert won > 20
+
+
+@pytest.mark.parametrize(
+    ("detections", "expected"),
+    [
+        ([found(1, OBJECT)], 0),
+        ([found(1, OBJECT), found(1, OBJECT, 0.5), found(1, OBJECT, 0.5)], 2),
+        ([found(1, OBJECT), found(1, OBJECT, 0.49)], 0),
+        ([found(1, OBJECT), found(1, HALF, 0.8)], 0),
+        ([found(1, OBJECT), found(2, OBJECT, 0.8)], 0),
+        ([found(1, OBJECT), found(1, OBJECT, 0.8, image=5)], 0),
+    ],
+)
+def test_second_detections_are_a_share_of_the_objects(detections, expected):
+    _, evaluation = data(detections)
+    assert duplicate_share(evaluation, matches_of(evaluation)) == expected
+
+
+def test_duplicates_are_pycocotools_unmatched_detections_that_cover_an_object():
+    shares = 0
+    for seed in range(300, 330):
+        truth, detections = random_data(seed)
+        evaluation = evaluate_detections(
+            truth, columns_of_records(detections, "detection", {"score": np.float64})
+        )
+        objects = [item for item in truth["annotations"] if not item["iscrowd"]]
+        crowds = {item["id"] for item in truth["annotations"] if item["iscrowd"]}
+        reference = pycocotools_evaluation(truth, detections)
+        second = 0
+        for image in reference.evalImgs[: len(reference.evalImgs)]:
+            if image is None or image["aRng"] != reference.params.areaRng[0]:
+                continue
+            ious = np.asarray(reference.ious[image["image_id"], image["category_id"]])
+            real = [
+                position
+                for position, item in enumerate(reference._gts[image["image_id"], image["category_id"]])
+                if item["id"] not in crowds
+            ]
+            for row, score in enumerate(image["dtScores"]):
+                unmatched = image["dtMatches"][0, row] == 0 and not image["dtIgnore"][0, row]
+                second += bool(unmatched and score >= 0.2 and ious.size and (ious[row, real] >= 0.5).any())
+        share = duplicate_share(evaluation, matches_of(evaluation), 0.2)
+        assert share == pytest.approx(second / max(len(objects), 1)), f"seed {seed}"
+        shares += share > 0
+    assert shares > 5

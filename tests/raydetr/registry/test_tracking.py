@@ -1,4 +1,5 @@
 import math
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from raydetr.registry.models import registered_version
 from raydetr.registry.tracking import (
     GIT_TAG,
     client,
+    connecting,
     end_on_error,
     end_run,
     git_revision,
@@ -48,6 +50,13 @@ def test_a_database_that_cannot_be_opened_is_refused_at_once(tmp_path):
         resolve_uri(f"sqlite:///{tmp_path}/file/mlflow.db")
     with pytest.raises(ConfigError, match=r"must not contain %"):
         resolve_uri(f"sqlite:///{tmp_path}/a%20b.db")
+
+
+def test_a_database_gets_its_tables_while_something_else_is_done(tmp_path):
+    with connecting(f"sqlite:///{tmp_path}/new.db"):
+        pass
+    with sqlite3.connect(tmp_path / "new.db") as database:
+        assert database.execute("select count(*) from runs").fetchone() == (0,)
 
 
 def test_a_server_that_does_not_answer_is_reported_at_once(unused_port):

@@ -86,6 +86,16 @@ def slow_url(url, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     serve.delete("slow")
 
 
+@pytest.fixture
+def multi_scale(url, tmp_path) -> Iterator[tuple[str, ObjectDetector]]:
+    """Beside the other one: an endpoint of a multi-scale model, and the model."""
+    folder = save_tiny_detr(tmp_path / "multi", NAMES, edge=64, multi_scale=True)
+    app = application(resolve(str(folder), ""), batching=Batching(max_size=4, wait_s=0.2))
+    serve.run(app, name="multi", route_prefix="/multi")
+    yield f"{url}/multi", ObjectDetector.from_pretrained(str(folder))
+    serve.delete("multi")
+
+
 @pytest.fixture(scope="module")
 def detector(model) -> ObjectDetector:
     return ObjectDetector.from_pretrained(model.folder)
@@ -308,6 +318,15 @@ def test_a_request_out_of_time_is_504_and_its_work_is_dropped(slow_url):
 
 
 def test_answers_do_not_depend_on_the_requests_beside_them(url, detector):
+    assert_independent(url, detector)
+
+
+@pytest.mark.slow
+def test_answers_of_a_multi_scale_model_are_its_own_and_depend_on_no_other_request(multi_scale):
+    assert_independent(*multi_scale)
+
+
+def assert_independent(url: str, detector: ObjectDetector) -> None:
     images = [png(60 + 20 * (i % 3), 90 - 15 * (i % 2), seed=i) for i in range(16)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda data: detect(url, data, 0.0), images))

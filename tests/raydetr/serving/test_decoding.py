@@ -33,7 +33,7 @@ def job(data: bytes = b"", client: str = "", pixels: int = 0, seconds: float = 1
 
 @pytest.fixture
 def lane():
-    lane = Lane(program(), "test", 1, 0)
+    lane = Lane(program(), "test", 1, False)
     yield lane
     lane.close()
 
@@ -56,6 +56,13 @@ def test_a_worker_prepares_an_image_as_this_process_does(lane):
 def test_a_view_of_a_body_is_decoded_without_a_copy_of_it(lane):
     body = memoryview(b"before" + png(50, 90) + b"after")[6:-5]
     assert lane.submit(job(body)).result(60).original_size == (50, 90)
+
+
+def test_a_worker_for_costly_images_runs_only_while_a_core_is_idle(lane):
+    costly = Lane(program(), "costly", 1, True)
+    policies = [os.sched_getscheduler(worker_of(each).pid) for each in (lane, costly)]
+    costly.close()
+    assert policies == [os.SCHED_OTHER, os.SCHED_IDLE]
 
 
 def test_an_image_at_fault_is_refused_and_its_worker_stays(lane):
@@ -104,14 +111,14 @@ def test_where_no_worker_starts_it_is_an_error_at_once(monkeypatch):
     broken = WorkerProgram()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ServingError, match="does not start"):
-        broken.new_worker(0)
+        broken.new_worker(False)
     broken.close()
 
 
 @pytest.mark.slow
 def test_a_program_that_was_lost_is_started_again():
     started = WorkerProgram()
-    lane = Lane(started, "test", 1, 0)
+    lane = Lane(started, "test", 1, False)
     lane.submit(job(png(9, 9))).result(60)
     started._process.kill()
     started._process.wait()
@@ -149,7 +156,7 @@ def test_workers_and_their_program_end_with_the_process_that_uses_them():
         "import os, sys\n"
         "from raydetr.serving.decoding import WorkerProgram\n"
         "program = WorkerProgram()\n"
-        "worker = program.new_worker(0)\n"
+        "worker = program.new_worker(False)\n"
         "print(program._process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
@@ -171,7 +178,7 @@ class Order:
     """A lane whose jobs are taken here and not by its threads."""
 
     def __init__(self, pixels: float = math.inf) -> None:
-        self.lane = Lane(program(), "test", 1, 0, pixels)
+        self.lane = Lane(program(), "test", 1, False, pixels)
         self.lane._started = True
 
     def submit(self, client: str, seconds: float = 1.0, pixels: int = 0) -> Future:

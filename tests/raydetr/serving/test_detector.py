@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import math
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +17,7 @@ from ray.serve import batching
 from detr.detector import PreparedImage
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.serving.detector import Batching, Detector, _Job, _Work
+from raydetr.serving.images import CostlyImage
 from raydetr.serving.segments import SegmentRequest
 from tests.tiny_detr import png, save_tiny_detr
 
@@ -68,6 +71,36 @@ def test_what_nobody_waits_for_is_computed_in_the_pauses_of_clients(model):
     assert asyncio.run(ask()) == ["client 1", "client 2", "shadow 1", "client 3", "shadow 2"]
 
 
+def test_costly_images_are_computed_in_pauses_and_one_of_them_at_times_without_any(model):
+    async def ask() -> tuple[list[str], float]:
+        detector = OneAtATime(model, Batching(), "cpu")
+
+        async def begun(count: int) -> None:
+            while len(detector.begun) < count:
+                await asyncio.sleep(0.01)
+
+        clients = [asyncio.create_task(detector._at_once("detect", "client")) for _ in range(4)]  # type: ignore[arg-type]
+        await begun(1)
+        started = time.monotonic()
+        costly = [
+            asyncio.create_task(detector._in_a_pause("detect", "costly", 0.2))  # type: ignore[arg-type]
+            for _ in range(2)
+        ]
+        await asyncio.sleep(0.3)  # one of them is in line now, behind the clients
+        clients.append(asyncio.create_task(detector._at_once("detect", "late client")))  # type: ignore[arg-type]
+        for done in range(6):
+            await begun(done + 1)
+            detector.go_on.release()
+        waited = detector._forced_at - started
+        detector.go_on.release()
+        await asyncio.gather(*clients, *costly)
+        return detector.begun, waited
+
+    order, waited = asyncio.run(ask())
+    assert order == [*["client"] * 4, "costly", "late client", "costly"]
+    assert waited >= 0.19
+
+
 @pytest.mark.slow
 def test_a_batch_that_serve_keeps_does_not_keep_its_version(model, tmp_path):
     others = [resolve(str(save_tiny_detr(tmp_path / name, [name], edge=64)), "") for name in ("bee", "cow")]
@@ -95,6 +128,7 @@ class Computes(Detector):
     def __init__(self) -> None:
         self.batching, self.queues = Batching(4, 0.01), {}
         self._batches, self._pause, self._background = 0, asyncio.Event(), asyncio.Lock()
+        self._forced_at = -math.inf
         self.executor = ThreadPoolExecutor(1)
         self.metrics = MagicMock()
         self.values: list[weakref.ref] = []
@@ -136,6 +170,14 @@ def test_nothing_of_an_image_is_retained_once_it_is_answered(monkeypatch):
                 *[ask(height, detector.detect, True) for _ in range(5)],
                 *[ask(height, detector.segment, segments) for _ in range(3)],
             )
+        costly = [PreparedImage(np.zeros((3, 7, 64), np.uint8), (7, 64), (7, 64)) for _ in range(3)]
+        sizes = detector.metrics.batch_size.observe
+        sizes.reset_mock()
+        await asyncio.gather(
+            *[detector.detect(None, CostlyImage(*vars(image).values())) for image in costly]  # type: ignore[arg-type]
+        )
+        assert [call.args[0] for call in sizes.call_args_list] == [1, 1, 1]
+        detector.queues.popitem()
         gone = [asyncio.ensure_future(ask(4, detector.detect)) for _ in range(3)]
         await asyncio.sleep(0.001)
         for task in gone:

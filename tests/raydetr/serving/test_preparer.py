@@ -10,7 +10,7 @@ from detr.detector import prepare_image
 from raydetr.errors import RequestError, ServingError
 from raydetr.serving import preparer as module
 from raydetr.serving.decoding import Lane
-from raydetr.serving.images import Limits, inspect_image
+from raydetr.serving.images import CostlyImage, Limits, inspect_image
 from raydetr.serving.preparer import LIGHT_S, Preparer
 from raydetr.serving.refusals import Unavailable
 from tests.raydetr.serving.costly import progressive_jpeg
@@ -58,6 +58,33 @@ def test_no_image_is_decoded_if_one_of_the_request_is_refused_by_its_header(monk
     monkeypatch.setattr(Preparer, "_light_image", None)
     with pytest.raises(RequestError, match="Image 3 has 50 x 50 pixels"):
         prepare([png(5, 5), png(5, 5), png(50, 50)], Limits(max_pixels=1000))
+
+
+def test_a_costly_image_is_marked_for_the_model():
+    light, costly = prepare([png(20, 30), COSTLY])
+    assert not isinstance(light, CostlyImage)
+    assert isinstance(costly, CostlyImage)
+    assert np.array_equal(costly.pixels, prepare_image(COSTLY, PROCESSOR).pixels)
+
+
+def test_a_client_with_costly_images_comes_after_the_others_and_alone_it_does_not(own):
+    async def low(images: Preparer, client: str) -> bool:
+        (prepared,) = await images.prepare([png(20, 30)], PROCESSOR, client)
+        return isinstance(prepared, CostlyImage)
+
+    async def run() -> None:
+        images = own()
+        waiting = asyncio.create_task(images.prepare([LONGER, LONGER], PROCESSOR, "costly"))
+        while not images._costly_s.used:
+            await asyncio.sleep(0.001)
+        assert not await low(images, "costly")
+        assert not await low(images, "other")
+        assert await low(images, "costly")
+        assert not await low(images, "other")
+        await waiting
+        assert not await low(images, "costly")
+
+    asyncio.run(run())
 
 
 def test_an_image_is_turned_upright_on_request():
@@ -170,7 +197,7 @@ def test_an_endpoint_whose_images_are_not_decoded_is_not_ready(own, monkeypatch)
 def test_an_endpoint_without_workers_is_not_ready_and_says_so(own, monkeypatch):
     images = own()
 
-    def no_worker(niceness: int) -> None:
+    def no_worker(idle_priority: bool) -> None:
         raise ServingError("no worker")
 
     monkeypatch.setattr(program(), "new_worker", no_worker)

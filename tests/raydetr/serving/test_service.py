@@ -13,10 +13,10 @@ from detr.detector import ObjectDetector, PreparedImage
 from raydetr.errors import RequestError
 from raydetr.registry.models import resolve
 from raydetr.serving.detector import Result
-from raydetr.serving.images import Limits
+from raydetr.serving.images import CostlyImage, Limits
 from raydetr.serving.loaded import OUT_OF_MEMORY
 from raydetr.serving.refusals import Unavailable
-from raydetr.serving.service import Current, Service
+from raydetr.serving.service import MAX_COSTLY, Current, Service
 from tests.raydetr.serving.decoders import preparer
 from tests.tiny_detr import png, save_tiny_detr
 
@@ -104,6 +104,25 @@ def test_the_images_of_a_request_go_to_the_model_at_once(current, image):
 
     replicas = Replicas(meet, meet, meet)
     assert ask(current, image, replicas, images=3) == [FINE] * 3
+
+
+def test_costly_images_leave_places_at_the_replicas_to_others(current, image):
+    costly = CostlyImage(image.pixels, image.size, image.original_size)
+
+    async def run() -> None:
+        replicas = Replicas(*[None] * MAX_COSTLY, FINE, FINE)
+        service = Service(current, replicas, preparer(), 2, lambda: True)
+        waiting = asyncio.create_task(service.detect([costly] * (MAX_COSTLY + 2), current))
+        while len(replicas.made) < MAX_COSTLY:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        assert len(replicas.made) == MAX_COSTLY
+        assert await service.detect([image], current) == [FINE]
+        shadow = await service.detect([costly], current, in_background=True)
+        assert shadow == [FINE]  # of one that has been answered
+        waiting.cancel()
+
+    asyncio.run(run())
 
 
 def test_where_one_image_fails_the_calls_of_the_others_are_cancelled(current, image):

@@ -13,7 +13,7 @@ from raydetr.errors import ConfigError
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import step_totals
 from raydetr.training.model import build_model, image_processor
-from raydetr.training.recipes import RECIPES
+from raydetr.training.recipes import DEFAULT, RECIPES
 from raydetr.training.state import TrainingState, create_state
 from raydetr.training.step import compute_gradients, to_device
 from raydetr.training.trainer import check
@@ -76,12 +76,13 @@ def test_steps_are_finite_in_bf16(config: TrainConfig, manifest: Manifest) -> No
     assert {"loss_ce", "loss_dense_giou"} <= metrics[0].keys()
 
 
-def test_the_recipe_builds_the_architecture(manifest: Manifest) -> None:
-    recipe = replace(RECIPES["multi-scale"], backbone_weights="")
-    model = build_model(recipe, manifest)
+@pytest.mark.parametrize(("name", "strides"), [(DEFAULT, [4, 8, 16]), ("scenes", [8, 16])])
+def test_the_recipes_build_the_architecture(name: str, strides: list[int], manifest: Manifest) -> None:
+    model = build_model(replace(RECIPES[name], backbone_weights=""), manifest)
     assert isinstance(model, DetrForObjectDetection)
     assert model.config.multi_scale is not None
-    assert model.multi_scale.backbone.conv_encoder.strides == [4, 8, 16]
+    assert model.multi_scale.backbone.conv_encoder.strides == strides
+    assert model.config.multi_scale.nms_threshold == RECIPES[name].nms_threshold
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_a_run_is_checked_and_its_recipe_has_to_fit_the_model(config, manifest, 
     plain = make_config(manifest.root, str(tmp_path / "run"))
     build_model(plain, manifest).save_pretrained(tmp_path / "plain")
     image_processor(config).save_pretrained(tmp_path / "plain")
-    with pytest.raises(ConfigError, match="use --recipe multi-scale"):
+    with pytest.raises(ConfigError, match="use --recipe detr-small"):
         check(replace(plain, model=str(tmp_path / "multi"), query_groups=2), manifest)
     with pytest.raises(ConfigError, match="is not a multi-scale model"):
         check(replace(config, model=str(tmp_path / "plain")), manifest)

@@ -70,6 +70,8 @@ def test_objects_that_shrink_below_the_cells_of_the_feature_map_are_warned_of(
         assert "--shortest-edges 672 --test-edge 672" in lines[0]
         followed = replace(config, shortest_edges=(672,), test_edge=672, longest_edge=1120)
         assert found(followed, manifest) == []
+        assert "--crop" not in lines[0]
+        assert "--longest-edge 1120 --crop False," in found(replace(config, crop=True), manifest)[0]
 
 
 @pytest.mark.parametrize(("height", "width"), [(3000, 500), (500, 3000), (1200, 900)])

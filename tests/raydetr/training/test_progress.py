@@ -12,7 +12,7 @@ import pytest
 from raydetr.data.micro_batch import TrainingBatch
 from raydetr.registry import tracking
 from raydetr.training.config import TrainConfig
-from raydetr.training.progress import Progress
+from raydetr.training.progress import LINE_EVERY_S, Progress
 from tests.cluster.recorded_training import config as make_config
 from tests.empty_registry import empty_registry
 from tests.raydetr.training.test_distributed import batch
@@ -156,10 +156,12 @@ def test_a_server_that_is_gone_is_noticed_at_once(run: Run, capfd: pytest.Captur
 def test_a_line_tells_step_loss_speed_and_time_left(
     run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raydetr.training.progress.LINE_EVERY_S", 0.0)
+    now = 0.0
+    monkeypatch.setattr("raydetr.training.progress.time.perf_counter", lambda: now)
     progress = Progress(*run, rank=0)
     add(progress, 0)
     assert capfd.readouterr().out == "", "the first step pays for starting up"
+    now = LINE_EVERY_S
     add(progress, 1)
     line = capfd.readouterr().out
     assert line.startswith(f"step 2/{run[0].steps}  loss 9.000  ")

@@ -129,6 +129,7 @@ def test_a_run_goes_on_with_the_version_that_an_alias_meant_when_it_was_begun(tm
         ("warmup_steps", -1),
         ("ema_decay", 1.5),
         ("drop_at", 7.0),
+        ("nms_threshold", 0.0),
         ("longest_edge", 0),
         ("num_queries", 0),
         ("validation_cpus", -1.0),
