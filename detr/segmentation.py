@@ -6,7 +6,7 @@ B batch, H x W image, Q queries, C classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -188,8 +188,7 @@ class DetrForSegmentation(DetrPreTrainedModel):
         height, width = features.counted.shape[-2:]
         # reshape and not unflatten here and below: ONNX would keep the example's sizes
         projected = features.cells.transpose(1, 2).reshape(*features.cells.shape[::2], height, width)
-        context: MaskContext = self.mask_head.context(projected, features.maps, attention)
-        return context
+        return cast(MaskHead, self.mask_head).context(projected, features.maps, attention)
 
     def _all_masks(self, context: MaskContext, wanted: Tensor | None) -> Tensor:
         """Logits float [B, Q, h, w]; of the queries that are not ``wanted``, bool [B, Q], `NO_MASK`."""

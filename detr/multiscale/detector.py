@@ -126,7 +126,7 @@ class MultiScaleDetector(nn.Module):
                 image_weights=image_weights,
                 masks=masks,
             )
-        found = {
+        found: dict[str, Any] = {
             "loss": loss,
             "loss_dict": loss_dict,
             "logits": all_logits[-1],

@@ -10,9 +10,10 @@ B batch, Q queries, D ``d_model``, K channels of a pixel, h x w the finest map.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr.config import DetrConfig
@@ -52,11 +53,11 @@ class MaskContext:
 
     def of_queries(self, index: Tensor) -> MaskContext:
         """The same for some queries of each image: int64 [B, N]."""
-        chosen = (
+        kernels, places, boxes = (
             each.gather(1, index[..., None].expand(-1, -1, each.shape[-1]))
             for each in (self.kernels, self.places, self.boxes_cxcywh)
         )
-        return MaskContext(self.pixels, *chosen, self.columns, self.rows, self.cell_wh, self.stride)
+        return replace(self, kernels=kernels, places=places, boxes_cxcywh=boxes)
 
     def logits(self) -> Tensor:
         """The masks, float [B, Q, h, w]."""
@@ -100,14 +101,11 @@ class MultiScaleMaskHead(nn.Module):
         dim = config.d_model
         self.stride, self.channels = stride, dim // 4
         self.tower, self.pixels = SeparableConvolution(dim), nn.Conv2d(dim, self.channels, 1)
-        self.kernels = nn.Sequential(
-            nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, self.channels + len(_START))
-        )
-        last: nn.Linear = self.kernels[2]  # type: ignore[assignment]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        self.hidden, self.kernels = nn.Linear(dim, dim), nn.Linear(dim, self.channels + len(_START))
+        nn.init.zeros_(self.kernels.weight)
+        nn.init.zeros_(self.kernels.bias)
         with torch.no_grad():
-            last.bias[self.channels :] = torch.tensor(_START)
+            self.kernels.bias[self.channels :] = torch.tensor(_START)
 
     def forward(self, finest: Tensor, grid: TokenGrid, states: Tensor, boxes_cxcywh: Tensor) -> MaskContext:
         """Prepare the masks of a batch.
@@ -123,7 +121,7 @@ class MultiScaleMaskHead(nn.Module):
         with torch.autocast(device_type=states.device.type, enabled=False):
             # as the other heads outside autocast: powers of coordinates cancel
             dtype = boxes_cxcywh.dtype
-            weights = self.kernels(states.to(self.kernels[0].weight.dtype)).to(dtype)
+            weights = self.kernels(F.silu(self.hidden(states.to(self.hidden.weight.dtype)))).to(dtype)
             kernels, places = weights.split((self.channels, len(_START)), -1)
             return MaskContext(
                 pixels.flatten(2).to(dtype),

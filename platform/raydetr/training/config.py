@@ -302,12 +302,6 @@ class TrainConfig:
         for name, value in plain.items():
             remedy = "a multi-scale model has no place for it: leave it out, or use --recipe detr-small or detr-r50"
             _require(getattr(self, name) == value, self, name, remedy)
-        _require(
-            not self.segments,
-            self,
-            "task",
-            "a multi-scale model has no masks yet: add --recipe detr-small or detr-r50",
-        )
 
     @property
     def masks(self) -> Literal["none", "instance", "panoptic", "panoptic-boxes"]:

@@ -85,9 +85,7 @@ def test_the_recipes_build_the_architecture(name: str, strides: list[int], manif
     assert model.config.multi_scale.nms_threshold == RECIPES[name].nms_threshold
 
 
-@pytest.mark.parametrize(
-    "changes", [{"query_groups": 2}, {"cell_loss": 1.0}, {"local_attention": True}, {"task": "instance"}]
-)
+@pytest.mark.parametrize("changes", [{"query_groups": 2}, {"cell_loss": 1.0}, {"local_attention": True}])
 def test_flags_that_the_architecture_has_no_place_for_are_refused(
     changes: dict[str, object], config: TrainConfig
 ) -> None:
