@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr import DetrForObjectDetection
+from detr import DetrForObjectDetection, DetrForSegmentation
 from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError
 from raydetr.training.config import TrainConfig
@@ -36,6 +36,11 @@ def config(manifest: Manifest) -> TrainConfig:
     )
 
 
+@pytest.fixture(scope="module")
+def with_masks(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_awkward(tmp_path_factory.mktemp("masks"), masks=True)
+
+
 def gradients(state: TrainingState) -> dict[str, torch.Tensor]:
     return {
         name: parameter.grad.clone()
@@ -44,9 +49,12 @@ def gradients(state: TrainingState) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("task", ["detection", "instance"])
 def test_micro_batches_add_up_to_the_gradient_of_the_whole_step(
-    config: TrainConfig, manifest: Manifest
+    task: str, config: TrainConfig, manifest: Manifest, with_masks: Manifest
 ) -> None:
+    if task == "instance":
+        config, manifest = replace(config, train_data=with_masks.root, task=task), with_masks
     config = replace(config, micro_batch_size=1, micro_batches=8, steps=1)
     state = create_state(config, manifest, CPU)
     for batches in batches_of_steps(config, manifest):
@@ -74,6 +82,29 @@ def test_steps_are_finite_in_bf16(config: TrainConfig, manifest: Manifest) -> No
     assert len(metrics) == 3
     assert all(math.isfinite(value) for each in metrics for value in each.values())
     assert {"loss_ce", "loss_dense_giou"} <= metrics[0].keys()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_masks_are_learned_on_a_detector_that_stays(
+    precision: str, config: TrainConfig, manifest: Manifest, with_masks: Manifest, tmp_path: Path
+) -> None:
+    boxes = build_model(config, manifest)
+    boxes.save_pretrained(tmp_path)
+    image_processor(config).save_pretrained(tmp_path)
+    changes = {"multi_scale": False, "task": "instance", "model": str(tmp_path), "freeze_detector": True}
+    config = replace(config, train_data=with_masks.root, precision=precision, **changes)
+    state = create_state(config, with_masks, CPU)
+    assert isinstance(state.model, DetrForSegmentation)
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    metrics = train_here(config, with_masks, state)
+    assert all(math.isfinite(value) for each in metrics for value in each.values())
+    assert {"loss_mask", "loss_dice"} <= metrics[0].keys()
+    changed = {name for name, tensor in state.model.state_dict().items() if not tensor.equal(before[name])}
+    assert "mask_head.kernels.weight" in changed
+    assert all(name.startswith("mask_head.") for name in changed)
+    own = boxes.state_dict()
+    for name, tensor in state.model.detr.state_dict().items():
+        torch.testing.assert_close(tensor, own[name].to(tensor.dtype), msg=name)
 
 
 @pytest.mark.parametrize(("name", "strides"), [(DEFAULT, [4, 8, 16]), ("scenes", [8, 16])])

@@ -253,9 +253,10 @@ def test_masks_query_groups_and_cells_are_learned_as_by_one_process(
 
 @pytest.mark.parametrize("workers", [3, pytest.param(2, marks=pytest.mark.nightly)])
 def test_the_multi_scale_architecture_is_learned_as_by_one_process(
-    workers: int, config: TrainConfig, manifest: Manifest, tmp_path: Path, ray_local: None
+    workers: int, config: TrainConfig, tmp_path: Path, ray_local: None
 ) -> None:
-    config = dataclasses.replace(config, multi_scale=True)
+    manifest = write_awkward(tmp_path / "data", empty=0.85, masks=True)
+    config = dataclasses.replace(config, train_data=manifest.root, multi_scale=True, task="instance")
     reference = one_process(config, manifest)
     assert_trains_alike(dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run")
 
