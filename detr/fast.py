@@ -47,6 +47,7 @@ from detr.mask_head import MaskHead
 from detr.multiscale.decoder import RefiningLayer
 from detr.multiscale.dense_head import DenseHead
 from detr.multiscale.hybrid_encoder import HybridEncoder, PositionNorm, SeparableConvolution
+from detr.multiscale.masks import MultiScaleMaskHead
 from detr.plain_layers import is_plain_tree, structure_of
 from detr.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer
 
@@ -144,6 +145,8 @@ def _multi_scale_layers(model: nn.Module) -> list[nn.Module]:
             parts += (module.class_tower, module.box_tower)
         elif isinstance(module, RefiningLayer):
             parts.append(module.layer)
+        elif isinstance(module, MultiScaleMaskHead):
+            parts.append(module.tower)
     return [part for part in parts if is_plain_tree(part, kinds)]
 
 

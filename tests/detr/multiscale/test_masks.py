@@ -8,6 +8,9 @@ from detr.image_processing.processor import DetrImageProcessor
 from detr.segmentation import NO_MASK, DetrForSegmentation
 from tests.detr.multiscale.conftest import SMALL
 from tests.detr.multiscale.test_detector import OBJECTS, SIZES, gradients
+from tests.detr.test_export import SIZES as EXPORTED_SIZES
+from tests.detr.test_export import Tensors, export, traced
+from tests.tiers import rest_slow
 
 
 @pytest.fixture
@@ -68,3 +71,31 @@ def test_a_saved_model_answers_the_same(model, make_batch, tmp_path):
     with torch.no_grad():
         got, expected = (each(batch.pixel_values, batch.pixel_mask).pred_masks for each in (loaded, model))
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def optimized(model, _):
+    return Tensors(model.optimize())
+
+
+def exported(model, batch):
+    program = export(model, batch).module()
+    return lambda pixels, mask: program(pixel_values=pixels, pixel_mask=mask).to_tuple()
+
+
+def traced_alone(model, batch):
+    return traced(Tensors(model), (batch.pixel_values, batch.pixel_mask))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("capture", rest_slow([optimized, exported, traced_alone]))
+@torch.no_grad()
+def test_masks_of_another_engine_are_those_of_the_model(capture, model, make_batch):
+    model = model.float()
+    fast = capture(model, make_batch(EXPORTED_SIZES[0]))
+    for sizes in EXPORTED_SIZES:
+        batch = make_batch(sizes, seed=1)
+        given = batch.pixel_values, batch.pixel_mask
+        for got, expected in zip(fast(*given), Tensors(model)(*given), strict=True):
+            # a mask's place is relative to its box, whose rounding a small box enlarges
+            bound = 5e-3 if got.ndim == 4 else 1e-4
+            torch.testing.assert_close(got, expected, rtol=bound, atol=bound)
