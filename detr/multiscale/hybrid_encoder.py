@@ -26,7 +26,6 @@ _TOKEN_SIZE = 0.1
 class PositionNorm(nn.LayerNorm):
     """Layer norm over the channels of each position of a map, float [B, D, h, w] to the same shape.
 
-    Its statistics are those of one position: unlike those of group norm they depend on neither padding nor the size of
     Its statistics are those of one position: they depend on neither padding nor the size of the image. ViTDet
     (https://arxiv.org/abs/2203.16527) has it in pyramid and heads too.
     """
