@@ -107,7 +107,7 @@ RECIPES = {
 }
 """multi-scale, the default: your own images, with the multi-scale architecture, which learns from an ImageNet backbone
 within minutes of two cores. scenes: the same on the embedded data set. detr-small: the network of the page on two cores,
-for masks and where transformers has to read the model. detr-r50: the paper's detector from an ImageNet backbone
+where transformers has to read the model. detr-r50: the paper's detector from an ImageNet backbone
 (500 epochs of COCO are 3.7 million steps of 16 images; the default is 40 epochs). fine-tune: a detector (--model) on
 one's own classes. panoptic: boxes and masks of things and stuff jointly. panoptic-boxes, then masks: the same in two
 steps, 25 epochs of COCO's for the mask head alone (--task instance for instances)."""
