@@ -10,7 +10,7 @@ import pytest
 from raydetr.registry import tracking
 from tests.run_pipeline import ROOT, Done, RunPipeline
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
 
 SHORT = ("--steps", "8", "--checkpoint-every", "8")
 ALARMING = re.compile(
