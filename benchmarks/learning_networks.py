@@ -30,7 +30,7 @@ def build(task: Task, recipe: Recipe, names: list[str], seed: int, size: dict[st
     of_task = [index for index in task.out_indices if index or "multi_scale" not in recipe.network]
     indices = recipe.out_indices or of_task
     network = {} if recipe.library == "torchvision" else recipe.network
-    queries = max(task.most_objects, 100) if "multi_scale" in network else task.num_queries
+    queries = max(task.max_objects, 100) if "multi_scale" in network else task.num_queries
     config = DetrConfig(
         backbone="efficientnet_lite0",
         backbone_kwargs={"out_indices": list(indices)},

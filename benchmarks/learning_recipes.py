@@ -161,7 +161,7 @@ class Task:
 
     folder: in `../shared/data`, or "scenes", which are generated.
     out_indices, num_queries: of the page's network.
-    most_objects: in an image; the multi-scale network has 100 queries, or more where this is more.
+    max_objects: in an image; the multi-scale network has 100 queries, or more where this is more.
     train, val: annotation file and folder of images.
     """
 
@@ -171,7 +171,7 @@ class Task:
     num_queries: int
     test_edge: int
     augmentation: AugmentSpec
-    most_objects: int = 100
+    max_objects: int = 100
     train: tuple[str, str] = ("train.json", "images")
     val: tuple[str, str] = ("val.json", "images")
 
@@ -226,7 +226,7 @@ TASKS = {
     "bccd": _ON_CPU,
     "balloon": replace(_ON_CPU, folder="balloon", masks=True, out_indices=(0, 1, 2, 3), num_queries=20),
     "balloon-boxes": replace(_ON_CPU, folder="balloon", num_queries=30),
-    "nuclei": replace(_ON_CPU, folder="nuclei", num_queries=150, most_objects=150),
+    "nuclei": replace(_ON_CPU, folder="nuclei", num_queries=150, max_objects=150),
     "nuts": replace(_ON_CPU, folder="nuts", num_queries=20),
     "coco128": replace(_ON_CPU, folder="coco128", num_queries=100, train=_COCO128, val=_COCO128),
     "scenes": replace(

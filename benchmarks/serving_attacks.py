@@ -129,9 +129,9 @@ class Photos:
         async with httpx.AsyncClient(timeout=120, headers={"Authorization": f"Bearer {token}"}) as http:
 
             async def one() -> None:
-                begun = time.monotonic()
+                sent = time.monotonic()
                 answer = await http.post(f"{url}/v1/detect", content=photo)
-                self.seconds.append(time.monotonic() - begun)
+                self.seconds.append(time.monotonic() - sent)
                 self.statuses[answer.status_code] += 1
                 if answer.status_code == 200:
                     self.times.append(answer.json()["times"])

@@ -122,7 +122,7 @@ class DetrForSegmentation(DetrPreTrainedModel):
                 image_weights=image_weights,
                 mask_head=self.mask_head,
             )
-            if min_score is not None:
+            if min_score is not None and output.pred_masks is not None:
                 wanted = _kept(output.logits, min_score)[..., None, None]
                 output.pred_masks = torch.where(wanted, output.pred_masks, NO_MASK)
             return output if as_dict else output.to_tuple()

@@ -22,7 +22,7 @@ from raydetr.evaluation.coco_files import coco_results
 from raydetr.evaluation.evaluate import evaluate
 from raydetr.evaluation.predict import read_predictions
 from raydetr.evaluation.promotion import promote
-from raydetr.evaluation.score import duplicate_share
+from raydetr.evaluation.record import ANALYSIS
 from raydetr.lease import exclusive
 from raydetr.registry import models, tracking
 from raydetr.serving.app import application, endpoint
@@ -62,7 +62,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
     clock.stop()
     summary = {
         **{name: scored[name] for name in ("AP", "AP50")},
-        "duplicates": duplicate_share(scored["predictions"], Manifest.load(val_data), report.THRESHOLD),
+        "duplicates": storage.read_json(storage.join(scored["output"], ANALYSIS))["duplicates"],
         "validation_images": scored["images"],
         "images_per_second": trained["images_per_second"],
         "model_version": champion.address,

@@ -17,11 +17,11 @@ from detr.boxes import box_cxcywh_to_xyxy, elementwise_generalized_iou, elementw
 from detr.config import DetrConfig
 from detr.criterion import Labels, weighted_sum, weights_of_images
 from detr.matcher import Matching, MatchingCost, hungarian_matching
-from detr.multiscale.assignment import assign_tokens, pad_targets
+from detr.multiscale.assignment import PaddedTargets, assign_tokens, pad_targets
 from detr.multiscale.config import MultiScaleConfig
 from detr.multiscale.dense_head import DensePredictions
 from detr.multiscale.mask_loss import mask_terms
-from detr.multiscale.masks import MaskContext
+from detr.multiscale.masks import DynamicMasks
 from detr.multiscale.scores import softmax_logits
 from detr.multiscale.tokens import TokenGrid
 from detr.targets import Targets, gather_targets
@@ -57,7 +57,7 @@ def multi_scale_loss(
     *,
     num_boxes: float | Tensor | None = None,
     image_weights: Tensor | None = None,
-    masks: MaskContext | None = None,
+    masks: DynamicMasks | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch, computed in float32 (float64 for float64 predictions), also under autocast.
 
@@ -91,8 +91,9 @@ def multi_scale_loss(
             num_boxes = weighted_sum(targets.counts, weights).clamp(min=1)
         cost = MatchingCost(config.class_cost, config.bbox_cost, config.giou_cost)
         matching = hungarian_matching(softmax_logits(logits.detach()), boxes_cxcywh, targets, cost, labels)
+        padded = pad_targets(targets)
         of_layers = _set_terms(logits, boxes_cxcywh, targets, matching, weights)
-        of_tokens = _dense_terms(tokens, grid, targets, settings, weights)
+        of_tokens = _dense_terms(tokens, grid, padded, settings, weights)
         coefficients = (1.0, config.bbox_loss_coefficient, config.giou_loss_coefficient)
         loss = torch.zeros((), dtype=dtype, device=logits.device)
         terms: dict[str, Tensor] = {}
@@ -103,7 +104,7 @@ def multi_scale_loss(
             terms[f"loss_{name}"], terms[f"loss_dense_{name}"] = per_layer[last], dense
             terms |= {f"loss_{name}_{layer}": per_layer[layer] for layer in range(last)}
         if masks is not None:
-            of_masks = mask_terms(masks, grid, labels, targets, matching, weights)
+            of_masks = mask_terms(masks, grid, labels, targets, padded, matching, weights)
             terms |= {name: total / num_boxes for name, total in of_masks.items()}
             loss = loss + config.mask_loss_coefficient * terms["loss_mask"]
             loss = loss + config.dice_loss_coefficient * terms["loss_dice"]
@@ -130,10 +131,13 @@ def _set_terms(
 
 
 def _dense_terms(
-    tokens: DensePredictions, grid: TokenGrid, targets: Targets, settings: MultiScaleConfig, weights: Tensor
+    tokens: DensePredictions,
+    grid: TokenGrid,
+    padded: PaddedTargets,
+    settings: MultiScaleConfig,
+    weights: Tensor,
 ) -> dict[str, Tensor]:
     """Weighted sums of the terms of the tokens, float [] each; each object's boxes count as one box."""
-    padded = pad_targets(targets)
     assigned = assign_tokens(tokens, padded, grid, settings)
     wanted = padded.boxes_cxcywh.gather(1, assigned.target[..., None].expand(-1, -1, 4))
     distance, _, giou = _box_distances(tokens.boxes_cxcywh, wanted)

@@ -92,10 +92,12 @@ class MultiScaleDetector(nn.Module):
         image_weights: Tensor | None = None,
         mask_head: MultiScaleMaskHead | None = None,
     ) -> DetrObjectDetectionOutput | DetrSegmentationOutput:
-        """Detect, and compute the loss where labels are given; arguments are those of `DetrForObjectDetection`, and
+        """Detect, and compute the loss where labels are given.
 
         Args:
-            mask_head: that of `DetrForSegmentation`, to return its output. With labels no gradient flows through it.
+            pixel_values, pixel_mask, labels, num_boxes, image_weights: see `DetrForObjectDetection.forward`.
+            mask_head: that of `DetrForSegmentation`, to return its output. In training with labels ``pred_masks`` is
+                None: the loss computes the masks of matched queries, and nothing needs the others.
 
         Raises:
             ValueError: an argument or a label does not fit; the message says which.
@@ -137,8 +139,8 @@ class MultiScaleDetector(nn.Module):
         }
         if masks is None:
             return DetrObjectDetectionOutput(**found)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and labels is None):
-            return DetrSegmentationOutput(**found, pred_masks=masks.logits())
+        pred_masks = None if self.training and labels is not None else masks.logits()
+        return DetrSegmentationOutput(**found, pred_masks=pred_masks)
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> EncodedMaps:
         """All convolutions: the backbone, the hybrid encoder and the towers of the dense head."""
@@ -188,7 +190,7 @@ class MultiScaleDetector(nn.Module):
 
 def _check(config: DetrConfig) -> None:
     """Refuse a configuration that the architecture cannot follow."""
-    if config.d_model % 8:
+    if config.d_model % 8:  # sine and cosine of the four coordinates of a box
         raise ValueError(f"multi_scale needs a d_model that is a multiple of 8, got {config.d_model}")
     if config.decoder_layers < 1:
         raise ValueError("multi_scale needs at least one decoder layer: tokens alone are no set of objects")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from detr.criterion import Labels
 from detr.matcher import Matching
-from detr.multiscale.assignment import pad_targets
-from detr.multiscale.masks import MaskContext
+from detr.multiscale.assignment import PaddedTargets
+from detr.multiscale.masks import DynamicMasks
 from detr.multiscale.tokens import TokenGrid
 from detr.targets import Targets, check_masks
 
@@ -27,7 +27,13 @@ _SURROUNDINGS = 1.5
 
 
 def mask_terms(
-    masks: MaskContext, grid: TokenGrid, labels: Labels, targets: Targets, matching: Matching, weights: Tensor
+    masks: DynamicMasks,
+    grid: TokenGrid,
+    labels: Labels,
+    targets: Targets,
+    padded: PaddedTargets,
+    matching: Matching,
+    weights: Tensor,
 ) -> dict[str, Tensor]:
     """Weighted sums over the matches of the last layer, float [] each.
 
@@ -36,6 +42,7 @@ def mask_terms(
         grid: of the tokens.
         labels: with ``masks``.
         targets: the same, gathered.
+        padded: the same, padded.
         matching: of the decoder's layers.
         weights: float [B], of the images.
 
@@ -43,7 +50,6 @@ def mask_terms(
         ValueError: an image has no masks, or masks of another number or shape; the message names it.
     """
     check_masks(labels)
-    padded = pad_targets(targets)
     # The query of each object, in the order of the objects, which is that of the padded ones; where none matched, any.
     query = torch.zeros_like(targets.class_ids)
     query = query.scatter(0, matching.target[-1], matching.query[-1] % masks.kernels.shape[1])
@@ -57,17 +63,17 @@ def mask_terms(
     return {"loss_mask": (entropy * share).sum(), "loss_dice": (dice * share).sum()}
 
 
-def pool_masks(masks: Sequence[Tensor], shape: tuple[int, int], stride: int, most: int) -> Tensor:
+def pool_masks(masks: Sequence[Tensor], shape: tuple[int, int], stride: int, max_objects: int) -> Tensor:
     """The covered part of every pixel of a map: float32 [B, N, h, w] in 0..1, zeros where there is no object.
 
     Args:
         masks: one [n, H_i, W_i] per image, 0 or 1 of any dtype, in the upper left corner of the padded image.
         shape: (h, w).
         stride: of the map, in pixels.
-        most: N.
+        max_objects: N.
     """
     height, width = shape
-    pooled = torch.zeros(len(masks), most, height, width, device=masks[0].device)
+    pooled = torch.zeros(len(masks), max_objects, height, width, device=masks[0].device)
     for image, own in zip(pooled, masks, strict=True):
         if not len(own):
             continue

@@ -28,8 +28,8 @@ _START = (3.0, 0.0, -3.0, 0.0, 0.0, -3.0, 0.0)
 
 
 @dataclass(frozen=True)
-class MaskContext:
-    """What the masks of a batch are made of.
+class DynamicMasks:
+    """The masks of a batch before they are computed: those that are needed are made by `logits`.
 
     Attributes:
         pixels: float [B, K, h * w].
@@ -51,7 +51,7 @@ class MaskContext:
     cell_wh: Tensor
     stride: int
 
-    def of_queries(self, index: Tensor) -> MaskContext:
+    def of_queries(self, index: Tensor) -> DynamicMasks:
         """The same for some queries of each image: int64 [B, N]."""
         kernels, places, boxes = (
             each.gather(1, index[..., None].expand(-1, -1, each.shape[-1]))
@@ -107,7 +107,7 @@ class MultiScaleMaskHead(nn.Module):
         with torch.no_grad():
             self.kernels.bias[self.channels :] = torch.tensor(_START)
 
-    def forward(self, finest: Tensor, grid: TokenGrid, states: Tensor, boxes_cxcywh: Tensor) -> MaskContext:
+    def forward(self, finest: Tensor, grid: TokenGrid, states: Tensor, boxes_cxcywh: Tensor) -> DynamicMasks:
         """Prepare the masks of a batch.
 
         Args:
@@ -123,7 +123,7 @@ class MultiScaleMaskHead(nn.Module):
             dtype = boxes_cxcywh.dtype
             weights = self.kernels(F.silu(self.hidden(states.to(self.hidden.weight.dtype)))).to(dtype)
             kernels, places = weights.split((self.channels, len(_START)), -1)
-            return MaskContext(
+            return DynamicMasks(
                 pixels.flatten(2).to(dtype),
                 kernels,
                 places,

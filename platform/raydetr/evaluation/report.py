@@ -19,7 +19,7 @@ from raydetr.data.shards import Manifest, read_records, training_targets
 SMOOTHING = 25
 CAPTION = 22
 THRESHOLD = 0.5
-"""Least score of a box that is drawn."""
+"""Minimum score of a box that is drawn."""
 GAP = 8
 
 

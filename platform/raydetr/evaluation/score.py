@@ -5,11 +5,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from detr.metrics.coco_matching import matches_of
 from raydetr.data.mask_targets import MaskKind
 from raydetr.data.shards import Manifest
 from raydetr.evaluation.analysis import analyse, count_panoptic
-from raydetr.evaluation.errors_by_kind import find_errors
 from raydetr.evaluation.figures import evaluate_predictions, figures_of
 from raydetr.evaluation.predict import check_complete, read_predictions
 from raydetr.evaluation.truth import Truth, read_truth
@@ -49,20 +47,6 @@ def score(predictions: str, manifest: Manifest, kind: MaskKind = "none") -> Scor
     errors = table.select(["image_id", "error"]).to_pylist()
     undecodable = {row["image_id"]: row["error"] for row in errors if row["error"] is not None}
     return Score(analyse(read_truth(manifest, kind), table), len(table), undecodable)
-
-
-def duplicate_share(predictions: str, manifest: Manifest, min_score: float) -> float:
-    """Duplicate detections (`errors_by_kind`) with `min_score` or more, relative to the number of objects.
-
-    Args:
-        predictions: address of a file that `predict` wrote.
-        manifest: of the shards.
-        min_score: of the detections that count.
-    """
-    truth = read_truth(manifest, "none").coco()
-    boxes = evaluate_predictions(truth, read_predictions(predictions)).boxes
-    duplicates = find_errors(boxes, matches_of(boxes), min_score).counts()["duplicate"]
-    return duplicates / max(len(truth["annotations"]), 1)
 
 
 def figures_of_table(truth: Truth, predictions: pa.Table) -> dict[str, float]:

@@ -242,9 +242,8 @@ def test_what_the_architecture_has_no_place_for_is_refused(make_model):
         model(pixels, decoder_inputs_embeds=torch.zeros(1, 12, 32))
     with pytest.raises(ValueError, match="pixel_mask is"):
         model(pixels, torch.ones(1, 60, 64))
-    for model_class in (DetrModel,):
-        with pytest.raises(ValueError, match="multi_scale"):
-            model_class(model.config)
+    with pytest.raises(ValueError, match="multi_scale"):
+        DetrModel(model.config)
 
 
 @pytest.mark.parametrize(

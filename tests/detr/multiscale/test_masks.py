@@ -64,6 +64,17 @@ def test_masks_depend_on_no_neighbor_and_post_processing_takes_them(model, make_
         assert all(each["segmentation"].shape == (50, 60) for each in found)
 
 
+def test_a_training_step_computes_no_masks_but_those_of_the_loss(model, make_batch):
+    batch = with_masks(make_batch(SIZES, dtype=torch.float64))
+    trained, scored = (
+        model.train(training)(batch.pixel_values, batch.pixel_mask, labels=batch.labels)
+        for training in (True, False)
+    )
+    assert trained.pred_masks is None
+    assert scored.pred_masks.shape[:2] == scored.logits.shape[:2]
+    torch.testing.assert_close(trained.loss, scored.loss, rtol=1e-9, atol=0)
+
+
 def test_a_saved_model_answers_the_same(model, make_batch, tmp_path):
     model, batch = model.float(), make_batch(SIZES[:2])
     model.save_pretrained(tmp_path)

@@ -141,7 +141,7 @@ def test_duplicates_are_pycocotools_unmatched_detections_that_cover_an_object():
         crowds = {item["id"] for item in truth["annotations"] if item["iscrowd"]}
         reference = pycocotools_evaluation(truth, detections)
         second = 0
-        for image in reference.evalImgs[: len(reference.evalImgs)]:
+        for image in reference.evalImgs:
             if image is None or image["aRng"] != reference.params.areaRng[0]:
                 continue
             ious = np.asarray(reference.ious[image["image_id"], image["category_id"]])

@@ -12,7 +12,7 @@ from raydetr.data.shards import coco_truth
 from raydetr.errors import DataError
 from raydetr.evaluation.coco_files import coco_results
 from raydetr.evaluation.predictions import PREDICTION_SCHEMA
-from raydetr.evaluation.score import duplicate_share, score
+from raydetr.evaluation.score import score
 
 
 def write_predictions(path, manifest, rng=None):
@@ -65,20 +65,3 @@ def test_nothing_is_scored_when_an_image_is_missing(manifest, tmp_path):
     pq.write_table(table.slice(1), tmp_path / "p.parquet")
     with pytest.raises(DataError, match=r"1 missing \[1000\].*No figures"):
         score(str(tmp_path / "p.parquet"), manifest)
-
-
-def test_duplicates_count_from_a_score_on_relative_to_the_objects(manifest, tmp_path):
-    table = write_predictions(tmp_path / "p.parquet", manifest)
-    objects = len(coco_truth(manifest)["annotations"])
-    rows = table.to_pylist()
-    again = [row for row in rows if any(min(box[2:]) > 2 for box in row["bbox"])][:3]
-    for row, second in zip(again, (0.9, 0.5, 0.4), strict=True):
-        first = next(i for i, box in enumerate(row["bbox"]) if min(box[2:]) > 2)
-        row["bbox"].append(row["bbox"][first])
-        row["category_id"].append(row["category_id"][first])
-        row["score"].append(second)
-    doubled = str(tmp_path / "doubled.parquet")
-    pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTION_SCHEMA), doubled)
-    before = duplicate_share(str(tmp_path / "p.parquet"), manifest, 0.5)
-    assert duplicate_share(doubled, manifest, 0.5) - before == pytest.approx(2 / objects)
-    assert duplicate_share(doubled, manifest, 0.95) == before

@@ -88,7 +88,7 @@ def slow_url(url, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def multi_scale(url, tmp_path) -> Iterator[tuple[str, ObjectDetector]]:
-    """Beside the other one: an endpoint of a multi-scale model, and the model."""
+    """Next to the other one: an endpoint of a multi-scale model, and the model."""
     folder = save_tiny_detr(tmp_path / "multi", NAMES, edge=64, multi_scale=True)
     app = application(resolve(str(folder), ""), batching=Batching(max_size=4, wait_s=0.2))
     serve.run(app, name="multi", route_prefix="/multi")
