@@ -239,6 +239,7 @@ def _write(
         class_map=inputs.class_map,
         skip=options.on_fault == "skip-image",
         reading=options.reading,
+        held=held,
     )
     first = 1 + max((int(shard.file[6:-8]) for shard in base.shards), default=-1) if base else 0
     with disk_errors():

@@ -22,6 +22,7 @@ from raydetr.data.shard_writer import ShardSummary, write_shard
 from raydetr.data.shards import ROW_GROUP_SIZE, Shard
 from raydetr.data.usable import Usable
 from raydetr.errors import RaydetrError
+from raydetr.lease import Held
 
 Item = TypeVar("Item")
 
@@ -120,10 +121,14 @@ def write_checked(
     class_map: ClassMap | None,
     skip: bool,
     reading: Reading,
+    held: Held,
 ) -> ShardResult:
     """Read, check and write one shard, unless `.ingest/` says that it was.
 
     An error is returned: raised in a task it would arrive as Ray's.
+
+    A task can outlive a driver that was killed by some seconds. It writes nothing once another ingest has taken the
+    lease, or its files would appear beside a finished data set.
 
     Args:
         number: of the shard.
@@ -134,6 +139,7 @@ def write_checked(
         class_map: what becomes of the categories.
         skip: leave out images with a fault that is not repaired.
         reading: how records are read.
+        held: the lease of the output.
     """
     faults: list[Fault] = []
     boxes = BoxStatistics()
@@ -158,13 +164,16 @@ def write_checked(
             usable = usable.add(record)
             if not (skip and any(not fault.is_repaired for fault in without_notes(found))):
                 yield record
+        held.verify()
 
     done = storage.join(output, WORK, _result_file(number))
     try:
         if storage.exists(done):
             return _from_json(storage.read_json(done))
+        held.verify()
         summary = write_shard(output, number, records())
         result = ShardResult(summary, faults, count, boxes, usable)
+        held.verify()
         storage.write_json(done, {**asdict(result), "error": None})
     except RaydetrError as error:
         return ShardResult(None, [], 0, error=error)

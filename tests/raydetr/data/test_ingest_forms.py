@@ -18,14 +18,18 @@ import pytest
 
 from raydetr import cluster, storage
 from raydetr.data import ingest as ingest_module
-from raydetr.data import synthetic
+from raydetr.data import shard_tasks, synthetic
 from raydetr.data.ingest import Options, ingest, ingest_split
 from raydetr.data.inputs import Addresses, read_inputs
+from raydetr.data.record import AS_USUAL
 from raydetr.data.schema import without_notes
+from raydetr.data.shard_tasks import WORK, record_order, write_work
+from raydetr.data.shard_writer import ShardSummary, write_shard
 from raydetr.data.shards import Manifest, read_faults, read_records
 from raydetr.data.split import Split
 from raydetr.data.synthetic import embedded, generate
 from raydetr.errors import ClusterError, ConfigError, DataError, LeaseError
+from raydetr.lease import Held
 from tests.at_once import at_once
 from tests.raydetr.s3 import S3
 
@@ -464,6 +468,52 @@ def test_an_ingest_whose_lease_was_taken_writes_no_manifest(
         ingest(addresses(generated), str(tmp_path), SMALL)
     assert not (tmp_path / "manifest.json").exists()
     assert storage.read_json(f"{tmp_path}/lease.json") == other
+
+
+@pytest.mark.parametrize("moment", ["before", "reading", "written"])
+def test_a_task_whose_driver_was_killed_leaves_nothing_beside_the_next_ingest(
+    generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    lease = tmp_path / "lease.json"
+    mine, other = ({"owner": owner, "expires": time.time() + 99} for owner in ("mine", "other"))
+    storage.write_json(str(lease), other if moment == "before" else mine)
+    index = read_inputs(addresses(generated)).index
+    assert list(write_work(str(tmp_path), index.texts("", record_order(0)), 1, 0))
+
+    def read_bytes(address: str) -> bytes:
+        if "/images/" in address and moment == "reading":
+            storage.write_json(str(lease), other)
+        return read(address)
+
+    def written(*arguments: Any) -> ShardSummary | None:
+        summary = write_shard(*arguments)
+        if (
+            moment == "written"
+        ):  # the next ingest keeps what it finds finished, and removes its notes at the end
+            storage.write_json(str(lease), other)
+            storage.delete_folder(str(tmp_path / WORK))
+        return summary
+
+    read = storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    monkeypatch.setattr(shard_tasks, "write_shard", written)
+    result = shard_tasks.write_checked(
+        0,
+        images=(str(generated / "images"),),
+        masks="",
+        output=str(tmp_path),
+        category_ids=frozenset(range(1, 100)),
+        class_map=None,
+        skip=False,
+        reading=AS_USUAL,
+        held=Held(str(lease), "mine"),
+    )
+    assert isinstance(result.error, LeaseError)
+    assert not list(tmp_path.glob(f"{WORK}/shard-*"))
+    if moment == "written":
+        assert not (tmp_path / WORK).exists()
+    else:
+        assert not list(tmp_path.glob("shard-*"))
 
 
 def test_of_two_first_runs_one_makes_the_embedded_data(
