@@ -27,7 +27,7 @@ MULTI_SCALE_TYPE = "detr_multi_scale"
 _FILE_KEYS = frozenset({"_name_or_path", "_attn_implementation", "transformers_version"})
 _ATTENTION = ("sdpa", "eager")
 _DTYPES = {"half": "float16", "float": "float32", "double": "float64"}
-_LOADING_ARGUMENTS = FILE_ARGUMENTS | {"config", "device_map", "ignore_mismatched_sizes", "trust_remote_code"}
+_LOADING_ARGUMENTS = FILE_ARGUMENTS | {"config", "device_map", "ignore_mismatched_sizes"}
 _LOOKALIKES = frozenset({"tie_encoder_decoder"})  # in all configurations of transformers 4
 _ALIASES = {
     "hidden_size": "d_model",

@@ -32,9 +32,11 @@ class ModelFiles:
         token: of a hub id: an access token; True is the stored one, False sends none.
         local_files_only: of a hub id: use what was downloaded before, without the network.
         force_download: of a hub id: download again what was downloaded before.
+        trust_remote_code: False or None, as transformers' examples pass it: code of a repository is never run.
 
     Raises:
         FileNotFoundError: the source is neither an existing folder or file nor a hub id.
+        TypeError: trust_remote_code is True.
     """
 
     def __init__(
@@ -47,7 +49,12 @@ class ModelFiles:
         token: str | bool | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        trust_remote_code: bool | None = False,
     ) -> None:
+        if trust_remote_code:
+            raise TypeError(
+                "trust_remote_code=True has no effect: code of a repository is never run; remove it"
+            )
         self.source = source
         self.path: Path | None = None
         self._subfolder = subfolder
@@ -151,7 +158,15 @@ class _UnknownError(Exception):
 
 
 FILE_ARGUMENTS = frozenset(
-    {"subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download"}
+    {
+        "subfolder",
+        "revision",
+        "cache_dir",
+        "token",
+        "local_files_only",
+        "force_download",
+        "trust_remote_code",
+    }
 )
 """The keywords of `ModelFiles`, which every ``from_pretrained`` takes."""
 

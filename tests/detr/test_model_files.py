@@ -128,7 +128,19 @@ def test_every_from_pretrained_takes_the_arguments_of_files(load, saved, hub, tm
     load.from_pretrained("acme/detr", revision="v2", force_download=True)
     assert hub.downloads
     tried = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"}
-    assert tried == FILE_ARGUMENTS
+    assert tried == FILE_ARGUMENTS - {"trust_remote_code"}  # which changes nothing
+
+
+@pytest.mark.parametrize("load", [*CONFIGS, *PROCESSORS, *MODELS], ids=lambda load: load.__name__)
+def test_trust_remote_code_is_accepted_unless_true(load, saved):
+    """The examples of transformers pass False to every `from_pretrained`."""
+    plain = load.from_pretrained(saved)
+    for value in (False, None):
+        loaded = load.from_pretrained(saved, trust_remote_code=value)
+        assert type(loaded) is type(plain)
+        assert not hasattr(loaded, "trust_remote_code")
+    with pytest.raises(TypeError, match="trust_remote_code=True"):
+        load.from_pretrained(saved, trust_remote_code=True)
 
 
 def test_all_files_are_of_the_commit_of_the_first(saved, hub, tmp_path):
