@@ -219,6 +219,7 @@ def test_images_can_be_prepared_in_threads(detector):
             assert np.array_equal(got.pixels, pixels)
 
 
+@pytest.mark.slow
 def test_preparing_images_imports_neither_timm_nor_torchvision():
     code = (
         "import sys; from detr.detector import prepare_image; from detr import DetrImageProcessor; "

@@ -15,16 +15,13 @@ from torch import nn
 from detr import DetrForObjectDetection, DetrForSegmentation
 from detr.fast_cpu import OneDnnConv2d, OneDnnLinear
 from tests.detr.conftest import separate_the_queries, small_config
+from tests.tiers import rest_slow
 
 # residual sums and ReLU; ReLU6 without residual activation; SiLU and gates; pre-activation; no batch norm
-BACKBONES = [
-    "resnet18",
-    "resnet50",
-    "efficientnet_lite0",
-    "mobilenetv3_small_050",
-    "regnety_002",
-    "convnext_atto",
-]
+BACKBONES = rest_slow(
+    ["efficientnet_lite0", "mobilenetv3_small_050", "resnet18", "resnet50", "regnety_002", "convnext_atto"],
+    fast=3,
+)
 
 
 ORIGINAL_CALL = nn.Module.__call__

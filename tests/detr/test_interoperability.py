@@ -18,6 +18,7 @@ from detr import (
 )
 from detr.checkpoint import _warn_about_backbone
 from tests.detr.conftest import separate_the_queries, small_config
+from tests.tiers import rest_slow
 
 PIXELS = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 MODELS = ["DetrModel", "DetrForObjectDetection", "DetrForSegmentation"]
@@ -163,7 +164,7 @@ def test_a_trainers_folder_without_config_is_explained(tmp_path):
     torch.testing.assert_close(back(PIXELS).logits, model(PIXELS).logits)
 
 
-@pytest.mark.parametrize("backbone", ["nextvit_small", "ghostnet_050", "regnety_002"])
+@pytest.mark.parametrize("backbone", rest_slow(["regnety_002", "nextvit_small", "ghostnet_050"]))
 def test_save_and_load_are_inverse_whatever_the_backbone_has(backbone, tmp_path):
     """Among others BatchNorm1d, whose count of batches is saved."""
     model = DetrForObjectDetection(small_config(backbone=backbone)).eval()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from detr import DetrForObjectDetection, DetrForSegmentation
 from detr.frozen_batch_norm import FrozenBatchNorm2d
 from tests.detr.conftest import separate_the_queries, small_config
+from tests.tiers import rest_slow
 
 PIXELS = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
@@ -82,7 +83,7 @@ SURGERY: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("change", SURGERY)
+@pytest.mark.parametrize("change", rest_slow(SURGERY, fast=len(SURGERY) - 1))  # compiling takes seconds
 @pytest.mark.parametrize("used_before", [False, True])
 def test_equal_layers_give_equal_outputs(change: str, used_before: bool, model: nn.Module) -> None:
     changed = copy.deepcopy(model)

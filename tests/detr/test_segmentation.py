@@ -34,7 +34,7 @@ def twins(make_twins):
 @pytest.mark.checklist("4. Heads, segmentation head", "mask head")
 @pytest.mark.checklist("4. Heads, segmentation head", "pred_masks")
 @pytest.mark.checklist("4. Heads, segmentation head", "out_indices with 3 maps")
-@pytest.mark.parametrize("case", rest_slow(CASES, fast=3))
+@pytest.mark.parametrize("case", rest_slow(CASES))
 def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(
     case, make_twins, make_batch, difference
 ):

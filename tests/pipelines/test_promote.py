@@ -59,6 +59,7 @@ def test_a_better_one_becomes_champion_with_page_and_reason_on_both_versions(con
     print("\nREASON", summary["reason"])
 
 
+@pytest.mark.slow
 def test_an_equal_one_is_refused(config, data, tmp_path):
     for version in (1, 2):
         put(config, tmp_path, version, data, guesses(data, BLUR))
@@ -67,6 +68,7 @@ def test_an_equal_one_is_refused(config, data, tmp_path):
     assert "beyond chance" not in reason
 
 
+@pytest.mark.slow
 def test_a_slightly_worse_one_is_refused_and_passes_where_that_much_is_allowed(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     put(config, tmp_path, 2, data, guesses(data, BLUR * 1.02))
@@ -227,6 +229,7 @@ def test_a_first_version_needs_an_evaluation_with_its_report_alone(config, data,
     assert (again["moved"], again["reason"]) == (False, "version 2 is the champion already")
 
 
+@pytest.mark.slow
 def test_a_dry_run_decides_and_leaves_no_trace(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
@@ -241,6 +244,7 @@ def test_a_dry_run_decides_and_leaves_no_trace(config, data, tmp_path):
     assert client(config.tracking_uri).get_experiment_by_name("promotion") is None
 
 
+@pytest.mark.slow
 def test_a_promotion_is_undone_with_one_command(config, data, tmp_path, capsys):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
@@ -263,6 +267,7 @@ def test_a_figure_that_the_comparison_does_not_have_is_an_error(config, data, tm
         main(replace(config, metric="PQ"))
 
 
+@pytest.mark.slow
 def test_latency_is_measured_of_both_and_bounds_the_challenger(data, tmp_path):
     uri = empty_registry(tmp_path)
     run_id = start_run(uri, "training", "run", {}, {})

@@ -27,7 +27,6 @@ from raydetr.data.schema import FAULTS, without_notes
 from raydetr.data.shards import Manifest, read_faults, read_records
 from raydetr.data.split import Split
 from raydetr.errors import DataError
-from tests.tiers import rest_slow
 
 pytestmark = [
     pytest.mark.usefixtures("ray_local"),
@@ -511,7 +510,8 @@ def test_each_fault_is_found_in_its_file_and_record_and_nothing_else(corpus: Cor
         ingest(addresses, str(tmp_path / "failed"), Options(on_fault="fail"))
 
 
-@pytest.mark.parametrize("seed", rest_slow(range(3)))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
 def test_faults_in_random_combinations_are_all_found(corpus: Corpus, tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     for place in rng.sample(range(len(corpus.coco["images"])), 30):

@@ -237,6 +237,7 @@ def test_panoptic_segments_come_in_the_order_of_the_regions(scenes: list[Scene])
 
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+@pytest.mark.slow
 def test_the_embedded_set_is_made_once_and_made_anew_after_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

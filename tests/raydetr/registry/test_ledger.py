@@ -126,6 +126,7 @@ def test_the_next_promotion_finishes_one_that_died_and_is_not_blocked(tracking_u
         assert client(tracking_uri).get_run(entry.run_id).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_version_deleted_before_its_promotion_is_settled_does_not_block(tracking_uri):
     bare_versions(tracking_uri, 3)
     promote(tracking_uri, "models:/raydetr/1", "champion")
@@ -190,6 +191,7 @@ def test_an_alias_that_was_moved_by_hand_in_between_is_not_overwritten(tracking_
     assert promote(tracking_uri, "models:/raydetr/2", "champion").previous == 3
 
 
+@pytest.mark.slow
 def test_undo_walks_back_one_promotion_at_a_time_and_ends_at_the_first(tracking_uri):
     bare_versions(tracking_uri, 4)
     for version in (1, 2, 3):

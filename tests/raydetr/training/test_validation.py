@@ -116,6 +116,7 @@ def test_a_validation_that_was_lost_holds_nothing_back_once_two_later_ones_are_d
 
 
 @pytest.mark.usefixtures("ray_local")
+@pytest.mark.slow
 def test_what_was_lost_is_validated_before_a_run_goes_on(config: TrainConfig) -> None:
     manifest = write_awkward(Path(config.train_data), shards=(8,))
     config = dataclasses.replace(config, validation_images=4)
