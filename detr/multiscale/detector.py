@@ -173,7 +173,7 @@ class MultiScaleDetector(nn.Module):
             each.gather(1, index[..., None].expand(-1, -1, each.shape[-1]))
             for each in (tokens.features, tokens.logits.detach(), tokens.boxes_cxcywh.detach())
         )
-        # a query that starts from padding is no object, whatever the token there says
+        # a query that starts from padding or from a duplicate is no object, whatever the token there says
         logits = torch.where(real[..., None], logits, -16.0)
         # The finest map has most tokens and says least that its queries do not hold already.
         skipped = grid.shapes[0][0] * grid.shapes[0][1] if len(grid.shapes) > 1 else 0

@@ -64,7 +64,7 @@ def distinct_tokens(
 
     Tokens that are the best of their 3 x 3 neighborhood for a class come first; the best ``candidates`` go through
     suppression, since its cost is quadratic; the best of those that it keeps are chosen. Where fewer remain than there are
-    queries, suppressed ones fill up.
+    queries, suppressed ones fill the places and do not count: they would be detections of objects that others have.
 
     Args:
         logits: float [B, S, C].
@@ -75,8 +75,8 @@ def distinct_tokens(
         threshold: see `suppress_duplicates`.
 
     Returns:
-        int64 [B, Q], indices of tokens, best first; and bool [B, Q], False on a token that is padding, or a repeated one of
-        an image with fewer tokens than queries.
+        int64 [B, Q], indices of tokens, best first; and bool [B, Q], False on a token that is suppressed, padding, or a
+        repeated one of an image with fewer tokens than queries.
     """
     logits = logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
     score, classes = logits.max(-1)
@@ -92,7 +92,7 @@ def distinct_tokens(
     kept = suppress_duplicates(box_cxcywh_to_xyxy(boxes), classes.gather(1, index), threshold)
     rank = torch.arange(candidates, device=index.device) + candidates * (~kept)
     chosen = rank.topk(queries, dim=1, largest=False, sorted=True).indices
-    return index.gather(1, chosen), real.gather(1, chosen)
+    return index.gather(1, chosen), (real & kept).gather(1, chosen)
 
 
 def _is_peak(logits: Tensor, grid: TokenGrid) -> Tensor:

@@ -66,10 +66,23 @@ def test_queries_are_distinct_real_tokens_and_the_best_comes_first():
 
 def test_an_image_with_fewer_tokens_than_queries_repeats_some_as_not_real():
     logits, boxes, grid = make_tokens()
-    index, real = distinct_tokens(logits, boxes, grid, queries=100, candidates=120, threshold=0.5)
+    index, real = distinct_tokens(logits, boxes, grid, queries=100, candidates=120, threshold=1.0)
     assert real.sum(1).tolist() == grid.valid.sum(1).tolist()
     for of_image, is_real, valid in zip(index, real, grid.valid, strict=True):
         assert torch.equal(of_image[is_real].sort().values, valid.nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.3])
+def test_suppressed_tokens_that_fill_the_places_of_queries_do_not_count(threshold):
+    logits, boxes, grid = make_tokens()
+    index, real = distinct_tokens(logits, boxes, grid, queries=75, candidates=80, threshold=threshold)
+    for number, (chosen, counts) in enumerate(zip(index, real, strict=True)):
+        order = logits[number].max(-1)
+        corners = box_cxcywh_to_xyxy(boxes[number][chosen])
+        kept = batched_nms(
+            corners[counts], order.values[chosen][counts], order.indices[chosen][counts], threshold
+        )
+        assert 0 < counts.sum() == len(kept) < 75
 
 
 def test_tokens_lie_where_their_pixels_are_relative_to_the_image():
