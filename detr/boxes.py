@@ -29,6 +29,15 @@ def box_area(boxes_xyxy: Tensor) -> Tensor:
     return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])
 
 
+def _sides(boxes_xyxy: Tensor) -> tuple[Tensor, ...]:
+    """Left, top, right and bottom, float [...] each.
+
+    Contiguous ones: a CPU does not vectorize over pairs of coordinates, which makes the IoU of 120 objects with 4,032
+    tokens 8 times slower.
+    """
+    return tuple(side.contiguous() for side in boxes_xyxy.unbind(-1))
+
+
 def elementwise_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and union of pairs of boxes, with broadcasting.
 
@@ -39,9 +48,10 @@ def elementwise_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, T
     Returns:
         IoU in 0..1 and union area, both float [...]. Two boxes without area have IoU 0.
     """
-    top_left = torch.maximum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
-    bottom_right = torch.minimum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:])
-    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
+    left1, top1, right1, bottom1 = _sides(boxes1_xyxy)
+    left2, top2, right2, bottom2 = _sides(boxes2_xyxy)
+    width = (torch.minimum(right1, right2) - torch.maximum(left1, left2)).clamp(min=0)
+    intersection = width * (torch.minimum(bottom1, bottom2) - torch.maximum(top1, top2)).clamp(min=0)
     union = box_area(boxes1_xyxy) + box_area(boxes2_xyxy) - intersection
     return intersection / union.clamp(min=_MIN_AREA), union
 
@@ -59,9 +69,10 @@ def elementwise_generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Ten
         float [...] in -1..1.
     """
     iou, union = elementwise_iou(boxes1_xyxy, boxes2_xyxy)
-    top_left = torch.minimum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
-    bottom_right = torch.maximum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:])
-    hull = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
+    left1, top1, right1, bottom1 = _sides(boxes1_xyxy)
+    left2, top2, right2, bottom2 = _sides(boxes2_xyxy)
+    width = (torch.maximum(right1, right2) - torch.minimum(left1, left2)).clamp(min=0)
+    hull = width * (torch.maximum(bottom1, bottom2) - torch.minimum(top1, top2)).clamp(min=0)
     return iou - (hull - union) / hull.clamp(min=_MIN_AREA)
 
 

@@ -91,10 +91,13 @@ def assign_tokens(
     of_class = targets.class_ids[..., None].expand(-1, -1, logits.shape[1])
     score = logits.transpose(1, 2).gather(1, of_class).sigmoid()
 
-    distance = (grid.centers_xy[:, None] - object_boxes[..., :2]).abs()
-    inside = (distance < object_boxes[..., 2:] / 2).all(-1)
-    near = (distance < grid.sizes_wh[:, None]).all(-1)
-    candidate = (inside | near) & grid.valid[:, None] & targets.real[..., None]
+    inside = near = targets.real[..., None] & grid.valid[:, None]
+    for axis in range(2):  # one tensor per axis: see `detr.boxes`
+        center, size = (each[:, None, :, axis].contiguous() for each in (grid.centers_xy, grid.sizes_wh))
+        distance = (center - object_boxes[..., axis]).abs()
+        inside = inside & (distance < object_boxes[..., axis + 2] / 2)
+        near = near & (distance < size)
+    candidate = inside | near
     alignment = score.clamp(min=_LEAST_SCORE) ** settings.score_exponent
     alignment = (alignment * iou.clamp(min=_LEAST_IOU) ** settings.iou_exponent).masked_fill(~candidate, 0)
 
