@@ -171,6 +171,18 @@ MUTATIONS = {
         "(corner < sizes[:, None] + extent).all(-1)",
         ("tests/detr/multiscale/test_detector.py",),
     ),
+    "a suppressed token may become a query": Mutation(
+        "detr/multiscale/selection.py",
+        "(real & kept).gather(1, chosen)",
+        "real.gather(1, chosen)",
+        ("tests/detr/multiscale/test_selection.py",),
+    ),
+    "tasks of a killed ingest write after the next one has begun": Mutation(
+        "platform/raydetr/data/shard_tasks.py",
+        "        held.verify()\n        summary",
+        "        summary",
+        ("tests/raydetr/data/test_ingest_forms.py",),
+    ),
     "padding may become a query": Mutation(
         "detr/multiscale/selection.py",
         "- 2 * gap * (~grid.valid)",
