@@ -179,8 +179,8 @@ MUTATIONS = {
     ),
     "tasks of a killed ingest write after the next one has begun": Mutation(
         "platform/raydetr/data/shard_tasks.py",
-        "        held.verify()\n        summary",
-        "        summary",
+        "                yield record\n        held.verify()",
+        "                yield record",
         ("tests/raydetr/data/test_ingest_forms.py",),
     ),
     "padding may become a query": Mutation(

@@ -30,7 +30,7 @@ class MultiScaleConfig:
 
     head_convolutions: int = 2
     candidates_per_query: int = 3
-    nms_threshold: float = 0.6
+    nms_threshold: float = 0.5
     assigned_tokens: int = 9
     score_exponent: float = 0.5
     iou_exponent: float = 3.0

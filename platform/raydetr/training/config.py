@@ -90,7 +90,7 @@ class TrainConfig:
     multi_scale: bool = False
     """Train the multi-scale architecture, which learns from a backbone alone within minutes; transformers cannot read its
     files. The strides are those of --backbone-out-indices."""
-    nms_threshold: float = 0.6
+    nms_threshold: float = 0.5
     """multi-scale: queries start from locations whose boxes of one class have at most this IoU. Lower: fewer duplicates,
     where objects of one class do not hide each other."""
     compat: Literal["original", "transformers"] = "original"

@@ -34,6 +34,7 @@ _SCENES = replace(
     _MULTI_SCALE,
     backbone_out_indices=(2, 3),
     num_queries=20,
+    nms_threshold=0.6,
     learning_rate=2e-3,
     backbone_learning_rate=5e-4,
     steps=700,

@@ -7,10 +7,10 @@ from detr.multiscale.config import MultiScaleConfig
 
 
 def test_settings_are_read_back_from_the_file(tmp_path):
-    config = DetrConfig(multi_scale={"candidates_per_query": 4, "nms_threshold": 0.5})
+    config = DetrConfig(multi_scale={"candidates_per_query": 4, "nms_threshold": 0.65})
     config.save_pretrained(tmp_path)
     read = DetrConfig.from_pretrained(tmp_path)
-    assert read.multi_scale == MultiScaleConfig(candidates_per_query=4, nms_threshold=0.5)
+    assert read.multi_scale == MultiScaleConfig(candidates_per_query=4, nms_threshold=0.65)
     assert read == config
 
 
