@@ -29,6 +29,8 @@ for _type in RAW:
     schemathesis.openapi.media_type(_type, st.sampled_from(BODIES))
 UNKNOWABLE = [checks.CHECKS.get_one("positive_data_acceptance")]
 """A schema cannot say that a string is an image, nor which labels and models there are."""
+OF_READY = [checks.CHECKS.get_one("not_a_server_error")]
+"""On a machine that is too busy to decode one pixel in time `/ready` truly says 503."""
 REFUSALS = ["400", "404", "405", "413", "415", "422"]
 OPERATIONS = [
     (path, method) for path, each in new_api(secured=True).openapi()["paths"].items() for method in each
@@ -53,9 +55,13 @@ def schema(api) -> Any:
 def send(case: Case) -> int:
     """Send a request, with a token where one is needed, and check its answer in every way but one."""
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    response = case.call_and_validate(headers=headers, excluded_checks=UNKNOWABLE)
+    of_ready = case.path == "/ready"
+    excluded = UNKNOWABLE + OF_READY if of_ready else UNKNOWABLE
+    response = case.call_and_validate(headers=headers, excluded_checks=excluded)
     assert len(response.headers["x-request-id"][0]) == 32
-    if response.status_code >= 400 and case.method != "HEAD":
+    if of_ready and response.status_code == 503:
+        assert response.json() == {"ready": False}
+    elif response.status_code >= 400 and case.method != "HEAD":
         error = response.json()["error"]
         assert error["status"] == response.status_code
         assert error["message"]
