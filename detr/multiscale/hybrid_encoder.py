@@ -45,8 +45,9 @@ class PointwiseConvolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve."""
-        # As in `detr.frozen_batch_norm`: dilation does nothing here but have torch choose oneDNN with one thread too.
-        dilation = 2 if may_branch_on_values() and is_for_onednn(x) else 1
+        # As in `detr.frozen_batch_norm`: dilation does nothing here but have torch choose oneDNN with one thread too. Not in
+        # evaluation, where oneDNN's rounding would depend on how many images are in the batch.
+        dilation = 2 if self.training and may_branch_on_values() and is_for_onednn(x) else 1
         return F.conv2d(x, self.weight, dilation=dilation)
 
 
