@@ -144,7 +144,7 @@ class _FoldedConvolutions(TorchFunctionMode):
         x, _, _, stride, padding, dilation, groups = args
         convolution, norm = pair
         weight, bias = fold(convolution, norm)
-        if convolution.kernel_size == (1, 1) and is_for_onednn(x):
+        if convolution.kernel_size == (1, 1) and _is_for_onednn(x):
             # A kernel of one pixel has nothing to spread, so the dilation changes only what torch chooses: with one
             # thread it would not have oneDNN compute this layer and its gradients, which is faster where registers are wide.
             dilation = 2
@@ -177,8 +177,7 @@ def _lost(norm: nn.Module) -> RuntimeError:
     )
 
 
-def is_for_onednn(x: Tensor) -> bool:
-    """Whether oneDNN can convolve this input."""
+def _is_for_onednn(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)

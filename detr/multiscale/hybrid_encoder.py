@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr.capture import may_branch_on_values
 from detr.config import DetrConfig
-from detr.frozen_batch_norm import is_for_onednn
 from detr.initialization import init_as_original
 from detr.multiscale.tokens import TokenGrid, box_embedding
 from detr.transformer import Encoder
@@ -37,27 +35,13 @@ class PositionNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class PointwiseConvolution(nn.Conv2d):
-    """1 x 1 convolution without a bias: float [B, C, h, w] to float [B, D, h, w]."""
-
-    def __init__(self, channels: int, dim: int) -> None:
-        super().__init__(channels, dim, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve."""
-        # As in `detr.frozen_batch_norm`: dilation does nothing here but have torch choose oneDNN with one thread too. Not in
-        # evaluation, where oneDNN's rounding would depend on how many images are in the batch.
-        dilation = 2 if self.training and may_branch_on_values() and is_for_onednn(x) else 1
-        return F.conv2d(x, self.weight, dilation=dilation)
-
-
 class SeparableConvolution(nn.Module):
     """3 x 3 depthwise, 1 x 1 pointwise, norm, SiLU: float [B, D, h, w] to the same shape."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
-        self.pointwise = PointwiseConvolution(dim, dim)
+        self.pointwise = nn.Conv2d(dim, dim, 1, bias=False)
         self.norm = PositionNorm(dim)
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
@@ -89,7 +73,7 @@ class HybridEncoder(nn.Module):
     def __init__(self, config: DetrConfig, channels: Sequence[int]) -> None:
         super().__init__()
         self.projections = nn.ModuleList(
-            nn.Sequential(PointwiseConvolution(count, config.d_model), PositionNorm(config.d_model))
+            nn.Sequential(nn.Conv2d(count, config.d_model, 1, bias=False), PositionNorm(config.d_model))
             for count in channels
         )
         self.encoder = Encoder(config)
