@@ -32,8 +32,7 @@ def box_area(boxes_xyxy: Tensor) -> Tensor:
 def _sides(boxes_xyxy: Tensor) -> tuple[Tensor, ...]:
     """Left, top, right and bottom, float [...] each.
 
-    Contiguous ones: a CPU does not vectorize over pairs of coordinates, which makes the IoU of 120 objects with 4,032
-    tokens 8 times slower.
+    Contiguous ones: a CPU does not vectorize over pairs of coordinates.
     """
     return tuple(side.contiguous() for side in boxes_xyxy.unbind(-1))
 

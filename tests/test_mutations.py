@@ -177,7 +177,7 @@ MUTATIONS = {
         "real.gather(1, chosen)",
         ("tests/detr/multiscale/test_selection.py",),
     ),
-    "tasks of a killed ingest write after the next one has begun": Mutation(
+    "tasks of a killed ingest write after the next one has started": Mutation(
         "platform/raydetr/data/shard_tasks.py",
         "                yield record\n        held.verify()",
         "                yield record",

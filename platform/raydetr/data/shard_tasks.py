@@ -127,8 +127,8 @@ def write_checked(
 
     An error is returned: raised in a task it would arrive as Ray's.
 
-    A task can outlive a driver that was killed by some seconds. It writes nothing once another ingest has taken the
-    lease, or its files would appear beside a finished data set.
+    A task can outlive a killed driver by some seconds. Once another ingest has taken the lease it writes nothing, or
+    its files would appear next to a finished data set.
 
     Args:
         number: of the shard.

@@ -471,7 +471,7 @@ def test_an_ingest_whose_lease_was_taken_writes_no_manifest(
 
 
 @pytest.mark.parametrize("moment", ["before", "reading", "written"])
-def test_a_task_whose_driver_was_killed_leaves_nothing_beside_the_next_ingest(
+def test_a_task_whose_driver_was_killed_leaves_nothing_next_to_the_next_ingest(
     generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     lease = tmp_path / "lease.json"
@@ -487,9 +487,7 @@ def test_a_task_whose_driver_was_killed_leaves_nothing_beside_the_next_ingest(
 
     def written(*arguments: Any) -> ShardSummary | None:
         summary = write_shard(*arguments)
-        if (
-            moment == "written"
-        ):  # the next ingest keeps what it finds finished, and removes its notes at the end
+        if moment == "written":  # the next ingest has finished, and has deleted its notes
             storage.write_json(str(lease), other)
             storage.delete_folder(str(tmp_path / WORK))
         return summary
