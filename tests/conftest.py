@@ -98,6 +98,7 @@ def pytest_unconfigure() -> None:
 
 LANES = {
     "ray": ("ray_local",),
+    "ranks": ("tests.ranks",),
     "clusters": (
         *("tests.cluster.local_head", "tests.cluster.fault_runs", "tests.cluster.launcher", "cluster_utils"),
         *("ray.init(", "pipelines/serve.py", "two_nodes import", "doctor.two_nodes"),
@@ -110,8 +111,8 @@ LANES = {
 def _lane(file: str) -> str:
     """The lane of a file; its own name where it is free to run anywhere.
 
-    One Ray serves all files that use `ray_local`, and of the clusters that tests start there is one at a time: three
-    at once take more than 24 GB and starve each other.
+    One Ray serves all files that use `ray_local`, one server all that fork ranks from it. Of the clusters that tests
+    start there is one at a time: three at once take more than 24 GB and starve each other.
     """
     text = (ROOT / file).read_text(encoding="utf-8")
     return next((lane for lane, words in LANES.items() if any(word in text for word in words)), file)
@@ -201,9 +202,14 @@ def _lanes_first(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _free_memory() -> Iterator[None]:
-    """Two processes of tests and what they start share a machine; the C library keeps what torch gave back."""
+    """Several processes of tests share a machine; the C library keeps what torch gave back.
+
+    What is left after a file is imported or cached, so the collector does not look at it again: a third of a second
+    after each file.
+    """
     yield
     gc.collect()
+    gc.freeze()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim is not None:
         trim(0)

@@ -17,6 +17,7 @@ def test_skipped(): pytest.skip("needs a GPU")
 """
 
 
+@pytest.mark.slow
 def test_a_failed_step_is_reported_and_the_others_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

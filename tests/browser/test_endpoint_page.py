@@ -246,6 +246,7 @@ def test_where_browser_and_server_disagree_the_page_sends_what_it_shows(server: 
     assert server.answered[-1] == (180, 120)
 
 
+@pytest.mark.slow
 def test_another_format_is_sent_as_png(server: Server, visit: Open) -> None:
     gif = io.BytesIO()
     Image.open(io.BytesIO(png(60, 90))).save(gif, "GIF")

@@ -107,18 +107,26 @@ def test_the_table_has_every_keyword_of_the_configuration():
     assert CONFIG.keys() | NAMES.keys() | {*DTYPES} | ELSEWHERE == detr.DetrConfig.keywords()
 
 
+@pytest.fixture(scope="module")
+def of_base() -> list[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        return behavior(detr.DetrConfig(**BASE), patch)
+
+
 @pytest.mark.parametrize("name", CONFIG)
-def test_a_keyword_of_the_configuration_changes_the_model(name, monkeypatch):
+def test_a_keyword_of_the_configuration_changes_the_model(name, monkeypatch, of_base):
     value, beside = CONFIG[name]
     base = {key: v for key, v in BASE.items() if key not in replaced_by(name)}
     if name in ("class_cost", "bbox_cost", "giou_cost"):  # alone against another of the three alone
         other = {"class_cost": "bbox_cost", "bbox_cost": "giou_cost", "giou_cost": "class_cost"}[name]
         without = {**dict.fromkeys(("class_cost", "bbox_cost", "giou_cost"), 0), other: 1}
-        before = detr.DetrConfig(**base, **without)
+        before = behavior(detr.DetrConfig(**base, **without), monkeypatch)
+    elif beside:
+        before = behavior(detr.DetrConfig(**{**BASE, **beside}), monkeypatch)
     else:
-        before = detr.DetrConfig(**{**BASE, **beside})
+        before = of_base
     after = detr.DetrConfig(**{**base, **beside, name: value})
-    assert behavior(after, monkeypatch) != behavior(before, monkeypatch)
+    assert behavior(after, monkeypatch) != before
 
 
 def replaced_by(name: str) -> set[str]:

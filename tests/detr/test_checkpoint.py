@@ -358,12 +358,14 @@ def in_order_of_the_original(model):
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "original .pth")
 @pytest.mark.parametrize(
     "values",
-    [
-        {},
-        {"segmentation": True},
-        {"position_embedding_type": "learned"},
-        {"dilation": True, "backbone": "resnet50"},
-    ],
+    rest_slow(
+        [
+            {"segmentation": True},
+            {"dilation": True, "backbone": "resnet50"},
+            {},
+            {"position_embedding_type": "learned"},
+        ]
+    ),
     ids=str,
 )
 def test_a_pth_of_the_original_is_loaded_without_a_configuration(

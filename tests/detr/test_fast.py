@@ -200,6 +200,7 @@ def test_a_model_that_nobody_holds_is_freed_without_the_garbage_collector(optimi
         gc.enable()
 
 
+@pytest.mark.slow
 def test_models_answer_and_are_made_while_others_are_made() -> None:
     # torch.fx changes nn.Module for the whole process while it traces
     plain = make_model("test_resnet")

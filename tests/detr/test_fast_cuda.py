@@ -79,6 +79,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_the_pool_is_torchs_pool() -> None:
     pytest.importorskip("triton", reason="torch for a CPU has no Triton")
     # Triton's interpreter runs the kernel without a GPU; it is chosen when Triton is imported.

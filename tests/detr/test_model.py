@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from detr.config import DetrConfig
 from detr.model import DetrForObjectDetection, DetrModel
 from detr.outputs import DetrEncoderOutput, DetrObjectDetectionOutput
+from tests.tiers import rest_slow
 
 CASES = {
     "resnet18": {"backbone": "resnet18"},
@@ -38,7 +39,7 @@ def largest_difference(ours, theirs) -> float:
 @pytest.mark.checklist("3. Position embeddings and transformer", "decoder")
 @pytest.mark.checklist("4. Heads, segmentation head", "class head")
 @pytest.mark.checklist("4. Heads, segmentation head", "box head")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(CASES, fast=3))
 def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(
     case, make_twins, make_batch, difference
 ):

@@ -154,6 +154,7 @@ def test_two_step_training_starts_from_a_detection_folder_and_leaves_the_detecto
         assert torch.equal(value, before[name]) == name.startswith("detr."), name
 
 
+@pytest.mark.slow
 def test_joint_training_learns_boxes_and_masks(make_batch):
     torch.manual_seed(0)
     heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8}

@@ -42,6 +42,7 @@ def test_without_a_model_the_champion_is_asked_for(photos, tmp_path, monkeypatch
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_is_not_there_is_a_clear_error(photos):
     with pytest.raises(ServingError, match="does not answer"):
         main(PredictConfig(images=str(photos), endpoint="http://127.0.0.1:9"))
@@ -65,6 +66,7 @@ def test_a_second_process_with_the_same_output_is_refused_by_name(photos, tmp_pa
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.nightly)])
+@pytest.mark.slow
 def test_of_two_at_once_there_is_one_complete_result(ray_local, photos, tmp_path, rounds):
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
     for number in range(rounds):

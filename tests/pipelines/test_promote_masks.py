@@ -17,6 +17,7 @@ from raydetr.registry.tracking import client, start_run
 from tests.empty_registry import empty_registry
 from tests.pipelines.promotions import champion, put, refused, tags
 from tests.raydetr.registry.judged_masks import outlines, scenes, segmented
+from tests.tiers import rest_slow
 from tests.tiny_detr import add_mask_head, save_tiny_detr
 
 BLUR = 0.12
@@ -42,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return scenes(tmp_path_factory.mktemp("scenes"))
 
 
-@pytest.fixture(params=JUDGES, ids=lambda each: each.metric)
+@pytest.fixture(params=rest_slow(JUDGES), ids=lambda each: each.metric)
 def judge(request: pytest.FixtureRequest) -> Judge:
     return request.param
 

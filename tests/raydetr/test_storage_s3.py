@@ -44,6 +44,7 @@ def test_a_key_may_have_any_characters(s3: S3) -> None:
         assert name in storage.list_names(s3.address("odd"))
 
 
+@pytest.mark.slow
 def test_a_large_file_is_sent_in_parts_and_reads_back(s3: S3) -> None:
     data = np.random.default_rng(0).bytes(25_000_000)
     storage.write_bytes(s3.address("large"), data)
@@ -137,6 +138,7 @@ def test_what_stays_wrong_is_not_repeated_and_named_with_its_remedy(s3: S3) -> N
     assert time.monotonic() - start < filesystems.RETRY_SECONDS / 2
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_stays_down_is_an_error_in_the_end(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filesystems, "RETRY_SECONDS", 1.0)
     s3.faults.down = True

@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detr.metrics.coco import METRIC_NAMES, CocoEvaluator, coco_detection_metrics
+from tests.tiers import rest_slow
 
 
 def random_objects(rng, image_id, categories, scale, ids):
@@ -133,7 +134,7 @@ def as_results(predictions):
     ]
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", rest_slow(range(8), fast=2))
 def test_the_12_figures_equal_pycocotools(part):
     different = set()
     for seed in range(25 * part, 25 * part + 25):

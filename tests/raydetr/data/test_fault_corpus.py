@@ -484,6 +484,7 @@ def test_the_corpus_has_every_fault_of_the_table() -> None:
     assert BREAKERS.keys() | OF_WHOLE_SETS | ELSEWHERE == FAULTS.keys()
 
 
+@pytest.mark.slow
 def test_each_fault_is_found_in_its_file_and_record_and_nothing_else(corpus: Corpus, tmp_path: Path) -> None:
     clean = ingest(corpus.write(), str(tmp_path / "clean")).manifest
     assert found_in(clean) == set()
@@ -527,6 +528,7 @@ def test_faults_in_random_combinations_are_all_found(corpus: Corpus, tmp_path: P
 
 
 @pytest.mark.parametrize("code", sorted(OF_WHOLE_SETS))
+@pytest.mark.slow
 def test_what_only_the_whole_set_shows_is_found(corpus: Corpus, tmp_path: Path, code: str) -> None:
     sizes = {image["id"]: (image["width"], image["height"]) for image in corpus.coco["images"]}
     for item in corpus.coco["annotations"]:

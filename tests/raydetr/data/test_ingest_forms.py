@@ -294,6 +294,7 @@ def test_a_folder_of_other_pngs_is_refused_and_surplus_ones_are_said(generated: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_on_several_nodes_a_local_address_that_tasks_read_is_refused(
     generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: S3
 ) -> None:

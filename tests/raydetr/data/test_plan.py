@@ -9,16 +9,17 @@ from detr.augment import AugmentSpec
 from raydetr.data.layout import Layout, Sizes, Window, Windows
 from raydetr.data.plan import MicroBatch, Plan, PlanSpec
 from raydetr.errors import ConfigError
+from tests.tiers import rest_slow
 
 AUGMENTATION = AugmentSpec(
     shortest_edges=(96, 128), longest_edge=213, crop_shortest_edges=(64, 96), crop_sizes=(50, 96)
 )
 LAYOUTS = {
+    "unequal shards": (100, 37, 1, 64, 129),
+    "an empty shard in between": (40, 0, 33),
     "one record": (1,),
     "one full row group": (32,),
-    "unequal shards": (100, 37, 1, 64, 129),
     "a prime number of records": (151,),
-    "an empty shard in between": (40, 0, 33),
 }
 SPECS = {
     "B4 M4": (4, 4, 2),
@@ -69,7 +70,7 @@ def run(plan: Plan, first: int, last: int) -> list[MicroBatch]:
 
 
 @pytest.fixture(
-    params=itertools.product(LAYOUTS, SPECS, (False, True)),
+    params=rest_slow(itertools.product(LAYOUTS, SPECS, (False, True)), fast=16),
     ids=lambda each: f"{each[0]}, {each[1]}{', grouped' * each[2]}",
 )
 def plan(request: pytest.FixtureRequest) -> Plan:
@@ -190,7 +191,7 @@ def test_a_plan_of_coco_size_starts_and_resumes_without_walking_through_it() -> 
     assert len(looked_at) <= 3
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("grouped", rest_slow([True, False]))
 def test_repeated_records_occur_as_often_as_their_factor_says(grouped: bool) -> None:
     rng = np.random.default_rng(0)
     repeats = np.where(rng.random(331) < 0.7, 1.0, rng.uniform(1, 4, 331))

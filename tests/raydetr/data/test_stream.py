@@ -8,6 +8,7 @@ from detr.augment import Augmentation, AugmentSpec
 from raydetr.data import stream
 from raydetr.data.in_flight import ROW_BYTES, InFlight, fit
 from raydetr.data.plan import MicroBatch, PlanSpec, Slot
+from tests.tiers import rest_slow
 
 
 def spec(micro_batches: int, batch: int = 2) -> PlanSpec:
@@ -20,7 +21,7 @@ def run_of(first: int, last: int, per_step: int, shape: tuple[int, int] = (64, 6
 
 
 @pytest.mark.parametrize(("world_size", "per_step"), [(w, m) for m in (1, 2, 5, 8) for w in range(1, m + 1)])
-@pytest.mark.parametrize("row_bytes", [1, 5 * 2 * 64 * 64 * 3, 10**9])
+@pytest.mark.parametrize("row_bytes", rest_slow([5 * 2 * 64 * 64 * 3, 1, 10**9]))
 def test_every_rank_finds_its_micro_batches_of_each_step_in_order(
     world_size: int, per_step: int, row_bytes: int
 ) -> None:

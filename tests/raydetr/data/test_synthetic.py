@@ -64,6 +64,7 @@ def test_polygons_rasterise_to_exactly_the_mask(scenes: list[Scene]) -> None:
             assert np.array_equal(rasterised(polygons(thing.mask), len(thing.mask)), thing.mask)
 
 
+@pytest.mark.slow
 def test_a_generated_folder_is_the_same_on_s3(s3: S3, tmp_path: Path) -> None:
     generate(str(tmp_path), 5, seed=3, size=48)
     generate(s3.address("coco"), 5, seed=3, size=48)

@@ -22,6 +22,7 @@ from raydetr.data.record import Entry, make_record
 from raydetr.data.schema import FAULT_SCHEMA, FAULTS, SCHEMA, Fault, without_notes
 from raydetr.errors import DataError
 from tests.raydetr.data.coco_files import read_content
+from tests.tiers import rest_slow
 
 SIZE = (30, 40)
 
@@ -167,7 +168,7 @@ def damaged(rng: random.Random, value: Any, depth: int = 0) -> Any:
     return rng.choice(VALUES)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", rest_slow(range(5), fast=2))
 def test_random_damage_is_refused_in_words_or_reported_and_never_crashes(
     shared_data: Path, seed: int
 ) -> None:

@@ -252,6 +252,7 @@ def test_a_name_or_alias_that_cannot_work_is_refused_before_anything_is_written(
     assert client(tracking_uri).search_logged_models(["0", "1"]) == []
 
 
+@pytest.mark.slow
 def test_a_model_on_storage_is_fetched_and_a_changed_one_again(s3, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     address = s3.address("models/tiny")

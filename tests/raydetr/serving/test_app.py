@@ -405,6 +405,7 @@ def test_the_openapi_document_has_the_routes_and_takes_images(url):
     assert {"200", "400", "413", "415", "422", "429", "503", "504"} <= set(post["responses"])
 
 
+@pytest.mark.slow
 def test_the_client_tells_refusals_from_failures(url):
     with pytest.raises(RequestError, match="not an image") as error:
         detect(url, b"text")

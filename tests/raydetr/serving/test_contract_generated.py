@@ -14,6 +14,7 @@ from schemathesis import Case, GenerationMode, checks
 from raydetr.serving.ingress import new_api
 from tests.raydetr.serving.in_process import application
 from tests.raydetr.serving.test_contract import IMAGES, LIMITS, MODEL, TOKEN, boxes_only, model, tokens  # noqa: F401
+from tests.tiers import rest_slow
 
 checks.load_all_checks()
 BODIES = [
@@ -38,7 +39,7 @@ OPERATIONS = [
 WITH_BODY = [each for each in OPERATIONS if each[1] == "post"]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tokens", "no tokens"])
+@pytest.fixture(scope="module", params=rest_slow([True, False]), ids=["tokens", "no tokens"])
 def api(request, model, tokens) -> FastAPI:  # noqa: F811
     return application(model, LIMITS, tokens if request.param else None)
 

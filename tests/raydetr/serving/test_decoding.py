@@ -41,9 +41,14 @@ def lane():
 def worker_of(lane: Lane) -> psutil.Process:
     """The newest worker, which is the lane's: it has answered last."""
     lane.submit(job(png(9, 9))).result(60)
+    return max(workers(), key=lambda each: (each.create_time(), each.pid))
+
+
+def workers() -> list[psutil.Process]:
+    """Those of all lanes that share the program."""
     process = program()._process
     assert process is not None
-    return max(psutil.Process(process.pid).children(), key=lambda each: (each.create_time(), each.pid))
+    return psutil.Process(process.pid).children()
 
 
 def test_a_worker_prepares_an_image_as_this_process_does(lane):
@@ -87,10 +92,12 @@ def test_an_image_whose_worker_was_killed_is_done_by_another_one_once(lane):
     before = worker_of(lane)
     before.kill()
     assert lane.submit(job(png(50, 90))).result(60).original_size == (50, 90)
+    # The program also has workers of other lanes, which may be about to end.
+    not_at_work = {each.pid for each in workers()} - {worker_of(lane).pid}
     future = lane.submit(job(SLOW))
     killed = {before.pid}
     for _ in range(2):
-        while (found := _newest(killed)) is None:
+        while (found := _at_work(not_at_work | killed)) is None:
             time.sleep(0.01)
         found.kill()
         killed.add(found.pid)
@@ -100,10 +107,9 @@ def test_an_image_whose_worker_was_killed_is_done_by_another_one_once(lane):
     assert worker_of(lane).pid not in killed
 
 
-def _newest(killed: set[int]) -> psutil.Process | None:
+def _at_work(others: set[int]) -> psutil.Process | None:
     """A worker that is at work on `SLOW`."""
-    children = psutil.Process(program()._process.pid).children()  # type: ignore[union-attr]
-    busy = [each for each in children if each.pid not in killed and each.status() == psutil.STATUS_RUNNING]
+    busy = [each for each in workers() if each.pid not in others and each.status() == psutil.STATUS_RUNNING]
     return busy[0] if busy else None
 
 

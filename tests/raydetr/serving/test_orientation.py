@@ -9,6 +9,7 @@ from raydetr.registry.models import ResolvedModel, resolve
 from tests.raydetr.serving.guarded_app import ask
 from tests.raydetr.serving.in_process import application
 from tests.raydetr.serving.oriented import oriented
+from tests.tiers import rest_slow
 from tests.tiny_detr import add_mask_head, save_tiny_detr
 
 
@@ -24,7 +25,7 @@ def api(model):
     return application(model)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("form", rest_slow(["JPEG", "PNG", "WEBP"]))
 @pytest.mark.parametrize(
     ("query", "orientation"),
     [("", "ignore"), ("&orientation=ignore", "ignore"), ("&orientation=apply", "apply")],

@@ -20,6 +20,7 @@ from tests.tiny_detr import save_tiny_detr
 
 
 @pytest.mark.usefixtures("ray_local")
+@pytest.mark.slow
 def test_a_run_goes_on_with_what_its_errors_advise_and_at_another_address_of_mlflow(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     flags = {"train_data": manifest.root, "output": str(tmp_path / "run")}
