@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--attack", help=argparse.SUPPRESS)  # this script, as the attacking process
     given = parser.parse_args()
     if given.attack:
+        os.nice(19)  # it shares the cores with the endpoint here alone
         asyncio.run(send_costly(given.attack, given.costly, given.at_once))
         return
     names = ("alone", "next to costly images", "next to slow clients")

@@ -5,14 +5,17 @@ import contextlib
 import gc
 import logging
 import math
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from ray import serve
+from torch.overrides import TorchFunctionMode
 
 from detr.detector import PreparedImage, padding_share
 from detr.fast import Engine
@@ -28,7 +31,7 @@ logger = logging.getLogger("ray.serve")
 Priority: TypeAlias = Literal["client", "costly", "shadow"]
 """Of an image: for a client, for a client that sent a costly image, for nobody who waits."""
 COSTLY_WAIT_S = 5.0
-"""Longest time without a pause until a costly image is computed before the others, in seconds."""
+"""Longest time without a pause until a costly image is computed before the others or continued, in seconds."""
 KEPT_VERSIONS = 2
 """Versions that a replica holds: the one that answers, and the one before or next; with a challenger one more."""
 
@@ -78,6 +81,23 @@ class _Job:
     """Its client does not wait any more."""
 
 
+class _Interruptible(TorchFunctionMode):
+    """Has this thread wait before each function of torch while clients' batches are computed.
+
+    Args:
+        no_client: set while there are none.
+    """
+
+    def __init__(self, no_client: threading.Event) -> None:
+        super().__init__()
+        self._no_client, self._until = no_client, time.monotonic() + COSTLY_WAIT_S
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._no_client.is_set():
+            self._no_client.wait(max(self._until - time.monotonic(), 0.0))
+        return func(*args, **(kwargs or {}))
+
+
 class Detector:
     """Model versions on one device, with one `serve.batch` queue for each canonical shape.
 
@@ -92,9 +112,10 @@ class Detector:
         engine: what computes it; see `detr.fast.optimized`.
         kept_versions: that it holds, those that were asked for last.
 
-    What is asked in the background never shares a batch with what clients wait for, and gets the device only in their
-    pauses: at most one such batch can be on it when a client comes. Costly images are computed in those pauses too, one
-    by one, or every `COSTLY_WAIT_S` one of them where there is no pause.
+    What is asked in the background never shares a batch with what clients wait for, and is computed in their pauses.
+    Costly images are computed in the same way, one by one, and every `COSTLY_WAIT_S` one of them like any other image
+    where there is no pause. A client that comes meanwhile interrupts such a batch where torch computes on the CPU (for
+    `COSTLY_WAIT_S` at most); elsewhere it waits for one of them at most.
 
     Raises:
         ServingError: the version does not answer its reference image as it should.
@@ -118,10 +139,16 @@ class Detector:
         self._batches = 0  # of clients, on the device or waiting for it
         self._pause = asyncio.Event()
         self._pause.set()
+        self._no_client = threading.Event()  # the same for threads
+        self._no_client.set()
         self._background = asyncio.Lock()
         self._forced_at = -math.inf
         # One thread: one batch at a time is on the device, and the event loop is free to fill the next.
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="detect")
+        # A second one for what can be interrupted: what a GPU or OpenVINO has begun cannot.
+        self.background_executor = self.executor
+        if device == "cpu" and engine == "torch":
+            self.background_executor = ThreadPoolExecutor(1, "detect-background")
         # Always the same one: what a thread has freed stays with it, and each new one would add to that.
         self.loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
 
@@ -233,12 +260,14 @@ class Detector:
     async def _at_once(self, task: str, jobs: list[_Job]) -> list[Result | None]:
         self._batches += 1
         self._pause.clear()
+        self._no_client.clear()
         try:
             return await asyncio.get_running_loop().run_in_executor(self.executor, self._run, task, jobs)
         finally:
             self._batches -= 1
             if not self._batches:
                 self._pause.set()
+                self._no_client.set()
 
     async def _in_a_pause(self, task: str, jobs: list[_Job], wait_s: float = math.inf) -> list[Result | None]:
         """Run a batch while no client's batch is there; or once, every `wait_s`, where there always is one."""
@@ -252,9 +281,15 @@ class Detector:
                 if self._batches and is_forced:
                     self._forced_at = time.monotonic()
                 if is_forced or not self._batches:
-                    return await asyncio.get_running_loop().run_in_executor(
-                        self.executor, self._run, task, jobs
-                    )
+                    if self._batches or self.background_executor is self.executor:
+                        run: Callable[..., Any] = partial(self._run, task, jobs)
+                        return await asyncio.get_running_loop().run_in_executor(self.executor, run)
+                    run = partial(self._run_in_pauses, task, jobs)
+                    return await asyncio.get_running_loop().run_in_executor(self.background_executor, run)
+
+    def _run_in_pauses(self, task: str, jobs: list[_Job]) -> list[Result | None]:
+        with _Interruptible(self._no_client):
+            return self._run(task, jobs)
 
     def _run(self, task: str, jobs: list[_Job]) -> list[Result | None]:
         """Results of a batch, in order, None where the client has gone; while an alias moves the jobs may be of two

@@ -7,7 +7,6 @@ from typing import Any, Literal, Self, TypeVar, cast
 
 import numpy as np
 import torch
-from torch import nn
 
 from detr.config import DetrConfig
 from detr.detector import Detections, ObjectDetector, PreparedImage
@@ -55,18 +54,6 @@ def in_parts(run: Callable[[Sequence[T]], Sequence[R]], batch: Sequence[T]) -> l
     return in_parts(run, batch[:middle]) + in_parts(run, batch[middle:])
 
 
-class _Segmenter(nn.Module):
-    """The model with a mask head, computing the masks of queries above `min_score` only."""
-
-    def __init__(self, model: DetrForSegmentation) -> None:
-        super().__init__()
-        self.model = model
-        self.min_score: float | None = None
-
-    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor) -> Any:
-        return self.model(pixel_values, pixel_mask, min_score=self.min_score)
-
-
 class LoadedModel:
     """See the file's docstring.
 
@@ -103,8 +90,7 @@ class LoadedModel:
         whole = ObjectDetector.from_pretrained(folder, device, dtype, masks=True, engine=engine)
         with_masks = cast(DetrForSegmentation, whole.model)
         detector = ObjectDetector(with_masks.detr, whole.image_processor, device, dtype)
-        wrapped = cast(DetrForSegmentation, _Segmenter(with_masks))
-        return cls(detector, ObjectDetector(wrapped, whole.image_processor, device, dtype), model.label)
+        return cls(detector, whole, model.label)
 
     def check(self) -> None:
         """Answer a reference image of `REFERENCE_SIZE`, which also warms the model up.
@@ -117,7 +103,6 @@ class LoadedModel:
         image = self.detector.prepare(torch.from_numpy(noise))
         outputs = [self.detector.run([image])]
         if self.segmenter is not None:
-            cast(Any, self.segmenter.model).min_score = None
             outputs.append(self.segmenter.run([image]))
         for output in outputs:
             for name in ("logits", "pred_boxes", "pred_masks"):
@@ -148,8 +133,7 @@ class LoadedModel:
             raise ServingError(f"{self.label} has no mask head.")
         semantic = any(request.kind == "semantic" for _, request in jobs)
         least = min(request.threshold for _, request in jobs)
-        cast(Any, self.segmenter.model).min_score = None if semantic else least
-        outputs = self.segmenter.run([image for image, _ in jobs])
+        outputs = self.segmenter.run([image for image, _ in jobs], None if semantic else least)
         logits, masks = outputs.logits.float(), outputs.pred_masks.float()
         return [
             segments(

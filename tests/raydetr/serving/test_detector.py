@@ -6,27 +6,30 @@ import math
 import threading
 import time
 import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 from ray.serve import batching
 
 from detr.detector import PreparedImage
 from raydetr.registry.models import ResolvedModel, resolve
-from raydetr.serving.detector import Batching, Detector, _Job, _Work
+from raydetr.serving.detector import Batching, Detector, _Interruptible, _Job, _Work
 from raydetr.serving.images import CostlyImage
 from raydetr.serving.segments import SegmentRequest
 from tests.tiny_detr import png, save_tiny_detr
 
 
 class OneAtATime(Detector):
-    """Batches are names; each is on the device until the test lets it go."""
+    """Batches are names; each is on the device, one for all as a GPU is, until the test lets it go."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.background_executor = self.executor
         self.begun: list[str] = []
         self.go_on = threading.Semaphore(0)
 
@@ -69,6 +72,73 @@ def test_what_nobody_waits_for_is_computed_in_the_pauses_of_clients(model):
         return detector.begun
 
     assert asyncio.run(ask()) == ["client 1", "client 2", "shadow 1", "client 3", "shadow 2"]
+
+
+def test_a_client_interrupts_the_background_on_a_cpu(model):
+    class Counting(Detector):
+        """Adds ones: 50 for the background, one for a client once the background has begun."""
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.counts: Counter[str] = Counter()
+
+        def _run(self, task: str, jobs: Any) -> Any:
+            for _ in range(50 if jobs == "costly" else 1):
+                self.counts[jobs] += int(torch.ones(1))
+                time.sleep(0.01)
+            return self.counts["costly"]
+
+    async def ask() -> tuple[int, int]:
+        detector = Counting(model, Batching(), "cpu")
+        background = asyncio.create_task(detector._in_a_pause("detect", "costly", 5.0))  # type: ignore[arg-type]
+        while not detector.counts["costly"]:
+            await asyncio.sleep(0.005)
+        detector._batches += 1  # a client whose batch is on its way
+        detector._no_client.clear()
+        before: Any = await detector._at_once("detect", "client")  # type: ignore[arg-type]
+        await asyncio.sleep(0.2)
+        while_waiting = detector.counts["costly"]
+        detector._batches -= 1
+        detector._no_client.set()
+        await background
+        assert detector.counts == {"costly": 50, "client": 1}
+        return before, while_waiting
+
+    before, while_waiting = asyncio.run(asyncio.wait_for(ask(), 60))
+    assert while_waiting <= before + 1 < 50
+
+
+def test_what_was_interrupted_continues_in_the_end(model, monkeypatch):
+    monkeypatch.setattr("raydetr.serving.detector.COSTLY_WAIT_S", 0.2)
+    no_client, began = threading.Event(), time.monotonic()
+    with _Interruptible(no_client):
+        assert int(torch.ones(2).sum()) == 2
+    assert time.monotonic() - began >= 0.2
+
+
+def test_answers_are_the_same_while_others_are_computed(model):
+    """Both threads use one model."""
+    detector = Detector(model, Batching(), "cpu")
+    (version,) = detector.versions.values()
+
+    def image(seed: int) -> _Job:
+        pixels = np.random.default_rng(seed).integers(0, 256, (3, 64, 96), np.uint8)
+        return _Job(_Work(version, PreparedImage(pixels, (64, 96), (64, 96)), None))
+
+    async def ask() -> list[Any]:
+        tasks = []
+        for seed in range(40):
+            tasks.append(asyncio.create_task(detector._in_a_pause("detect", [image(seed)])))
+            await asyncio.sleep(0)  # a pause for it, and a client right after
+            tasks.append(asyncio.create_task(detector._at_once("detect", [image(seed + 1)])))
+            await asyncio.sleep(0.002)
+        return [found.value for (found,) in await asyncio.gather(*tasks)]  # type: ignore[union-attr]
+
+    expected = [detector._run("detect", [image(seed)])[0].value for seed in range(41)]  # type: ignore[union-attr]
+    found = asyncio.run(ask())
+    for got, seed in zip(found, [seed + more for seed in range(40) for more in (0, 1)], strict=True):
+        assert np.array_equal(got.scores, expected[seed].scores)
+        assert np.array_equal(got.boxes_xyxy, expected[seed].boxes_xyxy)
 
 
 def test_costly_images_are_computed_in_pauses_and_one_of_them_at_times_without_any(model):
@@ -128,8 +198,8 @@ class Computes(Detector):
     def __init__(self) -> None:
         self.batching, self.queues = Batching(4, 0.01), {}
         self._batches, self._pause, self._background = 0, asyncio.Event(), asyncio.Lock()
-        self._forced_at = -math.inf
-        self.executor = ThreadPoolExecutor(1)
+        self._forced_at, self._no_client = -math.inf, threading.Event()
+        self.executor = self.background_executor = ThreadPoolExecutor(1)
         self.metrics = MagicMock()
         self.values: list[weakref.ref] = []
 
