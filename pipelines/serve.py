@@ -20,7 +20,6 @@ from raydetr.registry.tracking import resolve_uri
 from raydetr.serving.app import endpoint, from_config, require_gpus
 from raydetr.serving.auth import curl_command
 from raydetr.serving.proxy import request_callback
-from raydetr.serving.request_log import print_request_lines_plainly
 
 
 def main(config: ServeConfig) -> dict[str, Any]:
@@ -31,7 +30,6 @@ def main(config: ServeConfig) -> dict[str, Any]:
     connect(cpus=max(config.max_replicas + config.ingress_replicas, least), least=least)
     require_shared(model=resolve_uri(config.tracking_uri) if model.version is not None else config.model)
     require_gpus(config)
-    print_request_lines_plainly()
     with endpoint(app, config.host, config.port) as url:
         summary = {
             "model": model.address,

@@ -26,6 +26,7 @@ from raydetr.serving.images import Limits
 from raydetr.serving.ingress import DETECTOR, Ingress, Options, new_api
 from raydetr.serving.loaded import Precision
 from raydetr.serving.refusals import RETRY_AFTER_S
+from raydetr.serving.request_log import print_request_lines_plainly
 from raydetr.serving.service import MAX_BODIES
 from raydetr.serving.versions import Alias
 
@@ -263,6 +264,7 @@ def endpoint(app: serve.Application, host: str, port: int) -> Iterator[str]:
             "Ray Serve runs on this cluster already, with its own host and port, and stopping it would stop "
             "what others serve: end it with `serve shutdown`, or use another cluster."
         )
+    print_request_lines_plainly()
     quiet = {"log_level": "WARNING"}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port}, logging_config=quiet)

@@ -18,7 +18,7 @@ def print_request_lines_plainly() -> None:
     Ray puts a colored prefix in front of each line of a worker, and prints lines that differ by numbers only once.
     """
     for name, ray_prints in list(global_worker_stdstream_dispatcher.handlers):
-        if name == _RAY_PRINTS:
+        if name == _RAY_PRINTS and ray_prints.__module__ != __name__:
             global_worker_stdstream_dispatcher.remove_handler(name)
             global_worker_stdstream_dispatcher.add_handler(name, _plainly(ray_prints))
 
