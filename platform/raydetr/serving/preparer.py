@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
@@ -34,8 +35,9 @@ ACTIVE_S = 10.0
 PROBE_S = 3.0
 """Longest time for looking at an image of one pixel while the endpoint is ready, in seconds."""
 PLACE_WAIT_S = 3.0
-"""Longest time that costly images wait for a place before they are refused, in seconds. Clients that send the next one
-as soon as one was refused would otherwise keep the cores busy with refusals."""
+"""Time that costly images wait for a place before they are refused, in seconds: half to one and a half of it at random,
+or those that came together would come back together. Without a wait, clients that send the next image as soon as one
+was refused keep the cores busy with refusals."""
 _PLACE_LOOK_S = 0.1
 _INSPECT_S, _INSPECT_BYTE_S = 1e-3, 1e-8
 
@@ -172,7 +174,7 @@ class Preparer:
     @contextlib.asynccontextmanager
     async def _costly_place(self, client: str, seconds: float) -> AsyncIterator[None]:
         amount = min(max(seconds, self._min_costly_s), self._costly_s.capacity)
-        until = time.monotonic() + PLACE_WAIT_S
+        until = time.monotonic() + PLACE_WAIT_S * random.uniform(0.5, 1.5)
         while not self._costly_s.take(client, amount):
             if time.monotonic() >= until:
                 raise Unavailable(
