@@ -14,6 +14,7 @@ from raydetr.evaluation.evaluate import evaluate
 from raydetr.registry.models import register, resolve
 from raydetr.registry.promote import promote
 from raydetr.registry.tracking import client, metric_history, start_run
+from tests.at_once import at_once
 from tests.awkward import write_awkward
 from tests.empty_registry import empty_registry
 from tests.tiny_detr import save_tiny_detr
@@ -99,3 +100,24 @@ def test_the_command_ends_an_error_with_its_message_and_status_2(pipeline, tmp_p
     assert done.returncode == 2
     assert "nowhere: no such folder" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.nightly)])
+def test_of_two_at_once_one_scores_and_the_other_takes_its_result(ray_local, tmp_path, rounds):
+    model = str(save_tiny_detr(tmp_path / "tiny", ["ant", "bee", "cat"], edge=64))
+    data = write_awkward(tmp_path / "shards", shards=(6,)).root
+    for number in range(rounds):
+        uri = empty_registry(tmp_path / f"runs-{number}")
+        output = tmp_path / f"out-{number}"
+        config = EvaluateConfig(
+            data=data, model=model, output=str(output), tracking_uri=uri, coco_json=True, actors=1
+        )
+        done, refused = at_once(lambda config=config: evaluate(config), 2)
+        assert refused == []
+        first, second = sorted(done, key=lambda summary: summary["already_scored"])
+        assert second == {**first, "already_scored": True}
+        assert first["already_scored"] is False
+        assert len(json.loads((output / "results.json").read_text())) == 12 * (6 - first["undecodable"])
+        runs = client(uri).search_runs([client(uri).get_experiment_by_name("evaluation").experiment_id])
+        assert len(runs) == 1
