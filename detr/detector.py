@@ -121,8 +121,7 @@ def prepare_image(
         ValueError: a tensor of another dtype, or channels that cannot be converted.
     """
     if isinstance(image, bytes):
-        as_it_is = image_processor.keeps_gray or not image_processor.do_convert_rgb
-        decode = open_image if as_it_is else decode_image
+        decode = open_image if image_processor.keeps_gray else decode_image
         image = decode(image, orientation=orientation)
     tensor = image_processor.to_tensor(image, "channels_first")
     if tensor.dtype != torch.uint8:

@@ -262,21 +262,3 @@ def test_the_share_of_padding_is_counted_in_pixels() -> None:
     ]
     padded = sum((each == 0).sum() for each in pixels) / sum(each.size for each in pixels)
     assert padding_share(sizes) == pytest.approx(padded)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "CMYK", "L"])
-def test_an_encoded_image_keeps_the_channels_that_a_pillow_image_keeps(mode):
-    bands = Image.new(mode, (1, 1)).getbands()
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, len(bands)), np.uint8).squeeze()
-    image = Image.fromarray(pixels, mode)
-    file = io.BytesIO()
-    image.save(file, "TIFF" if mode == "CMYK" else "PNG")
-    processor = DetrImageProcessor(
-        do_resize=False,
-        do_convert_rgb=False,
-        image_mean=[0.5] * len(bands),
-        image_std=[0.5] * len(bands),
-    )
-    encoded = prepare_image(file.getvalue(), processor)
-    assert encoded.pixels.shape[0] == len(bands)
-    assert np.array_equal(encoded.pixels, prepare_image(image, processor).pixels)

@@ -91,11 +91,20 @@ class _Interruptible(TorchFunctionMode):
     def __init__(self, no_client: threading.Event) -> None:
         super().__init__()
         self._no_client, self._until = no_client, time.monotonic() + COSTLY_WAIT_S
+        self._waited_s = 0.0
+        self.is_forced = False
+        """Whether it went on next to a client."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self._no_client.is_set():
-            self._no_client.wait(max(self._until - time.monotonic(), 0.0))
+        if not self._no_client.is_set() and not self.is_forced:
+            since = time.monotonic()
+            self.is_forced = not self._no_client.wait(max(self._until - since, 0.0))
+            self._waited_s += time.monotonic() - since
         return func(*args, **(kwargs or {}))
+
+    def clock(self) -> float:
+        """Monotonic time without that in which this thread waited, in seconds."""
+        return time.monotonic() - self._waited_s
 
 
 class Detector:
@@ -288,10 +297,15 @@ class Detector:
                     return await asyncio.get_running_loop().run_in_executor(self.background_executor, run)
 
     def _run_in_pauses(self, task: str, jobs: list[_Job]) -> list[Result | None]:
-        with _Interruptible(self._no_client):
-            return self._run(task, jobs)
+        with _Interruptible(self._no_client) as interruptible:
+            results = self._run(task, jobs, interruptible.clock)
+        if interruptible.is_forced:
+            self._forced_at = time.monotonic()
+        return results
 
-    def _run(self, task: str, jobs: list[_Job]) -> list[Result | None]:
+    def _run(
+        self, task: str, jobs: list[_Job], clock: Callable[[], float] = time.monotonic
+    ) -> list[Result | None]:
         """Results of a batch, in order, None where the client has gone; while an alias moves the jobs may be of two
         versions.
         """
@@ -304,9 +318,9 @@ class Detector:
             if work is not None:
                 groups.setdefault(id(work.version), []).append((place, work))
         for group in groups.values():
-            begun = time.monotonic()
+            begun = clock()
             values = self._values([work for _, work in group])
-            took = 1000 * (time.monotonic() - begun)
+            took = 1000 * (clock() - begun)
             self.metrics.model_ms.observe(took, {"task": task})
             self.metrics.batch_size.observe(len(group), {"task": task})
             share = padding_share(work.image.size for _, work in group)

@@ -5,9 +5,8 @@ import contextlib
 import io
 import json
 import os
-import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
 from PIL import Image
@@ -34,11 +33,6 @@ ACTIVE_S = 10.0
 """Time after its last request in which a client counts as active, in seconds."""
 PROBE_S = 3.0
 """Longest time for looking at an image of one pixel while the endpoint is ready, in seconds."""
-PLACE_WAIT_S = 3.0
-"""Time that costly images wait for a place before they are refused, in seconds: half to one and a half of it at random,
-or those that came together would come back together. Without a wait, clients that send the next image as soon as one
-was refused keep the cores busy with refusals."""
-_PLACE_LOOK_S = 0.1
 _INSPECT_S, _INSPECT_BYTE_S = 1e-3, 1e-8
 
 
@@ -52,9 +46,8 @@ class Preparer:
 
     Args:
         limits: on each image.
-        max_costly: requests with costly images, in work or waiting for a worker; those beyond get 429 where no place
-            gets free, and so do those whose estimates add up to more than the workers do in half of
-            `Limits.deadline_s`.
+        max_costly: requests with costly images, in work or waiting; those beyond get 429, and so do those whose
+            estimates add up to more than the workers do in half of `Limits.deadline_s`.
         workers: for light images, and half as many for costly ones; None: as many as there are cores, at most 4.
         program: starts the workers; None: a new one.
     """
@@ -112,7 +105,7 @@ class Preparer:
         Raises:
             RequestError: see `images.inspect_image` and `images.prepare`; 413 also for an image that took more
                 processor time than it may, 400 for one that ends its worker.
-            Unavailable: 429 for costly images while too many others wait, after `PLACE_WAIT_S`, 503 while no worker starts.
+            Unavailable: 429 for costly images while too many others wait, 503 while no worker starts.
         """
         now = time.monotonic()
         self._asked_at = {name: at for name, at in self._asked_at.items() if now - at < ACTIVE_S}
@@ -134,7 +127,7 @@ class Preparer:
         if not costly:
             prepared = await all_or_none(self._light_image(job) for job in jobs)
             return [_as_costly(image) for image in prepared] if self._comes_last(client) else prepared
-        async with self._costly_place(client, sum(job.seconds for job in costly)):
+        with self._costly_place(client, sum(job.seconds for job in costly)):
             # One after the other: a request has one worker for costly images at a time.
             return [await (self._costly_image if job in costly else self._light_image)(job) for job in jobs]
 
@@ -159,7 +152,7 @@ class Preparer:
         except WorkerLost as lost:
             if not lost.out_of_time:
                 raise _refusal(lost, job.task) from lost
-        async with self._costly_place(job.client, LIGHT_CPU_S):
+        with self._costly_place(job.client, LIGHT_CPU_S):
             return await self._costly_image(Job(job.task, data, job.client, job.pixels, LIGHT_CPU_S))
 
     async def _costly_image(self, job: Job) -> CostlyImage:
@@ -171,16 +164,12 @@ class Preparer:
         except WorkerLost as lost:
             raise _refusal(lost, task) from lost
 
-    @contextlib.asynccontextmanager
-    async def _costly_place(self, client: str, seconds: float) -> AsyncIterator[None]:
+    @contextlib.contextmanager
+    def _costly_place(self, client: str, seconds: float) -> Iterator[None]:
         amount = min(max(seconds, self._min_costly_s), self._costly_s.capacity)
-        until = time.monotonic() + PLACE_WAIT_S * random.uniform(0.5, 1.5)
-        while not self._costly_s.take(client, amount):
-            if time.monotonic() >= until:
-                raise Unavailable(
-                    429, "Too many costly images are waiting: send a smaller one, or later.", RETRY_AFTER_S
-                )
-            await asyncio.sleep(_PLACE_LOOK_S)
+        if not self._costly_s.take(client, amount):
+            message = "Too many costly images are waiting: send a smaller one, or later."
+            raise Unavailable(429, message, RETRY_AFTER_S, slowly=True)
         try:
             yield
         finally:

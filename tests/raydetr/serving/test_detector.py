@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import weakref
-from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import MagicMock
@@ -33,7 +33,7 @@ class OneAtATime(Detector):
         self.begun: list[str] = []
         self.go_on = threading.Semaphore(0)
 
-    def _run(self, task: str, jobs: Any) -> Any:
+    def _run(self, task: str, jobs: Any, clock: Any = None) -> Any:
         self.begun.append(jobs)
         assert self.go_on.acquire(timeout=60)
         return jobs
@@ -74,46 +74,81 @@ def test_what_nobody_waits_for_is_computed_in_the_pauses_of_clients(model):
     assert asyncio.run(ask()) == ["client 1", "client 2", "shadow 1", "client 3", "shadow 2"]
 
 
-def test_a_client_interrupts_the_background_on_a_cpu(model):
-    class Counting(Detector):
-        """Adds ones: 50 for the background, one for a client once the background has begun."""
+class Gated(Detector):
+    """A costly batch counts until it is told to stop; a client's is on the device until the test lets it go."""
 
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            self.counts: Counter[str] = Counter()
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.count = 0
+        self.thread = ""
+        self.stop, self.client_is_there, self.let_it_go = [threading.Event() for _ in range(3)]
 
-        def _run(self, task: str, jobs: Any) -> Any:
-            for _ in range(50 if jobs == "costly" else 1):
-                self.counts[jobs] += int(torch.ones(1))
-                time.sleep(0.01)
-            return self.counts["costly"]
+    def _run(self, task: str, jobs: Any, clock: Any = None) -> Any:
+        if jobs == "client":
+            self.client_is_there.set()
+            assert self.let_it_go.wait(60)
+        else:
+            self.thread = threading.current_thread().name
+            while not self.stop.is_set():
+                self.count += int(torch.ones(1))
+                time.sleep(0.005)
 
-    async def ask() -> tuple[int, int]:
-        detector = Counting(model, Batching(), "cpu")
-        background = asyncio.create_task(detector._in_a_pause("detect", "costly", 5.0))  # type: ignore[arg-type]
-        while not detector.counts["costly"]:
-            await asyncio.sleep(0.005)
-        detector._batches += 1  # a client whose batch is on its way
-        detector._no_client.clear()
-        before: Any = await detector._at_once("detect", "client")  # type: ignore[arg-type]
+    async def counts(self) -> bool:
+        """Whether the costly batch is being computed."""
+        before = self.count + 1  # it may be between two functions of torch
         await asyncio.sleep(0.2)
-        while_waiting = detector.counts["costly"]
-        detector._batches -= 1
-        detector._no_client.set()
+        return self.count > before
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+def test_a_client_interrupts_the_background_on_a_cpu(model):
+    async def ask() -> None:
+        detector = Gated(model, Batching(), "cpu")
+        background = asyncio.create_task(detector._in_a_pause("detect", "costly", 60.0))  # type: ignore[arg-type]
+        await detector.until(lambda: detector.count > 0)
+        client = asyncio.create_task(detector._at_once("detect", "client"))  # type: ignore[arg-type]
+        await detector.until(detector.client_is_there.is_set)
+        assert not await detector.counts()
+        detector.let_it_go.set()
+        await client
+        assert await detector.counts()
+        detector.stop.set()
         await background
-        assert detector.counts == {"costly": 50, "client": 1}
-        return before, while_waiting
 
-    before, while_waiting = asyncio.run(asyncio.wait_for(ask(), 60))
-    assert while_waiting <= before + 1 < 50
+    asyncio.run(asyncio.wait_for(ask(), 60))
 
 
-def test_what_was_interrupted_continues_in_the_end(model, monkeypatch):
-    monkeypatch.setattr("raydetr.serving.detector.COSTLY_WAIT_S", 0.2)
-    no_client, began = threading.Event(), time.monotonic()
-    with _Interruptible(no_client):
+def test_a_costly_image_whose_time_has_come_is_not_interrupted(model):
+    async def ask() -> None:
+        detector = Gated(model, Batching(), "cpu")
+        client = asyncio.create_task(detector._at_once("detect", "client"))  # type: ignore[arg-type]
+        await detector.until(detector.client_is_there.is_set)
+        costly = asyncio.create_task(detector._in_a_pause("detect", "costly", 0.1))  # type: ignore[arg-type]
+        await detector.until(lambda: detector._forced_at > 0)
+        late = asyncio.create_task(detector._at_once("detect", "client"))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        detector.let_it_go.set()
+        await client
+        assert await detector.counts(), "a client is waiting"
+        assert detector.thread.startswith("detect_")
+        detector.stop.set()
+        await asyncio.gather(costly, late)
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
+
+
+def test_what_was_interrupted_continues_in_the_end_and_the_wait_is_not_its_time(model, monkeypatch):
+    monkeypatch.setattr("raydetr.serving.detector.COSTLY_WAIT_S", 0.3)
+    with _Interruptible(threading.Event()) as interruptible:
+        began, clock = time.monotonic(), interruptible.clock()
         assert int(torch.ones(2).sum()) == 2
-    assert time.monotonic() - began >= 0.2
+        took, computed = time.monotonic() - began, interruptible.clock() - clock
+    assert interruptible.is_forced
+    assert took >= 0.3
+    assert took - computed >= 0.3
 
 
 def test_answers_are_the_same_while_others_are_computed(model):
