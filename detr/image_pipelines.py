@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -122,7 +122,7 @@ class ImagePipeline(ABC):
         settings = self.options | self._checked(options)
         if is_image_source(given) and not (isinstance(given, np.ndarray | torch.Tensor) and given.ndim > 3):
             return next(self._results([given], 1, timeout, settings))
-        if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        if isinstance(given, Mapping | Set) or not isinstance(given, Iterable):
             raise TypeError(
                 f"the input is a {type(given).__name__}: expected an image (URL, path, base64, bytes, binary file, PIL "
                 "image, uint8 array or tensor) or a list of images"

@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import os
+import shutil
 import subprocess
 import tempfile
 import warnings
@@ -26,6 +27,7 @@ os.environ.pop("RAYDETR_STORAGE", None)
 import hypothesis.configuration
 import pytest
 import ray
+import torch
 from xdist.scheduler import LoadScopeScheduling
 
 from raydetr import cluster
@@ -67,8 +69,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def _tree() -> set[str]:
     """What `git status` lists in this checkout: changed, new and ignored files, but for caches."""
     command = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=all", "--ignored"]
+    if shutil.which("git") is None:
+        return set()
     listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-    caches = ("__pycache__/", "_cache/", ".egg-info/", ".venv/", ".test-output")
+    caches = ("__pycache__/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/")
+    caches += (".egg-info/", ".venv/", ".test-output")
     return {line for line in listed if not any(cache in line for cache in caches)}
 
 
@@ -139,6 +144,7 @@ def _longest_first(items: list[pytest.Item]) -> None:
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LaneScheduling:
     config.option.loadscopereorder = False  # files start in the order of collection
+    gc.enable()  # this process collects no tests
     return LaneScheduling(config, log)
 
 
@@ -178,13 +184,34 @@ def ray_local() -> Iterator[None]:
         gc.collect()
 
 
-@pytest.hookimpl(hookwrapper=True)
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     before = ray.is_initialized()
-    yield
+    yield  # a failure of the test itself is the one that is reported
     assert ray.is_initialized() == before or item.get_closest_marker("ray"), (
         "this test starts or stops Ray without the fixture ray_local: it would cost seconds and disturb other tests"
     )
+
+
+@pytest.fixture(autouse=True)
+def _leaves_torch_as_it_was() -> Iterator[None]:
+    """A test that changes torch for the process is the one that fails, not the next one."""
+    before = _settings_of_torch()
+    yield
+    after = _settings_of_torch()
+    if after != before:
+        torch.set_default_dtype(before[0])
+        torch.set_grad_enabled(before[1])
+        torch.use_deterministic_algorithms(before[2])
+        torch.set_num_threads(before[3])
+    assert after == before, (
+        "default dtype, gradients, deterministic algorithms, threads: put back what you change"
+    )
+
+
+def _settings_of_torch() -> tuple[Any, ...]:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return torch.get_default_dtype(), torch.is_grad_enabled(), deterministic, torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)

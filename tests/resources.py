@@ -1,9 +1,10 @@
 """Find out which resources a test uses, from its fixtures and from the helpers that its code calls.
 
-The marks are set while tests are collected, so `pytest -m "not ray"` is always right and no list has to be maintained.
+The marks are set while tests are collected, so no list has to be maintained.
 """
 
 import functools
+import re
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ USES: dict[str, tuple[str, ...]] = {
         "tests.cluster.local_head.start_head",
         "tests.cluster.launcher.three_hosts",
         "tests.cluster.fault_runs.start",
+        "text that starts Ray",
     ),
     "serve": ("raydetr.serving.app.endpoint", "ray.serve"),
     "mlflow": ("mlflow", "raydetr.registry", "tests.mlflow_server", "tests.empty_registry"),
@@ -26,11 +28,16 @@ USES: dict[str, tuple[str, ...]] = {
         "torch.multiprocessing",
         "tests.ranks",
         "tests.run_pipeline.pipeline_process",
+        "raydetr.serving.decoding",
+        "tests.raydetr.serving.decoders",
     ),
     "browser": ("playwright",),
     "oracle": ("transformers", "pycocotools", "tests.exact_reference"),
 }
 """Mark → names of modules, functions and fixtures; a name stands for everything below it too."""
+
+
+_STARTS_RAY = re.compile(r"ray\.init\(|cluster\.connect\(|cluster_utils|doctor\.two_nodes")
 
 
 def mark(item: pytest.Item) -> None:
@@ -54,7 +61,10 @@ def _used(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def _names(function: Callable[..., Any], seen: set[types.CodeType]) -> Iterator[str]:
-    """Full names of a function, and of what it and the helpers under `tests` that it calls refer to."""
+    """Full names of a function, and of what it and the helpers under `tests` that it calls refer to.
+
+    Of a text, such as the code of another interpreter, "text that starts Ray" where it does.
+    """
     function = getattr(function, "__wrapped__", function)
     yield f"{function.__module__}.{function.__qualname__}"
     codes = [function.__code__] if hasattr(function, "__code__") else []
@@ -64,6 +74,9 @@ def _names(function: Callable[..., Any], seen: set[types.CodeType]) -> Iterator[
             continue
         seen.add(code)
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        texts = [*code.co_consts, *(function.__globals__.get(name) for name in code.co_names)]
+        if any(isinstance(text, str) and _STARTS_RAY.search(text) for text in texts):
+            yield "text that starts Ray"
         for name in code.co_names:
             value = function.__globals__.get(name)
             if isinstance(value, types.ModuleType):

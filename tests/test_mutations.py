@@ -1,4 +1,4 @@
-"""Break each guarantee on purpose, in a copy of the project: its tests in `make test` must fail."""
+"""Break each guarantee on purpose, in a copy of the project: its tests must fail, most of them in `make test`."""
 
 import os
 import shutil

@@ -25,8 +25,8 @@ from raydetr.errors import LeaseError, StorageError
 
 DURATION_S = 20.0
 FILE = "lease.json"
-WAIT_S = 24 * 3600.0
-"""How long a command waits for another one whose result it can use."""
+WAIT_S = 600.0
+"""How long a command waits for another one whose result it can use. Not longer: it may have a cluster of its own."""
 _CLOCKS_DIFFER_S = 300.0
 """A lease that ran out longer ago was its holder's by no clock."""
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 
+from raydetr import lease
 from raydetr.registry.models import register
 from raydetr.registry.tracking import client, resolve_uri, start_run
 from tests.awkward import write_awkward
@@ -37,6 +38,16 @@ def cron_line() -> str:
 def kuberay_entrypoint() -> list[str]:
     manifest = yaml.safe_load((ROOT / "platform/deploy/evaluate_cron.yaml").read_text())
     return shlex.split(manifest["spec"]["jobTemplate"]["entrypoint"])
+
+
+def test_a_job_of_kuberay_is_not_repeated_and_ends_before_the_next_one_starts() -> None:
+    spec = yaml.safe_load((ROOT / "platform/deploy/evaluate_cron.yaml").read_text())["spec"]
+    job = spec["jobTemplate"]
+    assert job["backoffLimit"] == 0
+    minute, *rest = spec["schedule"].split()
+    assert minute.isdigit()
+    assert rest == ["*"] * 4, "every hour"
+    assert lease.WAIT_S < job["activeDeadlineSeconds"] < 3600
 
 
 def drivers() -> list[psutil.Process]:

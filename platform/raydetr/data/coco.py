@@ -6,6 +6,7 @@ image or one annotation is a fault of that one, see `record`.
 
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,32 +141,42 @@ def drop_unused_namesakes(
 
     Roboflow lists the project as a category of its own, with the name of a class.
     """
-    named = {category["name"] for category in categories if category["id"] in used}
-    counts = Counter(category["name"] for category in categories)
+    named = {_as_seen(category) for category in categories if category["id"] in used}
+    counts = Counter(_as_seen(category) for category in categories)
     dropped = [
         each
         for each in categories
-        if counts[each["name"]] > 1 and each["name"] in named and each["id"] not in used
+        if counts[_as_seen(each)] > 1 and _as_seen(each) in named and each["id"] not in used
     ]
     categories[:] = [each for each in categories if each not in dropped]
     return dropped
 
 
 def require_distinct_names(categories: Sequence[Mapping[str, Any]], source: str) -> None:
-    """Check that no two categories have one name.
+    """Check that no two categories have one name, or names that look the same.
 
     Raises:
-        DataError: two have, which would be two classes that no result can tell apart.
+        DataError: two have, which would be two classes that no one can tell apart in a result.
     """
     seen: dict[str, Mapping[str, Any]] = {}
     for category in categories:
-        name = category["name"]
-        if name in seen:
-            raise DataError(
-                f"{source}: the categories {seen[name]['id']} and {category['id']} are both named {name!r}: give each "
-                f"a name of its own, or make them one by --classes with a file that holds {json.dumps({name: name})}."
+        first = seen.setdefault(_as_seen(category), category)
+        if first is not category:
+            name, other = category["name"], first["name"]
+            named = (
+                f"both named {name!r}"
+                if name == other
+                else f"named {other!a} and {name!a}, which look the same"
             )
-        seen[name] = category
+            raise DataError(
+                f"{source}: the categories {first['id']} and {category['id']} are {named}: give each a name of its own, "
+                f"or make them one by --classes with a file that holds {json.dumps({name: other})}."
+            )
+
+
+def _as_seen(category: Mapping[str, Any]) -> str:
+    """The name without what no one sees: Unicode's form of letters with accents, and spaces around it."""
+    return unicodedata.normalize("NFC", category["name"]).strip()
 
 
 class MissingKeys:

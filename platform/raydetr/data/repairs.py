@@ -49,9 +49,10 @@ def repair_annotation(
         else:
             made[key] = value
     found: list[Problem] = [("repaired-field", ", ".join(words))] if words else []
-    if crowds_as_objects and as_int(made.get("iscrowd")) == 1:
+    crowd = made.get("iscrowd")
+    if crowds_as_objects and (crowd is True or as_int(crowd) == 1):
         made["iscrowd"] = 0
-        found.append(("crowd-as-object", "iscrowd 1, read as 0"))
+        found.append(("crowd-as-object", f"iscrowd {json.dumps(crowd)}, read as 0"))
     if (form := _segmentation(made.get("segmentation"))) is not None:
         value, what = form
         found.append(("repaired-segmentation", what))

@@ -214,10 +214,11 @@ def test_a_segmentation_that_is_no_mask_of_the_image_stays_a_fault(segmentation:
     assert is_target(record["objects"][0])
 
 
-def test_crowds_are_objects_on_request() -> None:
-    assert not is_target(read({"iscrowd": 1})[0]["objects"][0])
-    record, faults = read({"iscrowd": 1}, reading=Reading(crowds_as_objects=True))
-    assert [fault.code for fault in faults] == ["crowd-as-object"]
+@pytest.mark.parametrize("crowd", [1, True, 1.0, "1", "true", [1]])
+def test_crowds_are_objects_on_request(crowd: Any) -> None:
+    assert not is_target(read({"iscrowd": crowd})[0]["objects"][0])
+    record, faults = read({"iscrowd": crowd}, reading=Reading(crowds_as_objects=True))
+    assert faults[-1].code == "crowd-as-object"
     assert is_target(record["objects"][0])
 
 
@@ -456,6 +457,20 @@ def test_two_categories_of_one_name_that_both_have_objects_are_refused_with_the_
     (tmp_path / "classes.json").write_text('{"cat": "cat"}')
     merged = Addresses(str(file), str(tmp_path / "images"), classes=str(tmp_path / "classes.json"))
     assert [category["id"] for category in read_inputs(merged).categories] == [1]
+
+
+@pytest.mark.parametrize("twin", ["cafe\u0301", "caf\u00e9 ", " caf\u00e9"])
+def test_two_categories_that_look_the_same_are_refused_with_the_remedy(tmp_path: Path, twin: str) -> None:
+    folder_of(tmp_path, "a.jpg", "b.jpg")
+    file = Path(coco(tmp_path, "x.json", ["a.jpg", "b.jpg"], ((1, "caf\u00e9"), (2, twin))))
+    content = json.loads(file.read_text())
+    content["annotations"][1]["category_id"] = 2
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"1 and 2 are named .*, which look the same: .*--classes") as error:
+        read_inputs(Addresses(str(file), str(tmp_path / "images")))
+    (tmp_path / "classes.json").write_text(str(error.value).partition("file that holds ")[2].rstrip("."))
+    merged = Addresses(str(file), str(tmp_path / "images"), classes=str(tmp_path / "classes.json"))
+    assert [category["name"] for category in read_inputs(merged).categories] == ["caf\u00e9"]
 
 
 def test_files_whose_ids_are_the_same_are_read_together(tmp_path: Path) -> None:
