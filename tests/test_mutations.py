@@ -81,6 +81,18 @@ MUTATIONS = {
         'return "client"',
         ("tests/raydetr/serving/test_detector.py",),
     ),
+    "a photo waits until a costly image is computed": Mutation(
+        "platform/raydetr/serving/detector.py",
+        "        self._pause.clear()\n        self._no_client.clear()\n",
+        "        self._pause.clear()\n",
+        ("tests/raydetr/serving/test_detector.py",),
+    ),
+    "what is refused slowly keeps its images": Mutation(
+        "platform/raydetr/serving/refusals.py",
+        "error.with_traceback(None)",
+        "pass",
+        ("tests/raydetr/serving/test_refusals.py",),
+    ),
     "costly images are decoded at the priority of photos": Mutation(
         "platform/raydetr/serving/decode_worker.py",
         "if message[0]:",
@@ -297,6 +309,12 @@ MUTATIONS = {
         "platform/raydetr/command.py",
         "raise Interrupted(received[0][0]) from error",
         "raise",
+        ("tests/raydetr/test_signals_of_commands.py",),
+    ),
+    "a signal is answered when C code is done": Mutation(
+        "platform/raydetr/command.py",
+        "            if number[0] in SIGNALS:\n",
+        "            if number[0] in SIGNALS:\n                time.sleep(60)\n",
         ("tests/raydetr/test_signals_of_commands.py",),
     ),
     "an interrupted run stays RUNNING": Mutation(
