@@ -231,8 +231,7 @@ def _lanes_first(request: pytest.FixtureRequest) -> None:
 def _free_memory() -> Iterator[None]:
     """Several processes of tests share a machine; the C library keeps what torch gave back.
 
-    What is left after a file is imported or cached, so the collector does not look at it again: a third of a second
-    after each file.
+    What is left after a file is imported or cached, so the collector does not look at it again.
     """
     yield
     gc.collect()

@@ -30,7 +30,7 @@ RESNET = {"model_type": "resnet", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 12
 RESNET |= {"embedding_size": 8, "out_features": ["stage1", "stage2", "stage3", "stage4"]}
 AS_TRANSFORMERS = {"compat": "transformers"}
 
-# Keyword: another value than that of `BASE`, and what it needs beside it.
+# Keyword: another value than that of `BASE`, and what it needs.
 CONFIG: dict[str, tuple[Any, dict[str, Any]]] = {
     "backbone": ("resnet10t", {}),
     "backbone_config": (RESNET, {}),
@@ -115,17 +115,17 @@ def of_base() -> list[Any]:
 
 @pytest.mark.parametrize("name", CONFIG)
 def test_a_keyword_of_the_configuration_changes_the_model(name, monkeypatch, of_base):
-    value, beside = CONFIG[name]
+    value, needed = CONFIG[name]
     base = {key: v for key, v in BASE.items() if key not in replaced_by(name)}
     if name in ("class_cost", "bbox_cost", "giou_cost"):  # alone against another of the three alone
         other = {"class_cost": "bbox_cost", "bbox_cost": "giou_cost", "giou_cost": "class_cost"}[name]
         without = {**dict.fromkeys(("class_cost", "bbox_cost", "giou_cost"), 0), other: 1}
         before = behavior(detr.DetrConfig(**base, **without), monkeypatch)
-    elif beside:
-        before = behavior(detr.DetrConfig(**{**BASE, **beside}), monkeypatch)
+    elif needed:
+        before = behavior(detr.DetrConfig(**{**BASE, **needed}), monkeypatch)
     else:
         before = of_base
-    after = detr.DetrConfig(**{**base, **beside, name: value})
+    after = detr.DetrConfig(**{**base, **needed, name: value})
     assert behavior(after, monkeypatch) != before
 
 
@@ -159,10 +159,10 @@ def test_names_and_dtypes_are_stored_and_used(tmp_path: Path):
 @pytest.mark.parametrize("name", [*CONFIG, *NAMES, *DTYPES])
 def test_an_override_of_a_file_gives_what_the_constructor_gives(name, tmp_path: Path):
     value = CONFIG[name][0] if name in CONFIG else NAMES.get(name, "float16")
-    beside = AS_TRANSFORMERS if name.startswith("init_") else {}
-    detr.DetrConfig(**BASE, **beside).save_pretrained(tmp_path)
+    needed = AS_TRANSFORMERS if name.startswith("init_") else {}
+    detr.DetrConfig(**BASE, **needed).save_pretrained(tmp_path)
     base = {key: v for key, v in BASE.items() if key not in replaced_by(name)}
-    base |= beside
+    base |= needed
     got = detr.DetrConfig.from_pretrained(tmp_path, **{name: value})
     expected = detr.DetrConfig(**{**base, name: value})
     assert got.to_dict() | {"trainable_backbone_stages": 0} == expected.to_dict() | {

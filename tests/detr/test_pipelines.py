@@ -398,6 +398,7 @@ def test_an_image_has_one_result_however_it_is_given(detector, tmp_path):
         (base64.b64encode(b"hello, world" * 10).decode(), FileNotFoundError, "not base64 of an image"),
         (base64.b64encode(b"\x89PNG\r\n\x1a\n").decode(), ImageError, "the base64 text: "),
         (b"", ImageError, "not an image that can be read"),
+        ({"a.png"}, TypeError, "the input is a set: expected an image"),
         (np.zeros((9, 9, 3)), ValueError, "an image array is torch.float64: expected uint8"),
         (torch.rand(3, 9, 9), ValueError, "an image array is torch.float32: expected uint8"),
         (np.zeros((9, 9, 3), np.int64), ValueError, "an image array is torch.int64: expected uint8"),

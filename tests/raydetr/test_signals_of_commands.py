@@ -87,7 +87,7 @@ def test_a_signal_cleans_up_and_names_the_command_that_resumes(
 def test_the_signal_is_answered_at_once_while_the_main_thread_is_in_c_code(tmp_path: Path) -> None:
     hashing = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000_000)'  # takes ten seconds
     with working(tmp_path, hashing) as process:
-        time.sleep(1)  # the hash has begun
+        time.sleep(1)  # the hash has started
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
         assert process.stdout is not None

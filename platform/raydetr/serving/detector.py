@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from ray import serve
@@ -154,7 +153,7 @@ class Detector:
         self._forced_at = -math.inf
         # One thread: one batch at a time is on the device, and the event loop is free to fill the next.
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="detect")
-        # A second one for what can be interrupted: what a GPU or OpenVINO has begun cannot.
+        # A second one for what can be interrupted: what a GPU or OpenVINO has started cannot.
         self.background_executor = self.executor
         if device == "cpu" and engine == "torch":
             self.background_executor = ThreadPoolExecutor(1, "detect-background")
@@ -290,11 +289,10 @@ class Detector:
                 if self._batches and is_forced:
                     self._forced_at = time.monotonic()
                 if is_forced or not self._batches:
-                    if self._batches or self.background_executor is self.executor:
-                        run: Callable[..., Any] = partial(self._run, task, jobs)
-                        return await asyncio.get_running_loop().run_in_executor(self.executor, run)
-                    run = partial(self._run_in_pauses, task, jobs)
-                    return await asyncio.get_running_loop().run_in_executor(self.background_executor, run)
+                    executor, run = self.background_executor, self._run_in_pauses
+                    if self._batches or executor is self.executor:
+                        executor, run = self.executor, self._run
+                    return await asyncio.get_running_loop().run_in_executor(executor, run, task, jobs)
 
     def _run_in_pauses(self, task: str, jobs: list[_Job]) -> list[Result | None]:
         with _Interruptible(self._no_client) as interruptible:
@@ -318,9 +316,9 @@ class Detector:
             if work is not None:
                 groups.setdefault(id(work.version), []).append((place, work))
         for group in groups.values():
-            begun = clock()
+            computing_since = clock()
             values = self._values([work for _, work in group])
-            took = 1000 * (clock() - begun)
+            took = 1000 * (clock() - computing_since)
             self.metrics.model_ms.observe(took, {"task": task})
             self.metrics.batch_size.observe(len(group), {"task": task})
             share = padding_share(work.image.size for _, work in group)

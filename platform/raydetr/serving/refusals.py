@@ -57,6 +57,8 @@ async def _request_error(_: Request, error: Any) -> JSONResponse:
 
 
 class _AnswerUnavailable:
+    """Answers `Unavailable`, and counts the answers that wait."""
+
     def __init__(self) -> None:
         self._waiting = 0
 
