@@ -314,8 +314,11 @@ MUTATIONS = {
     "a signal is answered when C code is done": Mutation(
         "platform/raydetr/command.py",
         "            if number[0] in SIGNALS:\n",
-        "            if number[0] in SIGNALS:\n                time.sleep(60)\n",
-        ("tests/raydetr/test_signals_of_commands.py",),
+        "            if number[0] in SIGNALS:\n                time.sleep(30)\n",
+        (
+            "tests/raydetr/test_signals_of_commands.py"
+            "::test_the_signal_is_answered_at_once_while_the_main_thread_is_in_c_code",
+        ),
     ),
     "an interrupted run stays RUNNING": Mutation(
         "platform/raydetr/registry/tracking.py",
