@@ -12,11 +12,11 @@ import time
 
 from shards_of_coco128 import coco128_shards
 
-from detr.augment import AugmentSpec
+from detr.image_processing.augment import AugmentSpec
 from raydetr import cluster
-from raydetr.data import stream
-from raydetr.data.plan import PlanSpec
-from raydetr.data.source import shard_source
+from raydetr.data.stream import ray_stream
+from raydetr.data.stream.plan import PlanSpec
+from raydetr.data.stream.source import shard_source
 
 
 def main() -> None:
@@ -28,14 +28,14 @@ def main() -> None:
     manifest = coco128_shards("runs/benchmarks", 256, side=160)
     augmentation = AugmentSpec(shortest_edges=(112, 128, 144), longest_edge=213, crop=False)
     spec = PlanSpec(seed=0, micro_batch_size=8, micro_batches=2, augmentation=augmentation)
-    plan = stream.build_plan(manifest, spec)
+    plan = ray_stream.build_plan(manifest, spec)
     last = arguments.epochs * plan.steps_per_epoch
-    source = stream.Stream(source=shard_source(manifest), plan=plan, last_step=last, first_step=lambda: 0)
+    source = ray_stream.Stream(source=shard_source(manifest), plan=plan, last_step=last, first_step=lambda: 0)
     cluster.connect(2)
-    (split,) = stream.dataset(source, 1, 0).streaming_split(1, equal=False)
+    (split,) = ray_stream.dataset(source, 1, 0).streaming_split(1, equal=False)
     waits: dict[bool, list[float]] = {True: [], False: []}
     begin = time.perf_counter()
-    for number, _ in enumerate(stream.steps(split, spec.micro_batch_size, spec.micro_batches)):
+    for number, _ in enumerate(ray_stream.steps(split, spec.micro_batch_size, spec.micro_batches)):
         if number:  # the first one waits for the stream to start
             waits[number % plan.steps_per_epoch == 0].append(time.perf_counter() - begin)
         time.sleep(arguments.step_seconds)

@@ -21,9 +21,9 @@ from shards_of_coco128 import coco128_shards
 from detr import DetrConfig, DetrForObjectDetection, DetrImageProcessor
 from raydetr import cluster
 from raydetr.data.shards import Manifest, read_records
-from raydetr.evaluation.actors import ActorOptions, load_detector, run_actors
-from raydetr.evaluation.predict import windows_of
-from raydetr.evaluation.predictions import PredictionSettings, Predictor
+from raydetr.prediction.actors import ActorOptions, load_detector, run_actors
+from raydetr.prediction.predict import windows_of
+from raydetr.prediction.predictions import PredictionSettings, Predictor
 from raydetr.registry.models import ResolvedModel, resolve
 
 BATCH = 8

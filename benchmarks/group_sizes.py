@@ -13,8 +13,8 @@ from pathlib import Path
 
 from raydetr import cluster, storage
 from raydetr.config import EvaluateConfig
-from raydetr.data.ingest import ingest
-from raydetr.data.inputs import Addresses
+from raydetr.data.ingest.ingest import ingest
+from raydetr.data.ingest.inputs import Addresses
 from raydetr.evaluation.evaluate import evaluate
 from raydetr.training.config import TrainConfig
 from raydetr.training.trainer import train

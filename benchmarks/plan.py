@@ -11,9 +11,9 @@ import time
 import numpy as np
 from shards_of_coco128 import SOURCE
 
-from detr.augment import AugmentSpec
-from raydetr.data.layout import Layout, Sizes, Window
-from raydetr.data.plan import Plan, PlanSpec
+from detr.image_processing.augment import AugmentSpec
+from raydetr.data.stream.layout import Layout, Sizes, Window
+from raydetr.data.stream.plan import Plan, PlanSpec
 
 RECORDS, SHARD = 118_287, 780
 

@@ -17,8 +17,8 @@ from pairs import Row, paired
 from panopticapi_way import Maps, panoptic_quality
 from PIL import Image
 
+from detr.image_processing.panoptic_png import read_panoptic_colors, read_panoptic_png, write_panoptic_png
 from detr.image_transforms import id_to_rgb
-from detr.panoptic_png import read_panoptic_colors, read_panoptic_png, write_panoptic_png
 from raydetr.evaluation.panoptic_quality import count_maps, panoptic_figures
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "coco128" / "annotations"

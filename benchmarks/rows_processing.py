@@ -23,9 +23,9 @@ from pairs import Row, paired
 from PIL import Image
 
 from detr import DetrImageProcessor
-from detr.augment import AugmentSpec, apply, apply_masks, draw
+from detr.image_processing.augment import AugmentSpec, apply, apply_masks, draw
 from detr.image_processing.decode import decode_image
-from raydetr.data.mask_targets import MaskKind, mask_targets
+from raydetr.data.stream.mask_targets import MaskKind, mask_targets
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "coco128"
 PICTURES = 8
@@ -109,7 +109,7 @@ def reference(kind: MaskKind) -> Callable[[Picture], Prepared]:
 
 
 def stream(kind: MaskKind) -> Callable[[Picture], Prepared]:
-    """Ours as `raydetr.data.stream` makes an example, without augmentation.
+    """Ours as `raydetr.data.stream.ray_stream` makes an example, without augmentation.
 
     Its boxes are in float64 until the end, and those of segments reach one past the last pixel: they are left out.
     """

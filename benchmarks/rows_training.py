@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
 from detr import DetrConfig
-from detr.criterion import set_loss
+from detr.loss.criterion import set_loss
 
 SIZE = (640, 853)
 OBJECTS = (0, 1, 5, 20, 63, 3, 7, 12)

@@ -186,7 +186,7 @@ def _truth(objects: dict[str, np.ndarray], images: int, masks: bool) -> dict[str
 
 
 def _table(found: dict[str, np.ndarray], images: int, detections: int, masks: bool) -> pa.Table:
-    from raydetr.evaluation.predictions import PREDICTION_SCHEMA
+    from raydetr.prediction.predictions import PREDICTION_SCHEMA
 
     offsets = pa.array(np.arange(0, len(found["score"]) + 1, detections, dtype=np.int32))
 
@@ -260,7 +260,7 @@ def _pycocotools(images: int, detections: int, iou_types: tuple[str, ...] = ("bb
 
 def _analysis(images: int, detections: int) -> dict[str, Any]:
     from raydetr.evaluation.analysis import analyse
-    from raydetr.evaluation.truth import Truth
+    from raydetr.evaluation.ground_truth import Truth
 
     objects, found = _columns(images, detections)
     coco, table = _truth(objects, images, False), _table(found, images, detections, False)
@@ -275,7 +275,7 @@ def _analysis(images: int, detections: int) -> dict[str, Any]:
 
 def _maps(images: int) -> tuple[dict[int, Any], dict[int, Any], list[dict[str, Any]]]:
     """Maps of rectangles at COCO's size, some 12 segments each, and predictions near them."""
-    from detr.panoptic_png import write_panoptic_png
+    from detr.image_processing.panoptic_png import write_panoptic_png
 
     rng = np.random.default_rng(0)
     truth, found = {}, {}

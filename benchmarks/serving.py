@@ -30,7 +30,7 @@ import torch
 from pairs import row_of
 
 from detr import DetrConfig, DetrForObjectDetection, DetrImageProcessor
-from detr.detector import ObjectDetector
+from detr.inference.detector import ObjectDetector
 from raydetr import cluster
 from raydetr.registry.models import resolve
 from raydetr.serving.app import Replicas, application, endpoint

@@ -11,10 +11,10 @@ from typing import Any
 from PIL import Image
 
 from raydetr import storage
-from raydetr.data.coco import read_coco
-from raydetr.data.index import Index
-from raydetr.data.record import Entry, make_record
-from raydetr.data.shard_writer import ShardSummary, write_manifest, write_shard
+from raydetr.data.ingest.coco import read_coco
+from raydetr.data.ingest.index import Index
+from raydetr.data.ingest.record import Entry, make_record
+from raydetr.data.ingest.shard_writer import ShardSummary, write_manifest, write_shard
 from raydetr.data.shards import MANIFEST, Manifest
 
 SOURCE = Path(__file__).parents[2] / "shared" / "data" / "coco128"

@@ -15,11 +15,11 @@ import ray
 from ray._private.internal_api import memory_summary
 from shards_of_coco128 import coco128_shards
 
-from detr.augment import AugmentSpec
-from raydetr.data import stream
-from raydetr.data.plan import PlanSpec
+from detr.image_processing.augment import AugmentSpec
 from raydetr.data.shards import Manifest
-from raydetr.data.source import shard_source
+from raydetr.data.stream import ray_stream
+from raydetr.data.stream.plan import PlanSpec
+from raydetr.data.stream.source import shard_source
 
 SMALL = AugmentSpec(
     shortest_edges=(96, 112, 128), longest_edge=213, crop_shortest_edges=(64, 80, 96), crop_sizes=(60, 96)
@@ -55,17 +55,17 @@ def _stream(
     """Stream so many images through a store of so many MiB; figures of it, memory in MiB."""
     spec = PlanSpec(seed=0, micro_batch_size=2, micro_batches=4, augmentation=augmentation)
     ray.init(address="local", num_cpus=cpus, object_store_memory=store * 2**20, log_to_driver=False)
-    job = stream.Stream(
+    job = ray_stream.Stream(
         source=shard_source(manifest),
-        plan=stream.build_plan(manifest, spec),
+        plan=ray_stream.build_plan(manifest, spec),
         last_step=images // 8,
         first_step=lambda: 0,
     )
     begin = time.perf_counter()
     peaks = {"driver": 0.0, "worker": 0.0, "coordinator": 0.0, "store": 0.0}
     gigabytes, looked = 0.0, begin
-    (split,) = stream.dataset(job, 1, 0).streaming_split(1, equal=False)
-    for batches in stream.steps(split, 2, 4):
+    (split,) = ray_stream.dataset(job, 1, 0).streaming_split(1, equal=False)
+    for batches in ray_stream.steps(split, 2, 4):
         gigabytes += (
             sum(image.nbytes for batch in batches for image in batch.images if image is not None) / 1e9
         )

@@ -18,11 +18,11 @@ import psutil
 import pyarrow as pa
 from PIL import Image
 
-from detr.augment import AugmentSpec
+from detr.image_processing.augment import AugmentSpec
 from raydetr import cluster
-from raydetr.data import stream
-from raydetr.data.layout import Layout, Sizes, Window
-from raydetr.data.plan import Plan, PlanSpec
+from raydetr.data.stream import ray_stream
+from raydetr.data.stream.layout import Layout, Sizes, Window
+from raydetr.data.stream.plan import Plan, PlanSpec
 
 RECORDS = 1000
 SIZES = ((48, 64), (64, 48), (56, 56))
@@ -107,9 +107,9 @@ def main() -> None:
     anywhere = random.Random(0).randrange(plan.steps_per_epoch)
     for first, steps in ((0, arguments.steps), (anywhere, 50)):
         begin = time.perf_counter()
-        job = stream.Stream(source=source, plan=plan, last_step=first + steps, first_step=lambda: 0)
-        (split,) = stream.dataset(job, 1, first).streaming_split(1, equal=False)
-        for number, batches in enumerate(stream.steps(split, spec.micro_batch_size, spec.micro_batches)):
+        job = ray_stream.Stream(source=source, plan=plan, last_step=first + steps, first_step=lambda: 0)
+        (split,) = ray_stream.dataset(job, 1, first).streaming_split(1, equal=False)
+        for number, batches in enumerate(ray_stream.steps(split, spec.micro_batch_size, spec.micro_batches)):
             assert batches[0].step == first + number
             if number == 0:
                 print(f"first batch of step {first:,} after {time.perf_counter() - begin:.1f} s", flush=True)

@@ -26,11 +26,11 @@ from PIL import Image, ImageOps
 from shards_of_coco128 import SOURCE, coco128_shards
 from transformers import DetrImageProcessor
 
-from detr.augment import AugmentSpec
+from detr.image_processing.augment import AugmentSpec
 from raydetr import cluster
-from raydetr.data import micro_batch, stream
-from raydetr.data.plan import PlanSpec
-from raydetr.data.source import shard_source, to_sizes
+from raydetr.data.stream import micro_batch, ray_stream
+from raydetr.data.stream.plan import PlanSpec
+from raydetr.data.stream.source import shard_source, to_sizes
 
 
 def main() -> None:
@@ -51,10 +51,12 @@ def main() -> None:
         micro_batches=arguments.micro_batches,
         augmentation=AugmentSpec(),
     )
-    plan = stream.build_plan(manifest, spec)
+    plan = ray_stream.build_plan(manifest, spec)
     steps = -(-arguments.images // (arguments.batch * arguments.micro_batches))
     cluster.connect(arguments.cpus)
-    source = stream.Stream(source=shard_source(manifest), plan=plan, last_step=steps, first_step=lambda: 0)
+    source = ray_stream.Stream(
+        source=shard_source(manifest), plan=plan, last_step=steps, first_step=lambda: 0
+    )
     subjects: dict[str, Callable[[], Iterator[int]]] = {
         "loop": lambda: _loop(source),
         "stream": lambda: _stream(source),
@@ -122,14 +124,14 @@ def _cpu_seconds(alone: bool) -> dict[int, float]:
     return used
 
 
-def _loop(source: stream.Stream) -> Iterator[int]:
+def _loop(source: ray_stream.Stream) -> Iterator[int]:
     plan = source.plan
     for task in plan.tasks(0, source.last_step, source.source.sizes):
         window = plan.windows[task.window]
         records = source.source.records(window)
         for batch in plan.run(task, to_sizes(records)):
             examples = [
-                stream._example(records.slice(slot.row, 1).to_pylist()[0], slot, source.source.labels)
+                ray_stream._example(records.slice(slot.row, 1).to_pylist()[0], slot, source.source.labels)
                 for slot in batch.slots
             ]
             size = plan.spec.micro_batch_size
@@ -137,7 +139,7 @@ def _loop(source: stream.Stream) -> Iterator[int]:
                 yield len(unpacked.image_ids)
 
 
-def _data_loader(source: stream.Stream, workers: int) -> Iterator[int]:
+def _data_loader(source: ray_stream.Stream, workers: int) -> Iterator[int]:
     """What one would write with transformers: the same images in the same order, flipped, resized and padded."""
     plan, files = source.plan, sorted((SOURCE / "train2017").iterdir())
     batches = [
@@ -174,10 +176,10 @@ class _Collate:
         return self.processor(images, size=size, return_tensors="pt")
 
 
-def _stream(source: stream.Stream) -> Iterator[int]:
+def _stream(source: ray_stream.Stream) -> Iterator[int]:
     spec = source.plan.spec
-    (split,) = stream.dataset(source, 1, 0).streaming_split(1, equal=False)
-    for batches in stream.steps(split, spec.micro_batch_size, spec.micro_batches):
+    (split,) = ray_stream.dataset(source, 1, 0).streaming_split(1, equal=False)
+    for batches in ray_stream.steps(split, spec.micro_batch_size, spec.micro_batches):
         yield sum(len(batch.image_ids) for batch in batches)
 
 

@@ -17,7 +17,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from detr import DetrConfig
-from detr.backbone import Backbone
+from detr.model.backbone import Backbone
 
 _SMALLEST_BOX = 0.5
 """Pixels: of a side of a box that is trained on. torchvision refuses boxes without area."""

@@ -33,22 +33,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detr.auto import (
+    from detr.config import DetrConfig
+    from detr.hf.auto import (
         AutoConfig,
         AutoImageProcessor,
         AutoModelForImageSegmentation,
         AutoModelForObjectDetection,
     )
-    from detr.config import DetrConfig
-    from detr.detector import ObjectDetector
+    from detr.hf.pipeline import pipeline
     from detr.image_processing.pillow_processor import DetrImageProcessorPil
     from detr.image_processing.processor import DetrImageProcessor
+    from detr.inference.detector import ObjectDetector
     from detr.metrics.coco import CocoEvaluator
     from detr.metrics.panoptic import PanopticEvaluator
-    from detr.model import DetrForObjectDetection, DetrModel
-    from detr.outputs import DetrModelOutput, DetrObjectDetectionOutput, DetrSegmentationOutput
-    from detr.pipelines import pipeline
-    from detr.segmentation import DetrForSegmentation
+    from detr.model.detection import DetrForObjectDetection, DetrModel
+    from detr.model.outputs import DetrModelOutput, DetrObjectDetectionOutput, DetrSegmentationOutput
+    from detr.model.segmentation import DetrForSegmentation
 
 __all__ = [
     "AutoConfig",
@@ -71,23 +71,23 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AutoConfig": "auto",
-    "AutoImageProcessor": "auto",
-    "AutoModelForImageSegmentation": "auto",
-    "AutoModelForObjectDetection": "auto",
+    "AutoConfig": "hf.auto",
+    "AutoImageProcessor": "hf.auto",
+    "AutoModelForImageSegmentation": "hf.auto",
+    "AutoModelForObjectDetection": "hf.auto",
     "CocoEvaluator": "metrics.coco",
     "DetrConfig": "config",
-    "DetrForObjectDetection": "model",
-    "DetrForSegmentation": "segmentation",
+    "DetrForObjectDetection": "model.detection",
+    "DetrForSegmentation": "model.segmentation",
     "DetrImageProcessor": "image_processing.processor",
     "DetrImageProcessorPil": "image_processing.pillow_processor",
-    "DetrModel": "model",
-    "DetrModelOutput": "outputs",
-    "DetrObjectDetectionOutput": "outputs",
-    "DetrSegmentationOutput": "outputs",
-    "ObjectDetector": "detector",
+    "DetrModel": "model.detection",
+    "DetrModelOutput": "model.outputs",
+    "DetrObjectDetectionOutput": "model.outputs",
+    "DetrSegmentationOutput": "model.outputs",
+    "ObjectDetector": "inference.detector",
     "PanopticEvaluator": "metrics.panoptic",
-    "pipeline": "pipelines",
+    "pipeline": "hf.pipeline",
 }
 
 

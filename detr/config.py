@@ -16,9 +16,14 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from detr.backbone_config import is_transformers_name, known_entries, normal_backbone_config, with_entries
+from detr.backbone_config import (
+    is_transformers_name,
+    known_entries,
+    normal_backbone_config,
+    with_entries,
+)
 from detr.model_files import CONFIG_NAME, FILE_ARGUMENTS, ModelFiles, read_json
-from detr.multiscale.config import MultiScaleConfig
+from detr.multiscale_config import MultiScaleConfig
 
 MULTI_SCALE_TYPE = "detr_multi_scale"
 """The ``model_type`` in the file of a multi-scale model, so that transformers refuses it instead of misreading it."""

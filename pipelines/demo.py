@@ -11,22 +11,22 @@ import sys
 from dataclasses import asdict, replace
 from typing import Any
 
-from detr.detector import ObjectDetector
+from detr.inference.detector import ObjectDetector
 from raydetr import cluster, storage
+from raydetr.client.client import Client
 from raydetr.command import Clock, run, write_summary
 from raydetr.config import DemoConfig, EvaluateConfig, PromoteConfig
 from raydetr.data.shards import Manifest, read_records
-from raydetr.data.synthetic import embedded
-from raydetr.evaluation import report
-from raydetr.evaluation.coco_files import coco_results
+from raydetr.data.synthetic.dataset import embedded
 from raydetr.evaluation.evaluate import evaluate
-from raydetr.evaluation.predict import read_predictions
-from raydetr.evaluation.promotion import promote
 from raydetr.evaluation.record import ANALYSIS
 from raydetr.lease import exclusive
+from raydetr.prediction.coco_files import coco_results
+from raydetr.prediction.predict import read_predictions
+from raydetr.promotion.promote import promote
 from raydetr.registry import models, tracking
+from raydetr.reports import run_pictures
 from raydetr.serving.app import application, endpoint
-from raydetr.serving.client import Client
 from raydetr.training.recipes import RECIPES
 from raydetr.training.trainer import train
 
@@ -55,10 +55,10 @@ def main(config: DemoConfig) -> dict[str, Any]:
         answer = asdict(client.detect(image, threshold=0.0))
     clock.stage("draw")
     own = ObjectDetector.from_pretrained(champion.folder).detect_image(image)
-    report.loss_curve(tracking.metric_history(uri, trained["run_id"], "loss"), f"{output}/loss.png")
+    run_pictures.loss_curve(tracking.metric_history(uri, trained["run_id"], "loss"), f"{output}/loss.png")
     found = coco_results(read_predictions(scored["predictions"]))
-    report.sheet(Manifest.load(val_data), found, f"{output}/predictions.png")
-    report.answer(image, answer["detections"], f"{output}/answer.png")
+    run_pictures.sheet(Manifest.load(val_data), found, f"{output}/predictions.png")
+    run_pictures.answer(image, answer["detections"], f"{output}/answer.png")
     clock.stop()
     summary = {
         **{name: scored[name] for name in ("AP", "AP50")},
@@ -67,7 +67,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
         "images_per_second": trained["images_per_second"],
         "model_version": champion.address,
         "promoted": promoted["promoted"],
-        "answer_differs_from_model_by": report.difference(answer["detections"], own),
+        "answer_differs_from_model_by": run_pictures.difference(answer["detections"], own),
         "seconds": clock.seconds,
         "total_seconds": round(sum(clock.seconds.values()), 1),
         "answer": answer,

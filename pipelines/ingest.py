@@ -21,12 +21,12 @@ from typing import Any
 
 from raydetr.command import require_writable, run
 from raydetr.config import IngestConfig
-from raydetr.data.html_report import write_report
-from raydetr.data.ingest import IngestResult, Options, ingest, ingest_split
-from raydetr.data.inputs import Addresses
-from raydetr.data.record import Reading
-from raydetr.data.report import counts, print_faults, print_progress
-from raydetr.data.split import Split
+from raydetr.data.ingest.console import counts, print_faults, print_progress
+from raydetr.data.ingest.ingest import IngestResult, Options, ingest, ingest_split
+from raydetr.data.ingest.inputs import Addresses
+from raydetr.data.ingest.record import Reading
+from raydetr.data.ingest.split import Split
+from raydetr.reports.data_report import write_report
 
 
 def main(config: IngestConfig) -> dict[str, Any]:

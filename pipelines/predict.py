@@ -13,17 +13,17 @@ from dataclasses import asdict
 from typing import Any
 
 from raydetr import storage
+from raydetr.client.client import Client
 from raydetr.cluster import connect, require_shared
 from raydetr.command import run
 from raydetr.config import PredictConfig
-from raydetr.evaluation import batch
-from raydetr.evaluation.actors import ActorOptions
-from raydetr.evaluation.pictures import write_pictures
-from raydetr.evaluation.predictions import PredictionSettings
 from raydetr.lease import Held, lease
+from raydetr.prediction import image_folder
+from raydetr.prediction.actors import ActorOptions
+from raydetr.prediction.pictures import write_pictures
+from raydetr.prediction.predictions import PredictionSettings
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.registry.tracking import resolve_uri
-from raydetr.serving.client import Client
 
 TOKEN = "RAYDETR_TOKEN"
 
@@ -32,13 +32,13 @@ def main(config: PredictConfig) -> dict[str, Any]:
     """Predict by the endpoint where one is given, else by actors with the model; the summary."""
     uri = "" if config.endpoint else resolve_uri(config.tracking_uri)
     model = None if config.endpoint else resolve(config.model or "models:/raydetr@champion", uri)
-    images = batch.list_images(config.images)
+    images = image_folder.list_images(config.images)
     with lease(storage.absolute(config.output)) as held:
         return predict(config, images, model, held)
 
 
 def predict(
-    config: PredictConfig, images: batch.Images, model: ResolvedModel | None, held: Held
+    config: PredictConfig, images: image_folder.Images, model: ResolvedModel | None, held: Held
 ) -> dict[str, Any]:
     """Predict into an output folder whose lease is held."""
     output = storage.absolute(config.output)
@@ -51,9 +51,9 @@ def predict(
                 found = client.detect(data, 0.0, orientation=config.orientation)
                 return [asdict(each) for each in found.detections]
 
-            predictions, labels = batch.predict_by_endpoint(images, detect, config.orientation)
+            predictions, labels = image_folder.predict_by_endpoint(images, detect, config.orientation)
     else:
-        source, labels = model.address, batch.label_names(model)
+        source, labels = model.address, image_folder.label_names(model)
         print(f"predicting {len(images.names):,} images with {source}", flush=True)
         connect(config.actors + 1, gpus=config.actors * config.num_gpus)
         require_shared(images=config.images, output=config.output)
@@ -61,18 +61,20 @@ def predict(
             config.masks, config.precision, config.engine, config.segment_threshold, config.orientation
         )
         options = ActorOptions(config.actors, config.batch_size, config.num_gpus)
-        predictions = batch.predict_by_model(images, model, options, settings, output)
-    named = batch.with_names(predictions, images)
+        predictions = image_folder.predict_by_model(images, model, options, settings, output)
+    named = image_folder.with_names(predictions, images)
     held.verify()
-    batch.write_files(named, labels, output)
-    if hint := batch.hint_on_nothing(named, labels, config.threshold):
+    image_folder.write_files(named, labels, output)
+    if hint := image_folder.hint_on_nothing(named, labels, config.threshold):
         print(f"\n{hint}", flush=True)
     summary = {
         "predicted_by": source,
         "images": len(images.names),
         "unreadable": len(named) - named.column("error").null_count,
-        "objects": batch.count_above(named, config.threshold),
-        "best_score": max((each["score"] for each in batch.best_scores(named, labels, 1)), default=0.0),
+        "objects": image_folder.count_above(named, config.threshold),
+        "best_score": max(
+            (each["score"] for each in image_folder.best_scores(named, labels, 1)), default=0.0
+        ),
         "predictions": storage.join(output, "predictions.parquet"),
         "results": storage.join(output, "results.json"),
     }

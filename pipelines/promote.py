@@ -15,7 +15,7 @@ from raydetr import storage
 from raydetr.command import require_writable, run
 from raydetr.config import PromoteConfig
 from raydetr.errors import PromotionRefused
-from raydetr.evaluation.promotion import promote
+from raydetr.promotion.promote import promote
 
 
 def main(config: PromoteConfig) -> dict[str, Any]:

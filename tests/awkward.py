@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from raydetr.data.shard_writer import write_manifest, write_shard
+from raydetr.data.ingest.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest
 
 CATEGORIES = [{"id": 3, "name": "ant"}, {"id": 7, "name": "bee"}, {"id": 90, "name": "cat"}]

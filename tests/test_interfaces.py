@@ -10,7 +10,7 @@ from raydetr import config
 from raydetr.data import schema
 from raydetr.data.shards import Manifest
 from raydetr.doctor.config import DoctorConfig
-from raydetr.evaluation.predictions import PREDICTION_SCHEMA
+from raydetr.prediction.predictions import PREDICTION_SCHEMA
 from raydetr.serving.app import api
 from raydetr.training.config import TrainConfig
 from raydetr.training.recipes import RECIPES

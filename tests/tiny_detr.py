@@ -9,8 +9,8 @@ from PIL import Image
 
 from detr.config import DetrConfig
 from detr.image_processing.processor import DetrImageProcessor
-from detr.model import DetrForObjectDetection
-from detr.segmentation import DetrForSegmentation
+from detr.model.detection import DetrForObjectDetection
+from detr.model.segmentation import DetrForSegmentation
 
 
 def save_tiny_detr(

@@ -3,10 +3,10 @@
 import itertools
 from collections.abc import Iterator
 
-from raydetr.data import stream
-from raydetr.data.micro_batch import TrainingBatch, unpack
 from raydetr.data.shards import Manifest
-from raydetr.data.source import shard_source
+from raydetr.data.stream import ray_stream
+from raydetr.data.stream.micro_batch import TrainingBatch, unpack
+from raydetr.data.stream.source import shard_source
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import step_totals
 from raydetr.training.run import plan_spec
@@ -16,8 +16,8 @@ from raydetr.training.step import train_step
 
 def batches_of_steps(config: TrainConfig, manifest: Manifest) -> Iterator[list[TrainingBatch]]:
     """The micro-batches of steps 0 to `config.steps` − 1."""
-    plan = stream.build_plan(manifest, plan_spec(config))
-    job = stream.Stream(
+    plan = ray_stream.build_plan(manifest, plan_spec(config))
+    job = ray_stream.Stream(
         source=shard_source(manifest),
         plan=plan,
         last_step=config.steps,
@@ -26,8 +26,8 @@ def batches_of_steps(config: TrainConfig, manifest: Manifest) -> Iterator[list[T
     )
     rows = (
         batch
-        for window in stream._walk(job, 0)
-        for row in stream._fill(window, job, world_size=1)
+        for window in ray_stream._walk(job, 0)
+        for row in ray_stream._fill(window, job, world_size=1)
         for batch in unpack(row, config.micro_batch_size)
     )
     for _, group in itertools.groupby(rows, key=lambda batch: batch.step):

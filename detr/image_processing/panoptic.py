@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from detr.image_processing.annotations import Labels
+from detr.image_processing.panoptic_png import read_panoptic_png
 from detr.image_processing.segment_map import SegmentMap, number_segments
-from detr.panoptic_png import read_panoptic_png
 
 
 def check_panoptic(annotations: Sequence[Any], number_of_images: int, masks_path: str | Path | None) -> Path:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from detr.image_processing.panoptic_png import read_panoptic_png, write_panoptic_png
 from detr.metrics.panoptic_matching import VOID, Counts, match_segments, mean_quality, quality
 from detr.output_names import output_name
-from detr.panoptic_png import read_panoptic_png, write_panoptic_png
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from detr.panoptic_png import write_panoptic_png
+from detr.image_processing.panoptic_png import write_panoptic_png
 from detr.postprocess.segments import SegmentationOutput
 from detr.postprocess.sizes import TargetSizes, check_count, integer_sizes
 from detr.postprocess.view import image_views

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr.outputs import ModelOutput
+from detr.model.outputs import ModelOutput
 from detr.postprocess.running_argmax import running_argmax
 from detr.postprocess.segments import SegmentationOutput
 from detr.postprocess.sizes import TargetSizes

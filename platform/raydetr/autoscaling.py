@@ -8,7 +8,7 @@ nodes that were given and never came up.)
 
 from typing import Any
 
-from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer
+from raydetr.ray_internals.autoscaler import default_utilization_scorer
 
 _ON_DEMAND = "on_demand"
 
@@ -32,7 +32,7 @@ def spot_first(
         Ray's score, among equals of whose kinds of resources those come first that were not refused, of them spot;
         None where nothing fits.
     """
-    score = _default_utilization_scorer(
+    score = default_utilization_scorer(
         node_resources, resources, node_type, node_availability_summary=node_availability_summary
     )
     if score is None:

@@ -17,8 +17,9 @@ import ray.autoscaler.sdk
 
 import detr
 import raydetr
-from raydetr import ray_internals, storage
+from raydetr import storage
 from raydetr.errors import ClusterError
+from raydetr.ray_internals.console import quiet_driver
 
 WAIT_FOR_NODES = "RAYDETR_WAIT_FOR_NODES"
 """Environment variable: seconds to wait for the nodes of an autoscaling cluster, which may begin with a head alone."""
@@ -52,7 +53,7 @@ def connect(
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     if not ray.is_initialized():
-        ray_internals.quiet_driver()
+        quiet_driver()
         _start(cpus)
     there = _wait_for({"CPU": cpus, "GPU": gpus}, float(os.environ.get(WAIT_FOR_NODES) or 0))
     if there["CPU"] < (least := least or cpus):

@@ -9,7 +9,7 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, sync_playwright
 
-from detr.detector import ObjectDetector
+from detr.inference.detector import ObjectDetector
 from tests.browser.endpoint import NAMES, Open, Server, Visit, application
 from tests.tiny_detr import add_mask_head, save_tiny_detr
 

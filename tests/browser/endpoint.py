@@ -9,8 +9,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from playwright.sync_api import Browser, Page, expect
 
-from detr.detector import ObjectDetector, prepare_image
 from detr.image_processing.decode import ImageError, Orientation
+from detr.inference.detector import ObjectDetector, prepare_image
 from raydetr.serving.page import index
 from raydetr.serving.segments import SegmentRequest, segments
 

@@ -8,12 +8,12 @@ from playwright.sync_api import Browser, Locator, Page
 
 from raydetr.data.shards import Manifest
 from raydetr.evaluation.analysis import analyse
-from raydetr.evaluation.compare import compare
-from raydetr.evaluation.page import write_page
-from raydetr.evaluation.page_comparison import write_comparison
-from raydetr.evaluation.truth import read_truth
+from raydetr.evaluation.ground_truth import read_truth
+from raydetr.promotion.compare import compare
+from raydetr.reports.page import write_page
+from raydetr.reports.page_comparison import write_comparison
 from tests.awkward import write_awkward
-from tests.raydetr.evaluation.page_examples import make_record, spoilt_predictions
+from tests.raydetr.reports.page_examples import make_record, spoilt_predictions
 
 pytestmark = pytest.mark.slow
 

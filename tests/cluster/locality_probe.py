@@ -15,12 +15,12 @@ import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from detr.augment import AugmentSpec
+from detr.image_processing.augment import AugmentSpec
 from raydetr import cluster, storage
-from raydetr.data import stream
-from raydetr.data.plan import PlanSpec
 from raydetr.data.shards import Manifest
-from raydetr.data.source import shard_source
+from raydetr.data.stream import ray_stream
+from raydetr.data.stream.plan import PlanSpec
+from raydetr.data.stream.source import shard_source
 
 WORKERS = 2
 SPEC = PlanSpec(
@@ -42,7 +42,7 @@ def consume(config: dict[str, Any]) -> None:
     own = ray.get_runtime_context().get_node_id()
     seen: collections.Counter[str] = collections.Counter()
     shard = ray.train.get_dataset_shard("train")
-    for batches in stream.steps(shard, SPEC.micro_batch_size, SPEC.micro_batches // WORKERS):
+    for batches in ray_stream.steps(shard, SPEC.micro_batch_size, SPEC.micro_batches // WORKERS):
         seen.update(batch.node for batch in batches)
         time.sleep(0.02)  # about what a small model's step takes
     found = {"node": own, "batches": dict(seen)}
@@ -52,9 +52,9 @@ def consume(config: dict[str, Any]) -> None:
 def main(train_data: str, steps: int, output: str) -> None:
     cluster.connect(WORKERS + 1)
     manifest = Manifest.load(train_data)
-    job = stream.Stream(
+    job = ray_stream.Stream(
         source=shard_source(manifest),
-        plan=stream.build_plan(manifest, SPEC),
+        plan=ray_stream.build_plan(manifest, SPEC),
         last_step=steps,
         first_step=first_step,
     )
@@ -64,7 +64,7 @@ def main(train_data: str, steps: int, output: str) -> None:
         scaling_config=ScalingConfig(num_workers=WORKERS, placement_strategy="SPREAD"),
         run_config=RunConfig(name="locality", storage_path=storage.join(storage.absolute(output), "ray")),
         datasets={"train": job},  # type: ignore[dict-item]
-        dataset_config=stream.PlanDataConfig(),
+        dataset_config=ray_stream.PlanDataConfig(),
     )
     trainer.fit()
 

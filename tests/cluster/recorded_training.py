@@ -19,7 +19,7 @@ import ray
 import ray.train
 
 from detr import DetrForObjectDetection
-from detr.query_groups import QueryGroups
+from detr.training.query_groups import QueryGroups
 from raydetr import cluster
 from raydetr.command import run
 from raydetr.training import scaling, trainer, worker

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raydetr.data import stream
 from raydetr.data.shards import Manifest
+from raydetr.data.stream import ray_stream
 from raydetr.training import checkpoint
 from raydetr.training.run import plan_spec
 from tests.awkward import write_awkward
@@ -28,7 +28,7 @@ def check(manifest: Manifest, output: Path, steps: int) -> list[int]:
     final, lost = received(output / "records")
     assert sorted(final) == sorted(losses(output)) == list(range(steps))
     assert checkpoint.last_committed_step(str(output)) == steps
-    plan = stream.build_plan(manifest, plan_spec(config(manifest.root, str(output))))
+    plan = ray_stream.build_plan(manifest, plan_spec(config(manifest.root, str(output))))
     for epoch in range(steps // plan.steps_per_epoch):
         first = epoch * plan.steps_per_epoch
         ids = [i for step in range(first, first + plan.steps_per_epoch) for i, _, _ in final[step]]

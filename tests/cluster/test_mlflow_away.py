@@ -16,15 +16,15 @@ from raydetr.config import EvaluateConfig, PromoteConfig
 from raydetr.data.shards import Manifest
 from raydetr.errors import BelowBoundError, RegistryError
 from raydetr.evaluation import evaluate as evaluation
-from raydetr.evaluation import promotion
-from raydetr.registry import promote as moves
-from raydetr.registry.ledger import Ledger, experiment_name
+from raydetr.promotion import promote
+from raydetr.promotion import records as moves
+from raydetr.promotion.ledger import Ledger, experiment_name
 from raydetr.registry.models import MODEL_ID_TAG, register
 from raydetr.registry.tracking import client, start_run
 from tests.awkward import write_awkward
 from tests.cluster.local_head import free_port
 from tests.mlflow_server import kill, mlflow_server
-from tests.raydetr.registry.judged import guesses, put_on_file
+from tests.raydetr.promotion.judged import guesses, put_on_file
 from tests.raydetr.registry.versions import bare_versions
 from tests.tiny_detr import save_tiny_detr
 
@@ -33,9 +33,9 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 AWAY_S = 65.0
 BLUR = 0.16
 RECORDED_AT = {
-    "the decision's run": (promotion, "open_decision"),
+    "the decision's run": (promote, "open_decision"),
     "the page": (moves, "log_artifacts"),
-    "the entry of the ledger": (promotion, "move"),
+    "the entry of the ledger": (promote, "move"),
     "the versions' tags": (Ledger, "note"),
 }
 """What of a promotion is written next when the server dies, and what writes it."""

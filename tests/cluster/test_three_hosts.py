@@ -40,7 +40,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with three_hosts(folder, CPUS) as cluster:
         coco = f"s3://{BUCKET}/coco"
         cluster.on_the_switch(
-            f"from raydetr.data.synthetic import generate; generate({coco!r}, 256, seed=3, size=96)"
+            f"from raydetr.data.synthetic.dataset import generate; generate({coco!r}, 256, seed=3, size=96)"
         )
         ingest = ["--annotations", f"{coco}/annotations/instances.json", "--images", f"{coco}/images"]
         shards = ["--output", shared("data/train"), "--shard-bytes", "100000"]

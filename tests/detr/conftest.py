@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detr.checkpoint_names import to_file_name
+from detr.checkpoint.key_maps import to_file_name
 from detr.config import DetrConfig
-from detr.model import DetrForObjectDetection
-from detr.segmentation import DetrForSegmentation
+from detr.model.detection import DetrForObjectDetection
+from detr.model.segmentation import DetrForSegmentation
 from tests.exact_reference import exact_reference
 
 __all__ = ["exact_reference"]

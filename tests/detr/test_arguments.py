@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import detr
-from detr.checkpoint import load_model
+from detr.checkpoint.load_save import load_model
 from detr.model_files import FILE_ARGUMENTS
 from tests.detr.conftest import SMALL
 

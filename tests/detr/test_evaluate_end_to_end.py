@@ -15,7 +15,7 @@ from PIL import Image
 
 from detr import DetrImageProcessor
 from detr.metrics.coco import CocoEvaluator
-from detr.outputs import DetrSegmentationOutput
+from detr.model.outputs import DetrSegmentationOutput
 
 COCO = Path(__file__).parents[3] / "shared" / "data" / "coco128"
 TRUTH = COCO / "annotations" / "instances_train2017.json"

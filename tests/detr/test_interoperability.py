@@ -16,7 +16,7 @@ from detr import (
     DetrImageProcessor,
     DetrImageProcessorPil,
 )
-from detr.checkpoint import _warn_about_backbone
+from detr.checkpoint.load_save import _warn_about_backbone
 from tests.detr.conftest import separate_the_queries, small_config
 from tests.tiers import rest_slow
 
@@ -200,7 +200,7 @@ def test_a_model_can_be_made_with_parameters_on_meta(monkeypatch):
 
 
 def test_an_output_is_a_dict_of_the_fields_that_are_not_none():
-    output = detr.outputs.DetrObjectDetectionOutput(logits=torch.ones(1), pred_boxes=torch.zeros(1))
+    output = detr.model.outputs.DetrObjectDetectionOutput(logits=torch.ones(1), pred_boxes=torch.zeros(1))
     assert isinstance(output, dict)
     assert (
         type(output)(dict(output.items())).keys() == output.keys()

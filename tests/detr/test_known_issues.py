@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from detr import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ObjectDetector
-from detr.criterion import target_counts
+from detr.loss.criterion import target_counts
 from tests.detr.conftest import small_config, transformers_config
 
 
@@ -173,7 +173,7 @@ def test_learned_positions_of_a_version_4_file_are_loaded(make_twins, make_batch
 
 @pytest.mark.known_issue(17)
 def test_the_mean_loss_of_two_processes_is_that_of_one_with_the_whole_batch(make_twins, make_batch):
-    """Here with the normalisers that `detr.distributed` averages (test_distributed.py has two real processes)."""
+    """Here with the normalisers that `detr.loss.normalizers` averages (test_distributed.py has two real processes)."""
     batch = make_batch(sizes=((64, 64),) * 2, objects=(1, 9))
     pair = make_twins()
     halves = [(batch.pixel_values[i : i + 1], batch.labels[i : i + 1]) for i in range(2)]

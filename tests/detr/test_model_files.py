@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 import detr
-from detr.checkpoint import model_folder
+from detr.checkpoint.load_save import model_folder
 from detr.model_files import FILE_ARGUMENTS, ModelFiles
 from tests.detr.conftest import small_config
 from tests.hub_server import Hub, serve_hub

@@ -121,7 +121,7 @@ def test_a_block_of_the_page_runs(index, adapt, capsys):
             assert printed == shown
     if "model" in names:
         assert type(names["model"]).__module__.startswith("detr.")
-    assert index or isinstance(names["pipeline"], detr.image_pipelines.ImagePipeline)
+    assert index or isinstance(names["pipeline"], detr.hf.image_pipelines.ImagePipeline)
 
 
 def test_the_pages_numbers_come_from_a_trained_checkpoint(checkpoint, adapt, capsys):

@@ -253,7 +253,7 @@ def test_accelerates_bfloat16_returns_outputs_in_float32(processor):
     model = accelerator.prepare(make_model().eval())
     outputs = model(torch.rand(1, 3, 96, 96))
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert type(outputs) is detr.outputs.DetrObjectDetectionOutput
+    assert type(outputs) is detr.model.outputs.DetrObjectDetectionOutput
     assert {value.dtype for value in outputs.values()} == {torch.float32}
 
 

@@ -12,7 +12,7 @@ from raydetr.config import PromoteConfig
 from raydetr.data.shards import Manifest
 from raydetr.errors import PromotionRefused
 from raydetr.registry.tracking import client
-from tests.raydetr.registry.judged import put_on_file
+from tests.raydetr.promotion.judged import put_on_file
 
 
 def champion(config: PromoteConfig) -> int:

@@ -11,8 +11,8 @@ from raydetr.config import EvaluateConfig
 from raydetr.data.shards import coco_truth
 from raydetr.errors import ConfigError, RegistryError
 from raydetr.evaluation.evaluate import evaluate
+from raydetr.promotion.records import promote
 from raydetr.registry.models import register, resolve
-from raydetr.registry.promote import promote
 from raydetr.registry.tracking import client, metric_history, start_run
 from tests.at_once import at_once
 from tests.awkward import write_awkward

@@ -7,7 +7,7 @@ import pipelines.ingest
 from pipelines.ingest import main
 from raydetr.command import run
 from raydetr.config import IngestConfig
-from raydetr.data.synthetic import generate
+from raydetr.data.synthetic.dataset import generate
 from raydetr.errors import RaydetrError
 from tests.run_pipeline import RunPipeline
 

@@ -12,13 +12,13 @@ from pipelines.promote import main
 from raydetr.config import PromoteConfig
 from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError, PromotionRefused, RegistryError
-from raydetr.evaluation import promotion
+from raydetr.promotion import promote
 from raydetr.registry.models import register
 from raydetr.registry.tracking import client, start_run
 from tests.awkward import write_awkward
 from tests.empty_registry import empty_registry
 from tests.pipelines.promotions import champion, put, refused, tags
-from tests.raydetr.registry.judged import guesses, put_on_file
+from tests.raydetr.promotion.judged import guesses, put_on_file
 from tests.tiny_detr import save_tiny_detr
 
 BLUR = 0.12
@@ -193,14 +193,14 @@ def test_of_two_promotions_at_once_the_second_is_refused(config, data, tmp_path,
     """The third version is promoted while the second one is being compared."""
     for version, blur in ((1, BLUR), (2, BLUR / 2), (3, BLUR / 3)):
         put(config, tmp_path, version, data, guesses(data, blur))
-    compare = promotion.compare
+    compare = promote.compare
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(promotion, "compare", compare)
+        monkeypatch.setattr(promote, "compare", compare)
         assert main(replace(config, model="models:/raydetr/3"))["promoted"]
         return compare(*arguments)
 
-    monkeypatch.setattr(promotion, "compare", meanwhile)
+    monkeypatch.setattr(promote, "compare", meanwhile)
     with pytest.raises(PromotionRefused) as error:
         main(config)
     reason = error.value.summary["reason"]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 import pytest
 
-from detr.detector import ObjectDetector
-from detr.segmentation import DetrForSegmentation
+from detr.inference.detector import ObjectDetector
+from detr.model.segmentation import DetrForSegmentation
 from pipelines.promote import main
 from raydetr.config import PromoteConfig
 from raydetr.data.shards import Manifest
@@ -16,7 +16,7 @@ from raydetr.registry.models import register
 from raydetr.registry.tracking import client, start_run
 from tests.empty_registry import empty_registry
 from tests.pipelines.promotions import champion, put, refused, tags
-from tests.raydetr.registry.judged_masks import outlines, scenes, segmented
+from tests.raydetr.promotion.judged_masks import outlines, scenes, segmented
 from tests.tiers import rest_slow
 from tests.tiny_detr import add_mask_head, save_tiny_detr
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from detr.detector import ObjectDetector
+from detr.inference.detector import ObjectDetector
 from pipelines.predict import main as predict
 from raydetr import config
 from raydetr.config import EvaluateConfig, PredictConfig, ServeConfig

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydetr import filesystems, storage
-from raydetr.data.layout import Windows
-from raydetr.data.shard_writer import write_manifest, write_shard
-from raydetr.data.source import layout, shard_source
+from raydetr.data.ingest.shard_writer import write_manifest, write_shard
+from raydetr.data.stream.layout import Windows
+from raydetr.data.stream.source import layout, shard_source
 from raydetr.errors import StorageError
 from tests.raydetr.s3 import S3
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from raydetr.data.report import count_faults, fault_lines
+from raydetr.data.ingest.console import count_faults, fault_lines
 from raydetr.data.schema import FAULTS, Fault, is_trained
 from raydetr.data.shards import Manifest, is_target, read_faults, read_records
 from raydetr.errors import DataError

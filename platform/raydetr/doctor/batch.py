@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 from detr.drawing import class_color, draw_detections, draw_segments
 from raydetr import storage
-from raydetr.data.micro_batch import TrainingBatch
 from raydetr.data.shards import Manifest
+from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.doctor.findings import Finding
 from raydetr.errors import StorageError
 from raydetr.training.config import TrainConfig

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from raydetr import storage
-from raydetr.data import shard_writer
+from raydetr.data.ingest import shard_writer
 from raydetr.data.schema import FAULTS
 from raydetr.data.shards import Manifest, read_faults
 from raydetr.data.usable import reasons, require_trainable, require_usable, trainable

@@ -9,7 +9,7 @@ import ray
 
 from raydetr import storage
 from raydetr.data.shards import Manifest
-from raydetr.data.synthetic import EMBEDDED_ROOT, embedded
+from raydetr.data.synthetic.dataset import EMBEDDED_ROOT, embedded
 from raydetr.doctor import batch, data, estimate, reach, resources, shards, trial, versions
 from raydetr.doctor.config import DoctorConfig
 from raydetr.doctor.findings import Finding, Report

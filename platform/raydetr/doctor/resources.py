@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import ray
 
-from raydetr.data import in_flight
+from raydetr.data.stream import in_flight
 from raydetr.doctor.findings import Finding
 from raydetr.doctor.nodes import Node, alive
 from raydetr.errors import ClusterError

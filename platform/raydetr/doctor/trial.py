@@ -11,13 +11,13 @@ from typing import Any
 import ray
 import torch
 
-from detr.detector import ObjectDetector
 from detr.image_processing.decode import ImageError
-from raydetr.data.mask_targets import mask_targets
-from raydetr.data.micro_batch import TrainingBatch
+from detr.inference.detector import ObjectDetector
+from raydetr.data.ingest.shard_writer import write_manifest, write_shard
 from raydetr.data.pixels import decode_record
-from raydetr.data.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest, read_records, training_targets
+from raydetr.data.stream.mask_targets import mask_targets
+from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.doctor.config import DoctorConfig
 from raydetr.doctor.findings import Finding
 from raydetr.errors import ClusterError, DataError, TrainingError

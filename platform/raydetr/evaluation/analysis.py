@@ -12,10 +12,10 @@ import pyarrow as pa
 from detr.metrics.coco_matching import TRUE, Evaluation, Matches, matches_of
 from raydetr.evaluation.errors_by_kind import KINDS, confident, duplicate_share, error_costs, find_errors
 from raydetr.evaluation.figures import Evaluations, evaluate_predictions, figures_of
+from raydetr.evaluation.ground_truth import Truth
 from raydetr.evaluation.intervals import CONFIDENCE, RESAMPLES, intervals, resample
 from raydetr.evaluation.panoptic_quality import PanopticCounts, class_qualities, count_segments
 from raydetr.evaluation.slices import score_slices
-from raydetr.evaluation.truth import Truth
 
 MIN_SCORE = 0.3
 """Of the detections that the confusion matrix and the kinds of errors are about."""

@@ -8,29 +8,29 @@ from typing import Any
 import pyarrow as pa
 
 from detr.config import DetrConfig
-from detr.detector import padding_share
 from detr.image_processing.processor import DetrImageProcessor
+from detr.inference.detector import padding_share
 from raydetr import storage
 from raydetr.cluster import connect, require_shared
 from raydetr.config import EvaluateConfig
-from raydetr.data.ingest import Options, ingest
-from raydetr.data.inputs import Addresses
-from raydetr.data.mask_targets import MaskKind, has_mask
-from raydetr.data.report import print_faults, print_progress
+from raydetr.data.ingest.console import print_faults, print_progress
+from raydetr.data.ingest.ingest import Options, ingest
+from raydetr.data.ingest.inputs import Addresses
 from raydetr.data.shards import Manifest, read_records
-from raydetr.data.synthetic import embedded
+from raydetr.data.stream.mask_targets import MaskKind, has_mask
+from raydetr.data.synthetic.dataset import embedded
 from raydetr.errors import BelowBoundError, ConfigError, DataError
-from raydetr.evaluation.actors import ActorOptions
-from raydetr.evaluation.coco_files import write_coco_files
 from raydetr.evaluation.figures import figure_names
-from raydetr.evaluation.page import write_page
-from raydetr.evaluation.predict import predict, read_predictions
-from raydetr.evaluation.predictions import Masks, PredictionSettings
 from raydetr.evaluation.record import ANALYSIS, check_room, evaluation_key, find, keep, make, tag_bound
 from raydetr.evaluation.score import score
 from raydetr.lease import WAIT_S, Held, lease
+from raydetr.prediction.actors import ActorOptions
+from raydetr.prediction.coco_files import write_coco_files
+from raydetr.prediction.predict import predict, read_predictions
+from raydetr.prediction.predictions import Masks, PredictionSettings
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.registry.tracking import resolve_uri
+from raydetr.reports.page import write_page
 
 _SEARCHED = 64
 """Records that are looked at for masks."""

@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from detr.detector import ObjectDetector, PreparedImage
 from detr.image_processing.decode import ImageError
-from raydetr.data.mask_targets import MaskKind
+from detr.inference.detector import ObjectDetector, PreparedImage
 from raydetr.data.pixels import decode_record
 from raydetr.data.shards import Manifest, read_records
-from raydetr.evaluation.coco_files import coco_results
-from raydetr.evaluation.predictions import PredictionSettings, Predictor, error_row, table
+from raydetr.data.stream.mask_targets import MaskKind
+from raydetr.evaluation.ground_truth import Truth, truth_columns
 from raydetr.evaluation.score import figures_of_table
-from raydetr.evaluation.truth import Truth, truth_columns
+from raydetr.prediction.coco_files import coco_results
+from raydetr.prediction.predictions import PredictionSettings, Predictor, error_row, table
 
 BATCH_SIZE = 8
 

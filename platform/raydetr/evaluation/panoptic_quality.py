@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from detr.image_processing.panoptic_png import read_panoptic_colors
 from detr.image_transforms import rgb_to_id
 from detr.metrics.panoptic_matching import VOID, match_segments, mean_quality, quality
-from detr.panoptic_png import read_panoptic_colors
 from raydetr.errors import DataError
 
 NAMES = ("PQ", "SQ", "RQ")

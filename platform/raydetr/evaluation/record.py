@@ -18,8 +18,8 @@ from raydetr import storage
 from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError
 from raydetr.mlflow_names import class_metric
+from raydetr.registry.evaluations import evaluation_room, evaluations, put_evaluation
 from raydetr.registry.models import ResolvedModel
-from raydetr.registry.promote import evaluation_room, evaluations, put_evaluation
 from raydetr.registry.tracking import (
     client,
     end_on_error,

@@ -5,12 +5,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from raydetr.data.mask_targets import MaskKind
 from raydetr.data.shards import Manifest
+from raydetr.data.stream.mask_targets import MaskKind
 from raydetr.evaluation.analysis import analyse, count_panoptic
 from raydetr.evaluation.figures import evaluate_predictions, figures_of
-from raydetr.evaluation.predict import check_complete, read_predictions
-from raydetr.evaluation.truth import Truth, read_truth
+from raydetr.evaluation.ground_truth import Truth, read_truth
+from raydetr.prediction.predict import check_complete, read_predictions
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from detr.metrics.coco_matching import Evaluation
-from raydetr.evaluation.truth import Truth
+from raydetr.evaluation.ground_truth import Truth
 
 _OBJECTS = ((0, "none"), (1, "1"), (2, "2 to 4"), (5, "5 to 9"), (10, "10 to 19"), (20, "20 or more"))
 _SIDES = (

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from raydetr.registry.gate import CHOSEN_ON_TAG, TRAINED_ON_TAG
+from raydetr.registry.tags import CHOSEN_ON_TAG, TRAINED_ON_TAG
 from raydetr.registry.tracking import GIT_TAG
 
 _TEXT = """---

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlflow
 
-from detr.detector import ObjectDetector
+from detr.inference.detector import ObjectDetector
 
 
 class DetrModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-defined]  # not in mlflow's types

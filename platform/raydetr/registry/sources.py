@@ -29,7 +29,7 @@ def fetch_folder(address: str) -> str:
         RegistryError: there is nothing at the address, or it cannot be fetched.
     """
     if address.startswith("hub:"):
-        from detr.checkpoint import model_folder
+        from detr.checkpoint.load_save import model_folder
 
         try:
             return str(model_folder(address.removeprefix("hub:")))

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import ray
 from ray import serve
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
-from detr.fast import Engine
+from detr.inference.optimize import Engine
 from raydetr import cluster, storage
 from raydetr.config import ServeConfig
 from raydetr.errors import ClusterError, ConfigError, ServingError
+from raydetr.ray_internals.serve import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.registry.tracking import resolve_uri
 from raydetr.serving.auth import Tokens, require_tokens

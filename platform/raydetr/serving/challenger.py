@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from raydetr.errors import RequestError
 from raydetr.serving.refusals import Unavailable
-from raydetr.serving.service import Current
+from raydetr.serving.served_version import ServedVersion
 from raydetr.serving.shadow import Shadow
 from raydetr.serving.versions import Alias
 
@@ -42,11 +42,17 @@ class Challenger:
         fell_back: called for each request that the champion answers since the challenger could not.
     """
 
-    def __init__(self, trial: Trial, current: Current, shadow: Shadow, fell_back: Callable[[], None]) -> None:
+    def __init__(
+        self, trial: Trial, current: ServedVersion, shadow: Shadow, fell_back: Callable[[], None]
+    ) -> None:
         self.trial, self.current, self.shadow, self._fell_back = trial, current, shadow, fell_back
 
     async def answer(
-        self, task: str, champion: Current, run: Callable[[Current], Awaitable[T]], within_s: float
+        self,
+        task: str,
+        champion: ServedVersion,
+        run: Callable[[ServedVersion], Awaitable[T]],
+        within_s: float,
     ) -> T | None:
         """The challenger's answer, if this request is one of its share and it has one.
 
@@ -82,6 +88,6 @@ class Challenger:
             self._fell_back()
             return None
 
-    def is_other_than(self, champion: Current) -> bool:
+    def is_other_than(self, champion: ServedVersion) -> bool:
         """Whether there is something to try: the alias may be at the champion's own version."""
         return self.current.model.address != champion.model.address

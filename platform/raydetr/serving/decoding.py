@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from detr.detector import PreparedImage
+from detr.inference.detector import PreparedImage
 from raydetr.errors import RequestError, ServingError
 from raydetr.serving.decode_worker import READY, Task
 from raydetr.serving.images import Inspected

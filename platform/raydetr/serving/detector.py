@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeAlias
 from ray import serve
 from torch.overrides import TorchFunctionMode
 
-from detr.detector import PreparedImage, padding_share
-from detr.fast import Engine
+from detr.inference.detector import PreparedImage, padding_share
+from detr.inference.optimize import Engine
 from raydetr.errors import RaydetrError
 from raydetr.registry.models import ResolvedModel
 from raydetr.serving.images import CostlyImage
@@ -50,7 +50,7 @@ class Result:
     """What became of one image."""
 
     value: Any
-    """`detr.detector.Detections`, what `segments.segments` gives, or a `Failure`."""
+    """`detr.inference.detector.Detections`, what `segments.segments` gives, or a `Failure`."""
     model_ms: float
     """Time of its batch on the device, in milliseconds."""
 
@@ -117,7 +117,7 @@ class Detector:
         batching: of the queues.
         device: torch's name of it.
         precision: what the model computes in.
-        engine: what computes it; see `detr.fast.optimized`.
+        engine: what computes it; see `detr.inference.optimize.optimized`.
         kept_versions: that it holds, those that were asked for last.
 
     What is asked in the background never shares a batch with what clients wait for, and is computed in their pauses.

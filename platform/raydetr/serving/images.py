@@ -3,7 +3,6 @@
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from detr.detector import PreparedImage, prepare_image
 from detr.image_processing.container import read_container
 from detr.image_processing.decode import (
     DEFAULT_MAX_COST,
@@ -18,6 +17,7 @@ from detr.image_processing.decode import (
     open_image,
 )
 from detr.image_processing.processor import DetrImageProcessor
+from detr.inference.detector import PreparedImage, prepare_image
 from raydetr.errors import ConfigError, RequestError
 
 
@@ -105,7 +105,7 @@ def prepare(
 
     Args:
         data: encoded.
-        image_processor: see `detr.detector.prepare_image`.
+        image_processor: see `detr.inference.detector.prepare_image`.
         limits: `max_pixels` and `decode_s` count here.
         number: of the image in its request, from 1, for messages; None for the only one.
         orientation: whether the image is turned upright by its EXIF orientation.

@@ -27,7 +27,8 @@ from raydetr.serving.openapi import documented_api
 from raydetr.serving.preparer import Preparer
 from raydetr.serving.queries import check_query
 from raydetr.serving.refusals import add_handlers
-from raydetr.serving.service import Current, Service
+from raydetr.serving.served_version import ServedVersion
+from raydetr.serving.service import Service
 from raydetr.serving.shadow import Shadow
 from raydetr.serving.versions import Alias, Follower
 
@@ -115,7 +116,9 @@ class Ingress:
         preparer = Preparer(options.limits, max(1, options.most_requests // 2))
         if not preparer.start():
             raise ServingError("No process that decodes images starts; the log has the reason.")
-        self.service = Service(Current.of(model), detector, preparer, options.most_requests, self._is_ready)
+        self.service = Service(
+            ServedVersion.of(model), detector, preparer, options.most_requests, self._is_ready
+        )
         # Champion and challenger may move at once, and replicas have room for one version besides those in use.
         self._loading = threading.Lock()
         self._show_version()
@@ -144,7 +147,7 @@ class Ingress:
 
     def _take(self, model: ResolvedModel) -> str | None:
         """Have all replicas load and check a version beside the one that answers; then requests use it."""
-        current = Current.of(model)
+        current = ServedVersion.of(model)
         with self._loading:
             refused = self._load(model)
             if refused is None:
@@ -156,7 +159,7 @@ class Ingress:
     def _try(self, model: ResolvedModel) -> str | None:
         """Have all replicas load and check a challenger; then it gets its share."""
         assert self.options.trial is not None
-        current = Current.of(model)
+        current = ServedVersion.of(model)
         until = time.monotonic() + _LOAD_TIMEOUT_S
         while (replicas := self._replicas()) is None or replicas.status == "UPDATING":
             if time.monotonic() > until:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from detr.config import DetrConfig
-from detr.detector import Detections, ObjectDetector, PreparedImage
-from detr.fast import Engine
-from detr.segmentation import DetrForSegmentation
+from detr.inference.detector import Detections, ObjectDetector, PreparedImage
+from detr.inference.optimize import Engine
+from detr.model.segmentation import DetrForSegmentation
 from raydetr.errors import ServingError
 from raydetr.registry.models import ResolvedModel, local_folder
 from raydetr.serving.segments import SegmentRequest, segments
@@ -79,7 +79,7 @@ class LoadedModel:
             model: from `registry.models.resolve`.
             device: torch's name of it.
             precision: bf16 runs it in bfloat16 but for the heads, with torch on a CPU by autocast.
-            engine: what computes it; see `detr.fast.optimized`.
+            engine: what computes it; see `detr.inference.optimize.optimized`.
         """
         folder = local_folder(model)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32

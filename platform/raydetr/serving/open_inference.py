@@ -11,7 +11,8 @@ from pydantic import BaseModel, Field
 
 from raydetr.errors import RequestError
 from raydetr.serving.schemas import ErrorResponse
-from raydetr.serving.service import Current, Service, ServiceOf
+from raydetr.serving.served_version import ServedVersion
+from raydetr.serving.service import Service, ServiceOf
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 ModelName = Annotated[str, Path(description="As GET /v1/models gives it.")]
@@ -109,7 +110,7 @@ async def model_ready(name: ModelName, service: ServiceOf, response: Response) -
     return ModelReady(name=name, ready=is_ready)
 
 
-def _require(name: str, service: Service) -> Current:
+def _require(name: str, service: Service) -> ServedVersion:
     current = service.current
     if name != current.info.name:
         raise RequestError(404, f"There is no model {name!r}: this endpoint serves {current.info.name!r}.")

@@ -11,9 +11,9 @@ from concurrent.futures import Future
 
 from PIL import Image
 
-from detr.detector import PreparedImage
 from detr.image_processing.decode import Orientation
 from detr.image_processing.processor import DetrImageProcessor
+from detr.inference.detector import PreparedImage
 from raydetr.errors import RequestError, ServingError
 from raydetr.serving.bodies import Encoded
 from raydetr.serving.concurrently import all_or_none

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from raydetr.ray_internals.worker_logs import global_worker_stdstream_dispatcher
 
 _RAY_PRINTS = "ray_print_logs"
 """Ray's name (2.60) of what prints the lines of workers."""

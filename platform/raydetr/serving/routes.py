@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import HTMLResponse
 
-from detr.detector import Detections, PreparedImage
 from detr.image_processing.decode import Orientation
+from detr.inference.detector import Detections, PreparedImage
 from raydetr.errors import RequestError
 from raydetr.serving.bodies import read_images
 from raydetr.serving.page import index
@@ -28,7 +28,8 @@ from raydetr.serving.schemas import (
     Times,
 )
 from raydetr.serving.segments import Format, Kind, SegmentRequest
-from raydetr.serving.service import ClientOf, Current, ServiceOf
+from raydetr.serving.served_version import ServedVersion
+from raydetr.serving.service import ClientOf, ServiceOf
 from raydetr.serving.shadow import Seen
 
 router = APIRouter()
@@ -144,7 +145,7 @@ async def detect(
     """Detect objects in the image that is the body, or in those of a form or of JSON."""
     begun = time.monotonic()
 
-    async def by(current: Current) -> DetectResponse | DetectManyResponse:
+    async def by(current: ServedVersion) -> DetectResponse | DetectManyResponse:
         wanted = _label_ids(classes, current)
         prepared = await service.preparer.prepare(sent.images, current.image_processor, client, orientation)
         prepared_at = time.monotonic()
@@ -195,7 +196,7 @@ async def segment(
     """Segment one image: run lengths of each segment, or one map of all as PNG."""
     begun = time.monotonic()
 
-    async def by(current: Current) -> SegmentResponse:
+    async def by(current: ServedVersion) -> SegmentResponse:
         (image,) = await service.preparer.prepare(sent.images, current.image_processor, client, orientation)
         prepared_at = time.monotonic()
         result = await service.segment(image, current, SegmentRequest(kind, threshold, format))
@@ -215,13 +216,13 @@ async def segment(
             return await service.answer("segment", champion, by, begun)
 
 
-def _served(current: Current) -> ServedModel:
+def _served(current: ServedVersion) -> ServedModel:
     labels = [current.id2label[label] for label in sorted(current.id2label)]
     info = current.info
     return ServedModel(name=info.name, version=info.version, labels=labels, tasks=list(current.tasks))
 
 
-def _label_ids(classes: Sequence[str] | None, current: Current) -> set[int] | None:
+def _label_ids(classes: Sequence[str] | None, current: ServedVersion) -> set[int] | None:
     if not classes:
         return None
     unknown = sorted(set(classes) - set(current.id2label.values()))
@@ -235,7 +236,7 @@ def _label_ids(classes: Sequence[str] | None, current: Current) -> set[int] | No
 def _detections(
     image: ImageInfo,
     found: Detections,
-    current: Current,
+    current: ServedVersion,
     threshold: float,
     top_k: int | None,
     wanted: set[int] | None,

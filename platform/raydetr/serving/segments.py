@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from detr.detector import PreparedImage
-from detr.panoptic_png import write_panoptic_png
+from detr.image_processing.panoptic_png import write_panoptic_png
+from detr.inference.detector import PreparedImage
 from detr.postprocess import (
     SegmentationOutput,
     post_process_instance_segmentation,

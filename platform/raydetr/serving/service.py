@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 from ray.exceptions import RayActorError
@@ -17,23 +16,18 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
-from detr.config import DetrConfig
-from detr.detector import PreparedImage
-from detr.image_processing.processor import DetrImageProcessor
+from detr.inference.detector import PreparedImage
 from raydetr.errors import RequestError
-from raydetr.registry.models import ResolvedModel, local_folder
+from raydetr.serving.challenger import Challenger
 from raydetr.serving.concurrently import all_or_none
 from raydetr.serving.detector import Result
 from raydetr.serving.images import CostlyImage
-from raydetr.serving.loaded import Failure, has_masks
+from raydetr.serving.loaded import Failure
 from raydetr.serving.preparer import Preparer
 from raydetr.serving.refusals import RETRY_AFTER_S, Unavailable, too_many
-from raydetr.serving.schemas import ModelInfo
+from raydetr.serving.served_version import ServedVersion
 from raydetr.serving.shadow import Seen
 from raydetr.serving.shares import FairShare
-
-if TYPE_CHECKING:
-    from raydetr.serving.challenger import Challenger
 
 T = TypeVar("T")
 MAX_BODIES = 1024
@@ -42,34 +36,6 @@ MAX_COSTLY = 4
 """Costly images of one process that replicas have at a time: their places are for the others."""
 LOST_REPLICAS = 3
 """Replicas that may die under one image before its request fails; an answer has no side effect to repeat."""
-
-
-@dataclass(frozen=True)
-class Current:
-    """A model version as the HTTP side knows it; one request uses one of them from its beginning to its end."""
-
-    model: ResolvedModel
-    info: ModelInfo
-    image_processor: DetrImageProcessor
-    id2label: dict[int, str]
-    tasks: tuple[str, ...]
-
-    def prepares_otherwise_than(self, other: "Current") -> bool:
-        """Whether an image prepared for one version is none for the other."""
-        return self.image_processor.to_dict() != other.image_processor.to_dict()
-
-    @classmethod
-    def of(cls, model: ResolvedModel) -> Self:
-        """Read it from the version's files."""
-        folder = local_folder(model)
-        config = DetrConfig.from_pretrained(folder)
-        return cls(
-            model,
-            ModelInfo(name=model.name or model.label, version=model.version),
-            DetrImageProcessor.from_pretrained(folder),
-            config.id2label,
-            ("detect", "segment") if has_masks(config) else ("detect",),
-        )
 
 
 class Service:
@@ -85,7 +51,7 @@ class Service:
 
     def __init__(
         self,
-        current: Current,
+        current: ServedVersion,
         detector: DeploymentHandle[Any],
         preparer: Preparer,
         max_requests: int,
@@ -128,7 +94,7 @@ class Service:
             self._bytes.give_back(client, taken)
 
     @contextlib.contextmanager
-    def request(self, client: str) -> Iterator[Current]:
+    def request(self, client: str) -> Iterator[ServedVersion]:
         """One request, whose body has arrived, within the bound; the version that answers it, if the challenger does
         not.
 
@@ -143,7 +109,7 @@ class Service:
             self._requests.give_back(client)
 
     async def answer(
-        self, task: str, champion: Current, run: Callable[[Current], Awaitable[T]], begun: float
+        self, task: str, champion: ServedVersion, run: Callable[[ServedVersion], Awaitable[T]], begun: float
     ) -> T:
         """What `run` makes of the challenger, for its share of requests, or else of the champion.
 
@@ -161,7 +127,7 @@ class Service:
                 return tried
         return await run(champion)
 
-    def shadow(self, seen: Seen, current: Current) -> None:
+    def shadow(self, seen: Seen, current: ServedVersion) -> None:
         """Have the challenger detect the same images too, for its share, once the champion has answered."""
         challenger = self.challenger
         if challenger is not None and challenger.is_other_than(current):
@@ -169,7 +135,7 @@ class Service:
             challenger.shadow.consider(seen, current, challenger.current, busy)
 
     async def detect(
-        self, images: Sequence[PreparedImage], current: Current, in_background: bool = False
+        self, images: Sequence[PreparedImage], current: ServedVersion, in_background: bool = False
     ) -> list[Result]:
         """Detections of images, which the model replicas get at once; in the background: in pauses of the others.
 
@@ -183,7 +149,7 @@ class Service:
 
         return await all_or_none(map(one, images))
 
-    async def segment(self, image: PreparedImage, current: Current, request: Any) -> Result:
+    async def segment(self, image: PreparedImage, current: ServedVersion, request: Any) -> Result:
         """Segments of an image.
 
         Raises:

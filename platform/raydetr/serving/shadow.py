@@ -5,22 +5,19 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from detr.boxes import box_iou
-from detr.detector import Detections, PreparedImage
 from detr.image_processing.decode import Orientation
 from detr.image_processing.processor import DetrImageProcessor
+from detr.inference.detector import Detections, PreparedImage
 from raydetr.errors import ServingError
 from raydetr.serving.bodies import Encoded
 from raydetr.serving.detector import Result
 from raydetr.serving.metrics import ShadowMetrics
-
-if TYPE_CHECKING:
-    from raydetr.serving.service import Current
+from raydetr.serving.served_version import ServedVersion
 
 logger = logging.getLogger("ray.serve")
 _CLIENT = "the shadow"
@@ -76,14 +73,14 @@ class Shadow:
         prepare: Callable[
             [Sequence[Encoded], DetrImageProcessor, str, Orientation], Awaitable[list[PreparedImage]]
         ],
-        detect: Callable[[Sequence[PreparedImage], "Current"], Awaitable[list[Result]]],
+        detect: Callable[[Sequence[PreparedImage], ServedVersion], Awaitable[list[Result]]],
         metrics: ShadowMetrics,
     ) -> None:
         self.share, self.most, self._metrics = share, most, metrics
         self._prepare, self._detect = prepare, detect
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio itself would forget them
 
-    def consider(self, seen: Seen, champion: "Current", challenger: "Current", busy: bool) -> None:
+    def consider(self, seen: Seen, champion: ServedVersion, challenger: ServedVersion, busy: bool) -> None:
         """Compare the images of a request that are of the share, as far as there is room.
 
         Args:
@@ -110,8 +107,8 @@ class Shadow:
         source: bytes | PreparedImage,
         orientation: Orientation,
         found: Detections,
-        champion: "Current",
-        challenger: "Current",
+        champion: ServedVersion,
+        challenger: ServedVersion,
     ) -> None:
         try:
             if isinstance(source, bytes):

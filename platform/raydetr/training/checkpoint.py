@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from detr.checkpoint import save_model
-from detr.query_groups import QueryGroups
+from detr.checkpoint.load_save import save_model
+from detr.training.query_groups import QueryGroups
 from raydetr import storage
 from raydetr.errors import StorageError, TrainingError
 from raydetr.lease import Held

@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr.criterion import target_counts
-from raydetr.data.micro_batch import TrainingBatch
+from detr.loss.criterion import target_counts
+from raydetr.data.stream.micro_batch import TrainingBatch
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from detr import DetrForObjectDetection, DetrForSegmentation
-from detr.checkpoint import save_model
+from detr.checkpoint.load_save import save_model
 from raydetr import storage
 from raydetr.data.shards import Manifest
 from raydetr.errors import RegistryError, TrainingError
 from raydetr.registry import models, tracking
-from raydetr.registry.gate import CHOSEN_ON_TAG, TRAINED_ON_TAG
+from raydetr.registry.tags import CHOSEN_ON_TAG, TRAINED_ON_TAG
 from raydetr.training import checkpoint, validation
 from raydetr.training.config import TrainConfig
 from raydetr.training.progress import Row, say, send_rows

@@ -16,13 +16,13 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.train import ValidationTaskConfig
-from ray.train.v2._internal import util
 
-from raydetr.data import stream
-from raydetr.data.micro_batch import TrainingBatch
 from raydetr.data.shards import Manifest
+from raydetr.data.stream import ray_stream
+from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.errors import LeaseError, StorageError, TrainingError
 from raydetr.lease import Held
+from raydetr.ray_internals.train import util
 from raydetr.training import checkpoint, non_finite, validation
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import StepTotals, all_reduce, step_totals, world_size
@@ -89,7 +89,7 @@ def _train(job: Job) -> str:
     watchdog.follow(state.module)
     node = ray.get_runtime_context().get_node_id()
     with watchdog.running():
-        batches_of_steps = stream.steps(
+        batches_of_steps = ray_stream.steps(
             ray.train.get_dataset_shard("train"), config.micro_batch_size, per_worker(config)
         )
         for batches in timed(batches_of_steps, progress, watchdog, state):

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from detr import DetrConfig, DetrForObjectDetection, DetrForSegmentation
-from detr.backbone import load_pretrained_backbone
 from detr.image_processing.processor import DetrImageProcessor
-from detr.multiscale.config import MultiScaleConfig
+from detr.model.backbone import load_pretrained_backbone
+from detr.multiscale_config import MultiScaleConfig
 from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError
 from raydetr.registry import models, tracking

@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from detr.checkpoint import save_model
-from detr.model import DetrForObjectDetection
-from detr.query_groups import QueryGroups
-from detr.segmentation import DetrForSegmentation
+from detr.checkpoint.load_save import save_model
+from detr.model.detection import DetrForObjectDetection
+from detr.model.segmentation import DetrForSegmentation
+from detr.training.query_groups import QueryGroups
 from raydetr import storage
-from raydetr.data.micro_batch import TrainingBatch
+from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.errors import ConfigError, StorageError
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import StepTotals

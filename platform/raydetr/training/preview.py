@@ -13,11 +13,11 @@ import torch
 
 from detr import DetrForObjectDetection, DetrForSegmentation
 from detr.image_processing.processor import DetrImageProcessor
-from raydetr.data import stream
-from raydetr.data.micro_batch import TrainingBatch, unpack
 from raydetr.data.shards import Manifest, read_rows
-from raydetr.data.source import shard_source
-from raydetr.data.stream import Stream, build_plan
+from raydetr.data.stream import ray_stream
+from raydetr.data.stream.micro_batch import TrainingBatch, unpack
+from raydetr.data.stream.ray_stream import Stream, build_plan
+from raydetr.data.stream.source import shard_source
 from raydetr.registry import models
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import step_totals
@@ -187,8 +187,8 @@ def stream_of(config: TrainConfig, manifest: Manifest, last_step: int) -> Stream
 
 def walk(made: Stream, micro_batch_size: int) -> Iterator[TrainingBatch]:
     """The micro-batches of a stream for one worker, made in this process as data tasks would."""
-    for window in stream._walk(made, 0):
-        for row in stream._fill(window, made, world_size=1, row_bytes=1):
+    for window in ray_stream._walk(made, 0):
+        for row in ray_stream._fill(window, made, world_size=1, row_bytes=1):
             yield from unpack(row, micro_batch_size)
 
 

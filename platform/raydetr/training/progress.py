@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from raydetr.data.micro_batch import TrainingBatch
+from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.errors import RegistryError
 from raydetr.registry import tracking
 from raydetr.training.config import TrainConfig

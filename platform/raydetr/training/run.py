@@ -10,10 +10,10 @@ from typing import Any
 import ray
 import torch
 
-from detr.augment import AugmentSpec
+from detr.image_processing.augment import AugmentSpec
 from raydetr import cluster, storage
-from raydetr.data.plan import PlanSpec
 from raydetr.data.shards import MANIFEST, Manifest
+from raydetr.data.stream.plan import PlanSpec
 from raydetr.errors import TrainingError
 from raydetr.registry import models, tracking
 from raydetr.training import checkpoint

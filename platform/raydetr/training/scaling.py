@@ -11,20 +11,21 @@ from typing import Any
 
 import ray
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import (
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+from raydetr.errors import OutOfTimeError
+from raydetr.ray_internals.console import is_local
+from raydetr.ray_internals.train import (
+    DefaultFailurePolicy,
     ElasticScalingPolicy,
+    FailureDecision,
     FixedScalingPolicy,
     NoopDecision,
+    PlacementGroupCleanerCallback,
     ScalingDecision,
     ScalingPolicy,
     autoscaling_coordinator_client,
 )
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
-
-from raydetr import ray_internals
-from raydetr.errors import OutOfTimeError
 from raydetr.training.signals import PreemptedError
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ class Trainer(TorchTrainer):
         It looks up the cluster's address again, and ends in a traceback where the machine runs another Ray.
         """
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-        if not ray_internals.is_local():
+        if not is_local():
             return callbacks
         return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
 

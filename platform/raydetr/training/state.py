@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detr.image_processing.processor import DetrImageProcessor
-from detr.initialization import init_local_attention, init_mask_scales
-from detr.model import DetrForObjectDetection
-from detr.query_groups import QueryGroups
-from detr.segmentation import DetrForSegmentation
+from detr.model.detection import DetrForObjectDetection
+from detr.model.initialization import init_local_attention, init_mask_scales
+from detr.model.segmentation import DetrForSegmentation
+from detr.training.query_groups import QueryGroups
 from raydetr.data.shards import Manifest
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import mean_by_rank, world_size

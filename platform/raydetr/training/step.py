@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from raydetr.data.micro_batch import TrainingBatch
+from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import StepTotals, all_reduce, world_size
 from raydetr.training.optim import set_learning_rates

@@ -13,15 +13,15 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydetr import cluster, storage
-from raydetr.data.coco import require_distinct_names
+from raydetr.data.ingest.coco import require_distinct_names
 from raydetr.data.shards import Manifest, read_faults, read_rows
-from raydetr.data.source import shard_source
-from raydetr.data.stream import PlanDataConfig, Stream, build_plan
-from raydetr.data.synthetic import embedded
+from raydetr.data.stream.ray_stream import PlanDataConfig, Stream, build_plan
+from raydetr.data.stream.source import shard_source
+from raydetr.data.synthetic.dataset import embedded
 from raydetr.data.usable import require_trainable, require_usable, trainable
 from raydetr.errors import ConfigError, OutOfTimeError, TrainingError
-from raydetr.evaluation.categories import match_categories
 from raydetr.lease import Held, lease
+from raydetr.prediction.categories import match_categories
 from raydetr.registry import models, tracking
 from raydetr.training import checkpoint, preview, scaling, validation
 from raydetr.training.config import TrainConfig

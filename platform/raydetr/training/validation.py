@@ -17,13 +17,13 @@ import ray.exceptions
 import torch
 import torch.distributed as dist
 
-from detr.detector import ObjectDetector
+from detr.inference.detector import ObjectDetector
 from raydetr import storage
 from raydetr.data.shards import Manifest
 from raydetr.errors import RegistryError, StorageError
-from raydetr.evaluation import report
 from raydetr.evaluation.in_process import Share, figures, join, predict_share
 from raydetr.registry import tracking
+from raydetr.reports import run_pictures
 from raydetr.training import checkpoint
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import world_size
@@ -164,7 +164,7 @@ def _conclude(config: TrainConfig, run_id: str, step: int, share: Share) -> dict
             )
             with tempfile.TemporaryDirectory() as folder:
                 file = os.path.join(folder, f"step-{step:08d}.png")
-                report.sheet(manifest, share.results(), file, SAMPLES)
+                run_pictures.sheet(manifest, share.results(), file, SAMPLES)
                 tracking.log_artifacts(config.tracking_uri, run_id, file, "samples")
         except RegistryError as error:
             say(f"{error} The figures of step {step} are kept and are sent at the end.")

@@ -4,8 +4,8 @@ import logging
 from typing import Any
 
 import ray.train
-from ray.train.v2._internal.execution import context
 
+from raydetr.ray_internals.train import context
 from raydetr.training.config import TrainConfig
 
 

@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raydetr.data.coco import read_coco
-from raydetr.data.index import Index
-from raydetr.data.record import Entry
+from raydetr.data.ingest.coco import read_coco
+from raydetr.data.ingest.index import Index
+from raydetr.data.ingest.record import Entry
 from raydetr.data.schema import Fault
 
 

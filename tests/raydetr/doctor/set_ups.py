@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from raydetr.data.shard_writer import write_manifest, write_shard
+from raydetr.data.ingest.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest
 from raydetr.doctor.config import DoctorConfig
 from raydetr.doctor.findings import Finding

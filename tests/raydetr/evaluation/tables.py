@@ -2,8 +2,8 @@
 
 import pyarrow as pa
 
-from raydetr.evaluation.predictions import PREDICTION_SCHEMA
-from raydetr.evaluation.truth import Truth
+from raydetr.evaluation.ground_truth import Truth
+from raydetr.prediction.predictions import PREDICTION_SCHEMA
 
 
 def truth_of(coco) -> Truth:

@@ -13,7 +13,7 @@ from detr.metrics.coco_matching import matches_of
 from raydetr.errors import DataError
 from raydetr.evaluation.analysis import analyse
 from raydetr.evaluation.figures import evaluate_predictions, has_masks
-from raydetr.evaluation.truth import Truth
+from raydetr.evaluation.ground_truth import Truth
 from tests.detr.metrics.test_coco import pycocotools_evaluation, random_data
 from tests.detr.metrics.test_coco_masks import compressed, pycocotools_stats
 from tests.detr.metrics.test_coco_masks import random_data as random_masks

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from raydetr.config import EvaluateConfig
-from raydetr.data.synthetic import generate
+from raydetr.data.synthetic.dataset import generate
 from raydetr.evaluation.evaluate import _data
 
 

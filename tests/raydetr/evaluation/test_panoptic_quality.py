@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detr.panoptic_png import write_panoptic_png
+from detr.image_processing.panoptic_png import write_panoptic_png
 from raydetr.errors import DataError
 from raydetr.evaluation.analysis import analyse
+from raydetr.evaluation.ground_truth import Truth
 from raydetr.evaluation.panoptic_quality import (
     class_qualities,
     count_maps,
@@ -17,7 +18,6 @@ from raydetr.evaluation.panoptic_quality import (
     panoptic_figures,
     resampled_quality,
 )
-from raydetr.evaluation.truth import Truth
 from tests.detr.metrics.test_panoptic import CATEGORIES, random_data, reference
 from tests.raydetr.evaluation.tables import table_of
 

@@ -12,8 +12,9 @@ from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError, RegistryError
 from raydetr.evaluation import record as module
 from raydetr.evaluation.record import EXPERIMENT, KEY_TAG, check_room, find, keep, make, tag_bound
+from raydetr.promotion.records import promote
+from raydetr.registry.evaluations import evaluations, put_evaluation
 from raydetr.registry.models import ResolvedModel, register, resolve
-from raydetr.registry.promote import evaluations, promote, put_evaluation
 from raydetr.registry.tracking import client, metric_history, start_run
 from tests.empty_registry import empty_registry
 from tests.tiers import rest_slow

@@ -10,9 +10,9 @@ from pycocotools.cocoeval import COCOeval
 
 from raydetr.data.shards import coco_truth
 from raydetr.errors import DataError
-from raydetr.evaluation.coco_files import coco_results
-from raydetr.evaluation.predictions import PREDICTION_SCHEMA
 from raydetr.evaluation.score import score
+from raydetr.prediction.coco_files import coco_results
+from raydetr.prediction.predictions import PREDICTION_SCHEMA
 
 
 def write_predictions(path, manifest, rng=None):

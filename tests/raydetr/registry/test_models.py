@@ -7,8 +7,8 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 
-from detr.detector import ObjectDetector
-from detr.model import DetrForObjectDetection
+from detr.inference.detector import ObjectDetector
+from detr.model.detection import DetrForObjectDetection
 from raydetr import storage
 from raydetr.errors import ConfigError, RegistryError
 from raydetr.registry import models

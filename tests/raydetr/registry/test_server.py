@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr.detector import ObjectDetector
-from detr.model import DetrForObjectDetection
+from detr.inference.detector import ObjectDetector
+from detr.model.detection import DetrForObjectDetection
 from raydetr.errors import RegistryError
-from raydetr.registry.ledger import Ledger
+from raydetr.promotion.ledger import Ledger
+from raydetr.promotion.records import promote
+from raydetr.registry.evaluations import evaluations, put_evaluation
 from raydetr.registry.models import folder_digest, register, resolve
-from raydetr.registry.promote import evaluations, promote, put_evaluation
 from raydetr.registry.tracking import (
     end_run,
     log_artifacts,

@@ -124,7 +124,7 @@ def test_artifacts_lie_beside_the_database_also_in_a_path_with_spaces(tmp_path):
 
 def test_importing_the_registry_does_not_import_mlflow():
     code = (
-        "import sys, raydetr.registry.tracking, raydetr.registry.models, raydetr.registry.promote;"
+        "import sys, raydetr.registry.tracking, raydetr.registry.models, raydetr.promotion.records;"
         "sys.exit('mlflow' in sys.modules)"
     )
     root = Path(__file__).parents[3]

@@ -13,7 +13,8 @@ from raydetr.serving.images import Limits
 from raydetr.serving.ingress import new_api
 from raydetr.serving.loaded import LoadedModel
 from raydetr.serving.middleware import protect
-from raydetr.serving.service import Current, Service
+from raydetr.serving.served_version import ServedVersion
+from raydetr.serving.service import Service
 from tests.raydetr.serving.decoders import preparer
 
 
@@ -66,7 +67,7 @@ def application(
 ) -> FastAPI:
     """The application; `api.state.service` is its service, and `api.state.service.detector` its `Replica`."""
     service = Service(
-        Current.of(model),
+        ServedVersion.of(model),
         Replica(LoadedModel.load(model, "cpu")),  # type: ignore[arg-type]
         preparer(limits),
         most_requests,

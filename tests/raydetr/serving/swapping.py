@@ -12,7 +12,7 @@ import ray
 from ray import serve
 from safetensors.torch import load_file, save_file
 
-from detr.detector import ObjectDetector
+from detr.inference.detector import ObjectDetector
 from raydetr.registry.models import register
 from raydetr.registry.tracking import client, start_run
 from raydetr.serving.ingress import DETECTOR as DETECTOR

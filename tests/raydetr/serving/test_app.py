@@ -15,13 +15,13 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from ray import serve
 
-from detr.detector import ObjectDetector
-from detr.panoptic_png import read_panoptic_png
+from detr.image_processing.panoptic_png import read_panoptic_png
+from detr.inference.detector import ObjectDetector
 from detr.postprocess import post_process_instance_segmentation, post_process_semantic_segmentation
+from raydetr.client.client import Client
 from raydetr.errors import ConfigError, RequestError, ServingError
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.serving.app import Replicas, application, endpoint
-from raydetr.serving.client import Client
 from raydetr.serving.detector import Batching, Detector
 from raydetr.serving.images import Limits
 from raydetr.serving.ingress import Ingress, Options

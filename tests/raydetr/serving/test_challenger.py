@@ -17,7 +17,8 @@ from raydetr.serving.app import application, endpoint
 from raydetr.serving.challenger import Challenger, Trial
 from raydetr.serving.detector import Batching
 from raydetr.serving.refusals import too_many
-from raydetr.serving.service import Current, no_replica
+from raydetr.serving.served_version import ServedVersion
+from raydetr.serving.service import no_replica
 from raydetr.serving.versions import Alias
 from tests.raydetr.serving.test_app import assert_is_answer, unused_port
 from tests.raydetr.serving.test_swap import ADDRESS, SHAPES, Endpoint, metric
@@ -27,13 +28,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy i
 
 
 @pytest.fixture(scope="module")
-def champion(tmp_path_factory) -> Current:
+def champion(tmp_path_factory) -> ServedVersion:
     folder = save_tiny_detr(tmp_path_factory.mktemp("model") / "tiny", ["ant"], edge=64)
-    return Current.of(resolve(str(folder), ""))
+    return ServedVersion.of(resolve(str(folder), ""))
 
 
 def answered(
-    champion: Current, outcome: Any, canary: float = 1.0, task: str = "detect", **changes: Any
+    champion: ServedVersion, outcome: Any, canary: float = 1.0, task: str = "detect", **changes: Any
 ) -> tuple[Any, int]:
     """What a challenger answers, and how often it fell back; an exception as outcome is raised, None never comes."""
     fallen: list[None] = []
@@ -42,7 +43,7 @@ def answered(
     trial = Trial(Alias(ADDRESS, ""), canary)
     challenger = Challenger(trial, current, None, lambda: fallen.append(None))  # type: ignore[arg-type]
 
-    async def run(used: Current) -> Any:
+    async def run(used: ServedVersion) -> Any:
         assert used is current
         if isinstance(outcome, Exception):
             raise outcome

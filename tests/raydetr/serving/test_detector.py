@@ -16,7 +16,7 @@ import pytest
 import torch
 from ray.serve import batching
 
-from detr.detector import PreparedImage
+from detr.inference.detector import PreparedImage
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.serving.detector import Batching, Detector, _Interruptible, _Job, _Work
 from raydetr.serving.images import CostlyImage

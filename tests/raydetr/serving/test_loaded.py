@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from detr import DetrConfig
-from detr.detector import ObjectDetector
+from detr.inference.detector import ObjectDetector
 from raydetr.errors import ServingError
 from raydetr.registry.models import ResolvedModel, folder_digest, resolve
 from raydetr.serving.loaded import OUT_OF_MEMORY, LoadedModel, in_parts

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from detr.detector import ObjectDetector, prepare_image
+from detr.inference.detector import ObjectDetector, prepare_image
 from raydetr.registry.models import ResolvedModel, resolve
 from tests.raydetr.serving.guarded_app import ask
 from tests.raydetr.serving.in_process import application

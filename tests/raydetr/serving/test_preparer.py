@@ -6,7 +6,7 @@ import numpy as np
 import psutil
 import pytest
 
-from detr.detector import prepare_image
+from detr.inference.detector import prepare_image
 from raydetr.errors import RequestError, ServingError
 from raydetr.serving import preparer as module
 from raydetr.serving.decoding import Lane

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from detr.detector import PreparedImage
+from detr.inference.detector import PreparedImage
 from raydetr.serving.segments import SegmentRequest, segments
 
 NAMES = {0: "sky", 1: "dog"}

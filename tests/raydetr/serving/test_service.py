@@ -9,14 +9,15 @@ from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from detr.detector import ObjectDetector, PreparedImage
+from detr.inference.detector import ObjectDetector, PreparedImage
 from raydetr.errors import RequestError
 from raydetr.registry.models import resolve
 from raydetr.serving.detector import Result
 from raydetr.serving.images import CostlyImage, Limits
 from raydetr.serving.loaded import OUT_OF_MEMORY
 from raydetr.serving.refusals import Unavailable
-from raydetr.serving.service import MAX_COSTLY, Current, Service
+from raydetr.serving.served_version import ServedVersion
+from raydetr.serving.service import MAX_COSTLY, Service
 from tests.raydetr.serving.decoders import preparer
 from tests.tiny_detr import png, save_tiny_detr
 
@@ -59,9 +60,9 @@ class Replicas:
 
 
 @pytest.fixture(scope="module")
-def current(tmp_path_factory) -> Current:
+def current(tmp_path_factory) -> ServedVersion:
     folder = save_tiny_detr(tmp_path_factory.mktemp("model") / "tiny", ["ant"], edge=64)
-    return Current.of(resolve(str(folder), ""))
+    return ServedVersion.of(resolve(str(folder), ""))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def image(current) -> PreparedImage:
     return ObjectDetector.from_pretrained(current.model.folder).prepare(png(60, 90))
 
 
-def ask(current: Current, image: PreparedImage, replicas: Replicas, images: int = 1) -> list[Result]:
+def ask(current: ServedVersion, image: PreparedImage, replicas: Replicas, images: int = 1) -> list[Result]:
     service = Service(current, replicas, preparer(), 2, lambda: True)
     return asyncio.run(service.detect([image] * images, current))
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detr.detector import Detections
+from detr.inference.detector import Detections
 from raydetr.registry.models import resolve
 from raydetr.serving.detector import Result
-from raydetr.serving.service import Current
+from raydetr.serving.served_version import ServedVersion
 from raydetr.serving.shadow import Comparison, Seen, Shadow, compare
 from tests.raydetr.serving.decoders import preparer
 from tests.tiny_detr import png, save_tiny_detr
@@ -75,14 +75,14 @@ class Metrics:
 
 
 @pytest.fixture(scope="module")
-def versions(tmp_path_factory) -> list[Current]:
+def versions(tmp_path_factory) -> list[ServedVersion]:
     folder = tmp_path_factory.mktemp("models")
     made = [save_tiny_detr(folder / str(edge), ["ant", "bee"], edge=edge) for edge in (64, 96)]
-    return [Current.of(resolve(str(each), "")) for each in made]
+    return [ServedVersion.of(resolve(str(each), "")) for each in made]
 
 
 def run(
-    versions: list[Current],
+    versions: list[ServedVersion],
     detect: Any,
     requests: int = 1,
     images: int = 1,

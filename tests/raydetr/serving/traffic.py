@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from detr.panoptic_png import read_panoptic_png
+from detr.image_processing.panoptic_png import read_panoptic_png
+from raydetr.client.client import AsyncClient, Client
 from raydetr.registry.models import resolve
-from raydetr.serving.client import AsyncClient, Client
 from raydetr.serving.loaded import LoadedModel
 from raydetr.serving.segments import SegmentRequest
 from tests.raydetr.serving.swapping import Clients
@@ -140,7 +140,7 @@ class Seen:
 class Traffic(Clients):
     """Clients, each with one request after the other, as long as the context lasts.
 
-    Two never repeat a request, one of them sends what is refused too; two use `raydetr.serving.client`, blocking and
+    Two never repeat a request, one of them sends what is refused too; two use `raydetr.client.client`, blocking and
     asynchronous, the latter with several requests at a time.
     """
 

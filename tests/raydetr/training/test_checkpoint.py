@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(
 
 
 def test_the_model_of_a_checkpoint_loads_on_its_own(config: TrainConfig, manifest: Manifest) -> None:
-    from detr.detector import ObjectDetector
+    from detr.inference.detector import ObjectDetector
     from tests.tiny_detr import png
 
     address = checkpoint.save(config.output, trained_state(config, manifest, 2), {})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raydetr.data.micro_batch import TrainingBatch
+from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.training.distributed import StepTotals, step_totals
 from raydetr.training.state import parallelise
 from tests.ranks import process_group, run_ranks

@@ -10,12 +10,12 @@ import torch
 from pycocotools import mask as coco_mask
 
 from detr import DetrForObjectDetection, DetrForSegmentation
-from detr.detector import ObjectDetector
-from detr.mask_loss import mask_losses
-from raydetr.data.ingest import ingest
-from raydetr.data.inputs import Addresses
+from detr.inference.detector import ObjectDetector
+from detr.loss.mask_loss import mask_losses
+from raydetr.data.ingest.ingest import ingest
+from raydetr.data.ingest.inputs import Addresses
 from raydetr.data.shards import Manifest
-from raydetr.data.synthetic import generate
+from raydetr.data.synthetic.dataset import generate
 from raydetr.errors import ConfigError
 from raydetr.evaluation.in_process import figures, predict_share
 from raydetr.training.config import TrainConfig

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from raydetr import storage
-from raydetr.data import stream
-from raydetr.data.micro_batch import TrainingBatch, unpack
 from raydetr.data.shards import Manifest
+from raydetr.data.stream import ray_stream
+from raydetr.data.stream.micro_batch import TrainingBatch, unpack
 from raydetr.errors import ConfigError, TrainingError
 from raydetr.training import loop, non_finite
 from raydetr.training.config import TrainConfig
@@ -50,8 +50,8 @@ def batches(config: TrainConfig, manifest: Manifest) -> list[TrainingBatch]:
 def first_step(config: TrainConfig, manifest: Manifest) -> list[TrainingBatch]:
     """The micro-batches of step 0."""
     job = build_stream(config, manifest)
-    window = next(iter(stream._walk(job, 0)))
-    first = next(stream._fill(window, job, world_size=1))
+    window = next(iter(ray_stream._walk(job, 0)))
+    first = next(ray_stream._fill(window, job, world_size=1))
     return [batch for batch in unpack(first, config.micro_batch_size) if batch.step == 0]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raydetr.data.shard_writer import write_manifest
+from raydetr.data.ingest.shard_writer import write_manifest
 from raydetr.data.shards import Manifest
 from raydetr.training.config import TrainConfig
 from raydetr.training.model import build_model

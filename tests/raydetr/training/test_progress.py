@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raydetr.data.micro_batch import TrainingBatch
+from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.registry import tracking
 from raydetr.training.config import TrainConfig
 from raydetr.training.progress import LINE_EVERY_S, Progress

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from detr import DetrImageProcessor
-from raydetr.data.micro_batch import Example, pack, unpack
-from raydetr.data.plan import MicroBatch
+from raydetr.data.stream.micro_batch import Example, pack, unpack
+from raydetr.data.stream.plan import MicroBatch
 from raydetr.training.step import to_device
 
 NOTHING = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)

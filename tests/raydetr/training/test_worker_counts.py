@@ -12,10 +12,10 @@ import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from raydetr.data import stream
-from raydetr.data.micro_batch import unpack
 from raydetr.data.shards import Manifest, read_rows
-from raydetr.data.source import shard_source
+from raydetr.data.stream import ray_stream
+from raydetr.data.stream.micro_batch import unpack
+from raydetr.data.stream.source import shard_source
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import step_totals
 from raydetr.training.loop import per_worker
@@ -88,7 +88,7 @@ def record_worker(arguments: dict[str, Any]) -> None:
     if rank == 0:
         state.optimizer.register_step_pre_hook(keep_gradient)
     parallel = parallelise(state.module)
-    for batches in stream.steps(
+    for batches in ray_stream.steps(
         ray.train.get_dataset_shard("train"), config.micro_batch_size, per_worker(config)
     ):
         step = batches[0].step
@@ -98,9 +98,11 @@ def record_worker(arguments: dict[str, Any]) -> None:
             training_record.append(folder / "losses.json", {"step": step, "loss": metrics["loss"]})
 
 
-def build_stream(config: TrainConfig, manifest: Manifest, start: int = 0, stop: int = STEPS) -> stream.Stream:
-    plan = stream.build_plan(manifest, plan_spec(config))
-    return stream.Stream(
+def build_stream(
+    config: TrainConfig, manifest: Manifest, start: int = 0, stop: int = STEPS
+) -> ray_stream.Stream:
+    plan = ray_stream.build_plan(manifest, plan_spec(config))
+    return ray_stream.Stream(
         source=shard_source(manifest),
         plan=plan,
         last_step=stop,
@@ -119,7 +121,7 @@ def run_workers(
         scaling_config=ScalingConfig(num_workers=config.workers, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(storage_path=str(folder / "ray")),
         datasets={"train": build_stream(config, manifest, start, stop)},
-        dataset_config=stream.PlanDataConfig(),
+        dataset_config=ray_stream.PlanDataConfig(),
     ).fit()
 
 
@@ -152,8 +154,8 @@ def one_process(config: TrainConfig, manifest: Manifest) -> Reference:
     job = build_stream(config, manifest)
     rows = [
         batch
-        for window in stream._walk(job, 0)
-        for row in stream._fill(window, job, world_size=1)
+        for window in ray_stream._walk(job, 0)
+        for row in ray_stream._fill(window, job, world_size=1)
         for batch in unpack(row, config.micro_batch_size)
     ]
     state = create_state(config, manifest, torch.device("cpu"))

@@ -5,7 +5,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-from raydetr.html import STYLE
+from raydetr.reports.html import STYLE
 
 _FOLDER = Path(__file__).parent
 _SCRIPTS = (

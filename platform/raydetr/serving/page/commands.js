@@ -23,7 +23,7 @@ function pythonCode(picture, mode, query, asksForToken) {
       : "for found in result.segments:\n    print(found.label, found.score, found.mask.size)";
   return [
     ...(asksForToken ? ["import os", ""] : []),
-    "from raydetr.serving.client import Client",
+    "from raydetr.client.client import Client",
     "",
     `with Client("${at(".").replace(/\/$/, "")}"${token}) as client:`,
     `    result = client.${call}`,

@@ -1,0 +1,1 @@
+"""The helpers of the transformers page around the models: `pipeline()` and the Auto classes."""

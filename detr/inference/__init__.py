@@ -1,0 +1,1 @@
+"""Faster inference: `optimize()` and its engines, and the detector from images to detections."""

@@ -1,0 +1,219 @@
+"""Float32 products on a GPU's units for TF32, which round their factors to ten bits: three products in place of one.
+
+Each factor is the sum of two TF32 numbers; of their four products the one of both remainders is below float32's own
+rounding and is left out. That is as exact as float32's units are, and faster. Linear layers and attention, whose scores
+never leave the chip (Dao et al., 2022), are what torch computes on the slow units.
+
+It needs Triton, which torch brings on Linux, and the C compiler that Triton needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detr.inference.triton_pool import triton_runs
+from detr.model.attention import MultiheadAttention, activation_function
+
+if triton_runs():
+    import triton
+    import triton.language as tl
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _linear(  # type: ignore[no-untyped-def]
+        x,
+        weight,
+        bias,
+        result,
+        rows,
+        narrow,
+        wide,
+        relu: tl.constexpr,
+        rows_block: tl.constexpr,
+        wide_block: tl.constexpr,
+        narrow_block: tl.constexpr,
+    ):
+        """[rows, narrow] times the transpose of [wide, narrow], plus [wide]; one program for a block of the result."""
+        row = tl.program_id(0).to(tl.int64) * rows_block + tl.arange(0, rows_block)
+        column = tl.program_id(1) * wide_block + tl.arange(0, wide_block)
+        sums = tl.zeros((rows_block, wide_block), tl.float32)
+        for start in range(0, narrow, narrow_block):
+            inner = start + tl.arange(0, narrow_block)
+            there = inner < narrow
+            left = tl.load(
+                x + row[:, None] * narrow + inner[None, :],
+                mask=(row < rows)[:, None] & there[None, :],
+                other=0.0,
+            )
+            right = tl.load(
+                weight + column[None, :] * narrow + inner[:, None],
+                mask=(column < wide)[None, :] & there[:, None],
+                other=0.0,
+            )
+            sums = tl.dot(left, right, sums, input_precision="tf32x3")
+        sums += tl.load(bias + column, mask=column < wide, other=0.0)[None, :]
+        if relu:
+            sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        at = row[:, None] * wide + column[None, :]
+        tl.store(result + at, sums, mask=(row < rows)[:, None] & (column < wide)[None, :])
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _attend(  # type: ignore[no-untyped-def]
+        q,
+        k,
+        v,
+        mask,
+        result,
+        queries,
+        keys,
+        heads,
+        q_batch,
+        q_head,
+        q_row,
+        k_batch,
+        k_head,
+        k_row,
+        v_batch,
+        v_head,
+        v_row,
+        scale,
+        masked: tl.constexpr,
+        width: tl.constexpr,
+        rows_block: tl.constexpr,
+        keys_block: tl.constexpr,
+    ):
+        """Attention of a block of queries of one head; the mask [batch, keys] is added, the result [batch, queries, ...]."""
+        batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+        row, channel = tl.program_id(0) * rows_block + tl.arange(0, rows_block), tl.arange(0, width)
+        exists = (row < queries)[:, None]
+        q_at = q + batch * q_batch + head * q_head + row[:, None] * q_row + channel[None, :]
+        asked = tl.load(q_at, mask=exists, other=0.0) * scale
+        largest = tl.full((rows_block,), float("-inf"), tl.float32)
+        total = tl.zeros((rows_block,), tl.float32)
+        sums = tl.zeros((rows_block, width), tl.float32)
+        for start in range(0, keys, keys_block):
+            key = start + tl.arange(0, keys_block)
+            there = key < keys
+            k_at = k + batch * k_batch + head * k_head + key[None, :] * k_row + channel[:, None]
+            scores = tl.dot(asked, tl.load(k_at, mask=there[None, :], other=0.0), input_precision="tf32x3")
+            if masked:
+                scores += tl.load(mask + batch * keys + key, mask=there, other=0.0)[None, :]
+            scores = tl.where(there[None, :], scores, float("-inf"))
+            now = tl.maximum(largest, tl.max(scores, 1))
+            shrink, weights = tl.exp(largest - now), tl.exp(scores - now[:, None])
+            v_at = v + batch * v_batch + head * v_head + key[:, None] * v_row + channel[None, :]
+            values = tl.load(v_at, mask=there[:, None], other=0.0)
+            sums = sums * shrink[:, None] + tl.dot(weights, values, input_precision="tf32x3")
+            total = total * shrink + tl.sum(weights, 1)
+            largest = now
+        at = ((batch * queries + row[:, None]) * heads + head) * width + channel[None, :]
+        tl.store(result + at, sums / total[:, None], mask=exists)
+
+
+class Float32Linear(nn.Module):
+    """A linear layer, with ReLU or without.
+
+    Args:
+        linear: float32, on a GPU.
+        relu: whether a ReLU follows.
+    """
+
+    def __init__(self, linear: nn.Linear, relu: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().contiguous(), requires_grad=False)
+        self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [..., C] to float [..., C']."""
+        if x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
+            y = F.linear(x, self.weight, self.bias)
+            return F.relu(y) if self.relu else y
+        wide, narrow = self.weight.shape
+        rows = x.numel() // narrow
+        result = x.new_empty((*x.shape[:-1], wide))
+        rows_block, wide_block, narrow_block = _blocks(rows, wide)
+        grid = (triton.cdiv(rows, rows_block), triton.cdiv(wide, wide_block))
+        _linear[grid](
+            x.contiguous(),
+            self.weight,
+            self.bias,
+            result,
+            rows,
+            narrow,
+            wide,
+            self.relu,
+            rows_block,
+            wide_block,
+            narrow_block,
+            num_warps=4,
+            num_stages=4,
+        )
+        return result
+
+
+def _blocks(rows: int, wide: int) -> tuple[int, int, int]:
+    """Sizes of the blocks of a product: large ones load less, small ones keep all of a GPU busy."""
+    blocks = triton.cdiv(rows, 64) * triton.cdiv(wide, 64)
+    if blocks >= 400:
+        return 128, 64, 32
+    if blocks >= 128:
+        return 64, 64, 32
+    return (64, 32, 64) if blocks >= 32 else (16, 32, 128)
+
+
+class Float32Attention(MultiheadAttention):
+    """Attention of float32 without dropout."""
+
+    @staticmethod
+    def fits(attention: nn.Module) -> bool:
+        """Whether a module can be one: the channels of a head are a block of Triton's, and fit into every GPU."""
+        return type(attention) is MultiheadAttention and attention.head_dim in (16, 32, 64)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """See `MultiheadAttention.attend`."""
+        batch, heads, queries, width = q.shape
+        keys = k.shape[2]
+        of_keys = mask is None or mask.shape[1:] == (1, 1, keys)
+        if q.dtype != torch.float32 or dropout or not of_keys or any(t.stride(-1) != 1 for t in (q, k, v)):
+            return super().attend(q, k, v, mask, dropout)
+        result = q.new_empty((batch, queries, heads, width))
+        rows_block, keys_block = (64, 64) if queries * heads * batch >= 64 * 64 else (16, 128)
+        grid = (triton.cdiv(queries, rows_block), batch * heads)
+        _attend[grid](
+            q,
+            k,
+            v,
+            q if mask is None else mask.expand(batch, -1, -1, -1).contiguous(),
+            result,
+            queries,
+            keys,
+            heads,
+            *(stride for t in (q, k, v) for stride in t.stride()[:3]),
+            self.head_dim**-0.5,
+            mask is not None,
+            width,
+            rows_block,
+            keys_block,
+            num_warps=4,
+            num_stages=2,
+        )
+        return result.transpose(1, 2)
+
+
+def use_tensor_cores(stack: Any) -> None:
+    """Let the float32 layers of an encoder or decoder run there, in place; nothing without Triton."""
+    if not triton_runs():
+        return
+    for layer in stack.layers:
+        if layer.activation is F.relu and layer.fc1.weight.dtype == torch.float32:
+            layer.fc1 = Float32Linear(layer.fc1, relu=True)
+            layer.activation = activation_function("linear")
+    for name, module in [*stack.named_modules()]:
+        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+            stack.set_submodule(name, Float32Linear(module))
+        elif Float32Attention.fits(module) and module.out_proj.weight.dtype == torch.float32:
+            module.__class__ = Float32Attention

@@ -1,0 +1,1 @@
+"""Matching, losses and their normalizers."""

@@ -1,0 +1,273 @@
+"""The transformer of DETR: encoder and decoder.
+
+B batch, S cells of the feature map, Q queries, D ``d_model``.
+Parameter names are those of the published checkpoints, so a state dict needs no renaming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from detr.config import DetrConfig
+from detr.model.attention import MultiheadAttention, activation_function, additive_mask
+from detr.model.outputs import DetrDecoderOutput, DetrEncoderOutput
+
+
+class _FeedForwardLayer(nn.Module):
+    """The feed-forward block of a transformer layer with its residual and norm (parameters sit on the layer)."""
+
+    def __init__(self, config: DetrConfig, ffn_dim: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.activation_dropout = config.activation_dropout
+        self.activation = activation_function(config.activation_function)
+        self.fc1 = nn.Linear(config.d_model, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, config.d_model)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, p=self.dropout, training=self.training)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        hidden = F.dropout(self.activation(self.fc1(x)), p=self.activation_dropout, training=self.training)
+        return self.final_layer_norm(x + self._drop(self.fc2(hidden)))
+
+
+def _attention(config: DetrConfig, heads: int) -> MultiheadAttention:
+    eager = config.attn_implementation == "eager"
+    return MultiheadAttention(config.d_model, heads, config.attention_dropout, eager)
+
+
+class EncoderLayer(_FeedForwardLayer):
+    """Self-attention over the cells of the feature map, then the feed-forward block; norms come after."""
+
+    def __init__(self, config: DetrConfig) -> None:
+        super().__init__(config, config.encoder_ffn_dim)
+        self.self_attn = _attention(config, config.encoder_attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, position: Tensor, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Float [B, S, D] to float [B, S, D], with the attention weights when asked for."""
+        at = x + position
+        attended, weights = self.self_attn(at, at, x, mask, output_attentions)
+        x = self._feed_forward(self.self_attn_layer_norm(x + self._drop(attended)))
+        if self.training and x.dtype == torch.float16:  # only float16 overflows here
+            limit = torch.finfo(x.dtype).max - 1000
+            x = x.clamp(min=-limit, max=limit)
+        return x, weights
+
+
+class DecoderLayer(_FeedForwardLayer):
+    """Self-attention over the queries, cross-attention to the image, then the feed-forward block."""
+
+    def __init__(self, config: DetrConfig) -> None:
+        super().__init__(config, config.decoder_ffn_dim)
+        heads = config.decoder_attention_heads
+        self.self_attn = _attention(config, heads)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.encoder_attn = _attention(config, heads)
+        self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
+        # Float [D], what self-attention and its norm make of queries of zeros; known to `detr.inference.decoder` alone.
+        self.register_buffer("attended_zeros", None)
+
+    attended_zeros: Tensor | None
+
+    def forward(
+        self,
+        x: Tensor,
+        query_position: Tensor,
+        query_mask: Tensor | None,
+        memory: Tensor,
+        memory_key: Tensor,
+        memory_mask: Tensor | None,
+        output_attentions: bool,
+        groups: int = 1,
+        from_zeros: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Float [B, Q, D] to float [B, Q, D], with self- and cross-attention weights when asked for.
+
+        ``memory_key`` is the encoder's output with the position embedding added. With ``groups`` K the Q queries are
+        K groups, one after the other, that do not see each other. ``from_zeros``: x is zeros.
+        """
+        if from_zeros and self.attended_zeros is not None and not output_attentions:
+            x, self_weights = self.attended_zeros.expand_as(x), None
+        else:
+            batch = x.shape[0]
+            # Groups as images of a batch: no mask over all queries, and K times (Q / K)^2 scores in place of Q^2.
+            within = x.unflatten(1, (groups, -1)).flatten(0, 1) if groups > 1 else x
+            at = x + query_position
+            at = at.view_as(within) if groups > 1 else at
+            attended, self_weights = self.self_attn(at, at, within, query_mask, output_attentions)
+            attended = attended.unflatten(0, (batch, groups)).flatten(1, 2) if groups > 1 else attended
+            x = self.self_attn_layer_norm(x + self._drop(attended))
+        attended, cross_weights = self.encoder_attn(
+            x + query_position, memory_key, memory, memory_mask, output_attentions
+        )
+        x = self.encoder_attn_layer_norm(x + self._drop(attended))
+        return self._feed_forward(x), self_weights, cross_weights
+
+
+def run_layer(owner: Any, layer: Callable[..., Any], *args: Any) -> Any:
+    """Call a layer, or in training a part of a network, whose activations are recomputed if its owner says so.
+
+    Args:
+        owner: a module with ``checkpointing``: keywords of `torch.utils.checkpoint.checkpoint`, None to store all.
+        layer: what is called.
+        args: of the call.
+    """
+    if owner.checkpointing is not None and owner.training:
+        return checkpoint(layer, *args, **owner.checkpointing)
+    return layer(*args)
+
+
+class _Stack(nn.Module):
+    """What encoder and decoder share: layers that can be dropped and checkpointed."""
+
+    def __init__(self, layers: list[nn.Module], layerdrop: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.layerdrop = layerdrop
+        self.checkpointing: dict[str, Any] | None = None  # see `run_layer`
+
+    def _run(self, layer: nn.Module, x: Tensor, *args: Any) -> tuple[Any, ...]:
+        if self.training and self.layerdrop and float(torch.rand(())) < self.layerdrop:
+            # Everything it would have used stays in the graph with gradient 0: DistributedDataParallel waits
+            # for every parameter.
+            inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+            unused = sum((t.sum() * 0.0 for t in [*layer.parameters(), *inputs]), start=x.new_zeros(()))
+            return (x + unused, None, None)
+        return run_layer(self, layer, x, *args)
+
+
+class Encoder(_Stack):
+    """Encoder over the flattened feature map."""
+
+    def __init__(self, config: DetrConfig) -> None:
+        layers: list[nn.Module] = [EncoderLayer(config) for _ in range(config.encoder_layers)]
+        super().__init__(layers, config.encoder_layerdrop)
+        # transformers drops out the projected features too, the original does not
+        self.input_dropout = config.dropout if config.compat == "transformers" else 0.0
+
+    def forward(
+        self,
+        features: Tensor,
+        keep: Tensor | None,
+        position: Tensor,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> DetrEncoderOutput:
+        """Encode.
+
+        Args:
+            features: float [B, S, D].
+            keep: bool [B, S], True on cells that are not padding; None where there is no padding.
+            position: float [B, S, D], added to queries and keys of each layer.
+            output_attentions: also return the attention weights of each layer.
+            output_hidden_states: also return the input and the output of each layer.
+        """
+        mask = None if keep is None else additive_mask(keep, features.dtype)
+        hidden_states, attentions = [features], []
+        x = F.dropout(features, p=self.input_dropout, training=self.training)
+        for layer in self.layers:
+            x, weights, *_ = self._run(layer, x, mask, position, output_attentions)
+            hidden_states.append(x)
+            attentions.append(weights)
+        return DetrEncoderOutput(
+            last_hidden_state=x,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+class Decoder(_Stack):
+    """Decoder that refines the object queries."""
+
+    def __init__(self, config: DetrConfig) -> None:
+        layers: list[nn.Module] = [DecoderLayer(config) for _ in range(config.decoder_layers)]
+        super().__init__(layers, config.decoder_layerdrop)
+        self.layernorm = nn.LayerNorm(config.d_model)
+        self.auxiliary_loss = config.auxiliary_loss
+        self.norm_feeds_next_layer = config.auxiliary_loss and config.compat == "transformers"
+
+    def _seen_by_layers(self, memory: Tensor, position: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """What each layer's cross-attention makes values and keys of."""
+        return [(memory, memory + position)] * len(self.layers)
+
+    def forward(
+        self,
+        queries: Tensor | None,
+        query_position: Tensor,
+        query_keep: Tensor | None,
+        memory: Tensor,
+        memory_keep: Tensor | None,
+        memory_position: Tensor,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        groups: int = 1,
+    ) -> DetrDecoderOutput:
+        """Decode.
+
+        With ``auxiliary_loss`` the output of each layer is normed for its own loss and goes on un-normed, as in
+        the original. Under ``compat="transformers"`` the normed output is what goes on, so the last layer's is
+        normed twice: needed for checkpoints trained that way.
+
+        Args:
+            queries: float [B, Q, D]; None for zeros.
+            query_position: float [B, Q, D], added to queries and keys of each layer.
+            query_keep: bool [B, Q], False hides a query from the others; None keeps all.
+            memory: float [B, S, D], the encoder's output.
+            memory_keep: bool [B, S], True on cells that are not padding; None where there is no padding.
+            memory_position: float [B, S, D], added to the keys of the cross-attention.
+            output_attentions: also return the attention weights of each layer.
+            output_hidden_states: also return the input and the output of each layer.
+            groups: K groups of Q / K queries each, one after the other, that do not see each other: every one is
+                decoded as if it were alone. ``query_keep`` must be None where K is not 1.
+        """
+        x = torch.zeros_like(query_position) if queries is None else queries
+        from_zeros = queries is None
+        query_mask = None if query_keep is None else additive_mask(query_keep, x.dtype)
+        memory_mask = None if memory_keep is None else additive_mask(memory_keep, memory.dtype)
+        hidden_states, attentions, cross_attentions, intermediate = [x], [], [], []
+        seen = self._seen_by_layers(memory, memory_position)
+        for layer, (value, key) in zip(self.layers, seen, strict=True):
+            x, weights, cross_weights = self._run(
+                layer,
+                x,
+                query_position,
+                query_mask,
+                value,
+                key,
+                memory_mask,
+                output_attentions,
+                groups,
+                from_zeros,
+            )
+            from_zeros = False
+            hidden_states.append(x)
+            attentions.append(weights)
+            cross_attentions.append(cross_weights)
+            if self.norm_feeds_next_layer:
+                x = self.layernorm(x)
+                intermediate.append(x)
+            elif self.auxiliary_loss:
+                intermediate.append(self.layernorm(x))
+        if self.auxiliary_loss and not self.norm_feeds_next_layer and intermediate:
+            x = intermediate[-1]
+        else:
+            x = self.layernorm(x)
+        hidden_states[-1] = x
+        return DetrDecoderOutput(
+            last_hidden_state=x,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+            intermediate_hidden_states=torch.stack(intermediate) if intermediate else None,
+        )

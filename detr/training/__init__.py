@@ -1,0 +1,1 @@
+"""What exists only while training: query groups and dense supervision."""

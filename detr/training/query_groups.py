@@ -1,0 +1,184 @@
+"""Group DETR: several groups of object queries in training, one at inference (https://arxiv.org/abs/2207.13085).
+
+Each target teaches one query of every group, so the heads and the decoder learn from K matches an image where plain
+DETR has one, and no group sees that another has found the object already. The groups share all weights but the
+position embeddings of their queries; what is left after training is the plain model.
+
+B batch, Q queries of a group, K groups, D ``d_model``, L decoder layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detr.loss.criterion import target_counts
+from detr.loss.normalizers import average_normalisers
+from detr.model.detection import DetrForObjectDetection, hidden_outputs
+from detr.model.outputs import DetrModelOutput, DetrObjectDetectionOutput, DetrSegmentationOutput
+from detr.model.segmentation import DetrForSegmentation
+from detr.training.dense_supervision import cell_losses
+
+
+class QueryGroups(nn.Module):
+    """A model in training with further groups of queries; in evaluation mode it is the model.
+
+    The model itself is not changed: it is saved, evaluated and served as it is. What this module adds are its
+    parameters outside of ``model``; see `training_state`.
+
+    Args:
+        model: `DetrForObjectDetection` or `DetrForSegmentation`; of the latter only group 0 makes masks.
+        groups: K, at least 1; 1 is the plain model.
+        cell_loss: weight of the losses of the encoder's cells, see `detr.training.dense_supervision`; 0 leaves them out.
+
+    Attributes:
+        model: the model; its own queries are group 0.
+        extra_queries: float [K - 1, Q, D], the position embeddings of the other groups; None where K is 1.
+
+    Raises:
+        ValueError: fewer than one group.
+    """
+
+    def __init__(
+        self, model: DetrForObjectDetection | DetrForSegmentation, groups: int, cell_loss: float = 0.0
+    ) -> None:
+        super().__init__()
+        if groups < 1:
+            raise ValueError(
+                f"groups is {groups}: there must be at least one group of queries, the model's own"
+            )
+        self.model = model
+        self.groups = groups
+        self.extra_queries: nn.Parameter | None = None
+        if groups > 1:
+            own = self.detector.model.query_position_embeddings.weight.detach()
+            # distributed like the model's own, which need not be new
+            mean, spread = own.mean(0), own.std(0, correction=0)
+            self.extra_queries = nn.Parameter(mean + spread * own.new_empty(groups - 1, *own.shape).normal_())
+
+        self.cell_loss = cell_loss
+
+    @property
+    def detector(self) -> DetrForObjectDetection:
+        """The model, or the detector in it."""
+        return self.model.detr if isinstance(self.model, DetrForSegmentation) else self.model
+
+    def training_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that are not the model's."""
+        return (p for name, p in self.named_parameters() if not name.startswith("model."))
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs besides the model to go on training, by name."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `training_state` returned.
+
+        Raises:
+            ValueError: it is that of another number of groups or queries.
+        """
+        own = self.training_state()
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        wanted = {name: tuple(value.shape) for name, value in own.items()}
+        if found != wanted:
+            raise ValueError(f"the state holds {found}, but {self.groups} query groups have {wanted}")
+        self.load_state_dict(dict(state), strict=False)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        num_boxes: float | Tensor | None = None,
+        class_weight_sum: float | Tensor | None = None,
+        image_weights: Tensor | None = None,
+    ) -> DetrObjectDetectionOutput | DetrSegmentationOutput:
+        """The model's output; arguments are those of the model.
+
+        In training mode the loss is the mean over the groups, plus that of the cells. ``loss_dict`` and all other
+        fields are those of group 0, which are what the model alone would give (but for other random numbers of
+        dropout); ``loss_cells_…`` are added to it.
+        """
+        given: dict[str, Any] = {
+            "num_boxes": num_boxes,
+            "class_weight_sum": class_weight_sum,
+            "image_weights": image_weights,
+        }
+        if not self.training or (self.extra_queries is None and not self.cell_loss):
+            plain: DetrObjectDetectionOutput | DetrSegmentationOutput = self.model(
+                pixel_values, pixel_mask, labels=labels, return_dict=True, **given
+            )
+            return plain
+        features, outputs = self.detector.model.states(
+            pixel_values, pixel_mask, extra_queries=self.extra_queries
+        )
+        outputs = _as_layers(outputs, self.groups)
+        if labels is not None:
+            given |= self._normalisers(labels, features.cells.device, **given)
+        output: DetrObjectDetectionOutput | DetrSegmentationOutput
+        if isinstance(self.model, DetrForSegmentation):
+            output = self.model.segment(features, outputs, labels, **given, groups=self.groups)
+        else:
+            detected = self.model.detect(outputs, labels, **given, groups=self.groups)
+            output = DetrObjectDetectionOutput(**detected, **hidden_outputs(outputs))
+        if self.cell_loss and labels is not None:
+            assert outputs.encoder_last_hidden_state is not None
+            assert output.loss is not None
+            assert output.loss_dict is not None
+            cells = self.detector.predict(outputs.encoder_last_hidden_state)
+            terms = cell_losses(*cells, features.counted, labels, self.model.config, **given)
+            config = self.model.config
+            loss = (
+                terms["loss_cells_ce"]
+                + config.bbox_loss_coefficient * terms["loss_cells_bbox"]
+                + config.giou_loss_coefficient * terms["loss_cells_giou"]
+            )
+            output.loss = output.loss + self.cell_loss * loss
+            output.loss_dict |= terms
+        return output
+
+    def _normalisers(
+        self,
+        labels: Sequence[Mapping[str, Any]],
+        device: torch.device,
+        num_boxes: float | Tensor | None,
+        class_weight_sum: float | Tensor | None,
+        image_weights: Tensor | None,
+    ) -> dict[str, float | Tensor]:
+        """The normalisers of the loss; those that are None as the model would have them."""
+        config = self.model.config
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            num_boxes, class_weight_sum = average_normalisers(
+                labels, image_weights, config, num_boxes, class_weight_sum, device
+            )
+        boxes, weight_sum = target_counts(labels, image_weights, config.num_queries, config.eos_coefficient)
+        return {
+            "num_boxes": max(boxes, 1.0) if num_boxes is None else num_boxes,
+            "class_weight_sum": (weight_sum or 1.0) if class_weight_sum is None else class_weight_sum,
+        }
+
+
+def _as_layers(outputs: DetrModelOutput, groups: int) -> DetrModelOutput:
+    """The decoder's output [B, K * Q, D] as one of [B, Q, D] with K times as many layers, group 0's last."""
+    assert outputs.last_hidden_state is not None
+    layers = outputs.last_hidden_state[None]
+    if outputs.intermediate_hidden_states is not None:
+        # the last of them is not what the heads see: under compat="transformers" that is normed once more
+        layers = torch.cat((outputs.intermediate_hidden_states[:-1], layers))
+    # [L, B, K * Q, D] to [K * L, B, Q, D]
+    layers = layers.unflatten(2, (groups, -1)).movedim(2, 0).flatten(0, 1)
+    states = outputs.decoder_hidden_states
+    queries = layers.shape[2]
+    return replace(
+        outputs,
+        last_hidden_state=layers[-1],
+        intermediate_hidden_states=layers,
+        decoder_hidden_states=None if states is None else tuple(state[:, -queries:] for state in states),
+        decoder_attentions=None,
+        cross_attentions=None,
+    )

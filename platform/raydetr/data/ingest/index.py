@@ -1,0 +1,486 @@
+"""What is to be ingested, in tables on the local disk: the driver's memory is the same for any number of images.
+
+The tables hold each entry of the JSON files as its text. They are in SQLite's temporary database, a file without a
+name in the folder for temporary files, which is gone with the process however that ends.
+"""
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from typing import Any, Literal
+
+from raydetr.data.ingest.classes import ClassMap
+from raydetr.data.ingest.faults import Problem, as_int
+from raydetr.data.ingest.panoptic import Panoptic
+from raydetr.data.ingest.record import Annotation, Entry
+from raydetr.data.ingest.repairs import read_int
+from raydetr.data.names import leads_out, match, normal, stem
+from raydetr.data.schema import Fault
+from raydetr.errors import DataError, StorageError
+
+_TABLES = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+CREATE TABLE images
+    (position INTEGER PRIMARY KEY, source INTEGER, id INTEGER, folder INTEGER, file TEXT, text TEXT);
+CREATE TABLE image_problems (position INTEGER, code TEXT, reason TEXT);
+CREATE TABLE parts (position INTEGER PRIMARY KEY, part TEXT);
+CREATE TABLE annotations
+    (position INTEGER PRIMARY KEY, source INTEGER, id INTEGER, image_id INTEGER, text TEXT);
+CREATE TABLE repeats (position INTEGER PRIMARY KEY, code TEXT, earlier INTEGER);
+CREATE TABLE panoptic (position INTEGER PRIMARY KEY, image_id INTEGER, file TEXT, text TEXT);
+CREATE TABLE image_files (name TEXT, size INTEGER, folder INTEGER);
+CREATE TABLE mask_files (name TEXT, size INTEGER, folder INTEGER);
+CREATE TABLE faults (code TEXT, file TEXT, image_id INTEGER, annotation_id INTEGER, reason TEXT);
+"""
+_INDICES = """
+CREATE INDEX IF NOT EXISTS image_id ON images (id, source);
+CREATE INDEX IF NOT EXISTS image_file ON images (file);
+CREATE INDEX IF NOT EXISTS annotation_image ON annotations (image_id, source);
+CREATE INDEX IF NOT EXISTS problem_of ON image_problems (position);
+"""
+_PART = "(? = '' OR position IN (SELECT position FROM parts WHERE part = ?))"
+
+Files = Literal["image_files", "mask_files"]
+
+
+class Index:
+    """The images of a data set with their annotations, the files that exist, and the faults that no record has."""
+
+    def __init__(self) -> None:
+        self._connection = sqlite3.connect("")
+        self._connection.executescript(_TABLES)
+        self._source = self._folder = 0
+        self._starts = {0: 0}
+        """Source → position of its first annotation."""
+        self._first = {"images": 0, "annotations": 0}
+        """Positions of the current source's first image and annotation: those of all sources are numbered through."""
+
+    def begin_source(self, folder: int) -> None:
+        """What is added from here on comes from another JSON, whose ids are its own.
+
+        Args:
+            folder: number of its folder of images.
+        """
+        self._source += 1
+        self._folder = folder
+        for table in self._first:
+            query = f"SELECT COALESCE(MAX(position) + 1, 0) FROM {table}"
+            self._first[table] = self._connection.execute(query).fetchone()[0]
+        self._starts[self._source] = self._first["annotations"]
+
+    def add_image(self, position: int, image_id: int, file_name: str, text: str) -> None:
+        """Add an image entry of the JSON."""
+        position += self._first["images"]
+        row = (position, self._source, image_id, self._folder, normal(file_name), text)
+        self._connection.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def add_annotation(self, position: int, fields: Mapping[str, Any], text: str) -> None:
+        """Add an annotation of the JSON."""
+        position += self._first["annotations"]
+        row = (position, self._source, read_int(fields.get("id")), read_int(fields.get("image_id")), text)
+        self._connection.execute("INSERT INTO annotations VALUES (?, ?, ?, ?, ?)", row)
+
+    def add_image_problem(self, position: int, code: str, reason: str) -> None:
+        """Add a fault of an image that only the whole file or the folder shows; `position` counts all sources."""
+        self._connection.execute("INSERT INTO image_problems VALUES (?, ?, ?)", (position, code, reason))
+
+    def add_panoptic(self, position: int, image_id: int, file_name: str, text: str) -> None:
+        """Add an annotation of the panoptic JSON."""
+        row = (position, image_id, normal(file_name), text)
+        self._connection.execute("INSERT INTO panoptic VALUES (?, ?, ?, ?)", row)
+
+    def add_files(self, table: Files, files: Iterable[tuple[str, int]], folder: int = 0) -> None:
+        """Add files that exist in a folder, as (name, bytes)."""
+        rows = ((name, size, folder) for name, size in files)
+        self._connection.executemany(f"INSERT INTO {table} VALUES (?, ?, ?)", rows)
+
+    def add_fault(self, fault: Fault) -> None:
+        """Add a fault that concerns no record of its own."""
+        self._connection.execute("INSERT INTO faults VALUES (?, ?, ?, ?, ?)", astuple(fault))
+
+    def add_parts(self, parts: Iterable[tuple[int, str]]) -> None:
+        """Say which part of a split an image is in, as (position, part)."""
+        self._connection.execute("DELETE FROM parts")
+        self._connection.executemany("INSERT INTO parts VALUES (?, ?)", parts)
+
+    def join_annotations(self, source: str) -> None:
+        """When the images and annotations are there: find what is there twice, and annotations of no image.
+
+        Args:
+            source: name of the JSON, for the faults.
+        """
+        self._connection.executescript(_INDICES)
+        self._drop_repeated_images()
+        self._mark_repeated_annotations()
+        lost = self._connection.execute(
+            "SELECT position, text FROM annotations WHERE source = ? AND NOT EXISTS (SELECT 1 FROM images "
+            "WHERE images.id = annotations.image_id AND images.source = annotations.source) ORDER BY position",
+            (self._source,),
+        )
+        for position, text in lost:
+            fields = json.loads(text)
+            what = f"image_id {fields['image_id']!r:.80}" if "image_id" in fields else "no image_id"
+            reason = f"annotations[{position - self._first['annotations']}] has {what}"
+            image_id, annotation_id = read_int(fields.get("image_id")), read_int(fields.get("id"))
+            self.add_fault(Fault("unknown-image", source, image_id, annotation_id, reason))
+        self._renumber(source)
+
+    def _renumber(self, source: str) -> None:
+        """Change the ids of the last source where an earlier one has the same: add a power of ten."""
+        for table in ("images", "annotations"):
+            lowest, highest = self._connection.execute(
+                f"SELECT MIN(id), MAX(id) FROM {table} WHERE source = ?", (self._source,)
+            ).fetchone()
+            earlier = self._connection.execute(
+                f"SELECT MAX(id) FROM {table} WHERE source < ?", (self._source,)
+            ).fetchone()[0]
+            collide = self._connection.execute(
+                f"SELECT 1 FROM {table} AS a JOIN {table} AS b ON a.id = b.id AND a.source = ? AND b.source < ? LIMIT 1",
+                (self._source, self._source),
+            ).fetchone()
+            if collide:
+                self._shift(table, id_offset(earlier, lowest, highest, source), source)
+
+    def shift_images(self, used: int, source: str) -> None:
+        """Change the ids of all images: other images have theirs up to `used`."""
+        query = "SELECT MIN(id), MAX(id) FROM images"
+        lowest, highest = self._connection.execute(query).fetchone()
+        self._shift("images", id_offset(used, lowest, highest, source), source, every=True)
+
+    def _shift(self, table: str, offset: int, source: str, every: bool = False) -> None:
+        chosen = "" if every else f"WHERE source = {self._source}"
+        self._connection.execute(f"UPDATE {table} SET id = id + {offset} {chosen}")
+        if table == "images":
+            for other in ("annotations", "panoptic"):
+                where = chosen if other == "annotations" else ""
+                self._connection.execute(f"UPDATE {other} SET image_id = image_id + {offset} {where}")
+        reason = f"{table}: {offset} is added to each id, since other {table} have the same ids"
+        self.add_fault(Fault("renumbered", source, None, None, reason))
+
+    def join_files(self, folders: Sequence[str] = ("",)) -> None:
+        """When the files are there: find which file each image has, and which two have one.
+
+        Args:
+            folders: of images, their addresses.
+        """
+        for table in ("image_files", "mask_files"):
+            self._connection.execute(f"CREATE INDEX {table}_name ON {table} (name, folder, size)")
+        self._connection.execute("CREATE INDEX panoptic_image ON panoptic (image_id)")
+        self._find_respelled(folders)
+        self._mark_shared_files()
+
+    def files(self, table: Files) -> Iterator[tuple[str, int]]:
+        """Name and bytes of files, by name; of images those only that an entry has."""
+        named = "WHERE name IN (SELECT file FROM images)" if table == "image_files" else ""
+        return self._connection.execute(
+            f"SELECT DISTINCT name, size FROM {table} {named} ORDER BY name, folder"
+        )
+
+    def surplus_files(self) -> Iterator[str]:
+        """Names of files among the images that no entry has, sorted."""
+        rows = self._connection.execute(
+            "SELECT name FROM image_files WHERE name NOT IN (SELECT file FROM images) ORDER BY name"
+        )
+        return (name for (name,) in rows)
+
+    def surplus_masks(self) -> Iterator[str]:
+        """Names of files among the panoptic PNGs that no annotation has, sorted."""
+        rows = self._connection.execute(
+            "SELECT name FROM mask_files WHERE name NOT IN (SELECT file FROM panoptic) ORDER BY name"
+        )
+        return (name for (name,) in rows)
+
+    def panoptic_found(self) -> tuple[int, int]:
+        """How many panoptic annotations there are, and of how many the PNG is there."""
+        found = "COALESCE(SUM(EXISTS (SELECT 1 FROM mask_files WHERE name = file)), 0)"
+        count, there = self._connection.execute(f"SELECT COUNT(*), {found} FROM panoptic").fetchone()
+        return int(count), int(there)
+
+    def images(self) -> Iterator[tuple[int, Entry]]:
+        """Position and entry of each image, without annotations."""
+        rows = self._connection.execute("SELECT position, id, text FROM images ORDER BY position")
+        for position, image_id, text in rows:
+            yield position, _entry(json.loads(text), image_id)
+
+    def panoptics(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Image id and panoptic annotation of each image; of several the last, in the place of the first."""
+        rows = self._connection.execute(
+            "SELECT image_id, text FROM panoptic JOIN (SELECT MIN(position) AS first, MAX(position) AS last "
+            "FROM panoptic GROUP BY image_id) ON position = last ORDER BY first"
+        )
+        return ((image_id, json.loads(text)) for image_id, text in rows)
+
+    def count(self, part: str = "") -> int:
+        """How many images there are, in a part of a split or in all."""
+        query = f"SELECT COUNT(*) FROM images WHERE {_PART}"
+        return int(self._connection.execute(query, (part, part)).fetchone()[0])
+
+    def name_of(self, image_id: int, part: str = "") -> str | None:
+        """The file name in the entry of an image; None where no image has this id."""
+        query = f"SELECT text FROM images WHERE id = ? AND {_PART}"
+        row = self._connection.execute(query, (image_id, part, part)).fetchone()
+        return None if row is None else str(json.loads(row[0])["file_name"])
+
+    def faults(self) -> Iterator[Fault]:
+        """The faults that concern no record of their own, in the order in which they were added."""
+        return (Fault(*row) for row in self._connection.execute("SELECT * FROM faults ORDER BY rowid"))
+
+    def texts(
+        self, part: str = "", key: Callable[[int], bytes | int] | None = None
+    ) -> Iterator[tuple[str, int]]:
+        """Of each image: JSON of what `read_entry` takes, and the bytes of the image file, 0 where there is none.
+
+        Args:
+            part: of a split; empty: all images.
+            key: of an image id, to sort by; None: in the order of the file.
+        """
+        self._connection.create_function("order_key", 1, key, deterministic=True)
+        rows = self._connection.execute(
+            "SELECT position, source, id, folder, file, text, (SELECT size FROM image_files WHERE name = file "
+            f"AND image_files.folder = images.folder) FROM images WHERE {_PART} "
+            f"ORDER BY {'position' if key is None else 'order_key(id)'}",
+            (part, part),
+        )
+        for position, source, image_id, folder, file, text, size in rows:
+            first = self._starts[source]
+            annotations = self._connection.execute(
+                "SELECT position, id, COALESCE(code, ''), COALESCE(earlier, 0), text FROM annotations "
+                "LEFT JOIN repeats USING (position) WHERE image_id = ? AND source = ? ORDER BY position",
+                (image_id, source),
+            )
+            panoptic = self._connection.execute(
+                "SELECT position, text, EXISTS (SELECT 1 FROM mask_files WHERE name = file) FROM panoptic "
+                "WHERE image_id = ? ORDER BY position DESC LIMIT 1",
+                (image_id,),
+            ).fetchone()
+            problems = self._connection.execute(
+                "SELECT code, reason FROM image_problems WHERE position = ? ORDER BY rowid", (position,)
+            ).fetchall()
+            objects = ", ".join(
+                f'[{place - first}, {place}, {"null" if number is None else number}, "{code}", {earlier}, {fields}]'
+                for place, number, code, earlier, fields in annotations
+            )
+            found = json.dumps(None if size is None else [folder, file])
+            work = f'"image": {text}, "id": {image_id}, "file": {found}, "annotations": [{objects}]'
+            if problems:
+                work += f', "problems": {json.dumps(problems)}'
+            if panoptic:
+                work += f', "panoptic": [{", ".join(map(str, panoptic))}]'
+            yield f"{{{work}}}", size or 0
+
+    def entries(self) -> Iterator[Entry]:
+        """The images with their annotations, in the order of the file."""
+        return (read_entry(json.loads(text)).entry for text, _ in self.texts())
+
+    def _find_respelled(self, folders: Sequence[str]) -> None:
+        """Give images whose file does not exist the one file that their name stands for in another spelling."""
+        missing = self._connection.execute(
+            "SELECT position, folder, text FROM images WHERE NOT EXISTS (SELECT 1 FROM image_files "
+            "WHERE name = file AND image_files.folder = images.folder) ORDER BY position"
+        ).fetchall()
+        if not missing:
+            return
+        self._connection.create_function("stem", 1, stem, deterministic=True)
+        self._connection.executescript(
+            "CREATE TABLE stems (stem TEXT, name TEXT, folder INTEGER);"
+            "INSERT INTO stems SELECT stem(name), name, folder FROM image_files;"
+            "CREATE INDEX stems_stem ON stems (stem, folder);"
+        )
+        claimed: dict[tuple[int, str], list[tuple[int, str]]] = {}
+        for position, folder, text in missing:
+            name = json.loads(text)["file_name"]
+            rows = self._connection.execute(
+                "SELECT name FROM stems WHERE stem = ? AND folder = ? ORDER BY name LIMIT 50",
+                (stem(name), folder),
+            )
+            file, near = match(name, [each for (each,) in rows], folders[folder])
+            if file is not None:
+                claimed.setdefault((folder, file), []).append((position, name))
+                continue
+            hint = (
+                f"; the folder has {near[:3]}: which one is meant is unclear, write it as file_name"
+                if near
+                else ""
+            )
+            if leads_out(name):
+                reason = f"{name!r:.200} is not in the folder of images, and is not read{hint}"
+                self.add_image_problem(position, "file-outside", reason)
+            elif near:
+                self.add_image_problem(position, "missing-file", f"no file {name!r:.200}{hint}")
+        for (folder, file), images in claimed.items():
+            owners = self._connection.execute(
+                "SELECT id FROM images WHERE file = ? AND folder = ?", (file, folder)
+            ).fetchall()
+            for position, name in images:
+                if owners or len(images) > 1:
+                    whose = f"image {owners[0][0]}" if owners else f"{len(images)} images"
+                    reason = f"no file {name!r:.200}; {file!r} would be near, but is that of {whose}"
+                    self.add_image_problem(position, "missing-file", reason)
+                    continue
+                self._connection.execute("UPDATE images SET file = ? WHERE position = ?", (file, position))
+                # Names that differ in their Unicode form alone look the same.
+                self.add_image_problem(position, "repaired-name", f"{name!a:.200} is the file {file!a:.200}")
+
+    def _mark_shared_files(self) -> None:
+        """Mark images of one file: which annotations are whose is unknown, and each lacks the others'."""
+        shared = self._connection.execute(
+            "SELECT file, folder, GROUP_CONCAT(id) FROM images GROUP BY file, folder HAVING COUNT(*) > 1"
+        ).fetchall()
+        for file, folder, ids in shared:
+            self._mark("shared-file", file, ids, "file = ? AND folder = ?", (file, folder))
+        shared = self._connection.execute(
+            "SELECT file, GROUP_CONCAT(DISTINCT image_id) FROM panoptic GROUP BY file "
+            "HAVING COUNT(DISTINCT image_id) > 1"
+        ).fetchall()
+        for file, ids in shared:
+            chosen = "id IN (SELECT image_id FROM panoptic WHERE file = ?)"
+            self._mark("shared-panoptic", file, ids, chosen, (file,))
+
+    def _mark(self, code: str, file: str, ids: str, chosen: str, values: tuple[Any, ...]) -> None:
+        reason = f"{file!r:.200} is that of the images {', '.join(sorted(ids.split(','), key=int)[:10])}"
+        rows = self._connection.execute(f"SELECT position FROM images WHERE {chosen}", values).fetchall()
+        for (position,) in rows:
+            self.add_image_problem(position, code, reason)
+
+    def _drop_repeated_images(self) -> None:
+        """Of image entries with one id the last is used, as in pycocotools; of two files it is not trained on."""
+        repeated = self._connection.execute(
+            "SELECT * FROM (SELECT position, id, file, LAG(file) OVER again AS earlier, LAG(position) OVER again, "
+            "MAX(position) OVER (PARTITION BY id) FROM images WHERE source = ? "
+            "WINDOW again AS (PARTITION BY id ORDER BY position)) WHERE earlier IS NOT NULL ORDER BY position",
+            (self._source,),
+        ).fetchall()
+        for position, image_id, file, earlier, before, last in repeated:
+            first = self._first["images"]
+            reason = f"image id {image_id} again in images[{position - first}] ({file}), which is used"
+            self.add_fault(Fault("duplicate-image-id", earlier, image_id, None, reason))
+            if file != earlier:
+                reason = f"images[{before - first}] ({earlier}) and images[{position - first}] ({file}) have the id {image_id}"
+                self.add_image_problem(last, "ambiguous-image-id", reason)
+        self._connection.execute(
+            "DELETE FROM images WHERE source = ? AND position NOT IN (SELECT MAX(position) FROM images "
+            "WHERE source = ? GROUP BY id)",
+            (self._source, self._source),
+        )
+
+    def _mark_repeated_annotations(self) -> None:
+        rows = self._connection.execute(
+            "SELECT later.position, earlier.position, later.text, earlier.text FROM (SELECT position, "
+            "FIRST_VALUE(position) OVER (PARTITION BY id ORDER BY position) AS first FROM annotations "
+            "WHERE id IS NOT NULL AND source = ?) AS repeated "
+            "JOIN annotations AS later ON later.position = repeated.position "
+            "JOIN annotations AS earlier ON earlier.position = first WHERE repeated.position > first",
+            (self._source,),
+        )
+        for position, first, *texts in rows:
+            later, earlier = map(json.loads, texts)
+            same = all(
+                repr(later.get(name)) == repr(earlier.get(name))
+                for name in ("image_id", "category_id", "bbox")
+            )
+            code = "repeated-annotation" if same else "duplicate-annotation-id"
+            row = (position, code, first - self._first["annotations"])
+            self._connection.execute("INSERT INTO repeats VALUES (?, ?, ?)", row)
+
+
+def id_offset(used: int, lowest: int, highest: int, source: str) -> int:
+    """A power of ten that, added to ids from `lowest` to `highest`, makes them larger than `used`.
+
+    Raises:
+        DataError: the ids would not fit 64 bits.
+    """
+    offset = 10 ** len(str(max(used, 1)))
+    while lowest + offset <= used:
+        offset *= 10
+    if highest + offset >= 2**63:
+        raise DataError(
+            f"{source}: its ids, such as {highest}, are those of other images too, and too large to be changed: number "
+            "them from 1."
+        )
+    return offset
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """What the local disk refuses, said in words.
+
+    Raises:
+        StorageError: instead of SQLite's errors.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StorageError(
+            f"The tables of the input cannot be kept in the folder for temporary files ({error}): they need about the "
+            "size of the JSON files: set SQLITE_TMPDIR to a folder with more room."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a task makes a record of.
+
+    file: number of the folder of images, and name in it; None where there is no file.
+    has_mask: whether there is the panoptic PNG.
+    """
+
+    entry: Entry
+    file: tuple[int, str] | None
+    has_mask: bool
+
+
+def read_entry(work: Mapping[str, Any], class_map: ClassMap | None = None) -> Work:
+    """An image entry and its files.
+
+    Args:
+        work: a decoded text of `Index.texts`.
+        class_map: what becomes of the categories.
+    """
+    annotations = tuple(
+        Annotation(place, _renumbered(fields, number), _repeat(code, place, earlier), -1 - position)
+        for place, position, number, code, earlier, original in work["annotations"]
+        if (fields := class_map.apply(original) if class_map else original) is not None
+    )
+    panoptic, has_mask = None, False
+    if "panoptic" in work:
+        position, fields, has_mask = work["panoptic"]
+        mapped = [(each, class_map.apply(each) if class_map else each) for each in fields["segments_info"]]
+        segments = tuple(kept for _, kept in mapped if kept is not None)
+        dropped = (as_int(each.get("id")) for each, kept in mapped if kept is None)
+        panoptic = Panoptic(
+            position, fields["file_name"], segments, frozenset(each for each in dropped if each is not None)
+        )
+    entry = _entry(work["image"], work["id"])
+    problems = (*entry.problems, *((code, reason) for code, reason in work.get("problems", ())))
+    entry = replace(entry, annotations=annotations, panoptic=panoptic, problems=problems)
+    return Work(entry, None if work["file"] is None else tuple(work["file"]), bool(has_mask))
+
+
+def _renumbered(fields: dict[str, Any], number: int | None) -> dict[str, Any]:
+    """An annotation with the id that it has among all sources."""
+    return fields if number is None or read_int(fields.get("id")) == number else {**fields, "id": number}
+
+
+def _repeat(code: str, position: int, earlier: int) -> tuple[Problem, ...]:
+    return ((code, f"annotations[{position}] has the id of annotations[{earlier}]"),) if code else ()
+
+
+def _entry(fields: Mapping[str, Any], image_id: int) -> Entry:
+    """An image entry without annotations."""
+    size, problems = {}, []
+    for key in ("id", "height", "width"):
+        value = fields.get(key)
+        size[key] = as_int(value)
+        if size[key] is None and (number := read_int(value)) is not None:
+            size[key] = number
+            problems.append(("repaired-image", f"{key} {value!r:.80}, read as {number}"))
+    extra = {k: v for k, v in fields.items() if k not in ("id", "file_name", "height", "width")}
+    extra |= {k: fields[k] for k in ("height", "width") if k in fields and as_int(fields[k]) is None}
+    if size["id"] != image_id:
+        extra["id"] = fields["id"]
+    return Entry(
+        image_id, fields["file_name"], size["height"], size["width"], extra, (), problems=tuple(problems)
+    )

@@ -1,0 +1,129 @@
+"""COCO panoptic annotations of an image, checked against their PNG."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from detr.image_processing.decode import ImageError
+from detr.image_processing.panoptic_png import read_panoptic_png
+from raydetr.data.ingest.faults import Problem, as_int, as_numbers
+from raydetr.data.schema import worst
+
+BOX_TOLERANCE = 1.0
+"""Pixels by which a segment's box may differ from its pixels' unreported."""
+
+
+@dataclass(frozen=True)
+class Panoptic:
+    """The annotation of an image in a panoptic JSON.
+
+    position: in the JSON's `annotations`.
+    file_name: of the PNG, relative to the folder of the panoptic masks.
+    segments: `segments_info`, without those of dropped classes.
+    dropped: ids of these, which the PNG has all the same.
+    """
+
+    position: int
+    file_name: str
+    segments: tuple[dict[str, Any], ...]
+    dropped: frozenset[int] = frozenset()
+
+
+def inspect_panoptic(
+    panoptic: Panoptic, png: bytes | None, frame: tuple[int, int] | None, category_ids: frozenset[int]
+) -> tuple[list[dict[str, Any]], list[Problem], list[tuple[int | None, str, str]]]:
+    """The segments of an image as columns, and what is wrong with them.
+
+    Args:
+        panoptic: the annotation.
+        png: the encoded PNG of segment ids; None where there is no file.
+        frame: (height, width) of the image; None where it is not known.
+        category_ids: of the data set.
+
+    Returns:
+        Elements of the column `segments`; faults of the PNG; faults of segments as (segment id, code, reason).
+    """
+    rows: list[dict[str, Any]] = []
+    of_segments: list[tuple[int | None, str, str]] = []
+    ids, problem = _decode(png, frame)
+    found = [] if problem is None else [problem]
+    pixels = {} if ids is None else _measure(ids)
+    seen: set[int] = set()
+    for number, fields in enumerate(panoptic.segments):
+        box, area = as_numbers(fields.get("bbox")), as_numbers([fields.get("area")])
+        row: dict[str, Any] = {
+            "id": as_int(fields.get("id")),
+            "category_id": as_int(fields.get("category_id")),
+            "area": None if area is None else area[0],
+            "bbox": box if box is not None and len(box) == 4 else None,
+            "iscrowd": as_int(fields.get("iscrowd", 0)),
+        }
+        problems = _segment_problems(row, number, seen, pixels if ids is not None else None, category_ids)
+        row["fault"] = worst([code for code, _ in problems])
+        rows.append(row)
+        of_segments += [(row["id"], code, reason) for code, reason in problems]
+    if unnamed := sorted(set(pixels) - seen - panoptic.dropped):
+        found.append(
+            ("unlabelled-segment", f"ids in the PNG that segments_info does not have: {unnamed[:5]}")
+        )
+    return rows, found, of_segments
+
+
+def _segment_problems(
+    row: Mapping[str, Any],
+    number: int,
+    seen: set[int],
+    pixels: Mapping[int, tuple[int, tuple[int, int, int, int]]] | None,
+    category_ids: frozenset[int],
+) -> list[Problem]:
+    where = f"segments_info[{number}]"
+    if row["id"] is None or row["category_id"] is None:
+        return [("malformed-segment", f"{where}: id {row['id']}, category_id {row['category_id']}")]
+    found: list[Problem] = []
+    if row["id"] in seen:
+        found.append(("duplicate-segment-id", f"{where}: id {row['id']} again"))
+    seen.add(row["id"])
+    if row["category_id"] not in category_ids:
+        found.append(("unknown-segment-category", f"{where}: category_id {row['category_id']}"))
+    if pixels is None:
+        return found
+    if row["id"] not in pixels:
+        return [*found, ("segment-not-in-png", f"{where}: no pixel of the PNG has id {row['id']}")]
+    area, box = pixels[row["id"]]
+    if row["area"] is not None and row["area"] != area:
+        found.append(("segment-area", f"{where}: area {row['area']:g}, but {area} pixels"))
+    if row["bbox"] is not None and max(abs(a - b) for a, b in zip(row["bbox"], box)) > BOX_TOLERANCE:
+        found.append(("segment-box", f"{where}: bbox {row['bbox']}, but its pixels span {list(box)}"))
+    return found
+
+
+def _decode(
+    png: bytes | None, frame: tuple[int, int] | None
+) -> tuple[npt.NDArray[np.int64] | None, Problem | None]:
+    if png is None:
+        return None, ("missing-panoptic", "no such file")
+    try:
+        ids = read_panoptic_png(png).astype(np.int64)
+    except ImageError as error:
+        return None, ("unreadable-panoptic", f"not a PNG that can be read: {error}")
+    if frame is not None and ids.shape != frame:
+        return ids, (
+            "panoptic-size",
+            f"the PNG is {ids.shape[0]} x {ids.shape[1]}, the image {frame[0]} x {frame[1]}",
+        )
+    return ids, None
+
+
+def _measure(ids: npt.NDArray[np.int64]) -> dict[int, tuple[int, tuple[int, int, int, int]]]:
+    """Segment id → pixels and x, y, width, height; without 0, the unlabelled pixels."""
+    values, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    slices = ndimage.find_objects(inverse.reshape(ids.shape).astype(np.int32) + 1)
+    return {
+        int(value): (int(count), (x.start, y.start, x.stop - x.start, y.stop - y.start))
+        for value, count, (y, x) in zip(values, counts, slices, strict=True)
+        if value != 0
+    }

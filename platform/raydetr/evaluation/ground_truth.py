@@ -1,0 +1,96 @@
+"""The truth of a data set, in the forms that metrics take: COCO annotations, and panoptic segments image by image."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raydetr.data.shards import TRUTH_COLUMNS, Manifest, read_records, truth_annotations
+from raydetr.data.stream.mask_targets import MASK_COLUMNS, MaskKind, mask_targets
+
+
+@dataclass
+class Truth:
+    """Truth of some images of a data set.
+
+    images, annotations, categories: as in a COCO JSON. Annotations are the objects of the data set, with their
+        `segmentation` for the kind instance; of the kinds panoptic and panoptic-boxes they are its segments, things
+        and stuff, with the boxes of their pixels. Their ids are 1, 2, …
+    panoptic: image id → the truth's PNG and `segments_info`, of the kind panoptic.
+    """
+
+    categories: list[dict[str, Any]]
+    images: list[dict[str, Any]] = field(default_factory=list)
+    annotations: list[dict[str, Any]] = field(default_factory=list)
+    panoptic: dict[int, tuple[bytes, list[dict[str, Any]]]] = field(default_factory=dict)
+
+    def add(self, record: Mapping[str, Any], manifest: Manifest, kind: MaskKind) -> None:
+        """Add a record with `truth_columns(kind)`."""
+        image_id = record["image_id"]
+        names = ("file_name", "height", "width")
+        self.images.append({"id": image_id, **{name: record[name] for name in names}})
+        for item in _annotations(record, manifest, kind):
+            self.annotations.append({**item, "id": len(self.annotations) + 1})
+        if kind == "panoptic" and record["panoptic_image"] is not None:
+            fields = ("id", "category_id", "area", "bbox", "iscrowd")
+            segments = [{name: item[name] for name in fields} for item in record["segments"] or ()]
+            self.panoptic[image_id] = record["panoptic_image"], segments
+
+    def extend(self, other: "Truth") -> None:
+        """Add the truth of other images."""
+        first = len(self.annotations) + 1
+        self.images += other.images
+        self.annotations += [{**item, "id": n} for n, item in enumerate(other.annotations, first)]
+        self.panoptic |= other.panoptic
+
+    def coco(self) -> dict[str, Any]:
+        """As a COCO dict."""
+        return {
+            "images": self.images,
+            "annotations": self.annotations,
+            "categories": self.categories,
+        }
+
+
+def read_truth(manifest: Manifest, kind: MaskKind) -> Truth:
+    """The truth of a whole data set; no pixels of its images are read."""
+    truth = Truth([dict(category) for category in manifest.categories])
+    for record in read_records(manifest, truth_columns(kind)):
+        truth.add(record, manifest, kind)
+    return truth
+
+
+def truth_columns(kind: MaskKind) -> list[str]:
+    """Columns of a record that its truth needs."""
+    return [*TRUTH_COLUMNS, "fault", *MASK_COLUMNS[kind]]
+
+
+def _annotations(record: Mapping[str, Any], manifest: Manifest, kind: MaskKind) -> Iterator[dict[str, Any]]:
+    if kind in ("none", "instance"):
+        for item in truth_annotations(record):
+            yield {**item, "segmentation": _coco_segmentation(item.get("segmentation"))}
+        return
+    boxes, labels, _ = mask_targets(record, manifest.labels, kind)
+    ids = manifest.category_ids
+    for (left, top, right, bottom), label in zip(boxes.tolist(), labels.tolist(), strict=True):
+        box = [left, top, right - left, bottom - top]
+        area = box[2] * box[3]
+        yield {
+            "image_id": record["image_id"],
+            "category_id": ids[label],
+            "bbox": box,
+            "area": area,
+            "iscrowd": 0,
+        }
+
+
+def _coco_segmentation(segmentation: Mapping[str, Any] | None) -> Any:
+    """A record's mask as COCO writes it: polygons or RLE; None where there is none."""
+    if not segmentation:
+        return None
+    if segmentation["polygons"] is not None:
+        return segmentation["polygons"] or None
+    rle = segmentation["rle"]
+    if rle is None:
+        return None
+    counts = rle["runs"] if rle["counts"] is None else rle["counts"]
+    return {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts}

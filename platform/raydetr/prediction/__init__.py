@@ -1,0 +1,1 @@
+"""Models over data sets and folders of images."""

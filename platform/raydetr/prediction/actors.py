@@ -1,0 +1,208 @@
+"""The Ray Data execution behind every prediction: windows of images in, tables of `PREDICTION_SCHEMA` out."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayTaskError
+
+from detr.image_processing.decode import ImageError, Orientation
+from detr.image_processing.processor import DetrImageProcessor
+from detr.inference.detector import ObjectDetector, PreparedImage, prepare_image
+from raydetr import storage
+from raydetr.data.pixels import decode_record
+from raydetr.data.shards import read_rows
+from raydetr.errors import RaydetrError, StorageError
+from raydetr.prediction.predictions import PredictionSettings, Predictor, error_row, table
+from raydetr.registry.models import ResolvedModel, local_folder
+
+_BATCH_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.list_(pa.int64())),
+        ("pixels", pa.large_binary()),  # uint8 [batch, 3, height, width]; null with an error
+        ("shape", pa.list_(pa.int64())),  # canonical height and width
+        ("size", pa.list_(pa.list_(pa.int64()))),  # of each image: resized height and width
+        ("original_size", pa.list_(pa.list_(pa.int64()))),
+        ("error", pa.string()),
+    ]
+)
+_BLOCK_BYTES = 1024 * 1024  # a batch of large images is a block of its own: actors get them one by one
+
+
+@dataclass(frozen=True)
+class ActorOptions:
+    """How the work is divided; it does not change any prediction."""
+
+    actors: int = 1
+    """Copies of the model."""
+    batch_size: int = 8
+    """Most images of one forward pass."""
+    num_gpus: float = 0.0
+    """GPUs of an actor; 0: it runs on one CPU."""
+
+
+def run_actors(
+    model: ResolvedModel,
+    windows: Sequence[Mapping[str, Any]],
+    root: str,
+    categories: Sequence[Mapping[str, Any]] | None,
+    settings: PredictionSettings,
+    options: ActorOptions,
+) -> Iterator[pa.Table]:
+    """Predict the images of windows.
+
+    Args:
+        model: from `registry.models.resolve`.
+        windows: what one task prepares each: `file` and `groups` of a folder of shards, without the image ids in
+            `skip`; or `image_ids` and the `addresses` of as many encoded images.
+        root: address of the folder of shards; empty with addresses.
+        categories: COCO categories that labels are matched with by name; None: category ids are labels.
+        settings: what is predicted.
+        options: actors and batch size.
+
+    Yields:
+        tables of `PREDICTION_SCHEMA`, in any order.
+
+    Raises:
+        RaydetrError: a shard is damaged, or a prediction is not finite.
+    """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = _BLOCK_BYTES
+    context.enable_progress_bars = False
+    with DataContext.current(context):
+        dataset = ray.data.from_items([dict(window) for window in windows], override_num_blocks=len(windows))
+        predictions = dataset.map_batches(
+            partial(
+                _prepare,
+                root=root,
+                model=model,
+                batch_size=options.batch_size,
+                orientation=settings.orientation,
+            ),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=1,
+        ).map_batches(
+            _Actor,
+            fn_constructor_args=(model, categories, settings, "cuda" if options.num_gpus else "cpu"),
+            compute=ActorPoolStrategy(size=min(options.actors, len(windows))),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=1,
+            num_gpus=options.num_gpus or None,
+        )
+    try:
+        yield from predictions.iter_batches(batch_size=None, batch_format="pyarrow")
+    except RayTaskError as error:
+        if isinstance(error.cause, RaydetrError):
+            raise error.cause from None  # its message without Ray's traceback of the remote process
+        raise
+
+
+def _prepare(
+    windows: pa.Table, root: str, model: ResolvedModel, batch_size: int, orientation: Orientation
+) -> Iterator[pa.Table]:
+    """Read and decode images, and yield them as batches of equal canonical shape."""
+    image_processor = DetrImageProcessor.from_pretrained(local_folder(model))
+    waiting: dict[tuple[int, int], list[tuple[int, PreparedImage]]] = defaultdict(list)
+    for window in windows.to_pylist():
+        for image_id, data in _images(window, root):
+            try:
+                if isinstance(data, ImageError):
+                    raise data
+                prepared = prepare_image(data, image_processor, orientation=orientation)
+            except ImageError as error:
+                yield _pack_error(image_id, str(error))
+                continue
+            like = waiting[prepared.shape]
+            like.append((image_id, prepared))
+            if len(like) == batch_size:
+                yield _pack(waiting.pop(prepared.shape))
+    for like in waiting.values():
+        yield _pack(like)
+
+
+def _images(window: Mapping[str, Any], root: str) -> Iterator[tuple[int, bytes | torch.Tensor | ImageError]]:
+    """Image ids with the image, encoded or decoded, or why there is none."""
+    if not root:
+        for image_id, address in zip(window["image_ids"], window["addresses"], strict=True):
+            try:
+                yield image_id, storage.read_bytes(address)
+            except StorageError as error:
+                yield image_id, ImageError(str(error))
+        return
+    skip = set(window["skip"])
+    for group in window["groups"]:
+        for row in read_rows(root, window["file"], [group], ["image_id", "image", "fault"]).to_pylist():
+            if row["image_id"] in skip:
+                continue
+            if row["image"] is None:
+                yield row["image_id"], ImageError(f"there are no bytes ({row['fault']})")
+                continue
+            try:
+                decoded: torch.Tensor | ImageError = decode_record(row)
+            except ImageError as error:
+                decoded = error
+            yield row["image_id"], decoded
+
+
+class _Actor:
+    """A model actor: batches of prepared images in, rows of `PREDICTION_SCHEMA` out."""
+
+    def __init__(
+        self,
+        model: ResolvedModel,
+        categories: Sequence[Mapping[str, Any]] | None,
+        settings: PredictionSettings,
+        device: str,
+    ) -> None:
+        self.predictor = Predictor(load_detector(local_folder(model), settings, device), categories, settings)
+
+    def __call__(self, batches: pa.Table) -> pa.Table:
+        rows: list[dict[str, Any]] = []
+        for batch in batches.to_pylist():
+            if batch["error"] is not None:
+                rows.append(error_row(batch["image_id"][0], batch["error"]))
+            else:
+                rows += self.predictor.rows(batch["image_id"], _unpack(batch))
+        return table(rows)
+
+
+def load_detector(folder: str, settings: PredictionSettings, device: str = "cpu") -> ObjectDetector:
+    """The detector of a model folder, with what the settings ask for."""
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    masks = settings.masks != "none"
+    return ObjectDetector.from_pretrained(folder, device, dtype, masks=masks, engine=settings.engine)
+
+
+def _pack(like: list[tuple[int, PreparedImage]]) -> pa.Table:
+    """Prepared images of one shape as one row."""
+    row = {
+        "image_id": [image_id for image_id, _ in like],
+        "pixels": np.stack([image.pixels for _, image in like]).tobytes(),
+        "shape": like[0][1].shape,
+        "size": [image.size for _, image in like],
+        "original_size": [image.original_size for _, image in like],
+    }
+    return pa.Table.from_pylist([row], schema=_BATCH_SCHEMA)
+
+
+def _pack_error(image_id: int, reason: str) -> pa.Table:
+    return pa.Table.from_pylist([{"image_id": [image_id], "error": reason}], schema=_BATCH_SCHEMA)
+
+
+def _unpack(row: dict[str, Any]) -> list[PreparedImage]:
+    """What `_pack` packed."""
+    count = len(row["image_id"])
+    pixels = np.frombuffer(row["pixels"], np.uint8).reshape(count, 3, *row["shape"])
+    sizes = zip(pixels, row["size"], row["original_size"], strict=True)
+    return [PreparedImage(image, (h, w), (oh, ow)) for image, (h, w), (oh, ow) in sizes]

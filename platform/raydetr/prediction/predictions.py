@@ -1,0 +1,171 @@
+"""What a model finds in images, as rows of a table: the form in which predictions are kept and scored."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from detr.image_processing.decode import Orientation
+from detr.image_processing.panoptic_png import write_panoptic_png
+from detr.inference.detector import Detections, ObjectDetector, PreparedImage
+from detr.metrics.masks import encode_masks
+from detr.metrics.panoptic_matching import VOID
+from detr.postprocess import post_process_panoptic_segmentation
+from detr.postprocess.view import image_views
+from raydetr.errors import DataError
+from raydetr.prediction.categories import UNKNOWN, match_categories
+
+PREDICTION_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("height", pa.int32()),  # of the decoded image, in pixels; null with an error
+        ("width", pa.int32()),
+        ("category_id", pa.list_(pa.int64())),  # the data set's own
+        ("score", pa.list_(pa.float32())),  # descending, 0..1
+        ("bbox", pa.list_(pa.list_(pa.float32()))),  # x, y, width, height in pixels of the stored image
+        (
+            "mask",
+            pa.list_(pa.binary()),
+        ),  # COCO's compressed run lengths at the image's size; null: not asked for
+        ("panoptic", pa.binary()),  # PNG whose colours encode segment ids as COCO does; null: not asked for
+        (
+            "segments",
+            pa.list_(pa.struct([("id", pa.int64()), ("category_id", pa.int64()), ("score", pa.float32())])),
+        ),
+        ("error", pa.string()),  # why the image cannot be decoded, or null; it then has no detections
+    ]
+)
+"""One row per image of the data set, ascending by id, with the detections of all queries."""
+
+Masks = Literal["none", "instance", "panoptic"]
+
+
+@dataclass(frozen=True)
+class PredictionSettings:
+    """What, besides model and image, a prediction depends on."""
+
+    masks: Masks = "none"
+    """instance: a mask of every detection; panoptic: one map of segments. Both need a model with a mask head."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: bfloat16 but for the heads, with torch on a CPU by autocast."""
+    engine: Literal["torch", "openvino"] = "torch"
+    """What computes the model; see `detr.inference.optimize.optimized`."""
+    segment_threshold: float = 0.5
+    """Least score of a query that becomes a panoptic segment."""
+    orientation: Orientation = "ignore"
+    """apply: images are turned upright by their EXIF orientation. Annotations mostly refer to the stored pixels."""
+
+
+class Predictor:
+    """A model and the categories of a data set: batches of prepared images in, rows of `PREDICTION_SCHEMA` out.
+
+    Args:
+        detector: with its mask head, where masks are asked for.
+        categories: of the data set, COCO entries; labels that it does not have are left out. None: there is no data
+            set, category ids are the model's labels, and its configuration says which are stuff.
+        settings: what is predicted.
+
+    Raises:
+        DataError: a category has no label of its name.
+    """
+
+    def __init__(
+        self,
+        detector: ObjectDetector,
+        categories: Sequence[Mapping[str, Any]] | None,
+        settings: PredictionSettings,
+    ) -> None:
+        self.detector, self.settings = detector, settings
+        id2label = detector.model.config.id2label
+        if categories is None:
+            self.category_ids = np.array(sorted(id2label))
+            stuff = set(getattr(detector.model.config, "stuff_label_ids", ()))
+        else:
+            self.category_ids = np.array(match_categories(id2label, categories))
+            stuff = {int(category["id"]) for category in categories if not category.get("isthing", 1)}
+        self._stuff_labels = [label for label, each in enumerate(self.category_ids.tolist()) if each in stuff]
+
+    def rows(self, image_ids: Sequence[int], prepared: Sequence[PreparedImage]) -> list[dict[str, Any]]:
+        """The rows of images of one canonical shape.
+
+        Raises:
+            DataError: a detection is not finite.
+        """
+        # Masks cost the most, and those of less score become no segment.
+        panoptic = self.settings.masks == "panoptic"
+        outputs = self.detector.run(prepared, self.settings.segment_threshold if panoptic else None)
+        rows = []
+        for image_id, image, found in zip(
+            image_ids, prepared, self.detector.detections(outputs, prepared), strict=True
+        ):
+            if not np.isfinite(found.scores).all() or not np.isfinite(found.boxes_xyxy).all():
+                raise DataError(f"The model's detections on image {image_id} are not finite numbers.")
+            rows.append(self._row(image_id, image, found))
+        if self.settings.masks != "none":
+            self._add_masks(rows, outputs, prepared)
+        for row in rows:
+            del row["queries"]
+        return rows
+
+    def _row(self, image_id: int, image: PreparedImage, found: Detections) -> dict[str, Any]:
+        categories = self.category_ids[found.labels]
+        known = categories != UNKNOWN
+        corners = found.boxes_xyxy[known]
+        height, width = image.original_size
+        return {
+            "image_id": image_id,
+            "height": height,
+            "width": width,
+            "category_id": categories[known],
+            "score": found.scores[known],
+            "bbox": list(np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)),
+            "queries": found.queries[known].tolist(),
+        }
+
+    def _add_masks(self, rows: list[dict[str, Any]], outputs: Any, prepared: Sequence[PreparedImage]) -> None:
+        sizes, processed = [image.original_size for image in prepared], [image.size for image in prepared]
+        if self.settings.masks == "instance":
+            views = image_views(outputs.pred_masks, sizes, processed, prepared[0].shape)
+            for row, view, masks in zip(rows, views, outputs.pred_masks, strict=True):
+                # One after the other: at full size all of them would be gigabytes.
+                rles = [encode_masks(view.resize(masks[query][None]) > 0)[0] for query in row["queries"]]
+                row["mask"] = [rle["counts"].encode() for rle in rles]
+            return
+        maps = post_process_panoptic_segmentation(
+            outputs,
+            self.settings.segment_threshold,
+            label_ids_to_fuse=self._stuff_labels,
+            target_sizes=sizes,
+            processed_sizes=processed,
+            padded_size=prepared[0].shape,
+            integer_maps=True,
+            merge_fused=True,
+        )
+        for row, found in zip(rows, maps, strict=True):
+            row |= self._segments(found)
+
+    def _segments(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """A panoptic map as PNG, and its segments; those of categories that the data set does not have are void."""
+        ids = np.maximum(
+            found["segmentation"].cpu().numpy().astype(np.int64), VOID
+        )  # -1 where nothing is kept
+        segments = []
+        for item in found["segments_info"]:
+            category_id = int(self.category_ids[item["label_id"]])
+            if category_id == UNKNOWN:
+                ids[ids == item["id"]] = 0
+            else:
+                segments.append({"id": item["id"], "category_id": category_id, "score": item["score"]})
+        return {"panoptic": write_panoptic_png(ids), "segments": segments}
+
+
+def error_row(image_id: int, reason: str) -> dict[str, Any]:
+    """The row of an image that cannot be decoded."""
+    return {"image_id": image_id, "category_id": [], "score": [], "bbox": [], "error": reason}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows as a table of `PREDICTION_SCHEMA`."""
+    return pa.Table.from_pylist(list(rows), schema=PREDICTION_SCHEMA)

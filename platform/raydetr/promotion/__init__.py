@@ -1,0 +1,1 @@
+"""From challenger to champion: the gate, and the ledger of alias moves."""

@@ -1,0 +1,252 @@
+"""A model for inference gives what the plain model gives, and the model itself is left alone."""
+
+import copy
+import gc
+import pickle
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from detr import DetrForObjectDetection, DetrForSegmentation
+from detr.inference.onednn import OneDnnConv2d, OneDnnLinear
+from tests.detr.conftest import separate_the_queries, small_config
+from tests.tiers import rest_slow
+
+# residual sums and ReLU; ReLU6 without residual activation; SiLU and gates; pre-activation; no batch norm
+BACKBONES = rest_slow(
+    ["efficientnet_lite0", "mobilenetv3_small_050", "resnet18", "resnet50", "regnety_002", "convnext_atto"],
+    fast=3,
+)
+
+
+ORIGINAL_CALL = nn.Module.__call__
+
+
+def make_model(backbone: str, **changes: object) -> DetrForObjectDetection:
+    model = DetrForObjectDetection(small_config(backbone=backbone, **changes)).eval()
+    separate_the_queries(model, seed=1)
+    return model
+
+
+def maximum_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return (got.double() - exact).abs().max().item()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.inference_mode()
+def test_it_is_as_exact_as_the_plain_model(backbone: str) -> None:
+    plain = make_model(backbone)
+    fast = plain.optimize()
+    pixels = torch.randn(2, 3, 97, 130, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 97, 130, dtype=torch.int64)
+    mask[1, 64:] = 0
+    exact = copy.deepcopy(plain).double()(pixels.double(), mask)
+    expected, got = plain(pixels, mask), fast(pixels, mask)
+    for name in ("logits", "pred_boxes"):
+        error, allowed = maximum_error(got[name], exact[name]), maximum_error(expected[name], exact[name])
+        assert error <= 3 * allowed + 1e-6, name
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@torch.inference_mode()
+def test_linear_layers_are_packed_with_no_activation_but_their_own(activation: str) -> None:
+    plain = make_model("test_resnet", activation_function=activation)
+    fast = plain.optimize()
+    for part in (fast.model.encoder, fast.model.decoder):
+        kinds = {type(module) for module in part.modules()}
+        assert OneDnnLinear in kinds
+        assert nn.Linear not in kinds
+    pixels = torch.randn(1, 3, 64, 80, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(fast(pixels).logits, plain(pixels).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("auxiliary_loss", [False, True])
+@pytest.mark.parametrize(
+    "given", ["nothing", "decoder_attention_mask", "decoder_inputs_embeds", "output_attentions"]
+)
+@torch.inference_mode()
+def test_the_first_self_attention_is_computed_where_it_is_no_constant(
+    given: str, auxiliary_loss: bool
+) -> None:
+    plain = make_model("test_resnet", auxiliary_loss=auxiliary_loss)
+    fast = plain.optimize()
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, 64, 80, generator=random)
+    queries, width = plain.config.num_queries, plain.config.d_model
+    options = {
+        "nothing": {},
+        "decoder_attention_mask": {"decoder_attention_mask": torch.rand(2, queries, generator=random) > 0.5},
+        "decoder_inputs_embeds": {"decoder_inputs_embeds": torch.randn(2, queries, width, generator=random)},
+        "output_attentions": {"output_attentions": True},
+    }[given]
+    calls: list[int] = []
+    for number, layer in enumerate(fast.model.decoder.layers):
+        layer.self_attn.register_forward_hook(lambda *_, number=number: calls.append(number))
+    expected = plain(pixels, output_hidden_states=True, **options)
+    got = fast(pixels, output_hidden_states=True, **options)
+    constant = given in ("nothing", "decoder_attention_mask")
+    assert calls == [*range(1 if constant else 0, plain.config.decoder_layers)]
+    for name in ("logits", "pred_boxes", "decoder_hidden_states", "decoder_attentions", "cross_attentions"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (3, 3, 50, 171), (1, 3, 224, 96)])
+@torch.inference_mode()
+def test_one_copy_takes_images_of_any_size(shape: tuple[int, ...]) -> None:
+    plain = make_model("test_resnet")
+    fast = plain.optimize()
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # a second time: nothing it keeps was overwritten
+        torch.testing.assert_close(fast(pixels).logits, plain(pixels).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_all_maps_of_the_backbone_and_the_masks_are_those_of_the_plain_model() -> None:
+    plain = DetrForSegmentation(
+        small_config(backbone="resnet50", encoder_attention_heads=8, decoder_attention_heads=8)
+    ).eval()
+    separate_the_queries(plain, seed=2)
+    fast = plain.optimize()
+    pixels = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    maps = [m.detr.model.backbone(pixels) for m in (plain, fast)]
+    assert len(maps[0]) == 4
+    for expected, got in zip(*maps, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fast(pixels).pred_masks, plain(pixels).pred_masks, atol=1e-3, rtol=1e-3)
+
+
+def test_the_model_itself_stays_as_it_is() -> None:
+    plain = make_model("test_resnet").train()
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    fast = plain.optimize()
+    with torch.no_grad():
+        for parameter in fast.parameters():
+            parameter.add_(1)
+    assert plain.training
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_resnet_has_no_norm_and_no_sum_left() -> None:
+    fast = make_model("resnet18").optimize()
+    graph = fast.model.backbone.conv_encoder.model.graph_module
+    kinds = {type(graph.get_submodule(n.target)) for n in graph.graph.nodes if n.op == "call_module"}
+    # a feature map that is returned must not be overwritten, but here each is read by one sum at most before
+    assert kinds <= {OneDnnConv2d, nn.MaxPool2d, nn.ReLU}
+    assert OneDnnConv2d in kinds
+
+
+def test_what_is_optimised_cannot_be_saved(tmp_path) -> None:
+    with pytest.raises(ValueError, match="optimize"):
+        make_model("test_resnet").optimize().save_pretrained(tmp_path)
+
+
+def test_what_is_optimised_takes_no_other_weights() -> None:
+    """Those of folded and packed layers are elsewhere: it would be half of one model and half of another."""
+    plain = make_model("test_resnet")
+    for other in (plain.state_dict(), plain.optimize().state_dict()):
+        for strict in (True, False):
+            with pytest.raises(ValueError, match="cannot take other weights"):
+                plain.optimize().load_state_dict(other, strict=strict)
+    make_model("test_resnet").load_state_dict(plain.state_dict())
+
+
+@torch.inference_mode()
+def test_a_batch_of_no_images_has_no_answers() -> None:
+    plain = make_model("test_resnet")
+    fast = plain.optimize()
+    none = torch.zeros(0, 3, 64, 96)
+    for model in (plain, fast):
+        outputs = model(none)
+        assert outputs.logits.shape == (0, *fast(torch.zeros(1, 3, 64, 96)).logits.shape[1:])
+        assert outputs.pred_boxes.shape[0] == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@torch.inference_mode()
+def test_a_copy_of_a_model_that_has_answered_answers_alike(copied: Callable[[nn.Module], nn.Module]) -> None:
+    fast = make_model("test_resnet").optimize()
+    pixels = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    expected = fast(pixels).logits
+    assert torch.equal(copied(fast)(pixels).logits, expected)
+
+
+def test_what_is_optimised_stays_in_its_dtype() -> None:
+    fast = make_model("test_resnet").optimize(dtype=torch.bfloat16)
+    assert fast.optimize(dtype=torch.bfloat16) is fast.optimize() is fast
+    with pytest.raises(ValueError, match="is optimised in"):
+        fast.optimize(dtype=torch.float32)
+
+
+@pytest.mark.parametrize("optimise", [False, True])
+def test_a_model_that_nobody_holds_is_freed_without_the_garbage_collector(optimise: bool) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        model = make_model("test_resnet")
+        if optimise:
+            model = model.optimize()
+            model(torch.zeros(1, 3, 64, 64))
+        gone = [weakref.ref(module) for module in model.modules()]
+        del model
+        assert not [each() for each in gone if each() is not None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.slow
+def test_models_answer_and_are_made_while_others_are_made() -> None:
+    # torch.fx changes nn.Module for the whole process while it traces
+    plain = make_model("test_resnet")
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = plain(pixels).logits
+    until = time.monotonic() + 5
+    faults: list[BaseException] = []
+
+    @torch.inference_mode()
+    def repeat(do: Callable[[], torch.Tensor]) -> None:
+        try:
+            while time.monotonic() < until and not faults:
+                torch.testing.assert_close(do(), expected, atol=1e-4, rtol=1e-4)
+        except BaseException as fault:
+            faults.append(fault)
+
+    answers = [lambda: plain(pixels).logits] * 2 + [lambda: plain.optimize()(pixels).logits] * 2
+    threads = [threading.Thread(target=repeat, args=(do,)) for do in answers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults, faults[0]
+    assert nn.Module.__call__ is ORIGINAL_CALL
+
+
+def test_a_net_that_cannot_be_traced_stays_as_it_is() -> None:
+    class Branches(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return self.net(x if x.sum() > 0 else -x)
+
+    plain = make_model("test_resnet")
+    encoder = plain.model.backbone.conv_encoder
+    encoder.model = Branches(encoder.model)
+    fast = plain.optimize()
+    assert isinstance(fast.model.backbone.conv_encoder.model, Branches)
+
+
+def test_float64_is_folded_and_not_packed() -> None:
+    plain = make_model("test_resnet").double()
+    fast = plain.optimize()
+    pixels = torch.randn(1, 3, 64, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(pixels).logits, plain(pixels).logits, atol=1e-10, rtol=1e-10)

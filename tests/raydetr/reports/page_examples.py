@@ -1,0 +1,238 @@
+"""What the pages of an evaluation are made of: predictions that are the truth, spoilt, and their analysis."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from detr.image_processing.panoptic_png import read_panoptic_png, write_panoptic_png
+from detr.metrics.coco import METRIC_NAMES, coco_detection_metrics
+from detr.metrics.masks import encode_masks
+from raydetr.data.shards import Manifest, coco_truth, read_records, truth_annotations
+from raydetr.data.stream.mask_targets import decode_mask, has_mask
+from raydetr.prediction.predictions import error_row, table
+from raydetr.reports.page_matching import Item, judge
+
+KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
+MIN_SCORE = 0.3
+
+
+def spoilt_predictions(manifest: Manifest, seed: int, masks: bool = False, harm: float = 1.0) -> pa.Table:
+    """The truth with objects left out, shifted, renamed, doubled and invented; a row per image, ascending by id."""
+    rng = np.random.default_rng(seed)
+    ids = manifest.category_ids
+    rows = []
+    for record in read_records(manifest):
+        if record["image"] is None:
+            rows.append(error_row(record["image_id"], "there are no bytes"))
+            continue
+        height, width = record["height"], record["width"]
+        found: list[tuple[float, int, list[float], Any]] = []
+        for item in truth_annotations(record):
+            chance = rng.random() / harm
+            if item["iscrowd"] or chance < 0.12:
+                continue
+            box = np.array(item["bbox"])
+            shift = rng.normal(0, 0.04 if chance > 0.25 else 0.25, 4) * np.tile(box[2:], 2)
+            category = item["category_id"] if chance > 0.35 or chance < 0.27 else int(rng.choice(ids))
+            score = float(np.clip(rng.normal(0.85 if chance > 0.35 else 0.6, 0.15), 0.02, 1))
+            mask = _mask(item, record) if masks else None
+            moved = [*(box[:2] + shift[:2]), *np.maximum(box[2:] + shift[2:], 1)]
+            found.append((score, category, moved, mask))
+            if rng.random() < 0.1 * harm:
+                found.append((score * 0.7, category, [*(box[:2] + 2), *box[2:]], mask))
+        for _ in range(rng.poisson(0.7 * harm)):
+            x, y = rng.uniform(0, 0.7, 2) * (width, height)
+            size = rng.uniform(0.05, 0.3, 2) * (width, height)
+            box = [x, y, *size]
+            mask = _mask({"bbox": box, "segmentation": None}, record) if masks else None
+            found.append((float(rng.beta(1.5, 3)), int(rng.choice(ids)), box, mask))
+        found.sort(key=lambda each: -each[0])
+        row: dict[str, Any] = {"image_id": record["image_id"], "height": height, "width": width}
+        row["score"] = [each[0] for each in found]
+        row["category_id"] = [each[1] for each in found]
+        row["bbox"] = [[float(value) for value in each[2]] for each in found]
+        if masks:
+            row["mask"] = [each[3] for each in found]
+        if masks and record["panoptic_image"] is not None:
+            row |= _panoptic(record)
+        rows.append(row)
+    return table(sorted(rows, key=lambda row: row["image_id"]))
+
+
+def _mask(item: dict[str, Any], record: dict[str, Any]) -> bytes:
+    """The object's mask moved by four pixels, or its box filled."""
+    height, width = record["height"], record["width"]
+    if has_mask(item["segmentation"]):
+        decoded = decode_mask(item["segmentation"], height, width)
+    else:
+        x, y, w, h = (round(value) for value in item["bbox"])
+        decoded = np.zeros((height, width), np.uint8)
+        decoded[y : y + h, x : x + w] = 1
+    return encode_masks(np.roll(decoded, 4, axis=1)[None])[0]["counts"].encode()
+
+
+def _panoptic(record: dict[str, Any]) -> dict[str, Any]:
+    """The truth's segments, every fifth left out, moved by six pixels."""
+    ids = read_panoptic_png(record["panoptic_image"])
+    segments = [each for index, each in enumerate(record["segments"]) if index % 5 != 1]
+    ids = np.roll(np.where(np.isin(ids, [each["id"] for each in segments]), ids, 0), 6, axis=1)
+    kept = [{"id": each["id"], "category_id": each["category_id"], "score": 0.9} for each in segments]
+    return {"panoptic": write_panoptic_png(ids), "segments": kept}
+
+
+def make_analysis(manifest: Manifest, predictions: pa.Table) -> dict[str, Any]:
+    """An analysis in the form of analysis.json; figures and verdicts are measured, what is derived is plausible."""
+    truth = coco_truth(manifest)
+    figures = coco_detection_metrics(truth, _results(predictions))
+    recall = np.linspace(0, 1, 101)
+    names = {int(each["id"]): str(each["name"]) for each in manifest.categories}
+    position = {category_id: index for index, category_id in enumerate(names)}
+    confusion = np.zeros((len(names) + 1, len(names) + 1), int)
+    counts, per_image = dict.fromkeys(KINDS, 0), {}
+    bins = [[0, 0.0, 0] for _ in range(10)]
+    found = {row["image_id"]: row for row in predictions.to_pylist()}
+    objects_of: dict[int, list[int]] = {category_id: [] for category_id in names}
+    for record in read_records(manifest):
+        objects = [
+            Item(each["category_id"], tuple(each["bbox"]), crowd=bool(each["iscrowd"]))
+            for each in truth_annotations(record)
+        ]
+        row = found[record["image_id"]]
+        items = [
+            Item(category, tuple(box), score)
+            for category, box, score in zip(row["category_id"], row["bbox"], row["score"], strict=True)
+            if score >= MIN_SCORE
+        ]
+        for each in objects:
+            objects_of[each.category_id].append(record["image_id"])
+        verdict = judge(objects, items)
+        here = dict.fromkeys(KINDS, 0) | {"missed": verdict.objects.count("missed")}
+        for item, kind, meant in zip(items, verdict.detections, verdict.meant, strict=True):
+            here[kind] = here.get(kind, 0) + 1
+            row_of = len(names) if meant is None else position[objects[meant].category_id]
+            confusion[row_of, position[item.category_id]] += 1
+            place = bins[min(int((item.score or 0) * 10), 9)]
+            place[0] += 1
+            place[1] += item.score or 0
+            place[2] += kind == "right"
+        for each, fate in zip(objects, verdict.objects, strict=True):
+            confusion[position[each.category_id], -1] += fate == "missed"
+        per_image[record["image_id"]] = here
+        for kind in KINDS:
+            counts[kind] += here[kind]
+    total = max(sum(counts.values()), 1)
+    ap50 = max(figures["AP50"], 0)
+    rows = []
+    for index, (category_id, name) in enumerate(names.items()):
+        quality = max(ap50 - 0.3 + 0.6 * ((index * 7) % 10) / 10, 0.02)
+        images = objects_of[category_id]
+        measured = {
+            key: min(quality * factor, 1) for key, factor in zip(METRIC_NAMES, np.linspace(0.8, 1.1, 12))
+        }
+        figures_of = measured if images else dict.fromkeys(METRIC_NAMES, -1.0)
+        rows.append(
+            {
+                "id": category_id, "name": name, "isthing": True, "objects": len(images),
+                "images": len(set(images)), **{key: figures_of[key] for key in (*METRIC_NAMES[:6], "AR_100")},
+                "best_threshold": 0.2 + 0.05 * (index % 9) if images else -1.0, "best_f1": figures_of["AP50"],
+            }
+        )  # fmt: skip
+
+    def curve(height: float) -> list[float]:
+        return np.clip(1.05 - (recall / max(height, 0.05)) ** 4 * 0.6, 0, 1).round(4).tolist()
+
+    return {
+        "figures": figures,
+        "intervals": {key: [max(figures[key], 0) - 0.03, figures[key] + 0.03] for key in ("AP", "AP50", "AP75")},
+        "confidence": 0.95,
+        "resamples": 1000,
+        "classes": rows,
+        "curves": {
+            "recall": recall.tolist(),
+            "all": {"0.50": curve(ap50), "0.75": curve(figures["AP75"]), "mean": curve(figures["AP"])},
+            "classes": {str(row["id"]): curve(row["AP50"]) if row["objects"] else [-1.0] * 101 for row in rows},
+        },
+        "confusion": {
+            "names": [*names.values(), "background"], "counts": confusion.tolist(), "iou": 0.5,
+            "min_score": MIN_SCORE,
+        },
+        "calibration": {
+            "ece": 0.084, "mce": 0.21,
+            "bins": [
+                {"low": i / 10, "high": (i + 1) / 10, "count": n, "confidence": s / n if n else 0.0,
+                 "accuracy": right / n if n else 0.0}
+                for i, (n, s, right) in enumerate(bins)
+            ],
+        },
+        "errors": {
+            "counts": counts, "cost": {kind: 0.3 * count / total for kind, count in counts.items()},
+            "AP50": figures["AP50"], "min_score": MIN_SCORE,
+        },
+        "slices": {
+            "objects per image": [
+                {"name": "1 to 3", "images": 60, "objects": 120, "AP": 0.6, "AP50": 0.8},
+                {"name": "over 30", "images": 1, "objects": 40, "AP": 0.3, "AP50": 0.5},
+            ],
+            "shorter side": [{"name": "up to 480", "images": 61, "objects": 160, "AP": -1.0, "AP50": -1.0}],
+        },
+        "worst": {
+            kind: [i for i in sorted(per_image, key=lambda i: -per_image[i][kind]) if per_image[i][kind]][:12]
+            for kind in KINDS if kind != "both"
+        },
+        "images": len(predictions),
+        "undecodable": sum(row["error"] is not None for row in found.values()),
+    }  # fmt: skip
+
+
+def _results(predictions: pa.Table) -> list[dict[str, Any]]:
+    return [
+        {"image_id": row["image_id"], "category_id": category, "bbox": box, "score": score}
+        for row in predictions.to_pylist()
+        for category, box, score in zip(row["category_id"], row["bbox"], row["score"], strict=True)
+    ]
+
+
+def make_record(
+    manifest: Manifest, analysis: dict[str, Any], version: int | None = 3, task: str = "detection"
+) -> dict[str, Any]:
+    """A record in the form of metrics.json."""
+    return {
+        "schema_version": 2,
+        "model": {
+            "address": f"models:/raydetr/{version}" if version else "/models/last",
+            "name": "raydetr" if version else None, "version": version, "digest": "ab" * 32,
+        },
+        "data": {"address": manifest.root, "digest": manifest.digest},
+        "settings": {"task": task, "max_detections": 100},
+        "figures": analysis["figures"],
+        "images": analysis["images"],
+        "undecodable": {"1021": "cut short <b>"} if analysis["undecodable"] else {},
+        "predictions": "runs/evaluations/predictions.parquet",
+        "report": "runs/evaluations/report.html",
+        "analysis": "runs/evaluations/analysis.json",
+        "run_id": "0123456789abcdef",
+        "date": "2026-11-25",
+    }  # fmt: skip
+
+
+def make_comparison(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A comparison of two analyses, with plausible ranges."""
+
+    def change(before: float, after: float, width: float) -> dict[str, Any]:
+        delta = after - before
+        return {"old": before, "new": after, "delta": delta, "low": delta - width, "high": delta + width}
+
+    figures = {
+        name: change(old["figures"][name], new["figures"][name], 0.02) | {"probability_better": 0.98}
+        for name in old["figures"]
+    }
+    classes = [
+        {key: before[key] for key in ("id", "name", "objects")}
+        | change(before["AP"], after["AP"] - 0.2 * (index % 3), 0.3 / max(before["objects"], 1) ** 0.5)
+        for index, (before, after) in enumerate(zip(old["classes"], new["classes"], strict=True))
+    ]
+    return {
+        "figures": figures, "classes": {"AP": classes}, "images": old["images"], "resamples": 1000, "confidence": 0.95,
+        "changed": {"better": old["worst"]["missed"][:4], "worse": new["worst"]["localisation"][:4]},
+    }  # fmt: skip
