@@ -26,8 +26,8 @@ def batches_of_steps(config: TrainConfig, manifest: Manifest) -> Iterator[list[T
     )
     rows = (
         batch
-        for window in ray_stream._walk(job, 0)
-        for row in ray_stream._fill(window, job, world_size=1)
+        for window in ray_stream.list_windows(job, 0)
+        for row in ray_stream.build_micro_batches(window, job, world_size=1)
         for batch in unpack(row, config.micro_batch_size)
     )
     for _, group in itertools.groupby(rows, key=lambda batch: batch.step):

@@ -23,7 +23,7 @@ from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 from raydetr.errors import StorageError
-from raydetr.filesystems import attempt, local_path
+from raydetr.filesystems import local_path, retry
 
 Result = TypeVar("Result")
 
@@ -113,7 +113,7 @@ class _FileCell:
             except (FileNotFoundError, NotADirectoryError):  # the latter is `write`'s error to explain
                 return Content(None)
 
-        return attempt(self.address, "read", once)
+        return retry(self.address, "read", once)
 
     def write(self, data: bytes | None, expected: Content) -> Content | None:
         try:
@@ -303,7 +303,7 @@ class _S3Cell:
             except BotoCoreError as error:  # no credentials, or no connection
                 raise OSError(f"{type(error).__name__}: {error}") from error
 
-        return attempt(self.address, doing, once, self.retry_s)
+        return retry(self.address, doing, once, self.retry_s)
 
 
 class _ConditionFailed(Exception):

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 RETRY_SECONDS = 90.0
 """How long an operation is repeated that fails for reasons that pass."""
 
-_SDK_ATTEMPTS = 4  # quick ones, within the AWS library; the long waits are `attempt`'s
+_SDK_ATTEMPTS = 4  # quick ones, within the AWS library; the long waits are `retry`'s
 _LONGEST_PAUSE = 10.0
 _TRANSIENT = (
     "NETWORK_CONNECTION",
@@ -103,7 +103,7 @@ def local_path(address: str) -> str | None:
     return os.path.abspath(path)
 
 
-def attempt(address: str, doing: str, action: Callable[[], Result], seconds: float | None = None) -> Result:
+def retry(address: str, doing: str, action: Callable[[], Result], seconds: float | None = None) -> Result:
     """Do something that may be done again; again, after growing pauses, while it fails for a reason that passes.
 
     Args:

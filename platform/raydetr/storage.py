@@ -19,7 +19,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raydetr.errors import StorageError
-from raydetr.filesystems import attempt, is_local, is_transient, local_path, resolve
+from raydetr.filesystems import is_local, is_transient, local_path, resolve, retry
 
 Result = TypeVar("Result")
 
@@ -62,7 +62,7 @@ def list_names(address: str) -> list[str]:
     """Sorted names of the direct children of a folder; empty where it does not exist."""
     filesystem, path = resolve(address)
     selector = fs.FileSelector(path, allow_not_found=True)
-    infos = attempt(address, "listed", lambda: filesystem.get_file_info(selector))
+    infos = retry(address, "listed", lambda: filesystem.get_file_info(selector))
     return sorted(info.base_name for info in infos)
 
 
@@ -99,7 +99,7 @@ def list_files(
         return
     prefix = path.rstrip("/") + "/"
     selector = fs.FileSelector(path, recursive=True)
-    for info in attempt(folder, "listed", lambda: filesystem.get_file_info(selector)):
+    for info in retry(folder, "listed", lambda: filesystem.get_file_info(selector)):
         if info.is_file:
             yield info.path.removeprefix(prefix), int(info.size)
 
@@ -181,7 +181,7 @@ def read_chunks(address: str) -> Iterator[bytes]:
             stream.seek(at)
             return bytes(stream.read(_PART))
 
-    while data := attempt(address, "read", part):
+    while data := retry(address, "read", part):
         yield data
         at += len(data)
 
@@ -198,7 +198,7 @@ def read_bytes(address: str) -> bytes:
         with filesystem.open_input_stream(path) as stream:
             return bytes(stream.read())
 
-    return attempt(address, "read", whole)
+    return retry(address, "read", whole)
 
 
 def read(address: str, action: Callable[[pa.NativeFile], Result]) -> Result:
@@ -221,7 +221,7 @@ def read(address: str, action: Callable[[pa.NativeFile], Result]) -> Result:
                     raise
                 return _Failed(error)
 
-    result = attempt(address, "read", once)
+    result = retry(address, "read", once)
     if isinstance(result, _Failed):
         raise result.error
     return result
@@ -280,7 +280,7 @@ def _send(source: BinaryIO, address: str) -> None:
             shutil.copyfileobj(source, target, _CHUNK)
 
     if filesystem.type_name in _OBJECT_STORES:
-        attempt(address, "written", lambda: once(path))
+        retry(address, "written", lambda: once(path))
         return
 
     def then_move() -> None:
@@ -294,7 +294,7 @@ def _send(source: BinaryIO, address: str) -> None:
                 filesystem.delete_file(partial)
             raise
 
-    attempt(address, "written", then_move)
+    retry(address, "written", then_move)
 
 
 def write_bytes(address: str, data: bytes) -> None:
@@ -317,7 +317,7 @@ def delete_file(address: str) -> None:
     filesystem, path = resolve(address)
     if _info(address).type == fs.FileType.File:
         with suppress(_Gone):  # another process deleted it
-            attempt(address, "deleted", lambda: _delete(filesystem.delete_file, path))
+            retry(address, "deleted", lambda: _delete(filesystem.delete_file, path))
 
 
 def delete_folder(address: str) -> None:
@@ -325,7 +325,7 @@ def delete_folder(address: str) -> None:
     filesystem, path = resolve(address)
     while _info(address).type == fs.FileType.Directory:
         with suppress(_Gone):  # another process deletes it as well: what is left of it comes next
-            attempt(address, "deleted", lambda: _delete(filesystem.delete_dir, path))
+            retry(address, "deleted", lambda: _delete(filesystem.delete_dir, path))
             return
 
 
@@ -374,7 +374,7 @@ class _Gone(Exception):
 
 
 class _Failed:
-    """An error that is not the file system's, carried past `attempt`."""
+    """An error that is not the file system's, carried past `retry`."""
 
     def __init__(self, error: OSError) -> None:
         self.error = error
@@ -382,4 +382,4 @@ class _Failed:
 
 def _info(address: str) -> fs.FileInfo:
     filesystem, path = resolve(address)
-    return attempt(address, "looked up", lambda: filesystem.get_file_info(path))
+    return retry(address, "looked up", lambda: filesystem.get_file_info(path))

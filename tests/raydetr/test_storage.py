@@ -34,14 +34,14 @@ def test_a_shared_folder_whose_server_is_away_for_a_moment_is_asked_again() -> N
             raise error
         return b"1"
 
-    assert filesystems.attempt("/mnt/shared/x", "read", read) == b"1"
+    assert filesystems.retry("/mnt/shared/x", "read", read) == b"1"
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def write() -> None:
         raise full
 
     with pytest.raises(StorageError, match="No space left"):
-        filesystems.attempt("/mnt/shared/x", "written", write)
+        filesystems.retry("/mnt/shared/x", "written", write)
 
 
 def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:

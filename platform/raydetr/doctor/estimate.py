@@ -8,7 +8,7 @@ from typing import Any
 from raydetr.data.shards import Manifest
 from raydetr.doctor.findings import Finding
 from raydetr.doctor.nodes import Node
-from raydetr.doctor.trial import Trial
+from raydetr.doctor.trial import TrialRun
 from raydetr.training.config import TrainConfig
 from raydetr.training.preview import duration
 
@@ -40,7 +40,7 @@ class Speed:
 
 
 def speed(
-    config: TrainConfig, trial: Trial, data_rate: float, logical_cpus: float, real_cpus: float
+    config: TrainConfig, trial: TrialRun, data_rate: float, logical_cpus: float, real_cpus: float
 ) -> Speed:
     """How fast a run can be.
 
@@ -71,7 +71,7 @@ def epochs(config: TrainConfig, manifest: Manifest) -> float:
 
 
 def findings(
-    config: TrainConfig, manifest: Manifest, trial: Trial, found: Speed, cpus: float, embedded: bool
+    config: TrainConfig, manifest: Manifest, trial: TrialRun, found: Speed, cpus: float, embedded: bool
 ) -> Iterator[Finding]:
     """Time, data rate and epochs, in words.
 
@@ -110,7 +110,7 @@ def findings(
 
 
 def memory(
-    config: TrainConfig, trial: Trial, nodes: Sequence[Node], described: Sequence[Any]
+    config: TrainConfig, trial: TrialRun, nodes: Sequence[Node], described: Sequence[Any]
 ) -> Iterator[Finding]:
     """Whether the workers fit into the nodes' memory, and into their GPUs'."""
     if trial.gpu_memory_gib:
@@ -137,7 +137,7 @@ def memory(
         yield Finding("memory", "ok", f"{text}.")
 
 
-def figures(config: TrainConfig, manifest: Manifest, trial: Trial, found: Speed) -> dict[str, Any]:
+def figures(config: TrainConfig, manifest: Manifest, trial: TrialRun, found: Speed) -> dict[str, Any]:
     """For the summary."""
     return {
         "step_seconds": trial.step_seconds,

@@ -41,7 +41,7 @@ def examine(config: DoctorConfig) -> dict[str, Any]:
 
 def _examine(config: DoctorConfig) -> dict[str, Any]:
     report = Report()
-    report.run("cluster", partial(resources.connect, config))
+    report.run("cluster", partial(resources.check_cluster, config))
     nodes = alive() if ray.is_initialized() else []
     described = versions.describe_nodes(nodes) if nodes else []
     if nodes:
@@ -187,7 +187,7 @@ def _trial(
     if "model" in report.names("FAIL"):
         report.run("overfit", lambda: [_not_made("overfit", "model")])
         return
-    made: list[trial.Trial] = []
+    made: list[trial.TrialRun] = []
 
     def run() -> list[Finding]:
         made.append(trial.run(config, manifest, drawn.batches))

@@ -12,17 +12,16 @@ from raydetr.doctor.nodes import Node, alive
 from raydetr.errors import ClusterError
 from raydetr.training.config import TrainConfig
 from raydetr.training.run import plan_spec
-from raydetr.training.trainer import connect as connect_for
-from raydetr.training.trainer import validates_in_background
+from raydetr.training.trainer import connect_for_training, validates_in_background
 
 GIB = 2**30
 
 
-def connect(config: TrainConfig) -> Iterator[Finding]:
+def check_cluster(config: TrainConfig) -> Iterator[Finding]:
     """Connect as the run would, and compare what there is with what it needs."""
     failed = ""
     try:
-        connect_for(config)
+        connect_for_training(config)
     except (ClusterError, ConnectionError) as error:
         if not ray.is_initialized():
             yield Finding("cluster", "FAIL", f"no cluster to connect to: {error}")
@@ -49,7 +48,7 @@ def connect(config: TrainConfig) -> Iterator[Finding]:
 def object_store(config: TrainConfig, store_bytes: float, cpus: float) -> Finding:
     """Whether the rows of all workers fit into the object stores, and what the data tasks prepare besides."""
     spec = plan_spec(config)
-    bounds = in_flight.fit(spec, config.workers, store_bytes, cpus)
+    bounds = in_flight.bound_concurrency(spec, config.workers, store_bytes, cpus)
     edges = spec.augmentation
     largest = max(edges.shortest_edges)
     batch_bytes = spec.micro_batch_size * 3 * largest * min(1.6 * largest, edges.longest_edge)

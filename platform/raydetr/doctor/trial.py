@@ -33,7 +33,7 @@ _SEARCHED = 500
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialRun:
     """What came of it.
 
     step_seconds: of one worker's share of the first step.
@@ -54,7 +54,7 @@ class Trial:
     figures: dict[str, float]
 
 
-def run(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBatch]) -> Trial:
+def run(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBatch]) -> TrialRun:
     """Make the trial in this process; where it has no GPU and the workers do, in a task that has one.
 
     Raises:
@@ -66,12 +66,12 @@ def run(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBatc
                 "No GPU of the cluster is free for a trial: end what holds them, or wait for it."
             )
         task = ray.remote(num_cpus=1, num_gpus=1)(make)
-        result: Trial = ray.get(task.remote(config, manifest, batches))
+        result: TrialRun = ray.get(task.remote(config, manifest, batches))
         return result
     return make(config, manifest, batches)
 
 
-def make(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBatch]) -> Trial:
+def make(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBatch]) -> TrialRun:
     """Time steps on the micro-batches of the run's first step, then overfit.
 
     Raises:
@@ -93,7 +93,7 @@ def make(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBat
             f"bf16 ({error})."
         ) from error
     gpu = memory.get("gpu_memory_gib")
-    return Trial(
+    return TrialRun(
         step_seconds=step_seconds,
         images=int(sum(float(batch.weights.sum()) for batch in own)),
         memory_gib=memory["memory_gib"],
@@ -187,7 +187,7 @@ def fallen_to(losses: Sequence[float], window: int) -> float:
     return statistics.fmean(losses[-last:]) / statistics.fmean(losses[:window])
 
 
-def finding(config: DoctorConfig, trial: Trial, images: int = IMAGES) -> Iterator[Finding]:
+def finding(config: DoctorConfig, trial: TrialRun, images: int = IMAGES) -> Iterator[Finding]:
     """Whether the model can learn what it is to learn."""
     losses = trial.losses
     if not losses:

@@ -46,7 +46,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A registered version as the gate sees it."""
 
     name: str
@@ -79,7 +79,7 @@ def decide(rules: Sequence[Rule], success: str, note: str = "") -> Decision:
     return Decision(not failed, tuple(rules), f"{reason} ({note})" if note else reason)
 
 
-def choose_judge(challenger: Contender, champion: Contender | None, asked: str) -> str:
+def choose_judge(challenger: Candidate, champion: Candidate | None, asked: str) -> str:
     """Digest of the data to judge by; empty where the two are evaluated on nothing in common.
 
     Args:
@@ -105,7 +105,7 @@ def choose_judge(challenger: Contender, champion: Contender | None, asked: str) 
     return next(iter(there), "")
 
 
-def check_replacement(challenger: Contender, champion: Contender, asked: str) -> Rule:
+def check_replacement(challenger: Candidate, champion: Candidate, asked: str) -> Rule:
     """The rule by which `--replace-champion` leaves out the comparison.
 
     Args:
@@ -131,10 +131,10 @@ def check_replacement(challenger: Contender, champion: Contender, asked: str) ->
     )
 
 
-def check_papers(
+def check_prerequisites(
     config: PromoteConfig,
-    challenger: Contender,
-    champion: Contender | None,
+    challenger: Candidate,
+    champion: Candidate | None,
     digest: str,
     reports_missing: Mapping[int, str],
 ) -> list[Rule]:
@@ -182,7 +182,7 @@ def check_papers(
     return rules
 
 
-def check_files(contenders: Sequence[Contender], found: Mapping[int, str]) -> Rule:
+def check_files(contenders: Sequence[Candidate], found: Mapping[int, str]) -> Rule:
     """The versions still have the files that they were registered with.
 
     Args:
@@ -312,7 +312,7 @@ def _again(fine: bool) -> str:
     return "" if fine else ": run pipelines/evaluate.py"
 
 
-def _evaluated(challenger: Contender, champion: Contender | None, digest: str) -> Rule:
+def _evaluated(challenger: Candidate, champion: Candidate | None, digest: str) -> Rule:
     found = [f"{each.label} on {_digests(each)}" for each in (challenger, champion) if each is not None]
     on_file = [digest in each.evaluations for each in (challenger, champion) if each is not None]
     name = "it is evaluated" if champion is None else "both are evaluated on the same data"
@@ -328,7 +328,7 @@ def _evaluated(challenger: Contender, champion: Contender | None, digest: str) -
     return Rule(name, False, "; ".join(found), f"{limit}: {_in_common(challenger, champion, digest)}")
 
 
-def _in_common(challenger: Contender, champion: Contender, digest: str) -> str:
+def _in_common(challenger: Candidate, champion: Candidate, digest: str) -> str:
     """How to get an evaluation of both on the same data."""
     digest = digest or next(iter(challenger.evaluations), "")
     address = (challenger.evaluations.get(digest, {}).get("data") or {}).get("address", "")
@@ -344,7 +344,7 @@ def _in_common(challenger: Contender, champion: Contender, digest: str) -> str:
     )
 
 
-def _scored_alike(challenger: Contender, champion: Contender, digest: str) -> Rule:
+def _scored_alike(challenger: Candidate, champion: Candidate, digest: str) -> Rule:
     new, old = challenger.evaluations[digest], champion.evaluations[digest]
     different = [key for key in ("schema_version", "settings", "images") if new.get(key) != old.get(key)]
     return Rule(
@@ -355,7 +355,7 @@ def _scored_alike(challenger: Contender, champion: Contender, digest: str) -> Ru
     )
 
 
-def _impartial(config: PromoteConfig, both: Sequence[Contender], digest: str) -> Rule:
+def _impartial(config: PromoteConfig, both: Sequence[Candidate], digest: str) -> Rule:
     used = [f"{each.label} was trained on it" for each in both if each.trained_on == digest]
     used += [f"{each.label}'s checkpoint was chosen by it" for each in both if each.chosen_on == digest]
     return Rule(
@@ -393,10 +393,10 @@ def _class(found: Mapping[str, Any]) -> str:
     return f"{str(found['name'])[:40]} {found['delta']:+.3f} {interval}, {found['objects']} objects"
 
 
-def _digests(contender: Contender) -> str:
+def _digests(contender: Candidate) -> str:
     return ", ".join(digest[:12] for digest in sorted(contender.evaluations)[:5]) or "nothing"
 
 
-def _address(contender: Contender, digest: str) -> str:
+def _address(contender: Candidate, digest: str) -> str:
     record = contender.evaluations.get(digest) or {}
     return str((record.get("data") or {}).get("address", "not on file"))

@@ -22,9 +22,9 @@ from raydetr.evaluation.ground_truth import read_truth
 from raydetr.prediction.predict import read_predictions
 from raydetr.promotion import gate, latency
 from raydetr.promotion.compare import compare
-from raydetr.promotion.gate import Contender, Decision, Rule
+from raydetr.promotion.gate import Candidate, Decision, Rule
 from raydetr.promotion.ledger import Entry, Ledger, now
-from raydetr.promotion.records import Promotion, contender, keep_refusal, move, open_decision, undo
+from raydetr.promotion.records import Promotion, keep_refusal, move, open_decision, read_candidate, undo
 from raydetr.registry.models import files_digest, resolve
 from raydetr.registry.tracking import client, end_run, registry_errors, resolve_uri
 from raydetr.reports.page_comparison import write_comparison
@@ -54,7 +54,7 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
         RegistryError: unknown model, version or alias, nothing to undo.
     """
     uri = resolve_uri(config.tracking_uri)
-    challenger = contender(uri, config.model)
+    challenger = read_candidate(uri, config.model)
     if config.undo:
         done = undo(uri, challenger.name, config.alias, config.reason, config.dry_run)
         return _summary(config, done, Decision(True, (), "the last promotion is undone"))
@@ -66,7 +66,7 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
     if previous == challenger.version:
         return _summary(config, done, Decision(True, (), f"{challenger.label} is the {config.alias} already"))
     with tempfile.TemporaryDirectory() as folder:
-        judged = judge(config, uri, challenger, champion)
+        judged = evaluate_promotion(config, uri, challenger, champion)
         decision = judged.decision
         has_page = _write_page(folder, config, judged, challenger, champion)
         if ledger is not None:
@@ -90,7 +90,9 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
     return _summary(config, done, decision, judged, has_page)
 
 
-def judge(config: PromoteConfig, uri: str, challenger: Contender, champion: Contender | None) -> Judgement:
+def evaluate_promotion(
+    config: PromoteConfig, uri: str, challenger: Candidate, champion: Candidate | None
+) -> Judgement:
     """Ask every rule; the comparison only where the papers are in order.
 
     Args:
@@ -106,7 +108,9 @@ def judge(config: PromoteConfig, uri: str, challenger: Contender, champion: Cont
     both = [challenger] if champion is None else [champion, challenger]
     digest = gate.choose_judge(challenger, champion, _asked(config.data))
     records = [each.evaluations[digest] for each in both if digest in each.evaluations]
-    rules = replaced + gate.check_papers(config, challenger, champion, digest, _missing_reports(both, digest))
+    rules = replaced + gate.check_prerequisites(
+        config, challenger, champion, digest, _missing_reports(both, digest)
+    )
     if all(rule.passed for rule in rules):
         rules.append(gate.check_files(both, {each.version: _files_digest(uri, each) for each in both}))
     if not all(rule.passed for rule in rules):
@@ -129,13 +133,13 @@ def judge(config: PromoteConfig, uri: str, challenger: Contender, champion: Cont
     return Judgement(gate.decide(rules, success, config.reason), digest, comparison, manifest)
 
 
-def _champion(uri: str, name: str, alias: str) -> Contender | None:
+def _champion(uri: str, name: str, alias: str) -> Candidate | None:
     with registry_errors(uri):
         version = client(uri).get_registered_model(name).aliases.get(alias)
-    return None if version is None else contender(uri, f"models:/{name}/{version}")
+    return None if version is None else read_candidate(uri, f"models:/{name}/{version}")
 
 
-def _files_digest(uri: str, version: Contender) -> str:
+def _files_digest(uri: str, version: Candidate) -> str:
     try:
         return files_digest(uri, version.name, version.version)
     except RegistryError as error:
@@ -149,7 +153,7 @@ def _asked(data: str) -> str:
     return Manifest.load(data).digest
 
 
-def _missing_reports(both: list[Contender], digest: str) -> dict[int, str]:
+def _missing_reports(both: list[Candidate], digest: str) -> dict[int, str]:
     missing = {}
     for each in both:
         report = str(each.evaluations.get(digest, {}).get("report") or "")
@@ -175,7 +179,7 @@ def _kind(record: Mapping[str, Any]) -> MaskKind:
 
 
 def _latency(
-    config: PromoteConfig, uri: str, manifest: Manifest, challenger: Contender, champion: Contender | None
+    config: PromoteConfig, uri: str, manifest: Manifest, challenger: Candidate, champion: Candidate | None
 ) -> Rule:
     who = {"challenger": challenger} | ({} if champion is None else {"champion": champion})
     folders = {key: resolve(f"models:/{each.name}/{each.version}", uri).folder for key, each in who.items()}
@@ -197,8 +201,8 @@ def _write_page(
     folder: str,
     config: PromoteConfig,
     judged: Judgement,
-    challenger: Contender,
-    champion: Contender | None,
+    challenger: Candidate,
+    champion: Candidate | None,
 ) -> bool:
     """The comparison as a page in a folder, where there was one; whether there was."""
     if judged.comparison is None or judged.manifest is None or champion is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydetr.errors import RegistryError
-from raydetr.promotion.gate import Contender, Decision
+from raydetr.promotion.gate import Candidate, Decision
 from raydetr.promotion.ledger import DECISION_TAG, Entry, Ledger, now, text, undoable
 from raydetr.registry.evaluations import evaluations_of
 from raydetr.registry.models import DIGEST_TAG, find_version, registered_version
@@ -36,7 +36,7 @@ class Promotion:
     """MLflow run of the decision."""
 
 
-def contender(uri: str, address: str) -> Contender:
+def read_candidate(uri: str, address: str) -> Candidate:
     """What the gate needs to know of a registered version; its files stay where they are.
 
     Args:
@@ -48,7 +48,7 @@ def contender(uri: str, address: str) -> Contender:
         RegistryError: nothing there, or it is a folder.
     """
     version = registered_version(address, uri)
-    return Contender(
+    return Candidate(
         name=version.name,
         version=int(version.version),
         digest=version.tags.get(DIGEST_TAG, ""),
@@ -71,7 +71,7 @@ def promote(uri: str, address: str, alias: str) -> Promotion:
     Raises:
         RegistryError: not a registered model, nothing there, no evaluation on file, or the alias moved meanwhile.
     """
-    model = contender(uri, address)
+    model = read_candidate(uri, address)
     if not model.evaluations:
         raise RegistryError(
             f"{model.name} version {model.version} has no evaluation on file, so {alias!r} stays where it is: "
@@ -112,7 +112,7 @@ def undo(uri: str, name: str, alias: str, note: str = "", dry_run: bool = False)
             f"{name}@{alias} is version {position}, but the last promotion (number {last.number}) made it version "
             f"{last.version}: it was moved by other means, so set it in MLflow by hand."
         )
-    before = contender(uri, f"models:/{name}/{last.previous}")
+    before = read_candidate(uri, f"models:/{name}/{last.previous}")
     reason = f"promotion {last.number} undone" + (f" ({note})" if note else "")
     if dry_run:
         return Promotion(name, alias, position, before.version, before.evaluations)

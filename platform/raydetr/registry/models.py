@@ -109,7 +109,7 @@ def register(
         known = mlflow_client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
         done = [int(each.version) for each in known if each.tags.get(DIGEST_TAG) == all_tags[DIGEST_TAG]]
         if done:
-            _point_at(mlflow_client, name, alias, max(done))
+            advance_alias(mlflow_client, name, alias, max(done))
             return max(done)
         run = mlflow_client.get_run(run_id)
         model = mlflow_client.create_logged_model(
@@ -130,11 +130,11 @@ def register(
             tags={**all_tags, MODEL_ID_TAG: model.model_id},
             model_id=model.model_id,
         ).version
-        _point_at(mlflow_client, name, alias, int(version))
+        advance_alias(mlflow_client, name, alias, int(version))
     return int(version)
 
 
-def _point_at(mlflow_client: "MlflowClient", name: str, alias: str, version: int) -> None:
+def advance_alias(mlflow_client: "MlflowClient", name: str, alias: str, version: int) -> None:
     """Point an alias at a version, unless it is at a later one already."""
     there = mlflow_client.get_registered_model(name).aliases.get(alias, 0)
     if int(there) < version:

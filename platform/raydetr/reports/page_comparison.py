@@ -10,7 +10,7 @@ from raydetr.data.shards import Manifest
 from raydetr.reports.page import about_data, facts, write_sections
 from raydetr.reports.page_charts import forest_axis, forest_row, scale_of
 from raydetr.reports.page_gallery import CONTROLS, caption_of, not_shown
-from raydetr.reports.page_matching import Item, judge
+from raydetr.reports.page_matching import Item, match_image
 from raydetr.reports.page_pictures import Album, detections, open_album, rows_of, truth_kind
 from raydetr.reports.page_tables import Cell, Column, name_cell, plain, sortable, words_cell
 from raydetr.reports.page_text import IOU, figure_text, model_name, number, percent, plural, signed
@@ -237,7 +237,7 @@ def _images(
 
 def _panel(name: str, album: Album, image_id: int, items: Sequence[Item]) -> str:
     objects = album.shots[image_id].objects
-    verdict = judge(objects, items)
+    verdict = match_image(objects, items)
     wrong = [kind not in ("right", "crowd") for kind in verdict.detections]
     missed = [fate == "missed" for fate in verdict.objects]
     picture = album.picture(image_id, [("truth", objects, missed), ("found", items, wrong)])

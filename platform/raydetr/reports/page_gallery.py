@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from raydetr.data.shards import Manifest
 from raydetr.data.stream.mask_targets import MaskKind
-from raydetr.reports.page_matching import Item, judge
+from raydetr.reports.page_matching import Item, match_image
 from raydetr.reports.page_pictures import Album, detections, open_album, rows_of
 from raydetr.reports.page_text import ERRORS, plural
 
@@ -86,7 +86,7 @@ def _figure(
 
 def _key(kind: str, objects: Sequence[Item], items: Sequence[Item]) -> tuple[list[bool], list[bool]]:
     """Which objects and which detections a picture of this kind of error is about."""
-    verdict = judge(objects, items)
+    verdict = match_image(objects, items)
     if kind == "missed":
         return [fate == "missed" for fate in verdict.objects], [False] * len(items)
     key_items = [each == kind for each in verdict.detections]

@@ -40,7 +40,7 @@ class Verdict:
     """For each detection the object that it fits or means."""
 
 
-def judge(objects: Sequence[Item], detections: Sequence[Item]) -> Verdict:
+def match_image(objects: Sequence[Item], detections: Sequence[Item]) -> Verdict:
     """Match detections with objects of their class, best score first, and name the errors of the others.
 
     Args:

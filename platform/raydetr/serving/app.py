@@ -20,7 +20,7 @@ from raydetr.ray_internals.serve import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.registry.tracking import resolve_uri
 from raydetr.serving.auth import Tokens, require_tokens
-from raydetr.serving.challenger import Trial
+from raydetr.serving.challenger import ChallengerConfig
 from raydetr.serving.detector import KEPT_VERSIONS, Batching, Detector
 from raydetr.serving.images import Limits
 from raydetr.serving.ingress import DETECTOR, Ingress, Options, new_api
@@ -69,7 +69,7 @@ def application(
     limits: Limits = Limits(),  # noqa: B008  # frozen
     tokens: str = "",
     alias: Alias | None = None,
-    trial: Trial | None = None,
+    trial: ChallengerConfig | None = None,
     ingress_replicas: int = 1,
 ) -> serve.Application:
     """The application that `serve.run` starts.
@@ -194,7 +194,7 @@ def from_config(config: ServeConfig) -> tuple[ResolvedModel, serve.Application]:
     )
 
 
-def _trial(config: ServeConfig, uri: str) -> Trial | None:
+def _trial(config: ServeConfig, uri: str) -> ChallengerConfig | None:
     """What `--challenger` asks for. Whether it can be served is found out beside the champion: an endpoint must not
     stay away since there is no challenger.
     """
@@ -203,7 +203,7 @@ def _trial(config: ServeConfig, uri: str) -> Trial | None:
     is_folder = not config.challenger.startswith(("models:", "hub:"))
     address = storage.absolute(config.challenger) if is_folder else config.challenger
     alias = Alias(address, uri, config.follow_s)
-    return Trial(alias, config.canary, config.shadow, 2 * config.max_batch_size)
+    return ChallengerConfig(alias, config.canary, config.shadow, 2 * config.max_batch_size)
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:

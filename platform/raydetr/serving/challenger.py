@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Trial:
+class ChallengerConfig:
     """What is tried on live traffic."""
 
     alias: Alias
@@ -43,7 +43,7 @@ class Challenger:
     """
 
     def __init__(
-        self, trial: Trial, current: ServedVersion, shadow: Shadow, fell_back: Callable[[], None]
+        self, trial: ChallengerConfig, current: ServedVersion, shadow: Shadow, fell_back: Callable[[], None]
     ) -> None:
         self.trial, self.current, self.shadow, self._fell_back = trial, current, shadow, fell_back
 

@@ -17,7 +17,7 @@ from raydetr.errors import ServingError
 from raydetr.registry.models import ResolvedModel
 from raydetr.serving import open_inference, routes
 from raydetr.serving.auth import Tokens
-from raydetr.serving.challenger import Challenger, Trial
+from raydetr.serving.challenger import Challenger, ChallengerConfig
 from raydetr.serving.images import Limits
 from raydetr.serving.memory import give_back_memory
 from raydetr.serving.methods import HeadAndOptions
@@ -55,7 +55,7 @@ class Options:
     """File of token hashes, see `auth`; empty: everybody may ask."""
     alias: Alias | None = None
     """Followed, where there is one."""
-    trial: Trial | None = None
+    trial: ChallengerConfig | None = None
     """A challenger, where one is tried."""
     scales_to_zero: bool = False
     """Whether no replica is a state in which requests may come."""

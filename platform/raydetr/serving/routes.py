@@ -30,7 +30,7 @@ from raydetr.serving.schemas import (
 from raydetr.serving.segments import Format, Kind, SegmentRequest
 from raydetr.serving.served_version import ServedVersion
 from raydetr.serving.service import ClientOf, ServiceOf
-from raydetr.serving.shadow import Seen
+from raydetr.serving.shadow import ChampionAnswer
 
 router = APIRouter()
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -150,7 +150,9 @@ async def detect(
         prepared = await service.preparer.prepare(sent.images, current.image_processor, client, orientation)
         prepared_at = time.monotonic()
         found = await service.detect(prepared, current)
-        service.shadow(Seen(sent.images, prepared, [result.value for result in found], orientation), current)
+        service.shadow(
+            ChampionAnswer(sent.images, prepared, [result.value for result in found], orientation), current
+        )
         results = [
             _detections(_info(image, orientation), result.value, current, threshold, top_k, wanted)
             for image, result in zip(prepared, found, strict=True)

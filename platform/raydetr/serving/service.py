@@ -26,7 +26,7 @@ from raydetr.serving.loaded import Failure
 from raydetr.serving.preparer import Preparer
 from raydetr.serving.refusals import RETRY_AFTER_S, Unavailable, too_many
 from raydetr.serving.served_version import ServedVersion
-from raydetr.serving.shadow import Seen
+from raydetr.serving.shadow import ChampionAnswer
 from raydetr.serving.shares import FairShare
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ class Service:
                 return tried
         return await run(champion)
 
-    def shadow(self, seen: Seen, current: ServedVersion) -> None:
+    def shadow(self, seen: ChampionAnswer, current: ServedVersion) -> None:
         """Have the challenger detect the same images too, for its share, once the champion has answered."""
         challenger = self.challenger
         if challenger is not None and challenger.is_other_than(current):

@@ -42,7 +42,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ChampionAnswer:
     """One request as the champion answered it."""
 
     images: Sequence[Encoded]
@@ -80,7 +80,9 @@ class Shadow:
         self._prepare, self._detect = prepare, detect
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio itself would forget them
 
-    def consider(self, seen: Seen, champion: ServedVersion, challenger: ServedVersion, busy: bool) -> None:
+    def consider(
+        self, seen: ChampionAnswer, champion: ServedVersion, challenger: ServedVersion, busy: bool
+    ) -> None:
         """Compare the images of a request that are of the share, as far as there is room.
 
         Args:

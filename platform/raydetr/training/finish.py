@@ -15,7 +15,7 @@ from raydetr.registry import models, tracking
 from raydetr.registry.tags import CHOSEN_ON_TAG, TRAINED_ON_TAG
 from raydetr.training import checkpoint, validation
 from raydetr.training.config import TrainConfig
-from raydetr.training.progress import Row, say, send_rows
+from raydetr.training.progress import Row, log_line, send_rows
 
 MODEL = "model"
 PATIENCE_S = 300.0
@@ -39,7 +39,7 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
             f"{config.output}: not one image was trained on in {last} steps, so nothing was learned and nothing is "
             f"registered: see faults.parquet in {config.train_data}."
         )
-    patiently(lambda: send_what_is_missing(config, run_id, last))
+    retry_mlflow(lambda: send_what_is_missing(config, run_id, last))
     losses = tracking.metric_history(config.tracking_uri, run_id, "loss")
     summary: dict[str, Any] = {
         "run_id": run_id,
@@ -70,7 +70,7 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
         save_model(kind.from_pretrained(folder).float(), folder)
         storage.upload_folder(folder, summary["model_folder"])
         if config.name:
-            version = patiently(
+            version = retry_mlflow(
                 lambda: models.register(
                     config.tracking_uri,
                     run_id,
@@ -82,7 +82,7 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
                 )
             )
             summary |= {"model": f"models:/{config.name}/{version}", "model_version": version}
-    patiently(lambda: tracking.end_run(config.tracking_uri, run_id))
+    retry_mlflow(lambda: tracking.end_run(config.tracking_uri, run_id))
     return summary
 
 
@@ -102,7 +102,7 @@ def send_what_is_missing(config: TrainConfig, run_id: str, last: int) -> None:
             tracking.log_metrics(config.tracking_uri, run_id, [(step, values)])
 
 
-def patiently(action: Callable[[], Result]) -> Result:
+def retry_mlflow(action: Callable[[], Result]) -> Result:
     """Do something with MLflow; again for `PATIENCE_S` while it does not answer."""
     end = time.monotonic() + PATIENCE_S
     while True:
@@ -111,7 +111,7 @@ def patiently(action: Callable[[], Result]) -> Result:
         except RegistryError as error:
             if time.monotonic() >= end:
                 raise
-            say(f"{error} Trying again in 5 s.")
+            log_line(f"{error} Trying again in 5 s.")
             time.sleep(5)
 
 

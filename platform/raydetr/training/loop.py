@@ -26,7 +26,7 @@ from raydetr.ray_internals.train import util
 from raydetr.training import checkpoint, non_finite, validation
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import StepTotals, all_reduce, step_totals, world_size
-from raydetr.training.progress import Progress, say
+from raydetr.training.progress import Progress, log_line
 from raydetr.training.signals import PreemptedError, Signal, Signals
 from raydetr.training.state import TrainingState, create_state, parallelise
 from raydetr.training.step import is_finite, train_step
@@ -103,8 +103,8 @@ def _train(job: Job) -> str:
             metrics = train_step(parallel, state, batches, config, totals)
             if not is_finite(metrics):
                 watchdog.enter("looking for what is not finite", step)
-                leave_out(state, batches, config, totals, metrics, rank)
-            count(state, config, totals, step)
+                handle_non_finite(state, batches, config, totals, metrics, rank)
+            advance(state, config, totals, step)
             metrics |= {"images": float(totals.images), "skipped": float(state.skipped)}
             metrics["non_finite_steps"] = float(state.non_finite)
             progress.add(metrics, batches, sum(batch.node not in ("", node) for batch in batches))
@@ -112,7 +112,7 @@ def _train(job: Job) -> str:
             signal = Signal(totals.signal)
             nodes = signals.preempted_nodes() if Signal.LOOK in signal else ()
             if nodes and rank == 0:
-                say(
+                log_line(
                     f"step {step}: nodes {', '.join(nodes)} are about to be preempted: committing, and on with others"
                 )
             ends = Signal.TIME_IS_UP in signal or Signal.NO_PROGRESS in signal or state.step == config.steps
@@ -139,7 +139,7 @@ def per_worker(config: TrainConfig) -> int:
     return -(-config.micro_batches // world_size())
 
 
-def count(state: TrainingState, config: TrainConfig, totals: StepTotals, step: int) -> None:
+def advance(state: TrainingState, config: TrainConfig, totals: StepTotals, step: int) -> None:
     """The step is done.
 
     Raises:
@@ -156,7 +156,7 @@ def count(state: TrainingState, config: TrainConfig, totals: StepTotals, step: i
         )
 
 
-def leave_out(
+def handle_non_finite(
     state: TrainingState,
     batches: list[TrainingBatch],
     config: TrainConfig,
@@ -201,7 +201,7 @@ def leave_out(
     )
     if config.on_non_finite == "skip" and state.non_finite <= config.max_non_finite:
         if rank == 0:
-            say(
+            log_line(
                 f"{message}\nThe step is left out (number {state.non_finite} of at most {config.max_non_finite})."
             )
         return
@@ -227,7 +227,7 @@ def commit(state: TrainingState, job: Job, progress: Progress) -> None:
             with contextlib.suppress(StorageError):  # it may not even be read
                 done = f"step {checkpoint.last_committed_step(config.output)}"
         else:
-            clear_up(config)
+            prune_checkpoints(config)
             progress.send()
     else:
         progress.rows = []
@@ -252,13 +252,13 @@ def commit(state: TrainingState, job: Job, progress: Progress) -> None:
         ray.train.report({"step": state.step})
 
 
-def clear_up(config: TrainConfig) -> None:
+def prune_checkpoints(config: TrainConfig) -> None:
     """Remove the checkpoints that are not to be kept; where that is refused, they stay, and it is said."""
     try:
         best, waiting = validation.best_checkpoint(config), validation.waiting_checkpoints(config)
         checkpoint.remove_surplus(config.output, config.keep_checkpoints, best, waiting)
     except StorageError as failure:
-        say(f"Earlier checkpoints cannot be removed: {failure}")
+        log_line(f"Earlier checkpoints cannot be removed: {failure}")
 
 
 def timed(

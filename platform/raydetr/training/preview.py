@@ -187,8 +187,8 @@ def stream_of(config: TrainConfig, manifest: Manifest, last_step: int) -> Stream
 
 def walk(made: Stream, micro_batch_size: int) -> Iterator[TrainingBatch]:
     """The micro-batches of a stream for one worker, made in this process as data tasks would."""
-    for window in ray_stream._walk(made, 0):
-        for row in ray_stream._fill(window, made, world_size=1, row_bytes=1):
+    for window in ray_stream.list_windows(made, 0):
+        for row in ray_stream.build_micro_batches(window, made, world_size=1, row_bytes=1):
             yield from unpack(row, micro_batch_size)
 
 

@@ -59,7 +59,7 @@ class Progress:
         step = batches[0].step
         self.rows.append((step, int(time.time() * 1000), metrics))
         for reason in [reason for batch in batches for reason in batch.skipped]:
-            say(f"step {step}: image {reason}; it has no weight in this step")
+            log_line(f"step {step}: image {reason}; it has no weight in this step")
         self._line_images += metrics["images"]
         self._line_batches += len(batches)
         self._line_remote += remote
@@ -90,7 +90,7 @@ class Progress:
             try:
                 send_rows(self.config.tracking_uri, self.run_id, self.rows)
             except RegistryError as error:
-                say(
+                log_line(
                     f"{error} The metrics of {len(self.rows)} steps are kept in the checkpoint until it does."
                 )
                 return
@@ -109,7 +109,7 @@ class Progress:
         metrics["data_wait_share"] = self.waited / elapsed
         metrics["remote_batches_share"] = self._line_remote / max(self._line_batches, 1)
         metrics |= usage()
-        say(
+        log_line(
             f"step {step + 1}/{self.config.steps}  loss {metrics['loss']:.3f}  "
             f"{metrics['images_per_second']:.1f} images/s  data wait {metrics['data_wait_share']:.0%}  "
             f"{metrics['memory_gib']:.1f} GiB  {int(left) // 60}:{int(left) % 60:02d} left"
@@ -154,7 +154,7 @@ def usage() -> dict[str, float]:
     return found
 
 
-def say(line: str) -> None:
+def log_line(line: str) -> None:
     """Print a line.
 
     Not by `print`: Ray Train replaces it with one that shows every line twice on a local cluster.

@@ -29,7 +29,7 @@ from raydetr.training.finish import finish
 from raydetr.training.loop import OUT_OF_TIME
 from raydetr.training.model import build_model
 from raydetr.training.run import open_run, pinned_model, plan_spec, require_same_run
-from raydetr.training.watchdog import Board
+from raydetr.training.watchdog import HeartbeatBoard
 from raydetr.training.worker import train_loop_per_worker, validate
 
 SUMMARY = "summary.json"
@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         require_same_run(resolve_addresses(config))
         print(f"{finished} is there: this run is finished. Give another --output for a new one.")
         return dict(storage.read_json(finished))
-    connect(config)
+    connect_for_training(config)
     asked_model, config = config.model, resolve_addresses(config)
     cluster.require_shared(
         train_data=config.train_data,
@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             last = checkpoint.last_committed_step(config.output)
             if last < config.steps and not validation.has_stalled(config, last):
                 deadline = start + 3600 * config.max_hours if config.max_hours else None
-                fit(config, manifest, run_id, deadline, held)
+                start_workers(config, manifest, run_id, deadline, held)
                 validation.validate_what_was_lost(config, run_id)
             held.verify()
             summary = finish(config, manifest, run_id, time.time() - start)
@@ -84,7 +84,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return summary
 
 
-def connect(config: TrainConfig) -> None:
+def connect_for_training(config: TrainConfig) -> None:
     """Connect to a cluster on which the run can begin.
 
     Raises:
@@ -187,7 +187,7 @@ def _require_masks(config: TrainConfig, address: str, manifest: Manifest) -> Non
     )
 
 
-def fit(
+def start_workers(
     config: TrainConfig,
     manifest: Manifest,
     run_id: str,
@@ -258,7 +258,7 @@ def _run_workers(
             "deadline": deadline,
             "background": background,
             "held": held,
-            "board": ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote(),
+            "board": ray.remote(HeartbeatBoard).options(num_cpus=0, scheduling_strategy=here).remote(),
         },
         # Longer than the watchdog needs: whoever waits for a worker that hangs must not fail before that is named.
         torch_config=TorchConfig(timeout_s=int(4 * config.hang_after_s) + 600),

@@ -27,7 +27,7 @@ from raydetr.reports import run_pictures
 from raydetr.training import checkpoint
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import world_size
-from raydetr.training.progress import require_answer, say
+from raydetr.training.progress import log_line, require_answer
 
 SAMPLES = 12
 """Images of the sheet of predictions."""
@@ -72,7 +72,7 @@ def validate_together(config: TrainConfig, run_id: str, step: int, rank: int, de
 
 def _give_up(config: TrainConfig, step: int, reason: str) -> dict[str, float]:
     """Training goes on without the figures of a step."""
-    say(f"step {step}: the validation failed: {reason}")
+    log_line(f"step {step}: the validation failed: {reason}")
     with contextlib.suppress(StorageError):
         checkpoint.write_validation(config.output, step, {})
     return {}
@@ -115,7 +115,7 @@ def validate_what_was_lost(config: TrainConfig, run_id: str) -> None:
         num_cpus=config.validation_cpus, num_gpus=chosen.validation_gpus
     )
     for step in unvalidated_checkpoints(config):
-        say(f"step {step}: its validation was lost, and is done now")
+        log_line(f"step {step}: its validation was lost, and is done now")
         try:
             ray.get(task.remote(chosen, run_id, step))
         except ray.exceptions.RayError as error:  # its process or its node died
@@ -153,7 +153,7 @@ def _conclude(config: TrainConfig, run_id: str, step: int, share: Share) -> dict
     found = figures(share)
     checkpoint.write_validation(config.output, step, found)
     name = main_figure(config)
-    say(
+    log_line(
         f"step {step}: validation on {len(share.truth.images)} images: {name} {found[name]:.3f}, AP50 {found['AP50']:.3f}"
     )
     if run_id:
@@ -167,5 +167,5 @@ def _conclude(config: TrainConfig, run_id: str, step: int, share: Share) -> dict
                 run_pictures.sheet(manifest, share.results(), file, SAMPLES)
                 tracking.log_artifacts(config.tracking_uri, run_id, file, "samples")
         except RegistryError as error:
-            say(f"{error} The figures of step {step} are kept and are sent at the end.")
+            log_line(f"{error} The figures of step {step} are kept and are sent at the end.")
     return found

@@ -27,7 +27,7 @@ Place = tuple[int, int]
 """Step, and the number of the phase within it."""
 
 
-class Board:
+class HeartbeatBoard:
     """How far each worker is; lives as a Ray actor with the driver."""
 
     def __init__(self) -> None:

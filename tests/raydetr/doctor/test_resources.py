@@ -8,13 +8,13 @@ import pytest
 
 from raydetr.doctor import estimate, resources
 from raydetr.doctor.nodes import Node
-from raydetr.doctor.trial import Trial
+from raydetr.doctor.trial import TrialRun
 from raydetr.training.recipes import RECIPES
 from tests.raydetr.doctor.set_ups import configure, lines, write_data
 
 GIB = 2**30
 R50 = RECIPES["detr-r50"]
-TRIAL = Trial(
+TRIAL = TrialRun(
     step_seconds=2.0,
     images=8,
     memory_gib=3.0,

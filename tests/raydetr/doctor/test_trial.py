@@ -114,7 +114,7 @@ def test_a_model_that_cannot_learn_is_named(tmp_path: Path) -> None:
     losses, ended, _, _ = trial.overfit(config, manifest, torch.device("cpu"))
     assert ended == "steps"
     assert max(losses) < 1.001 * min(losses)
-    done = trial.Trial(1.0, 8, 1.0, None, losses, ended, 1.0, {})
+    done = trial.TrialRun(1.0, 8, 1.0, None, losses, ended, 1.0, {})
     (line,) = lines(trial.finding(config, done))
     assert line.startswith("FAIL  overfit: 8 images, 8 steps")
     assert "it has not fallen to 0.9 of its start. Remedy: look at batch.png" in line
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
     config = configure(tmp_path, learning_rate=1e30, clip_norm=0.0, warmup_steps=0)
     losses, ended, _, figures = trial.overfit(config, manifest, torch.device("cpu"))
     assert (ended, figures) == ("not finite", {})
-    done = trial.Trial(1.0, 8, 1.0, None, losses, ended, 1.0, figures)
+    done = trial.TrialRun(1.0, 8, 1.0, None, losses, ended, 1.0, figures)
     assert lines(trial.finding(config, done))[0].startswith("FAIL  overfit: ")
 
 

@@ -8,11 +8,11 @@ import pytest
 from raydetr.config import PromoteConfig
 from raydetr.errors import ConfigError
 from raydetr.promotion.gate import (
-    Contender,
+    Candidate,
     Decision,
     check_data,
     check_latency,
-    check_papers,
+    check_prerequisites,
     check_replacement,
     check_unmoved,
     choose_judge,
@@ -37,8 +37,8 @@ def record(model: str, data: str = DATA, **other: Any) -> dict[str, Any]:
     }
 
 
-CHAMPION = Contender("raydetr", 1, "old", {DATA: record("old")})
-CHALLENGER = Contender("raydetr", 2, "new", {DATA: record("new")})
+CHAMPION = Candidate("raydetr", 1, "old", {DATA: record("old")})
+CHALLENGER = Candidate("raydetr", 2, "new", {DATA: record("new")})
 
 
 def comparison(
@@ -67,12 +67,12 @@ def decision(config: PromoteConfig, found: dict[str, Any]) -> Decision:
 
 def papers(
     config: PromoteConfig = CONFIG,
-    challenger: Contender = CHALLENGER,
-    champion: Contender | None = CHAMPION,
+    challenger: Candidate = CHALLENGER,
+    champion: Candidate | None = CHAMPION,
     missing: dict[int, str] | None = None,
 ) -> Decision:
     digest = choose_judge(challenger, champion, config.data)
-    return decide(check_papers(config, challenger, champion, digest, missing or {}), "in order")
+    return decide(check_prerequisites(config, challenger, champion, digest, missing or {}), "in order")
 
 
 def test_a_better_one_is_promoted_with_figure_and_interval_as_the_reason():

@@ -14,7 +14,7 @@ from raydetr.errors import ConfigError, RequestError, ServingError
 from raydetr.registry.models import register, resolve
 from raydetr.registry.tracking import client, start_run
 from raydetr.serving.app import application, endpoint
-from raydetr.serving.challenger import Challenger, Trial
+from raydetr.serving.challenger import Challenger, ChallengerConfig
 from raydetr.serving.detector import Batching
 from raydetr.serving.refusals import too_many
 from raydetr.serving.served_version import ServedVersion
@@ -40,7 +40,7 @@ def answered(
     fallen: list[None] = []
     other = dataclasses.replace(champion.model, address="models:/raydetr/2")
     current = dataclasses.replace(champion, **{"model": other, **changes})
-    trial = Trial(Alias(ADDRESS, ""), canary)
+    trial = ChallengerConfig(Alias(ADDRESS, ""), canary)
     challenger = Challenger(trial, current, None, lambda: fallen.append(None))  # type: ignore[arg-type]
 
     async def run(used: ServedVersion) -> Any:
@@ -108,7 +108,9 @@ def tried(ray_local, tmp_path_factory) -> Iterator[Endpoint]:
     register(tried.uri, run, str(tried.folders[1]))
     tried.detectors[4] = tried.detectors[1]
     challenge(tried, 2)
-    trial = Trial(Alias("models:/raydetr@challenger", tried.uri, every_s=0.5), canary=0.5, shadow=1.0)
+    trial = ChallengerConfig(
+        Alias("models:/raydetr@challenger", tried.uri, every_s=0.5), canary=0.5, shadow=1.0
+    )
     app = application(resolve(ADDRESS, tried.uri), batching=Batching(max_size=4, wait_s=0.01), trial=trial)
     with endpoint(app, "127.0.0.1", unused_port()) as tried.url:
         yield tried

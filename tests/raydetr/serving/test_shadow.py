@@ -11,7 +11,7 @@ from detr.inference.detector import Detections
 from raydetr.registry.models import resolve
 from raydetr.serving.detector import Result
 from raydetr.serving.served_version import ServedVersion
-from raydetr.serving.shadow import Comparison, Seen, Shadow, compare
+from raydetr.serving.shadow import ChampionAnswer, Comparison, Shadow, compare
 from tests.raydetr.serving.decoders import preparer
 from tests.tiny_detr import png, save_tiny_detr
 
@@ -99,7 +99,7 @@ def run(
         answered = [found((0.9, 0, LEFT))] * images
         shadow = Shadow(1.0, most, preparer().prepare, detect, metrics)
         for _ in range(requests):
-            shadow.consider(Seen([data] * images, prepared, answered), champion, challenger, busy)
+            shadow.consider(ChampionAnswer([data] * images, prepared, answered), champion, challenger, busy)
         while shadow._tasks:
             await asyncio.sleep(0.01)
 
@@ -152,4 +152,4 @@ def test_of_a_request_with_more_images_than_there_is_room_the_first_are_compared
 
 def test_a_share_of_none_compares_nothing(versions):
     shadow = Shadow(0.0, 2, None, None, None)  # type: ignore[arg-type]
-    shadow.consider(Seen([], [], []), *versions, busy=False)
+    shadow.consider(ChampionAnswer([], [], []), *versions, busy=False)

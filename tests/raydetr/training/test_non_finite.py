@@ -50,8 +50,8 @@ def batches(config: TrainConfig, manifest: Manifest) -> list[TrainingBatch]:
 def first_step(config: TrainConfig, manifest: Manifest) -> list[TrainingBatch]:
     """The micro-batches of step 0."""
     job = build_stream(config, manifest)
-    window = next(iter(ray_stream._walk(job, 0)))
-    first = next(ray_stream._fill(window, job, world_size=1))
+    window = next(iter(ray_stream.list_windows(job, 0)))
+    first = next(ray_stream.build_micro_batches(window, job, world_size=1))
     return [batch for batch in unpack(first, config.micro_batch_size) if batch.step == 0]
 
 
@@ -60,7 +60,7 @@ def do_step(state: TrainingState, batches: list[TrainingBatch], config: TrainCon
     totals = step_totals(batches, config.num_queries, config.eos_coefficient)
     metrics = train_step(state.module, state, batches, config, totals)
     if not is_finite(metrics):
-        loop.leave_out(state, batches, config, totals, metrics, rank=0)
+        loop.handle_non_finite(state, batches, config, totals, metrics, rank=0)
     loop.count(state, config, totals, batches[0].step)
     return metrics
 
@@ -223,7 +223,7 @@ def _half(rank: int, config: TrainConfig, manifest: Manifest) -> str:
     try:
         metrics = train_step(parallel, state, batches, config, totals)
         assert not is_finite(metrics), "the sum of both gradients"
-        loop.leave_out(state, batches, config, totals, metrics, rank)
+        loop.handle_non_finite(state, batches, config, totals, metrics, rank)
         unchanged = all(
             torch.equal(value, state.model.state_dict().get(name, value)) for name, value in before.items()
         )

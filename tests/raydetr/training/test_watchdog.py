@@ -14,7 +14,7 @@ import pytest
 import ray
 from torch import nn, zeros
 
-from raydetr.training.watchdog import EXIT_STATUS, Board, Watchdog
+from raydetr.training.watchdog import EXIT_STATUS, HeartbeatBoard, Watchdog
 from tests.run_pipeline import environment
 
 LIMIT_S = 2.0
@@ -22,7 +22,7 @@ LIMIT_S = 2.0
 
 @pytest.fixture
 def board(ray_local: None) -> Any:
-    actor = ray.remote(Board).options(num_cpus=0).remote()
+    actor = ray.remote(HeartbeatBoard).options(num_cpus=0).remote()
     ray.get(actor.read.remote())  # it runs
     return actor
 

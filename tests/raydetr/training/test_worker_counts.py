@@ -154,8 +154,8 @@ def one_process(config: TrainConfig, manifest: Manifest) -> Reference:
     job = build_stream(config, manifest)
     rows = [
         batch
-        for window in ray_stream._walk(job, 0)
-        for row in ray_stream._fill(window, job, world_size=1)
+        for window in ray_stream.list_windows(job, 0)
+        for row in ray_stream.build_micro_batches(window, job, world_size=1)
         for batch in unpack(row, config.micro_batch_size)
     ]
     state = create_state(config, manifest, torch.device("cpu"))

@@ -35,7 +35,7 @@ WINDOWS_AHEAD = 1000
 """Windows listed before they are worked on: more than the CPUs of a cluster, and few beside those of a long run."""
 
 
-class FewAhead(BackpressurePolicy):
+class WindowBackpressure(BackpressurePolicy):
     """Holds back the task that lists windows: all those of a long run would fill the memory of the coordinator."""
 
     def max_task_output_bytes_to_read(self, op: Any) -> int | None:
@@ -56,7 +56,7 @@ class InFlight:
     tasks: int | None = None
 
 
-def fit(spec: PlanSpec, world_size: int, store_bytes: float, cpus: float) -> InFlight:
+def bound_concurrency(spec: PlanSpec, world_size: int, store_bytes: float, cpus: float) -> InFlight:
     """What fits into an object store.
 
     Args:
@@ -81,7 +81,7 @@ def fit_cluster(spec: PlanSpec, world_size: int) -> InFlight:
     """What fits into the object stores of the cluster that this process is connected to."""
     there = ray.cluster_resources()
     store, cpus = there["object_store_memory"], there.get("CPU", 1)
-    bounds = fit(spec, world_size, store, cpus)
+    bounds = bound_concurrency(spec, world_size, store, cpus)
     if bounds.tasks is not None:
         _LOG.warning(
             "The object store (%.1f GiB) holds what %d of %d CPUs prepare: give Ray a larger one "

@@ -1,7 +1,7 @@
 """The plan as one Ray Data execution for the whole job: windows in, ready micro-batches out, dealt to W workers.
 
 A generator task walks the plan and yields one small row per window; map tasks read, decode, augment and pad, and
-yield rows of a few micro-batches (see `deal`). `preserve_order` keeps the rows in the plan's order and makes the
+yield rows of a few micro-batches (see `assign_to_ranks`). `preserve_order` keeps the rows in the plan's order and makes the
 split of Ray Train deal them out strictly in turn: row i goes to rank i mod W.
 
 Ray Train calls `PlanDataConfig.configure` whenever a worker group starts, so that a restart with another number of
@@ -29,7 +29,7 @@ from raydetr.data.pixels import decode_record
 from raydetr.data.schema import is_trained
 from raydetr.data.shards import Manifest, training_targets
 from raydetr.data.stream.balance import repeat_factors
-from raydetr.data.stream.in_flight import ROW_BYTES, FewAhead, fit_cluster
+from raydetr.data.stream.in_flight import ROW_BYTES, WindowBackpressure, fit_cluster
 from raydetr.data.stream.mask_targets import MASK_COLUMNS, MaskKind, mask_targets
 from raydetr.data.stream.micro_batch import Example, TrainingBatch, pack, unpack
 from raydetr.data.stream.plan import MicroBatch, Plan, PlanSpec, Slot, WindowTask
@@ -91,8 +91,10 @@ def dataset(stream: Stream, world_size: int, first_step: int) -> Dataset:
     context.print_on_execution_start = False
     # They report what is meant so: one generator task for the whole job, which importing torch makes large.
     context.issue_detectors_config.detectors = []
-    context.custom_execution_callback_classes = [_Pace]
-    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, FewAhead])
+    context.custom_execution_callback_classes = [_ThrottleScheduler]
+    context.set_config(
+        ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, WindowBackpressure]
+    )
     previous = DataContext.get_current()
     DataContext._set_current(context)
     try:
@@ -100,7 +102,7 @@ def dataset(stream: Stream, world_size: int, first_step: int) -> Dataset:
         # No CPU for it: it lives as long as the run, and would keep a task of the map from the CPU it has a part of.
         source = ray.data.read_datasource(_Windows(stream, first_step), override_num_blocks=1, num_cpus=0)
         return source.map_batches(
-            _fill,
+            build_micro_batches,
             fn_kwargs={"stream": stream, "world_size": world_size, "row_bytes": in_flight.row_bytes},
             batch_size=None,
             batch_format="pyarrow",
@@ -174,7 +176,7 @@ def steps(
         raise DataError(f"The stream ended within step {gathered[0].step}.")
 
 
-def deal(
+def assign_to_ranks(
     micro_batches: Sequence[MicroBatch], spec: PlanSpec, world_size: int, row_bytes: int = ROW_BYTES
 ) -> Iterator[list[MicroBatch]]:
     """Rows of micro-batches such that row i is for rank i mod W, and each rank finds its own in order.
@@ -221,7 +223,7 @@ def _pixels(step: Sequence[MicroBatch]) -> int:
     return sum(3 * height * width for height, width in sizes)
 
 
-class _Pace(ExecutionCallback):
+class _ThrottleScheduler(ExecutionCallback):
     """A pause in Ray Data's scheduling loop.
 
     While the workers are slower than the data tasks, as they should be, output is always ready and held back; the
@@ -249,10 +251,11 @@ class _Windows(Datasource):
         """The one task."""
         stream, first_step = self.stream, self.first_step
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(lambda: _walk(stream, first_step), metadata)]
+        return [ReadTask(lambda: list_windows(stream, first_step), metadata)]
 
 
-def _walk(stream: Stream, first_step: int) -> Iterator[pa.Table]:
+def list_windows(stream: Stream, first_step: int) -> Iterator[pa.Table]:
+    """The windows of the plan from a step on, one small table each."""
     for task in stream.plan.tasks(first_step, stream.last_step, stream.source.sizes):
         yield pa.table(
             {
@@ -266,8 +269,10 @@ def _walk(stream: Stream, first_step: int) -> Iterator[pa.Table]:
         )
 
 
-def _fill(table: pa.Table, stream: Stream, world_size: int, row_bytes: int = ROW_BYTES) -> Iterator[pa.Table]:
-    """The micro-batches of the window that `table`'s one row names, in rows as `deal` makes them."""
+def build_micro_batches(
+    table: pa.Table, stream: Stream, world_size: int, row_bytes: int = ROW_BYTES
+) -> Iterator[pa.Table]:
+    """The micro-batches of the window that `table`'s one row names, in rows as `assign_to_ranks` makes them."""
     named = table.to_pylist()[0]
     task = WindowTask(**{**named, "shapes": tuple(map(tuple, named["shapes"]))})
     plan, labels = stream.plan, stream.source.labels
@@ -280,7 +285,7 @@ def _fill(table: pa.Table, stream: Stream, world_size: int, row_bytes: int = ROW
         ]
 
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-    for row in deal(plan.run(task, to_sizes(records)), plan.spec, world_size, row_bytes):
+    for row in assign_to_ranks(plan.run(task, to_sizes(records)), plan.spec, world_size, row_bytes):
         yield pack([filled(batch) for batch in row], node, masks=stream.masks in ("instance", "panoptic"))
 
 

@@ -60,8 +60,8 @@ def batches(manifest: Manifest, masks: str) -> list[tuple[TrainingBatch, object]
     )
     return [
         batch
-        for window in ray_stream._walk(job, 0)
-        for row in ray_stream._fill(window, job, world_size=2)
+        for window in ray_stream.list_windows(job, 0)
+        for row in ray_stream.build_micro_batches(window, job, world_size=2)
         for batch in unpack(row, 3)
     ]
 

@@ -32,7 +32,7 @@ def test_every_rank_finds_its_micro_batches_of_each_step_in_order(
         rows = [
             row
             for window in windows
-            for row in ray_stream.deal(window, spec(per_step), world_size, row_bytes)
+            for row in ray_stream.assign_to_ranks(window, spec(per_step), world_size, row_bytes)
         ]
         share = -(-per_step // world_size)
         for rank in range(world_size):
@@ -44,7 +44,7 @@ def test_every_rank_finds_its_micro_batches_of_each_step_in_order(
 
 def test_a_row_holds_steps_up_to_its_size() -> None:
     shape = (1024, 1024)
-    (first, *_, last) = list(ray_stream.deal(run_of(0, 100, 1, shape), spec(1), 1))
+    (first, *_, last) = list(ray_stream.assign_to_ranks(run_of(0, 100, 1, shape), spec(1), 1))
     assert len(first) == ROW_BYTES // (2 * 1024 * 1024 * 3)
     assert 0 < len(last) <= len(first)
 

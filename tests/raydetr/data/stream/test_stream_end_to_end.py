@@ -98,8 +98,8 @@ def without_ray(work: ray_stream.Stream, world_size: int) -> list[list[list[Trai
     """What each rank gets: the stream's own functions, its rows dealt out in turn."""
     rows = [
         row
-        for window in ray_stream._walk(work, work.first_step())
-        for row in ray_stream._fill(window, work, world_size, row_bytes=100_000)
+        for window in ray_stream.list_windows(work, work.first_step())
+        for row in ray_stream.build_micro_batches(window, work, world_size, row_bytes=100_000)
     ]
     return [steps_of(Share(rows[rank::world_size]), world_size) for rank in range(world_size)]
 
