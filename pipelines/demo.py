@@ -46,7 +46,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
     scored = evaluate(EvaluateConfig(model=trained["model"], data=val_data))
     clock.stage("promote")
     promoted = promote(
-        PromoteConfig(model=trained["model"], data=scored["data_digest"], allow_chosen_on=True)
+        PromoteConfig(model=trained["model"], data=scored["data_digest"], allow_contaminated_eval=True)
     )
     champion = models.resolve(f"models:/{NAME}@champion", uri)
     clock.stage("serve one validation image over HTTP")

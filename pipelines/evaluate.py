@@ -7,7 +7,7 @@ A COCO folder:   python pipelines/evaluate.py --annotations my/val.json --images
 Tiny:            python pipelines/evaluate.py
 
 The same model, data and settings are scored once, however many start at once; another call gives the stored figures, one
-that was interrupted goes on. Exit status: 0 scored, 4 --metric is below --least, 2 an error.
+that was interrupted goes on. Exit status: 0 scored, 4 --metric is below --min-metric, 2 an error.
 """
 
 from raydetr.command import run

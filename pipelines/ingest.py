@@ -11,7 +11,7 @@ On one machine:
 The same command again goes on where it was ended; a complete output is left as it is. More forms:
     --panoptic-annotations panoptic.json --panoptic-masks panoptic/     with or without --annotations
     --split 0.8,0.1,0.1 --group-by site         folders train, val and test; no site in two of them
-    --append True                               new images into new shards of the output
+    --append                               new images into new shards of the output
     --annotations a.json b.json --images a b    several files, whose ids may be the same
     --classes classes.json                      merge, rename and drop classes: {"car": "vehicle", "dog": null}
 """
@@ -39,7 +39,7 @@ def main(config: IngestConfig) -> dict[str, Any]:
         config.annotations, config.images, *panoptic, config.classes, config.follow_links
     )
     options = Options(
-        *(config.on_fault, config.seed, config.shard_bytes, config.append, config.compare_with),
+        *(config.on_fault, config.seed, config.shard_bytes, config.append, config.check_duplicates_against),
         max_fault_share=config.max_fault_share,
         reading=Reading(config.orientation, config.crowds_as_objects),
     )

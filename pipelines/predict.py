@@ -1,7 +1,7 @@
 """Predict a folder or a bucket of images: detections or segments as Parquet and COCO JSON, and pictures.
 
 On a cluster:    ray job submit -- python pipelines/predict.py --images s3://bucket/photos --output s3://bucket/out
-On one machine:  python pipelines/predict.py --images photos --output runs/predict --pictures True
+On one machine:  python pipelines/predict.py --images photos --output runs/predict --visualize
 By an endpoint:  python pipelines/predict.py --images photos --endpoint http://127.0.0.1:8000
 
 The same command again goes on with an interrupted run. Files that are no images are listed in images.json. An endpoint's
@@ -78,7 +78,7 @@ def predict(
         "predictions": storage.join(output, "predictions.parquet"),
         "results": storage.join(output, "results.json"),
     }
-    if config.pictures:
+    if config.visualize:
         connect(1)
         write_pictures(named, images.folder, labels, output, config.threshold, config.orientation)
         summary["pictures"] = storage.join(output, "pictures")

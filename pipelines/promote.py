@@ -2,8 +2,8 @@
 
 On a cluster:    ray job submit -- python pipelines/promote.py --tracking-uri http://mlflow:5000
 On one machine:  python pipelines/promote.py --model models:/raydetr/3 --margin 0.005 --max-latency-ms 200
-Tiny:            python pipelines/promote.py --allow-chosen-on True
-Back:            python pipelines/promote.py --undo True
+Tiny:            python pipelines/promote.py --allow-contaminated-eval
+Back:            python pipelines/promote.py --undo
 
 Both versions need an evaluation on the same data (pipelines/evaluate.py). The embedded validation set also chooses the
 best checkpoint, hence the flag of the tiny call. Exit status: 0 promoted, 3 refused, 2 an error.

@@ -33,7 +33,7 @@ class QueryGroups(nn.Module):
     Args:
         model: `DetrForObjectDetection` or `DetrForSegmentation`; of the latter only group 0 makes masks.
         groups: K, at least 1; 1 is the plain model.
-        cell_loss: weight of the losses of the encoder's cells, see `detr.training.dense_supervision`; 0 leaves them out.
+        dense_loss_weight: weight of the losses of the encoder's cells, see `detr.training.dense_supervision`; 0 leaves them out.
 
     Attributes:
         model: the model; its own queries are group 0.
@@ -44,7 +44,7 @@ class QueryGroups(nn.Module):
     """
 
     def __init__(
-        self, model: DetrForObjectDetection | DetrForSegmentation, groups: int, cell_loss: float = 0.0
+        self, model: DetrForObjectDetection | DetrForSegmentation, groups: int, dense_loss_weight: float = 0.0
     ) -> None:
         super().__init__()
         if groups < 1:
@@ -60,7 +60,7 @@ class QueryGroups(nn.Module):
             mean, spread = own.mean(0), own.std(0, correction=0)
             self.extra_queries = nn.Parameter(mean + spread * own.new_empty(groups - 1, *own.shape).normal_())
 
-        self.cell_loss = cell_loss
+        self.dense_loss_weight = dense_loss_weight
 
     @property
     def detector(self) -> DetrForObjectDetection:
@@ -109,7 +109,7 @@ class QueryGroups(nn.Module):
             "class_weight_sum": class_weight_sum,
             "image_weights": image_weights,
         }
-        if not self.training or (self.extra_queries is None and not self.cell_loss):
+        if not self.training or (self.extra_queries is None and not self.dense_loss_weight):
             plain: DetrObjectDetectionOutput | DetrSegmentationOutput = self.model(
                 pixel_values, pixel_mask, labels=labels, return_dict=True, **given
             )
@@ -126,7 +126,7 @@ class QueryGroups(nn.Module):
         else:
             detected = self.model.detect(outputs, labels, **given, groups=self.groups)
             output = DetrObjectDetectionOutput(**detected, **hidden_outputs(outputs))
-        if self.cell_loss and labels is not None:
+        if self.dense_loss_weight and labels is not None:
             assert outputs.encoder_last_hidden_state is not None
             assert output.loss is not None
             assert output.loss_dict is not None
@@ -138,7 +138,7 @@ class QueryGroups(nn.Module):
                 + config.bbox_loss_coefficient * terms["loss_cells_bbox"]
                 + config.giou_loss_coefficient * terms["loss_cells_giou"]
             )
-            output.loss = output.loss + self.cell_loss * loss
+            output.loss = output.loss + self.dense_loss_weight * loss
             output.loss_dict |= terms
         return output
 

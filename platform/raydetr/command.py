@@ -75,7 +75,7 @@ def run(
             args=args,
             default=default,
             description=sys.modules["__main__"].__doc__,
-            config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+            config=(tyro.conf.OmitArgPrefixes,),
         )
         config = cast(C, flags)
         print_config(config, default)

@@ -51,7 +51,7 @@ class IngestConfig:
     """Field of the JSON's images whose values are not divided by --split."""
     append: bool = False
     """Add the images to the data set in --output, as new shards."""
-    compare_with: tuple[str, ...] = ()
+    check_duplicates_against: tuple[str, ...] = ()
     """Shards that must share no picture with these, such as those of the training set: near-duplicates are faults."""
     classes: str = ""
     """JSON of old class name to new name, or null to drop it; empty: as they are."""
@@ -130,9 +130,9 @@ class EvaluateConfig:
     num_gpus: float = 0.0
     """GPUs per model replica; 0 runs on CPU."""
     metric: str = "AP"
-    """Figure that --least is about."""
-    least: float = 0.0
-    """Below it the exit status is 4 and the run and the version are tagged `below`; 0: no bound."""
+    """Metric that --min-metric bounds."""
+    min_metric: float = 0.0
+    """Minimum of --metric: below it the exit status is 4 and the run and the version are tagged `below`; 0: no minimum."""
     tracking_uri: str = ""
     """MLflow tracking address; empty: MLFLOW_TRACKING_URI, else SQLite under runs/."""
     json: str = ""
@@ -156,7 +156,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PromoteConfig:
-    """Move an alias to a model version that the gate lets through, or back (`--undo True`).
+    """Move an alias to a model version that the gate lets through, or back (`--undo`).
 
     The gate compares the challenger with the version that the alias points to, on data that both are evaluated on.
     """
@@ -182,7 +182,7 @@ class PromoteConfig:
     """Most milliseconds of one image (95th percentile, measured now on this machine); 0: not measured."""
     latency_images: int = 50
     """Images of the data that latency is measured on, the first ones."""
-    allow_chosen_on: bool = False
+    allow_contaminated_eval: bool = False
     """Accept data that a version was trained on, or that its best checkpoint or its end was chosen by, as judge."""
     replace_champion: bool = False
     """Replace a champion that cannot be compared, such as one with other classes, without a comparison; needs --reason.
@@ -236,8 +236,8 @@ class PredictConfig:
     """What computes it; openvino, an extra, is faster on a CPU."""
     segment_threshold: float = 0.5
     """Least score of a query that becomes a panoptic segment."""
-    pictures: bool = False
-    """Write each image with its detections into the folder `pictures`."""
+    visualize: bool = False
+    """Write each image with its detections drawn on it into the folder `pictures`."""
     threshold: float = 0.5
     """Lowest score of a detection that is drawn and counted; the files hold all of them."""
     orientation: Literal["apply", "ignore"] = "ignore"
@@ -275,7 +275,7 @@ class ServeConfig:
 
     model: str = "models:/raydetr@champion"
     """Model address."""
-    follow_s: float = 10.0
+    alias_poll_s: float = 10.0
     """Seconds between looks where an alias points; the version it moves to is checked and then served. 0: never."""
     challenger: str = ""
     """Address of a second version to try on live traffic; an alias is followed. Empty: none."""
@@ -339,7 +339,7 @@ class ServeConfig:
         for name in ("deadline_s", "decode_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be above 0.")
-        for name in ("batch_wait_s", "follow_s", "num_gpus", "min_replicas", "max_replicas"):
+        for name in ("batch_wait_s", "alias_poll_s", "num_gpus", "min_replicas", "max_replicas"):
             if getattr(self, name) < 0:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative."

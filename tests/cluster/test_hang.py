@@ -13,7 +13,7 @@ from tests.cluster.fault_runs import Run, attempts, losses, received, start
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1200)]
 
 STEPS = 16
-FLAGS = f"--steps {STEPS} --checkpoint-every 4 --hang-after-s 30".split()
+FLAGS = f"--steps {STEPS} --checkpoint-every 4 --hang-timeout-s 30".split()
 
 
 def finished(run: Run, fault: str) -> str:

@@ -110,7 +110,7 @@ def test_an_evaluation_waits_a_minute_for_the_server_and_is_recorded_whole_and_o
     manifest = write_awkward(tmp_path / "shards", shards=(17, 6))
     output = tmp_path / "out"
     config = EvaluateConfig(
-        model="models:/raydetr/1", data=manifest.root, output=str(output), tracking_uri=uri, least=0.99
+        model="models:/raydetr/1", data=manifest.root, output=str(output), tracking_uri=uri, min_metric=0.99
     )
     before(monkeypatch, evaluation, "keep", lambda: server.kill_for(AWAY_S))
     with pytest.raises(BelowBoundError) as error:
@@ -141,7 +141,7 @@ def test_an_evaluation_waits_a_minute_for_the_server_and_is_recorded_whole_and_o
     assert "is below 0.99" in version.tags[f"below.{manifest.digest[:12]}"]
     (kept,) = client(uri).list_logged_model_artifacts(version.tags[MODEL_ID_TAG], "reports")
     assert kept.path == f"reports/{manifest.digest[:12]}.html"
-    assert evaluation.evaluate(replace(config, least=0.0))["already_scored"]
+    assert evaluation.evaluate(replace(config, min_metric=0.0))["already_scored"]
     print(f"server away for {AWAY_S:g} s: recorded after {waited:.0f} s")
 
 

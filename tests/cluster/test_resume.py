@@ -28,7 +28,7 @@ def train_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     params=[
         (3, "--query-groups 2"),
         pytest.param((2, "--query-groups 2"), marks=pytest.mark.nightly),
-        (2, "--multi-scale True"),
+        (2, "--multi-scale"),
     ],
     ids=str,
 )

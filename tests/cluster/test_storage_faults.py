@@ -20,7 +20,7 @@ __all__ = ["s3", "s3_server"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 16
-FLAGS = f"--steps {STEPS} --checkpoint-every 4 --hang-after-s 300".split()
+FLAGS = f"--steps {STEPS} --checkpoint-every 4 --hang-timeout-s 300".split()
 """Seconds: far longer than anything here, so that the watchdog is no part of it."""
 
 

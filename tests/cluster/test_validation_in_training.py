@@ -30,7 +30,6 @@ FLAGS = [
     *("--num-queries", "8", "--micro-batch-size", "2", "--precision", "bf16", "--query-groups", "2"),
     *("--shortest-edges", "48", "64", "--longest-edge", "96", "--test-edge", "64"),
     "--activation-checkpointing",
-    "True",
 ]
 
 

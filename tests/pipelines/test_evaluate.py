@@ -59,7 +59,7 @@ def test_a_version_is_scored_once_and_can_then_be_promoted(ray_local, pipeline, 
     runs = client(uri).search_runs([client(uri).get_experiment_by_name("evaluation").experiment_id])
     assert len(runs) == 1
 
-    flags = ["--data", "shards", "--least", "0.99", "--coco-json", "True", "--json", "third.json"]
+    flags = ["--data", "shards", "--min-metric", "0.99", "--coco-json", "--json", "third.json"]
     third = pipeline("evaluate", *flags, cwd=tmp_path)
     assert third.returncode == 4
     assert "is below 0.99" in third.stderr

@@ -77,7 +77,7 @@ def test_a_path_that_does_not_exist_is_named(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.usefixtures("ray_local")
 def test_images_are_appended_by_the_flags_that_the_docstring_shows(tmp_path: Path) -> None:
-    assert "--append True " in (pipelines.ingest.__doc__ or "")
+    assert "--append " in (pipelines.ingest.__doc__ or "")
     generate(str(tmp_path / "coco"), 6, seed=0, size=32)
     content = json.loads((tmp_path / "coco/annotations/instances.json").read_text())
     for name, ids in (("first", range(1, 4)), ("rest", range(4, 7))):
@@ -87,7 +87,7 @@ def test_images_are_appended_by_the_flags_that_the_docstring_shows(tmp_path: Pat
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
         flags = ["--annotations", str(tmp_path / f"{name}.json"), "--images", str(tmp_path / "coco/images")]
         flags += ["--output", str(tmp_path / "out"), "--json", str(tmp_path / "summary.json")]
-        run(main, IngestConfig, args=[*flags, *(["--append", "True"] if name == "rest" else [])])
+        run(main, IngestConfig, args=[*flags, *(["--append"] if name == "rest" else [])])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["images"], summary["shards"]) == (6, 2)
     assert summary["parent"]

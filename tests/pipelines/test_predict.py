@@ -23,7 +23,7 @@ def test_a_model_folder_gives_pictures_and_results(ray_local, photos, tmp_path):
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
     output = tmp_path / "out"
     chosen = PredictConfig(
-        images=str(photos), model=str(model), output=str(output), threshold=0.2, pictures=True
+        images=str(photos), model=str(model), output=str(output), threshold=0.2, visualize=True
     )
     summary = main(chosen)
     assert (summary["images"], summary["unreadable"], summary["predicted_by"]) == (2, 0, str(model))

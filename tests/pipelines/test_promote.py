@@ -105,7 +105,7 @@ def test_a_champion_of_other_classes_is_replaced_for_a_reason_and_comes_back_by_
     other = write_awkward(tmp_path / "other", shards=(20,), seed=1)
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     put(config, tmp_path, 2, other, guesses(other, BLUR))
-    assert '--replace-champion True --reason "' in refused(config)
+    assert '--replace-champion --reason "' in refused(config)
     chosen = replace(config, replace_champion=True, reason="counts nuts now")
     summary = main(chosen)
     assert (summary["promoted"], summary["from_version"], champion(config)) == (True, 1, 2)
@@ -139,7 +139,7 @@ def test_the_data_that_chose_the_checkpoint_are_refused_unless_allowed(config, d
     client(config.tracking_uri).set_model_version_tag("raydetr", "2", "chosen_on_digest", data.digest)
     reason = refused(config)
     assert f"the judge is impartial: {data.digest[:12]}: version 2's checkpoint was chosen by it" in reason
-    assert main(replace(config, allow_chosen_on=True))["promoted"]
+    assert main(replace(config, allow_contaminated_eval=True))["promoted"]
 
 
 def model_folder_of(config, version):

@@ -126,7 +126,7 @@ FAULTS: dict[str, FaultKind] = {
             "image",
             "the file name leads out of the folder of images",
             "untrained",
-            "give --images the folder that holds all files, or copy them into it; --follow-links True reads what "
+            "give --images the folder that holds all files, or copy them into it; --follow-links reads what "
             "symbolic links in the folder point to",
         ),
         FaultKind(

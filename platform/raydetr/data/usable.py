@@ -9,9 +9,7 @@ from raydetr.data.schema import FAULTS, Fault, is_trained
 from raydetr.data.shards import Manifest, is_target, read_faults, read_records
 from raydetr.errors import DataError
 
-CROWDS_REMEDY = (
-    "where they are single objects (CVAT writes brush masks so), ingest with --crowds-as-objects True"
-)
+CROWDS_REMEDY = "where they are single objects (CVAT writes brush masks so), ingest with --crowds-as-objects"
 _COLUMNS = ["fault", "objects.list.element.iscrowd", "objects.list.element.fault"]
 _EXCLUDING = {code for code, kind in FAULTS.items() if kind.effect in ("untrained", "left-out")}
 _NOTHING_LOST = {"repeated-annotation", "duplicate-image-id"}

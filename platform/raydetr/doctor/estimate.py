@@ -116,9 +116,7 @@ def memory(
     if trial.gpu_memory_gib:
         used, there = trial.gpu_memory_gib
         status: Any = "ok" if used < 0.9 * there else "warn"
-        remedy = (
-            "" if status == "ok" else "lower --micro-batch-size, or give --activation-checkpointing True."
-        )
+        remedy = "" if status == "ok" else "lower --micro-batch-size, or give --activation-checkpointing."
         yield Finding("GPU memory", status, f"{used:.1f} of {there:.0f} GiB.", remedy)
     places = 0
     for node, each in zip(nodes, described, strict=True):
@@ -131,7 +129,7 @@ def memory(
             "memory",
             "FAIL",
             f"{text}, --workers is {config.workers}.",
-            "lower --workers or --micro-batch-size, give --activation-checkpointing True, or larger nodes.",
+            "lower --workers or --micro-batch-size, give --activation-checkpointing, or larger nodes.",
         )
     else:
         yield Finding("memory", "ok", f"{text}.")

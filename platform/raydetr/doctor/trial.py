@@ -89,7 +89,7 @@ def make(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBat
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"The memory of the GPU does not suffice for a micro-batch of {config.micro_batch_size} images: lower "
-            f"--micro-batch-size and raise --micro-batches, or give --activation-checkpointing True or --precision "
+            f"--micro-batch-size and raise --micro-batches, or give --activation-checkpointing or --precision "
             f"bf16 ({error})."
         ) from error
     gpu = memory.get("gpu_memory_gib")
@@ -205,7 +205,7 @@ def finding(config: DoctorConfig, trial: TrialRun, images: int = IMAGES) -> Iter
             "overfit",
             "FAIL",
             f"{text}: loss or gradient are not finite.",
-            "lower --learning-rate, give --clip-norm 0.1 or --precision float32.",
+            "lower --learning-rate, give --max-grad-norm 0.1 or --precision float32.",
         )
     elif trial.ended == "fallen":
         yield Finding("overfit", "ok", f"{text}; it has fallen to {config.loss_share:g} of its start.")

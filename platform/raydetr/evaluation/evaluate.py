@@ -65,7 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         `figures`, run_id, predictions, report, output, and whether it was `already_scored`.
 
     Raises:
-        BelowBoundError: `metric` is below `least`; with the summary.
+        BelowBoundError: `metric` is below `min_metric`; with the summary.
     """
     uri = resolve_uri(config.tracking_uri)
     model = resolve(config.model, uri)
@@ -108,7 +108,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "output": output,
         "already_scored": known,
     }
-    if config.least:
+    if config.min_metric:
         _check_bound(config, uri, model, record, summary)
     return summary
 
@@ -224,8 +224,8 @@ def _check_bound(
     config: EvaluateConfig, uri: str, model: ResolvedModel, record: dict[str, Any], summary: dict[str, Any]
 ) -> None:
     figures = record["figures"]
-    below = figures[config.metric] < config.least
-    found = f"{config.metric} {figures[config.metric]:.4f} is below {config.least:g}"
+    below = figures[config.metric] < config.min_metric
+    found = f"{config.metric} {figures[config.metric]:.4f} is below {config.min_metric:g}"
     tag_bound(uri, model, record, found if below else "")
     if below:
         error = BelowBoundError(

@@ -340,7 +340,7 @@ def _in_common(challenger: Candidate, champion: Candidate, digest: str) -> str:
     return (
         f"run {commands}. Where that says that labels and categories do not match, the two are models of different "
         "classes: train the new one under a name of its own (pipelines/train.py --name NAME, then --model "
-        'models:/NAME@challenger), or replace the champion (--replace-champion True --reason "…")'
+        'models:/NAME@challenger), or replace the champion (--replace-champion --reason "…")'
     )
 
 
@@ -360,11 +360,11 @@ def _impartial(config: PromoteConfig, both: Sequence[Candidate], digest: str) ->
     used += [f"{each.label}'s checkpoint was chosen by it" for each in both if each.chosen_on == digest]
     return Rule(
         "the judge is impartial",
-        not used or config.allow_chosen_on,
+        not used or config.allow_contaminated_eval,
         f"{digest[:12]}: {', '.join(used)}" if used else digest[:12],
-        "anything (--allow-chosen-on)"
-        if config.allow_chosen_on
-        else "data that training did not use, or --allow-chosen-on",
+        "anything (--allow-contaminated-eval)"
+        if config.allow_contaminated_eval
+        else "data that training did not use, or --allow-contaminated-eval",
     )
 
 

@@ -165,7 +165,7 @@ def from_config(config: ServeConfig) -> tuple[ResolvedModel, serve.Application]:
         Tokens(config.tokens)  # a file that cannot be read is refused here, not in the replica
     uri = resolve_uri(config.tracking_uri)
     model = resolve(config.model, uri)
-    follows = config.follow_s > 0 and config.model.startswith("models:") and "@" in config.model
+    follows = config.alias_poll_s > 0 and config.model.startswith("models:") and "@" in config.model
     return model, application(
         model,
         replicas=Replicas(
@@ -188,7 +188,7 @@ def from_config(config: ServeConfig) -> tuple[ResolvedModel, serve.Application]:
             max_bytes_in_flight=config.max_bytes_in_flight,
         ),
         tokens=os.path.abspath(config.tokens) if config.tokens else "",
-        alias=Alias(config.model, uri, config.follow_s) if follows else None,
+        alias=Alias(config.model, uri, config.alias_poll_s) if follows else None,
         trial=_trial(config, uri),
         ingress_replicas=config.ingress_replicas,
     )
@@ -202,7 +202,7 @@ def _trial(config: ServeConfig, uri: str) -> ChallengerConfig | None:
         return None
     is_folder = not config.challenger.startswith(("models:", "hub:"))
     address = storage.absolute(config.challenger) if is_folder else config.challenger
-    alias = Alias(address, uri, config.follow_s)
+    alias = Alias(address, uri, config.alias_poll_s)
     return ChallengerConfig(alias, config.canary, config.shadow, 2 * config.max_batch_size)
 
 

@@ -19,7 +19,7 @@ ARCHITECTURE = (
     "attention_heads",
     "ffn_dim",
     "num_queries",
-    "local_attention",
+    "locality_init",
     "multi_scale",
     "nms_threshold",
     "compat",
@@ -84,7 +84,7 @@ class TrainConfig:
     """Most objects that an image can have detected."""
     dropout: float = 0.0
     """Dropout of the transformer."""
-    local_attention: bool = False
+    locality_init: bool = False
     """A new model starts with queries spread over the image, half of its heads looking around their place, and masks
     that depend on their queries."""
     multi_scale: bool = False
@@ -118,7 +118,7 @@ class TrainConfig:
 
     query_groups: int = 1
     """Groups of object queries in training, each matched on its own (Group DETR); the model keeps the first."""
-    cell_loss: float = 0.0
+    dense_loss_weight: float = 0.0
     """Weight of the loss of the encoder's cells, which tell in training what lies on them; 0: none."""
 
     # The optimiser
@@ -132,13 +132,13 @@ class TrainConfig:
     """Peak learning rate of the backbone."""
     weight_decay: float = 1e-4
     """Weight decay (AdamW)."""
-    clip_norm: float = 0.5
+    max_grad_norm: float = 0.5
     """Largest norm of the gradient; a larger one is scaled down. 0: no limit."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     """How the learning rate falls: to 0 along a cosine, to a tenth once, or not."""
-    drop_at: float = 0.7
+    lr_drop_at: float = 0.7
     """schedule=step: share of the steps after which the learning rate falls to a tenth."""
     ema_decay: float = 0.998
     """Decay of the moving average of the weights that becomes the model; 0: none."""
@@ -203,7 +203,7 @@ class TrainConfig:
     """A loss or gradient that is not finite: stop the run, or leave the step out; its batch is saved for --replay."""
     max_non_finite: int = 10
     """on-non-finite=skip: steps left out in all before the run stops."""
-    hang_after_s: float = 1800.0
+    hang_timeout_s: float = 1800.0
     """A worker that makes no progress for so long is named and ended, and the workers start again."""
 
     # Where
@@ -248,8 +248,8 @@ class TrainConfig:
             "validation_cpus",
             "validation_gpus",
             "patience",
-            "clip_norm",
-            "cell_loss",
+            "max_grad_norm",
+            "dense_loss_weight",
             "min_workers",
             "warmup_steps",
             "learning_rate",
@@ -261,10 +261,10 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, self, name, "it must not be negative")
         for name in ("dropout", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, self, name, "it is from 0 to less than 1")
-        for name in ("drop_at", "max_fault_share", "max_skipped", "repeat_threshold"):
+        for name in ("lr_drop_at", "max_fault_share", "max_skipped", "repeat_threshold"):
             _require(0 <= getattr(self, name) <= 1, self, name, "it is a share, from 0 to 1")
         _require(0 < self.nms_threshold <= 1, self, "nms_threshold", "it is an IoU, above 0 and at most 1")
-        _require(self.hang_after_s > 0, self, "hang_after_s", "it must be positive")
+        _require(self.hang_timeout_s > 0, self, "hang_timeout_s", "it must be positive")
         _require(
             self.data_cpus >= 1, self, "data_cpus", "with no CPU left to the data stream the run would hang"
         )
@@ -297,7 +297,7 @@ class TrainConfig:
 
     def require_multi_scale(self) -> None:
         """Raise ConfigError where a setting does not fit the multi-scale architecture."""
-        plain: dict[str, object] = {"query_groups": 1, "cell_loss": 0.0, "local_attention": False}
+        plain: dict[str, object] = {"query_groups": 1, "dense_loss_weight": 0.0, "locality_init": False}
         plain |= {"compile": False}
         for name, value in plain.items():
             remedy = "a multi-scale model has no place for it: leave it out, or use --recipe detr-small or detr-r50"

@@ -85,7 +85,7 @@ def _train(job: Job) -> str:
     state = create_state(config, Manifest.load(config.train_data), device)
     parallel = parallelise(state.module)
     progress, signals = Progress(config, job.run_id, rank), Signals(rank, job.deadline)
-    watchdog = Watchdog(rank, config.hang_after_s, job.board, world_size())
+    watchdog = Watchdog(rank, config.hang_timeout_s, job.board, world_size())
     watchdog.follow(state.module)
     node = ray.get_runtime_context().get_node_id()
     with watchdog.running():

@@ -59,7 +59,7 @@ def keep(
     if isinstance(state.module, QueryGroups):
         content["query_groups"] = {
             "groups": state.module.groups,
-            "cell_loss": state.module.cell_loss,
+            "cell_loss": state.module.dense_loss_weight,
             "state": state.module.training_state(),
         }
     buffer = io.BytesIO()

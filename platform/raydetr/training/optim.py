@@ -27,7 +27,7 @@ def schedule(step: int, config: TrainConfig) -> float:
         return warmup * 0.5 * (1 + math.cos(math.pi * done))
     if config.schedule == "constant":
         return warmup
-    return warmup * (1.0 if done < config.drop_at else 0.1)
+    return warmup * (1.0 if done < config.lr_drop_at else 0.1)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> dict[str, float]:

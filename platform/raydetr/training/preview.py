@@ -92,7 +92,7 @@ def _other_resolution(config: TrainConfig) -> Iterator[Caution]:
 
 def _without_crop(config: TrainConfig) -> str:
     """The flag without which half of the images would have the resolution of the crop."""
-    return " --crop False" if config.crop else ""
+    return " --no-crop" if config.crop else ""
 
 
 def _typical_edge(config: TrainConfig) -> int:

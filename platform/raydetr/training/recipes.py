@@ -17,7 +17,7 @@ _MULTI_SCALE = TrainConfig(
     class_cost=2.0,
     learning_rate=1.5e-3,
     backbone_learning_rate=4e-4,
-    clip_norm=5.0,
+    max_grad_norm=5.0,
     steps=600,
     warmup_steps=20,
     checkpoint_every=200,
@@ -46,10 +46,10 @@ _SCENES = replace(
 
 _DETR_SMALL = TrainConfig(
     query_groups=4,
-    cell_loss=1.0,
-    local_attention=True,
+    dense_loss_weight=1.0,
+    locality_init=True,
     eos_coefficient=0.3,
-    clip_norm=1.0,
+    max_grad_norm=1.0,
     steps=1400,
     checkpoint_every=200,
 )
@@ -68,10 +68,10 @@ _DETR_R50 = TrainConfig(
     micro_batches=8,
     learning_rate=1e-4,
     backbone_learning_rate=1e-5,
-    clip_norm=0.1,
+    max_grad_norm=0.1,
     warmup_steps=0,
     schedule="step",
-    drop_at=2 / 3,
+    lr_drop_at=2 / 3,
     steps=300_000,
     ema_decay=0.0,
     shortest_edges=(480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
@@ -104,7 +104,7 @@ RECIPES = {
         freeze_detector=True,
         model="models:/raydetr@challenger",
         steps=185_000,
-        drop_at=0.6,
+        lr_drop_at=0.6,
     ),
 }
 """multi-scale, the default: your own images, with the multi-scale architecture, which learns from an ImageNet backbone

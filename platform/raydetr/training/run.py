@@ -27,7 +27,7 @@ FREE_FIELDS = {
     "accelerator",
     "checkpoint_every",
     "data_cpus",
-    "hang_after_s",
+    "hang_timeout_s",
     "json",
     "keep_best",
     "keep_checkpoints",
@@ -48,6 +48,13 @@ FREE_FIELDS = {
     "workers",
 }
 """Fields that may differ when a run is resumed: they change how it is computed or followed, not what."""
+RENAMED = {
+    "cell_loss": "dense_loss_weight",
+    "clip_norm": "max_grad_norm",
+    "drop_at": "lr_drop_at",
+    "local_attention": "locality_init",
+}
+"""Former names of fields, in the run.json of runs that were started with version 0.1."""
 
 
 def plan_spec(config: TrainConfig) -> PlanSpec:
@@ -161,6 +168,7 @@ def _flags(config: TrainConfig) -> dict[str, Any]:
 def _differing(config: TrainConfig, identity: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
     """Names of what differs from the run in the output folder and may not, sorted."""
     # A run that was started before there was a flag had what is its default now. JSON has no tuples.
+    earlier = {RENAMED.get(name, name): value for name, value in earlier.items()}
     earlier = dataclasses.asdict(TrainConfig()) | {"val_digest": identity.get("val_digest")} | earlier
     differing = sorted(name for name in identity if _plain(identity[name]) != _plain(earlier.get(name)))
     if VALIDATED_ON.issuperset(differing) and not checkpoint.validated_steps(config.output):

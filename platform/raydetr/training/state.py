@@ -48,9 +48,9 @@ def create_state(config: TrainConfig, manifest: Manifest, device: torch.device) 
     """A new model and its optimiser on the device, the same on every worker."""
     model = build_model(config, manifest)
     module: DetrForObjectDetection | DetrForSegmentation | QueryGroups = model
-    if config.query_groups > 1 or config.cell_loss:
-        module = QueryGroups(model, config.query_groups, config.cell_loss)
-    if config.local_attention and not config.model:
+    if config.query_groups > 1 or config.dense_loss_weight:
+        module = QueryGroups(model, config.query_groups, config.dense_loss_weight)
+    if config.locality_init and not config.model:
         detector = model.detr if isinstance(model, DetrForSegmentation) else model
         extra = module.extra_queries if isinstance(module, QueryGroups) else None
         init_local_attention(detector.model, extra)

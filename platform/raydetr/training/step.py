@@ -45,7 +45,7 @@ def train_step(
     values = all_reduce(torch.stack([losses[name].double() for name in names]).cpu()) / world_size()
     metrics = dict(zip(names, values.tolist(), strict=True))
     parameters = [parameter for parameter in state.module.parameters() if parameter.requires_grad]
-    limit = config.clip_norm or math.inf
+    limit = config.max_grad_norm or math.inf
     metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
     if is_finite(metrics):
         metrics |= set_learning_rates(state.optimizer, batches[0].step, config)

@@ -247,7 +247,7 @@ def _run_workers(
 ) -> dict[str, str]:
     """What `train_worker` returned once all workers have ended, however often they were started again."""
     # The time after which Ray Train ends a worker whose process does not even answer.
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hang_after_s)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hang_timeout_s)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     trainer = scaling.Trainer(
         train_loop_per_worker,
@@ -261,7 +261,7 @@ def _run_workers(
             "board": ray.remote(HeartbeatBoard).options(num_cpus=0, scheduling_strategy=here).remote(),
         },
         # Longer than the watchdog needs: whoever waits for a worker that hangs must not fail before that is named.
-        torch_config=TorchConfig(timeout_s=int(4 * config.hang_after_s) + 600),
+        torch_config=TorchConfig(timeout_s=int(4 * config.hang_timeout_s) + 600),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=(config.min_workers, config.workers)  # type: ignore[arg-type]
             if config.min_workers

@@ -131,7 +131,7 @@ class Watchdog:
     def _report(self, waited: float) -> None:
         sys.stderr.write(
             f"watchdog: rank {self.rank} (process {os.getpid()}) hangs in step {self._place[0]}, {self._phase}, for "
-            f"{waited:.0f} s, longer than --hang-after-s {self.limit_s:g}. It ends; the workers start again at the "
+            f"{waited:.0f} s, longer than --hang-timeout-s {self.limit_s:g}. It ends; the workers start again at the "
             "last checkpoint. Where it is:\n"
         )
         faulthandler.dump_traceback(all_threads=True)

@@ -78,7 +78,7 @@ def test_parts_of_a_batch_add_up_with_the_normalisers_of_the_whole(objects):
 def test_the_loss_is_the_models_plus_that_of_the_cells_and_every_parameter_has_a_gradient(objects):
     torch.manual_seed(0)
     model = DetrForObjectDetection(DetrConfig(**CONFIG, auxiliary_loss=True)).double()
-    module = QueryGroups(model, 1, cell_loss=0.5).train()
+    module = QueryGroups(model, 1, dense_loss_weight=0.5).train()
     pixels, labels = torch.randn(2, 3, 64, 96, dtype=torch.float64), make_labels(objects)
     output, plain = module(pixels, labels=labels), model(pixels, labels=labels)
     terms = output.loss_dict

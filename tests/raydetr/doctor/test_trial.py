@@ -152,7 +152,7 @@ def test_a_frozen_detector_is_not_asked_to_learn(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
     manifest = write_data(tmp_path)
-    config = configure(tmp_path, learning_rate=1e30, clip_norm=0.0, warmup_steps=0)
+    config = configure(tmp_path, learning_rate=1e30, max_grad_norm=0.0, warmup_steps=0)
     losses, ended, _, figures = trial.overfit(config, manifest, torch.device("cpu"))
     assert (ended, figures) == ("not finite", {})
     done = trial.TrialRun(1.0, 8, 1.0, None, losses, ended, 1.0, figures)

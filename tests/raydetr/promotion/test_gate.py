@@ -173,7 +173,7 @@ def test_other_data_are_refused_and_told():
         "asked for: the same: run pipelines/evaluate.py --model models:/raydetr/1 --data shards/bbbb. Where that says that "
         "labels and categories do not match, the two are models of different classes: train the new one under a name of "
         "its own (pipelines/train.py --name NAME, then --model models:/NAME@challenger), or replace the champion "
-        '(--replace-champion True --reason "…")'
+        '(--replace-champion --reason "…")'
     )
     nothing = papers(challenger=replace(CHALLENGER, evaluations={}), champion=None)
     assert "it is evaluated: version 2 on nothing" in nothing.reason
@@ -223,8 +223,8 @@ def test_the_data_that_training_chose_by_or_trained_on_do_not_judge_unless_allow
         found = papers(**contenders)
         assert not found.promoted
         assert words in found.reason
-        assert "--allow-chosen-on" in found.reason
-        assert papers(replace(CONFIG, allow_chosen_on=True), **contenders).promoted
+        assert "--allow-contaminated-eval" in found.reason
+        assert papers(replace(CONFIG, allow_contaminated_eval=True), **contenders).promoted
     assert papers(challenger=replace(CHALLENGER, chosen_on=OTHER)).promoted
 
 

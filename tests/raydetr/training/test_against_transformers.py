@@ -38,7 +38,7 @@ def make_config(folder: str, precision: Any) -> TrainConfig:
         micro_batches=1,
         learning_rate=1e-4,
         backbone_learning_rate=1e-5,
-        clip_norm=0.1,
+        max_grad_norm=0.1,
         warmup_steps=0,
         schedule="constant",
         precision=precision,
@@ -71,7 +71,7 @@ def their_losses(
         ).loss
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         losses.append(loss.item())
     return losses

@@ -116,7 +116,9 @@ def test_the_recipes_build_the_architecture(name: str, strides: list[int], manif
     assert model.config.multi_scale.nms_threshold == RECIPES[name].nms_threshold
 
 
-@pytest.mark.parametrize("changes", [{"query_groups": 2}, {"cell_loss": 1.0}, {"local_attention": True}])
+@pytest.mark.parametrize(
+    "changes", [{"query_groups": 2}, {"dense_loss_weight": 1.0}, {"locality_init": True}]
+)
 def test_flags_that_the_architecture_has_no_place_for_are_refused(
     changes: dict[str, object], config: TrainConfig
 ) -> None:

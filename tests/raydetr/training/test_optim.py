@@ -22,14 +22,14 @@ def test_the_cosine_rises_and_falls_to_nothing() -> None:
 
 
 def test_the_step_schedule_drops_to_a_tenth_once() -> None:
-    config = TrainConfig(steps=100, warmup_steps=0, schedule="step", drop_at=0.7)
+    config = TrainConfig(steps=100, warmup_steps=0, schedule="step", lr_drop_at=0.7)
     assert [schedule(step, config) for step in (0, 69, 70, 99)] == [1, 1, 0.1, 0.1]
 
 
 def test_the_paper_recipe_has_the_papers_values() -> None:
     config = RECIPES["detr-r50"]
     assert (config.learning_rate, config.backbone_learning_rate) == (1e-4, 1e-5)
-    assert (config.weight_decay, config.clip_norm, config.num_queries) == (1e-4, 0.1, 100)
+    assert (config.weight_decay, config.max_grad_norm, config.num_queries) == (1e-4, 0.1, 100)
     assert (config.shortest_edges[0], config.shortest_edges[-1], config.longest_edge) == (480, 800, 1333)
 
 

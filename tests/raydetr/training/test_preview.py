@@ -54,7 +54,7 @@ def test_a_fine_tune_of_a_small_model_is_told_how_many_times_more_pixels_it_gets
     config = replace(RECIPES["fine-tune"], model=str(folder), train_data=str(tmp_path / "data"))
     (line,) = found(config, data(tmp_path, 600, 300))
     assert "feeds it 480 to 800, 25 times the pixels" in line
-    assert "--crop False" in line
+    assert "--no-crop" in line
 
 
 @pytest.mark.parametrize(("image", "side", "warns"), [(2048, 200, True), (100, 90, False), (64, 60, False)])
@@ -71,7 +71,7 @@ def test_objects_that_shrink_below_the_cells_of_the_feature_map_are_warned_of(
         followed = replace(config, shortest_edges=(672,), test_edge=672, longest_edge=1120)
         assert found(followed, manifest) == []
         assert "--crop" not in lines[0]
-        assert "--longest-edge 1120 --crop False," in found(replace(config, crop=True), manifest)[0]
+        assert "--longest-edge 1120 --no-crop," in found(replace(config, crop=True), manifest)[0]
 
 
 @pytest.mark.parametrize(("height", "width"), [(3000, 500), (500, 3000), (1200, 900)])

@@ -12,7 +12,7 @@ from raydetr.errors import ConfigError, TrainingError
 from raydetr.registry import models, tracking
 from raydetr.training import checkpoint
 from raydetr.training.config import TrainConfig
-from raydetr.training.run import open_run, pinned_model, require_same_run
+from raydetr.training.run import RENAMED, open_run, pinned_model, require_same_run
 from raydetr.training.trainer import check
 from tests.awkward import write_awkward
 from tests.empty_registry import empty_registry
@@ -35,7 +35,9 @@ def test_a_run_goes_on_with_what_its_errors_advise_and_at_another_address_of_mlf
     assert open_run(first, manifest) == run_id
     # A field that came later, and a copy of the database elsewhere, as on the new head of a cluster.
     file.write_text(
-        json.dumps(begun | {"identity": {k: v for k, v in begun["identity"].items() if k != "cell_loss"}})
+        json.dumps(
+            begun | {"identity": {k: v for k, v in begun["identity"].items() if k != "dense_loss_weight"}}
+        )
     )
     shutil.copy(tmp_path / "mlflow.db", tmp_path / "moved.db")
     changes = {"on_non_finite": "skip", "max_skipped": 0.5, "checkpoint_every": 10, "name": "other"}
@@ -43,8 +45,8 @@ def test_a_run_goes_on_with_what_its_errors_advise_and_at_another_address_of_mlf
     assert open_run(moved, manifest) == run_id
     assert set(json.loads(file.read_text())["identity"]) < set(identity)
     storage.write_bytes(storage.join(checkpoint.address(first.output, 5), checkpoint.MARKER), b"")
-    with pytest.raises(TrainingError, match="begun with other values of cell_loss, learning_rate:"):
-        open_run(replace(moved, learning_rate=1.0, cell_loss=2.0), manifest)
+    with pytest.raises(TrainingError, match="begun with other values of dense_loss_weight, learning_rate:"):
+        open_run(replace(moved, learning_rate=1.0, dense_loss_weight=2.0), manifest)
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -64,6 +66,15 @@ def test_a_finished_run_is_that_of_its_flags_and_data_alone(tmp_path: Path) -> N
             TrainingError, match=f"finished run with other values of {', '.join(sorted(changes))}:"
         ):
             require_same_run(replace(done, **changes))
+    file = tmp_path / "run" / "run.json"
+    started = json.loads(file.read_text())
+    former = {new: old for old, new in RENAMED.items()}
+    identity = {former.get(name, name): value for name, value in started["identity"].items()}
+    assert identity.keys() != started["identity"].keys()
+    file.write_text(json.dumps(started | {"identity": identity}))
+    require_same_run(done)
+    with pytest.raises(TrainingError, match="other values of max_grad_norm:"):
+        require_same_run(replace(done, max_grad_norm=9.0))
     write_awkward(tmp_path / "data", seed=1)
     with pytest.raises(TrainingError, match="other values of data_digest"):
         require_same_run(done)
@@ -129,7 +140,7 @@ def test_a_run_goes_on_with_the_version_that_an_alias_meant_when_it_was_begun(tm
         ("min_workers", -1),
         ("warmup_steps", -1),
         ("ema_decay", 1.5),
-        ("drop_at", 7.0),
+        ("lr_drop_at", 7.0),
         ("nms_threshold", 0.0),
         ("longest_edge", 0),
         ("num_queries", 0),

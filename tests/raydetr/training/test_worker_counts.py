@@ -176,7 +176,7 @@ def one_process(config: TrainConfig, manifest: Manifest) -> Reference:
         loss = state.module(**arguments).loss
         state.module.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(state.module.parameters(), config.clip_norm)
+        torch.nn.utils.clip_grad_norm_(state.module.parameters(), config.max_grad_norm)
         set_learning_rates(state.optimizer, step, config)
         state.optimizer.step()
         reference.losses[step] = loss.item()
@@ -247,7 +247,7 @@ def test_masks_query_groups_and_cells_are_learned_as_by_one_process(
         task="instance",
         attention_heads=8,  # the mask head wants multiples of eight channels
         query_groups=2,
-        cell_loss=1.0,
+        dense_loss_weight=1.0,
     )
     reference = one_process(config, manifest)
     assert_trains_alike(dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run")

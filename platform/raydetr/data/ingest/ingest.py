@@ -61,7 +61,7 @@ class Options:
     seed: of the order of the records.
     shard_bytes: size at which a shard is closed, in bytes of image files.
     append: add the images to a data set that is there, as new shards.
-    compare_with: addresses of shards that must have no image in common with these, such as the training set's.
+    check_duplicates_against: addresses of shards that must have no image in common with these, such as the training set's.
     max_fault_share: share of images, or of objects, that may be unusable for training.
     reading: how records are read.
     """
@@ -70,17 +70,17 @@ class Options:
     seed: int = 0
     shard_bytes: int = 128 * 1024 * 1024
     append: bool = False
-    compare_with: tuple[str, ...] = ()
+    check_duplicates_against: tuple[str, ...] = ()
     max_fault_share: float = 0.2
     reading: Reading = AS_USUAL
 
     def compared(self) -> list[Manifest]:
-        """The data sets of `compare_with`.
+        """The data sets of `check_duplicates_against`.
 
         Raises:
             DataError: one of them is not there.
         """
-        return [Manifest.load(storage.absolute(address)) for address in self.compare_with]
+        return [Manifest.load(storage.absolute(address)) for address in self.check_duplicates_against]
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:
@@ -170,7 +170,7 @@ def _ingest(
     """
     output = storage.absolute(output)
     settings = [options.on_fault, options.seed, options.shard_bytes, key, options.append]
-    settings += sorted(other.digest for other in others if options.compare_with)
+    settings += sorted(other.digest for other in others if options.check_duplicates_against)
     if options.reading != AS_USUAL:
         settings.append(json.dumps(asdict(options.reading)))
     source = hashlib.sha256(json.dumps([inputs.digest, settings]).encode()).hexdigest()
@@ -332,7 +332,7 @@ def _finished(manifest: Manifest, source: str) -> IngestResult:
     if manifest.source != source:
         raise DataError(
             f"{output}: holds the shards of other input or of other flags: give another --output, delete it, or add "
-            "to it with --append True."
+            "to it with --append."
         )
     present = storage.file_sizes(output, [shard.file for shard in manifest.shards])
     for shard in manifest.shards:

@@ -164,13 +164,15 @@ def test_a_picture_in_two_parts_is_reported_even_when_compressed_anew(
         Addresses(str(tmp_path / "train.json"), str(folder)), str(tmp_path / "apart/train")
     ).manifest
     val = Addresses(str(tmp_path / "val.json"), str(folder))
-    compared = Options(compare_with=(train.root,))
+    compared = Options(check_duplicates_against=(train.root,))
     apart = ingest(val, str(tmp_path / "apart/val"), compared).manifest
     codes = [fault for fault in read_faults(apart.root) if fault.code == "near-duplicate"]
     assert {fault.image_id for fault in codes} == {fault.image_id for fault in found}
     assert not ingest(val, str(tmp_path / "apart/val"), compared).written
     with pytest.raises(DataError, match="manifest"):
-        ingest(val, str(tmp_path / "apart/other"), Options(compare_with=(str(tmp_path / "nowhere"),)))
+        ingest(
+            val, str(tmp_path / "apart/other"), Options(check_duplicates_against=(str(tmp_path / "nowhere"),))
+        )
 
 
 def test_appended_images_come_in_new_shards_and_the_old_ones_stay(generated: Path, tmp_path: Path) -> None:
@@ -537,7 +539,7 @@ def test_relative_addresses_are_under_the_shared_storage_where_that_is_set(
     again = ingest(Addresses("mine/annotations/instances.json", "mine/images"), "shards")
     assert first.root == str(shared / "shards")
     assert not again.written
-    assert Options(compare_with=("shards",)).compared()[0].digest == first.digest
+    assert Options(check_duplicates_against=("shards",)).compared()[0].digest == first.digest
     parts = ingest_split(
         Addresses("mine/annotations/instances.json", "mine/images"), "parts", Split((0.5, 0.5))
     )
