@@ -1,14 +1,14 @@
-"""DETR: end-to-end detection and segmentation with a transformer, in the API of the transformers DETR page.
+"""DETR: end-to-end object detection and segmentation with a transformer, with the API of the transformers DETR page.
 
-Every example of that page runs with ``from detr import ...``; outputs, losses and files are the same.
+Every example of that page runs with ``from detr import ...``. Outputs, losses and files are the same.
 
-Detect, in three lines::
+Detect objects in three lines::
 
-    detect = detr.pipeline("object-detection", model="runs/mine/model")  # or a hub id, which asks for the network
-    for found in detect("photo.jpg"):
-        print(found["label"], found["score"], found["box"])
+    detect = detr.pipeline("object-detection", model="runs/mine/model")  # or a hub id, which is downloaded
+    for detection in detect("photo.jpg"):
+        print(detection["label"], detection["score"], detection["box"])
 
-The same by hand, for masks too (`DetrForSegmentation` and ``post_process_panoptic_segmentation``)::
+The same step by step. For masks, use `DetrForSegmentation` and ``post_process_panoptic_segmentation``::
 
     processor = detr.DetrImageProcessor.from_pretrained(folder)
     model = detr.DetrForObjectDetection.from_pretrained(folder)
@@ -16,17 +16,17 @@ The same by hand, for masks too (`DetrForSegmentation` and ``post_process_panopt
     outputs = model(**inputs)  # logits float [1, queries, classes + 1], pred_boxes float [1, queries, 4]
     processor.post_process_object_detection(outputs, target_sizes=[(height, width)])
 
-A new model, or an old one with other classes::
+A new model, or a trained one with other classes::
 
     model = detr.DetrForObjectDetection(detr.DetrConfig(backbone="resnet50", num_labels=3))
     model = detr.DetrForObjectDetection.from_pretrained(folder, id2label={0: "cat", 1: "dog"})
     loss = model(**processor(images, annotations, return_tensors="pt")).loss
 
-Figures: `CocoEvaluator` (average precision of boxes and masks) and `PanopticEvaluator` (PQ). `ObjectDetector` gives
-answers that do not depend on the batch. What differs from transformers, and on purpose: docs/detr.md.
+Metrics: `CocoEvaluator` (average precision of boxes and masks) and `PanopticEvaluator` (PQ). The results of
+`ObjectDetector` do not depend on the batch. Intended differences from transformers: docs/detr.md.
 
-The names are imported when they are first used, and timm and torchvision when a net is built: data tasks, which only
-resize images, do without them, 2 s of CPU in every new process.
+Names are imported on first use, and timm and torchvision when a network is built. Data tasks, which only resize images,
+thus save 2 s of CPU time in every new process.
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
-"""Boxes: their two formats and how much they overlap.
+"""Box formats, IoU and generalized IoU.
 
-``cxcywh`` is centre x, centre y, width, height; ``xyxy`` is left, top, right, bottom.
+``cxcywh`` is center x, center y, width, height; ``xyxy`` is left, top, right, bottom.
 """
 
 from __future__ import annotations
@@ -8,44 +8,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Below any area that a label can have (a pixel of a 1333-pixel image is 6e-7); keeps 0 / 0 out of IoU.
+# Avoids 0 / 0 in the IoU. Smaller than the area of any label: a pixel of a 1333-pixel image has area 6e-7.
 _MIN_AREA = 1e-12
 
 
 def box_cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
-    """float [..., 4] cxcywh to float [..., 4] xyxy, in the same units."""
-    centre, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
-    return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
+    """Convert boxes float [..., 4] from cxcywh to xyxy, in the same units."""
+    center, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
+    return torch.cat((center - 0.5 * size, center + 0.5 * size), dim=-1)
 
 
 def box_xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
-    """float [..., 4] xyxy to float [..., 4] cxcywh, in the same units."""
+    """Convert boxes float [..., 4] from xyxy to cxcywh, in the same units."""
     top_left, bottom_right = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
     return torch.cat(((top_left + bottom_right) / 2, bottom_right - top_left), dim=-1)
 
 
 def box_area(boxes_xyxy: Tensor) -> Tensor:
-    """Areas float [...] of boxes float [..., 4] xyxy."""
+    """Compute the areas, float [...], of boxes float [..., 4] xyxy."""
     return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])
 
 
 def _sides(boxes_xyxy: Tensor) -> tuple[Tensor, ...]:
-    """Left, top, right and bottom, float [...] each.
+    """Split boxes into left, top, right and bottom, float [...] each.
 
-    Contiguous ones: a CPU does not vectorize over pairs of coordinates.
+    The results are contiguous: operations on strided coordinates are not vectorized on a CPU.
     """
     return tuple(side.contiguous() for side in boxes_xyxy.unbind(-1))
 
 
 def elementwise_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and union of pairs of boxes, with broadcasting.
+    """Compute IoU and union area of pairs of boxes, with broadcasting.
 
     Args:
         boxes1_xyxy: float [..., 4].
         boxes2_xyxy: float [..., 4], broadcast against the first.
 
     Returns:
-        IoU in 0..1 and union area, both float [...]. Two boxes without area have IoU 0.
+        IoU in 0..1 and union area, both float [...]. Two boxes with zero area have IoU 0.
     """
     left1, top1, right1, bottom1 = _sides(boxes1_xyxy)
     left2, top2, right2, bottom2 = _sides(boxes2_xyxy)
@@ -56,9 +56,9 @@ def elementwise_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, T
 
 
 def elementwise_generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
-    """Generalized IoU (https://giou.stanford.edu) of pairs of boxes, with broadcasting.
+    """Compute the generalized IoU (https://giou.stanford.edu) of pairs of boxes, with broadcasting.
 
-    Nothing is checked: a box that is not finite gives NaN, for the caller to deal with.
+    The boxes are not checked: a non-finite box gives NaN.
 
     Args:
         boxes1_xyxy: float [..., 4].
@@ -76,7 +76,7 @@ def elementwise_generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Ten
 
 
 def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and union of every box of one set with every box of another.
+    """Compute IoU and union area of all pairs of two sets of boxes.
 
     Args:
         boxes1_xyxy: float [n, 4].
@@ -89,11 +89,11 @@ def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def generalized_box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
-    """Generalized IoU of every box of one set with every box of another.
+    """Compute the generalized IoU of all pairs of two sets of boxes.
 
     Args:
-        boxes1_xyxy: float [n, 4], right and bottom not less than left and top.
-        boxes2_xyxy: float [m, 4], likewise.
+        boxes1_xyxy: float [n, 4], with right >= left and bottom >= top.
+        boxes2_xyxy: float [m, 4], with right >= left and bottom >= top.
 
     Returns:
         float [n, m] in -1..1.

@@ -1,8 +1,8 @@
-"""DetrConfig: what a DETR model is made of, stored as transformers' ``config.json``.
+"""``DetrConfig``, the configuration of a DETR model, stored as transformers' ``config.json``.
 
-The field names, their defaults and the file are those of ``transformers.DetrConfig``, so a folder written by
-either library is read by the other. Three fields are our own: ``compat``, ``trainable_backbone_stages`` and
-``use_pretrained_backbone`` (the last is never written: a saved model has its own backbone weights).
+Field names, defaults and file format are those of ``transformers.DetrConfig``, so each library reads folders that the
+other has written. Fields of this library only: ``compat``, ``trainable_backbone_stages``, ``multi_scale`` and
+``use_pretrained_backbone``. The last is never written: a saved model contains its backbone weights.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from typing import Any, ClassVar, Literal
 
 from detr.backbone_config import (
     is_transformers_name,
-    known_entries,
-    normal_backbone_config,
-    with_entries,
+    keep_known_entries,
+    normalize_backbone_config,
+    replace_entries,
 )
 from detr.model_files import CONFIG_NAME, FILE_ARGUMENTS, ModelFiles, read_json
 from detr.multiscale_config import MultiScaleConfig
 
 MULTI_SCALE_TYPE = "detr_multi_scale"
-"""The ``model_type`` in the file of a multi-scale model, so that transformers refuses it instead of misreading it."""
+"""``model_type`` in the ``config.json`` of a multi-scale model: transformers rejects it instead of misreading it."""
 
-# Who wrote a file and how it ran there: no settings, so they are dropped.
+# Metadata of the library that wrote the file, not settings of the model: dropped.
 _FILE_KEYS = frozenset({"_name_or_path", "_attn_implementation", "transformers_version"})
 _ATTENTION = ("sdpa", "eager")
 _DTYPES = {"half": "float16", "float": "float32", "double": "float64"}
 _LOADING_ARGUMENTS = FILE_ARGUMENTS | {"config", "device_map", "ignore_mismatched_sizes"}
-_LOOKALIKES = frozenset({"tie_encoder_decoder"})  # in all configurations of transformers 4
+# Valid names that resemble a field. Every configuration of transformers 4 has tie_encoder_decoder.
+_NOT_MISSPELLED = frozenset({"tie_encoder_decoder"})
 _ALIASES = {
     "hidden_size": "d_model",
     "num_attention_heads": "encoder_attention_heads",
@@ -42,18 +43,19 @@ _ALIASES = {
 _LEGACY_BACKBONE_KEYS = ("backbone", "use_timm_backbone", "backbone_kwargs")
 
 
-# In config.json of a model with auxiliary losses, next to auxiliary_loss false: with true, transformers would feed the
-# normed output of each decoder layer to the next one and predict differently.
+# The config.json of a model with auxiliary losses has this key set to true and auxiliary_loss set to false. With
+# auxiliary_loss true, transformers would feed the normalized output of each decoder layer to the next layer and predict
+# differently.
 _AUXILIARY_LOSS = "auxiliary_loss_in_training"
 
-_WEIGHTS = (
+_COSTS_AND_COEFFICIENTS = (
     *("class_cost", "bbox_cost", "giou_cost", "bbox_loss_coefficient", "giou_loss_coefficient"),
     *("mask_loss_coefficient", "dice_loss_coefficient"),
 )
 
 
 def default_labels(num_labels: int) -> dict[int, str]:
-    """``{0: "LABEL_0", ...}``, the names transformers gives to labels without names."""
+    """Return ``{0: "LABEL_0", ...}``, the names that transformers gives to unnamed labels."""
     return {i: f"LABEL_{i}" for i in range(num_labels)}
 
 
@@ -63,48 +65,47 @@ class DetrConfig:
 
     Attributes:
         backbone_config: the CNN, a dict. ``{"model_type": "timm_backbone", "backbone": name, "num_channels",
-            "out_indices", "output_stride"}`` builds any timm CNN; ``{"model_type": "resnet", "depths", ...}`` is
-            transformers' own ResNet. An object with ``to_dict`` is accepted. None means timm's ``resnet50``
-            with the maps of strides 4 to 32.
-        num_channels: channels of the input image, used where ``backbone_config`` does not say it.
-        num_queries: how many objects one image can have at most.
+            "out_indices", "output_stride"}`` builds any timm CNN. ``{"model_type": "resnet", "depths", ...}`` builds
+            the ResNet of transformers. An object with ``to_dict`` is accepted. None means timm's ``resnet50`` with
+            the feature maps of strides 4 to 32.
+        num_channels: channels of the input image, used if ``backbone_config`` does not specify them.
+        num_queries: number of object queries, the maximum number of objects detected in an image.
         encoder_layers, encoder_ffn_dim, encoder_attention_heads, encoder_layerdrop: the encoder.
         decoder_layers, decoder_ffn_dim, decoder_attention_heads, decoder_layerdrop: the decoder.
-        activation_function: of the feed-forward layers: a name (``"relu"``, ``"gelu"``, ...) or a callable.
+        activation_function: activation of the feed-forward layers: a name (``"relu"``, ``"gelu"``, ...) or a callable.
         d_model: width of the transformer, a multiple of both numbers of heads.
         dropout, attention_dropout, activation_dropout: probabilities in 0..1.
-        init_std, init_xavier_std: scale of new weights; read only under ``compat="transformers"``.
+        init_std, init_xavier_std: scale of new weights; used only with ``compat="transformers"``.
         auxiliary_loss: also compute the loss of every decoder layer but the last.
         position_embedding_type: ``"sine"`` or ``"learned"``.
-        dilation: DC5: the last stage of the backbone keeps its resolution (``output_stride`` 16).
+        dilation: DC5: dilate the last stage of the backbone instead of downsampling (``output_stride`` 16).
         class_cost, bbox_cost, giou_cost: weights of the matching cost.
         bbox_loss_coefficient, giou_loss_coefficient, mask_loss_coefficient, dice_loss_coefficient: weights of
             the loss terms; cross-entropy has weight 1.
         eos_coefficient: class weight of "no object" in the cross-entropy.
-        id2label, label2id: names of the classes; ``num_labels`` is their number.
-        trainable_backbone_stages: how many of the backbone's four stages train, counted from the deepest: 3
-            (as in the paper) keeps the stem and the first stage frozen, 0 freezes all, 5 trains all with stem.
-        use_pretrained_backbone: True asks timm for its pretrained weights (from its cache or the network), a
-            path reads them from that file, False starts from random weights.
-        compat: where facebookresearch/detr and transformers disagree, which one to follow: the decoder's norm
-            under ``auxiliary_loss``, fused activations of frozen batch norm, initialisation, input dropout.
-        multi_scale: settings of the multi-scale architecture (`detr.multiscale`), a `MultiScaleConfig` or a dict;
-            None is the page's. Only this library reads its files.
+        id2label, label2id: class names; ``num_labels`` is their number.
+        trainable_backbone_stages: number of trainable backbone stages, counted from the deepest of the four. 3, as in
+            the paper, freezes the stem and the first stage; 0 freezes everything; 5 trains everything, stem included.
+        use_pretrained_backbone: True loads timm's pretrained weights (from its cache or the network), a path loads
+            them from that file, False initializes the backbone randomly.
+        compat: which implementation to follow where facebookresearch/detr and transformers differ: the decoder's norm
+            with ``auxiliary_loss``, activations fused into frozen batch norm, initialization, input dropout.
+        multi_scale: settings of the multi-scale architecture (`detr.model.multiscale`), a `MultiScaleConfig` or a
+            dict; None selects standard DETR. Only this library can load a multi-scale model.
 
     Args:
-        backbone: instead of ``backbone_config``: a timm name, or a folder or hub id of a ResNet of transformers
-            such as ``"microsoft/resnet-50"``; then ``use_pretrained_backbone=True`` loads its weights too.
-        backbone_kwargs: entries of ``backbone_config`` next to ``backbone``.
-        use_timm_backbone: False without a ``backbone`` means transformers' ResNet-50.
-        attn_implementation: ``"sdpa"``, the default, is torch's fused attention; ``"eager"`` always computes the
-            attention weights, which ``output_attentions`` does anyway.
-        num_labels, num_layers, hidden_size, num_attention_heads, num_hidden_layers, torch_dtype: other names.
-        kwargs: other keywords become attributes that are saved, as in transformers.
+        backbone: replaces ``backbone_config``: a timm name, or a folder or hub id of a transformers ResNet such as
+            ``"microsoft/resnet-50"``. With the latter, ``use_pretrained_backbone=True`` also loads its weights.
+        backbone_kwargs: further entries of ``backbone_config``, together with ``backbone``.
+        use_timm_backbone: False without a ``backbone`` selects the ResNet-50 of transformers.
+        attn_implementation: ``"sdpa"``, the default, is torch's fused attention. ``"eager"`` always computes the
+            attention weights; ``output_attentions`` computes them with either.
+        num_labels, num_layers, hidden_size, num_attention_heads, num_hidden_layers, torch_dtype: aliases.
+        kwargs: unknown keywords become attributes and are saved, as in transformers.
 
     Raises:
-        TypeError: a field has a value of the wrong type, or a keyword is misspelled or an argument of
-            ``from_pretrained``.
-        ValueError: a value is out of its range, or two keywords contradict each other.
+        TypeError: a value has the wrong type, or a keyword is misspelled or an argument of ``from_pretrained``.
+        ValueError: a value is out of range, or two keywords contradict each other.
     """
 
     is_encoder_decoder: bool = True
@@ -163,7 +164,7 @@ class DetrConfig:
         attention = given.pop("attn_implementation", None)
         if attention not in (None, *_ATTENTION):
             raise ValueError(f"attn_implementation must be one of {_ATTENTION}, got {attention!r}")
-        labels = _labels(
+        labels = _resolve_labels(
             given.pop("num_labels", None), given.pop("id2label", None), given.pop("label2id", None)
         )
         legacy = {key: given.pop(key) for key in _LEGACY_BACKBONE_KEYS if key in given}
@@ -183,73 +184,77 @@ class DetrConfig:
             if f.name in ("backbone_config", "id2label", "label2id"):
                 continue
             default = f.default if f.default is not MISSING else None
-            object.__setattr__(self, f.name, _checked(f.name, str(f.type), given.pop(f.name, default)))
+            object.__setattr__(self, f.name, _check_type(f.name, str(f.type), given.pop(f.name, default)))
         self.id2label, self.label2id = labels
         if attention is not None:
             object.__setattr__(self, "attn_implementation", attention)
-        object.__setattr__(self, "backbone_config", self._normal_backbone_config(backbone_config, legacy))
-        for key, value in given.items():  # as transformers: keywords it does not know become attributes
+        object.__setattr__(self, "backbone_config", self._normalize_backbone_config(backbone_config, legacy))
+        for key, value in given.items():  # as in transformers, unknown keywords become attributes
             object.__setattr__(self, key, value)
         self._check_ranges()
         if self.compat == "original" and not {"init_std", "init_xavier_std"}.isdisjoint(kwargs):
             changed = [k for k, v in (("init_std", 0.02), ("init_xavier_std", 1.0)) if kwargs.get(k, v) != v]
             if changed:
-                warnings.warn(f"{', '.join(changed)} only acts under compat='transformers'", stacklevel=2)
+                warnings.warn(
+                    f"{', '.join(changed)} has an effect only with compat='transformers'", stacklevel=2
+                )
 
     @classmethod
     def _check_names(cls, given: Mapping[str, Any]) -> None:
-        """Refuse keywords that would become attributes without the effect that their name promises."""
+        """Reject misspelled keywords and arguments of ``from_pretrained``, which would have no effect."""
         known = cls.keywords() | {"model_type"}
         for name in sorted(given.keys() - known):
             if name in _LOADING_ARGUMENTS:
                 raise TypeError(f"{name} is an argument of from_pretrained, not of DetrConfig")
-            if name in _LOOKALIKES:
+            if name in _NOT_MISSPELLED:
                 continue
             similar = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
             if similar:
                 raise TypeError(f"DetrConfig has no {name}; did you mean {similar[0]}?")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assigning ``backbone``, ``num_channels`` or ``dilation`` changes ``backbone_config``, too."""
+        """Set a field; ``backbone``, ``num_channels`` and ``dilation`` also change ``backbone_config``."""
         if name == "backbone":
-            name, value = "backbone_config", self._normal_backbone_config(None, {"backbone": value})
+            name, value = "backbone_config", self._normalize_backbone_config(None, {"backbone": value})
         elif name == "backbone_config":
-            value = self._normal_backbone_config(value, {})
+            value = self._normalize_backbone_config(value, {})
         elif name == "multi_scale":
             value = MultiScaleConfig.from_value(value)
         elif name in ("num_channels", "dilation"):
             object.__setattr__(self, name, value)
-            changed = _changed_backbone(self.backbone_config, {name: value})
-            name, value = "backbone_config", self._normal_backbone_config(changed, {})
+            changed = _override_backbone(self.backbone_config, {name: value})
+            name, value = "backbone_config", self._normalize_backbone_config(changed, {})
         object.__setattr__(self, _ALIASES.get(name, name), value)
 
     @property
     def hidden_size(self) -> int:
-        """Another name of ``d_model``."""
+        """Alias of ``d_model``."""
         return self.d_model
 
     @property
     def num_attention_heads(self) -> int:
-        """Another name of ``encoder_attention_heads``."""
+        """Alias of ``encoder_attention_heads``."""
         return self.encoder_attention_heads
 
     @property
     def num_hidden_layers(self) -> int:
-        """Another name of ``encoder_layers``."""
+        """Alias of ``encoder_layers``."""
         return self.encoder_layers
 
     @property
     def num_labels(self) -> int:
-        """Number of classes without "no object"; assigning another number gives them generic names."""
+        """Number of classes without "no object"; assigning a different number resets the class names."""
         return len(self.id2label)
 
     @num_labels.setter
     def num_labels(self, num_labels: int) -> None:
         if num_labels != len(self.id2label):
-            self.id2label, self.label2id = _labels(num_labels, None, None)
+            self.id2label, self.label2id = _resolve_labels(num_labels, None, None)
 
-    def _normal_backbone_config(self, given: Any, legacy: Mapping[str, Any]) -> dict[str, Any]:
-        return normal_backbone_config(given, legacy, num_channels=self.num_channels, dilation=self.dilation)
+    def _normalize_backbone_config(self, given: Any, legacy: Mapping[str, Any]) -> dict[str, Any]:
+        return normalize_backbone_config(
+            given, legacy, num_channels=self.num_channels, dilation=self.dilation
+        )
 
     def _check_ranges(self) -> None:
         for name in (
@@ -285,20 +290,20 @@ class DetrConfig:
                 f"d_model must be a multiple of 4 for sine position embeddings, got {self.d_model}"
             )
         if self.auxiliary_loss and not self.decoder_layers:
-            raise ValueError("auxiliary_loss needs at least one decoder layer, decoder_layers is 0")
+            raise ValueError("auxiliary_loss needs at least one decoder layer, but decoder_layers is 0")
         if not self.is_encoder_decoder:
-            raise ValueError("is_encoder_decoder must be True, DETR has an encoder and a decoder")
+            raise ValueError("is_encoder_decoder must be True: DETR has an encoder and a decoder")
         if self.compat not in ("original", "transformers"):
             raise ValueError(f"compat must be 'original' or 'transformers', got {self.compat!r}")
         if not (self.class_cost or self.bbox_cost or self.giou_cost):
             raise ValueError(
-                "class_cost, bbox_cost and giou_cost can't all be 0: nothing would decide the matching"
+                "class_cost, bbox_cost and giou_cost can't all be 0: every matching would have cost 0"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``config.json``: JSON types only, readable by transformers.
+        """Return the content of ``config.json``: JSON types only, readable by transformers.
 
-        A callable ``activation_function`` has no name to be written: it is left out, with a warning.
+        A callable ``activation_function`` cannot be written: it is omitted with a warning.
         """
         known = {f.name for f in fields(self)}
         out = {
@@ -318,7 +323,7 @@ class DetrConfig:
         if not isinstance(self.activation_function, str):
             warnings.warn(
                 "activation_function is a callable and is not written to config.json; "
-                "give it again when the model is loaded",
+                "pass it again when you load the model",
                 stacklevel=2,
             )
             del out["activation_function"]
@@ -326,7 +331,7 @@ class DetrConfig:
             del out["id2label"], out["label2id"]
         else:
             out["id2label"] = {str(i): name for i, name in self.id2label.items()}
-        for name in _WEIGHTS:  # integers in transformers, which refuses 1.0
+        for name in _COSTS_AND_COEFFICIENTS:  # transformers requires integers here and rejects 1.0
             if float(out[name]).is_integer():
                 out[name] = int(out[name])
         for name in ("return_dict", "output_attentions", "output_hidden_states", "dtype", "architectures"):
@@ -336,30 +341,30 @@ class DetrConfig:
 
     @classmethod
     def keywords(cls) -> set[str]:
-        """The keywords that mean something: fields, their aliases and the legacy ways to name a backbone."""
+        """Return the keywords that have an effect: fields, their aliases and the legacy keywords of a backbone."""
         names = {f.name for f in fields(cls)} | _ALIASES.keys() | {*_LEGACY_BACKBONE_KEYS}
         return names | {"attn_implementation", "num_labels", "num_layers", "torch_dtype"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> DetrConfig:
-        """A configuration from the content of ``config.json``; ``overrides`` win over the file's values.
+        """Create a configuration from the content of ``config.json``; ``overrides`` take precedence over the file.
 
-        Entries of the file that are no fields become attributes. Overrides of a backbone change the file's: its
-        maps, channels and dilation, or all of it where they name another.
+        Unknown entries of the file become attributes. Overrides of ``backbone_kwargs``, ``num_channels`` and
+        ``dilation`` modify the file's backbone; ``backbone`` and ``backbone_config`` replace it.
 
         Raises:
-            TypeError: an override is no keyword of a `DetrConfig`.
-            ValueError: a value can't be used, or the overrides contradict the file or each other.
+            TypeError: an override is not a keyword of `DetrConfig`.
+            ValueError: a value is invalid, or the overrides contradict the file or each other.
         """
         unknown = overrides.keys() - cls.keywords()
         if unknown:
             raise TypeError(f"DetrConfig has no {', '.join(sorted(unknown))}")
         known = cls.keywords() | {"model_type", _AUXILIARY_LOSS}
         extra = {k: v for k, v in values.items() if k not in known | _FILE_KEYS}
-        # null in an old file, such as dilation without timm, is the field's default
+        # null in an old file, such as dilation without timm, means the default of the field
         merged = {k: v for k, v in values.items() if k in known and k not in _FILE_KEYS and v is not None}
         merged.pop("attn_implementation", None)
-        merged["backbone_config"] = known_entries(merged.get("backbone_config"))
+        merged["backbone_config"] = keep_known_entries(merged.get("backbone_config"))
         if "dtype" in merged:
             merged.pop("torch_dtype", None)
         if not {"dtype", "torch_dtype"}.isdisjoint(overrides):
@@ -369,7 +374,7 @@ class DetrConfig:
         if overrides.get("num_labels", count) != count or not {"id2label", "label2id"}.isdisjoint(overrides):
             for key in ("id2label", "label2id", "num_labels"):
                 merged.pop(key, None)
-        if merged.get("id2label") is not None:  # some files have a label2id of other classes
+        if merged.get("id2label") is not None:  # the label2id of some files has different classes
             merged.pop("label2id", None)
         for alias, name in _ALIASES.items():
             if alias in overrides or name in overrides:
@@ -379,17 +384,17 @@ class DetrConfig:
             merged = {k: v for k, v in merged.items() if k not in ("encoder_layers", "decoder_layers")}
         if "auxiliary_loss" in overrides or overrides.get("compat") == "transformers":
             merged.pop(_AUXILIARY_LOSS, None)
-        merged = _merged_backbone(merged, overrides)
+        merged = _merge_backbone(merged, overrides)
         merged["use_pretrained_backbone"] = overrides.get("use_pretrained_backbone", False)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*only acts under compat='transformers'")
+            warnings.filterwarnings("ignore", message=".*has an effect only with compat='transformers'")
             config = cls(**merged)
         for key, value in extra.items():
             object.__setattr__(config, key, value)
         return config
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` into ``folder``, which is made where missing."""
+        """Write ``config.json`` to ``folder``, which is created if missing."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -400,24 +405,27 @@ class DetrConfig:
         """Read the configuration of a model.
 
         Args:
-            source: a folder with ``config.json``, that file itself, or a hub id ``ORG/NAME``, of which only this
+            source: a folder with ``config.json``, that file itself, or a hub id ``ORG/NAME``. From the hub, only this
                 file is downloaded.
             kwargs: arguments of `detr.model_files.ModelFiles` (``revision``, ``cache_dir``, ``token``,
                 ``local_files_only``, ``force_download``, ``subfolder``), and overrides: see `from_dict`.
 
         Raises:
-            FileNotFoundError: there is no such folder, file or model.
-            TypeError: an override is no keyword of a `DetrConfig`.
-            ValueError: the file is not a JSON object, of another model than DETR, or has a value that can't be used.
+            FileNotFoundError: the folder, file or model does not exist.
+            TypeError: an override is not a keyword of `DetrConfig`.
+            ValueError: the file is not a JSON object, is not a DETR configuration, or has an invalid value.
         """
         files, overrides = ModelFiles.open(source, **kwargs)
         return read_config(files, overrides)[0]
 
 
 def read_config(files: ModelFiles, overrides: Mapping[str, Any]) -> tuple[DetrConfig, dict[str, Any]]:
-    """The configuration of a model with ``overrides``, and the content of its file; see `DetrConfig.from_pretrained`."""
+    """Read the configuration of a model with ``overrides`` applied, and the raw content of its ``config.json``.
+
+    See `DetrConfig.from_pretrained` for the arguments and errors.
+    """
     hint = (
-        "a model folder holds config.json and model.safetensors. transformers' Trainer writes no config.json: give "
+        "a model folder contains config.json and model.safetensors. transformers' Trainer writes no config.json: give "
         "config=model.config to from_pretrained, or write it there with model.config.save_pretrained(folder)"
     )
     path = files.require(CONFIG_NAME, hint=hint)
@@ -432,24 +440,24 @@ def read_config(files: ModelFiles, overrides: Mapping[str, Any]) -> tuple[DetrCo
 
 
 def _check_channels(given: Mapping[str, Any], backbone_config: Mapping[str, Any]) -> None:
-    ours, backbones = given.get("num_channels"), backbone_config.get("num_channels")
-    if None not in (ours, backbones) and ours != backbones:
-        raise ValueError(f"num_channels={ours} contradicts backbone_config, which has {backbones}")
+    own, of_backbone = given.get("num_channels"), backbone_config.get("num_channels")
+    if None not in (own, of_backbone) and own != of_backbone:
+        raise ValueError(f"num_channels={own} contradicts backbone_config, which has {of_backbone}")
 
 
-def _changed_backbone(backbone: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``backbone_config`` with the channels, the dilation and the ``backbone_kwargs`` of ``overrides``."""
-    changed = with_entries(backbone, overrides.get("backbone_kwargs") or {})
+def _override_backbone(backbone: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Apply ``num_channels``, ``dilation`` and ``backbone_kwargs`` of ``overrides`` to a ``backbone_config``."""
+    changed = replace_entries(backbone, overrides.get("backbone_kwargs") or {})
     if overrides.get("num_channels") is not None:
         changed["num_channels"] = overrides["num_channels"]
     if overrides.get("dilation") is not None and changed.get("model_type") == "timm_backbone":
-        kept = changed.get("output_stride") if changed.get("output_stride") in (8, 16) else 16
-        changed["output_stride"] = kept if overrides["dilation"] else None
+        dilated = changed.get("output_stride") if changed.get("output_stride") in (8, 16) else 16
+        changed["output_stride"] = dilated if overrides["dilation"] else None
     return changed
 
 
-def _merged_backbone(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's values and the overrides as one, the backbone by whichever of the two describes it."""
+def _merge_backbone(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge overrides into the values of a file; the file's backbone is modified or replaced, see `from_dict`."""
     legacy = {key: values.pop(key) for key in _LEGACY_BACKBONE_KEYS if key in values}
     backbone = values.pop("backbone_config", None)
     channels = values.get("num_channels", 3)
@@ -458,12 +466,12 @@ def _merged_backbone(values: dict[str, Any], overrides: Mapping[str, Any]) -> di
         if isinstance(given, Mapping):
             values["num_channels"] = given.get("num_channels", channels)
         return {**values, **overrides}
-    backbone = backbone or normal_backbone_config(
+    backbone = backbone or normalize_backbone_config(
         None, legacy, num_channels=channels, dilation=values.get("dilation", False)
     )
     if isinstance(backbone, Mapping):
         values["num_channels"] = backbone.get("num_channels", channels)
-        backbone = _changed_backbone(backbone, overrides)
+        backbone = _override_backbone(backbone, overrides)
     own = {key: value for key, value in overrides.items() if key not in ("backbone", "backbone_kwargs")}
     return values | own | {"backbone_config": backbone}
 
@@ -477,7 +485,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _apply_aliases(given: dict[str, Any]) -> None:
-    """Turn ``hidden_size`` and the like into field names; ``num_layers`` fills both stacks where not given."""
+    """Replace aliases such as ``hidden_size`` by field names; ``num_layers`` sets the stacks that are not given."""
     for alias, name in _ALIASES.items():
         if alias in given:
             value = given.pop(alias)
@@ -496,8 +504,8 @@ def _apply_aliases(given: dict[str, Any]) -> None:
         given.setdefault("decoder_layers", layers)
 
 
-def _checked(name: str, annotation: str, value: Any) -> Any:
-    """``value`` if it has the annotated type; ints are accepted for floats, bools are not numbers."""
+def _check_type(name: str, annotation: str, value: Any) -> Any:
+    """Return ``value`` if it has the annotated type. An int is accepted for a float; a bool is not a number."""
     if annotation == "bool":
         valid = isinstance(value, bool)
     elif annotation == "int":
@@ -523,10 +531,10 @@ def _checked(name: str, annotation: str, value: Any) -> Any:
     return value
 
 
-def _labels(
+def _resolve_labels(
     num_labels: int | None, id2label: Mapping[Any, str] | None, label2id: Mapping[str, Any] | None
 ) -> tuple[dict[int, str], dict[str, int]]:
-    """The two label maps from whichever of the three is given."""
+    """Return ``id2label`` and ``label2id``, derived from those of the three arguments that are given."""
     if label2id is not None and not isinstance(label2id, Mapping):
         raise TypeError(f"label2id must map names to class indices, got a {type(label2id).__name__}")
     if id2label is None and label2id is not None:
@@ -551,8 +559,8 @@ def _labels(
             raise ValueError(f"num_labels={num_labels} contradicts id2label, which has {len(names)} entries")
         if sorted(names) != list(range(len(names))):
             raise ValueError(
-                f"id2label must have the keys 0..{len(names) - 1} without holes, got {sorted(names)}; "
-                "from_pretrained(..., id2label={0: ...}) replaces what a file says"
+                f"id2label must have the keys 0..{len(names) - 1} without gaps, got {sorted(names)}; "
+                "from_pretrained(..., id2label={0: ...}) overrides the class names of a file"
             )
     if label2id is None:
         return names, {name: i for i, name in names.items()}
@@ -560,16 +568,16 @@ def _labels(
     wrong = next((name for name, i in indices.items() if names.get(i) != name), None)
     if wrong is not None:
         raise ValueError(
-            f"label2id says {indices[wrong]} is {wrong!r}, id2label says {names.get(indices[wrong])!r}"
+            f"label2id maps {wrong!r} to {indices[wrong]}, but id2label names that class {names.get(indices[wrong])!r}"
         )
     return names, indices
 
 
 def dtype_name(dtype: Any) -> str:
-    """The name of a floating-point dtype: ``"float16"`` of ``torch.float16``, ``"torch.float16"``, ``"half"``.
+    """Return the name of a floating-point dtype: ``"float16"`` for ``torch.float16``, ``"torch.float16"``, ``"half"``.
 
     Raises:
-        ValueError: it is none of float16, bfloat16, float32 and float64.
+        ValueError: the dtype is not float16, bfloat16, float32 or float64.
     """
     name = str(dtype).removeprefix("torch.")
     name = _DTYPES.get(name, name)

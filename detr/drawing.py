@@ -1,4 +1,4 @@
-"""Draw detections and segments on an image, in the colour of their class, with labels that avoid each other."""
+"""Draw detections and segments on an image, in the color of their class, with labels that avoid each other."""
 
 import colorsys
 import zlib
@@ -31,16 +31,16 @@ def draw_detections(
 
     Args:
         image: a Pillow image, a uint8 tensor [3, height, width] or a uint8 array [height, width, 3].
-        boxes_xyxy: float [n, 4], corners in pixels of the image, array, tensor or list. What lies outside of the
-            image is cut off; boxes that are wholly outside or not finite are left out.
-        labels: n classes, as indices or names; a class has the same colour in every image.
-        scores: float [n] in 0..1, written after the name and deciding whose label gets the best place.
+        boxes_xyxy: float [n, 4], corners in pixels of the image; array, tensor or list. Boxes are clipped to the
+            image; boxes that are completely outside or not finite are skipped.
+        labels: n classes, as indices or names. A class has the same color in every image.
+        scores: float [n] in 0..1, printed after the name. Labels of high scores are placed first.
         names: class index to name (a model's `config.id2label`).
-        enlarge_below: an image whose longer side is shorter than this is enlarged by a whole factor first, so that
-            its labels can be read and do not cover it; 0 keeps the size.
+        enlarge_below: an image whose longer side is shorter than this is enlarged by an integer factor first, so that
+            its labels are readable and do not cover it. 0 keeps the size.
 
     Returns:
-        An RGB image, of the given size or enlarged.
+        An RGB image, of the original size or enlarged.
 
     Raises:
         ValueError: the numbers of boxes, labels and scores differ.
@@ -57,7 +57,8 @@ def draw_detections(
     line, font = _line_and_font(canvas)
     draw = ImageDraw.Draw(canvas)
 
-    order = sorted(range(len(boxes)), key=lambda index: confidences[index] or 0)  # the best is drawn last
+    # Ascending scores: the highest is drawn last, on top.
+    order = sorted(range(len(boxes)), key=lambda index: confidences[index] or 0)
     visible = [
         (index, box) for index in order if (box := _visible_part(boxes[index], canvas.size)) is not None
     ]
@@ -82,27 +83,27 @@ def draw_segments(
 ) -> Image.Image:
     """Draw a panoptic or instance segmentation, or masks, on a copy of an image.
 
-    Every segment is tinted with its class's colour and has a dark outline, by which neighbours of one class can be
-    told apart. Its label stands where it is widest; one for which there is no room beside those of larger segments is
-    left out.
+    Every segment is tinted with the color of its class and has a dark outline, which separates neighbors of one class.
+    Its label is placed where the segment is widest. A label that would overlap those of larger segments is omitted.
 
     Args:
         image: a Pillow image, a uint8 tensor [3, height, width] or a uint8 array [height, width, 3].
-        segmentation: int [height, width], the id of the segment at each pixel, as `post_process_panoptic_segmentation`
-            gives it; ids that `segments_info` does not have are left as they are. Or masks, bool or 0 and above
-            [n, height, width], one for each of `segments_info`; where they overlap, the higher score is seen.
-            Arrays, tensors or lists.
+        segmentation: int [height, width], the segment id of each pixel, as `post_process_panoptic_segmentation`
+            returns it. Pixels whose id is not in `segments_info` are not tinted. Or masks [n, height, width], one for
+            each entry of `segments_info`, bool or positive on the segment; where masks overlap, the higher score is
+            on top. Arrays, tensors or lists.
         segments_info: for each segment a dict with `id` (not for masks), `label_id` (or `category_id`, or `label`, a
-            name) and, where it is to be written, `score`. Of fused segments, which have one id, the first counts.
+            name) and optionally `score`, which is printed. Of fused segments, which share an id, the first entry is
+            used.
         names: class index to name (a model's `config.id2label`).
         enlarge_below: as in `draw_detections`.
         opacity: of the tint, 0..1.
 
     Returns:
-        An RGB image, of the given size or enlarged.
+        An RGB image, of the original size or enlarged.
 
     Raises:
-        ValueError: the segmentation is not as large as the image, there is another number of masks than of
+        ValueError: the size of the segmentation is not that of the image, the number of masks is not that of the
             segments, or a segment has no class.
     """
     canvas = _to_pil(image)
@@ -137,7 +138,7 @@ def draw_segments(
 
 
 def class_color(label: int | str) -> Color:
-    """The RGB colour of a class, by its index or name; neighbouring indices are far apart in hue."""
+    """Return the RGB color of a class, by its index or name; consecutive indices are far apart in hue."""
     index = zlib.crc32(label.encode()) if isinstance(label, str) else int(label)
     hue = index * _GOLDEN_RATIO % 1
     saturation, value = ((0.85, 0.95), (0.55, 1.0), (0.95, 0.75))[index // 8 % 3]
@@ -146,14 +147,17 @@ def class_color(label: int | str) -> Color:
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, box: Box, color: Color, width: int) -> None:
-    """A frame in the class's colour between thin dark lines, seen on any background."""
+    """Draw a frame in the class's color between thin dark lines, visible on any background."""
     x0, y0, x1, y1 = box
     draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=(0, 0, 0), width=width + 2)
     draw.rectangle(box, outline=color, width=width)
 
 
 def _place_label(box: Box, label: tuple[float, float], image: tuple[int, int], taken: Sequence[Box]) -> Box:
-    """The rectangle for a label of (width, height) at a box: above its left corner, or where least is covered."""
+    """Return the rectangle for a label of (width, height) at a box: above its top left corner if that is free.
+
+    Otherwise it is the candidate that overlaps least with `taken`.
+    """
     (x0, y0, x1, y1), (width, height) = box, label
     columns = (x0, x1 - width, (x0 + x1 - width) / 2)
     rows = (y0 - height, y0, y1, y1 - height, (y0 + y1 - height) / 2)
@@ -167,8 +171,11 @@ def _place_label(box: Box, label: tuple[float, float], image: tuple[int, int], t
 
 
 def _place_inside(mask: np.ndarray, label: tuple[float, float], taken: Sequence[Box]) -> Box | None:
-    """The rectangle for a label of (width, height) around the most inner free point of a mask; None where is none."""
-    step = max(1, max(mask.shape) // 160)  # the place of a label need not be exact
+    """Return the rectangle for a label of (width, height) around the free point farthest from the mask's edge.
+
+    None if no free place is found.
+    """
+    step = max(1, max(mask.shape) // 160)  # subsampled for speed: the place need not be exact
     small = np.pad(mask[::step, ::step], 1)
     depth = ndimage.distance_transform_edt(small)[1:-1, 1:-1]
     (width, height), (rows, columns) = label, mask.shape
@@ -190,7 +197,7 @@ def _place_inside(mask: np.ndarray, label: tuple[float, float], taken: Sequence[
 def _index_map(
     segmentation: np.ndarray, segments_info: Sequence[Mapping[str, Any]]
 ) -> tuple[np.ndarray, list[Mapping[str, Any]]]:
-    """Int [height, width], 1.. where a segment is seen and 0 elsewhere, and the segments in that order."""
+    """Return an int map [height, width] of 1-based segment indices, 0 for no segment, and the segments in order."""
     if segmentation.ndim == 3:
         if len(segmentation) != len(segments_info):
             raise ValueError(f"there are {len(segmentation)} masks and {len(segments_info)} segments")
@@ -220,7 +227,7 @@ def _class_of(segment: Mapping[str, Any]) -> int | str:
 
 
 def _outlines(indices: np.ndarray, line: int) -> np.ndarray:
-    """Bool [height, width], on where another segment begins, `line` pixels wide."""
+    """Return the borders between segments, bool [height, width], `line` pixels wide."""
     edges = np.zeros(indices.shape, bool)
     edges[:, 1:] |= indices[:, 1:] != indices[:, :-1]
     edges[1:] |= indices[1:] != indices[:-1]
@@ -233,7 +240,7 @@ def _enlarge(image: Image.Image, enlarge_below: int) -> tuple[Image.Image, int]:
 
 
 def _line_and_font(image: Image.Image) -> tuple[int, Any]:
-    """The width of lines and the font that suit an image's size."""
+    """Return a line width and a font that suit the image size."""
     extent = max(image.size)
     return max(2, round(extent / 350)), ImageFont.load_default(size=min(48, max(13, round(extent / 50))))
 
@@ -241,7 +248,7 @@ def _line_and_font(image: Image.Image) -> tuple[int, Any]:
 def _label(
     label: int | str, score: float | None, names: Mapping[int, str] | None, font: Any, line: int, room: int
 ) -> tuple[str, tuple[float, float]]:
-    """The text of a label, and the (width, height) that it takes."""
+    """Return the text of a label and its (width, height) in pixels."""
     name = names.get(label, str(label)) if names and isinstance(label, int) else str(label)
     text = _shorten(name if score is None else f"{name} {score:.2f}", font, room - 2 * line)
     ascent, descent = font.getmetrics()
@@ -262,7 +269,7 @@ def _shorten(text: str, font: Any, room: float) -> str:
 
 
 def _text_color(background: Color) -> Color:
-    """Black or white, whichever contrasts more by WCAG's relative luminance (at least 4.5 : 1)."""
+    """Return black or white, whichever contrasts more by WCAG's relative luminance (at least 4.5 : 1)."""
     red, green, blue = ((channel / 255) ** 2.2 for channel in background)
     return (0, 0, 0) if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else (255, 255, 255)
 

@@ -1,4 +1,4 @@
-"""Segment ids in COCO's panoptic PNGs: id = R + 256 G + 256 * 256 B."""
+"""Convert segment ids to and from the colors of COCO's panoptic PNGs: id = R + 256 G + 256 * 256 B."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +8,13 @@ import torch
 
 
 def rgb_to_id(color: Any) -> Any:
-    """The ids of colours.
+    """Convert colors to ids.
 
     Args:
         color: 0..255, array or tensor [height, width, 3], or a sequence of three numbers.
 
     Returns:
-        int32 [height, width] for uint8, else of the dtype given; an int for three numbers.
+        [height, width], int32 for uint8 colors, else of their dtype; an int for three numbers.
     """
     if isinstance(color, np.ndarray | torch.Tensor) and color.ndim == 3:
         if isinstance(color, np.ndarray):
@@ -26,13 +26,13 @@ def rgb_to_id(color: Any) -> Any:
 
 
 def id_to_rgb(id_map: Any) -> Any:
-    """The colours of ids.
+    """Convert ids to colors.
 
     Args:
         id_map: an integer array or tensor of any shape, or one integer; 0..16,777,215.
 
     Returns:
-        uint8 [..., 3], an array or a tensor as given; a list of three integers for one integer.
+        uint8 [..., 3], an array for an array and a tensor for a tensor; a list of three integers for one integer.
     """
     if isinstance(id_map, torch.Tensor):
         return torch.stack([id_map % 256, id_map // 256 % 256, id_map // 65536 % 256], dim=-1).to(torch.uint8)

@@ -1,7 +1,7 @@
-"""COCO's forms of a segmentation, checked and converted: the one place that calls pycocotools' mask functions.
+"""Check and convert COCO segmentations. No other module calls the mask functions of pycocotools.
 
-They trust their input. Of run lengths that do not cover the image, pycocotools leaves the rest of the mask as the
-memory was; coordinates that are NaN or huge end the process. So everything is checked here before they see it.
+These functions trust their input. If run lengths do not cover the image, pycocotools leaves the rest of the mask
+uninitialized. NaN or huge coordinates crash the process. So everything is checked here first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,35 +11,36 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 Rle = dict[str, Any]
-"""COCO's run-length encoding: `{"size": [height, width], "counts": ...}`. Run lengths are counted column by column,
-off and on in turn, the first off. Counts are compressed (text or bytes) or a list of run lengths."""
+"""COCO's run-length encoding: `{"size": [height, width], "counts": ...}`. Runs go column by column and alternate
+between 0 and 1, starting with 0. Counts are compressed (text or bytes) or a list of run lengths."""
 
 Segmentation = list[list[float]] | Rle
-"""Polygons [x0, y0, x1, y1, ...] or an RLE, checked."""
+"""Checked polygons [x0, y0, x1, y1, ...], or a checked RLE."""
 
 LARGEST_COORDINATE = 1e6
-"""Of a polygon. pycocotools draws all of its outline, in 32 bits: of larger ones, or NaN, the process dies."""
+"""Limit for polygon coordinates. pycocotools draws the whole outline with 32-bit integers, so larger coordinates or NaN
+crash the process."""
 
 _LONGEST_NUMBER = 12
-"""Characters of a number in compressed counts: 60 bits."""
+"""Maximum characters of a number in compressed counts: 60 bits."""
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int] | None, where: str) -> Segmentation:
-    """Bring a segmentation into a form that mask libraries take, or refuse it.
+    """Check a segmentation and convert it to a form that mask libraries accept.
 
     Args:
-        segmentation: polygons [x0, y0, x1, y1, ...] as lists, tuples or arrays, also one alone or as points [n, 2];
-            or an RLE, whose counts may be a tuple or an array, too. Polygons of fewer than three points cover no
-            pixel: they are left out next to others.
-        size: (height, width) of the image that an RLE has to cover; None where it is not known.
-        where: what has it, for messages: "image 7: object 0".
+        segmentation: polygons [x0, y0, x1, y1, ...] as lists, tuples or arrays, a single polygon, or points [n, 2];
+            or an RLE, whose counts may also be a tuple or an array. Polygons of fewer than three points cover no
+            pixel and are dropped if other polygons remain.
+        size: (height, width) of the image that an RLE must cover; None if unknown.
+        where: the object for error messages: "image 7: object 0".
 
     Returns:
-        at least one polygon, or an RLE whose counts are ASCII text or a list of run lengths that cover its size.
+        At least one polygon, or an RLE whose counts are ASCII text or a list of run lengths that cover its size.
 
     Raises:
-        ValueError: another form or size, nothing that covers a pixel, coordinates that are NaN or beyond
-            `LARGEST_COORDINATE`, or run lengths that are negative or do not cover the image.
+        ValueError: the form or size is wrong, nothing covers a pixel, coordinates are NaN or beyond
+            `LARGEST_COORDINATE`, or run lengths are negative or do not cover the image.
     """
     if isinstance(segmentation, Mapping) and {"size", "counts"} <= segmentation.keys():
         return check_rle(segmentation, size, where)
@@ -52,7 +53,7 @@ def check_segmentation(segmentation: Any, size: tuple[int, int] | None, where: s
 
 
 def check_rle(rle: Mapping[str, Any], size: tuple[int, int] | None, where: str) -> Rle:
-    """An RLE whose counts, ASCII text or a list of run lengths, cover its size: see `check_segmentation`."""
+    """Check an RLE; the result has counts that cover its size, as ASCII text or a list: see `check_segmentation`."""
     try:
         height, width = (_integer(side) for side in rle["size"])
     except (TypeError, ValueError, OverflowError) as error:
@@ -82,7 +83,7 @@ def check_rle(rle: Mapping[str, Any], size: tuple[int, int] | None, where: str) 
 
 
 def encode_segmentation(segmentation: Any, height: int, width: int, where: str) -> Rle:
-    """A segmentation of an image as one RLE whose counts are bytes: see `check_segmentation`."""
+    """Encode a segmentation of an image as one RLE whose counts are bytes: see `check_segmentation`."""
     checked = check_segmentation(segmentation, (height, width), where)
     if isinstance(checked, list):
         return coco_mask.merge(coco_mask.frPyObjects(checked, height, width))
@@ -92,38 +93,42 @@ def encode_segmentation(segmentation: Any, height: int, width: int, where: str) 
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int, where: str) -> np.ndarray:
-    """A segmentation of an image as a mask uint8 [height, width], 0 or 1: see `check_segmentation`."""
+    """Decode a segmentation of an image into a mask uint8 [height, width], 0 or 1: see `check_segmentation`."""
     return np.asarray(coco_mask.decode(encode_segmentation(segmentation, height, width, where)))
 
 
 def encode_runs(runs: Sequence[int], height: int, width: int) -> Rle:
-    """Run lengths that cover an image as an RLE whose counts are text, which `json.dumps` accepts."""
+    """Encode run lengths that cover an image as an RLE whose counts are text, which `json.dumps` accepts."""
     rle = coco_mask.frPyObjects({"size": [height, width], "counts": list(runs)}, height, width)
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
 def box_of_rle(rle: Mapping[str, Any], where: str) -> list[float]:
-    """The box (x, y, width, height) of the pixels of an RLE: see `check_rle`."""
+    """Return the bounding box (x, y, width, height) of an RLE's pixels: see `check_rle`."""
     checked = check_rle(rle, None, where)
     height, width = checked["size"]
     return [float(value) for value in coco_mask.toBbox(encode_segmentation(checked, height, width, where))]
 
 
-def box_iou_xywh(found: Sequence[Any], truth: Sequence[Any], crowd: Sequence[bool]) -> np.ndarray:
-    """Intersection over union of boxes (x, y, width, height), float64 [found, truth]; with a crowd, it is the share
-    of the found box that lies in it."""
-    if not len(found) or not len(truth):
-        return np.zeros((len(found), len(truth)))
-    pairs = [np.asarray(boxes, np.float64).reshape(-1, 4) for boxes in (found, truth)]
+def box_iou_xywh(detections: Sequence[Any], ground_truth: Sequence[Any], crowd: Sequence[bool]) -> np.ndarray:
+    """Compute the intersection over union of boxes (x, y, width, height), float64 [detections, ground_truth].
+
+    For a crowd it is the share of the detected box that lies in the crowd.
+    """
+    if not len(detections) or not len(ground_truth):
+        return np.zeros((len(detections), len(ground_truth)))
+    pairs = [np.asarray(boxes, np.float64).reshape(-1, 4) for boxes in (detections, ground_truth)]
     return np.asarray(coco_mask.iou(*pairs, [int(each) for each in crowd]))
 
 
 def rle_runs(counts: bytes) -> np.ndarray:
-    """The run lengths of compressed counts, int64: COCO's variable-length code of differences (maskApi.c, rleFrString).
+    """Decode compressed counts into run lengths, int64.
+
+    They are COCO's variable-length code of differences (maskApi.c, rleFrString). Each character holds 5 bits of a
+    number, lowest bits first, and a sixth bit (32) that is set if more characters follow.
 
     Raises:
-        ValueError: they do not end on a whole number, hold a character outside of the code, or a number that no
-            image needs.
+        ValueError: the counts end within a number, or hold an invalid character or a number too long for any image.
     """
     digits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
     if not len(digits):
@@ -131,7 +136,7 @@ def rle_runs(counts: bytes) -> np.ndarray:
     if ((digits < 0) | (digits > 63)).any():
         position = int(np.argmax((digits < 0) | (digits > 63)))
         raise ValueError(f"character {counts[position]} at {position}")
-    ends = np.flatnonzero(digits & 32 == 0)  # of a number: no more digits follow
+    ends = np.flatnonzero(digits & 32 == 0)  # last digit of each number
     if not len(ends) or ends[-1] != len(digits) - 1:
         raise ValueError("it ends within a number")
     starts = np.append(0, ends[:-1] + 1)
@@ -140,8 +145,8 @@ def rle_runs(counts: bytes) -> np.ndarray:
         raise ValueError(f"a number has {lengths.max()} digits")
     shifts = 5 * (np.arange(len(digits)) - np.repeat(starts, lengths))
     runs = np.add.reduceat((digits & 31) << shifts, starts)
-    runs -= np.where(digits[ends] & 16, np.int64(1) << 5 * lengths, 0)  # the sign
-    # from the fourth on, a number is the difference from the one before the last
+    runs -= np.where(digits[ends] & 16, np.int64(1) << 5 * lengths, 0)  # the sign bit
+    # From the fourth number on, number i is stored as its difference from number i - 2.
     for first in (1, 2):
         runs[first::2] = np.cumsum(runs[first::2])
     return runs
@@ -170,16 +175,16 @@ def _check_polygons(segmentation: Sequence[Any] | np.ndarray, where: str) -> lis
             raise ValueError(
                 f"{where} has a polygon with coordinates that are NaN or beyond {LARGEST_COORDINATE:g}"
             )
-    kept = [polygon.tolist() for polygon in flat if len(polygon) >= 6]
-    if not kept:
+    valid = [polygon.tolist() for polygon in flat if len(polygon) >= 6]
+    if not valid:
         raise ValueError(
             f"{where} has the segmentation {str(segmentation)[:100]}: expected polygons of at least 3 points"
         )
-    return kept
+    return valid
 
 
 def _integer(value: Any) -> int:
-    """An integer, also of NumPy or as a float without a fraction."""
+    """Convert to an integer; accepts NumPy integers and floats without a fraction."""
     if isinstance(value, bool | np.bool_) or int(value) != value:
         raise ValueError(f"{value!r} is not an integer")
     return int(value)

@@ -1,4 +1,4 @@
-"""The files of a model: in a folder, or on the hub, from where each is downloaded when it is first needed."""
+"""Find the files of a model in a folder or on the hub; hub files are downloaded when first needed."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ from typing import Any
 
 CONFIG_NAME = "config.json"
 PROCESSOR_NAMES = ("processor_config.json", "preprocessor_config.json")
-"""Where an image processor is saved, in the order of transformers: the first file nests it under `image_processor`."""
+"""Files of an image processor, in the order in which transformers tries them. In the first, the settings are nested
+under ``image_processor``."""
 WEIGHTS_NAMES = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-"""Where weights are saved, in the order of preference; an index lists the files of a sharded model."""
+"""Files of the weights, in the order of preference; an index lists the files of a sharded model."""
 
 _HUB_ID = re.compile(r"(hub:)?(?P<id>[\w.-]+/[\w.-]+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class ModelFiles:
-    """Finds the files of a model by name, in a folder or on the hub.
+    """Find the files of a model by name, in a folder or on the hub.
 
     Args:
-        source: a folder, a file, which then stands for every name that is searched, or a hub id ``ORG/NAME`` or
-            ``hub:ORG/NAME``. A folder of that name takes precedence over the hub.
-        subfolder: where the files are inside the folder or the repository; only files directly in it are read.
-        revision: of a hub id: a branch, a tag or a commit. All files come from the commit of the first one.
-        cache_dir: of a hub id: the folder of downloads, instead of the one of ``huggingface_hub``.
-        token: of a hub id: an access token; True is the stored one, False sends none.
-        local_files_only: of a hub id: use what was downloaded before, without the network.
-        force_download: of a hub id: download again what was downloaded before.
-        trust_remote_code: False or None, as transformers' examples pass it: code of a repository is never run.
+        source: a folder, a file, or a hub id ``ORG/NAME`` or ``hub:ORG/NAME``. A file is returned for every name. An
+            existing folder of that name takes precedence over the hub.
+        subfolder: folder of the files inside the source; only files directly in it are found.
+        revision: hub only: a branch, a tag or a commit. All files come from the commit of the first one.
+        cache_dir: hub only: folder of the downloads; by default that of ``huggingface_hub``.
+        token: hub only: an access token; True uses the stored token, False sends none.
+        local_files_only: hub only: use earlier downloads, without the network.
+        force_download: hub only: repeat earlier downloads.
+        trust_remote_code: accepted as False or None, as examples of transformers pass it. Code from a repository is
+            never run.
 
     Raises:
         FileNotFoundError: the source is neither an existing folder or file nor a hub id.
@@ -53,7 +55,7 @@ class ModelFiles:
     ) -> None:
         if trust_remote_code:
             raise TypeError(
-                "trust_remote_code=True has no effect: code of a repository is never run; remove it"
+                "trust_remote_code=True is not supported: code from a repository is never run; remove the argument"
             )
         self.source = source
         self.path: Path | None = None
@@ -79,7 +81,7 @@ class ModelFiles:
 
     @classmethod
     def open(cls, source: str | Path, **arguments: Any) -> tuple[ModelFiles, dict[str, Any]]:
-        """Take what concerns the files out of the arguments of a ``from_pretrained``; returns the others too."""
+        """Create a `ModelFiles` from its keywords among the arguments of ``from_pretrained``; also return the rest."""
         own = {name: arguments.pop(name) for name in FILE_ARGUMENTS & arguments.keys()}
         return cls(source, **own), arguments
 
@@ -88,11 +90,11 @@ class ModelFiles:
         return f"{place}/{self._subfolder}" if self.path is None and self._subfolder else place
 
     def find(self, *names: str) -> Path | None:
-        """The first of these files that exists, on this machine; None where the model has none of them.
+        """Return the local path of the first of these files that exists; None if the model has none of them.
 
         Raises:
-            FileNotFoundError: of a hub id: there is no such model or revision, access is denied, or the hub cannot
-                be reached and none of the files was downloaded before.
+            FileNotFoundError: hub only: the model or revision does not exist, access is denied, or the hub cannot be
+                reached and none of the files was downloaded before.
         """
         if self.path is not None:
             if self.path.is_file():
@@ -112,7 +114,7 @@ class ModelFiles:
         return None
 
     def require(self, *names: str, hint: str = "") -> Path:
-        """The same as `find`, where one of the files has to exist."""
+        """Same as `find`, but raise FileNotFoundError if none of the files exists; ``hint`` ends its message."""
         file = self.find(*names)
         if file is None:
             missing = (
@@ -130,13 +132,13 @@ class ModelFiles:
         try:
             file = hf_hub_download(self._hub_id, name, subfolder=self._subfolder or None, **self._options)
         except LocalEntryNotFoundError as error:
-            known = try_to_load_from_cache(
+            cached = try_to_load_from_cache(
                 self._hub_id,
                 f"{self._subfolder}/{name}" if self._subfolder else name,
                 cache_dir=self._options["cache_dir"],
                 revision=self._options["revision"],
             )
-            if known is _CACHED_NO_EXIST:
+            if cached is _CACHED_NO_EXIST:
                 return None
             raise _UnknownError from error
         except EntryNotFoundError:
@@ -150,11 +152,11 @@ class ModelFiles:
         return Path(file)
 
     def _not_fetched(self, error: BaseException) -> str:
-        return f"there is no folder {self.source}, and it could not be fetched from the hub: {error}"
+        return f"folder {self.source} does not exist, and it could not be fetched from the hub: {error}"
 
 
 class _UnknownError(Exception):
-    """Whether the hub has a file can't be said: it was not downloaded before, and the hub can't be reached."""
+    """A file may or may not exist: it was not downloaded before, and the hub cannot be reached."""
 
 
 FILE_ARGUMENTS = frozenset(
@@ -168,19 +170,19 @@ FILE_ARGUMENTS = frozenset(
         "trust_remote_code",
     }
 )
-"""The keywords of `ModelFiles`, which every ``from_pretrained`` takes."""
+"""Keywords of `ModelFiles`, accepted by every ``from_pretrained``."""
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether this is a model's name on the hub, where it is neither a folder nor a file."""
+    """Return whether ``source`` has the form of a hub id; does not check that no such folder or file exists."""
     return _HUB_ID.fullmatch(str(source)) is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read a JSON object from a file.
 
     Raises:
-        ValueError: it holds no JSON object.
+        ValueError: the file is not valid JSON or not a JSON object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -192,7 +194,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def foreign_content(path: Path) -> str:
-    """What a file holds instead of its content, where that is one of the usual mishaps; else nothing."""
+    """Describe a file that is empty, a git-lfs pointer or a web page; return "" for any other content."""
     with path.open("rb") as file:
         head = file.read(512).lstrip()
     if not head:

@@ -1,4 +1,4 @@
-"""The settings of the multi-scale architecture that the DETR page has no field for."""
+"""Settings of the multi-scale architecture that are not fields of ``transformers.DetrConfig``."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultiScaleConfig:
-    """Settings of the multi-scale architecture; `DetrConfig` holds the others.
+    """Settings of the multi-scale architecture, in addition to those of `DetrConfig`.
 
-    The fields of the page keep their meaning: ``backbone_config.out_indices`` selects the strides, ``d_model`` is the
-    number of channels of every map, ``encoder_layers`` run on the coarsest map, ``num_queries`` and
-    ``decoder_layers`` describe the decoder, and the cost and loss coefficients weigh its set loss.
+    The fields of `DetrConfig` keep their meaning: ``backbone_config.out_indices`` selects the strides, ``d_model`` is
+    the number of channels of every feature map, ``encoder_layers`` run on the coarsest feature map, ``num_queries`` and
+    ``decoder_layers`` describe the decoder, and the cost and loss coefficients weight its set loss.
 
     Attributes:
-        head_convolutions: separable convolutions in each of the two towers of the dense head.
-        candidates_per_query: tokens that enter non-maximum suppression, for each of the ``num_queries``.
-        nms_threshold: IoU from which a token of the same class is a duplicate of a better one.
-        assigned_tokens: tokens that learn one object, at most (the k of TOOD).
+        head_convolutions: number of separable convolutions in each of the two towers of the dense head.
+        candidates_per_query: number of tokens that enter non-maximum suppression, for each of the ``num_queries``.
+        nms_threshold: a token is a duplicate of a better token of its class if their IoU is above this threshold.
+        assigned_tokens: maximum number of tokens assigned to an object (the k of TOOD).
         score_exponent, iou_exponent: exponents of the score and of the IoU in the alignment metric of TOOD.
         dense_loss_coefficient: weight of the losses of the tokens relative to those of a decoder layer.
 
     Raises:
         TypeError: a value is not a number of the field's type.
-        ValueError: a value is out of its range.
+        ValueError: a value is out of range.
     """
 
     head_convolutions: int = 2
@@ -43,18 +43,22 @@ class MultiScaleConfig:
                 raise TypeError(
                     f"multi_scale.{field.name} must be {field.type}, got {value!r} of type {type(value).__name__}"
                 )
-            least = 1 if field.name in ("candidates_per_query", "assigned_tokens") else 0
-            if not least <= value < float("inf"):
-                raise ValueError(f"multi_scale.{field.name} must be at least {least}, got {value}")
+            minimum = 1 if field.name in ("candidates_per_query", "assigned_tokens") else 0
+            if not minimum <= value < float("inf"):
+                raise ValueError(
+                    f"multi_scale.{field.name} must be at least {minimum} and finite, got {value}"
+                )
         if not 0 < self.nms_threshold <= 1:
-            raise ValueError(f"multi_scale.nms_threshold must be in 0..1, above 0, got {self.nms_threshold}")
+            raise ValueError(
+                f"multi_scale.nms_threshold must be above 0 and at most 1, got {self.nms_threshold}"
+            )
 
     @classmethod
     def from_value(cls, value: MultiScaleConfig | Mapping[str, Any] | None) -> MultiScaleConfig | None:
-        """The settings from what a user or a config.json gives: a mapping, the settings themselves or None.
+        """Create the settings from a mapping; settings and None are returned unchanged.
 
         Raises:
-            TypeError: it is something else, or a key is no setting.
+            TypeError: the value has another type, or a key is not a setting.
         """
         if value is None or isinstance(value, cls):
             return value

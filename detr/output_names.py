@@ -1,8 +1,8 @@
-"""Names of output files made from names that a data set gives: inside the folder, never twice, and reversible.
+"""Make names of output files from the names in a data set: inside the output folder, unique, and reversible.
 
-A record's name is data: it may hold `..`, a leading slash, backslashes or control characters, and two names may differ
-in their ending only. `output_name` writes parts of names that are not plain with percent signs, as in URLs, and keeps
-the usual COCO convention `x.jpg` → `x.png`.
+A record's name is untrusted data. It may hold `..`, a leading slash, backslashes or control characters, and two names
+may differ only in their extension. `output_name` percent-encodes unsafe parts, as in URLs, and follows the usual COCO
+convention `x.jpg` → `x.png`.
 """
 
 from urllib.parse import quote, unquote
@@ -11,15 +11,15 @@ _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def output_name(name: str, ending: str = "") -> str:
-    """The name of the output file of a record, relative to the output folder.
+    """Return the path of a record's output file, relative to the output folder.
 
     Args:
         name: of the record's image, any text.
-        ending: of the output, such as `.png`; empty: the name's own.
+        ending: extension of the output, such as `.png`; empty to keep the extension of `name`.
 
     Returns:
-        A relative path without empty, `.` and `..` parts; different for different names. `a.jpg` gives `a.png`, every
-        other name is kept whole before the ending: `a.png` gives `a.png.png`.
+        A relative path without empty, `.` and `..` parts, different for different names. `a.jpg` gives `a.png`. Any
+        other name stays whole before the extension: `a.png` gives `a.png.png`.
     """
     path = "/".join(_encode(part) for part in name.split("/"))
     if not ending:
@@ -31,7 +31,7 @@ def output_name(name: str, ending: str = "") -> str:
 
 
 def record_name(output: str, ending: str = "") -> str:
-    """The name that `output_name` made an output's name from."""
+    """Invert `output_name`: return the record's name for the path of an output file."""
     path = output.removesuffix(ending)
     if ending:
         path = path.removesuffix("%") if path.endswith("%") else path + ("" if _has_ending(path) else ".jpg")
@@ -44,7 +44,7 @@ def _has_ending(path: str) -> bool:
 
 def _encode(part: str) -> str:
     if not part:
-        return "%"  # elsewhere a percent sign is followed by two digits
+        return "%"  # unambiguous: every other percent sign is followed by two hex digits
     if not part.strip("."):
         return "%2E" * len(part)
     return "".join(

@@ -1,1 +1,1 @@
-"""Model files: loading, saving, and the parameter names of transformers 4 and 5 and of facebookresearch/detr."""
+"""Load and save model files; convert parameter names of transformers 4 and 5 and of facebookresearch/detr."""

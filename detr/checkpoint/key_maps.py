@@ -1,8 +1,9 @@
-"""The names of tensors in checkpoint files.
+"""Tensor names in checkpoint files.
 
-Our parameters have the names that transformers writes to disk (the same in version 4 and 5), so saving renames
-nothing. Four other layouts are read: transformers 5's run-time names, its own ResNet (the hub's ``no_timm``
-revisions), the version 4 place of learned position embeddings, and the files of facebookresearch/detr.
+Our parameters have the names that transformers writes to disk (the same in versions 4 and 5), so saving renames
+nothing, except in a ResNet of transformers. Four other layouts can be read: the names at run time in transformers 5,
+the ResNet of transformers (the ``no_timm`` revisions on the hub), learned position embeddings of transformers 4, and
+checkpoints of facebookresearch/detr.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _ORIGINAL: tuple[tuple[str, str], ...] = (
 
 
 def to_file_name(name: str) -> str:
-    """The name that a tensor has in our files, from any name that transformers gives it."""
+    """Convert any name that transformers gives to a tensor to the name in our files."""
     for pattern, replacement in _RUN_TIME:
         name = re.sub(pattern, replacement, name)
     name = _MASK_STAGE.sub(_mask_layer, name)
@@ -73,7 +74,7 @@ def _timm_block(match: re.Match[str]) -> str:
 
 
 def to_resnet_name(name: str) -> str:
-    """The name that a tensor of timm's ResNet has in transformers' own ResNet; other names are kept."""
+    """Convert a tensor name of timm's ResNet to that in the ResNet of transformers; other names stay unchanged."""
     head, backbone, tail = name.partition(BACKBONE_PREFIX)
     if not backbone:
         return name
@@ -81,21 +82,23 @@ def to_resnet_name(name: str) -> str:
     kind = "convolution" if modules[-1] == "0" or modules[-1].startswith("conv") else "normalization"
     if len(modules) == 1:
         return f"{head}{backbone}embedder.embedder.{kind}.{tensor}"
-    where = "shortcut" if modules[2] == "downsample" else f"layer.{int(modules[2][-1]) - 1}"
-    return f"{head}{backbone}encoder.stages.{int(modules[0][-1]) - 1}.layers.{modules[1]}.{where}.{kind}.{tensor}"
+    part = "shortcut" if modules[2] == "downsample" else f"layer.{int(modules[2][-1]) - 1}"
+    return (
+        f"{head}{backbone}encoder.stages.{int(modules[0][-1]) - 1}.layers.{modules[1]}.{part}.{kind}.{tensor}"
+    )
 
 
 def from_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file of facebookresearch/detr in the layout of our files.
+    """Convert the tensors of a checkpoint of facebookresearch/detr to the layout of our files.
 
-    Its attention has one matrix [3 D, D] for q, k and v, in that order.
+    Its attention has one matrix [3 D, D] for q, k and v, in that order; it is split into three.
     """
     out = {}
     for original, tensor in tensors.items():
         name = original
-        # the names inside the backbone and the mask head look like some of the transformer's
-        verbatim = re.match(r"(detr\.)?(backbone\.0\.body|mask_head|bbox_attention)\.", name)
-        for pattern, replacement in _ORIGINAL[:1] if verbatim else _ORIGINAL:
+        # Names inside the backbone and the mask head also match patterns of the transformer: only convert their prefix.
+        prefix_only = re.match(r"(detr\.)?(backbone\.0\.body|mask_head|bbox_attention)\.", name)
+        for pattern, replacement in _ORIGINAL[:1] if prefix_only else _ORIGINAL:
             name = re.sub(pattern, replacement, name)
         if ".in_proj_" in name:
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):
@@ -106,18 +109,19 @@ def from_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_original(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are the tensors of a file of facebookresearch/detr."""
+    """Return whether the tensors have the names of a checkpoint of facebookresearch/detr."""
     return any(re.match(r"(detr\.)?backbone\.0\.body\.", name) for name in tensors)
 
 
-def adapt_names(tensors: Mapping[str, Tensor], wanted: Set[str]) -> dict[str, Tensor]:
-    """Rename the tensors of a file to those of a model, which may be another DETR class than the file's.
+def adapt_names(tensors: Mapping[str, Tensor], names: Set[str]) -> dict[str, Tensor]:
+    """Rename the tensors of a file to the names of a model, which may be of a different DETR class.
 
-    ``num_batches_tracked`` is dropped where the model has none, as frozen batch norm.
+    ``num_batches_tracked`` is dropped if the model does not have it, as in frozen batch norm.
 
     Args:
-        tensors: in any of the known layouts.
-        wanted: the names of the model's tensors; they decide about the prefixes ``model.`` and ``detr.``.
+        tensors: tensors in any of the known layouts.
+        names: names of the model's tensors. The prefixes ``model.`` and ``detr.`` are added or removed so that most
+            names match.
     """
     if is_original(tensors):
         tensors = from_original(tensors)
@@ -126,5 +130,5 @@ def adapt_names(tensors: Mapping[str, Tensor], wanted: Set[str]) -> dict[str, Te
     for prefix in ("model.", "detr.", "detr.model."):
         candidates.append({name.removeprefix(prefix): tensor for name, tensor in named.items()})
         candidates.append({prefix + name: tensor for name, tensor in named.items()})
-    best = max(candidates, key=lambda candidate: len(wanted & candidate.keys()))
-    return {k: v for k, v in best.items() if k in wanted or not k.endswith("num_batches_tracked")}
+    best = max(candidates, key=lambda candidate: len(names & candidate.keys()))
+    return {k: v for k, v in best.items() if k in names or not k.endswith("num_batches_tracked")}

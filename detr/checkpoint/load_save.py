@@ -1,4 +1,4 @@
-"""Loading and saving model folders: ``config.json`` and ``model.safetensors``, as transformers writes them."""
+"""Load and save model folders: ``config.json`` and ``model.safetensors``, in the format of transformers."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from detr.model_files import CONFIG_NAME, FILE_ARGUMENTS, PROCESSOR_NAMES, WEIGH
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_SHARD_SIZE = "50GB"
-"""That of transformers."""
+"""The default of transformers."""
 
 CLASS_HEAD = "class_labels_classifier."
-# Of what one model has and another lacks, as a whole: a bare DetrModel, a detector, a segmentation model.
+# Groups of heads that a model has or lacks together: a DetrModel has neither group, a detector has the first, a
+# segmentation model has both.
 _HEADS = ((CLASS_HEAD, "bbox_predictor."), ("mask_head.", "bbox_attention."))
 _LABEL_ARGUMENTS = frozenset({"num_labels", "id2label", "label2id"})
 
 
 class _PretrainedModel(Protocol):
-    """What loading and saving need of a DETR model, which is a `torch.nn.Module`."""
+    """The interface of a DETR model, a `torch.nn.Module`, that loading and saving use."""
 
     config: DetrConfig
     is_optimized: bool
@@ -56,7 +57,7 @@ Model = TypeVar("Model", bound=_PretrainedModel)
 
 
 def model_folder(source: str | Path, **arguments: Any) -> Path:
-    """The folder of a model: ``source`` itself, or where all files of a model of the hub are on this machine.
+    """Return the local folder of a model: ``source`` itself, or the download folder of a hub model.
 
     Args:
         source: a folder, or a hub id ``ORG/NAME`` or ``hub:ORG/NAME``, whose configuration, image processor and
@@ -64,7 +65,7 @@ def model_folder(source: str | Path, **arguments: Any) -> Path:
         arguments: see `detr.model_files.ModelFiles`.
 
     Raises:
-        FileNotFoundError: there is no such folder and no such model on the hub, or the hub can't be reached.
+        FileNotFoundError: neither the folder nor a hub model of this name exists, or the hub can't be reached.
     """
     files = ModelFiles(source, **arguments)
     if files.path is not None:
@@ -88,34 +89,37 @@ def load_model(
     ignore_mismatched_sizes: bool = False,
     **arguments: Any,
 ) -> Model:
-    """Load a model written by this library or by transformers, in evaluation mode.
+    """Load a model saved by this library or by transformers, in evaluation mode.
 
-    With ``num_labels``, ``id2label`` or ``label2id`` among the overrides and another number of classes than the
-    file's, the class head starts anew; that is logged, and nothing else starts anew.
+    If ``num_labels``, ``id2label`` or ``label2id`` changes the number of classes, the class head is newly initialized,
+    with a warning. All other weights are loaded.
 
     Args:
-        cls: the model class; it may be another DETR class than the one that was saved.
+        cls: the model class; it may be a different DETR class than the saved one.
         source: a folder or a hub id, see `ModelFiles`; or a ``.pth`` file of facebookresearch/detr, see
             `original_config`.
-        config: instead of the source's own.
-        dtype: of the parameters; "auto", the default, is the one that the model was saved with.
-        torch_dtype: another name of ``dtype``.
-        device_map: where to put the model: a device, a GPU's index, or "auto" for a GPU where there is one.
-        ignore_mismatched_sizes: let every parameter that has another shape than the file's start anew.
+        config: replaces the configuration of the source.
+        dtype: dtype of the parameters; "auto", the default, is the saved dtype.
+        torch_dtype: alias of ``dtype``.
+        device_map: a device, the index of a GPU, or "auto" for a GPU if one is available.
+        ignore_mismatched_sizes: newly initialize every parameter whose shape differs from the file's, with a warning.
         arguments: those of `ModelFiles` (``revision``, ``cache_dir``, ``token``, ``local_files_only``,
-            ``force_download``, ``subfolder``), and fields of the configuration that replace the file's.
+            ``force_download``, ``subfolder``), and fields of the configuration, which override those of the source.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
-        TypeError: an override is no field of the configuration.
-        ValueError: a file can't be read, or the weights do not fit the configuration; the first difference is named.
-        RuntimeError: this machine has no such device.
+        TypeError: an argument is not a field of the configuration.
+        ValueError: a file can't be read, or the weights do not fit the configuration; the message names the first
+            difference.
+        RuntimeError: the device does not exist.
     """
-    device = find_device(device_map)
-    chosen = find_dtype(dtype, torch_dtype)
+    device = resolve_device(device_map)
+    requested_dtype = resolve_dtype(dtype, torch_dtype)
     unknown = arguments.keys() - DetrConfig.keywords() - FILE_ARGUMENTS
     if unknown:
-        raise TypeError(f"from_pretrained has no argument {', '.join(sorted(unknown))}, nor has DetrConfig")
+        raise TypeError(
+            f"neither from_pretrained nor DetrConfig has an argument {', '.join(sorted(unknown))}; check the spelling"
+        )
     overrides = {name: value for name, value in arguments.items() if name not in FILE_ARGUMENTS}
     if config is not None and overrides:
         raise ValueError(f"give either config or {', '.join(sorted(overrides))}, not both")
@@ -131,26 +135,27 @@ def load_model(
             values = original_config(tensors, str(files), classes_given=new_classes)
             config = DetrConfig.from_dict(values, **overrides)
         model = cls(config)
-        # A folder of ours that transformers has written again has our compat, but is trained by transformers' rules.
-        decides = (
+        # A folder that transformers saved after loading it from ours still contains our compat="original", although its
+        # model ran and may have been trained with the behavior of transformers.
+        is_from_transformers = (
             "transformers_version" in values and "compat" not in overrides and config.compat == "original"
         )
-        reason = _reason_for_compat(values, model) if decides else ""
+        reason = _reason_for_compat(values, model) if is_from_transformers else ""
         if reason:
             logger.warning(
-                "%s was written by transformers, which %s; compat='transformers' is set so that the predictions "
-                "stay the same (compat='original' overrules it)",
+                "%s was saved by transformers, which %s; compat='transformers' is set to preserve its predictions "
+                "(pass compat='original' to override)",
                 files,
                 reason,
             )
             config.compat = "transformers"
-            config.auxiliary_loss = bool(values.get("auxiliary_loss"))  # as its decoder ran there
+            config.auxiliary_loss = bool(values.get("auxiliary_loss"))  # as in the decoder of transformers
             model = cls(config)
     else:
         model = cls(config)
     if tensors is None:
         tensors = read_model_weights(files)
-    model.to(chosen or _saved_dtype(config, tensors))
+    model.to(requested_dtype or _saved_dtype(config, tensors))
     restart: str | None = ""
     if not ignore_mismatched_sizes:
         restart = CLASS_HEAD if new_classes else None
@@ -159,49 +164,52 @@ def load_model(
 
 
 def _saved_dtype(config: DetrConfig, tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype that a configuration names, else that of the weights."""
+    """Return the dtype of the configuration, or that of the weights if it has none."""
     if config.dtype is not None:
         saved: torch.dtype = getattr(torch, config.dtype)
         return saved
     return next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
 
 
-def find_dtype(
+def resolve_dtype(
     dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None = None
 ) -> torch.dtype | None:
-    """The dtype requested under either name; None is "auto".
+    """Return the dtype requested by either argument; None means "auto".
 
     Raises:
-        ValueError: it is no floating-point dtype, or the two names contradict each other.
+        ValueError: the dtype is not a floating-point dtype, or the two arguments contradict each other.
     """
-    found = {name for name in (dtype, torch_dtype) if name not in (None, "auto")}
-    if len({dtype_name(name) for name in found}) > 1:
+    requested = {name for name in (dtype, torch_dtype) if name not in (None, "auto")}
+    if len({dtype_name(name) for name in requested}) > 1:
         raise ValueError(f"torch_dtype={torch_dtype} contradicts dtype={dtype}; they are the same argument")
-    return getattr(torch, dtype_name(found.pop())) if found else None
+    return getattr(torch, dtype_name(requested.pop())) if requested else None
 
 
 def _reason_for_compat(values: Mapping[str, Any], model: _PretrainedModel) -> str:
-    """How the predictions of a model that transformers wrote would change under the original's rules."""
+    """Return what transformers does differently from the original in this model, or ""."""
     if values.get("auxiliary_loss"):
-        return "feeds the normed output of each decoder layer to the next one (auxiliary_loss)"
+        return "feeds the normalized output of each decoder layer to the next one (auxiliary_loss)"
     if differs_from_transformers(model.modules()):
         return "drops the activations fused into the backbone's batch norm, and its eps"
     return ""
 
 
-def find_device(device_map: str | int | torch.device | Mapping[str, Any] | None) -> torch.device:
-    """The device that is asked for: itself, a GPU's index, "auto" (a GPU where there is one), or None (the CPU).
+def resolve_device(device_map: str | int | torch.device | Mapping[str, Any] | None) -> torch.device:
+    """Return the requested device.
+
+    Args:
+        device_map: a device, the index of a GPU, "auto" (a GPU if one is available, else the CPU), or None (the CPU).
 
     Raises:
-        ValueError: this is no device, or the model is to be spread over several.
-        RuntimeError: this machine has no such device.
+        ValueError: this is not a device, or the map splits the model over several devices.
+        RuntimeError: the device does not exist.
     """
     if isinstance(device_map, Mapping):
         if device_map.keys() != {""}:
             raise ValueError(
-                f"device_map={dict(device_map)!r} spreads the model, which runs on one device; give that device"
+                f"device_map={dict(device_map)!r} splits the model, but it runs on one device only; give that device"
             )
-        return find_device(device_map[""])
+        return resolve_device(device_map[""])
     if device_map is None:
         return torch.device("cpu")
     if device_map == "auto":
@@ -210,7 +218,7 @@ def find_device(device_map: str | int | torch.device | Mapping[str, Any] | None)
         device = torch.device("cuda", device_map) if isinstance(device_map, int) else torch.device(device_map)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"device_map={device_map!r} is no device; give one such as 'cpu' or 'cuda:0', or 'auto'"
+            f"device_map={device_map!r} is not a device; give one such as 'cpu' or 'cuda:0', or 'auto'"
         ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RuntimeError(
@@ -224,61 +232,67 @@ def load_weights(
 ) -> None:
     """Copy the tensors of a file into a model, in place.
 
-    What the model has no place for is left out only where it belongs to something the model is without: heads,
-    or backbone blocks after the last map. Heads start anew only where the file has none of their kind: one of a
-    bare `DetrModel`, or the masks' where it is a detector's (training in two steps). The class head alone may be
-    missing where new classes are given. That is logged.
+    Tensors of the file are ignored only if they belong to heads or backbone blocks that the model does not have. Heads
+    are newly initialized, with a warning, only if the file has no head of their kind: a file of a `DetrModel` has no
+    heads, and one of a detector has no mask head (training in two steps). The class head alone may be missing if
+    ``restart`` is `CLASS_HEAD`.
 
     Args:
         model: the model.
-        tensors: the file's content, in any layout of `detr.checkpoint.key_maps`.
-        source: the file's name, for messages.
-        restart: parameters with this in their names keep their new values where the file's have another shape,
-            instead of that being an error; "" is all of them, `CLASS_HEAD` the class head.
+        tensors: the content of the file, in any layout of `detr.checkpoint.key_maps`.
+        source: name of the file, for messages.
+        restart: parameters whose names contain this string are newly initialized if their shape differs from the
+            file's; for other parameters that is an error. "" means all parameters, `CLASS_HEAD` the class head.
 
     Raises:
-        ValueError: a tensor is missing, has another shape or has no place.
+        ValueError: a tensor is missing, has the wrong shape or is not part of the model.
     """
     own = model.state_dict()
-    found = adapt_names(tensors, own.keys())
-    fresh = []
+    loaded = adapt_names(tensors, own.keys())
+    new = []
     for heads in _HEADS:
-        if not any(_is_of(name, heads) for name in found):
-            fresh += [name for name in own if _is_of(name, heads)]
-    if restart == CLASS_HEAD and not any(CLASS_HEAD in name for name in found):
-        fresh += [name for name in own if CLASS_HEAD in name and name not in fresh]
+        if not any(_belongs_to(name, heads) for name in loaded):
+            new += [name for name in own if _belongs_to(name, heads)]
+    if restart == CLASS_HEAD and not any(CLASS_HEAD in name for name in loaded):
+        new += [name for name in own if CLASS_HEAD in name and name not in new]
     for name in own:
-        if name not in found or found[name].shape == own[name].shape:
+        if name not in loaded or loaded[name].shape == own[name].shape:
             continue
         if restart is not None and restart in name:
-            fresh.append(name)
+            new.append(name)
             continue
-        hint = "; num_labels=... makes a new class head" if CLASS_HEAD in name else ""
+        hint = "; pass num_labels=... to create a new class head" if CLASS_HEAD in name else ""
         raise ValueError(
-            f"{source}: {name} has shape {tuple(found[name].shape)}, the model {tuple(own[name].shape)}{hint}"
+            f"{source}: {name} has shape {tuple(loaded[name].shape)}, the model {tuple(own[name].shape)}{hint}"
         )
-    missing = [name for name in own if name not in found and name not in fresh]
+    missing = [name for name in own if name not in loaded and name not in new]
     if missing:
-        hint = "; num_labels=... makes a new class head" if CLASS_HEAD in missing[0] else ""
+        hint = "; pass num_labels=... to create a new class head" if CLASS_HEAD in missing[0] else ""
         raise ValueError(
-            f"{source} has no {missing[0]} ({len(missing)} of the model's {len(own)} tensors missing){hint}"
+            f"{source} has no {missing[0]} ({len(missing)} of the model's {len(own)} tensors are missing){hint}"
         )
-    lacking = [heads for heads in _HEADS if not any(_is_of(name, heads) for name in own)]
+    absent_heads = [heads for heads in _HEADS if not any(_belongs_to(name, heads) for name in own)]
     unknown = [
         name
-        for name in found
+        for name in loaded
         if name not in own
         and BACKBONE_PREFIX not in name
-        and not any(_is_of(name, heads) for heads in lacking)
+        and not any(_belongs_to(name, heads) for heads in absent_heads)
     ]
     if unknown:
-        raise ValueError(f"{source}: {unknown[0]} has no place in the model ({len(unknown)} such tensors)")
-    if fresh:
-        logger.warning("%s: these start anew and have to be trained: %s", source, ", ".join(sorted(fresh)))
-    model.load_state_dict({name: found[name] for name in own if name not in fresh}, strict=False)
+        raise ValueError(
+            f"{source}: {unknown[0]} is not part of the model ({len(unknown)} such tensors); check the model class"
+        )
+    if new:
+        logger.warning(
+            "%s: these parameters are newly initialized and must be trained: %s",
+            source,
+            ", ".join(sorted(new)),
+        )
+    model.load_state_dict({name: loaded[name] for name in own if name not in new}, strict=False)
 
 
-def _is_of(name: str, heads: tuple[str, ...]) -> bool:
+def _belongs_to(name: str, heads: tuple[str, ...]) -> bool:
     return name.removeprefix("detr.").startswith(heads)
 
 
@@ -288,33 +302,37 @@ def save_model(
     max_shard_size: int | str = DEFAULT_MAX_SHARD_SIZE,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is made where missing.
+    """Write ``config.json`` and ``model.safetensors`` to ``folder``, which is created if missing.
 
-    Both are in the layout of transformers, which can load them and predicts the same, except where activations are
-    fused into the backbone's batch norm (see `warn_about_transformers`). Weights that were in the folder are replaced.
+    Both have the format of transformers, which can load them and predicts the same, unless activations are fused into
+    the batch norm of the backbone (see `warn_about_transformers`). Weights that are already in the folder are replaced.
 
     Args:
         model: the model.
-        folder: where to.
-        max_shard_size: bytes, or text such as "5GB", from which on the weights are several files with an index.
-        state_dict: instead of the model's own.
+        folder: the destination.
+        max_shard_size: maximum size of a weights file, in bytes or as text such as "5GB". Larger weights are split into
+            several files with an index.
+        state_dict: replaces the state dict of the model.
 
     Raises:
-        ValueError: the model comes from `optimize`, whose weights are no longer those of the network; or ``state_dict``
-            is not that of the model.
+        ValueError: the model was returned by `optimize`, which converts weights; or ``state_dict`` is not that of the
+            model.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     if model.is_optimized:
         raise ValueError(
-            "this model comes from optimize() and cannot be saved: save the one it was made from"
+            "this model was returned by optimize() and cannot be saved: save the model that was optimized"
         )
     own = model.state_dict()
     given = own if state_dict is None else state_dict
     if given.keys() != own.keys():
         name = sorted(given.keys() ^ own.keys())[0]
-        raise ValueError(f"state_dict is not that of the model: {name} is in only one of the two")
+        raise ValueError(
+            f"state_dict is not that of the model: {name} is in only one of them; pass all tensors of "
+            "model.state_dict()"
+        )
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
@@ -338,7 +356,7 @@ def save_model(
 
 
 def warn_about_transformers(model: _PretrainedModel) -> None:
-    """Log, once for each backbone, that transformers reads the file of this model but predicts differently."""
+    """Log a warning, once per backbone, if transformers can load this model but predicts differently."""
     config = model.config
     if (
         config.compat == "original"
@@ -351,7 +369,7 @@ def warn_about_transformers(model: _PretrainedModel) -> None:
 @cache
 def _warn_about_backbone(backbone: str) -> None:
     logger.warning(
-        "a model with the backbone %s is saved: transformers can load it but predicts differently, since it drops the "
-        "activations fused into the backbone's batch norm, and its eps; load it with detr",
+        "a model with the backbone %s is saved: transformers can load it but predicts differently, because it drops "
+        "the activations fused into the backbone's batch norm, and its eps; load the model with detr",
         backbone,
     )

@@ -1,4 +1,4 @@
-"""The configuration of a checkpoint of facebookresearch/detr, whose files hold tensors and no configuration."""
+"""Infer the configuration of a checkpoint of facebookresearch/detr, which contains only tensors, from their shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from detr.checkpoint.key_maps import BACKBONE_PREFIX, from_original, is_original
 from detr.config import default_labels
 
-# Blocks of each stage and whether they are bottlenecks, to timm's name.
+# timm's name by the number of blocks of each stage and whether they are bottlenecks.
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
@@ -26,25 +26,25 @@ _HEADS = 8
 def original_config(
     tensors: Mapping[str, Tensor], source: str, *, classes_given: bool = False
 ) -> dict[str, Any]:
-    """The fields of a `DetrConfig` that the shapes of the tensors tell.
+    """Infer the fields of a `DetrConfig` from the shapes of the tensors.
 
-    They do not tell dilation (DC5), names of classes, the number of heads of a detector (8 is taken, as in all
-    published files) or anything about training: give these as overrides.
+    Shapes do not determine dilation (DC5), class names, settings of training, and the number of attention heads of a
+    detector (assumed to be 8, as in all published files). Pass these as overrides.
 
     Args:
-        tensors: the file's content, in the original's layout.
-        source: the file's name, for messages.
-        classes_given: overrides say what the classes are, so the file may be without a class head, as those are
-            that were made for fine-tuning.
+        tensors: the content of the file, in the layout of the original.
+        source: name of the file, for messages.
+        classes_given: whether overrides define the classes. The file may then lack a class head, like published files
+            for fine-tuning.
 
     Raises:
-        ValueError: this is no file of the original, its backbone is none of the ResNets, a tensor is missing, or
-            nothing tells the number of classes.
+        ValueError: this is not a checkpoint of facebookresearch/detr, its backbone is not a known ResNet, a tensor is
+            missing, or the number of classes is unknown.
     """
     if not is_original(tensors):
         raise ValueError(
-            f"{source} is not a checkpoint of facebookresearch/detr; weights in other layouts are loaded from a folder "
-            "that also holds config.json"
+            f"{source} is not a checkpoint of facebookresearch/detr; to load weights in another layout, give a folder "
+            "that also contains config.json"
         )
     shapes = {name.removeprefix("detr."): tuple(t.shape) for name, t in from_original(tensors).items()}
 
@@ -79,7 +79,7 @@ def original_config(
         config["id2label"] = default_labels(classes[0] - 1)
     elif not classes_given:
         raise ValueError(
-            f"{source} has no class head (class_embed), so nothing tells its classes; give num_labels=... or "
+            f"{source} has no class head (class_embed), so the number of classes is unknown; give num_labels=... or "
             "id2label={...} for a new class head"
         )
     return config
@@ -92,11 +92,11 @@ def _backbone(shapes: Mapping[str, tuple[int, ...]], source: str) -> str:
     if (blocks, bottleneck) not in _RESNETS:
         kind = "bottleneck" if bottleneck else "basic"
         raise ValueError(
-            f"{source}: a ResNet of {blocks} {kind} blocks is none of {sorted(_RESNETS.values())}"
+            f"{source}: a ResNet of {blocks} {kind} blocks is not supported, only {sorted(_RESNETS.values())}"
         )
     return _RESNETS[blocks, bottleneck]
 
 
 def _count(names: Mapping[str, Any], pattern: str) -> int:
-    """One more than the largest number that the pattern finds."""
+    """Return one more than the largest number that the pattern matches; 0 if it matches no name."""
     return max((int(m[1]) for name in names if (m := re.match(pattern, name))), default=-1) + 1

@@ -1,4 +1,4 @@
-"""Reading state dicts from files without running code from them."""
+"""Read state dicts from files without running code from them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from detr.model_files import WEIGHTS_NAMES, ModelFiles, foreign_content
 
 _NESTED = ("model", "state_dict", "model_state_dict")
 _WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")
-"""Prefixes of DistributedDataParallel and torch.compile."""
+"""Prefixes that DistributedDataParallel and torch.compile add to names."""
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` file, or of a ``.pth``/``.bin`` file.
+    """Read the tensors of a ``.safetensors``, ``.pth`` or ``.bin`` file.
 
-    A file with ``{"model": ...}`` or ``{"state_dict": ...}``, such as the original DETR's, gives what is inside,
-    without the prefixes ``module.`` and ``_orig_mod.`` of a model that was saved inside a wrapper.
+    A state dict nested under ``"model"``, ``"state_dict"`` or ``"model_state_dict"`` is unpacked; checkpoints of
+    facebookresearch/detr have the first. The prefixes ``module.`` and ``_orig_mod.`` of wrapped models are removed.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged, incomplete or something else, or holds no state dict.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or incomplete, has another format, or contains no state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -39,7 +39,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds no state dict (names to tensors) but a {type(content).__name__}")
+        raise ValueError(f"{path} holds no state dict (names to tensors), but a {type(content).__name__}")
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise ValueError(
@@ -52,11 +52,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_model_weights(files: ModelFiles | str | Path) -> dict[str, Tensor]:
-    """All tensors of a model: ``model.safetensors`` or ``pytorch_model.bin``, or their shards.
+    """Read all tensors of a model, from ``model.safetensors``, ``pytorch_model.bin`` or their shards.
 
     Raises:
-        FileNotFoundError: the model has none of them, or a shard is missing.
-        ValueError: a file is damaged, or the list of shards can't be read or leads out of the folder.
+        FileNotFoundError: the model has none of these files, or a shard is missing.
+        ValueError: a file is damaged, or the index of shards can't be read or refers to files outside the folder.
     """
     files = files if isinstance(files, ModelFiles) else ModelFiles(files)
     tensors: dict[str, Tensor] = {}
@@ -66,7 +66,11 @@ def read_model_weights(files: ModelFiles | str | Path) -> dict[str, Tensor]:
 
 
 def list_weights(files: ModelFiles) -> list[Path]:
-    """The files that `read_model_weights` reads, downloaded where the model is on the hub; raises the same."""
+    """Return the local paths of the weights files of a model, downloaded if it is on the hub.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_model_weights`.
+    """
     path = files.require(*WEIGHTS_NAMES)
     if not path.name.endswith(".index.json"):
         return [path]
@@ -99,12 +103,12 @@ def _load_pickled(path: Path) -> Any:
         with torch.serialization.safe_globals(_plain_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None:
             raise _unreadable(path, error) from error
         raise ValueError(
-            f"{path} holds a pickled {found[1]}, which is not loaded, since that could run code from the file; save "
-            "model.state_dict() without other objects"
+            f"{path} holds a pickled {refused[1]}, which is not loaded, because that could run code from the file; "
+            "save model.state_dict() without other objects"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise _unreadable(path, error) from error
@@ -120,8 +124,8 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def _plain_types() -> list[Any]:
-    """What training scripts save next to tensors and what runs no code: their arguments, NumPy numbers and arrays."""
-    from numpy._core import multiarray  # the module that NumPy's own pickles name
+    """Return types that training scripts save together with tensors and that run no code: arguments, NumPy values."""
+    from numpy._core import multiarray  # the module to which pickles of NumPy refer
 
     dtypes = [type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efdg"]
     functions = [

@@ -1,1 +1,1 @@
-"""The helpers of the transformers page around the models: `pipeline()` and the Auto classes."""
+"""The loading helpers of the transformers DETR page: `pipeline()` and the Auto classes."""

@@ -1,7 +1,6 @@
-"""The `Auto` classes of the DETR page: they look into a model folder and pick the class.
+"""The `Auto` classes of the DETR page, which select the class for a model folder.
 
-There is one architecture here, so the choice is small: which of the two image processors, and whether the folder is
-a DETR at all.
+There is only one architecture. So they select one of the two image processors, and reject folders that are not DETR.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _PROCESSOR_TYPES = (
 
 
 class AutoConfig:
-    """Reads the configuration of a model folder or of a model on the hub."""
+    """Load the configuration of a model folder or of a model on the hub."""
 
     @classmethod
     def from_pretrained(
@@ -32,14 +31,14 @@ class AutoConfig:
         source: str | Path,
         **kwargs: Any,
     ) -> DetrConfig:
-        """The `DetrConfig` of a model; see `DetrConfig.from_pretrained`."""
+        """Load the `DetrConfig` of a model; see `DetrConfig.from_pretrained`."""
         from detr.config import DetrConfig
 
         return DetrConfig.from_pretrained(source, **kwargs)
 
 
 class AutoImageProcessor:
-    """Reads the image processor of a model folder or of a model on the hub."""
+    """Load the image processor of a model folder or of a model on the hub."""
 
     @classmethod
     def from_pretrained(
@@ -50,20 +49,21 @@ class AutoImageProcessor:
         use_fast: bool | None = None,
         **kwargs: Any,
     ) -> DetrImageProcessor:
-        """The image processor of a model.
+        """Load the image processor of a model.
 
         Args:
             source: a folder with `preprocessor_config.json` (or `processor_config.json`), that file itself, or a
-                hub id `ORG/NAME`, which asks for the network.
-            backend: whose numbers the resize gives: "torchvision" (`DetrImageProcessor`, the default whatever the
-                file names, as in transformers) or "pil" (`DetrImageProcessorPil`).
-            use_fast: old name: True is "torchvision", False is "pil".
+                hub id `ORG/NAME`, which is downloaded.
+            backend: library whose resize is reproduced: "torchvision" (`DetrImageProcessor`) or "pil"
+                (`DetrImageProcessorPil`). The default is "torchvision", whatever class the file names, as in
+                transformers.
+            use_fast: old name of `backend`: True is "torchvision", False is "pil".
             kwargs: see `DetrImageProcessor.from_pretrained`.
 
         Raises:
-            FileNotFoundError: there is no such folder, file or model.
-            ValueError: another backend, one that contradicts `use_fast`, the processor of another architecture, or a
-                value that cannot be used.
+            FileNotFoundError: the folder, file or model does not exist.
+            ValueError: the backend is unknown or contradicts `use_fast`, the processor is that of another architecture,
+                or the file has an invalid value.
         """
         from detr.image_processing.pillow_processor import DetrImageProcessorPil
         from detr.image_processing.processor import DetrImageProcessor
@@ -81,26 +81,26 @@ class AutoImageProcessor:
             raise ValueError(f"backend is {backend!r}: expected one of {tuple(processors)}")
         files, overrides = ModelFiles.open(source, **kwargs)
         settings, file = read_settings(files)
-        found = settings.get("image_processor_type") or settings.get("feature_extractor_type")
-        if found is not None and found not in _PROCESSOR_TYPES:
-            raise ValueError(f"{file} has the image processor {found!r}, which is not one of DETR's")
+        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+        if kind is not None and kind not in _PROCESSOR_TYPES:
+            raise ValueError(f"{file} has the image processor {kind!r}, which is not one of DETR's")
         return processors[backend].from_settings(settings, file, **overrides)
 
 
 class AutoModelForObjectDetection:
-    """Loads a model folder, or a model of the hub, as `DetrForObjectDetection`."""
+    """Load a model folder or a model on the hub as `DetrForObjectDetection`."""
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **kwargs: Any) -> DetrForObjectDetection:
-        """The model, in evaluation mode; a segmentation model gives its detector.
+        """Load a model in evaluation mode; of a segmentation model only the detector is loaded.
 
         Args:
-            source: a folder, or a hub id `ORG/NAME`, which asks for the network.
+            source: a folder, or a hub id `ORG/NAME`, which is downloaded.
             kwargs: see `detr.checkpoint.load_save.load_model`.
 
         Raises:
-            FileNotFoundError: there is no such folder, file or model.
-            ValueError: it is another architecture, or the weights do not fit the configuration.
+            FileNotFoundError: the folder, file or model does not exist.
+            ValueError: the model has another architecture, or the weights do not fit the configuration.
         """
         from detr.model.detection import DetrForObjectDetection
 
@@ -108,19 +108,19 @@ class AutoModelForObjectDetection:
 
 
 class AutoModelForImageSegmentation:
-    """Loads a model folder, or a model of the hub, as `DetrForSegmentation`."""
+    """Load a model folder or a model on the hub as `DetrForSegmentation`."""
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **kwargs: Any) -> DetrForSegmentation:
-        """The model, in evaluation mode; a detection model gives a detector with a mask head yet to be trained.
+        """Load a model in evaluation mode; a detection model gets an untrained mask head.
 
         Args:
-            source: a folder, or a hub id `ORG/NAME`, which asks for the network.
+            source: a folder, or a hub id `ORG/NAME`, which is downloaded.
             kwargs: see `detr.checkpoint.load_save.load_model`.
 
         Raises:
-            FileNotFoundError: there is no such folder, file or model.
-            ValueError: it is another architecture, or the weights do not fit the configuration.
+            FileNotFoundError: the folder, file or model does not exist.
+            ValueError: the model has another architecture, or the weights do not fit the configuration.
         """
         from detr.model.segmentation import DetrForSegmentation
 

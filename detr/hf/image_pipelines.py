@@ -1,4 +1,4 @@
-"""The pipelines that `detr.pipeline` makes: a model and its image processor as one function of images."""
+"""The pipelines that `detr.pipeline` creates: a model with its image processor, called with images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from detr.model.pretrained import DetrPreTrainedModel
 
 Result = list[dict[str, Any]]
-"""What is found in one image."""
+"""The detections or segments of one image."""
 
 _Size = tuple[int, int]
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -31,7 +31,7 @@ _SUBTASKS = (None, "panoptic", "instance", "semantic")
 
 @dataclass(frozen=True)
 class _Sizes:
-    """(height, width) of a batch: of each image as given, of each resized, and of the padded batch."""
+    """(height, width) of each original image, of each resized image, and of the padded batch."""
 
     original: list[_Size]
     processed: list[_Size]
@@ -39,22 +39,23 @@ class _Sizes:
 
 
 class ImagePipeline(ABC):
-    """A model and its image processor as one function of images; `pipeline` makes them.
+    """A model with its image processor, called with images; created by `pipeline`.
 
     Args:
         model: put into evaluation mode; it stays on its device and keeps its dtype.
-        image_processor: prepares the images.
-        pad: what an image is padded to. None: the largest of its batch, as transformers; then `batch_size` changes
-            results a little. "canonical": a shape that follows from its own size, and only images of one shape share
-            a batch; the results are those of `detr.ObjectDetector`, whatever the batch.
-        batch_size: images that the model sees at once.
-        orientation: "apply" turns images upright by their EXIF orientation, as transformers' pipelines do; "ignore"
+        image_processor: preprocesses the images.
+        pad: how images are padded. None pads to the largest image of the batch, as in transformers; then `batch_size`
+            changes results slightly. "canonical" pads to a shape that depends on the size of the image alone, and only
+            images of equal shape share a batch; then the results are those of `detr.ObjectDetector`, whatever the
+            batch.
+        batch_size: images per forward pass.
+        orientation: "apply" rotates images upright by their EXIF orientation, as transformers' pipelines do; "ignore"
             keeps the stored pixels, to which the annotations of most data sets refer.
-        options: defaults of the call's options.
+        options: default values for the options of a call.
 
     Raises:
-        ValueError: another padding or orientation, a batch size below 1.
-        TypeError: an unknown option.
+        ValueError: `pad` or `orientation` has another value, or `batch_size` is below 1.
+        TypeError: an option is unknown.
     """
 
     task: ClassVar[str]
@@ -75,14 +76,14 @@ class ImagePipeline(ABC):
         self.model = model.eval()
         self.image_processor = image_processor
         self.pad = pad
-        self.batch_size = _at_least_one(batch_size)
+        self.batch_size = _check_batch_size(batch_size)
         check_orientation(orientation)
         self.orientation = orientation
-        self.options = self._checked(options)
+        self.options = self._check_options(options)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.model.device
 
     def __call__(
@@ -94,32 +95,32 @@ class ImagePipeline(ABC):
         timeout: float | None = DEFAULT_TIMEOUT,
         **options: Any,
     ) -> Result | list[Result] | Iterator[Result]:
-        """What the pipeline finds in one image or in many.
+        """Run the pipeline on one or many images.
 
         Args:
-            inputs: an http(s) URL, which needs the network; a path; base64, also as a data URI; an encoded image as
-                bytes or as a file opened in binary mode; a Pillow image; a uint8 array or tensor of 0..255,
-                [height, width], [channels, height, width] or [height, width, channels]. Or a list of these; or any
-                other iterable, which is read as it is consumed.
+            inputs: an http(s) URL, which is downloaded; a path; base64, also as a data URI; an encoded image as bytes
+                or as a file opened in binary mode; a Pillow image; a uint8 array or tensor of 0..255, [height, width],
+                [channels, height, width] or [height, width, channels]. Or a list of these, or any other iterable,
+                which is read lazily.
             images: old name of `inputs`.
-            batch_size: images that the model sees at once, by default the pipeline's.
-            timeout: seconds to wait for a server; None for ever.
+            batch_size: images per forward pass; by default that of the pipeline.
+            timeout: seconds to wait for a server; None waits forever.
             options: see the class of the pipeline.
 
         Returns:
-            A result for an image, a list of them for a list, an iterator for another iterable.
+            A result for an image, a list of results for a list, an iterator for another iterable.
 
         Raises:
             ImageError: an image cannot be fetched or decoded.
-            FileNotFoundError: there is no such file.
-            TypeError: something that is not an image, or an unknown option.
-            ValueError: an option has a value that cannot be used, or an array is not uint8 or its layout is not clear.
+            FileNotFoundError: a file does not exist.
+            TypeError: an input is not an image, or an option is unknown.
+            ValueError: an option has an invalid value, or an array is not uint8 or its layout is ambiguous.
         """
         given: Any = images if inputs is None else inputs
         if given is None:
-            raise ValueError("there is no image: give an address, a path, an image or a list of these")
-        size = self.batch_size if batch_size is None else _at_least_one(batch_size)
-        settings = self.options | self._checked(options)
+            raise ValueError("no image given: pass a URL, a path, an image or a list of these")
+        size = self.batch_size if batch_size is None else _check_batch_size(batch_size)
+        settings = self.options | self._check_options(options)
         if is_image_source(given) and not (isinstance(given, np.ndarray | torch.Tensor) and given.ndim > 3):
             return next(self._results([given], 1, timeout, settings))
         if isinstance(given, Mapping | Set) or not isinstance(given, Iterable):
@@ -131,14 +132,14 @@ class ImagePipeline(ABC):
         return list(results) if isinstance(given, list | tuple | np.ndarray | torch.Tensor) else results
 
     @abstractmethod
-    def _find(self, inputs: Mapping[str, Any], sizes: _Sizes, settings: Mapping[str, Any]) -> list[Result]:
-        """Run the model on a batch; the result of each image."""
+    def _predict(self, inputs: Mapping[str, Any], sizes: _Sizes, settings: Mapping[str, Any]) -> list[Result]:
+        """Run the model on a batch and return the result of each image."""
 
-    def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         unknown = options.keys() - self._options
         if unknown:
             raise TypeError(
-                f"the pipeline {self.task!r} has no option {', '.join(sorted(unknown))}: there are "
+                f"the pipeline {self.task!r} has no option {', '.join(sorted(unknown))}: expected one of "
                 f"{', '.join(sorted(self._options))}"
             )
         return dict(options)
@@ -155,8 +156,8 @@ class ImagePipeline(ABC):
             tensors = [self._pixels(source, timeout) for source in chunk]
             results: dict[int, Result] = {}
             for padded, indices in self._groups(tensors).items():
-                found = self._run([tensors[index] for index in indices], padded, settings)
-                results.update(zip(indices, found, strict=True))
+                batch = self._run([tensors[index] for index in indices], padded, settings)
+                results.update(zip(indices, batch, strict=True))
             yield from (results[index] for index in range(len(chunk)))
 
     def _pixels(self, source: ImageSource, timeout: float | None) -> torch.Tensor:
@@ -169,7 +170,7 @@ class ImagePipeline(ABC):
         return tensor
 
     def _groups(self, tensors: Sequence[torch.Tensor]) -> dict[_Size | None, list[int]]:
-        """Which images of a chunk share a batch, by what they are padded to; None is the largest of them."""
+        """Group the images of a chunk into batches by their padded size; None pads to the largest of the chunk."""
         if self.pad is None:
             return {None: list(range(len(tensors)))}
         groups: dict[_Size | None, list[int]] = {}
@@ -194,25 +195,25 @@ class ImagePipeline(ABC):
             processed=[self._processed_size(tensor) for tensor in tensors],
             padded=(inputs["pixel_values"].shape[-2], inputs["pixel_values"].shape[-1]),
         )
-        return self._find(inputs, sizes, settings)
+        return self._predict(inputs, sizes, settings)
 
     def _processed_size(self, tensor: torch.Tensor) -> _Size:
         return self.image_processor.output_size(tensor.shape[-2], tensor.shape[-1])
 
 
 class ObjectDetectionPipeline(ImagePipeline):
-    """Images to boxes.
+    """Detect objects as boxes.
 
-    The call's option is `threshold`, 0.5 by default: a detection's score must exceed it. A result is a list, in the
-    order of the model's queries, of `{"score": float, "label": str, "box": {"xmin", "ymin", "xmax", "ymax": int}}`,
-    corners in pixels of the image, cut off to whole numbers towards zero and not clipped to the image.
+    A call has the option `threshold` (0.5): the score of a detection must exceed it. A result is a list, in the order
+    of the model's queries, of `{"score": float, "label": str, "box": {"xmin", "ymin", "xmax", "ymax": int}}`. The box
+    is in pixels of the image, truncated toward zero and not clipped to the image.
     """
 
     task = "object-detection"
     _options = frozenset({"threshold"})
 
-    def _find(self, inputs: Mapping[str, Any], sizes: _Sizes, settings: Mapping[str, Any]) -> list[Result]:
-        found = self.image_processor.post_process_object_detection(
+    def _predict(self, inputs: Mapping[str, Any], sizes: _Sizes, settings: Mapping[str, Any]) -> list[Result]:
+        detections = self.image_processor.post_process_object_detection(
             self.model(**inputs), settings.get("threshold", 0.5), sizes.original
         )
         names = self.model.config.id2label
@@ -223,18 +224,20 @@ class ObjectDetectionPipeline(ImagePipeline):
                     one["scores"].tolist(), one["labels"].tolist(), one["boxes"].int().tolist(), strict=True
                 )
             ]
-            for one in found
+            for one in detections
         ]
 
 
 class ImageSegmentationPipeline(ImagePipeline):
-    """Images to masks.
+    """Segment images into masks.
 
-    The call's options are `subtask` ("panoptic", the default, "instance" or "semantic"), `threshold` (0.9: a
-    segment's score must exceed it), `mask_threshold` (0.5) and `overlap_mask_area_threshold` (0.5), which
-    `post_process_panoptic_segmentation` describes, and `label_ids_to_fuse`, classes whose segments are one in the
-    subtask "panoptic" (none). A result is a list of `{"score": float, "label": str, "mask": PIL image}`, the mask of
-    mode L, 255 on the segment and 0 elsewhere, as large as the image; the score of a semantic class is None.
+    A call has these options, with defaults in parentheses: `subtask` ("panoptic"; also "instance" and "semantic");
+    `threshold` (0.9), which the score of a segment must exceed; `mask_threshold` (0.5) and
+    `overlap_mask_area_threshold` (0.5), see `post_process_panoptic_segmentation`; and `label_ids_to_fuse` (none),
+    classes whose segments are fused into one in the subtask "panoptic".
+
+    A result is a list of `{"score": float, "label": str, "mask": PIL image}`. The mask has mode L and the size of the
+    image, with 255 on the segment and 0 elsewhere. The score of a semantic class is None.
     """
 
     task = "image-segmentation"
@@ -242,12 +245,12 @@ class ImageSegmentationPipeline(ImagePipeline):
         {"subtask", "threshold", "mask_threshold", "overlap_mask_area_threshold", "label_ids_to_fuse"}
     )
 
-    def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         if options.get("subtask") not in _SUBTASKS:
             raise ValueError(f"subtask is {options['subtask']!r}: expected one of {_SUBTASKS[1:]}")
-        return super()._checked(options)
+        return super()._check_options(options)
 
-    def _find(self, inputs: Mapping[str, Any], sizes: _Sizes, settings: Mapping[str, Any]) -> list[Result]:
+    def _predict(self, inputs: Mapping[str, Any], sizes: _Sizes, settings: Mapping[str, Any]) -> list[Result]:
         names = self.model.config.id2label
         views: dict[str, Any] = {
             "target_sizes": sizes.original,
@@ -264,17 +267,19 @@ class ImageSegmentationPipeline(ImagePipeline):
                 for one in maps
             ]
         threshold = settings.get("threshold", 0.9)
-        outputs = self.model(**inputs, min_score=threshold)  # masks that are dropped anyway are not computed
+        outputs = self.model(**inputs, min_score=threshold)  # skips masks that would be dropped
         thresholds = {
             "threshold": threshold,
             "mask_threshold": settings.get("mask_threshold", 0.5),
             "overlap_mask_area_threshold": settings.get("overlap_mask_area_threshold", 0.5),
         }
         if settings.get("subtask") == "instance":
-            found = self.image_processor.post_process_instance_segmentation(outputs, **thresholds, **views)
+            segmented = self.image_processor.post_process_instance_segmentation(
+                outputs, **thresholds, **views
+            )
         else:
             fuse = settings.get("label_ids_to_fuse") or ()
-            found = self.image_processor.post_process_panoptic_segmentation(
+            segmented = self.image_processor.post_process_panoptic_segmentation(
                 outputs, **thresholds, label_ids_to_fuse=fuse, merge_fused=bool(fuse), **views
             )
         return [
@@ -286,16 +291,16 @@ class ImageSegmentationPipeline(ImagePipeline):
                 }
                 for segment in one["segments_info"]
             ]
-            for one in found
+            for one in segmented
         ]
 
 
-def _mask(on: torch.Tensor) -> Image.Image:
-    """A bool map [height, width] as a Pillow image of mode L, 255 where it is on."""
-    return Image.fromarray(on.cpu().numpy().astype(np.uint8) * 255)
+def _mask(inside: torch.Tensor) -> Image.Image:
+    """Convert a bool map [height, width] to a Pillow image of mode L, 255 for True."""
+    return Image.fromarray(inside.cpu().numpy().astype(np.uint8) * 255)
 
 
-def _at_least_one(batch_size: int) -> int:
+def _check_batch_size(batch_size: int) -> int:
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: expected at least 1")
     return batch_size

@@ -1,4 +1,4 @@
-"""Images by where they are: an address, a file, a data URI, or already in memory."""
+"""Load images from URLs, files, data URIs, base64 or memory."""
 
 import base64
 import binascii
@@ -27,11 +27,11 @@ ImageSource = (
 DEFAULT_TIMEOUT = 30.0
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-"""How image files begin. A misspelled path may be base64, too."""
+"""First bytes of image files. They distinguish base64 images from misspelled paths, which may be valid base64 too."""
 
 
 def is_image_source(value: Any) -> TypeGuard[ImageSource]:
-    """Whether a value stands for one image, rather than for several or for none."""
+    """Return whether a value is the source of a single image."""
     return isinstance(
         value, str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | torch.Tensor
     ) or hasattr(value, "read")
@@ -40,23 +40,23 @@ def is_image_source(value: Any) -> TypeGuard[ImageSource]:
 def load_image(
     source: ImageSource, timeout: float | None = DEFAULT_TIMEOUT, orientation: Orientation = "apply"
 ) -> Image.Image | np.ndarray | torch.Tensor:
-    """Fetch and decode an image; one that is in memory already is returned as it is.
+    """Fetch and decode an image; an array or a tensor is returned unchanged.
 
     Args:
-        source: an http(s) URL, which needs the network; the path of a file; base64, with `data:image/...;base64,` in
-            front or without; an encoded image as bytes or as a file opened in binary mode; or a Pillow image, numpy
-            array or tensor.
-        timeout: seconds to wait for a server to connect and for each piece of its answer; None waits for ever.
-        orientation: "apply" turns Pillow and encoded images upright by their EXIF orientation, as transformers'
+        source: an http(s) URL, which is downloaded; the path of a file; base64, with or without the prefix
+            `data:image/...;base64,`; an encoded image as bytes or as a file opened in binary mode; or a Pillow image,
+            numpy array or tensor.
+        timeout: seconds to wait for the connection and for each chunk of the response; None waits forever.
+        orientation: "apply" rotates Pillow and encoded images upright by their EXIF orientation, as transformers'
             pipelines do; "ignore" does not.
 
     Returns:
-        Pillow images; arrays and tensors unchanged.
+        A Pillow image, or the array or tensor that was passed.
 
     Raises:
-        ImageError: the URL does not give an image, the message says why, or the image cannot be decoded.
-        FileNotFoundError: there is no such file.
-        TypeError: none of these.
+        ImageError: the URL cannot be fetched or is not an image, or the image cannot be decoded.
+        FileNotFoundError: the file does not exist.
+        TypeError: the source has another type, or a file is not open in binary mode.
     """
     if isinstance(source, np.ndarray | torch.Tensor):
         return source
@@ -68,7 +68,7 @@ def load_image(
         return _load_text(source, timeout, orientation)
     if isinstance(source, os.PathLike):
         if not Path(source).is_file():
-            raise FileNotFoundError(f"there is no image file {source}")
+            raise FileNotFoundError(f"no image file {source}")
         return _decode(Path(source).read_bytes(), str(source), orientation)
     if hasattr(source, "read"):
         data = source.read()
@@ -93,7 +93,7 @@ def _load_text(text: str, timeout: float | None, orientation: Orientation) -> Im
             raise ImageError(f"the data URI {text[:40]}... is not base64: {error}") from error
     try:
         is_file = Path(text).is_file()
-    except (OSError, ValueError):  # longer than a path may be, or with a zero byte
+    except (OSError, ValueError):  # too long for a path, or contains a null byte
         is_file = False
     if is_file:
         return _decode(Path(text).read_bytes(), text, orientation)
@@ -104,24 +104,23 @@ def _load_text(text: str, timeout: float | None, orientation: Orientation) -> Im
     if data.startswith(_SIGNATURES):
         return _decode(data, "the base64 text", orientation)
     raise FileNotFoundError(
-        f"there is no image file {text[:100]!r}; a URL begins with http:// or https://, and the text is not base64 of "
-        "an image"
+        f"no image file {text[:100]!r}; it is not a URL (http:// or https://), and the text is not base64 of an image"
     )
 
 
-def _fetch(address: str, timeout: float | None) -> bytes:
+def _fetch(url: str, timeout: float | None) -> bytes:
     import httpx  # 0.1 s to import, and rarely needed
 
     try:
-        response = httpx.get(address, timeout=timeout, follow_redirects=True)
+        response = httpx.get(url, timeout=timeout, follow_redirects=True)
         response.raise_for_status()
     except httpx.TimeoutException as error:
-        raise ImageError(f"{address}: the server did not answer within {timeout} s") from error
+        raise ImageError(f"{url}: the server did not answer within {timeout} s") from error
     except httpx.HTTPStatusError as error:
         reason = f"{error.response.status_code} {error.response.reason_phrase}"
-        raise ImageError(f"{address}: the server answered {reason}") from error
+        raise ImageError(f"{url}: the server answered {reason}") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ImageError(f"{address}: cannot be fetched: {error}") from error
+        raise ImageError(f"{url}: cannot be fetched: {error}") from error
     return response.content
 
 

@@ -1,8 +1,8 @@
-"""`pipeline()`: from images, wherever they are, to detections or segments as plain values.
+"""`pipeline()`: detections or segments of images, as plain Python values.
 
-The results have the form of transformers' pipelines, and its values where the two compute alike. Different on
-purpose: transparent images are composited on white, 16-bit ones keep their range, and the padding of a batch is cut
-off masks before they are resized.
+Results have the format of transformers' pipelines, and the same values except for these intended differences:
+transparent images are composited on white, 16-bit images keep their range, and the padding of a batch is cropped from
+masks before they are resized.
 
     import detr
 
@@ -60,90 +60,99 @@ def pipeline(
     orientation: Orientation = "apply",
     **options: Any,
 ) -> ImagePipeline:
-    """A function from images to what is in them.
+    """Create a pipeline for a task and a model.
 
     Args:
-        task: "object-detection" or "image-segmentation"; None is what the model was made for.
-        model: a model folder, a hub id `ORG/NAME`, which asks for the network, or a model.
-        image_processor: the same, or an image processor; by default the model folder's own.
-        device: where the model runs: a device, or the index of a GPU, -1 being the CPU.
-        device_map: the same under another name; "auto", the default for a folder or an id, is a GPU where there is
-            one. A model that is given stays where it is.
-        dtype: of the model's parameters; "auto", the default, is the one it was saved with, or has.
+        task: "object-detection" or "image-segmentation"; None is the task of the model.
+        model: a model folder, a hub id `ORG/NAME`, which is downloaded, or a model object.
+        image_processor: a folder or hub id, or an image processor; by default that of the model folder.
+        device: device that the model runs on, or the index of a GPU; -1 is the CPU.
+        device_map: another name of `device`. "auto", the default for a folder or hub id, uses a GPU if one is
+            available. A model object stays on its device by default.
+        dtype: of the model's parameters. "auto", the default, is the dtype of the saved weights, or that of the model
+            object.
         torch_dtype: another name of `dtype`.
         revision: of a hub id.
-        token: of a hub id: an access token; True is the stored one, False sends none.
-        local_files_only: of a hub id: use what has been downloaded before.
+        token: access token for a hub id; True uses the stored one, False sends none.
+        local_files_only: for a hub id: use only files that were downloaded before.
         backend: of the image processor: see `detr.AutoImageProcessor`.
         use_fast: old name of `backend`: see there.
-        model_kwargs: further arguments of the model's `from_pretrained`; those that concern files, such as
-            `cache_dir`, also hold for the image processor.
+        model_kwargs: additional arguments of the model's `from_pretrained`. Arguments for files, such as `cache_dir`,
+            also apply to the image processor.
         pad: None or "canonical": see `detr.hf.image_pipelines.ImagePipeline`.
-        batch_size: images that the model sees at once.
-        orientation: "apply" or "ignore" images' EXIF orientation: see `detr.hf.image_pipelines.ImagePipeline`.
-        options: defaults of the call's options, such as `threshold`: see `ObjectDetectionPipeline` and
+        batch_size: images per forward pass.
+        orientation: "apply" or "ignore" the EXIF orientation of images: see `detr.hf.image_pipelines.ImagePipeline`.
+        options: default values for the options of a call, such as `threshold`: see `ObjectDetectionPipeline` and
             `ImageSegmentationPipeline`.
 
     Returns:
         `ObjectDetectionPipeline` or `ImageSegmentationPipeline`; call it with an image or a list of images.
 
     Raises:
-        FileNotFoundError: there is no such folder, file or model.
+        FileNotFoundError: the folder, file or model does not exist.
         RuntimeError: this machine has no such device.
-        TypeError: an unknown option, or an unknown argument in `model_kwargs`.
-        ValueError: another task, a model without what the task needs, or arguments that exclude each other.
+        TypeError: an option or an argument in `model_kwargs` is unknown.
+        ValueError: the task is unknown, the model has no masks for segmentation, or arguments contradict each other.
     """
     if task is not None and task not in _PIPELINES:
         raise ValueError(f"task is {task!r}: expected one of {tuple(_PIPELINES)}")
     if model is None:
         raise ValueError(
-            "there is no model: give a model folder, a hub id such as 'facebook/detr-resnet-50' or a model"
+            "no model given: pass a model folder, a hub id such as 'facebook/detr-resnet-50' or a model"
         )
     if device is not None and device_map is not None:
         raise ValueError(f"give either device={device!r} or device_map={device_map!r}, not both")
-    place = device_map if device is None else "cpu" if device == -1 else device
-    where = {"revision": revision, "token": token, "local_files_only": local_files_only or None}
-    where = {name: value for name, value in where.items() if value is not None}
-    arguments = _merged(dict(model_kwargs or {}), {**where, "dtype": dtype, "torch_dtype": torch_dtype})
-    where = {name: arguments.pop(name) for name in FILE_ARGUMENTS & arguments.keys()}
+    target_device = device_map if device is None else "cpu" if device == -1 else device
+    file_arguments = {"revision": revision, "token": token, "local_files_only": local_files_only or None}
+    file_arguments = {name: value for name, value in file_arguments.items() if value is not None}
+    arguments = _merge(
+        dict(model_kwargs or {}), {**file_arguments, "dtype": dtype, "torch_dtype": torch_dtype}
+    )
+    file_arguments = {name: arguments.pop(name) for name in FILE_ARGUMENTS & arguments.keys()}
     loaded: DetrPreTrainedModel
     if isinstance(model, str | Path):
         source = model
-        made_for = _task_of(AutoConfig.from_pretrained(source, **where).architectures)
-        task = task or made_for or "object-detection"
-        _check_masks(task, made_for != "object-detection", source)
+        model_task = _task_of(AutoConfig.from_pretrained(source, **file_arguments).architectures)
+        task = task or model_task or "object-detection"
+        _check_masks(task, model_task != "object-detection", source)
         auto = AutoModelForImageSegmentation if task == "image-segmentation" else AutoModelForObjectDetection
-        arguments = _merged(arguments, {"device_map": place})
-        loaded = auto.from_pretrained(source, **{"device_map": "auto"} | arguments | where)
+        arguments = _merge(arguments, {"device_map": target_device})
+        loaded = auto.from_pretrained(source, **{"device_map": "auto"} | arguments | file_arguments)
     else:
         if model_kwargs:
             raise ValueError(
-                f"model_kwargs {sorted(model_kwargs)} are for a model that is loaded, not a given one"
+                f"model_kwargs {sorted(model_kwargs)} apply only to a model that is loaded from a folder or hub id"
             )
-        made_for = _task_of([type(model).__name__])
-        task = task or made_for or "object-detection"
-        _check_masks(task, made_for == "image-segmentation", type(model).__name__)
-        loaded = _placed(model, place, dtype, torch_dtype)
+        model_task = _task_of([type(model).__name__])
+        task = task or model_task or "object-detection"
+        _check_masks(task, model_task == "image-segmentation", type(model).__name__)
+        loaded = _convert(model, target_device, dtype, torch_dtype)
     if image_processor is None:
         if not isinstance(model, str | Path):
-            raise ValueError("there is no image processor: give image_processor=... together with a model")
+            raise ValueError(
+                "no image processor given: pass image_processor=... together with a model object"
+            )
         image_processor = model
     if isinstance(image_processor, str | Path):
         image_processor = AutoImageProcessor.from_pretrained(
-            image_processor, backend=backend, use_fast=use_fast, **where
+            image_processor, backend=backend, use_fast=use_fast, **file_arguments
         )
     else:
-        unused = {"backend": backend, "use_fast": use_fast} | ({} if isinstance(model, str | Path) else where)
+        unused = {"backend": backend, "use_fast": use_fast} | (
+            {} if isinstance(model, str | Path) else file_arguments
+        )
         for name, value in unused.items():
             if value is not None:
-                raise ValueError(f"{name}={value!r} is for what is loaded, not for a given image processor")
+                raise ValueError(
+                    f"{name}={value!r} applies only to an image processor that is loaded from a folder or hub id"
+                )
     return _PIPELINES[task](
         loaded, image_processor, pad=pad, batch_size=batch_size, orientation=orientation, **options
     )
 
 
-def _merged(model_kwargs: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `from_pretrained`, each of which the pipeline and `model_kwargs` may give, but not both."""
+def _merge(model_kwargs: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge the arguments of the pipeline into `model_kwargs`; raise an error if they contradict each other."""
     for name, value in own.items():
         if value is None:
             continue
@@ -164,16 +173,16 @@ def _check_masks(task: str, has_masks: bool, what: object) -> None:
         )
 
 
-def _placed(
+def _convert(
     model: DetrPreTrainedModel,
-    place: torch.device | str | int | None,
+    target_device: torch.device | str | int | None,
     dtype: torch.dtype | str | None,
     torch_dtype: torch.dtype | str | None,
 ) -> DetrPreTrainedModel:
-    """A model that was given, on a device and of a dtype where these were asked for."""
-    from detr.checkpoint.load_save import find_device, find_dtype
+    """Move a model object to the requested device and dtype."""
+    from detr.checkpoint.load_save import resolve_device, resolve_dtype
 
-    if place is not None:
-        model = model.to(find_device(place))
-    chosen = find_dtype(dtype, torch_dtype)
+    if target_device is not None:
+        model = model.to(resolve_device(target_device))
+    chosen = resolve_dtype(dtype, torch_dtype)
     return model if chosen is None else model.to(chosen)

@@ -1,1 +1,1 @@
-"""From images and annotations to the tensors a DETR takes."""
+"""Convert images and annotations to the tensors that DETR takes as input."""

@@ -1,10 +1,10 @@
-"""From COCO detection annotations to a model's labels, and how labels follow their image.
+"""Convert COCO detection annotations to model labels, and transform labels together with their image.
 
-Labels are a dict of tensors, for `n` objects: `size` int64 [2], `image_id` int64 [1], `class_labels` int64 [n],
-`boxes` float32 [n, 4], `area` float32 [n], `iscrowd` int64 [n], `orig_size` int64 [2]; where they are asked for,
-`masks` bool [n, height, width]; and, where the annotations have them, `keypoints` float32 [n * number of keypoints, 3]
-in pixels of the original image. Sizes are (height, width). The arithmetic is that of transformers, in its order, so
-that the results are equal to the bit.
+Labels are a dict of tensors for `n` objects: `size` int64 [2], `image_id` int64 [1], `class_labels` int64 [n], `boxes`
+float32 [n, 4], `area` float32 [n], `iscrowd` int64 [n], `orig_size` int64 [2]; on request `masks` bool [n, height,
+width]; and, if the annotations have them, `keypoints` float32 [n * number of keypoints, 3] in pixels of the original
+image. Sizes are (height, width). The operations and their order are those of transformers, so results are bitwise
+equal.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,10 @@ Labels = dict[str, torch.Tensor]
 
 
 def check_annotations(annotations: Sequence[Any], number_of_images: int) -> None:
-    """Check that there is one COCO detection annotation for each image.
+    """Check that the list holds one valid COCO detection annotation for each image.
 
     Raises:
-        ValueError: there is not.
+        ValueError: the number of annotations is not that of the images, or one is invalid.
     """
     if len(annotations) != number_of_images:
         raise ValueError(
@@ -42,15 +42,15 @@ def check_annotations(annotations: Sequence[Any], number_of_images: int) -> None
 def detection_labels(
     annotation: Mapping[str, Any], height: int, width: int, return_masks: bool = False
 ) -> Labels:
-    """Labels of an image of `height` x `width` pixels from {"image_id", "annotations": [COCO objects]}.
+    """Compute the labels of an image of `height` x `width` pixels from {"image_id", "annotations": [COCO objects]}.
 
-    Crowd objects are left out. Boxes become corners in pixels, cut at the image's border; those without area after
-    that are left out too. Keypoints of objects that have none are zeros, so that rows stay aligned.
+    Crowd objects are dropped. Boxes become corners in pixels, clipped to the image; objects whose clipped box has no
+    area are dropped. Objects without keypoints get zeros, so that rows stay aligned.
 
     Raises:
-        ValueError: an object lacks `category_id`, `bbox` or `area`, or one of them or of the keypoints is not what
-            COCO says; with `return_masks`, an object has no `segmentation` of this image, or those of all of them
-            cover no pixel. The message names the image, the object and the field.
+        ValueError: an object lacks `category_id`, `bbox` or `area`, or one of these or its keypoints are invalid; with
+            `return_masks`, an object has no valid `segmentation`, or all segmentations together cover no pixel. The
+            message names the image, the object and the field.
     """
     image_id = annotation["image_id"]
     numbers = [i for i, entry in enumerate(annotation["annotations"]) if not entry.get("iscrowd", 0)]
@@ -63,34 +63,34 @@ def detection_labels(
         if not (torch.isfinite(boxes).all() and torch.isfinite(area).all()):
             raise ValueError("not finite")
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise _fault(objects, numbers, image_id, error) from error
+        raise _annotation_error(objects, numbers, image_id, error) from error
 
     boxes[:, 2:] += boxes[:, :2]
     boxes[:, 0::2] = boxes[:, 0::2].clip(min=0, max=width)
     boxes[:, 1::2] = boxes[:, 1::2].clip(min=0, max=height)
-    keep = (boxes[:, 3] > boxes[:, 1]) & (boxes[:, 2] > boxes[:, 0])
+    has_area = (boxes[:, 3] > boxes[:, 1]) & (boxes[:, 2] > boxes[:, 0])
     labels = {
         "size": torch.tensor([height, width]),
         "image_id": torch.as_tensor([image_id], dtype=torch.int64),
-        "class_labels": classes[keep],
-        "boxes": boxes[keep],
-        "area": area[keep],
-        "iscrowd": torch.zeros_like(classes)[keep],
+        "class_labels": classes[has_area],
+        "boxes": boxes[has_area],
+        "area": area[has_area],
+        "iscrowd": torch.zeros_like(classes)[has_area],
         "orig_size": torch.tensor([height, width]),
     }
     if (keypoints := _keypoints(objects, numbers, image_id)) is not None:
-        labels["keypoints"] = keypoints[keep].reshape(-1, 3)
+        labels["keypoints"] = keypoints[has_area].reshape(-1, 3)
     if return_masks:
-        places = [place for place, wanted in enumerate(keep.tolist()) if wanted]
-        kept = [objects[place].get("segmentation") for place in places]
-        names = [f"image_id {image_id}: object {numbers[place]}" for place in places]
-        labels["masks"] = decode_masks(kept, height, width, names)
+        rows = [row for row, valid in enumerate(has_area.tolist()) if valid]
+        segmentations = [objects[row].get("segmentation") for row in rows]
+        names = [f"image_id {image_id}: object {numbers[row]}" for row in rows]
+        labels["masks"] = decode_masks(segmentations, height, width, names)
         sides = labels["boxes"][:, 2:] - labels["boxes"][:, :2]
-        # a single thin or tiny object may cover the center of no pixel
+        # Thin or tiny objects may cover no pixel center, so the check needs an object of at least 2 x 2 pixels.
         if (sides >= 2).all(dim=1).any() and not labels["masks"].any():
             raise ValueError(
-                f"image_id {image_id}: the segmentations of its {len(kept)} objects cover no pixel of the image, while "
-                f"their boxes do: expected coordinates in pixels, got {str(kept[0])[:100]}"
+                f"image_id {image_id}: the segmentations of its {len(segmentations)} objects cover no pixel of the "
+                f"image, while their boxes do: expected coordinates in pixels, got {str(segmentations[0])[:100]}"
             )
     return labels
 
@@ -98,8 +98,8 @@ def detection_labels(
 def _keypoints(
     objects: Sequence[Mapping[str, Any]], numbers: Sequence[int], image_id: Any
 ) -> torch.Tensor | None:
-    """Float32 [objects, 3 * number of keypoints], zeros for objects without; None where no object has keypoints."""
-    # "or" is no test for arrays
+    """Return float32 [objects, 3 * number of keypoints], zeros for objects without; None if no object has keypoints."""
+    # Not `entry.get("keypoints") or []`: the truth value of an array is ambiguous.
     given = [[] if (points := entry.get("keypoints")) is None else points for entry in objects]
     length = max(map(_length, given), default=0)
     if not length:
@@ -129,10 +129,10 @@ _FIELDS = {
 }
 
 
-def _fault(
+def _annotation_error(
     objects: Sequence[Mapping[str, Any]], numbers: Sequence[int], image_id: Any, error: Exception
 ) -> ValueError:
-    """What is wrong with the first object that cannot be read; numbers are its place in the annotation."""
+    """Build the error for the first invalid object; `numbers` are the positions of objects in the annotation."""
     for index, entry in zip(numbers, objects, strict=True):
         for name, expected in _FIELDS.items():
             where = f"image_id {image_id}: object {index} has"
@@ -153,7 +153,7 @@ def _fault(
 
 
 def resize_labels(labels: Labels, size: tuple[int, int], scale_keypoints: bool = False) -> Labels:
-    """Labels after their image was resized to `size`: boxes and areas are scaled, keypoints on request, masks not."""
+    """Scale the boxes and areas of labels to a resized image, and keypoints on request; masks are not resized."""
     height, width = (int(side) for side in labels["size"])
     ratio_height, ratio_width = size[0] / height, size[1] / width
     scale = torch.as_tensor([ratio_width, ratio_height, ratio_width, ratio_height], dtype=torch.float32)
@@ -167,14 +167,14 @@ def resize_labels(labels: Labels, size: tuple[int, int], scale_keypoints: bool =
 
 
 def to_relative_boxes(labels: Labels) -> Labels:
-    """Labels whose boxes, corners in pixels before, are cxcywh relative to their image's size, in 0..1."""
+    """Convert boxes from corners in pixels to cxcywh relative to the size of the image, in 0..1."""
     height, width = (int(side) for side in labels["size"])
     sides = torch.as_tensor([width, height, width, height], dtype=torch.float32)
     return labels | {"boxes": box_xyxy_to_cxcywh(labels["boxes"]) / sides}
 
 
 def pad_masks(labels: Labels, padded_size: tuple[int, int]) -> Labels:
-    """Labels whose masks, where they have some, are padded with zeros at the bottom and on the right."""
+    """Pad masks, if the labels have them, with zeros at the bottom and on the right."""
     if "masks" not in labels:
         return labels
     height, width = labels["masks"].shape[-2:]
@@ -183,7 +183,7 @@ def pad_masks(labels: Labels, padded_size: tuple[int, int]) -> Labels:
 
 
 def relate_to_padded(labels: Labels, padded_size: tuple[int, int], rescale_boxes: bool) -> Labels:
-    """Labels whose `size`, and relative boxes with `rescale_boxes`, refer to the padded batch."""
+    """Make `size`, and with `rescale_boxes` the relative boxes, refer to the padded batch."""
     height, width = (int(side) for side in labels["size"])
     padded = labels | {"size": torch.tensor(padded_size)}
     if rescale_boxes and (height, width) != padded_size:

@@ -1,9 +1,9 @@
 """Training augmentation: DETR's random flip, resize and crop, on uint8 images and their boxes.
 
-In two steps on purpose. `draw` decides from the image's size alone, so that the shapes of a batch are known before
-any pixel is decoded; `apply` carries the decision out. The recipe is the original's (facebookresearch/detr,
-datasets/coco.py): flip half of the images; resize the shorter side to a random length; for half of the images,
-before that, resize to one of three lengths and cut out a random rectangle.
+Augmentation has two steps. `draw` decides from the size of the image alone, so the shapes of a batch are known before
+any pixel is decoded. `apply` executes the decision. The recipe is that of the original (facebookresearch/detr,
+datasets/coco.py): flip half of the images, then resize the shorter side to a random length. Half of the images are
+first resized to one of three lengths and cropped to a random rectangle.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,31 +17,32 @@ from detr.image_processing.pixels import resize
 from detr.image_processing.size import output_sizes
 
 RANDOM_NUMBERS = 8
-"""Uniform numbers that the augmentation of one image takes."""
+"""Uniform random numbers consumed by the augmentation of one image."""
 
 CROP_PROBABILITY = 0.5
 CROP_INPUT_ASPECT = 7
-"""The resize before a crop bounds the longer side at this many times the largest of `crop_shortest_edges`.
+"""Bound of the longer side in the resize before a crop, as a multiple of the largest of `crop_shortest_edges`.
 
-The original has no bound: a 1 x 5000 image would become 400 x 2,000,000. Seven is mmdetection's (600 x 4200).
+The original has no bound: a 1 x 5000 image would become 400 x 2,000,000. 7 is the value of mmdetection (600 x 4200).
 """
 
 
 @dataclass(frozen=True)
 class AugmentSpec:
-    """What `draw` chooses from. Lengths are in pixels.
+    """The distribution that `draw` samples from. Lengths are in pixels.
 
-    The defaults are DETR's on COCO. For small images give lengths in proportion, such as
+    The defaults are those of DETR on COCO. For small images use proportional lengths, such as
     `AugmentSpec(shortest_edges=(96, 112, 128), longest_edge=213, crop_shortest_edges=(64, 80, 96),
     crop_sizes=(60, 96))`.
 
     Attributes:
         flip: probability of a horizontal flip.
-        shortest_edges: lengths of the shorter side after the last resize, drawn evenly.
-        longest_edge: upper bound of the longer side; the shorter one gives way.
-        crop: cut a random rectangle out of half of the images.
-        crop_shortest_edges: lengths of the shorter side before the crop, drawn evenly.
-        crop_sizes: (least, most) of each side of the crop, drawn independently; a smaller image bounds both.
+        shortest_edges: lengths of the shorter side after the last resize, drawn uniformly.
+        longest_edge: upper bound of the longer side; the shorter side becomes smaller if it is exceeded.
+        crop: crop half of the images to a random rectangle.
+        crop_shortest_edges: lengths of the shorter side before the crop, drawn uniformly.
+        crop_sizes: (minimum, maximum) of each side of the crop, drawn independently; both are at most the side of the
+            image.
 
     Raises:
         ValueError: a probability or a length is out of range.
@@ -65,12 +66,12 @@ class AugmentSpec:
             raise ValueError(f"longest_edge is {self.longest_edge}: expected at least 1 pixel")
         if len(self.crop_sizes) != 2 or not 1 <= self.crop_sizes[0] <= self.crop_sizes[1]:
             raise ValueError(
-                f"crop_sizes is {self.crop_sizes}: expected (least, most) with 1 <= least <= most"
+                f"crop_sizes is {self.crop_sizes}: expected (minimum, maximum) with 1 <= minimum <= maximum"
             )
 
     @classmethod
     def none(cls, shortest_edge: int = 800, longest_edge: int = 1333) -> "AugmentSpec":
-        """No augmentation: the image processor's resize and nothing else, pixel for pixel."""
+        """Return a spec without augmentation: the image processor's resize alone, pixel for pixel."""
         return cls(flip=0.0, shortest_edges=(shortest_edge,), longest_edge=longest_edge, crop=False)
 
 
@@ -94,7 +95,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One drawn augmentation of an image of `input_size` = (height, width): flip first, then the steps in order."""
+    """A drawn augmentation of an image of `input_size` = (height, width): flip first, then the steps in order."""
 
     input_size: tuple[int, int]
     flip: bool
@@ -102,7 +103,7 @@ class Augmentation:
 
     @property
     def output_size(self) -> tuple[int, int]:
-        """The (height, width) of what `apply` returns."""
+        """The (height, width) of the image that `apply` returns."""
         if not self.steps:
             return self.input_size
         return self.steps[-1].height, self.steps[-1].width
@@ -114,9 +115,9 @@ class Draws:
 
     input_sizes: int64 [n, 2], (height, width).
     flips: bool [n].
-    resized: int64 [n, 2], (height, width) before the crop; 0 where there is none.
-    crops: int64 [n, 4], top, left, height, width.
-    output_sizes: int64 [n, 2], (height, width) at the end.
+    resized: int64 [n, 2], (height, width) before the crop; 0 without a crop.
+    crops: int64 [n, 4], top, left, height, width; 0 without a crop.
+    output_sizes: int64 [n, 2], final (height, width).
     """
 
     input_sizes: np.ndarray
@@ -137,16 +138,16 @@ class Draws:
 
 
 def draw(random: np.ndarray, heights: np.ndarray, widths: np.ndarray, spec: AugmentSpec) -> Draws:
-    """Draw augmentations for images; only `random` decides, each row for its own image.
+    """Draw augmentations for images: a pure function of the arguments, in which row i of `random` determines image i.
 
     Args:
         random: float64 [n, RANDOM_NUMBERS], uniform in [0, 1), such as `rng.random((n, RANDOM_NUMBERS))`.
         heights: int [n], at least 1.
         widths: int [n], at least 1.
-        spec: what is drawn from.
+        spec: the distribution to sample from.
 
     Raises:
-        ValueError: an image without pixels.
+        ValueError: an image has no pixels.
     """
     flip, crop, first_edge, crop_height, crop_width, top, left, last_edge = random.T
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
@@ -157,9 +158,9 @@ def draw(random: np.ndarray, heights: np.ndarray, widths: np.ndarray, spec: Augm
     if spec.crop:
         longest = CROP_INPUT_ASPECT * max(spec.crop_shortest_edges)
         before = output_sizes(heights, widths, _choose(first_edge, spec.crop_shortest_edges), longest)
-        least, most = (np.minimum(bound, before) for bound in spec.crop_sizes)
-        size = _integers(np.stack([crop_height, crop_width], axis=1), least, most)
-        corner = _integers(np.stack([top, left], axis=1), 0, before - size)
+        minimum, maximum = (np.minimum(bound, before) for bound in spec.crop_sizes)
+        size = _scale_to_integers(np.stack([crop_height, crop_width], axis=1), minimum, maximum)
+        corner = _scale_to_integers(np.stack([top, left], axis=1), 0, before - size)
         cropped = (crop < CROP_PROBABILITY)[:, None]
         resized = np.where(cropped, before, 0)
         crops = np.where(cropped, np.concatenate([corner, size], axis=1), 0)
@@ -174,39 +175,39 @@ def apply(
     """Augment an image and its boxes.
 
     Args:
-        image: uint8 [3, height, width], of the size the augmentation was drawn for.
-        boxes_xyxy: float [objects, 4], corners in pixels of that image; what lies outside of it is cut off.
+        image: uint8 [3, height, width], of the size that the augmentation was drawn for.
+        boxes_xyxy: float [objects, 4], corners in pixels of that image; clipped to it.
         augmentation: from `draw`.
 
     Returns:
-        The image uint8 [3, *augmentation.output_size]; boxes cxcywh float32 [kept, 4] relative to it, 0..1; and
-        which rows of `boxes_xyxy` they are, int64 [kept], ascending. Objects of which no area is left within the
-        image are dropped, as in the original.
+        The image uint8 [3, *augmentation.output_size]; boxes cxcywh float32 [n, 4] relative to it, 0..1; and their
+        rows in `boxes_xyxy`, int64 [n], ascending. Objects without remaining area in the image are dropped, as in the
+        original.
 
     Raises:
-        ValueError: the image has another size than the augmentation was drawn for.
+        ValueError: the size of the image is not the size that the augmentation was drawn for.
     """
     if tuple(image.shape[-2:]) != augmentation.input_size:
         raise ValueError(
             f"the image has {image.shape[-2]} x {image.shape[-1]} pixels, but the augmentation was drawn for "
             f"{augmentation.input_size[0]} x {augmentation.input_size[1]}: the header and the recorded size differ"
         )
-    boxes, kept = _transform_boxes(boxes_xyxy, augmentation)
-    return _transform_pixels(image, augmentation, resize), boxes, kept
+    boxes, rows = _transform_boxes(boxes_xyxy, augmentation)
+    return _transform_pixels(image, augmentation, resize), boxes, rows
 
 
 def apply_masks(masks: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
-    """Augment the masks, or the segment ids, of an image as `apply` does the image; values stay what they are.
+    """Apply the augmentation of an image to its masks or segment ids, with nearest-neighbor sampling.
 
     Args:
-        masks: uint8 [..., height, width], of the size the augmentation was drawn for.
+        masks: uint8 [..., height, width], of the size that the augmentation was drawn for.
         augmentation: from `draw`.
 
     Returns:
-        uint8 [..., *augmentation.output_size], by the nearest pixel's value.
+        uint8 [..., *augmentation.output_size], with values of the input only.
 
     Raises:
-        ValueError: the masks have another size than the augmentation was drawn for.
+        ValueError: the size of the masks is not the size that the augmentation was drawn for.
     """
     if tuple(masks.shape[-2:]) != augmentation.input_size:
         raise ValueError(
@@ -241,13 +242,13 @@ def _choose(random: np.ndarray, choices: Sequence[int]) -> np.ndarray:
     return np.asarray(choices, np.int64)[(random * len(choices)).astype(np.int64)]
 
 
-def _integers(random: np.ndarray, least: np.ndarray | int, most: np.ndarray) -> np.ndarray:
-    """Integers from `least` to `most`, both included."""
-    return least + (random * (most - least + 1)).astype(np.int64)
+def _scale_to_integers(random: np.ndarray, minimum: np.ndarray | int, maximum: np.ndarray) -> np.ndarray:
+    """Map uniform numbers in [0, 1) to integers from `minimum` to `maximum`, both inclusive."""
+    return minimum + (random * (maximum - minimum + 1)).astype(np.int64)
 
 
 def _transform_boxes(boxes_xyxy: np.ndarray, augmentation: Augmentation) -> tuple[np.ndarray, np.ndarray]:
-    """Carry boxes through an augmentation in float64; see `apply` for what comes in and out."""
+    """Apply an augmentation to boxes, computed in float64; see `apply` for input and output."""
     height, width = augmentation.input_size
     boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
     boxes = _clip(boxes, height, width)
@@ -259,10 +260,10 @@ def _transform_boxes(boxes_xyxy: np.ndarray, augmentation: Augmentation) -> tupl
         else:
             boxes = _clip(boxes - np.tile([step.left, step.top], 2), step.height, step.width)
         height, width = step.height, step.width
-    kept = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
-    boxes = boxes[kept] / np.tile([width, height], 2)
-    centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    return np.concatenate([centres, sides], axis=1).astype(np.float32), kept
+    rows = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
+    boxes = boxes[rows] / np.tile([width, height], 2)
+    centers, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    return np.concatenate([centers, sides], axis=1).astype(np.float32), rows
 
 
 def _clip(boxes_xyxy: np.ndarray, height: int, width: int) -> np.ndarray:

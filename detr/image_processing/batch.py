@@ -1,4 +1,4 @@
-"""What an image processor returns: a dict whose entries can also be read as attributes."""
+"""The return type of an image processor: a dict whose entries are also attributes."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import torch
 
 
 class BatchFeature(dict[str, Any]):
-    """A dict with attribute access and `.to(device)`, as transformers' class of this name.
+    """A dict with attribute access and `.to(device)`, like transformers' class of this name.
 
-    Holds `pixel_values`, `pixel_mask` and `labels`; each element of `labels` is one too.
+    Holds `pixel_values`, `pixel_mask` and `labels`; each element of `labels` is also a `BatchFeature`.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -23,9 +23,9 @@ class BatchFeature(dict[str, Any]):
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> "BatchFeature":
-        """Move every tensor, labels included, in place and return itself; the first argument may be a dtype.
+        """Move every tensor, including labels, in place and return itself; the first argument may be a dtype.
 
-        A dtype is applied to floating-point tensors only: masks, ids and sizes keep theirs.
+        A dtype applies to floating-point tensors only: masks, ids and sizes keep their own.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device

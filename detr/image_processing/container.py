@@ -1,9 +1,9 @@
-"""What an image file consists of, found without decoding it: the work its pixels take, and its EXIF orientation.
+"""Parse the structure of an image file without decoding it: estimated decoding time and EXIF orientation.
 
-A file of some kilobytes can take minutes to decode, and neither its bytes nor its pixels show it: a progressive JPEG
-may pass over its pixels 100,000 times, and metadata may expand a thousandfold or be read a million times over. So
-this module walks through the parts of a file, counts the work, and leaves out the parts that have no influence on
-the pixels: what reaches a decoder is image data only.
+A file of a few kilobytes can take minutes to decode, and neither its file size nor its pixel count shows it. A
+progressive JPEG may pass over its pixels 100,000 times, and metadata may expand a thousandfold or be read a million
+times. So this module walks through the parts of a file, estimates the work, and removes the parts that do not affect
+the pixels: only image data reaches a decoder.
 """
 
 import math
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 MAX_PARTS = 100_000
-"""Parts of a file (JPEG segments, PNG chunks, …) that are looked at: a tenth of a second. Photographs have under 100;
-a PNG of 100 MB written in pieces of 8 KiB has 12,800."""
+"""Maximum parts of a file (JPEG segments, PNG chunks, …): parsing so many takes a tenth of a second. Photographs have
+under 100; a PNG of 100 MB written in chunks of 8 KiB has 12,800."""
 
-# JPEG: a marker is 0xFF and a code; 0xFF00 and the restart markers 0xFFD0..D7 belong to a scan's data.
+# JPEG: a marker is 0xFF and a code; 0xFF00 and the restart markers 0xFFD0..D7 are part of a scan's data.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SOI, _EOI, _SOS, _COM = 0xD8, 0xD9, 0xDA, 0xFE
 
 _PNG_PIXELS = frozenset((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"))
 
-# TIFF: tags that the pixels depend on (TIFF 6.0 and the technical notes on JPEG and tiles).
+# TIFF: tags that affect the pixels (TIFF 6.0 and the technical notes on JPEG and tiles).
 _TIFF_PIXELS = frozenset(
     (*range(254, 260), 262, 266, 273, *range(277, 285), 292, 293, 317, *range(320, 326), 332, 338, 339, 347)
     + (*range(512, 522), *range(529, 533))
@@ -51,24 +51,25 @@ _ORIENTATION_TAG = 0x0112
 
 @dataclass(frozen=True)
 class Container:
-    """An image file's structure."""
+    """The structure of an image file."""
 
     data: bytes
-    """The file without what has no influence on the pixels of its first frame."""
+    """The file without the parts that do not affect the pixels of its first frame."""
     orientation: int = 1
-    """EXIF's, 1..8: see `detr.image_processing.decode.image_orientation`."""
+    """EXIF orientation, 1..8: see `detr.image_processing.decode.image_orientation`."""
     seconds: float = 0.0
-    """Estimated work that the number and kind of the pixels do not tell; infinite for too many parts."""
+    """Estimated decoding time beyond what follows from the number and kind of pixels; infinite for too many parts."""
     jpeg_passes: int = 0
     """Scans of each strip of JPEG data in a TIFF file."""
     detail: str = ""
-    """What makes for that work, for messages: "450 scans"."""
+    """The cause of `seconds`, for messages: "450 scans"."""
 
 
 def read_container(data: bytes) -> Container:
-    """Walk through an encoded image's parts.
+    """Parse the structure of an encoded image.
 
-    Tolerant: of damaged and unknown files it gives what was found, and leaves it to the decoder to refuse them.
+    Tolerates damage: for a damaged or unknown file it returns what could be parsed, and leaves it to the decoder to
+    reject the file.
     """
     if data[:3] == b"\xff\xd8\xff":
         return _jpeg(data)
@@ -99,7 +100,7 @@ def _jpeg(data: bytes) -> Container:
         if match is None:
             break
         code, position = data[match.end() - 1], match.end()
-        if code == _EOI:  # what follows is a second picture (a preview, a depth map) or no image at all
+        if code == _EOI:  # what follows is a second image (a preview, a depth map) or not an image
             drop.append((position, len(data)))
             break
         if code in (0x01, _SOI):
@@ -126,12 +127,12 @@ def _jpeg(data: bytes) -> Container:
 
 @dataclass(frozen=True)
 class _Frame:
-    """A JPEG's frame header: what a scan's work depends on."""
+    """The fields of a JPEG frame header that determine the cost of a scan."""
 
     code: int
     pixels: int
     blocks: dict[int, int]
-    """Component's id → its blocks of 8 x 8 coefficients."""
+    """Component id → number of its blocks of 8 x 8 coefficients."""
 
     @classmethod
     def read(cls, code: int, body: bytes) -> "_Frame":
@@ -155,16 +156,17 @@ class _Frame:
         return arithmetic + ("progressive, " if self.code in (0xC2, 0xCA) else "")
 
     def scan_s(self, header: bytes) -> float:
-        """Seconds that a scan takes beyond those of its bytes."""
+        """Estimate the seconds of a scan beyond the cost of its bytes."""
         count = header[0] if header else 0
         blocks = sum(self.blocks.get(key, 0) for key in header[1 : 1 + 2 * count : 2])
         first, last, approximation = (*header[1 + 2 * count : 4 + 2 * count], 0, 0, 0)[:3]
-        coefficients = last - first + 1 if approximation >> 4 else 1  # a refinement visits each of them
-        arithmetic = 6 if self.code > 0xC8 else 1  # the most: its decisions are not bounded by its bytes
+        coefficients = last - first + 1 if approximation >> 4 else 1  # a refinement scan visits each of them
+        # Upper bound for arithmetic coding, where the number of decisions is not bounded by the number of bytes.
+        arithmetic = 6 if self.code > 0xC8 else 1
         return _SCAN_S + blocks * (_BLOCK_S + _COEFFICIENT_S * max(coefficients, 1)) * arithmetic
 
 
-# Measured with libjpeg-turbo 3.2, on a core that decodes 100 megapixels of baseline JPEG a second.
+# Measured with libjpeg-turbo 3.2, on a core that decodes 100 megapixels of baseline JPEG per second.
 _PIXEL_S = 8e-9
 _BYTE_S = 10e-9
 _SCAN_S = 5e-6
@@ -200,7 +202,7 @@ def _png(data: bytes) -> Container:
     pixels, channels = width * height, _PNG_CHANNELS.get(kind, 1)
     raw = pixels * channels * depth / 8
     seconds = raw * _RAW_BYTE_S + (pixels * _INTERLACED_S if interlace else 0.0) + chunks * _CHUNK_S
-    seconds += min(compressed, 2 * raw + 1000) * _DEFLATED_S  # what comes after the last pixel is not read
+    seconds += min(compressed, 2 * raw + 1000) * _DEFLATED_S  # data after the last pixel is not read
     detail = f"{'interlaced, ' if interlace else ''}{channels} x {depth} bits, {chunks:,} data chunks"
     return Container(_without(data, drop), orientation, seconds, detail=detail)
 
@@ -232,7 +234,7 @@ def _webp(data: bytes) -> Container:
             first_s = min(length, len(data)) * (5e-9 if name == b"VP8L" else 20e-9)
         position += (
             24 if name == b"ANMF" else 8 + length + length % 2
-        )  # a frame's own chunks come after its header
+        )  # descend into an animation frame: its chunks follow its header
     else:
         return _too_many_parts(data)
     return Container(data, orientation, first_s)
@@ -245,7 +247,7 @@ def _gif(data: bytes) -> Container:
     flags = data[10] if len(data) > 10 else 0
     position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     for _ in range(MAX_PARTS):
-        if data[position : position + 1] != b"!":  # an extension; anything else is the first frame or damage
+        if data[position : position + 1] != b"!":  # no extension: the first frame, or damage
             return Container(data)
         position += 2
         while data[position : position + 1] not in (b"\0", b""):
@@ -254,12 +256,15 @@ def _gif(data: bytes) -> Container:
     return _too_many_parts(data)
 
 
-# --- TIFF, which is EXIF's form too
+# --- TIFF, also the format of EXIF data
 
 
 def _tiff(data: bytes) -> Container:
-    """Keeps of the first directory what the pixels depend on. Pillow would follow the others, of which 20 MB can
-    hold a million, copy what each tag claims, and turn the image by itself."""
+    """Reduce the first directory to the tags that affect the pixels, and remove the link to the next directory.
+
+    Otherwise Pillow would follow all directories, of which 20 MB can hold a million, copy the bytes that each tag
+    claims, and apply the orientation by itself.
+    """
     order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
     big = data[2:4] in (b"+\0", b"\0+")
     count_bytes, entry_bytes, offset_bytes = (8, 20, 8) if big else (2, 12, 4)
@@ -268,12 +273,12 @@ def _tiff(data: bytes) -> Container:
     count = int.from_bytes(data[start:first], order)
     if not 0 < count <= 65535 or first + count * entry_bytes + offset_bytes > len(data):
         return Container(data)
-    kept, claimed, values, strips = [], 0, 0, 1
+    entries, claimed, values, strips = [], 0, 0, 1
     for position in range(first, first + count * entry_bytes, entry_bytes):
         entry = data[position : position + entry_bytes]
         if int.from_bytes(entry[:2], order) in _TIFF_PIXELS:
             number = int.from_bytes(entry[4 : 4 + offset_bytes], order)
-            kept.append(entry)
+            entries.append(entry)
             values += number
             if int.from_bytes(entry[:2], order) in (273, 324):  # offsets of strips or tiles
                 strips = max(number, 1)
@@ -281,11 +286,11 @@ def _tiff(data: bytes) -> Container:
     if claimed > len(data):
         return Container(data, seconds=math.inf, detail="tags that claim more bytes than the file has")
     pixels_only = bytearray(data)
-    pixels_only[start:first] = len(kept).to_bytes(count_bytes, order)
-    directory = b"".join([*kept, bytes(offset_bytes)])  # no directory after it
+    pixels_only[start:first] = len(entries).to_bytes(count_bytes, order)
+    directory = b"".join([*entries, bytes(offset_bytes)])  # offset 0: no next directory
     pixels_only[first : first + len(directory)] = directory
     orientation = 1 if big else _exif_orientation(data)
-    # of JPEG data: libtiff stops after 100 scans of a strip
+    # JPEG data: libtiff stops after 100 scans of a strip.
     passes = min(math.ceil(data.count(b"\xff\xda") / strips), 100)
     return Container(bytes(pixels_only), orientation, values * _TIFF_VALUE_S, jpeg_passes=passes)
 
@@ -294,7 +299,7 @@ _TIFF_VALUE_S = 2e-6
 
 
 def _exif_orientation(tiff: bytes) -> int:
-    """The orientation in EXIF data (a TIFF file's first directory); 1 where it says nothing valid."""
+    """Return the orientation in EXIF data (the first directory of a TIFF file); 1 if absent or invalid."""
     if tiff[:4] not in (b"II*\0", b"MM\0*"):
         return 1
     order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
@@ -309,11 +314,11 @@ def _exif_orientation(tiff: bytes) -> int:
 
 
 def _without(data: bytes, ranges: list[tuple[int, int]]) -> bytes:
-    """The data without some ranges of it, which are in order."""
+    """Return the data without the ranges [start, end), which are in ascending order."""
     if not ranges:
         return data
-    kept, position = [], 0
+    pieces, position = [], 0
     for start, end in ranges:
-        kept.append(data[position:start])
+        pieces.append(data[position:start])
         position = end
-    return b"".join([*kept, data[position:]])
+    return b"".join([*pieces, data[position:]])

@@ -1,11 +1,11 @@
-"""From encoded bytes to RGB pixels: the one way an image enters the library.
+"""Decode encoded images into RGB pixels: all encoded images enter the library here.
 
-The decoded image is a uint8 tensor [3, height, width] whose memory is interleaved (channels last), as decoders
-write it: `image.permute(1, 2, 0)` is contiguous, and torch's uint8 resize of it is three times as fast as that of
-a planar one, with the same result.
+The decoded image is a uint8 tensor [3, height, width] whose memory is interleaved (channels last), as decoders write
+it: `image.permute(1, 2, 0)` is contiguous. torch's uint8 resize of an interleaved image is three times as fast as that
+of a planar one, with the same result.
 
-The work is estimated before it starts: decoding cannot be cancelled, and neither bytes nor pixels bound it. A caller
-of several functions here walks through the file once: it gives them the `Container` in place of the bytes.
+The decoding time is estimated first, because decoding cannot be cancelled, and neither file size nor pixel count bounds
+its time. To parse a file only once, pass the same `Container` to several of these functions in place of the bytes.
 """
 
 import io
@@ -22,26 +22,26 @@ from detr.image_processing.container import Container, read_container
 
 try:
     import simplejpeg  # type: ignore[import-untyped,import-not-found,unused-ignore]
-except ImportError:  # optional: the same pixels in about half the time
+except ImportError:  # optional: decodes the same pixels in about half the time
     simplejpeg = None
 
 WEB_FORMATS = ("JPEG", "PNG", "WEBP")
-"""What browsers and phones send, by Pillow's names."""
+"""Formats that browsers and phones send, by Pillow's names."""
 
 FORMATS = (*WEB_FORMATS, "BMP", "GIF", "TIFF", "PPM")
-"""What is decoded. Not JPEG 2000, whose work cannot be told from its header, and not EPS, for which Pillow starts an
-interpreter on the data."""
+"""Supported formats. JPEG 2000 is not, since its header does not show the decoding time, and EPS is not, since Pillow
+runs an interpreter on its data."""
 
 DEFAULT_MAX_PIXELS = 89_478_485
-"""Height times width up to which an image is decoded: Pillow's own limit (a quarter of a GiB of RGB)."""
+"""Maximum height times width of an image: Pillow's own limit (a quarter of a GiB of RGB)."""
 
 DEFAULT_MAX_COST = 10.0
-"""Estimated seconds up to which an image is decoded: see `decode_cost`."""
+"""Maximum estimated decoding time in seconds: see `decode_cost`."""
 
 Orientation: TypeAlias = Literal["apply", "ignore"]
-"""Whether an image is turned upright by its EXIF orientation."""
+"""Whether to rotate an image upright by its EXIF orientation."""
 
-# EXIF orientation → what turns the image upright.
+# EXIF orientation → transpose that makes the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,7 +52,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What Pillow's readers raise on damaged data (PIL.Image.open lists the same ones), its limit on sizes included.
+# Exceptions of Pillow's readers for damaged data (the same as in PIL.Image.open), and that of its size limit.
 _DAMAGED = (
     OSError,
     SyntaxError,
@@ -62,7 +62,7 @@ _DAMAGED = (
     EOFError,
     struct.error,
     Image.DecompressionBombError,
-    Warning,  # where warnings are errors
+    Warning,  # if warnings are turned into errors
 )
 
 
@@ -81,39 +81,39 @@ def image_size(
 
     Args:
         data: an encoded image.
-        orientation: "apply" gives the size that `decode_image` gives with it.
-        formats: some of `FORMATS`.
+        orientation: "apply" returns the size after the EXIF rotation, as `decode_image` does with it.
+        formats: accepted formats, a subset of `FORMATS`.
 
     Raises:
         ImageError: the bytes are not an image in one of the formats.
-        ImageCostError: it consists of more parts than are looked at.
+        ImageCostError: the file has more than `detr.image_processing.container.MAX_PARTS` parts.
     """
     check_orientation(orientation)
     container = _container(data)
     with _open(container, formats) as image:
         width, height = image.size
-    turned = orientation == "apply" and container.orientation > 4
-    return (width, height) if turned else (height, width)
+    is_rotated = orientation == "apply" and container.orientation > 4
+    return (width, height) if is_rotated else (height, width)
 
 
 def image_orientation(data: bytes | Container) -> int:
-    """The EXIF orientation of an encoded JPEG, PNG, WebP or TIFF image.
+    """Return the EXIF orientation of an encoded JPEG, PNG, WebP or TIFF image.
 
     Returns:
-        1 (upright) to 8, as EXIF defines it; 1 where there is none or it is invalid. 5 to 8 exchange height and width.
+        1 (upright) to 8, as EXIF defines it; 1 if it is absent or invalid. 5 to 8 swap height and width.
     """
     return _container(data).orientation
 
 
 def decode_cost(data: bytes | Container, formats: Sequence[str] = FORMATS) -> float:
-    """Estimate the CPU seconds that `decode_image` takes, from an image's structure, without decoding it.
+    """Estimate the CPU seconds that `decode_image` takes, from the structure of the file, without decoding it.
 
     Args:
         data: an encoded image.
-        formats: some of `FORMATS`.
+        formats: accepted formats, a subset of `FORMATS`.
 
     Returns:
-        seconds of a slow core; `benchmarks/decoding_cost.py` compares them with measured ones.
+        Seconds on a slow core; `benchmarks/decoding_cost.py` compares them with measured times.
 
     Raises:
         ImageError: as `image_size`.
@@ -126,15 +126,15 @@ def decode_cost(data: bytes | Container, formats: Sequence[str] = FORMATS) -> fl
 def check_cost(
     data: bytes | Container, max_cost: float = DEFAULT_MAX_COST, formats: Sequence[str] = FORMATS
 ) -> float:
-    """Refuse an image that would take too long to decode.
+    """Raise an error if an image would take too long to decode.
 
     Args:
         data: an encoded image.
-        max_cost: seconds, compared with `decode_cost`.
-        formats: some of `FORMATS`.
+        max_cost: maximum of `decode_cost` in seconds.
+        formats: accepted formats, a subset of `FORMATS`.
 
     Returns:
-        the estimated seconds.
+        The estimated seconds.
 
     Raises:
         ImageCostError: the estimate is above `max_cost`; the message names the cause.
@@ -155,26 +155,26 @@ def decode_image(
 ) -> torch.Tensor:
     """Decode an encoded image into RGB.
 
-    Gray, palette, transparent, CMYK and 16-bit images are converted as `convert_to_rgb` does; of an animation the
-    first frame is taken.
+    Gray, palette, transparent, CMYK and 16-bit images are converted by `convert_to_rgb`. Of an animation the first
+    frame is decoded.
 
     Args:
-        data: an encoded image. Its content decides on the format, not its name.
-        max_pixels: compared with the header's height times width before anything is decoded. Pillow itself, which
-            decodes all but JPEGs, refuses more than twice the default.
+        data: an encoded image. The format is detected from its content.
+        max_pixels: maximum height times width, checked in the header before decoding. Pillow, which decodes everything
+            but JPEGs, itself rejects more than twice the default.
         orientation: "ignore" keeps the stored pixels, to which the annotations of most data sets refer; "apply"
-            turns them upright by their EXIF orientation, as browsers show them.
-        max_cost: seconds, compared with `decode_cost` before anything is decoded.
-        formats: some of `FORMATS`.
+            rotates them upright by their EXIF orientation, as browsers do.
+        max_cost: maximum of `decode_cost` in seconds, checked before decoding.
+        formats: accepted formats, a subset of `FORMATS`.
 
     Returns:
         uint8 [3, height, width] of 0..255, interleaved in memory.
 
     Raises:
-        ImageCostError: it would take too long to decode.
-        ImageError: the bytes are not such an image, are cut short or damaged, are too large, or have pixels without
-            a defined range.
-        ValueError: another orientation.
+        ImageCostError: the image would take too long to decode.
+        ImageError: the bytes are not an image of these formats, are truncated or damaged, exceed `max_pixels`, or have
+            pixels without a defined range.
+        ValueError: `orientation` has another value.
     """
     check_orientation(orientation)
     container = _container(data)
@@ -182,7 +182,7 @@ def decode_image(
     if pixels is None:
         pixels = _rgb_pixels(_load(container, max_pixels, max_cost, formats))
     if orientation == "apply" and container.orientation != 1:
-        return pil_to_tensor(_turned(Image.fromarray(pixels), container, orientation))
+        return pil_to_tensor(_rotate_upright(Image.fromarray(pixels), container, orientation))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -197,17 +197,17 @@ def open_image(
     """Decode an encoded image into a Pillow image of its own mode: see `decode_image` for arguments and errors."""
     check_orientation(orientation)
     container = _container(data)
-    return _turned(_load(container, max_pixels, max_cost, formats), container, orientation)
+    return _rotate_upright(_load(container, max_pixels, max_cost, formats), container, orientation)
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a Pillow image of any mode to mode RGB; an RGB image without transparency is returned as it is.
+    """Convert a Pillow image of any mode to mode RGB; an RGB image without transparency is returned unchanged.
 
-    Transparency is composited on white, as transformers does. 16-bit grey keeps its range: the high byte of each
-    value is taken, as Pillow does for 16-bit colour (Pillow's own conversion clips 16-bit grey at 255).
+    Transparency is composited on white, as in transformers. 16-bit gray is converted by taking the high byte of each
+    value, as Pillow does for 16-bit color. (Pillow's own conversion clips 16-bit gray at 255.)
 
     Raises:
-        ImageError: floating-point pixels, or 32-bit integers outside 0..65535, whose range is unknown.
+        ImageError: the range of pixels is unknown: they are floating-point, or 32-bit integers outside 0..65535.
     """
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         return Image.fromarray(_high_byte(image)).convert("RGB")
@@ -226,8 +226,10 @@ def pil_to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def _rgb_pixels(image: Image.Image) -> np.ndarray:
-    """Uint8 [height, width, 3] of an image as `convert_to_rgb` makes it, by strips: whole, conversions take four bytes
-    a pixel for each of their steps."""
+    """Convert to uint8 [height, width, 3] as `convert_to_rgb` does, strip by strip to save memory.
+
+    A conversion of the whole image would take four bytes per pixel for each of its steps.
+    """
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         return np.repeat(_high_byte(image)[..., None], 3, axis=2)
     width, height = image.size
@@ -245,7 +247,7 @@ _STRIP_PIXELS = 100_000
 def _decode_jpeg(
     container: Container, max_pixels: int, max_cost: float, formats: Sequence[str]
 ) -> np.ndarray | None:
-    """Uint8 [height, width, 3] of a JPEG; None where Pillow has to convert it, or to say what is wrong."""
+    """Decode a JPEG to uint8 [height, width, 3]; None if Pillow must convert it or report the error."""
     if simplejpeg is None or "JPEG" not in formats or container.data[:2] != b"\xff\xd8":
         return None
     if container.seconds > max_cost:
@@ -255,7 +257,7 @@ def _decode_jpeg(
         if height * width > max_pixels or colors not in ("YCbCr", "RGB", "Gray"):
             return None
         return simplejpeg.decode_jpeg(container.data, colorspace="RGB", fastdct=False, fastupsample=False)
-    except ValueError:  # whatever libjpeg warns about; Pillow decodes slightly damaged files
+    except ValueError:  # simplejpeg raises on any warning of libjpeg; Pillow decodes slightly damaged files
         return None
 
 
@@ -276,13 +278,13 @@ def _load(container: Container, max_pixels: int, max_cost: float, formats: Seque
     return image
 
 
-def _turned(image: Image.Image, container: Container, orientation: Orientation) -> Image.Image:
+def _rotate_upright(image: Image.Image, container: Container, orientation: Orientation) -> Image.Image:
     upright = _UPRIGHT.get(container.orientation) if orientation == "apply" else None
     return image if upright is None else image.transpose(upright)
 
 
 def check_orientation(orientation: str) -> None:
-    """Refuse what is no `Orientation` with a ValueError."""
+    """Raise a ValueError if the value is not an `Orientation`."""
     if orientation not in get_args(Orientation):
         raise ValueError(f"orientation is {orientation!r}: expected one of {get_args(Orientation)}")
 
@@ -304,7 +306,7 @@ def _check_cost(container: Container, image: Image.Image, max_cost: float) -> fl
 
 
 def _cost(container: Container, image: Image.Image) -> float:
-    """Seconds to decode an image that has been opened, and to convert it to RGB."""
+    """Estimate the seconds to decode an opened image and to convert it to RGB."""
     pixels = image.width * image.height
     seconds = container.seconds + pixels * _PIXEL_S.get(image.format or "", 0.0)
     if image.has_transparency_data:
@@ -321,11 +323,11 @@ def _cost(container: Container, image: Image.Image) -> float:
     return seconds
 
 
-# What `Container.seconds` leaves out, measured on the same core: seconds a pixel, decoded and converted to RGB, …
+# Costs that `Container.seconds` does not include, measured on the same core. Seconds per pixel, with the conversion:
 _PIXEL_S = {"PNG": 1.5e-9, "WEBP": 9e-9, "BMP": 2e-9, "GIF": 4e-9, "TIFF": 2.5e-9, "PPM": 2e-9}
 _COMPOSITE_S = 8e-9
 _JPEG_PASS_S = 7e-9
-# … and a byte.
+# Seconds per byte:
 _GIF_BYTE_S = 7e-9
 _PPM_TEXT_S = 200e-9
 _TIFF_BYTE_S = {
@@ -341,7 +343,7 @@ _TIFF_BYTE_S = {
 
 
 def _open(container: Container, formats: Sequence[str]) -> Image.Image:
-    """Open an image lazily: only its header is read."""
+    """Open an image lazily: read only its header."""
     data = container.data
     if math.isinf(container.seconds):
         raise ImageCostError(f"the image has {container.detail}: save it again with an image editor")
@@ -350,14 +352,14 @@ def _open(container: Container, formats: Sequence[str]) -> Image.Image:
     except UnidentifiedImageError:
         start = bytes(data[:16])
         raise ImageError(
-            f"not an image that can be read ({', '.join(formats)}): {len(data)} bytes that begin with {start!r}"
+            f"not an image that can be read ({', '.join(formats)}): {len(data)} bytes that start with {start!r}"
         ) from None
     except _DAMAGED as error:
         raise ImageError(f"the image's header cannot be read: {error}") from error
 
 
 def _high_byte(image: Image.Image) -> np.ndarray:
-    """The high byte uint8 [height, width] of a grey image with 16-bit values (modes I;16*, I)."""
+    """Return the high byte uint8 [height, width] of a gray image with 16-bit values (modes I;16*, I)."""
     values = np.asarray(image)
     if image.mode == "F":
         raise ImageError(

@@ -1,4 +1,4 @@
-"""From the many forms in which images are given to one: a list of tensors [channels, height, width]."""
+"""Convert images of any supported type and layout to tensors [channels, height, width]."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -19,8 +19,8 @@ def list_images(images: Any) -> list[ImageInput]:
     """Flatten an image, a batch of images (4 dimensions), or a possibly nested sequence of these into a list.
 
     Raises:
-        TypeError: something that is not a Pillow image, a numpy array or a torch tensor.
-        ValueError: an array that does not have 2, 3 or 4 dimensions.
+        TypeError: an element is not a Pillow image, a numpy array or a torch tensor.
+        ValueError: an array does not have 2, 3 or 4 dimensions.
     """
     if isinstance(images, Image.Image):
         return [images]
@@ -42,23 +42,23 @@ def list_images(images: Any) -> list[ImageInput]:
 def image_to_tensor(
     image: ImageInput, do_convert_rgb: bool, input_data_format: str | None, keep_gray: bool = False
 ) -> torch.Tensor:
-    """One image as a tensor.
+    """Convert one image to a tensor.
 
     Args:
-        image: one of those that `list_images` gives.
-        do_convert_rgb: bring it to three channels. Pillow images as `convert_to_rgb`; arrays: grey is repeated, RGBA
-            composited on white, 16 bits without sign (uint16) reduced to their high byte.
-        input_data_format: "channels_first" or "channels_last" for arrays. Without it the layout follows from which
-            of the first and the last dimension is 1, 3 or 4; the first wins when both are.
-        keep_gray: leave gray images at one channel, of 8 bits, whatever `do_convert_rgb`.
+        image: an element of the result of `list_images`.
+        do_convert_rgb: convert to three channels: Pillow images by `convert_to_rgb`; in arrays, gray is repeated, RGBA
+            is composited on white, and uint16 is reduced to its high byte.
+        input_data_format: "channels_first" or "channels_last" for arrays. By default the layout is inferred from which
+            of the first and the last dimension is 1, 3 or 4; if both are, the first dimension is the channels.
+        keep_gray: leave gray images at one channel of 8 bits, whatever `do_convert_rgb` is.
 
     Returns:
-        [channels, height, width], dtype and range as given.
+        [channels, height, width], of the dtype and value range of the image.
 
     Raises:
-        ImageError: a Pillow image that cannot be converted.
-        TypeError: something that is not an image, or an array of something else than real numbers.
-        ValueError: another number of dimensions, values that are not finite, the layout cannot be told, or the
+        ImageError: a Pillow image cannot be converted.
+        TypeError: `image` is not an image, or an array does not hold real numbers.
+        ValueError: the number of dimensions is wrong, values are not finite, the layout cannot be inferred, or the
             number of channels cannot be converted.
     """
     if isinstance(image, Image.Image):
@@ -70,7 +70,7 @@ def image_to_tensor(
         tensor, input_data_format = torch.from_numpy(np.array(image)), "channels_last"
     elif isinstance(image, np.ndarray | torch.Tensor):
         _check_array(image)
-        # a copy where the array is read-only, as those of Pillow images are: torch warns of these
+        # Copy read-only arrays, such as those of Pillow images: torch warns about them.
         writable = np.require(image, requirements=["C", "W"]) if isinstance(image, np.ndarray) else image
         tensor = torch.from_numpy(writable) if isinstance(writable, np.ndarray) else writable
     else:
@@ -102,7 +102,7 @@ def _check_array(image: np.ndarray | torch.Tensor) -> None:
         floating, numeric = image.is_floating_point(), not image.is_complex()
     if not numeric:
         raise TypeError(f"an image array has dtype {image.dtype}: expected real numbers")
-    # a sum is not finite where a value is not, and takes no second array
+    # Check the sum first, which needs no second array: it is not finite if any value is not.
     if (
         floating
         and not np.isfinite(float(image.sum()))
@@ -123,7 +123,7 @@ def _infer_layout(image: torch.Tensor) -> str:
 
 
 def _array_to_rgb(image: torch.Tensor) -> torch.Tensor:
-    """Transformers' conversion of arrays, and the high byte of uint16."""
+    """Convert an array to RGB as transformers does; uint16 is reduced to its high byte."""
     image = _high_byte(image)
     channels = image.shape[0]
     if channels == 1:
@@ -148,7 +148,10 @@ def _high_byte(image: torch.Tensor) -> torch.Tensor:
 
 
 def _composite_on_white(rgba: torch.Tensor) -> torch.Tensor:
-    """RGBA [4, height, width], 0..255 or floating-point 0..1, to RGB of the same dtype, to transformers' last bit."""
+    """Composite RGBA [4, height, width], 0..255 or floating-point 0..1, on white: RGB of the same dtype.
+
+    Bitwise equal to transformers.
+    """
     values = rgba.to(torch.float32)
     if not rgba.is_floating_point():
         values = values * (1.0 / 255)

@@ -1,4 +1,4 @@
-"""From COCO panoptic annotations, a PNG of segment ids with `segments_info`, to a model's labels."""
+"""Convert COCO panoptic annotations, a PNG of segment ids with `segments_info`, to model labels."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ from detr.image_processing.segment_map import SegmentMap, number_segments
 
 
 def check_panoptic(annotations: Sequence[Any], number_of_images: int, masks_path: str | Path | None) -> Path:
-    """Check that there is one COCO panoptic annotation for each image, and a folder with their PNGs.
+    """Check that the list holds one valid COCO panoptic annotation for each image, and that the PNG folder exists.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: there is not.
+        ValueError: the number of annotations is not that of the images, one is invalid, or `masks_path` is no path.
         FileNotFoundError: the folder does not exist.
     """
     if len(annotations) != number_of_images:
@@ -52,11 +52,10 @@ def check_panoptic(annotations: Sequence[Any], number_of_images: int, masks_path
 def panoptic_labels(
     annotation: Mapping[str, Any], masks_path: Path, height: int, width: int
 ) -> tuple[Labels, SegmentMap]:
-    """Labels of an image of `height` x `width` pixels, and its map of segments.
+    """Compute the labels of an image of `height` x `width` pixels, and its map of segments.
 
-    No segment is left out. The boxes are those of the pixels, corners whose right and bottom are the last pixel
-    (not one past it), as in both references; a segment without pixels has a box of zeros (transformers gives
-    [1e8, 1e8, 0, 0]).
+    No segment is dropped. Boxes are the bounds of the pixels. Their right and bottom are the last pixel, not one past
+    it, as in both references. A segment without pixels has a box of zeros (transformers: [1e8, 1e8, 0, 0]).
 
     Args:
         annotation: {"image_id" or "id", "file_name", "segments_info": [{"id", "category_id", "area", "iscrowd"}]}.
@@ -66,7 +65,8 @@ def panoptic_labels(
 
     Raises:
         FileNotFoundError: the PNG does not exist.
-        ValueError: it has another size than the image, a segment with an area has no pixel in it, or lacks a field.
+        ValueError: the sizes of the PNG and the image differ, a segment with an area has no pixel in the PNG, or a
+            segment lacks a field.
     """
     file = masks_path / annotation["file_name"]
     if not file.is_file():
@@ -100,7 +100,7 @@ def panoptic_labels(
         ) from error
     numbers = segment_map.numbers
     suspects = ((labels["boxes"] == 0).all(dim=1) & (labels["area"] > 0)).nonzero()[:, 0].tolist()
-    # the box of a segment of the first pixel alone is zeros, too
+    # A segment that consists of the first pixel alone has a box of zeros too.
     if absent := [index for index in suspects if not (numbers == segment_map.segments[index]).any()]:
         raise ValueError(
             f"image_id {_id(annotation)}: {len(absent)} of its {len(segments)} segments have an area but no pixel in "

@@ -1,7 +1,7 @@
-"""`DetrImageProcessorPil`: the image processor with Pillow's resize, to the last bit of transformers' class of this name.
+"""`DetrImageProcessorPil`: the image processor with Pillow's resize, bitwise equal to transformers' class of this name.
 
-Pillow's pixels are those of the original DETR and of checkpoints trained with it; torch's differ from them by one grey
-level here and there. `DetrImageProcessor` is the faster one.
+The original DETR and its checkpoints use Pillow's resize. The pixels of torch's resize differ from it by one gray level
+in places. `DetrImageProcessor` is faster.
 """
 
 import numpy as np
@@ -13,19 +13,19 @@ from detr.image_processing.processor import DetrImageProcessor
 
 
 class DetrImageProcessorPil(DetrImageProcessor):
-    """Prepares images and COCO annotations for a DETR, with Pillow; settings are those of `DetrImageProcessor`.
+    """Prepare images and COCO annotations for DETR with Pillow; the settings are those of `DetrImageProcessor`.
 
-    `resample` is any of Pillow's filters, 0 to 5. It resizes 8 bits, so that arrays of floating-point values become
-    0..255 before, as in transformers: they have to be within 0..1, or whole numbers within 0..255.
+    `resample` is any of Pillow's filters, 0 to 5. Pillow resizes 8-bit pixels, so floating-point arrays are converted
+    to 0..255 first, as in transformers: their values must be in 0..1, or whole numbers in 0..255.
     """
 
     _is_fast = False
 
     def resize(self, image: torch.Tensor) -> torch.Tensor:
-        """The image [channels, height, width] resized by Pillow: uint8, or float32 for values within 0..1.
+        """Resize an image [channels, height, width] with Pillow: uint8, or float32 for values in 0..1.
 
         Raises:
-            ValueError: values that are neither within 0..1 nor whole numbers within 0..255.
+            ValueError: values are neither in 0..1 nor whole numbers in 0..255.
         """
         if not self.do_resize:
             return image
@@ -44,17 +44,19 @@ class DetrImageProcessorPil(DetrImageProcessor):
         return resized.to(image.device)
 
     def resize_map(self, values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Masks or label maps, bool or int [..., height, width], at another size, by Pillow's nearest filter."""
+        """Resize masks or label maps, bool or int [..., height, width], with Pillow's nearest filter."""
         return resize_map(values, size, pillow_nearest_indices)
 
     def rescale_and_normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """What follows the resize; the factor is applied in float64 and rounded before the mean is subtracted.
+        """Rescale and normalize after the resize.
+
+        The factor is applied in float64, and the result is rounded to float32 before the mean is subtracted.
 
         Returns:
-            float32 [..., channels, height, width]; without both steps the pixels as they are.
+            float32 [..., channels, height, width]; the unchanged pixels if both steps are off.
 
         Raises:
-            ValueError: the mean or the standard deviation has values for another number of channels.
+            ValueError: the mean or the standard deviation has the wrong number of values for the channels.
         """
         if self.do_rescale:
             images = (images.double() * self.rescale_factor).float()
@@ -81,7 +83,7 @@ def _are_bytes(values: torch.Tensor) -> bool:
 
 
 def _resize(image: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
-    """uint8 [channels, height, width] resized by Pillow; any number of channels."""
+    """Resize uint8 [channels, height, width] with Pillow; any number of channels."""
     height, width = size
     if image.shape[0] == 3:
         pixels = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))

@@ -1,4 +1,4 @@
-"""Operations on pixels that every way into a model shares: resize, normalise, pad."""
+"""Resize, normalize and pad pixels: the operations shared by all inputs of a model."""
 
 import platform
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 NEAREST = 0
-"""Pillow's number for the nearest pixel."""
+"""Pillow's number for nearest-neighbor resampling."""
 
 BILINEAR = 2
 """Pillow's number for bilinear resampling, as `preprocessor_config.json` stores it."""
@@ -18,23 +18,23 @@ def resize(image: torch.Tensor, size: tuple[int, int], resample: int = BILINEAR)
     """Resize an image, or images of one size, with antialiasing.
 
     Args:
-        image: [..., channels, height, width]. uint8 stays uint8, by torch's integer kernel where the CPU has one,
-            else through float32 and rounding; the two differ by at most one grey level.
-        size: (height, width) of the result. An image of that size already is returned as it is.
+        image: [..., channels, height, width]. uint8 stays uint8: it is resized by torch's integer kernel if the CPU
+            has one, else in float32 with rounding. The two differ by at most one gray level.
+        size: (height, width) of the result. An image that already has this size is returned unchanged.
         resample: Pillow's number of the filter: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic.
 
     Returns:
         [..., channels, *size] of the same dtype.
 
     Raises:
-        ValueError: another number of a filter.
+        ValueError: `resample` is not one of these numbers.
     """
     if resample not in _INTERPOLATION:
         raise ValueError(
             f"resample is {resample!r}: expected one of Pillow's numbers, "
             "0 (nearest), 1 (Lanczos), 2 (bilinear) or 3 (bicubic)"
         )
-    # As torchvision's resize, whose import alone costs a data task several seconds of CPU.
+    # Equal to torchvision's resize, whose import alone would cost a data task several seconds of CPU time.
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     mode = _INTERPOLATION[resample]
@@ -44,7 +44,7 @@ def resize(image: torch.Tensor, size: tuple[int, int], resample: int = BILINEAR)
     )
     batch = image.reshape(-1, *image.shape[-3:])
     resized = torch.nn.functional.interpolate(
-        _keep_interleaved(batch) if native else batch.float(),
+        _set_interleaved_strides(batch) if native else batch.float(),
         size=size,
         mode=mode,
         align_corners=False if smooth else None,
@@ -59,10 +59,10 @@ def resize(image: torch.Tensor, size: tuple[int, int], resample: int = BILINEAR)
     return resized.reshape(*image.shape[:-2], *resized.shape[-2:])
 
 
-def _keep_interleaved(batch: torch.Tensor) -> torch.Tensor:
-    """One interleaved uint8 image in strides from which torch makes an interleaved result, in a third of the time.
+def _set_interleaved_strides(batch: torch.Tensor) -> torch.Tensor:
+    """Set the strides of a single interleaved uint8 image so that torch's result is interleaved too: 3 times as fast.
 
-    The batch stride of a single image is ambiguous, and torch takes it for planar (pytorch issue 68430).
+    The batch stride of a single image is ambiguous, and torch treats the image as planar (pytorch issue 68430).
     """
     if batch.dtype != torch.uint8 or len(batch) != 1 or batch.stride(1) != 1:
         return batch
@@ -71,7 +71,7 @@ def _keep_interleaved(batch: torch.Tensor) -> torch.Tensor:
 
 
 def _resizes_uint8(device: torch.device, mode: str) -> bool:
-    """Whether torch has an integer kernel of a smooth filter for this processor."""
+    """Return whether torch has an integer kernel for this smooth filter on this device."""
     if device.type != "cpu":
         return False
     fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
@@ -79,9 +79,10 @@ def _resizes_uint8(device: torch.device, mode: str) -> bool:
 
 
 def channel_values(values: float | Sequence[float], rescale_factor: float | None) -> torch.Tensor:
-    """A mean or a standard deviation as float32 [channels, 1, 1] (or [1, 1, 1]), in units of the unscaled pixels.
+    """Return a mean or standard deviation as float32 [channels, 1, 1] (or [1, 1, 1]), in units of unscaled pixels.
 
-    `rescale_factor` is what pixels would be multiplied by before normalising; None when they are not.
+    `rescale_factor` is the factor of the rescale before normalization; None without one. Dividing the mean and the
+    standard deviation by it replaces the multiplication of all pixels.
     """
     tensor = torch.tensor(values, dtype=torch.float32)
     if rescale_factor is not None:
@@ -90,20 +91,20 @@ def channel_values(values: float | Sequence[float], rescale_factor: float | None
 
 
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(images - mean) / std in float32, for any [..., channels, height, width]; see `channel_values`."""
-    if images.dtype != torch.uint8:  # whose difference with a float32 mean is float32 without a copy before
+    """Compute (images - mean) / std in float32 for [..., channels, height, width]; see `channel_values`."""
+    if images.dtype != torch.uint8:  # uint8 minus a float32 mean is float32 without an extra copy
         images = images.to(torch.float32)
     return images.sub(mean).div_(std)
 
 
 def pad_to_batch(images: Sequence[torch.Tensor], size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack images [channels, height, width] into zeros of `size`, each in its upper left corner.
+    """Stack images [channels, height, width], each padded with zeros to `size` at the bottom and on the right.
 
     Returns:
         The batch [batch, channels, *size] of the images' dtype, and the pixel mask int64 [batch, *size], 1 on images.
 
     Raises:
-        ValueError: an image is larger than `size`, or has other channels than the first one.
+        ValueError: an image is larger than `size`, or the numbers of channels differ.
     """
     channels = images[0].shape[0]
     batch = images[0].new_zeros((len(images), channels, *size))
@@ -125,7 +126,7 @@ def pad_to_batch(images: Sequence[torch.Tensor], size: tuple[int, int]) -> tuple
 
 
 def clear_padding(batch: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> None:
-    """Set to zero, in place, what lies outside of the images of these (height, width) in [batch, ..., H, W]."""
+    """Zero, in place, the padding around images of the given (height, width) in [batch, ..., H, W]."""
     for image, (height, width) in zip(batch, sizes):
         image[..., height:, :] = 0
         image[..., :height, width:] = 0

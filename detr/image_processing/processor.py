@@ -1,4 +1,4 @@
-"""`DetrImageProcessor`: images and annotations to a model's inputs and labels, and its outputs to detections."""
+"""`DetrImageProcessor`: converts images and annotations to model inputs and labels, and model outputs to detections."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
@@ -44,34 +44,34 @@ _TENSOR_TYPES = ("pt", "np", None)
 
 @dataclass(kw_only=True)
 class DetrImageProcessor(PostProcessingMethods):
-    """Prepares images and COCO annotations for a DETR, as transformers' class of this name does.
+    """Prepare images and COCO annotations for DETR, like transformers' class of this name.
 
-    In order, an image is converted to RGB, resized, rescaled, normalised, and padded with zeros at the bottom and on
-    the right. Every attribute can be overridden for one call: `processor(images, do_pad=False)`.
+    The steps are: convert to RGB, resize, rescale, normalize, and pad with zeros at the bottom and on the right. Every
+    attribute can be overridden for one call: `processor(images, do_pad=False)`.
 
     Attributes:
-        format: form of the annotations, "coco_detection" or "coco_panoptic".
-        do_resize, size, resample: resize to `size` (the forms of `output_size`; also an int, the shortest edge, or
-            (height, width)) with one of Pillow's filters by its number; 2 is bilinear.
+        format: format of the annotations, "coco_detection" or "coco_panoptic".
+        do_resize, size, resample: resize to `size` (one of the forms of `output_size`, an int for the shortest edge, or
+            (height, width)) with one of Pillow's filters, given by its number; 2 is bilinear.
         do_rescale, rescale_factor: multiply pixels by the factor.
         do_normalize, image_mean, image_std: subtract the mean and divide by the standard deviation of each channel.
-        do_convert_annotations: make boxes cxcywh in 0..1; else they stay corners in pixels of the resized image. By
-            default what `do_normalize` is.
+        do_convert_annotations: convert boxes to cxcywh in 0..1; otherwise they stay corners in pixels of the resized
+            image. The default is the value of `do_normalize`.
         do_pad, pad_size: pad to the largest height and width of the batch, or to `pad_size` (a dict, (height,
             width) or the side of a square), and return the pixel mask; True by default.
-        do_convert_rgb: turn gray, transparent and 16-bit images into RGB of 8 bits (`convert_to_rgb`). False for a
-            model whose `num_channels` is not 3. Transformers does not convert unless asked, and fails on these.
+        do_convert_rgb: convert gray, transparent and 16-bit images to 8-bit RGB (`convert_to_rgb`). Use False for a
+            model whose `num_channels` is not 3. Transformers converts only on request, and otherwise fails on these.
         boxes_relative_to: what the labels' `size` and relative boxes refer to. "image": the resized image without
-            padding, as the pretrained weights and the post-processing have it. "padded_batch": the padded image, as
-            transformers since its pull request 28363. Both agree where nothing is padded.
+            padding, as the pretrained weights and the post-processing expect. "padded_batch": the padded image, as in
+            transformers since its pull request 28363. The two agree for images that are not padded.
         scale_keypoints: scale keypoints with the image; transformers leaves them in pixels of the original image.
 
     Args:
-        max_size: old name of the longest edge that goes with an int `size`.
-        pad_and_return_pixel_mask: old name of `do_pad`, for where that is not given.
+        max_size: old name of the longest edge, used with an int `size`.
+        pad_and_return_pixel_mask: old name of `do_pad`, used if `do_pad` is not given.
 
     Raises:
-        ValueError: a setting has a value that cannot be used.
+        ValueError: a setting has an invalid value.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values", "pixel_mask"]
@@ -97,7 +97,7 @@ class DetrImageProcessor(PostProcessingMethods):
 
     def __post_init__(self, max_size: int | None, pad_and_return_pixel_mask: bool | None) -> None:
         self.size = size_dict(800 if self.size is None else self.size, max_size)
-        output_size(1, 1, self.size)  # raises where its keys make no size
+        output_size(1, 1, self.size)  # raises if the keys are invalid
         self.pad_size = None if self.pad_size is None else pad_size_dict(self.pad_size)
         self.resample = int(self.resample)
         self.image_mean, self.image_std = _channels(self.image_mean), _channels(self.image_std)
@@ -120,7 +120,7 @@ class DetrImageProcessor(PostProcessingMethods):
             raise ValueError(f"image_std is {self.image_std}: pixels cannot be divided by zero")
 
     def __call__(self, images: Any, annotations: Any = None, **kwargs: Any) -> BatchFeature:
-        """The same as `preprocess`."""
+        """Call `preprocess`."""
         return self.preprocess(images, annotations, **kwargs)
 
     def preprocess(
@@ -135,30 +135,30 @@ class DetrImageProcessor(PostProcessingMethods):
         device: torch.device | str | None = None,
         **overrides: Any,
     ) -> BatchFeature:
-        """Turn images, and annotations where they are given, into a model's inputs and labels.
+        """Convert images, and optionally annotations, to model inputs and labels.
 
         Args:
-            images: an image or a list of images: PIL, numpy or torch, grey [height, width], or with channels first
-                or last, values 0..255 (for 0..1 set `do_rescale=False`).
-            annotations: for each image {"image_id": int, "annotations": [COCO objects]}, or with the format
+            images: an image or a list of images: PIL, numpy or torch; gray [height, width], or with channels first
+                or last; values 0..255 (for 0..1 set `do_rescale=False`).
+            annotations: for each image {"image_id": int, "annotations": [COCO objects]}, or for the format
                 "coco_panoptic" {"image_id": int, "file_name": str, "segments_info": [COCO segments]}.
-            return_segmentation_masks: also give `masks` in the labels; by default only for "coco_panoptic".
+            return_segmentation_masks: also return `masks` in the labels; by default only for "coco_panoptic".
             masks_path: folder of the PNGs that panoptic annotations name.
             return_tensors: "pt" for stacked tensors, "np" for numpy arrays, None for lists of tensors.
-            input_data_format: "channels_first" or "channels_last", where it cannot be told from an array's shape.
-            device: where to process the images; labels go there too.
-            overrides: attributes of the processor for this call; None means the processor's own.
+            input_data_format: "channels_first" or "channels_last", needed if the shape of an array is ambiguous.
+            device: device to process the images on; labels are moved there too.
+            overrides: attributes of the processor for this call; None means the processor's own value.
 
         Returns:
-            `pixel_values` float32 [batch, channels, height, width], normalised; `pixel_mask` int64 [batch, height,
-            width] with `do_pad`, 1 on the image and 0 on padding; `labels` with annotations, one dict for each
+            `pixel_values` float32 [batch, channels, height, width], normalized; with `do_pad`, `pixel_mask` int64
+            [batch, height, width], 1 on the image and 0 on padding; with annotations, `labels`, one dict for each
             image: see `detr.image_processing.annotations`.
 
         Raises:
-            ValueError: annotations do not fit, an image's layout or channels are not clear, images of unequal size
-                are to be stacked without padding, or `pad_size` is less than an image.
+            ValueError: annotations are invalid, the layout or channels of an image cannot be inferred, images of
+                unequal size would be stacked without padding, or `pad_size` is smaller than an image.
             FileNotFoundError: a PNG of panoptic annotations does not exist.
-            TypeError: something that is not an image, or an unknown override.
+            TypeError: an input is not an image, or an override is unknown.
         """
         if return_tensors not in _TENSOR_TYPES:
             raise ValueError(f"return_tensors is {return_tensors!r}: expected one of {_TENSOR_TYPES}")
@@ -196,14 +196,14 @@ class DetrImageProcessor(PostProcessingMethods):
         return _as_type(data, return_tensors)
 
     def pad_and_create_pixel_mask(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
-        """Pad processed images to the largest of them, for a custom `collate_fn`; the name that the DETR page cites.
+        """Pad processed images to the largest of them, for a custom `collate_fn`; the DETR page cites this name.
 
         Args:
             images: list of tensors or arrays [channels, height, width].
             return_tensors: as in `preprocess`.
 
         Returns:
-            `pixel_values` and `pixel_mask`, as `preprocess` gives them.
+            `pixel_values` and `pixel_mask`, as `preprocess` returns them.
         """
         tensors = [torch.as_tensor(image) for image in images]
         size = _largest([(image.shape[-2], image.shape[-1]) for image in tensors])
@@ -212,19 +212,20 @@ class DetrImageProcessor(PostProcessingMethods):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, use_fast: bool | None = None, **kwargs: Any) -> Self:
-        """Load a processor that this class or transformers wrote.
+        """Load a processor saved by this class or by transformers.
 
         Args:
             source: a model folder with `preprocessor_config.json` (old layouts are read too), that file itself, or a
                 hub id `ORG/NAME`, of which only this file is downloaded.
-            use_fast: whether this is the class that resizes with torch; `AutoImageProcessor` picks the class by it.
+            use_fast: must be True for the class that resizes with torch and False for the Pillow class;
+                `AutoImageProcessor` selects the class by it.
             kwargs: arguments of `detr.model_files.ModelFiles` (`revision`, `cache_dir`, `token`, `local_files_only`,
                 `force_download`, `subfolder`), and attributes that replace those of the file.
 
         Raises:
-            FileNotFoundError: there is no such folder, file or model.
-            TypeError: an unknown attribute.
-            ValueError: the file is not a JSON object, or holds a value that cannot be used; another class is requested.
+            FileNotFoundError: the folder, file or model does not exist.
+            TypeError: an attribute is unknown.
+            ValueError: the file is not a JSON object or holds an invalid value, or `use_fast` requests the other class.
         """
         if use_fast is not None and use_fast != cls._is_fast:
             raise ValueError(
@@ -236,7 +237,7 @@ class DetrImageProcessor(PostProcessingMethods):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], file: Path, **overrides: Any) -> Self:
-        """The same as `from_dict`; errors name the file that the settings are from."""
+        """Create from the settings of a file, which errors name; see `from_dict`."""
         try:
             return cls.from_dict(settings, **overrides)
         except ValueError as error:
@@ -244,10 +245,10 @@ class DetrImageProcessor(PostProcessingMethods):
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], **overrides: Any) -> Self:
-        """Build a processor from the entries of `preprocessor_config.json`; those of no meaning here are ignored."""
+        """Build a processor from the entries of `preprocessor_config.json`; unknown entries are ignored."""
         known = {field.name for field in fields(cls)} | {"max_size", "pad_and_return_pixel_mask"}
         given = {name: value for name, value in settings.items() if name in known and value is not None}
-        # the old names, where a file or an override has the new ones
+        # Drop old names if the file or an override has the new ones.
         if "do_pad" in overrides or ("do_pad" in given and "pad_and_return_pixel_mask" not in overrides):
             given.pop("pad_and_return_pixel_mask", None)
         elif "pad_and_return_pixel_mask" in overrides:
@@ -259,7 +260,7 @@ class DetrImageProcessor(PostProcessingMethods):
         return cls(**given | overrides)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entries of `preprocessor_config.json`: transformers' own, and ours where they are not the default."""
+        """Return the entries of `preprocessor_config.json`: those of transformers, and our own if not the default."""
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("pad_size", "do_convert_rgb", "boxes_relative_to", "scale_keypoints"):
             if settings[name] == getattr(DetrImageProcessor, name):
@@ -267,15 +268,15 @@ class DetrImageProcessor(PostProcessingMethods):
         for name in ("image_mean", "image_std"):
             if isinstance(settings[name], Sequence):
                 settings[name] = list(settings[name])
-        # Transformers writes the same name for its Pillow class: which of the two reads it is the reader's choice.
+        # Transformers writes the same name for its Pillow class: the reader selects one of the two.
         return settings | {"image_processor_type": "DetrImageProcessor"}
 
     def save_pretrained(self, folder: str | Path) -> list[str]:
-        """Write `preprocessor_config.json` into a folder, made where it is missing; returns the file's path."""
+        """Write `preprocessor_config.json` to a folder, which is created if missing; returns the path of the file."""
         return [str(write_settings(self.to_dict(), folder))]
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """The (height, width) that an image of `height` x `width` pixels has before padding."""
+        """Return the (height, width) before padding of an image of `height` x `width` pixels."""
         return output_size(height, width, self.size) if self.do_resize else (height, width)
 
     @property
@@ -286,21 +287,22 @@ class DetrImageProcessor(PostProcessingMethods):
         )
 
     def to_tensor(self, image: ImageInput, input_data_format: str | None = None) -> torch.Tensor:
-        """An image as [channels, height, width], converted as this processor does: see `image_to_tensor`."""
+        """Convert an image to [channels, height, width] with the settings of this processor: see `image_to_tensor`."""
         return image_to_tensor(image, self.do_convert_rgb, input_data_format, self.keeps_gray)
 
     def resize(self, image: torch.Tensor) -> torch.Tensor:
-        """The image, uint8 or float [channels, height, width], resized as this processor does; of the same dtype."""
+        """Resize an image, uint8 or float [channels, height, width], with the settings of this processor; same dtype."""
         return resize(image, self.output_size(image.shape[-2], image.shape[-1]), self.resample)
 
     def rescale_and_normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """What follows the resize, on any device: pixels [..., channels, height, width] times the factor, normalised.
+        """Rescale and normalize pixels [..., channels, height, width] after the resize, on any device.
 
         Returns:
-            float32 of the same shape; without `do_normalize` the pixels times the factor, or as they are.
+            float32 of the same shape. Without `do_normalize`, the pixels times the factor, or unchanged without
+            `do_rescale`.
 
         Raises:
-            ValueError: the mean or the standard deviation has values for another number of channels.
+            ValueError: the mean or the standard deviation has the wrong number of values for the channels.
         """
         if not self.do_normalize:
             return images * self.rescale_factor if self.do_rescale else images
@@ -314,7 +316,7 @@ class DetrImageProcessor(PostProcessingMethods):
         return normalize(images, mean.to(images.device), std.to(images.device))
 
     def resize_map(self, values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Masks or label maps, bool or int [..., height, width], at another size, by the nearest value."""
+        """Resize masks or label maps, bool or int [..., height, width], with nearest-neighbor sampling."""
         return resize_map(values, size, torch_nearest_indices)
 
     def _labels(
@@ -325,24 +327,28 @@ class DetrImageProcessor(PostProcessingMethods):
         return_masks: bool | None,
         masks_path: str | Path | None,
     ) -> list[Labels]:
-        """Labels of images that are resized from `originals` to `sizes`, before padding."""
+        """Compute the labels of images that are resized from `originals` to `sizes`, before padding."""
         if isinstance(annotations, Mapping):
             annotations = [annotations]
         if self.format == "coco_panoptic":
             folder = check_panoptic(annotations, len(sizes), masks_path)
             panoptic = [panoptic_labels(a, folder, *original) for a, original in zip(annotations, originals)]
             return [
-                self._follow(label, size, segments if return_masks is not False else None)
+                self._resize_labels(label, size, segments if return_masks is not False else None)
                 for (label, segments), size in zip(panoptic, sizes)
             ]
         check_annotations(annotations, len(sizes))
         return [
-            self._follow(detection_labels(annotation, *original, return_masks=bool(return_masks)), size)
+            self._resize_labels(
+                detection_labels(annotation, *original, return_masks=bool(return_masks)), size
+            )
             for annotation, original, size in zip(annotations, originals, sizes)
         ]
 
-    def _follow(self, labels: Labels, size: tuple[int, int], segments: SegmentMap | None = None) -> Labels:
-        """Labels after their image was resized to `size`; masks of `segments` are cut out after the resize."""
+    def _resize_labels(
+        self, labels: Labels, size: tuple[int, int], segments: SegmentMap | None = None
+    ) -> Labels:
+        """Apply the resize of the image to `size` to its labels; masks are extracted from the resized `segments`."""
         if self.do_resize:
             labels = resize_labels(labels, size, self.scale_keypoints)
         if segments is not None:
@@ -365,7 +371,7 @@ def _largest(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 
 def _stack(images: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A batch in memory that is not the given images'."""
+    """Stack images into a batch that shares no memory with the input images `given`."""
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise ValueError(
@@ -375,7 +381,8 @@ def _stack(images: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> tor
         return images[0][None]
     if images[0].stride(0) != 1:
         return torch.stack(list(images))
-    # Interleaved, as decoders write and the resize leaves them: to make them planar takes as long as the resize.
+    # Stay channels-last (interleaved), as decoders and the resize write images: converting to planar takes as long as
+    # the resize.
     first = images[0]
     batch = torch.empty(
         (len(images), *first.shape),
@@ -389,7 +396,7 @@ def _stack(images: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> tor
 
 
 def _as_type(data: dict[str, Any], return_tensors: str | None) -> BatchFeature:
-    """Tensors as they are ("pt"), as numpy arrays ("np"), or batches as lists of tensors (None)."""
+    """Leave tensors as they are ("pt"), or convert them to numpy arrays ("np") or batches to lists of tensors (None)."""
     if return_tensors == "np":
         for name in data:
             if name == "labels":

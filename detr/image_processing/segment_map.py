@@ -1,4 +1,4 @@
-"""Which pixel belongs to which segment, in as few bytes as will do: boxes and masks of a panoptic map come from it."""
+"""Compact map from pixels to the segments of a panoptic annotation; their boxes and masks are computed from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import torch
 
 @dataclass(frozen=True)
 class SegmentMap:
-    """A map of segments under numbers from 1; masks are cut out after it was resized.
+    """A map of segments, numbered from 1. It is resized before masks are extracted from it.
 
     Attributes:
-        numbers: uint8 [height, width], int32 where there are more than 255 segments; 0 is no segment.
+        numbers: uint8 [height, width], int32 if there are more than 255 segments; 0 is no segment.
         segments: the number of each segment, [n] of the same dtype.
     """
 
@@ -20,33 +20,33 @@ class SegmentMap:
     segments: torch.Tensor
 
     def masks(self) -> torch.Tensor:
-        """Bool [n, height, width]."""
+        """Return the mask of each segment: bool [n, height, width]."""
         return self.numbers == self.segments[:, None, None]
 
 
 def number_segments(ids: np.ndarray, segments: Sequence[int]) -> tuple[SegmentMap, torch.Tensor]:
-    """The map of some segments, and their boxes.
+    """Number segments from 1, and compute their map and boxes.
 
-    Over runs of equal ids within a row rather than pixels: a map has some 5,000 runs and 300,000 pixels.
+    Works on runs of equal ids within a row, not on pixels: a map has about 5,000 runs and 300,000 pixels.
 
     Args:
         ids: int [height, width], at least one pixel.
         segments: n ids.
 
     Returns:
-        The map; and the boxes int64 [n, 4] of the segments' pixels: left, top, right, bottom of the first and last ones,
-        zeros for a segment without any.
+        The map, and boxes int64 [n, 4]: the first and last column and row of each segment's pixels as left, top, right,
+        bottom; zeros for a segment without pixels.
     """
     height, width = ids.shape
-    begins = np.ones((height, width), bool)
-    np.not_equal(ids[:, 1:], ids[:, :-1], out=begins[:, 1:])
-    starts = np.flatnonzero(begins)
+    is_start = np.ones((height, width), bool)
+    np.not_equal(ids[:, 1:], ids[:, :-1], out=is_start[:, 1:])
+    starts = np.flatnonzero(is_start)
     lengths = np.diff(starts, append=ids.size)
     known, number_of = np.unique(np.array(segments, np.int64), return_inverse=True)
-    padded = np.append(known, -1)  # so that there is an element after the last one
-    found = ids.ravel()[starts]
-    places = np.searchsorted(known, found)
-    numbers = np.where(padded[places] == found, places + 1, 0)
+    padded = np.append(known, -1)  # searchsorted may return the index past the end
+    run_ids = ids.ravel()[starts]
+    places = np.searchsorted(known, run_ids)
+    numbers = np.where(padded[places] == run_ids, places + 1, 0)
 
     top = starts // width
     left = starts - top * width

@@ -1,4 +1,4 @@
-"""The settings of an image processor on disk: `preprocessor_config.json`, in transformers' layout, old and new."""
+"""Read and write the settings of an image processor: `preprocessor_config.json` in transformers' old and new layout."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ Size = int | Sequence[int] | Mapping[str, int]
 
 
 def size_dict(size: Size, longest_edge: int | None = None) -> dict[str, int]:
-    """A resize's target as a dict, from any form it is given in.
+    """Convert a resize target of any form to a dict.
 
     Args:
-        size: the dict itself, (height, width), or the length of the shortest edge (old files have 800).
-        longest_edge: bound of the longest edge that goes with a shortest edge; default 1333 for a bare one.
+        size: a dict, (height, width), or the length of the shortest edge (old files have 800).
+        longest_edge: bound of the longest edge, used with a shortest edge; 1333 by default if `size` is an int.
 
     Raises:
-        ValueError: it is none of these, or says another longest edge.
+        ValueError: `size` has another form, or contradicts `longest_edge`.
     """
     if isinstance(size, Mapping):
         sides = {key: int(value) for key, value in size.items() if value is not None}
@@ -39,10 +39,10 @@ def size_dict(size: Size, longest_edge: int | None = None) -> dict[str, int]:
 
 
 def pad_size_dict(pad_size: Size) -> dict[str, int]:
-    """A padding's target as {"height", "width"}, from that, (height, width) or the side of a square.
+    """Convert a padding target to {"height", "width"}, from such a dict, (height, width) or the side of a square.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: `pad_size` has another form.
     """
     if isinstance(pad_size, int):
         pad_size = (pad_size, pad_size)
@@ -53,11 +53,11 @@ def pad_size_dict(pad_size: Size) -> dict[str, int]:
 
 
 def read_settings(files: ModelFiles) -> tuple[dict[str, Any], Path]:
-    """The settings of a model's image processor, as they are written there, and the file that they are in.
+    """Read the stored settings of a model's image processor; returns them and the file that holds them.
 
     Raises:
-        FileNotFoundError: the model has none of the two files.
-        ValueError: the file is not a JSON object, or the settings in it are not.
+        FileNotFoundError: the model has neither of the two files.
+        ValueError: the file or the settings in it are not a JSON object.
     """
     file = files.find(COMBINED_FILE_NAME, FILE_NAME)
     values = {} if file is None else read_json(file)
@@ -66,7 +66,7 @@ def read_settings(files: ModelFiles) -> tuple[dict[str, Any], Path]:
         if not isinstance(values, dict):
             raise ValueError(f"{file} holds a {type(values).__name__} as image_processor, not a JSON object")
     elif file is not None and file.name == COMBINED_FILE_NAME and file != files.path:
-        file = files.find(FILE_NAME)  # the combined file is of another processor, such as a tokenizer's
+        file = files.find(FILE_NAME)  # the combined file configures another processor, such as a tokenizer
         values = {} if file is None else read_json(file)
     if file is None:
         raise FileNotFoundError(
@@ -77,7 +77,7 @@ def read_settings(files: ModelFiles) -> tuple[dict[str, Any], Path]:
 
 
 def write_settings(settings: Mapping[str, Any], folder: str | Path) -> Path:
-    """Write settings to `preprocessor_config.json` in a folder, made where it is missing; returns the file."""
+    """Write settings to `preprocessor_config.json` in a folder, which is created if missing; returns the file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / FILE_NAME

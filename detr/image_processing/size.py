@@ -1,4 +1,4 @@
-"""The arithmetic of image sizes: what an image is resized to, and what it is padded to. Sizes are (height, width)."""
+"""Compute the sizes that images are resized and padded to. Sizes are (height, width)."""
 
 from collections.abc import Mapping
 
@@ -8,27 +8,27 @@ import numpy.typing as npt
 CANONICAL_MULTIPLE = 64
 """The grid of `canonical_shape`, in pixels.
 
-A multiple of the backbone's stride of 32, so that feature maps have whole cells. With shortest edge 800 and longest
-edge 1333 most images fall into 9 shapes for each orientation; 640 x 480 gains 6 % of padding (832 x 1088). A grid of
-32 would leave 2 % of padding and twice as many shapes, each of which fills its batches half as well.
+It is a multiple of the backbone's stride of 32, so feature maps have whole cells. With shortest edge 800 and longest
+edge 1333 most images fall into 9 shapes for each orientation, and 640 x 480 gets 6 % padding (832 x 1088). A grid of 32
+would need only 2 % padding, but it makes twice as many shapes, each of which fills its batches half as well.
 """
 
 
 def output_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
-    """The (height, width) that an image of `height` x `width` pixels is resized to.
+    """Return the (height, width) that an image of `height` x `width` pixels is resized to.
 
     `size` has one of these forms, with the rounding of transformers' DETR processors:
 
-    - `{"shortest_edge": s, "longest_edge": l}`: keep the aspect ratio, the shorter side becomes s, or less where the
-      longer one would exceed l. An image whose shorter side already has the wanted length stays as it is.
+    - `{"shortest_edge": s, "longest_edge": l}`: preserve the aspect ratio. The shorter side becomes s, or less if the
+      longer side would exceed l. An image whose shorter side already has that length is not resized.
     - `{"shortest_edge": s}`: the same without a bound on the longer side.
-    - `{"max_height": h, "max_width": w}`: keep the aspect ratio, the largest size within both bounds.
-    - `{"height": h, "width": w}`: exactly that.
+    - `{"max_height": h, "max_width": w}`: preserve the aspect ratio; the largest size within both bounds.
+    - `{"height": h, "width": w}`: exactly this size.
 
-    No side is less than 1: where transformers rounds a very long image to zero rows and fails, it keeps one.
+    No side is less than 1. Transformers rounds one side of a very long image to 0 and fails; here it becomes 1.
 
     Raises:
-        ValueError: an image without pixels, or any other form of `size`.
+        ValueError: the image has no pixels, or `size` has another form.
     """
     if height < 1 or width < 1:
         raise ValueError(
@@ -55,16 +55,16 @@ def output_sizes(
     shortest_edges: npt.NDArray[np.int64],
     longest_edge: int,
 ) -> npt.NDArray[np.int64]:
-    """`output_size` with `{"shortest_edge": ..., "longest_edge": ...}` for many images: int64 [images, 2].
+    """Compute `output_size` with `{"shortest_edge": ..., "longest_edge": ...}` for many images: int64 [images, 2].
 
     Args:
         heights: int64 [images], at least 1.
         widths: int64 [images], at least 1.
         shortest_edges: int64 [images], at least 1.
-        longest_edge: the same for all.
+        longest_edge: the same for all images.
 
     Raises:
-        ValueError: an image without pixels.
+        ValueError: an image has no pixels.
     """
     short, long = np.minimum(heights, widths), np.maximum(heights, widths)
     if short.size and short.min() < 1:
@@ -72,24 +72,27 @@ def output_sizes(
     bounded = long / short * shortest_edges > longest_edge
     exact = np.where(bounded, longest_edge * short / long, shortest_edges)
     shortest = np.where(bounded, np.rint(exact), shortest_edges).astype(np.int64)
-    kept = short == shortest
+    unchanged = short == shortest
     longer = (exact * long / short).astype(np.int64)
     portrait = widths < heights
     resized = np.stack([np.where(portrait, longer, shortest), np.where(portrait, shortest, longer)], axis=1)
-    return np.maximum(np.where(kept[:, None], np.stack([heights, widths], axis=1), resized), 1)
+    return np.maximum(np.where(unchanged[:, None], np.stack([heights, widths], axis=1), resized), 1)
 
 
 def canonical_shape(height: int, width: int, multiple: int = CANONICAL_MULTIPLE) -> tuple[int, int]:
-    """The (height, width) that a resized image is padded to: its own sides rounded up to the grid.
+    """Return the (height, width) that a resized image is padded to: its sides rounded up to the grid.
 
-    A function of the image's own size alone, so that a prediction does not depend on the images it shares a batch
-    with; only images of equal canonical shape are batched.
+    The result depends on the size of this image alone, and only images of equal canonical shape are batched. So a
+    prediction does not depend on the other images of its batch.
     """
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
 def _keep_aspect_ratio(height: int, width: int, shortest: int, longest: int | None) -> tuple[int, int]:
-    """Transformers' `get_size_with_aspect_ratio`: bankers' rounding, truncation and the unrounded size kept."""
+    """Reproduce transformers' `get_size_with_aspect_ratio`.
+
+    The shorter side is rounded half to even, and the longer side is truncated, computed from the unrounded shorter one.
+    """
     short, long = min(height, width), max(height, width)
     exact: float = shortest
     if longest is not None and long / short * shortest > longest:

@@ -1,1 +1,1 @@
-"""Faster inference: `optimize()` and its engines, and the detector from images to detections."""
+"""Faster inference: `optimize()` with its engines, and `ObjectDetector`, which converts images to detections."""

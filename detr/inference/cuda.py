@@ -1,7 +1,7 @@
-"""What makes layers fast in inference on a GPU, for `detr.inference.optimize`.
+"""Faster layers for inference on a GPU, for `detr.inference.optimize`.
 
-A GPU multiplies bfloat16 faster than it can read and write what is between two layers, so what counts is how often an
-activation is stored.
+A GPU multiplies bfloat16 faster than it reads and writes the activations between layers. So these layers reduce how
+often an activation is stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from detr.model.mask_head import MaskHead
 
 
 class CudnnConv2d(nn.Module):
-    """A convolution that adds and does the ReLU before its result is stored.
+    """A cuDNN convolution with a fused addition and ReLU.
 
     Args:
         convolution: on a GPU.
@@ -35,7 +35,7 @@ class CudnnConv2d(nn.Module):
         assert not isinstance(convolution.padding, str)
         padding, stride, dilation = convolution.padding, convolution.stride, convolution.dilation
         self._arguments = (list(stride), list(padding), list(dilation), convolution.groups)
-        # In float32 torch computes convolutions with TF32 by default, and products without.
+        # Half precision only: for float32, torch uses TF32 in convolutions by default, but not in matrix products.
         self._is_product = (
             convolution.weight.dtype in (torch.float16, torch.bfloat16)
             and convolution.kernel_size == (1, 1)
@@ -44,20 +44,20 @@ class CudnnConv2d(nn.Module):
             and convolution.groups == 1
         )
         self.activation: tuple[str, list[float]] = ("none", [])
-        """Of the result; of the sum where there is another input."""
+        """Name and parameters of the activation, which is applied to the result, or to the sum with the second input."""
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
-        """Whether a convolution with this weight can be one."""
+        """Return whether a convolution with this weight can be converted."""
         return weight.device.type == "cuda" and weight.dtype != torch.float64
 
     def take_bias_of(self, other: Any) -> None:
-        """Add the bias of the convolution whose result is always added to this one's."""
+        """Take over the bias of a convolution whose result is always added to that of this one."""
         if self._bias is not None and other._bias is not None:
             self._bias, other._bias = self._bias + other._bias, None
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """Float [B, C, h, w] to float [B, C', h', w']; ``other`` is added."""
+        """Convolve float [B, C, h, w] to float [B, C', h', w']; ``other`` is added."""
         if self.activation[0] == "none":
             result = F.conv2d(x, self._weight, self._bias, *self._arguments)
             return result if other is None else result + other
@@ -72,12 +72,12 @@ class CudnnConv2d(nn.Module):
 
 
 class SpaceToDepthConv2d(nn.Module):
-    """A convolution with stride 2 of few channels, as one with stride 1 of four times as many at half the size.
+    """A convolution of few channels with stride 2, as one with stride 1 on four times the channels at half the size.
 
-    The same products and sums, and zeros: three channels leave the units for matrix products mostly idle.
+    It computes the same products and sums, plus zeros. Three channels alone would leave tensor cores mostly idle.
 
     Args:
-        convolution: odd kernel, padded by half of it, stride 2.
+        convolution: with an odd kernel, padding of half the kernel, and stride 2.
     """
 
     def __init__(self, convolution: CudnnConv2d) -> None:
@@ -85,13 +85,13 @@ class SpaceToDepthConv2d(nn.Module):
         weight = convolution._weight
         _, self._channels, size, _ = weight.shape
         self._before = (size // 2 + 1) // 2
-        shift = 2 * self._before - size // 2  # of the first tap, to an even place
+        shift = 2 * self._before - size // 2  # moves the first tap of the kernel to an even position
         self._taps = (size + shift + 1) // 2
         end = 2 * self._taps - size - shift
         weight = F.pad(weight, (shift, end, shift, end))
         weight = weight.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [C', C, n, 2, n, 2]
         weight = weight.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-        self._depth = -(-weight.shape[1] // 8) * 8  # what tensor cores load at once
+        self._depth = -(-weight.shape[1] // 8) * 8  # tensor cores load 8 channels at a time
         convolution._weight = F.pad(weight, (0, 0, 0, 0, 0, self._depth - weight.shape[1])).contiguous(
             memory_format=torch.channels_last
         )
@@ -100,7 +100,7 @@ class SpaceToDepthConv2d(nn.Module):
 
     @staticmethod
     def fits(convolution: Any) -> bool:
-        """Whether a module is such a convolution."""
+        """Return whether a module is a convolution that can be converted."""
         if not isinstance(convolution, CudnnConv2d):
             return False
         _, channels, height, width = convolution._weight.shape
@@ -113,7 +113,7 @@ class SpaceToDepthConv2d(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float [B, C, H, W] to float [B, C', H / 2, W / 2], rounded up."""
+        """Convolve float [B, C, H, W] to float [B, C', H / 2, W / 2], rounded up."""
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
         batch, channels, height, width = x.shape
         more = self._taps - 1
@@ -127,20 +127,20 @@ class SpaceToDepthConv2d(nn.Module):
 
 
 class LinearReLU(nn.Module):
-    """A linear layer with ReLU, as one kernel."""
+    """A linear layer and a ReLU in one kernel."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._weight, self._bias = linear.weight.detach().t(), linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float [..., C] to float [..., C']."""
+        """Map float [..., C] to float [..., C']."""
         return torch._addmm_activation(self._bias, x.flatten(0, -2), self._weight).view(*x.shape[:-1], -1)
 
 
 def use_gpu_kernels(graph: fx.GraphModule) -> None:
-    """Let the first convolution of a backbone keep the GPU busy, and its pool write no more than it must."""
-    from detr.inference.triton_pool import FastMaxPool2d  # imports Triton, which only a GPU needs
+    """Replace the first convolution and the max pools of a backbone by faster ones for a GPU."""
+    from detr.inference.triton_pool import FastMaxPool2d  # imports Triton, which is needed only on a GPU
 
     for node in nodes_of(graph.graph):
         module: Any = called_module(graph, node)
@@ -151,7 +151,7 @@ def use_gpu_kernels(graph: fx.GraphModule) -> None:
 
 
 def use_fast_layers(stacks: Iterable[Any]) -> None:
-    """Let the plain layers of encoders and decoders run on the units for matrix products, and the wide ones do their ReLU."""
+    """Run float32 layers of encoders and decoders on tensor cores, and fuse the ReLU of feed-forward layers."""
     from detr.inference.triton_tf32x3 import use_tensor_cores  # imports Triton
 
     for stack in stacks:
@@ -163,7 +163,7 @@ def use_fast_layers(stacks: Iterable[Any]) -> None:
 
 
 def gpu_mask_head(head: MaskHead) -> FastMaskHead:
-    """A mask head with kernels of its own, where they run."""
+    """Return a mask head with custom kernels if they can run here, else a `FastMaskHead`."""
     from detr.inference.triton_mask_head import GpuMaskHead  # imports Triton
 
     return GpuMaskHead(head) if GpuMaskHead.fits(head) else FastMaskHead(head)

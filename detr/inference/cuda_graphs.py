@@ -1,6 +1,7 @@
-"""CUDA graphs, for `detr.inference.optimize`: a GPU is faster than Python.
+"""Record and replay CUDA graphs, for `detr.inference.optimize`.
 
-One image takes longer to be asked for, kernel by kernel, than to be computed, unless all of it is asked for at once.
+For a single image, launching the kernels one by one from Python takes longer than computing them. A CUDA graph launches
+all of them in one call.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from detr.model.multiscale.detector import MultiScaleDetector
 
-_MOST_KEPT = 0.05
-"""Share of the GPU's memory for the inputs and results of recorded graphs; what is between them they share."""
+_MAX_MEMORY_SHARE = 0.05
+"""Maximum share of GPU memory for inputs and results of recorded graphs. Graphs share the memory of intermediate
+results."""
 
 
 class GraphMemory:
-    """What the graphs of a model share, of which one runs at a time: the memory that they compute in, and a stream.
+    """The memory pool and stream shared by the graphs of a model, of which only one runs at a time.
 
     Args:
         device: of the model.
@@ -32,37 +34,37 @@ class GraphMemory:
         self.device = device
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         self.lock = threading.Lock()
-        self.kept = 0  # bytes
+        self.used_bytes = 0  # by inputs and results of all graphs
 
     def __reduce__(self) -> Any:
-        """Raise an error: what a GPU has recorded cannot be copied."""
+        """Raise an error: graphs recorded on a GPU cannot be copied."""
         raise TypeError(
-            "a model that optimize() made on a GPU cannot be copied or pickled: copy the one it was made from, and "
-            "optimize that"
+            "a model from optimize() on a GPU cannot be copied or pickled: copy the original model and optimize the copy"
         )
 
 
-class Replayed:
-    """A function of tensors on a GPU that is recorded for shapes it has seen before.
+class GraphedCallable:
+    """A function of tensors on a GPU that is recorded as a CUDA graph for repeated input shapes.
 
-    The first call with inputs of some shapes is computed as always, which lets the libraries choose their kernels; the
-    second is recorded; further ones are replayed. What runs under autocast is always computed.
+    The first call with new shapes runs normally, which lets the libraries select their kernels. The second call is
+    recorded, and later calls are replayed. Calls under autocast always run normally.
 
     Args:
-        compute: a method, from tensors to a tensor, or dataclasses or tuples of them; its object may hold this.
+        compute: a method that maps tensors to a tensor, or to dataclasses or tuples of tensors. Its object may hold a
+            reference to this callable.
         memory: of the model.
     """
 
     def __init__(self, compute: Callable[..., Any], memory: GraphMemory) -> None:
-        self._method, self._memory = weakref.WeakMethod(compute), memory  # no circle
-        self._graphs: dict[Any, _Recorded | None] = {}
+        self._method, self._memory = weakref.WeakMethod(compute), memory  # weak: no reference cycle
+        self._graphs: dict[Any, _RecordedGraph | None] = {}
 
     def __call__(self, *inputs: Tensor | None) -> Any:
-        """What ``compute`` returns, in memory of its own."""
-        with torch.cuda.device(self._memory.device):  # Triton's kernels run on the current one
-            return self._on_device(inputs)
+        """Return the result of ``compute``, in newly allocated memory."""
+        with torch.cuda.device(self._memory.device):  # Triton launches kernels on the current device
+            return self._call_on_device(inputs)
 
-    def _on_device(self, inputs: Sequence[Tensor | None]) -> Any:
+    def _call_on_device(self, inputs: Sequence[Tensor | None]) -> Any:
         compute: Any = self._method()
         if torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
             return compute(*inputs)
@@ -71,62 +73,63 @@ class Replayed:
             if key not in self._graphs:
                 self._graphs[key] = None
             elif self._graphs[key] is None:
-                self._graphs[key] = self._recorded(compute, inputs)
+                self._graphs[key] = self._record(compute, inputs)
             graph = self._graphs[key]
             if graph is not None:
                 return graph.replay(inputs)
         return compute(*inputs)
 
-    def _recorded(self, compute: Callable[..., Any], inputs: Sequence[Tensor | None]) -> _Recorded | None:
+    def _record(self, compute: Callable[..., Any], inputs: Sequence[Tensor | None]) -> _RecordedGraph | None:
         device = torch.cuda.get_device_properties(self._memory.device)
-        if self._memory.kept > _MOST_KEPT * device.total_memory:
+        if self._memory.used_bytes > _MAX_MEMORY_SHARE * device.total_memory:
             return None
         try:
-            graph = _Recorded(compute, inputs, self._memory)
+            graph = _RecordedGraph(compute, inputs, self._memory)
         except RuntimeError:
-            # Out of memory, or an operation that cannot be recorded: what is wrong shows when it is computed.
-            self._memory.kept = sys.maxsize
+            # Out of memory, or an operation that cannot be recorded. Stop recording: if the operation itself fails, the
+            # normal call that follows raises the error.
+            self._memory.used_bytes = sys.maxsize
             return None
-        self._memory.kept += graph.kept
+        self._memory.used_bytes += graph.used_bytes
         return graph
 
 
 def replay_graphs(model: nn.Module) -> None:
-    """Let a model replay CUDA graphs for images of a size that it has seen before."""
+    """Make a model replay CUDA graphs for repeated image sizes, in place."""
     memory = GraphMemory(next(model.parameters()).device)
     for module in model.modules():
         inner: Any = module
         if hasattr(inner, "states"):
-            inner.states = _ReplayedStates(inner, model if hasattr(model, "mask_context") else None, memory)
+            inner.states = _GraphedStates(inner, model if hasattr(model, "mask_context") else None, memory)
         elif isinstance(inner, MultiScaleDetector):
-            vars(inner)["encode"] = Replayed(inner.encode, memory)
+            vars(inner)["encode"] = GraphedCallable(inner.encode, memory)
         elif hasattr(inner, "replay_masks"):
             inner.replay_masks(memory)
 
 
-class _ReplayedStates:
-    """`DetrModel.states`, replayed where nothing but images is given.
+class _GraphedStates:
+    """`DetrModel.states`, replayed as a CUDA graph if only images and masks are given.
 
     Args:
         model: a `DetrModel`.
-        segmentation: the model around it that makes masks, if one does.
+        segmentation: the segmentation model around it; None for detection.
         memory: of the whole model.
     """
 
     def __init__(self, model: Any, segmentation: Any, memory: GraphMemory) -> None:
         self._states: Callable[..., Any] = type(model).states
-        self._model = weakref.ref(model)  # which holds this: no circle
+        self._model = weakref.ref(model)  # weak, since the model holds this object: no reference cycle
         self._segmentation = None if segmentation is None else weakref.ref(segmentation)
-        self._replayed, self._memory = Replayed(self._compute, memory), memory
+        self._graphed, self._memory = GraphedCallable(self._compute, memory), memory
 
     def __call__(self, pixel_values: Any, pixel_mask: Any = None, **options: Any) -> Any:
         model: Any = self._model()
-        asked = [*options.values(), model.config.output_attentions, model.config.output_hidden_states]
-        unused = all(option is None or option is False for option in asked)
-        if not isinstance(pixel_values, Tensor) or not pixel_values.is_cuda or not unused:
+        requested = [*options.values(), model.config.output_attentions, model.config.output_hidden_states]
+        only_images = all(option is None or option is False for option in requested)
+        if not isinstance(pixel_values, Tensor) or not pixel_values.is_cuda or not only_images:
             with torch.cuda.device(self._memory.device):
                 return self._states(model, pixel_values, pixel_mask, **options)
-        return self._replayed(pixel_values, pixel_mask)
+        return self._graphed(pixel_values, pixel_mask)
 
     def _compute(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Any:
         features, outputs = self._states(self._model(), pixel_values, pixel_mask)
@@ -137,22 +140,22 @@ class _ReplayedStates:
         return replace(features, maps=(), mask_context=context), outputs
 
 
-class _Recorded:
+class _RecordedGraph:
     """A CUDA graph, with the memory that it reads and writes.
 
     Args:
-        compute: from tensors to dataclasses of tensors.
-        inputs: of the shapes that are recorded.
-        memory: where it is recorded.
+        compute: function from tensors to dataclasses of tensors.
+        inputs: example inputs of the shapes to record.
+        memory: pool and stream for the recording.
 
     Attributes:
-        kept: bytes of its inputs and results.
+        used_bytes: size of its inputs and results.
     """
 
     def __init__(
         self, compute: Callable[..., Any], inputs: Sequence[Tensor | None], memory: GraphMemory
     ) -> None:
-        # Not in inference mode: nothing may be written into its tensors outside of it.
+        # Not in inference mode: its tensors could not be overwritten later, outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
             self._inputs = [None if each is None else each.clone() for each in inputs]
             memory.stream.wait_stream(torch.cuda.current_stream())
@@ -160,19 +163,19 @@ class _Recorded:
                 compute(*self._inputs)
             torch.cuda.current_stream().wait_stream(memory.stream)
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads load models and copy images meanwhile.
+            # thread_local: other threads may load models and copy images during the recording.
             with torch.cuda.graph(self._graph, memory.pool, memory.stream, capture_error_mode="thread_local"):
                 self._outputs = compute(*self._inputs)
-        self.kept = sum(t.nbytes for t in _tensors((tuple(self._inputs), self._outputs)))
+        self.used_bytes = sum(t.nbytes for t in _tensors((tuple(self._inputs), self._outputs)))
 
     def replay(self, inputs: Sequence[Tensor | None]) -> Any:
-        """The outputs for these inputs, in memory of their own."""
+        """Compute the outputs for these inputs, in newly allocated memory."""
         with torch.no_grad():
             for own, given in zip(self._inputs, inputs, strict=True):
                 if own is not None and given is not None:
                     own.copy_(given)
             self._graph.replay()
-            return _cloned(self._outputs)
+            return _clone(self._outputs)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -185,11 +188,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors([getattr(value, field.name) for field in fields(value)])
 
 
-def _cloned(value: Any) -> Any:
+def _clone(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, tuple | list):
-        return type(value)(_cloned(each) for each in value)
+        return type(value)(_clone(each) for each in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _cloned(getattr(value, field.name)) for field in fields(value)})
+        return replace(value, **{field.name: _clone(getattr(value, field.name)) for field in fields(value)})
     return value

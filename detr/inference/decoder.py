@@ -1,8 +1,10 @@
-"""A decoder that computes once what depends on its weights alone, and the keys and values of all layers together.
+"""A faster decoder, for `detr.inference.optimize`: a precomputed first self-attention, and joint keys and values.
 
-For `detr.inference.optimize`. Queries begin as zeros, so the first layer's self-attention sees values that are all the bias of their
-projection: whatever the weights of attention are, the result is one vector. The cross-attentions of all layers read
-the same memory: one product makes all their keys, and one all their values.
+Queries start as zeros, so all values of the first self-attention equal the bias of the value projection. Attention
+weights sum to 1, so the result is the same constant vector for every query, whatever the weights are.
+
+The cross-attentions of all layers read the same memory. So one matrix product computes the keys of all layers, and one
+computes their values.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from detr.model.transformer import Decoder
 
 
 class FastDecoder(Decoder):
-    """A decoder in evaluation mode whose layers have one projection for their keys and one for their values.
+    """A decoder in evaluation mode whose L layers share one projection for keys and one for values.
 
     Attributes:
-        keys: from D to L x D, layer after layer.
-        values: the same.
+        keys: linear layer from D to L * D, the keys of layer after layer.
+        values: linear layer from D to L * D, the values of layer after layer.
     """
 
     keys: nn.Module
@@ -35,13 +37,13 @@ class FastDecoder(Decoder):
 
 @torch.no_grad()
 def use_fast_decoder(decoder: Any) -> None:
-    """Make a stack of plain layers such a decoder, in place, where it is a decoder with layers."""
+    """Convert a plain decoder to a `FastDecoder`, in place; do nothing for another module or without layers."""
     if type(decoder) is not Decoder or not len(decoder.layers):
         return
     fast: Any = decoder
     attentions = [layer.encoder_attn for layer in fast.layers]
-    fast.keys = _joined([attention.k_proj for attention in attentions])
-    fast.values = _joined([attention.v_proj for attention in attentions])
+    fast.keys = _join([attention.k_proj for attention in attentions])
+    fast.values = _join([attention.v_proj for attention in attentions])
     for attention in attentions:
         attention.k_proj, attention.v_proj = nn.Identity(), nn.Identity()
     fast.__class__ = FastDecoder
@@ -50,7 +52,7 @@ def use_fast_decoder(decoder: Any) -> None:
     first.attended_zeros = first.self_attn_layer_norm(attended)
 
 
-def _joined(layers: list[nn.Linear]) -> nn.Linear:
+def _join(layers: list[nn.Linear]) -> nn.Linear:
     weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
     joined: nn.Linear = nn.utils.skip_init(nn.Linear, *reversed(weight.shape))
     joined.weight, joined.bias = (

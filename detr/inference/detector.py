@@ -1,9 +1,10 @@
-"""`ObjectDetector`: the one place where images become detections, for evaluation, serving and prediction alike.
+"""`ObjectDetector` converts images to detections. Evaluation, serving and prediction all use it.
 
-In two steps, so that they can run in different processes: `prepare_image` is CPU work on one image and needs no
-model, `ObjectDetector.detect` runs the model on a batch. Every image is padded to a shape that is a function of its
-own size alone (`canonical_shape`), and only images of one shape share a batch: what is detected in an image does not
-depend on its neighbours.
+There are two steps, which can run in different processes. `prepare_image` preprocesses one image on the CPU and needs no
+model. `ObjectDetector.detect` runs the model on a batch.
+
+Each image is padded to a shape that depends on its own size alone (`canonical_shape`), and only images of equal shape
+share a batch. So the detections in an image do not depend on the other images of its batch.
 
 B batch, Q queries.
 """
@@ -24,7 +25,7 @@ from detr.image_processing.size import canonical_shape
 from detr.postprocess import detections_of_all_queries
 
 if TYPE_CHECKING:
-    # they import timm, which tasks that only prepare images do without
+    # These import timm, which tasks that only prepare images do not need.
     from detr.inference.optimize import Engine
     from detr.model.detection import DetrForObjectDetection
     from detr.model.segmentation import DetrForSegmentation
@@ -35,12 +36,12 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """An image ready for the model; can be pickled.
+    """A preprocessed image, the input of `ObjectDetector.detect`; can be pickled.
 
     Attributes:
         pixels: uint8 [3, *shape], the resized image in the upper left corner, zeros elsewhere.
         size: (height, width) of the resized image.
-        original_size: (height, width) of the image as it was given.
+        original_size: (height, width) of the original image.
     """
 
     pixels: np.ndarray
@@ -49,19 +50,19 @@ class PreparedImage:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The canonical (height, width) that the image is padded to; images of one shape can share a batch."""
+        """The canonical (height, width) that the image is padded to; images of equal shape can share a batch."""
         return self.pixels.shape[1], self.pixels.shape[2]
 
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """The detections in one image, the highest score first.
+    """The detections in one image, sorted by descending score.
 
     Attributes:
         scores: float32 [Q] in 0..1.
         labels: int64 [Q], class indices of the model (names: `model.config.id2label`).
         boxes_xyxy: float32 [Q, 4], corners in pixels of the original image; not clipped to it.
-        queries: int64 [Q], which of the model's queries it was.
+        queries: int64 [Q], index of the query that predicted the detection.
     """
 
     scores: np.ndarray
@@ -73,13 +74,13 @@ class Detections:
         return len(self.scores)
 
     def to_dicts(self, id2label: Mapping[int, str]) -> list[dict[str, Any]]:
-        """The detections as plain values, ready for JSON.
+        """Convert the detections to plain Python values, ready for JSON.
 
         Args:
             id2label: class index to name.
 
         Returns:
-            for each `{"score", "label", "label_id", "box": {"xmin", "ymin", "xmax", "ymax"}}`.
+            For each detection `{"score", "label", "label_id", "box": {"xmin", "ymin", "xmax", "ymax"}}`.
         """
         return [
             {
@@ -93,10 +94,10 @@ class Detections:
 
 
 def padding_share(sizes: Iterable[tuple[int, int]]) -> float:
-    """The share of the pixels that is padding where images of these (height, width) have their canonical shapes.
+    """Compute the share of pixels that are padding when images are padded to their canonical shapes.
 
     Args:
-        sizes: of at least one image, resized.
+        sizes: (height, width) of at least one resized image.
     """
     sizes = list(sizes)
     filled = sum(height * width for height, width in sizes)
@@ -109,16 +110,16 @@ def prepare_image(
     *,
     orientation: Orientation = "ignore",
 ) -> PreparedImage:
-    """Decode, convert, resize and pad one image. Needs no model; safe to call from several threads; CPU only.
+    """Decode, convert, resize and pad one image on the CPU. Needs no model; thread-safe.
 
     Args:
         image: an encoded image, a Pillow image, or a uint8 tensor [channels, height, width] of 0..255.
         image_processor: its conversion and resize are applied.
-        orientation: of encoded images: see `decode_image`.
+        orientation: EXIF orientation of encoded images: see `decode_image`.
 
     Raises:
         ImageError: the bytes cannot be decoded, or would take too long to decode (`ImageCostError`).
-        ValueError: a tensor of another dtype, or channels that cannot be converted.
+        ValueError: a tensor has another dtype, or its channels cannot be converted.
     """
     if isinstance(image, bytes):
         decode = open_image if image_processor.keeps_gray else decode_image
@@ -134,15 +135,15 @@ def prepare_image(
 
 
 class ObjectDetector:
-    """A model and its image processor as one: images in, detections out.
+    """A model with its image processor: images in, detections out.
 
     Args:
-        model: moved to `device` and to evaluation mode.
-        image_processor: its resize, rescale and normalisation are applied; its padding is replaced by the canonical
+        model: moved to `device` and put into evaluation mode.
+        image_processor: its resize, rescale and normalization are applied; its padding is replaced by the canonical
             one.
-        device: where the model runs.
-        dtype: what it computes in. For float16 and bfloat16 the weights stay as they are and autocast decides, unless
-            the model comes from ``optimize(dtype=...)``.
+        device: device that the model runs on.
+        dtype: dtype of the computation. For float16 and bfloat16 the weights are not converted and the model runs under
+            autocast, unless it comes from ``optimize(dtype=...)``.
     """
 
     def __init__(
@@ -156,7 +157,9 @@ class ObjectDetector:
         self.dtype = dtype
         self.image_processor = image_processor
         self.model = model.to(self.device).eval()
-        if not self._autocast and not self.model.is_optimized:  # whose heads have a dtype of their own
+        if (
+            not self._autocast and not self.model.is_optimized
+        ):  # the heads of an optimized model keep their own dtype
             self.model.to(dtype)
 
     @classmethod
@@ -169,13 +172,13 @@ class ObjectDetector:
         masks: bool = False,
         engine: "Engine" = "torch",
     ) -> Self:
-        """Load a model folder: model.safetensors, config.json and preprocessor_config.json; made fast (`optimize`).
+        """Load a model folder (model.safetensors, config.json, preprocessor_config.json) and optimize the model.
 
         Args:
             folder: of the model.
-            device: where the model runs.
-            dtype: what it computes in.
-            masks: load it with its mask head.
+            device: device that the model runs on.
+            dtype: dtype of the computation.
+            masks: load the model with its mask head.
             engine: see `detr.inference.optimize.optimized`.
 
         Raises:
@@ -196,16 +199,17 @@ class ObjectDetector:
         return cls(fast, DetrImageProcessor.from_pretrained(folder), device, dtype)
 
     def prepare(self, image: bytes | Image.Image | torch.Tensor) -> PreparedImage:
-        """See `prepare_image`; with this detector's image processor."""
+        """Prepare an image with the image processor of this detector; see `prepare_image`."""
         return prepare_image(image, self.image_processor)
 
     @torch.inference_mode()
     def detect(self, prepared: Sequence[PreparedImage], top_k: int | None = None) -> list[Detections]:
-        """Run the model on images of one canonical shape.
+        """Detect objects in images of equal canonical shape.
 
         Args:
-            prepared: images from `prepare`; none gives an empty list.
-            top_k: how many detections to keep of each image, by score; None keeps all queries.
+            prepared: images from `prepare`; may be empty.
+            top_k: number of detections to return for each image, those with the highest scores; None returns all
+                queries.
 
         Raises:
             ValueError: the images have different canonical shapes.
@@ -215,16 +219,16 @@ class ObjectDetector:
         return self.detections(self.run(prepared), prepared, top_k)
 
     def detect_image(self, image: bytes | Image.Image | torch.Tensor) -> list[dict[str, Any]]:
-        """All detections in one image, see `prepare`, as plain values, see `Detections.to_dicts`."""
+        """Detect objects in one image (see `prepare`); returns all detections as in `Detections.to_dicts`."""
         return self.detect([self.prepare(image)])[0].to_dicts(self.model.config.id2label)
 
     @torch.inference_mode()
     def run(self, prepared: Sequence[PreparedImage], min_score: float | None = None) -> Any:
-        """The model's own output for images of one canonical shape, of which there is at least one.
+        """Run the model on at least one image, all of equal canonical shape, and return its output.
 
         Args:
             prepared: the images.
-            min_score: of a model with a mask head: compute only the masks that are wanted, see
+            min_score: for a model with a mask head: compute only masks of queries with a higher score, see
                 `DetrForSegmentation.forward`.
 
         Raises:
@@ -250,7 +254,7 @@ class ObjectDetector:
     def detections(
         outputs: Any, prepared: Sequence[PreparedImage], top_k: int | None = None
     ) -> list[Detections]:
-        """What `run` returned, as detections; see `detect`."""
+        """Convert the output of `run` to detections; see `detect`."""
         scores, labels, boxes = detections_of_all_queries(
             outputs, [image.original_size for image in prepared]
         )
@@ -268,7 +272,7 @@ class ObjectDetector:
 def _pixel_mask(
     sizes: Sequence[tuple[int, int]], shape: tuple[int, int], device: torch.device
 ) -> torch.Tensor:
-    """Bool [B, *shape], true on the image of each size in the upper left corner."""
+    """Return bool [B, *shape], True on the image of each size in the upper left corner."""
     heights, widths = torch.tensor(sizes, device=device).unbind(1)
     rows = torch.arange(shape[0], device=device) < heights[:, None]
     columns = torch.arange(shape[1], device=device) < widths[:, None]

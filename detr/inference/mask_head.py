@@ -1,12 +1,13 @@
-"""The mask head for inference: what an enlarged map repeats is not computed again.
+"""The mask head for inference: it computes repeated pixels of enlarged maps only once.
 
-- A 3 x 3 convolution of a map that nearest neighbours have doubled sees only 2 x 2 different pixels. So each of the four
-  phases of its result is a 2 x 2 convolution of the small map, with kernels whose elements are summed where they meet
-  the same pixel: 16 products instead of 36, and the doubled map is never made (the sub-pixel convolution of Shi et al.,
-  2016, read the other way).
-- The image's maps are added before these convolutions, so by linearity they pass through them once for all queries.
+- A 3 x 3 convolution of a map that was doubled by nearest-neighbor interpolation sees only 2 x 2 distinct pixels. So
+  each of the four phases of its result is a 2 x 2 convolution of the small map. Elements of the 3 x 3 kernel that meet
+  the same pixel are summed. This needs 16 products instead of 36, and the doubled map is never stored (the sub-pixel
+  convolution of Shi et al., 2016, applied in reverse).
+- The feature maps of the image are added before these convolutions. Convolutions are linear, so the feature maps are
+  convolved once for all queries, and the result is added afterwards.
 
-The plain head beside it is the test (`tests/detr/inference/test_mask_head.py`).
+`tests/detr/inference/test_mask_head.py` compares it with the plain head.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from detr.model.outputs import MaskContext
 
 
 class FastMaskHead(MaskHead):
-    """The same masks as a head's, without gradients.
+    """A faster mask head with the same masks, without gradients.
 
     Args:
-        head: in evaluation mode, its parameters without gradients; they are shared where they stay as they are.
+        head: in evaluation mode, with parameters that need no gradient; unchanged parameters are shared.
     """
 
     def __init__(self, head: MaskHead) -> None:
@@ -50,7 +51,7 @@ class FastMaskHead(MaskHead):
         self.eval()
 
     def context(self, projected: Tensor, maps: Sequence[Tensor], attention: Tensor) -> MaskContext:
-        """See `MaskHead.context`; the maps are those of the stages' results, not of what is added before them."""
+        """See `MaskHead.context`; here the maps have passed through the convolutions of their stages."""
         base = self.image_lay1(projected)
         deep, middle, shallow = (
             stage.plain(adapter(each)) + stage.bias[:, None, None]
@@ -65,68 +66,68 @@ class FastMaskHead(MaskHead):
             return maps if may_branch_on_values() and len(maps) == 1 else maps[image]
 
         attention = context.attention[image, query].contiguous(memory_format=torch.channels_last)
-        x = self.normed(self.attention_lay1(attention) + of_image(context.base), self.gn1)
+        x = self.normalize(self.attention_lay1(attention) + of_image(context.base), self.gn1)
         x, norm = self.lay2(x), self.gn2
         for stage, shared in zip(self.stages, context.maps, strict=True):
-            x, norm = self._stage(stage, self.normed(x, norm), of_image(shared)), stage.norm
-        return self.last(x, norm)
+            x, norm = self._run_stage(stage, self.normalize(x, norm), of_image(shared)), stage.norm
+        return self.final_layer(x, norm)
 
-    def _stage(self, stage: Any, x: Tensor, shared: Tensor) -> Tensor:
-        """Nearest neighbours to another size, a sum, and a 3 x 3 convolution.
+    def _run_stage(self, stage: Any, x: Tensor, shared: Tensor) -> Tensor:
+        """Enlarge by nearest-neighbor interpolation, add the feature map, and apply a 3 x 3 convolution.
 
         Args:
             stage: a `_Stage`.
-            x: float [M, C, h, w], what is enlarged.
-            shared: float [1 or M, C', H, W], the convolution, with its bias, of what would be added.
+            x: float [M, C, h, w], the map to enlarge.
+            shared: float [1 or M, C', H, W], the convolution, with its bias, of the feature map.
 
         Returns:
             float [M, C', H, W].
         """
         small, size = x.shape[-2:], shared.shape[-2:]
         doubled = may_branch_on_values() and all(
-            large in (2 * least, 2 * least - 1) for large, least in zip(size, small, strict=True)
+            after in (2 * before, 2 * before - 1) for after, before in zip(size, small, strict=True)
         )
         if not doubled:
             return stage.plain(F.interpolate(x, size=size, mode="nearest")) + shared
-        y = self.enlarged(stage.phases(x), shared)
+        y = self.interleave(stage.phases(x), shared)
         for dim in (-2, -1):
             if size[dim] % 2:
-                _mend_last(stage, y, x, shared, dim)
+                _recompute_last(stage, y, x, shared, dim)
         return y
 
-    def enlarged(self, parts: Tensor, shared: Tensor) -> Tensor:
-        """The phases of an enlarged map in their places, plus what the image's map adds.
+    def interleave(self, phases: Tensor, shared: Tensor) -> Tensor:
+        """Interleave the four phases of an enlarged map, and add the convolved feature map.
 
         Args:
-            parts: float [M, 4 C', h + 1, w + 1].
-            shared: float [1 or M, C', H, W], H 2h or 2h - 1, W likewise.
+            phases: float [M, 4 C', h + 1, w + 1].
+            shared: float [1 or M, C', H, W], where H is 2h or 2h - 1, and W is 2w or 2w - 1.
         """
-        # The result for the pixel (2i + a, 2j + b) is that of the phase (a, b) at (i + a, j + b).
-        parts = parts.unflatten(1, (2, 2, -1))
-        shape = (len(parts), *shared.shape[1:])
-        y = torch.empty(shape, dtype=parts.dtype, device=parts.device, memory_format=torch.channels_last)
+        # The pixel (2i + a, 2j + b) of the result is the pixel (i + a, j + b) of phase (a, b).
+        phases = phases.unflatten(1, (2, 2, -1))
+        shape = (len(phases), *shared.shape[1:])
+        y = torch.empty(shape, dtype=phases.dtype, device=phases.device, memory_format=torch.channels_last)
         for a in range(2):
             for b in range(2):
                 of_phase = y[..., a::2, b::2]
                 h, w = of_phase.shape[-2:]
-                torch.add(parts[:, a, b, :, a : a + h, b : b + w], shared[..., a::2, b::2], out=of_phase)
+                torch.add(phases[:, a, b, :, a : a + h, b : b + w], shared[..., a::2, b::2], out=of_phase)
         return y
 
-    def normed(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
-        """Norm and activation; ``x`` may be written to."""
+    def normalize(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
+        """Apply a norm and the activation; may overwrite ``x``."""
         return self.activation(norm(x))
 
-    def last(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
-        """Norm, activation and the convolution to one channel: float [M, C, H, W] to [M, H, W]."""
-        return self.out_lay(self.normed(x, norm))[:, 0]
+    def final_layer(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
+        """Apply a norm, the activation and the convolution to one channel: float [M, C, H, W] to [M, H, W]."""
+        return self.out_lay(self.normalize(x, norm))[:, 0]
 
 
 class _Stage(nn.Module):
-    """The kernels of a 3 x 3 convolution of an enlarged map.
+    """The kernels of a 3 x 3 convolution of an enlarged map: the plain one, and those of the four phases.
 
     Args:
         layer: the convolution.
-        norm: what follows.
+        norm: the norm that follows.
     """
 
     def __init__(self, layer: nn.Conv2d, norm: nn.GroupNorm) -> None:
@@ -136,8 +137,11 @@ class _Stage(nn.Module):
         self.plain = _convolution(layer.weight, None)
 
 
-def _mend_last(stage: Any, y: Tensor, x: Tensor, shared: Tensor, dim: int) -> None:
-    """Of an odd number of rows the last one, or column: the doubled map is cut there, and zeros follow."""
+def _recompute_last(stage: Any, y: Tensor, x: Tensor, shared: Tensor, dim: int) -> None:
+    """Recompute the last row or column of a result of odd size, in place.
+
+    The doubled map is one pixel shorter there and zero padding follows, while the phases used the repeated pixel.
+    """
     last = min(x.shape[dim], 2)
     size = [*y.shape[-2:]]
     size[dim] = 2 * last
@@ -148,7 +152,12 @@ def _mend_last(stage: Any, y: Tensor, x: Tensor, shared: Tensor, dim: int) -> No
 
 
 def _phases(weight: Tensor) -> Tensor:
-    """Kernels of the four phases of a doubled map, float [4 C', C, 2, 2], of one for that map, float [C', C, 3, 3]."""
+    """Convert a kernel for a doubled map, float [C', C, 3, 3], to kernels of its four phases, float [4 C', C, 2, 2].
+
+    In one dimension, the pixels 2i and 2i + 1 of the doubled map are both the pixel i of the small one. So the kernel
+    (k0, k1, k2) becomes (k0, k1 + k2) on the small pixels (i - 1, i) for even results, and (k0 + k1, k2) on (i, i + 1)
+    for odd ones.
+    """
 
     def halves(kernel: Tensor, dim: int) -> Tensor:
         first, second, third = kernel.unbind(dim)

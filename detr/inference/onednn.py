@@ -1,4 +1,4 @@
-"""oneDNN's convolutions and linear layers for `detr.inference.optimize`: packed weights, and what follows done before a result is stored."""
+"""Convolutions and linear layers of oneDNN, for `detr.inference.optimize`: packed weights and fused activations."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from detr.model.plain_layers import is_plain_tree
 
 
 class OneDnnConv2d(nn.Module):
-    """A convolution of oneDNN with a packed weight, and what is done to its result before it is stored.
+    """A convolution of oneDNN with a packed weight, a fused activation and an optional fused addition.
 
-    oneDNN chooses how a weight is packed by the size of the input, and a weight that is packed for another is packed
-    anew in every call, which can cost more than the convolution. There are few ways, so each is kept.
+    oneDNN chooses the packed layout of a weight by the size of the input. A weight in another layout is packed again in
+    every call, which can take longer than the convolution. There are few layouts, so each packed weight is cached.
 
     Args:
         convolution: float32, on the CPU.
     """
 
-    # The activations that oneDNN does within a convolution: its name, and the numbers it needs.
+    # The activations that oneDNN can fuse into a convolution: its name and parameters.
     ACTIVATIONS: ClassVar[dict[type[nn.Module], tuple[str, list[float]]]] = {
         nn.ReLU: ("relu", []),
         nn.ReLU6: ("hardtanh", [0.0, 6.0]),
@@ -41,11 +41,11 @@ class OneDnnConv2d(nn.Module):
         self._by_shape: dict[torch.Size, Tensor] = {}
         self._by_layout: dict[bytes, Tensor] = {}
         self.activation: tuple[str, list[float]] = ("none", [])
-        """Of the result; of the sum where there is another input."""
+        """Name and parameters of the activation, which is applied to the result, or to the sum with the second input."""
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
-        """Whether a convolution with this weight can be one."""
+        """Return whether a convolution with this weight can be converted."""
         return (
             weight.device.type == "cpu"
             and weight.dtype == torch.float32
@@ -53,15 +53,15 @@ class OneDnnConv2d(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the packed weights, which cannot be copied and are made again."""
+        """Return the state without packed weights, which cannot be copied; they are packed again when needed."""
         return {**self.__dict__, "_by_shape": {}, "_by_layout": {}}
 
     def take_bias_of(self, other: Any) -> None:
-        """Add the bias of the convolution whose result is always added to this one's."""
+        """Take over the bias of a convolution whose result is always added to that of this one."""
         self._bias, other._bias = _sum(self._bias, other._bias), None
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """Float [B, C, h, w] to float [B, C', h', w']; ``other``, which is added, is overwritten by the result."""
+        """Convolve float [B, C, h, w] to [B, C', h', w']; ``other`` is added and overwritten by the result."""
         weight = self._by_shape.get(x.shape)
         if weight is None:
             weight = self._by_shape[x.shape] = self._pack(x.shape)
@@ -79,11 +79,11 @@ class OneDnnConv2d(nn.Module):
 
 
 class OneDnnLinear(nn.Module):
-    """A linear layer as a convolution of one row of pixels, which oneDNN computes faster than MKL a product.
+    """A linear layer as a 1 x 1 convolution of one row of pixels: faster in oneDNN than the matrix product of MKL.
 
     Args:
         linear: float32, on the CPU.
-        activation: a key of `OneDnnConv2d.ACTIVATIONS`, done to the result.
+        activation: a key of `OneDnnConv2d.ACTIVATIONS`, applied to the result.
     """
 
     def __init__(self, linear: nn.Linear, activation: type[nn.Module] | None = None) -> None:
@@ -97,19 +97,19 @@ class OneDnnLinear(nn.Module):
             self._convolution.activation = OneDnnConv2d.ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float [..., C] to float [..., C']."""
-        if not x.numel():  # which is no image to oneDNN
+        """Map float [..., C] to float [..., C']."""
+        if not x.numel():  # oneDNN does not accept empty images
             return x.new_zeros((*x.shape[:-1], self._features))
         pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
         return self._convolution(pixels).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 def pack_layers(model: nn.Module, stacks: Iterable[Any]) -> None:
-    """Have oneDNN compute linear layers, with their ReLU, the transformer's input and a mask head's convolutions.
+    """Convert linear layers with their ReLU, the input projection and the convolutions of a mask head to oneDNN.
 
     Args:
         model: changed in place.
-        stacks: its encoders, decoders and other parts of plain layers; the rest stays as it is.
+        stacks: its encoders, decoders and other parts that consist of plain layers; other layers stay unchanged.
     """
     for module in model.modules():
         projection = getattr(module, "input_projection", None)

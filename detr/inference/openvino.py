@@ -1,6 +1,6 @@
-"""OpenVINO for `detr.inference.optimize`: an engine for CPUs that a user may pick, which computes the backbone and the transformer.
+"""OpenVINO engine for `detr.inference.optimize`: computes the backbone and the transformer on a CPU.
 
-It is an extra, ``pip install 'raydetr[openvino]'``. What it pays: `make bench BENCH='--only openvino'`.
+Install it with ``pip install 'raydetr[openvino]'``. Measure it with `make bench BENCH='--only openvino'`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from detr.model.outputs import DetrModelOutput, ImageFeatures
 
 _PRECISIONS = {None: "f32", torch.float32: "f32", torch.bfloat16: "bf16"}
 _EXAMPLE = (2, 128, 96)
-"""Images, height and width of what is exported: dimensions that are 1 or equal would not stay free."""
+"""Images, height and width of the example for export: dimensions that are 1 or equal would not stay dynamic."""
 
 
 def compute_with_openvino(fast: nn.Module, plain: nn.Module, dtype: torch.dtype | None) -> None:
-    """Have OpenVINO compute the states of a model, or the maps of a multi-scale one, with as many threads as torch has now.
+    """Make OpenVINO compute the states of a model, or the maps of a multi-scale one.
+
+    It uses as many threads as torch has at the time of this call.
 
     Args:
-        fast: a DETR model, changed in place. What is not an image (embeddings, or a wish for attention weights), it
-            computes itself.
-        plain: the same model in float32 on the CPU, of torch's own layers; not needed afterwards.
-        dtype: what OpenVINO computes in: float32, or bfloat16 where the processor can; None is float32.
+        fast: a DETR model, changed in place. Calls with other inputs than images, or that request attention weights or
+            hidden states, are still computed by torch.
+        plain: the same model in float32 on the CPU, made of torch's own layers; not needed afterwards.
+        dtype: dtype in which OpenVINO computes: float32, or bfloat16 if the CPU supports it; None is float32.
 
     Raises:
         ImportError: OpenVINO is not installed.
-        ValueError: the model is not float32 on a CPU, cannot be exported, or OpenVINO has no such dtype.
+        ValueError: the model is not float32 on a CPU or cannot be exported, or OpenVINO does not support the dtype.
     """
     first = next(plain.parameters())
     if first.device.type != "cpu" or first.dtype != torch.float32 or dtype not in _PRECISIONS:
@@ -45,25 +47,27 @@ def compute_with_openvino(fast: nn.Module, plain: nn.Module, dtype: torch.dtype 
     precision = _PRECISIONS[dtype]
     for inner, source in zip(fast.modules(), plain.modules(), strict=False):
         if isinstance(inner, MultiScaleDetector):
-            vars(inner)["encode"] = _OpenVinoMaps(inner, _Maps(source).eval(), precision)
+            vars(inner)["encode"] = _OpenVinoMaps(inner, _ExportableMaps(source).eval(), precision)
             return
-    found: list[Any] = [
+    inner_models: list[Any] = [
         next(module for module in each.modules() if hasattr(module, "states")) for each in (fast, plain)
     ]
-    tensors = _States(found[1], hasattr(fast, "mask_context"))
-    vars(found[0])["states"] = _OpenVinoStates(found[0], tensors.eval(), precision)
+    exportable = _ExportableStates(inner_models[1], hasattr(fast, "mask_context"))
+    vars(inner_models[0])["states"] = _OpenVinoStates(inner_models[0], exportable.eval(), precision)
 
 
 def uses_openvino(model: nn.Module) -> bool:
-    """Whether OpenVINO computes this model."""
-    return any(isinstance(each, _OpenVino) for module in model.modules() for each in vars(module).values())
+    """Return whether OpenVINO computes this model."""
+    return any(
+        isinstance(each, _OpenVinoMethod) for module in model.modules() for each in vars(module).values()
+    )
 
 
-class _Tensors(nn.Module):
-    """What OpenVINO computes: a function of images and their masks, with a tuple of tensors, which can be exported.
+class _Exportable(nn.Module):
+    """The function that OpenVINO computes: from images and pixel masks to a tuple of tensors, so it can be exported.
 
     Args:
-        model: the part of a model that it belongs to.
+        model: the part of a model whose method is exported.
     """
 
     def __init__(self, model: Any) -> None:
@@ -72,7 +76,7 @@ class _Tensors(nn.Module):
         self.channels = model.config.num_channels
 
 
-class _Maps(_Tensors):
+class _ExportableMaps(_Exportable):
     """`MultiScaleDetector.encode`."""
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, ...]:
@@ -80,150 +84,151 @@ class _Maps(_Tensors):
         return (encoded.finest, *encoded.class_maps, *encoded.box_maps)
 
 
-class _States(_Tensors):
+class _ExportableStates(_Exportable):
     """`DetrModel.states`.
 
     Args:
         model: a `DetrModel`.
-        wants_maps: also return the backbone's maps.
+        return_maps: also return the feature maps of the backbone.
     """
 
-    def __init__(self, model: Any, wants_maps: bool) -> None:
+    def __init__(self, model: Any, return_maps: bool) -> None:
         super().__init__(model)
-        self._wants_maps = wants_maps
+        self._return_maps = return_maps
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, ...]:
         features, outputs = self._model.states(
             pixel_values, pixel_mask, output_attentions=False, output_hidden_states=False
         )
-        found = [
+        tensors = [
             features.cells,
-            features.counted,
+            features.valid_mask,
             outputs.last_hidden_state,
             outputs.encoder_last_hidden_state,
         ]
         if outputs.intermediate_hidden_states is not None:
-            found.append(outputs.intermediate_hidden_states)
-        return (*found, *(features.maps if self._wants_maps else ()))
+            tensors.append(outputs.intermediate_hidden_states)
+        return (*tensors, *(features.maps if self._return_maps else ()))
 
 
-class _OpenVino:
-    """A method of a part of a model, computed by OpenVINO where nothing but images is given.
+class _OpenVinoMethod:
+    """A method of a part of a model that OpenVINO computes if only images and masks are given.
 
     Args:
-        model: the part, which may hold this.
-        tensors: of the same part.
+        model: the part, which may hold a reference to this object.
+        exportable: the method of the same part, to be exported.
         precision: OpenVINO's name of a dtype.
     """
 
     method = ""
-    """Its name."""
+    """Name of the method."""
 
-    def __init__(self, model: Any, tensors: _Tensors, precision: str) -> None:
+    def __init__(self, model: Any, exportable: _Exportable, precision: str) -> None:
         self._compute: Callable[..., Any] = getattr(type(model), self.method)
-        self._model = weakref.ref(model)  # no circle
-        self._request = _compiled(tensors, precision).create_infer_request()
+        self._model = weakref.ref(model)  # weak: no reference cycle
+        self._request = _compile(exportable, precision).create_infer_request()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
-        """Raise an error: what OpenVINO has compiled cannot be copied."""
+        """Raise an error: a compiled OpenVINO model cannot be copied."""
         raise TypeError(
-            "a model from optimize(engine='openvino') cannot be copied or pickled: copy the one it was made from, and "
-            "optimize that"
+            "a model from optimize(engine='openvino') cannot be copied or pickled: copy the original model and optimize "
+            "the copy"
         )
 
     def __call__(self, pixel_values: Any, pixel_mask: Any = None, **options: Any) -> Any:
         model: Any = self._model()
         config = model.config
-        asked = [*options.values(), config.output_attentions, config.output_hidden_states]
-        images = isinstance(pixel_values, Tensor) and pixel_values.ndim == 4 and not pixel_values.is_cuda
-        size: Any = (len(pixel_values), *pixel_values.shape[2:]) if images else None
+        requested = [*options.values(), config.output_attentions, config.output_hidden_states]
+        is_image = isinstance(pixel_values, Tensor) and pixel_values.ndim == 4 and not pixel_values.is_cuda
+        size: Any = (len(pixel_values), *pixel_values.shape[2:]) if is_image else None
         if (
-            not images
-            or not may_branch_on_values()  # a recorded graph: OpenVINO is no part of it
-            or not pixel_values.numel()  # of which OpenVINO makes nothing, and what it had before stays
+            not is_image
+            or not may_branch_on_values()  # tracing or export: OpenVINO cannot be part of the graph
+            or not pixel_values.numel()  # OpenVINO ignores an empty batch and leaves the results of the previous one
             or pixel_values.shape[1] != config.num_channels
             or (pixel_mask is not None and pixel_mask.shape != size)
-            or any(option is not None and option is not False for option in asked)
+            or any(option is not None and option is not False for option in requested)
         ):
             return self._compute(model, pixel_values, pixel_mask, **options)
         mask = torch.ones(size, dtype=torch.bool) if pixel_mask is None else pixel_mask.bool()
         with self._lock:
             self._request.infer([pixel_values.detach().float().numpy(), mask.numpy()], share_inputs=True)
             results = [torch.from_numpy(tensor.data) for tensor in self._request.output_tensors]
-            # Copies: the request writes to the same memory when it is asked again.
+            # Copy: the next inference overwrites the output memory of the request.
             results = [
                 each.to(torch.bool if each.dtype == torch.bool else pixel_values.dtype, copy=True)
                 for each in results
             ]
-        return self._returned(model, results, None if pixel_mask is None or bool(mask.all()) else mask)
+        return self._build_result(model, results, None if pixel_mask is None or bool(mask.all()) else mask)
 
-    def _returned(self, _model: Any, _results: list[Tensor], _mask: Tensor | None) -> Any:
-        """What the method returns, from what OpenVINO computed; ``_mask`` is None where all pixels are real."""
+    def _build_result(self, _model: Any, _results: list[Tensor], _mask: Tensor | None) -> Any:
+        """Build the return value of the method from the outputs of OpenVINO; ``_mask`` is None without padding."""
         raise NotImplementedError
 
 
-class _OpenVinoMaps(_OpenVino):
+class _OpenVinoMaps(_OpenVinoMethod):
     """`MultiScaleDetector.encode`."""
 
     method = "encode"
 
-    def _returned(self, _model: Any, results: list[Tensor], _mask: Tensor | None) -> Any:
+    def _build_result(self, _model: Any, results: list[Tensor], _mask: Tensor | None) -> Any:
         finest, *maps = results
         return EncodedMaps(finest, maps[: len(maps) // 2], maps[len(maps) // 2 :])
 
 
-class _OpenVinoStates(_OpenVino):
+class _OpenVinoStates(_OpenVinoMethod):
     """`DetrModel.states`."""
 
     method = "states"
 
-    def _returned(self, _model: Any, results: list[Tensor], _mask: Tensor | None) -> Any:
-        cells, counted, last, encoded, *more = results
+    def _build_result(self, _model: Any, results: list[Tensor], _mask: Tensor | None) -> Any:
+        cells, valid_mask, last, encoded, *more = results
         intermediate = more.pop(0) if _model.decoder.auxiliary_loss else None
         outputs = DetrModelOutput(
             last_hidden_state=last,
             encoder_last_hidden_state=encoded,
             intermediate_hidden_states=intermediate,
         )
-        return ImageFeatures(cells, None if _mask is None else counted, counted, more), outputs
+        return ImageFeatures(cells, None if _mask is None else valid_mask, valid_mask, more), outputs
 
 
-def _compiled(tensors: _Tensors, precision: str) -> Any:
-    from torch.export import Dim, export  # takes a while to import
+def _compile(exportable: _Exportable, precision: str) -> Any:
+    from torch.export import Dim, export  # slow to import
 
     openvino = _openvino()
 
     batch, height, width = _EXAMPLE
-    example = torch.zeros(batch, tensors.channels, height, width), torch.ones(_EXAMPLE, dtype=torch.bool)
-    free = dict.fromkeys((0, 2, 3), Dim.AUTO), dict.fromkeys((0, 1, 2), Dim.AUTO)
+    example = torch.zeros(batch, exportable.channels, height, width), torch.ones(_EXAMPLE, dtype=torch.bool)
+    dynamic = dict.fromkeys((0, 2, 3), Dim.AUTO), dict.fromkeys((0, 1, 2), Dim.AUTO)
     try:
         with torch.no_grad():
-            program = export(tensors, example, dynamic_shapes=free, strict=False)
+            program = export(exportable, example, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         raise ValueError(f"engine='openvino': the model cannot be exported by torch ({error})") from error
     network = openvino.convert_model(program)
     fixed = [size for given in network.inputs for size in given.partial_shape if size.is_static]
     if len(fixed) > 1:
         raise ValueError(
-            f"engine='openvino': the model is exported for images of {fixed} alone: its backbone asks for a size"
+            f"engine='openvino': the model was exported with the fixed sizes {fixed}: its backbone requires a fixed "
+            "image size, so use engine='torch'"
         )
     options = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
-        "ENABLE_CPU_PINNING": False,  # several processes of a machine would share the first cores
+        "ENABLE_CPU_PINNING": False,  # with pinning, all processes on a machine would share the first cores
     }
     return openvino.Core().compile_model(network, "CPU", options)
 
 
 def _openvino() -> Any:
-    # It tells its makers over the internet that it is imported, unless its package for that is missing.
-    reports = "openvino_telemetry"
+    # OpenVINO sends telemetry on import unless `openvino_telemetry` cannot be imported.
+    telemetry = "openvino_telemetry"
     modules: dict[str, Any] = sys.modules
-    absent = reports not in modules
+    absent = telemetry not in modules
     if absent:
-        modules[reports] = None
+        modules[telemetry] = None
     try:
         import openvino
     except ImportError as error:
@@ -232,5 +237,5 @@ def _openvino() -> Any:
         ) from error
     finally:
         if absent:
-            del modules[reports]
+            del modules[telemetry]
     return openvino

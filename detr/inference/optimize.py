@@ -1,20 +1,20 @@
-"""A model for inference: the same class and outputs, and a backbone that is one graph of folded convolutions.
+"""Optimize a model for inference: the same class and outputs, with a backbone that is one graph of fused convolutions.
 
-What is done, and why it changes no result beyond rounding:
+The optimizations, none of which changes results beyond rounding:
 
-- A frozen batch norm is an affine map of each channel, so it is folded into the convolution before it.
-- Weights and activations are channels-last, which is what convolutions read fastest.
-- Each convolution does the ReLU and the addition that follow it, while its result is still in a register: with oneDNN
-  on a CPU (`detr.inference.onednn`, which has it compute linear layers too), with cuDNN on a GPU (`detr.inference.cuda`).
-- Convolutions and linear layers of the multi-scale architecture are oneDNN's too.
-- The first self-attention of the decoder is a constant, and all its layers make keys and values in one product
-  (`detr.inference.decoder`).
-- A mask head does not compute again what the maps that it doubles repeat (`detr.inference.mask_head`).
-- OpenVINO computes it all on a CPU where a user asks for that engine (`detr.inference.openvino`).
-- On a GPU, float32 layers run on the units for matrix products (`detr.inference.triton_tf32x3`), what is between the convolutions of
-  a mask head has kernels of its own (`detr.inference.triton_mask_head`), and all is asked for at once (`detr.inference.cuda_graphs`).
+- Frozen batch norms are folded into the preceding convolutions, since they are affine per channel.
+- Weights and activations are channels-last, the fastest memory format for convolutions.
+- Convolutions include the ReLU and the addition that follow, while the result is still in registers: with oneDNN on a
+  CPU (`detr.inference.onednn`, also for linear layers), with cuDNN on a GPU (`detr.inference.cuda`).
+- The convolutions and linear layers of the multi-scale architecture use oneDNN too.
+- The first self-attention of the decoder is a precomputed constant, and all decoder layers share one product for keys
+  and one for values (`detr.inference.decoder`).
+- The mask head computes repeated pixels of enlarged maps only once (`detr.inference.mask_head`).
+- With ``engine="openvino"``, OpenVINO computes the backbone and the transformer on a CPU (`detr.inference.openvino`).
+- On a GPU, float32 layers run on tensor cores (`detr.inference.triton_tf32x3`), the mask head has custom kernels
+  (`detr.inference.triton_mask_head`), and the model is replayed as CUDA graphs (`detr.inference.cuda_graphs`).
 
-The plain model beside it is the test (`tests/detr/inference/test_optimize.py`).
+`tests/detr/inference/test_optimize.py` compares the optimized model with the plain one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from detr.inference.onednn import OneDnnConv2d, pack_layers
 from detr.inference.openvino import compute_with_openvino, uses_openvino
 from detr.model.attention import MultiheadAttention
 from detr.model.backbone import ConvEncoder
-from detr.model.capture import refuse_capture
+from detr.model.capture import check_not_capturing
 from detr.model.frozen_batch_norm import FrozenBatchNorm2d, fold, foldable_pairs
 from detr.model.fx_graph import called_module, feeds_only, nodes_of, trace
 from detr.model.mask_head import MaskHead
@@ -60,49 +60,51 @@ _MASK_LAYERS = {MaskHead, nn.Conv2d, nn.GroupNorm}
 
 
 Engine = Literal["torch", "openvino"]
-"""What computes a model."""
+"""The library that computes a model."""
 
 
 def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, engine: Engine = "torch") -> M:
-    """A copy of ``model`` that is faster in inference: see the file's docstring.
+    """Return a copy of ``model`` that is faster in inference: see the docstring of this module.
 
-    It is in evaluation mode and has no gradients. Parts that are not the layers of this package stay as they are: a
-    backbone that cannot be traced, an encoder, a decoder or a mask head in which a layer has a hook or was replaced,
-    wrapped (LoRA), parametrized or quantized. A model that is optimized already is returned as it is.
+    The copy is in evaluation mode and has no gradients. Parts that are not plain layers of this package are not
+    optimized: a backbone that cannot be traced, and an encoder, decoder or mask head in which a layer has a hook or was
+    replaced, wrapped (LoRA), parametrized or quantized. A model that is already optimized is returned itself.
 
-    The result refuses, with an error that says what to do instead: to be saved, to take other weights, to change its
-    dtype or device, and to be traced or exported (a CPU's with ``pack=False`` can be). Where it holds OpenVINO's or a
-    GPU's state, it cannot be copied or pickled either.
+    The copy cannot be saved, load other weights, change its dtype or device, or be traced or exported (on a CPU,
+    ``pack=False`` allows export). With OpenVINO or on a GPU it cannot be copied or pickled either. Each attempt raises
+    an error that says what to do instead.
 
     Args:
         model: a DETR model, on its device and in its dtype. On a CPU, float32 gains most.
-        pack: False leaves the convolutions to torch, for a model that will run under autocast, which does not reach
-            packed ones.
-        dtype: of all but the heads for classes and boxes, which stay as they are: a thousandth of the work, and
-            bfloat16 boxes are off by pixels. None leaves everything in its dtype.
-        engine: "openvino" has OpenVINO compute backbone and transformer; it takes some seconds to prepare and a second
-            copy of the weights.
+        pack: False leaves the convolutions to torch, for a model that will run under autocast: autocast does not affect
+            packed layers.
+        dtype: of everything but the heads for classes and boxes. The heads are a thousandth of the work, and bfloat16
+            boxes are off by pixels, so they keep their dtype. None keeps all dtypes.
+        engine: "openvino" lets OpenVINO compute the backbone and the transformer. It takes some seconds to prepare and
+            a second copy of the weights.
 
     Raises:
-        ValueError: the model is optimised already, in another dtype or without the engine; there is no such engine, or
-            it cannot compute this model.
+        ValueError: the model is already optimized in another dtype or without the engine, the engine is unknown, or the
+            engine cannot compute this model.
         ImportError: the engine is not installed.
     """
     if engine not in get_args(Engine):
         raise ValueError(f"engine={engine!r}: expected one of {list(get_args(Engine))}")
     if is_optimized(model):
-        own = next(tensor.dtype for name, tensor in model.named_parameters() if not _is_of_heads(name))
+        own = next(tensor.dtype for name, tensor in model.named_parameters() if not _is_head_parameter(name))
         if dtype not in (None, own):
             raise ValueError(
-                f"optimize(dtype={dtype}) of a model that is optimised in {own}: call the original's"
+                f"optimize(dtype={dtype}): the model is already optimized in {own}: call optimize() of the original model"
             )
         if engine == "openvino" and not uses_openvino(model):
-            raise ValueError(f"optimize(engine={engine!r}) of a model that is optimised: call the original's")
+            raise ValueError(
+                f"optimize(engine={engine!r}): the model is already optimized: call optimize() of the original model"
+            )
         return model
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     for module in fast.modules():
         for method in ("states", "encode"):
-            vars(module).pop(method, None)  # of a model that is compiled: it would call the original
+            vars(module).pop(method, None)  # set on a compiled model, where it would call the original model
     for module in fast.modules():
         if isinstance(module, ConvEncoder):
             net = _fast_backbone(module.model, pack, dtype)
@@ -136,7 +138,7 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, eng
 
 
 def _multi_scale_layers(model: nn.Module) -> list[nn.Module]:
-    """What of the multi-scale architecture is layers of its own kinds, besides its encoder."""
+    """Return the parts of the multi-scale architecture, other than transformer encoders, that consist of plain layers."""
     kinds = {*_TRANSFORMER_LAYERS, SeparableConvolution, nn.Sequential, nn.Conv2d, PositionNorm}
     parts: list[nn.Module] = []
     for module in model.modules():
@@ -152,62 +154,64 @@ def _multi_scale_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def is_optimized(model: nn.Module) -> bool:
-    """Whether a model, or one inside it, comes from `optimized`."""
+    """Return whether a model, or a model inside it, was returned by `optimized`."""
     return any(getattr(module, "is_optimized", False) for module in model.modules())
 
 
-def refuse_conversion(model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-    """Raise an error where a function, which is to be applied to the tensors of a model, changes dtype or device.
+def check_conversion(model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    """Raise an error if a conversion of an optimized model would change the dtype or device of its tensors.
+
+    Packed weights are not parameters, so a conversion would not reach them.
 
     Args:
-        model: from `optimized`: its packed weights would not follow.
-        function: as `torch.nn.Module.to` makes it.
+        model: from `optimized`.
+        function: conversion of a tensor, as `torch.nn.Module.to` creates it.
 
     Raises:
-        ValueError: it does.
+        ValueError: the function changes the dtype or device of a parameter.
     """
     for own in {(tensor.dtype, tensor.device): tensor for tensor in model.parameters()}.values():
         given = function(torch.empty(0, dtype=own.dtype, device=own.device))
         if (given.dtype, given.device) != (own.dtype, own.device):
             raise ValueError(
                 f"this model comes from optimize() and stays {own.dtype} on {own.device}, it cannot become {given.dtype} "
-                f"on {given.device}: convert the one it was made from, and optimize that"
+                f"on {given.device}: convert the original model and optimize it again"
             )
 
 
 def _refuse_weights(*_: Any) -> None:
-    # Those of folded and packed layers are elsewhere: half of the model would stay the old one.
+    # Folded and packed layers do not store weights under the names of the original, so they would keep the old weights.
     raise ValueError(
-        "this model comes from optimize() and cannot take other weights: load them into the one it was made from, and "
-        "optimize that"
+        "this model comes from optimize() and cannot load other weights: load them into the original model and optimize "
+        "it again"
     )
 
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not _is_of_heads(name):
+        if tensor.is_floating_point() and not _is_head_parameter(name):
             tensor.data = tensor.data.to(dtype)
 
 
-def _is_of_heads(name: str) -> bool:
+def _is_head_parameter(name: str) -> bool:
     return not {"class_labels_classifier", "bbox_predictor"}.isdisjoint(name.split("."))
 
 
 class _Backbone(nn.Module):
-    """A graph that wants its images channels-last, unless its first convolution puts them in order itself."""
+    """A graph of fused convolutions. It converts images to channels-last, unless its first convolution does so."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
         self.graph_module = graph
         self._is_packed = any(isinstance(module, _FUSED) for module in graph.modules())
-        self._as_they_are = any(isinstance(module, SpaceToDepthConv2d) for module in graph.modules())
+        self._reorders_itself = any(isinstance(module, SpaceToDepthConv2d) for module in graph.modules())
 
     def forward(self, pixel_values: Tensor) -> Any:
         if self._is_packed:
-            refuse_capture(
-                "a model from optimize()", "export the one it was made from, or optimize(pack=False)"
+            check_not_capturing(
+                "a model from optimize()", "export the original model, or optimize(pack=False)"
             )
-        if not self._as_they_are:
+        if not self._reorders_itself:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return self.graph_module(pixel_values)
 
@@ -218,7 +222,7 @@ def _fast_backbone(net: nn.Module, pack: bool, dtype: torch.dtype | None) -> nn.
     if calls is None:
         return net
     graph = fx.GraphModule(net, calls)
-    _fold_batch_norms(graph)  # before it is rounded
+    _fold_batch_norms(graph)  # before the conversion of dtype, so that weights are rounded once
     if dtype is not None:
         graph.to(dtype)
     graph.to(memory_format=torch.channels_last)
@@ -230,12 +234,12 @@ def _fast_backbone(net: nn.Module, pack: bool, dtype: torch.dtype | None) -> nn.
         use_gpu_kernels(graph)
     graph.graph.lint()
     graph.recompile()
-    graph.graph.owning_module = None  # no circle: a model that nobody holds is freed at once
+    graph.graph.owning_module = None  # avoid a reference cycle, so that an unused model is freed immediately
     return _Backbone(graph)
 
 
 def _fold_batch_norms(graph: fx.GraphModule) -> None:
-    """Convolutions take their norm's weight and bias for good, and what then does nothing is left out."""
+    """Fold batch norms into the weight and bias of their convolutions, and remove layers that have become identities."""
     for node, convolution, norm in foldable_pairs(graph, graph.graph):
         weight, bias = fold(convolution, norm)
         convolution.weight, convolution.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
@@ -246,11 +250,11 @@ def _fold_batch_norms(graph: fx.GraphModule) -> None:
 
 
 def _fuse_convolutions(graph: fx.GraphModule, kind: Any) -> None:
-    """Convolutions become those of a library, with the additions and activations that follow them.
+    """Replace convolutions by those of a library, and fuse the following additions and activations into them.
 
     Args:
         graph: of a backbone.
-        kind: of the modules of `_FUSED`.
+        kind: one of the classes in `_FUSED`.
     """
     for node in nodes_of(graph.graph):
         convolution: Any = called_module(graph, node)
@@ -274,23 +278,36 @@ def _fuse_convolutions(graph: fx.GraphModule, kind: Any) -> None:
 
 
 def _fuse_addition(graph: fx.GraphModule, addition: Any, order: dict[Any, int]) -> None:
-    """Let a convolution that feeds a sum add to the other input in place, if nothing else reads that afterwards."""
+    """Replace ``convolution(x) + other`` by one call, ``convolution(x, other)``.
+
+    oneDNN accumulates into the memory of ``other`` and returns it, which saves writing and reading the result of the
+    convolution. The call takes the place of the addition in the graph. This is safe if all of these hold:
+
+    1. Only the addition reads ``convolution(x)``, which no longer exists afterwards. The convolution has no second input
+       yet.
+    2. ``other`` was allocated by a fused convolution or a max pool. Anything else may be the input of the network, or a
+       view of memory that is still needed.
+    3. Every other reader of ``other`` runs before the addition and is a fused convolution, whose result is in memory of
+       its own. Any other reader might be a view of ``other``, or the output of the network.
+
+    If ``other`` is itself a convolution without activation that feeds only this addition, (W x + b) + (V y + c) becomes
+    W x + (b + c) + V y, so only one bias is added.
+    """
     first, second = addition.args
     for node, other in ((first, second), (second, first)):
         fused = called_module(graph, node)
         if not isinstance(fused, _FUSED) or len(node.args) > 1 or not feeds_only(graph.graph, node, addition):
             continue
-        # Readers that are convolutions have results of their own; anything else might be a view, or the output.
         readers = [user for user in getattr(other, "users", ()) if user is not addition]
-        done = all(
+        can_overwrite = all(
             order[user] < order[addition] and isinstance(called_module(graph, user), _FUSED)
             for user in readers
         )
         source = called_module(graph, other)
-        if not isinstance(source, (*_FUSED, nn.MaxPool2d)) or not done:
+        if not isinstance(source, (*_FUSED, nn.MaxPool2d)) or not can_overwrite:
             continue
-        alone = isinstance(source, _FUSED) and source.activation[0] == "none"
-        if alone and feeds_only(graph.graph, other, addition):
+        is_linear = isinstance(source, _FUSED) and source.activation[0] == "none"
+        if is_linear and feeds_only(graph.graph, other, addition):
             fused.take_bias_of(source)
         with graph.graph.inserting_before(addition):
             call = graph.graph.call_module(node.target, (node.args[0], other))

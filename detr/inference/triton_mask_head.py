@@ -1,11 +1,11 @@
-"""The mask head of an optimised model on a GPU, where what counts is how often an activation is read and written.
+"""The mask head of an optimized model on a GPU, where the time depends on how often activations are read and written.
 
-cuDNN does the convolutions. What is between them, the four phases of an enlarged map in their order, the sum with the
-image's maps, group norm and ReLU, are kernels that read channels-last maps as the convolutions leave them; torch's group
-norm would turn them around and back. The last norm is done where the last convolution reads its input, so the largest
-map is written once.
+cuDNN computes the convolutions. The steps between them are Triton kernels: interleaving the four phases of an enlarged
+map, adding the feature map of the image, group norm and ReLU. They read and write channels-last maps, as the
+convolutions do; torch's group norm would convert the memory format twice. The last norm is applied when the last
+convolution reads its input, so the largest map is written only once.
 
-It needs Triton, which torch brings on Linux, and the C compiler that Triton needs.
+The kernels need Triton, which torch installs on Linux, and a C compiler, which Triton uses.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr.inference.cuda_graphs import GraphMemory, Replayed
+from detr.inference.cuda_graphs import GraphedCallable, GraphMemory
 from detr.inference.mask_head import FastMaskHead
 from detr.inference.triton_pool import triton_runs
 from detr.model.mask_head import MaskHead
 from detr.model.outputs import MaskContext
 
-_ELEMENTS = 4096
-"""Numbers that one program has in registers at a time."""
-_TURNS = 16
-"""How many times so many it sums up."""
-_STEP = 4
-"""Numbers of masks that are recorded: multiples of it, and powers of two below."""
+_BLOCK_ELEMENTS = 4096
+"""Elements that one program holds in registers at a time."""
+_BLOCKS_PER_PROGRAM = 16
+"""Blocks that one program of the group norm sums up."""
+_MASKS_MULTIPLE = 4
+"""Numbers of masks for which CUDA graphs are recorded: multiples of this, and smaller powers of two."""
 
 if triton_runs():
     import triton
@@ -46,23 +46,26 @@ if triton_runs():
         lanes: tl.constexpr,
         block: tl.constexpr,
     ):
-        """Phases [M, h + 1, w + 1, 4 C] plus shared [1 or M, H, W, C] to [M, H, W, C]; H is 2h or 2h - 1, W likewise."""
+        """Interleave phases [M, h + 1, w + 1, 4 C] and add shared [1 or M, H, W, C]: [M, H, W, C].
+
+        H is 2h or 2h - 1, and W is 2w or 2w - 1.
+        """
         pixel = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         channel = tl.arange(0, lanes)
         column = pixel % width
         row = pixel // width % height
         mask = pixel // (width * height)
-        there = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+        valid = (pixel < pixels)[:, None] & (channel < channels)[None, :]
         a, b = row % 2, column % 2
         cell = (mask * (half_height + 1) + row // 2 + a) * (half_width + 1) + column // 2 + b
         part = tl.load(
-            parts + ((cell * 4 + 2 * a + b) * channels)[:, None] + channel[None, :], mask=there, other=0.0
+            parts + ((cell * 4 + 2 * a + b) * channels)[:, None] + channel[None, :], mask=valid, other=0.0
         )
         same = (mask * shared_step + row * width + column) * channels
-        added = tl.load(shared + same[:, None] + channel[None, :], mask=there, other=0.0)
+        added = tl.load(shared + same[:, None] + channel[None, :], mask=valid, other=0.0)
         value = part.to(tl.float32) + added.to(tl.float32)
         at = pixel[:, None] * channels + channel[None, :]
-        tl.store(result + at, value.to(result.dtype.element_ty), mask=there)
+        tl.store(result + at, value.to(result.dtype.element_ty), mask=valid)
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _sum(  # type: ignore[no-untyped-def]
@@ -75,16 +78,16 @@ if triton_runs():
         block: tl.constexpr,
         turns: tl.constexpr,
     ):
-        """Of each channel of a share of [M, pixels, C] the sum and that of squares, to [M, programs, 2, C]."""
+        """Sum the values and squares of each channel over a part of [M, pixels, C]: [M, programs, 2, C]."""
         mask, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
         channel = tl.arange(0, lanes)
         first = tl.zeros((block, lanes), tl.float32)
         second = tl.zeros((block, lanes), tl.float32)
         for turn in range(turns):
             pixel = (program * turns + turn) * block + tl.arange(0, block)
-            there = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+            valid = (pixel < pixels)[:, None] & (channel < channels)[None, :]
             at = (mask * pixels + pixel)[:, None] * channels + channel[None, :]
-            value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+            value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
             first += value
             second += value * value
         at = (mask * programs + program) * 2 * channels + channel
@@ -104,15 +107,15 @@ if triton_runs():
         channels: tl.constexpr,
         lanes: tl.constexpr,
     ):
-        """From the sums of `_sum` the affine map that a group norm is: factors and shifts, to [M, 2, C]."""
+        """Convert the sums of `_sum` to the factors and shifts of a group norm as an affine map: [M, 2, C]."""
         mask = tl.program_id(0).to(tl.int64)
         channel = tl.arange(0, lanes)
-        there = channel < channels
+        valid = channel < channels
         first, second = tl.zeros((lanes,), tl.float64), tl.zeros((lanes,), tl.float64)
         for program in range(programs):
             at = sums + (mask * programs + program) * 2 * channels + channel
-            first += tl.load(at, mask=there, other=0.0).to(tl.float64)
-            second += tl.load(at + channels, mask=there, other=0.0).to(tl.float64)
+            first += tl.load(at, mask=valid, other=0.0).to(tl.float64)
+            second += tl.load(at + channels, mask=valid, other=0.0).to(tl.float64)
         size: tl.constexpr = channels // groups
         count = 1.0 * pixels * size
         mean, square = tl.zeros((lanes,), tl.float64), tl.zeros((lanes,), tl.float64)
@@ -121,27 +124,27 @@ if triton_runs():
             mean = tl.where(inside, tl.sum(tl.where(inside, first, 0.0)) / count, mean)
             square = tl.where(inside, tl.sum(tl.where(inside, second, 0.0)) / count, square)
         deviation = tl.sqrt(tl.maximum(square - mean * mean, 0.0) + eps)
-        factor = tl.load(weight + channel, mask=there, other=0.0).to(tl.float64) / deviation
-        shift = tl.load(bias + channel, mask=there, other=0.0).to(tl.float64) - mean * factor
+        factor = tl.load(weight + channel, mask=valid, other=0.0).to(tl.float64) / deviation
+        shift = tl.load(bias + channel, mask=valid, other=0.0).to(tl.float64) - mean * factor
         at = maps + mask * 2 * channels + channel
-        tl.store(at, factor.to(tl.float32), mask=there)
-        tl.store(at + channels, shift.to(tl.float32), mask=there)
+        tl.store(at, factor.to(tl.float32), mask=valid)
+        tl.store(at + channels, shift.to(tl.float32), mask=valid)
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _affine_relu(  # type: ignore[no-untyped-def]
         x, maps, all_pixels, pixels, channels: tl.constexpr, lanes: tl.constexpr, block: tl.constexpr
     ):
-        """ReLU of factor times [M, pixels, C] plus shift, in place."""
+        """Compute the ReLU of factor times [M, pixels, C] plus shift, in place."""
         pixel = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         channel = tl.arange(0, lanes)
-        there = (pixel < all_pixels)[:, None] & (channel < channels)[None, :]
+        valid = (pixel < all_pixels)[:, None] & (channel < channels)[None, :]
         at = pixel[:, None] * channels + channel[None, :]
         of_mask = maps + (pixel // pixels * 2 * channels)[:, None] + channel[None, :]
-        factor = tl.load(of_mask, mask=there, other=0.0)
-        shift = tl.load(of_mask + channels, mask=there, other=0.0)
-        value = tl.load(x + at, mask=there, other=0.0).to(tl.float32) * factor + shift
+        factor = tl.load(of_mask, mask=valid, other=0.0)
+        shift = tl.load(of_mask + channels, mask=valid, other=0.0)
+        value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) * factor + shift
         value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(x + at, value.to(x.dtype.element_ty), mask=there)
+        tl.store(x + at, value.to(x.dtype.element_ty), mask=valid)
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _affine_relu_convolution(  # type: ignore[no-untyped-def]
@@ -157,7 +160,7 @@ if triton_runs():
         lanes: tl.constexpr,
         block: tl.constexpr,
     ):
-        """As `_affine_relu`, then a 3 x 3 convolution to one channel: [M, H, W, C] to [M, H, W]; weight [3, 3, C]."""
+        """Apply `_affine_relu`, then a 3 x 3 convolution to one channel: [M, H, W, C] to [M, H, W]; weight [3, 3, C]."""
         pixel = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         channel = tl.arange(0, lanes)
         real = channel < channels
@@ -174,20 +177,20 @@ if triton_runs():
                 y, z = row + (i - 1), column + (j - 1)
                 inside = exists & (y >= 0) & (y < height) & (z >= 0) & (z < width)
                 at = (pixel + (i - 1) * width + (j - 1))[:, None] * channels + channel[None, :]
-                there = inside[:, None] & real[None, :]
-                value = tl.load(x + at, mask=there, other=0.0).to(tl.float32) * factor + shift
+                valid = inside[:, None] & real[None, :]
+                value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) * factor + shift
                 value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
                 factors = tl.load(weight + (3 * i + j) * channels + channel, mask=real, other=0.0)
-                sums += tl.where(there, value, 0.0) * factors.to(tl.float32)[None, :]
+                sums += tl.where(valid, value, 0.0) * factors.to(tl.float32)[None, :]
         value = tl.sum(sums, 1) + tl.load(bias).to(tl.float32)
         tl.store(result + pixel, value.to(result.dtype.element_ty), mask=exists)
 
 
 class GpuMaskHead(FastMaskHead):
-    """The same masks again.
+    """A mask head with the same masks and custom kernels for a GPU.
 
     Args:
-        head: on a GPU; one that `fits`.
+        head: on a GPU; `fits` must be true for it.
     """
 
     _chunk_bytes_on_gpu = 128 * 1024**2
@@ -196,54 +199,58 @@ class GpuMaskHead(FastMaskHead):
         super().__init__(head)
         self.to(memory_format=torch.channels_last)
         self._last_weight = self.out_lay.weight[0].permute(1, 2, 0).contiguous()
-        self._replayed: Replayed | None = None
+        self._graphed: GraphedCallable | None = None
 
     @staticmethod
     def fits(head: MaskHead) -> bool:
-        """Whether Triton can run here, and the activation and the dtype are what the kernels do."""
-        exact = head.lay1.weight.dtype == torch.float64
-        return triton_runs() and head.activation is F.relu and not exact
+        """Return whether Triton can run here, and the kernels support the activation and the dtype."""
+        is_float64 = head.lay1.weight.dtype == torch.float64
+        return triton_runs() and head.activation is F.relu and not is_float64
 
     def replay_masks(self, memory: GraphMemory) -> None:
-        """Ask for all masks of a chunk at once, from now on."""
-        self._replayed = Replayed(self._computed, memory)
+        """Compute each chunk of masks by replaying a CUDA graph from now on."""
+        self._graphed = GraphedCallable(self._compute, memory)
 
     def _masks(self, context: MaskContext, image: Tensor, query: Tensor) -> Tensor:
         count = len(image)
         if not count:
             return context.base.new_empty((0, *context.maps[-1].shape[-2:]))
         inputs = (context.base, *context.maps, context.attention)
-        if self._replayed is None:
-            return self._computed(*inputs, image, query)
-        # Some more masks than are asked for: fewer numbers of them to be recorded.
-        more = (triton.next_power_of_2(count) if count < _STEP else triton.cdiv(count, _STEP) * _STEP) - count
-        masks: Tensor = self._replayed(*inputs, F.pad(image, (0, more)), F.pad(query, (0, more)))
+        if self._graphed is None:
+            return self._compute(*inputs, image, query)
+        # Round the number of masks up, so that fewer graphs are recorded.
+        more = (
+            triton.next_power_of_2(count)
+            if count < _MASKS_MULTIPLE
+            else triton.cdiv(count, _MASKS_MULTIPLE) * _MASKS_MULTIPLE
+        ) - count
+        masks: Tensor = self._graphed(*inputs, F.pad(image, (0, more)), F.pad(query, (0, more)))
         return masks[:count]
 
-    def _computed(
-        self, base: Tensor, deep: Tensor, middle: Tensor, shallow: Tensor, attention: Tensor, *which: Tensor
+    def _compute(
+        self, base: Tensor, deep: Tensor, middle: Tensor, shallow: Tensor, attention: Tensor, *indices: Tensor
     ) -> Tensor:
-        return super()._masks(MaskContext(base, (deep, middle, shallow), attention), *which)
+        return super()._masks(MaskContext(base, (deep, middle, shallow), attention), *indices)
 
-    def enlarged(self, parts: Tensor, shared: Tensor) -> Tensor:
-        """See `FastMaskHead.enlarged`."""
+    def interleave(self, phases: Tensor, shared: Tensor) -> Tensor:
+        """See `FastMaskHead.interleave`."""
         channels, height, width = shared.shape[1:]
         lanes, block = _block(channels)
         result = torch.empty(
-            (len(parts), channels, height, width),
-            dtype=parts.dtype,
-            device=parts.device,
+            (len(phases), channels, height, width),
+            dtype=phases.dtype,
+            device=phases.device,
             memory_format=torch.channels_last,
         )
-        pixels = len(parts) * height * width
+        pixels = len(phases) * height * width
         _interleave[(triton.cdiv(pixels, block),)](
-            _channels_last(parts),
+            _channels_last(phases),
             _channels_last(shared),
             result,
             pixels,
             height,
             width,
-            *(side - 1 for side in parts.shape[-2:]),
+            *(side - 1 for side in phases.shape[-2:]),
             height * width if len(shared) > 1 else 0,
             channels,
             lanes,
@@ -251,8 +258,8 @@ class GpuMaskHead(FastMaskHead):
         )
         return result
 
-    def normed(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
-        """See `FastMaskHead.normed`."""
+    def normalize(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
+        """See `FastMaskHead.normalize`."""
         x = _channels_last(x)
         channels, pixels = x.shape[1], x[0, 0].numel()
         lanes, block = _block(channels)
@@ -261,8 +268,8 @@ class GpuMaskHead(FastMaskHead):
         )
         return x
 
-    def last(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
-        """See `FastMaskHead.last`."""
+    def final_layer(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
+        """See `FastMaskHead.final_layer`."""
         x = _channels_last(x)
         channels, height, width = x.shape[1:]
         lanes, block = _block(channels)
@@ -284,12 +291,12 @@ class GpuMaskHead(FastMaskHead):
 
 
 def _affine(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """Factors and shifts float32 [M, 2, C] of the group norm of channels-last maps."""
+    """Compute the factors and shifts float32 [M, 2, C] of the group norm of channels-last maps."""
     channels, pixels = x.shape[1], x[0, 0].numel()
     lanes, block = _block(channels)
-    programs = triton.cdiv(pixels, block * _TURNS)
+    programs = triton.cdiv(pixels, block * _BLOCKS_PER_PROGRAM)
     sums = torch.empty((len(x), programs, 2, channels), device=x.device)
-    _sum[(programs, len(x))](x, sums, pixels, programs, channels, lanes, block, _TURNS)
+    _sum[(programs, len(x))](x, sums, pixels, programs, channels, lanes, block, _BLOCKS_PER_PROGRAM)
     maps = torch.empty((len(x), 2, channels), device=x.device)
     _fit[(len(x),)](
         sums, norm.weight, norm.bias, maps, pixels, programs, norm.eps, norm.num_groups, channels, lanes
@@ -298,9 +305,9 @@ def _affine(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 def _block(channels: int) -> tuple[int, int]:
-    """Channels, rounded up to what Triton can count, and how many pixels of so many one program has at a time."""
+    """Return the channels rounded up to a power of two, as Triton requires, and the pixels of a block."""
     lanes = triton.next_power_of_2(channels)
-    return lanes, max(1, _ELEMENTS // lanes)
+    return lanes, max(1, _BLOCK_ELEMENTS // lanes)
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Max pooling on a GPU that writes only its result: torch's own also writes where each maximum was, four times as much.
+"""Max pooling on a GPU that writes only its result.
 
-It needs Triton, which torch brings on Linux, and the C compiler that Triton needs.
+torch also writes the index of each maximum, which is four times as much data. The kernel needs Triton, which torch
+installs on Linux, and a C compiler, which Triton uses.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 try:
     import triton
     import triton.language as tl
-except ImportError:  # torch for a CPU or for Windows
+except ImportError:  # builds of torch for CPUs or Windows
     triton = None
 
 
 def triton_runs() -> bool:
-    """Whether Triton is here, and the C compiler that it needs."""
+    """Return whether Triton and the C compiler that it uses are available."""
     return triton is not None and shutil.which("cc") is not None
 
 
@@ -40,7 +41,7 @@ if triton is not None:
         padding: tl.constexpr,
         block: tl.constexpr,
     ):
-        """Channels-last [B, h, w, C] to [B, h', w', C]; one program for ``block`` pixels of the result."""
+        """Pool channels-last [B, h, w, C] to [B, h', w', C]; one program computes ``block`` pixels of the result."""
         pixel = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         channel = tl.arange(0, channels)
         column = (pixel % out_width) * stride - padding
@@ -50,9 +51,9 @@ if triton is not None:
         for i in tl.static_range(size):
             for j in tl.static_range(size):
                 y, z = row + i, column + j
-                there = (pixel < pixels) & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+                valid = (pixel < pixels) & (y >= 0) & (y < height) & (z >= 0) & (z < width)
                 at = ((image * height + y) * width + z)[:, None] * channels + channel[None, :]
-                value = tl.load(x + at, mask=there[:, None], other=float("-inf"))
+                value = tl.load(x + at, mask=valid[:, None], other=float("-inf"))
                 largest = tl.maximum(largest, value.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
         at = pixel[:, None] * channels + channel[None, :]
         tl.store(result + at, largest.to(result.dtype.element_ty), mask=(pixel < pixels)[:, None])
@@ -71,7 +72,7 @@ class FastMaxPool2d(nn.Module):
 
     @staticmethod
     def fits(pool: Any) -> bool:
-        """Whether a module is such a pool, and Triton can run here."""
+        """Return whether a module is a pool that can be converted, and Triton can run here."""
         return (
             type(pool) is nn.MaxPool2d
             and all(isinstance(n, int) for n in (pool.kernel_size, pool.stride, pool.padding))
@@ -81,9 +82,9 @@ class FastMaxPool2d(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float [B, C, h, w] to float [B, C, h', w']."""
+        """Pool float [B, C, h, w] to float [B, C, h', w']."""
         batch, channels, height, width = x.shape
-        # Triton's blocks are powers of two, and this one's numbers are float32.
+        # Block sizes in Triton are powers of two, and this kernel computes in float32.
         if channels & (channels - 1) or x.dtype == torch.float64:
             return torch.nn.functional.max_pool2d(x, self.size, self.stride, self.padding)
         x = x.contiguous(memory_format=torch.channels_last)

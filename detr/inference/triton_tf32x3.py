@@ -1,10 +1,13 @@
-"""Float32 products on a GPU's units for TF32, which round their factors to ten bits: three products in place of one.
+"""Float32 linear layers and attention on the TF32 tensor cores of a GPU, as exact as float32 (3xTF32).
 
-Each factor is the sum of two TF32 numbers; of their four products the one of both remainders is below float32's own
-rounding and is left out. That is as exact as float32's units are, and faster. Linear layers and attention, whose scores
-never leave the chip (Dao et al., 2022), are what torch computes on the slow units.
+Tensor cores round the factors of a TF32 product to ten bits. So each factor is split into the sum of two TF32 numbers.
+Of the four products of the parts, the one of both remainders is below the rounding of float32 and is omitted. The
+remaining three TF32 products are as exact as a float32 product, and faster.
 
-It needs Triton, which torch brings on Linux, and the C compiler that Triton needs.
+torch computes float32 linear layers and attention on the slow float32 units. The attention here does not store the
+scores in GPU memory (FlashAttention, Dao et al., 2022).
+
+The kernels need Triton, which torch installs on Linux, and a C compiler, which Triton uses.
 """
 
 from __future__ import annotations
@@ -36,21 +39,21 @@ if triton_runs():
         wide_block: tl.constexpr,
         narrow_block: tl.constexpr,
     ):
-        """[rows, narrow] times the transpose of [wide, narrow], plus [wide]; one program for a block of the result."""
+        """Multiply [rows, narrow] by the transpose of [wide, narrow] and add [wide]; one program per result block."""
         row = tl.program_id(0).to(tl.int64) * rows_block + tl.arange(0, rows_block)
         column = tl.program_id(1) * wide_block + tl.arange(0, wide_block)
         sums = tl.zeros((rows_block, wide_block), tl.float32)
         for start in range(0, narrow, narrow_block):
             inner = start + tl.arange(0, narrow_block)
-            there = inner < narrow
+            valid = inner < narrow
             left = tl.load(
                 x + row[:, None] * narrow + inner[None, :],
-                mask=(row < rows)[:, None] & there[None, :],
+                mask=(row < rows)[:, None] & valid[None, :],
                 other=0.0,
             )
             right = tl.load(
                 weight + column[None, :] * narrow + inner[:, None],
-                mask=(column < wide)[None, :] & there[:, None],
+                mask=(column < wide)[None, :] & valid[:, None],
                 other=0.0,
             )
             sums = tl.dot(left, right, sums, input_precision="tf32x3")
@@ -85,40 +88,45 @@ if triton_runs():
         rows_block: tl.constexpr,
         keys_block: tl.constexpr,
     ):
-        """Attention of a block of queries of one head; the mask [batch, keys] is added, the result [batch, queries, ...]."""
+        """Compute attention for a block of queries of one head, with an online softmax over blocks of keys.
+
+        The mask [batch, keys] is added to the scores. The result is [batch, queries, heads, width].
+        """
         batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
         row, channel = tl.program_id(0) * rows_block + tl.arange(0, rows_block), tl.arange(0, width)
-        exists = (row < queries)[:, None]
+        row_valid = (row < queries)[:, None]
         q_at = q + batch * q_batch + head * q_head + row[:, None] * q_row + channel[None, :]
-        asked = tl.load(q_at, mask=exists, other=0.0) * scale
+        queries_block = tl.load(q_at, mask=row_valid, other=0.0) * scale
         largest = tl.full((rows_block,), float("-inf"), tl.float32)
         total = tl.zeros((rows_block,), tl.float32)
         sums = tl.zeros((rows_block, width), tl.float32)
         for start in range(0, keys, keys_block):
             key = start + tl.arange(0, keys_block)
-            there = key < keys
+            valid = key < keys
             k_at = k + batch * k_batch + head * k_head + key[None, :] * k_row + channel[:, None]
-            scores = tl.dot(asked, tl.load(k_at, mask=there[None, :], other=0.0), input_precision="tf32x3")
+            scores = tl.dot(
+                queries_block, tl.load(k_at, mask=valid[None, :], other=0.0), input_precision="tf32x3"
+            )
             if masked:
-                scores += tl.load(mask + batch * keys + key, mask=there, other=0.0)[None, :]
-            scores = tl.where(there[None, :], scores, float("-inf"))
-            now = tl.maximum(largest, tl.max(scores, 1))
-            shrink, weights = tl.exp(largest - now), tl.exp(scores - now[:, None])
+                scores += tl.load(mask + batch * keys + key, mask=valid, other=0.0)[None, :]
+            scores = tl.where(valid[None, :], scores, float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(scores, 1))
+            rescale, weights = tl.exp(largest - new_largest), tl.exp(scores - new_largest[:, None])
             v_at = v + batch * v_batch + head * v_head + key[:, None] * v_row + channel[None, :]
-            values = tl.load(v_at, mask=there[:, None], other=0.0)
-            sums = sums * shrink[:, None] + tl.dot(weights, values, input_precision="tf32x3")
-            total = total * shrink + tl.sum(weights, 1)
-            largest = now
+            values = tl.load(v_at, mask=valid[:, None], other=0.0)
+            sums = sums * rescale[:, None] + tl.dot(weights, values, input_precision="tf32x3")
+            total = total * rescale + tl.sum(weights, 1)
+            largest = new_largest
         at = ((batch * queries + row[:, None]) * heads + head) * width + channel[None, :]
-        tl.store(result + at, sums / total[:, None], mask=exists)
+        tl.store(result + at, sums / total[:, None], mask=row_valid)
 
 
 class Float32Linear(nn.Module):
-    """A linear layer, with ReLU or without.
+    """A float32 linear layer on TF32 tensor cores, optionally with a fused ReLU.
 
     Args:
         linear: float32, on a GPU.
-        relu: whether a ReLU follows.
+        relu: whether to fuse a ReLU.
     """
 
     def __init__(self, linear: nn.Linear, relu: bool = False) -> None:
@@ -128,7 +136,7 @@ class Float32Linear(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float [..., C] to float [..., C']."""
+        """Map float [..., C] to float [..., C']."""
         if x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
             y = F.linear(x, self.weight, self.bias)
             return F.relu(y) if self.relu else y
@@ -156,7 +164,7 @@ class Float32Linear(nn.Module):
 
 
 def _blocks(rows: int, wide: int) -> tuple[int, int, int]:
-    """Sizes of the blocks of a product: large ones load less, small ones keep all of a GPU busy."""
+    """Choose the block sizes of a product: large blocks load less data, small blocks occupy the whole GPU."""
     blocks = triton.cdiv(rows, 64) * triton.cdiv(wide, 64)
     if blocks >= 400:
         return 128, 64, 32
@@ -166,11 +174,11 @@ def _blocks(rows: int, wide: int) -> tuple[int, int, int]:
 
 
 class Float32Attention(MultiheadAttention):
-    """Attention of float32 without dropout."""
+    """Float32 attention without dropout on TF32 tensor cores."""
 
     @staticmethod
     def fits(attention: nn.Module) -> bool:
-        """Whether a module can be one: the channels of a head are a block of Triton's, and fit into every GPU."""
+        """Return whether a module can be converted: the width of its heads must be a block size that fits every GPU."""
         return type(attention) is MultiheadAttention and attention.head_dim in (16, 32, 64)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -205,7 +213,7 @@ class Float32Attention(MultiheadAttention):
 
 
 def use_tensor_cores(stack: Any) -> None:
-    """Let the float32 layers of an encoder or decoder run there, in place; nothing without Triton."""
+    """Convert the float32 layers of an encoder or decoder to 3xTF32, in place; do nothing without Triton."""
     if not triton_runs():
         return
     for layer in stack.layers:

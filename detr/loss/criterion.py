@@ -1,6 +1,6 @@
-"""The set loss of DETR: matching, cross-entropy, L1 and GIoU over all decoder layers at once.
+"""The set loss of DETR: matching, cross-entropy, L1 and GIoU, vectorized over decoder layers.
 
-Nothing here knows of other processes: whoever trains on several hands in the normalisers of the loss.
+Nothing here communicates between processes: in distributed training, the caller passes the normalizers of the loss.
 
 L decoder layers (1, or all with auxiliary losses), B batch, Q queries, C classes, M matches per layer.
 """
@@ -26,20 +26,23 @@ Labels = Sequence[Mapping[str, Any]]
 def target_counts(
     labels: Labels, image_weights: Sequence[float] | Tensor | None, num_queries: int, eos_coefficient: float
 ) -> tuple[float, float]:
-    """The two normalisers of the loss as sums over these images, from the targets alone.
+    """Compute the contributions of images to the two normalizers of the loss; only the labels are needed.
 
-    Sums over all images of a step give the normalisers of one process with the whole batch:
+    The normalizers of a batch follow from the sums over all of its images, in whichever process they are:
     ``num_boxes = max(sum, 1)`` and ``class_weight_sum = sum``.
 
     Args:
         labels: one dict per image with ``class_labels`` [n].
-        image_weights: float [B], None for 1 each.
+        image_weights: float [B]; None means 1 each.
         num_queries: Q.
         eos_coefficient: class weight of "no object".
 
     Returns:
-        ``num_boxes``: the weighted number of target boxes; ``class_weight_sum``: the sum of the class weights
-        in the cross-entropy, ``sum of w (min(n, Q) + eos (Q - min(n, Q)))``.
+        ``num_boxes``, the weighted number of target boxes, and ``class_weight_sum``, the sum of the class weights in
+        the cross-entropy: the sum over images of ``w (min(n, Q) + eos (Q - min(n, Q)))``.
+
+    Raises:
+        ValueError: the numbers of weights and labels differ.
     """
     if image_weights is None:
         weights = [1.0] * len(labels)
@@ -65,41 +68,39 @@ def set_loss(
     num_boxes: float | Tensor | None = None,
     class_weight_sum: float | Tensor | None = None,
     image_weights: Tensor | None = None,
-    masks_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+    compute_masks: Callable[[Tensor, Tensor], Tensor] | None = None,
     groups: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch.
-
-    Computed in float32 (float64 for float64 predictions), also under autocast.
+    """Compute the loss of a batch, in float32 (float64 for float64 predictions), also under autocast.
 
     Args:
         logits: float [L, B, Q, C + 1], the last layer last.
         pred_boxes: float [L, B, Q, 4], cxcywh in 0..1.
         labels: one dict per image: ``class_labels`` int64 [n], ``boxes`` float [n, 4] cxcywh in 0..1.
         config: weights of costs and losses, number of classes.
-        num_boxes: what the sums of ``loss_bbox`` and ``loss_giou`` are divided by; None: the number of target
-            boxes in this batch, at least 1.
-        class_weight_sum: what the sum of ``loss_ce`` is divided by; None: the sum of this batch's class weights.
-        image_weights: float [B], the weight of each image in every term; None: 1 each.
-        masks_of: for segmentation: from image and query, int64 [M] each, to their mask logits float [M, h, w]. The
-            labels then need ``masks`` [n, H, W] too.
-        groups: K groups of queries, each matched on its own: L counts the layers of the first group, then those of
-            the next, and so on. The loss is the mean over the groups; the masks and the terms that are returned are
-            those of the last group.
+        num_boxes: normalizer of ``loss_bbox``, ``loss_giou`` and the mask losses; default the number of target boxes in
+            this batch, at least 1.
+        class_weight_sum: normalizer of ``loss_ce``; default the sum of the class weights in this batch.
+        image_weights: float [B], the weight of each image in every term; None means 1 each.
+        compute_masks: for segmentation: a function from image and query, int64 [M] each, to the mask logits
+            float [M, h, w]. The labels then need ``masks`` [n, H, W] too.
+        groups: number K of query groups, each matched independently. The first dimension then has K times the layers of
+            a group, one group after the other. The loss is the mean over the groups; the returned terms and the masks
+            are those of the last group.
 
     Returns:
-        The weighted sum, float [], and the terms: ``loss_ce``, ``loss_bbox``, ``loss_giou`` and
-        ``cardinality_error`` (no part of the sum) of the last layer, with ``_i`` those of layer i; ``loss_mask``
-        and ``loss_dice`` of the last layer, with ``masks_of``.
+        The weighted sum, float [], and its terms, float [] each. ``loss_ce``, ``loss_bbox``, ``loss_giou`` and
+        ``cardinality_error`` (not part of the sum) are those of the last layer; the suffix ``_i`` means layer i.
+        ``loss_mask`` and ``loss_dice``, with ``compute_masks``, are those of the last layer.
 
     Raises:
-        ValueError: a label is wrong; the message names the image.
+        ValueError: a label is invalid; the message names the image.
     """
     with torch.autocast(device_type=logits.device.type, enabled=False):
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         logits, pred_boxes = logits.to(dtype), pred_boxes.to(dtype)
         targets = gather_targets(labels, config.num_labels, logits.shape[1], logits.device, dtype)
-        if masks_of is not None:
+        if compute_masks is not None:
             check_masks(labels)
         cost = MatchingCost(config.class_cost, config.bbox_cost, config.giou_cost)
         matching = hungarian_matching(logits, pred_boxes, targets, cost, labels)
@@ -132,19 +133,19 @@ def set_loss(
     first = logits.shape[0] - logits.shape[0] // groups
     for layer in range(first, last):
         loss_dict.update({f"{name}_{layer - first}": values[layer] for name, values in terms.items()})
-    if masks_of is not None:
+    if compute_masks is not None:
         query = matching.query[last] - matching.image * logits.shape[2]
-        predicted = masks_of(matching.image, query)
+        predicted = compute_masks(matching.image, query)
         with torch.autocast(device_type=logits.device.type, enabled=False):
-            of_masks = _loss_masks(predicted.to(dtype), labels, matching, weights / num_boxes)
-        loss = loss + config.mask_loss_coefficient * of_masks["loss_mask"]
-        loss = loss + config.dice_loss_coefficient * of_masks["loss_dice"]
-        loss_dict.update(of_masks)
+            mask_terms = _loss_masks(predicted.to(dtype), labels, matching, weights / num_boxes)
+        loss = loss + config.mask_loss_coefficient * mask_terms["loss_mask"]
+        loss = loss + config.dice_loss_coefficient * mask_terms["loss_dice"]
+        loss_dict.update(mask_terms)
     return loss, loss_dict
 
 
 def weights_of_images(image_weights: Tensor | None, logits: Tensor) -> Tensor:
-    """The weight of each image, 1 by default: float [B] on the device and in the dtype of the logits [L, B, Q, C]."""
+    """Return image weights, 1 by default, as float [B] with device and dtype of the logits [L, B, Q, C]."""
     batch = logits.shape[1]
     if image_weights is None:
         return logits.new_ones(batch)
@@ -154,41 +155,43 @@ def weights_of_images(image_weights: Tensor | None, logits: Tensor) -> Tensor:
 
 
 def weighted_sum(counts: Sequence[float], weights: Tensor) -> Tensor:
-    """Sum over the images of one number each times the image's weight, float []."""
-    return (_on_device_of(weights, counts) * weights).sum()
+    """Compute the weighted sum, float [], of one number per image, with weights float [B]."""
+    return (_copy_to_device(counts, weights) * weights).sum()
 
 
-def _on_device_of(weights: Tensor, counts: Sequence[float]) -> Tensor:
-    """float [B]; copied without waiting for the device, which `torch.tensor(..., device=...)` would."""
-    return torch.tensor(counts, dtype=weights.dtype).to(weights.device, non_blocking=True)
+def _copy_to_device(counts: Sequence[float], like: Tensor) -> Tensor:
+    """Create a tensor on the device of another without synchronization, unlike `torch.tensor(..., device=...)`."""
+    return torch.tensor(counts, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _loss_ce(logits: Tensor, targets: Targets, matching: Matching, weights: Tensor, eos: float) -> Tensor:
-    """Weighted sum of the cross-entropy of every query, float [L]; unmatched queries should say "no object"."""
+    """Compute the weighted sum of the cross-entropy, float [L]; the target of unmatched queries is "no object"."""
     layers, batch, queries, classes = logits.shape
-    wanted = torch.full((layers, batch * queries), classes - 1, dtype=torch.int64, device=logits.device)
-    wanted = wanted.scatter(1, matching.query, targets.class_ids[matching.target])
+    target_classes = torch.full(
+        (layers, batch * queries), classes - 1, dtype=torch.int64, device=logits.device
+    )
+    target_classes = target_classes.scatter(1, matching.query, targets.class_ids[matching.target])
     class_weights = logits.new_ones(classes)
     class_weights[-1] = eos
-    each = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), class_weights, reduction="none")
-    return (each.view(layers, batch, queries).sum(2) * weights).sum(1)
+    entropy = F.cross_entropy(logits.flatten(0, 2), target_classes.flatten(), class_weights, reduction="none")
+    return (entropy.view(layers, batch, queries).sum(2) * weights).sum(1)
 
 
 def _loss_boxes(
     pred_boxes: Tensor, targets: Targets, matching: Matching, weights: Tensor
 ) -> dict[str, Tensor]:
-    """Weighted sums of L1 distance and 1 - GIoU over the matches, float [L] each."""
+    """Compute the weighted sums of L1 distance and 1 - GIoU over the matches, float [L] each."""
     index = matching.query[..., None].expand(-1, -1, 4)
     predicted = pred_boxes.flatten(1, 2).gather(1, index)
-    wanted = targets.boxes_cxcywh[matching.target]
+    target_boxes = targets.boxes_cxcywh[matching.target]
     weight = weights[matching.image]
-    distance = (predicted - wanted).abs().sum(-1)
-    giou = elementwise_generalized_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(wanted))
+    distance = (predicted - target_boxes).abs().sum(-1)
+    giou = elementwise_generalized_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(target_boxes))
     return {"loss_bbox": (distance * weight).sum(1), "loss_giou": ((1 - giou) * weight).sum(1)}
 
 
 def _loss_masks(predicted: Tensor, labels: Labels, matching: Matching, weights: Tensor) -> dict[str, Tensor]:
-    """Weighted sums over the matches of the last layer, float [] each."""
+    """Compute the weighted sums of the mask losses over the matches of the last layer, float [] each."""
     masks = [label["masks"] for label in labels]
     focal, dice = mask_losses(predicted, masks, matching.image, matching.target[-1])
     weight = weights[matching.image]
@@ -197,8 +200,8 @@ def _loss_masks(predicted: Tensor, labels: Labels, matching: Matching, weights: 
 
 @torch.no_grad()
 def _cardinality_error(logits: Tensor, counts: Sequence[int], weights: Tensor) -> Tensor:
-    """Mean over images of the difference in the number of objects, float [L]; for logging, not a loss."""
+    """Compute the mean over images of |predicted - target| number of objects, float [L]; for logging, not a loss."""
     predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(2)
-    wanted = _on_device_of(weights, counts)
+    target = _copy_to_device(counts, weights)
     total = weights.sum()
-    return ((predicted - wanted).abs() * weights).sum(1) / torch.where(total > 0, total, 1)
+    return ((predicted - target).abs() * weights).sum(1) / torch.where(total > 0, total, 1)

@@ -1,7 +1,7 @@
-"""Hungarian matching of predictions and targets, for all decoder layers at once.
+"""Hungarian matching of predictions to targets, for all decoder layers together.
 
-L decoder layers, B batch, Q queries, C classes, T objects in the batch, M matches per layer: the sum over images of
-min(Q, objects).
+L decoder layers, B batch, Q queries, C classes, T objects in the batch, M matches per layer (the sum over images of
+min(Q, objects)).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class MatchingCost:
 
 @dataclass(frozen=True)
 class Matching:
-    """Which query is responsible for which target.
+    """The matched pairs of queries and targets.
 
     Attributes:
-        query: int64 [L, M], index into the flattened [B * Q] queries.
-        target: int64 [L, M], index into the T targets of the batch.
-        image: int64 [M], index of the image, the same in every layer.
+        query: int64 [L, M], indices into the flattened [B * Q] queries.
+        target: int64 [L, M], indices into the T targets of the batch.
+        image: int64 [M], indices of the images, the same in every layer.
     """
 
     query: Tensor
@@ -52,7 +52,7 @@ class Matching:
 
 
 def matching_cost(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, cost: MatchingCost) -> Tensor:
-    """Cost of every pair of a target and a query of its image.
+    """Compute the cost of every pair of a target and a query of its image.
 
     Args:
         logits: float [L, B, Q, C + 1].
@@ -63,13 +63,13 @@ def matching_cost(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, cost: 
     Returns:
         float [L, T, Q].
     """
-    owners = [image for image, count in enumerate(targets.counts) for _ in range(count)]
-    image = torch.tensor(owners).to(logits.device, non_blocking=True)
-    wanted = targets.boxes_cxcywh[:, None]
+    image_of_target = [image for image, count in enumerate(targets.counts) for _ in range(count)]
+    image = torch.tensor(image_of_target).to(logits.device, non_blocking=True)
+    target_boxes = targets.boxes_cxcywh[:, None]
     class_cost = -logits.softmax(-1)[:, image, :, targets.class_ids].transpose(0, 1)
-    bbox_cost = (boxes_cxcywh[:, image] - wanted).abs().sum(-1)
+    bbox_cost = (boxes_cxcywh[:, image] - target_boxes).abs().sum(-1)
     boxes_xyxy = box_cxcywh_to_xyxy(boxes_cxcywh)[:, image]
-    giou_cost = -elementwise_generalized_iou(boxes_xyxy, box_cxcywh_to_xyxy(wanted))
+    giou_cost = -elementwise_generalized_iou(boxes_xyxy, box_cxcywh_to_xyxy(target_boxes))
     return cost.class_cost * class_cost + cost.bbox_cost * bbox_cost + cost.giou_cost * giou_cost
 
 
@@ -81,37 +81,37 @@ def hungarian_matching(
     cost: MatchingCost,
     labels: Sequence[Mapping[str, Any]] = (),
 ) -> Matching:
-    """Match each image's targets one to one with queries at the least total cost, in every layer.
+    """Match the targets of each image one-to-one to queries with minimum total cost, in every layer.
 
-    Where an image has more targets than queries, min(Q, objects) are matched. A query whose prediction is not
-    finite is matched only when no other is left. There is one copy from the device to the host, which also
-    carries the check of the labels' values.
+    An image with more targets than queries gets Q matches. A query with a non-finite prediction is matched only if no
+    other query is left. There is a single copy from the device to the host, which also transfers the check of the label
+    values.
 
     Args:
         logits: float [L, B, Q, C + 1].
         boxes_cxcywh: float [L, B, Q, 4].
         targets: see `detr.loss.targets.gather_targets`.
         cost: weights of the cost terms.
-        labels: for the error message, where ``targets.faults`` is set.
+        labels: for the error message, if ``targets.faults`` is set.
 
     Returns:
-        The matching; within an image and layer in rising order of the query.
+        The matches, for each image and layer in ascending order of the query.
 
     Raises:
-        ValueError: a label is wrong.
+        ValueError: a label is invalid.
     """
     layers, batch, queries = logits.shape[:3]
     device = logits.device
     if sum(targets.counts) == 0:
-        nothing = torch.zeros(layers, 0, dtype=torch.int64, device=device)
-        return Matching(nothing, nothing, nothing[0])
+        empty = torch.zeros(layers, 0, dtype=torch.int64, device=device)
+        return Matching(empty, empty, empty[0])
     costs = matching_cost(logits, boxes_cxcywh, targets, cost)
     if targets.faults is None:
         on_host = costs.cpu().numpy()
     else:
-        together = torch.cat((costs.flatten(), targets.faults.to(costs.dtype))).cpu()
-        raise_faults(together[costs.numel() :] > 0, labels, logits.shape[-1] - 1)
-        on_host = together[: costs.numel()].view(costs.shape).numpy()
+        packed_costs = torch.cat((costs.flatten(), targets.faults.to(costs.dtype))).cpu()
+        raise_faults(packed_costs[costs.numel() :] > 0, labels, logits.shape[-1] - 1)
+        on_host = packed_costs[: costs.numel()].view(costs.shape).numpy()
     query, target = assign(on_host, targets.counts)
     image = np.repeat(np.arange(batch), [min(queries, count) for count in targets.counts])
     packed = torch.from_numpy(np.concatenate((query, target, image[None]))).to(device, non_blocking=True)
@@ -121,33 +121,35 @@ def hungarian_matching(
 def assign(
     costs: np.ndarray[Any, np.dtype[Any]], counts: Sequence[int]
 ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]:
-    """Solve the assignments.
+    """Solve the assignment problem of each image and layer.
 
     Args:
         costs: float [L, T, Q].
         counts: objects per image, length B; their sum is T.
 
     Returns:
-        int64 [L, M] flat query and int64 [L, M] flat target indices, as in `Matching`.
+        Flat query indices int64 [L, M] and flat target indices int64 [L, M], as in `Matching`.
     """
-    from scipy.optimize import linear_sum_assignment  # a third of a second, which inference does without
+    # Imported here because the import takes 0.3 s, and inference does not need it.
+    from scipy.optimize import linear_sum_assignment
 
     layers, _, queries = costs.shape
     offsets = np.concatenate(([0], np.cumsum(counts)))
     query, target = [], []
-    for of_layer in costs:
+    for layer_costs in costs:
         for image, (start, end) in enumerate(itertools.pairwise(offsets)):
-            rows, columns = linear_sum_assignment(finite_cost(of_layer[start:end].T))
+            rows, columns = linear_sum_assignment(replace_non_finite(layer_costs[start:end].T))
             query.append(rows + image * queries)
             target.append(columns + start)
     return np.concatenate(query).reshape(layers, -1), np.concatenate(target).reshape(layers, -1)
 
 
-def finite_cost(cost: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:
-    """float [Q, n] with every value that is not finite replaced by one that no better choice can exceed.
+def replace_non_finite(cost: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:
+    """Replace non-finite costs float [Q, n], so that an assignment uses them only if it must.
 
-    The replacement is larger than the sum of all other costs of any assignment, and small enough for the exact
-    comparison of the rest (the largest float would swallow it in rounding).
+    An assignment has at most min(Q, n) costs, so sums of finite costs differ by at most 2 min(Q, n) max |cost|. The
+    replacement is larger than this difference. It is also small enough to preserve the precision of the finite costs,
+    which would be lost in sums with the largest float.
     """
     finite = np.isfinite(cost)
     if finite.all():

@@ -1,8 +1,8 @@
-"""The losses of the multi-scale architecture: dense ones of the tokens and the set loss of each decoder layer.
+"""Losses of the multi-scale architecture: dense losses of the tokens, and the set loss of each decoder layer.
 
-Every sum is divided by the number of boxes and by nothing else, so that W workers with one shared normalizer compute the
-gradient of one process. Scores are learned by the varifocal loss (https://arxiv.org/abs/2008.13367): an
-object's score is to be the IoU of its box, so that better boxes rank higher.
+All sums have the same normalizer, the number of boxes, so W workers that share it compute the gradient of one process.
+Scores are trained with the varifocal loss (https://arxiv.org/abs/2008.13367). Its target for the score of an object is
+the IoU of the predicted box, so that better boxes rank higher.
 
 B batch, S tokens, Q queries, C classes, L decoder layers, M matches per layer.
 """
@@ -27,19 +27,26 @@ from detr.model.multiscale.tokens import TokenGrid
 from detr.multiscale_config import MultiScaleConfig
 
 _NEGATIVE_WEIGHT = 0.75
-"""The alpha of varifocal loss: weight of what is no object."""
+"""The alpha of varifocal loss: weight of negatives."""
 
-_LEAST_QUALITY = 0.05
-"""Weight of a box whose token is hardly aligned yet: the first steps have no better ones to learn from."""
+_MIN_QUALITY = 0.05
+"""Minimum weight of the box of an assigned token: in the first steps all qualities are small."""
 
-_LEAST_TARGET = 0.01
-"""Score that a matched query is taught at least: it is the object's only one."""
+_MIN_TARGET = 0.01
+"""Minimum target score of a matched query, because no other query is trained to detect the object."""
 
 
 def varifocal_loss(logits: Tensor, quality: Tensor) -> Tensor:
-    """Varifocal loss of each score: float [...] from logits float [...] and target scores float [...] in 0..1.
+    """Compute the varifocal loss of each score.
 
-    Positives are weighted by their target, negatives (target 0) by their squared score.
+    The weight of positives is their target. The weight of negatives (target 0) is 0.75 times their squared score.
+
+    Args:
+        logits: float [...].
+        quality: float [...] in 0..1, the target scores.
+
+    Returns:
+        float [...].
     """
     score = logits.detach().sigmoid()
     weight = torch.where(quality > 0, quality, _NEGATIVE_WEIGHT * score.square())
@@ -59,27 +66,27 @@ def multi_scale_loss(
     image_weights: Tensor | None = None,
     masks: DynamicMasks | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch, computed in float32 (float64 for float64 predictions), also under autocast.
+    """Compute the loss of a batch, in float32 (float64 for float64 predictions), also under autocast.
 
     Args:
         tokens: predictions of the dense head.
-        grid: of its tokens.
+        grid: grid of its tokens.
         logits: float [L, B, Q, C], before the sigmoid, the last layer last.
         boxes_cxcywh: float [L, B, Q, 4] in 0..1.
         labels: one dict per image, as for `detr.loss.criterion.set_loss`.
         config: number of classes, weights of costs and losses.
-        settings: of the dense losses.
-        num_boxes: what every sum is divided by; None: the number of target boxes in this batch, at least 1.
-        image_weights: float [B], the weight of each image in every term; None: 1 each.
-        masks: of the last layer's queries, for segmentation; the labels then need ``masks`` [n, H_i, W_i] too.
+        settings: settings of the dense losses.
+        num_boxes: normalizer of every sum; default the number of target boxes in this batch, at least 1.
+        image_weights: float [B], the weight of each image in every term; None means 1 each.
+        masks: for segmentation: masks of the queries of the last layer. Labels then also need ``masks`` [n, H_i, W_i].
 
     Returns:
-        The weighted sum, float [], and the terms ``loss_ce``, ``loss_bbox`` and ``loss_giou`` of the last layer, with ``_i``
-        those of layer i, and with ``dense_`` those of the tokens (``loss_dense_ce``); ``loss_mask`` and ``loss_dice`` of the
-        last layer, with ``masks``.
+        The weighted sum, float [], and its terms, float [] each. ``loss_ce``, ``loss_bbox`` and ``loss_giou`` are those
+        of the last layer; the suffix ``_i`` means layer i. ``loss_dense_ce``, ``loss_dense_bbox`` and
+        ``loss_dense_giou`` are those of the tokens. ``loss_mask`` and ``loss_dice`` are those of ``masks``.
 
     Raises:
-        ValueError: a label is wrong; the message names the image.
+        ValueError: a label is invalid; the message names the image.
     """
     with torch.autocast(device_type=logits.device.type, enabled=False):
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -92,20 +99,20 @@ def multi_scale_loss(
         cost = MatchingCost(config.class_cost, config.bbox_cost, config.giou_cost)
         matching = hungarian_matching(softmax_logits(logits.detach()), boxes_cxcywh, targets, cost, labels)
         padded = pad_targets(targets)
-        of_layers = _set_terms(logits, boxes_cxcywh, targets, matching, weights)
-        of_tokens = _dense_terms(tokens, grid, padded, settings, weights)
+        layer_terms = _set_terms(logits, boxes_cxcywh, targets, matching, weights)
+        token_terms = _dense_terms(tokens, grid, padded, settings, weights)
         coefficients = (1.0, config.bbox_loss_coefficient, config.giou_loss_coefficient)
         loss = torch.zeros((), dtype=dtype, device=logits.device)
         terms: dict[str, Tensor] = {}
         last = len(logits) - 1
         for coefficient, name in zip(coefficients, ("ce", "bbox", "giou"), strict=True):
-            per_layer, dense = of_layers[name] / num_boxes, of_tokens[name] / num_boxes
+            per_layer, dense = layer_terms[name] / num_boxes, token_terms[name] / num_boxes
             loss = loss + coefficient * (per_layer.sum() + settings.dense_loss_coefficient * dense)
             terms[f"loss_{name}"], terms[f"loss_dense_{name}"] = per_layer[last], dense
             terms |= {f"loss_{name}_{layer}": per_layer[layer] for layer in range(last)}
         if masks is not None:
-            of_masks = mask_terms(masks, grid, labels, targets, padded, matching, weights)
-            terms |= {name: total / num_boxes for name, total in of_masks.items()}
+            mask_sums = mask_terms(masks, grid, labels, targets, padded, matching, weights)
+            terms |= {name: total / num_boxes for name, total in mask_sums.items()}
             loss = loss + config.mask_loss_coefficient * terms["loss_mask"]
             loss = loss + config.dice_loss_coefficient * terms["loss_dice"]
     return loss, terms
@@ -114,14 +121,14 @@ def multi_scale_loss(
 def _set_terms(
     logits: Tensor, boxes: Tensor, targets: Targets, matching: Matching, weights: Tensor
 ) -> dict[str, Tensor]:
-    """Weighted sums of the terms of each layer, float [L] each, after one-to-one matching."""
+    """Compute the weighted sums of the terms of each layer over its matches, float [L] each."""
     predicted = boxes.flatten(1, 2).gather(1, matching.query[..., None].expand(-1, -1, 4))
-    wanted = targets.boxes_cxcywh[matching.target]
-    distance, overlap, giou = _box_distances(predicted, wanted)
+    target_boxes = targets.boxes_cxcywh[matching.target]
+    distance, overlap, giou = _box_distances(predicted, target_boxes)
     layers, _, _, classes = logits.shape
     quality = logits.new_zeros(layers, logits[0].numel())
     matched = matching.query * classes + targets.class_ids[matching.target]
-    quality = quality.scatter(1, matched, overlap.detach().clamp(min=_LEAST_TARGET)).view_as(logits)
+    quality = quality.scatter(1, matched, overlap.detach().clamp(min=_MIN_TARGET)).view_as(logits)
     weight = weights[matching.image]
     return {
         "ce": (varifocal_loss(logits, quality).sum((2, 3)) * weights).sum(1),
@@ -137,13 +144,17 @@ def _dense_terms(
     settings: MultiScaleConfig,
     weights: Tensor,
 ) -> dict[str, Tensor]:
-    """Weighted sums of the terms of the tokens, float [] each; each object's boxes count as one box."""
+    """Compute the weighted sums of the terms of the tokens, float [] each.
+
+    The box losses of an object are averaged over its tokens, weighted by their quality. Objects thus have the same
+    weight, however many tokens they have.
+    """
     assigned = assign_tokens(tokens, padded, grid, settings)
-    wanted = padded.boxes_cxcywh.gather(1, assigned.target[..., None].expand(-1, -1, 4))
-    distance, _, giou = _box_distances(tokens.boxes_cxcywh, wanted)
-    share = torch.where(assigned.quality > 0, assigned.quality.clamp(min=_LEAST_QUALITY), 0)
-    of_object = torch.zeros_like(padded.boxes_cxcywh[..., 0]).scatter_add(1, assigned.target, share)
-    share = share / of_object.clamp(min=_LEAST_QUALITY).gather(1, assigned.target)
+    target_boxes = padded.boxes_cxcywh.gather(1, assigned.target[..., None].expand(-1, -1, 4))
+    distance, _, giou = _box_distances(tokens.boxes_cxcywh, target_boxes)
+    share = torch.where(assigned.quality > 0, assigned.quality.clamp(min=_MIN_QUALITY), 0)
+    object_sum = torch.zeros_like(padded.boxes_cxcywh[..., 0]).scatter_add(1, assigned.target, share)
+    share = share / object_sum.clamp(min=_MIN_QUALITY).gather(1, assigned.target)
     share = share * weights[:, None]
     class_id = padded.class_ids.gather(1, assigned.target)[..., None]
     quality = torch.zeros_like(tokens.logits).scatter(2, class_id, assigned.quality[..., None])
@@ -156,7 +167,7 @@ def _dense_terms(
 
 
 def _box_distances(boxes1_cxcywh: Tensor, boxes2_cxcywh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """L1 distance, IoU and generalized IoU of pairs of boxes float [..., 4]: float [...] each."""
+    """Compute L1 distance, IoU and generalized IoU of pairs of boxes float [..., 4], float [...] each."""
     distance = (boxes1_cxcywh - boxes2_cxcywh).abs().sum(-1)
     corners = box_cxcywh_to_xyxy(boxes1_cxcywh), box_cxcywh_to_xyxy(boxes2_cxcywh)
     return distance, elementwise_iou(*corners)[0], elementwise_generalized_iou(*corners)

@@ -1,4 +1,7 @@
-"""The one place where this library talks to other processes: the normalisers of the loss."""
+"""Average the normalizers of the loss over processes.
+
+Nothing else in this library communicates between processes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from detr.config import DetrConfig
 from detr.loss.criterion import Labels, target_counts
 
 
-def average_normalisers(
+def average_normalizers(
     labels: Labels,
     image_weights: Tensor | None,
     config: DetrConfig,
@@ -17,18 +20,18 @@ def average_normalisers(
     class_weight_sum: float | Tensor | None,
     device: torch.device,
 ) -> tuple[float | Tensor, float | Tensor]:
-    """Fill in the normalisers that are None with their average over the default process group.
+    """Replace normalizers that are None by their average over the default process group.
 
-    With them the average of the processes' gradients is the gradient of one process on the whole batch. Every
-    process of the group has to call this equally often: it is a collective operation.
+    With these normalizers, the average of the gradients of all processes equals the gradient of one process on the
+    whole batch. This is a collective operation: all processes of the group must call it the same number of times.
 
     Args:
-        labels: this process's labels.
+        labels: labels of this process.
         image_weights: float [B] or None.
         config: for Q and the class weight of "no object".
-        num_boxes: kept where given; else ``max(total, 1) / processes``.
-        class_weight_sum: kept where given; else ``total / processes``.
-        device: where the process group communicates.
+        num_boxes: returned unchanged if given; otherwise ``max(total, 1) / processes``.
+        class_weight_sum: returned unchanged if given; otherwise ``total / processes``.
+        device: device on which the process group communicates.
     """
     if num_boxes is not None and class_weight_sum is not None:
         return num_boxes, class_weight_sum

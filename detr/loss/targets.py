@@ -1,6 +1,6 @@
-"""The labels of a batch, checked and padded to one tensor.
+"""Check the labels of a batch and join them into tensors.
 
-B batch, N the largest number of objects in one image, T objects in the whole batch.
+B batch, T objects in the whole batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Relative coordinates carry the rounding of whatever cropped and divided them.
+# Tolerance for the rounding errors of relative coordinates after cropping and division.
 _TOLERANCE = 1e-3
 
 
@@ -21,11 +21,11 @@ class Targets:
     """The objects of a batch.
 
     Attributes:
-        class_ids: int64 [T], image after image, within 0..num_labels - 1.
+        class_ids: int64 [T], one image after the other, in 0..num_labels - 1.
         boxes_cxcywh: float [T, 4] in 0..1.
-        counts: objects per image, length B; known without reading the device.
-        faults: bool [T], True where a label is wrong; `raise_faults` turns it into an error. None where the
-            labels were on the CPU and have been checked already.
+        counts: number of objects per image, length B; a tuple, available without device synchronization.
+        faults: bool [T], True on invalid labels, for `raise_faults`. None if the labels were on the CPU and are already
+            checked.
     """
 
     class_ids: Tensor
@@ -43,23 +43,25 @@ def gather_targets(
 ) -> Targets:
     """Check and join the labels of a batch.
 
-    Shapes and dtypes are checked here. Values are checked here when they are on the CPU; on an accelerator the
-    check is left in ``faults``, to be read with the next copy to the host instead of waiting for one of its own.
+    Shapes and dtypes are checked here, and so are values on the CPU. For values on an accelerator, the result of the
+    check is returned in ``faults`` and read together with the next copy to the host, which avoids a synchronization.
 
     Args:
         labels: one dict per image with ``class_labels`` int [n] and ``boxes`` float [n, 4]; an ``image_id`` is
             used in error messages, other keys are ignored.
         num_labels: number of classes.
         batch_size: B.
-        device: where the targets are needed.
-        dtype: of the boxes.
+        device: device of the result.
+        dtype: dtype of the boxes.
 
     Raises:
-        ValueError: a label is wrong; the message names the image.
+        ValueError: a label is invalid; the message names the image.
     """
     if isinstance(labels, Mapping) or len(labels) != batch_size:
-        found = "one dict" if isinstance(labels, Mapping) else f"{len(labels)} dicts"
-        raise ValueError(f"labels must be a list of one dict per image: {batch_size} images, {found}")
+        given = "one dict" if isinstance(labels, Mapping) else f"{len(labels)} dicts"
+        raise ValueError(
+            f"labels must be a list with one dict per image: {batch_size} images, but got {given}"
+        )
     for index, label in enumerate(labels):
         _check_shapes(label, index, labels)
     class_ids = torch.cat([label["class_labels"].to(torch.int64) for label in labels])
@@ -88,26 +90,26 @@ def check_masks(labels: Sequence[Mapping[str, Any]]) -> None:
     for index, label in enumerate(labels):
         masks, n = label.get("masks"), len(label["class_labels"])
         if not isinstance(masks, Tensor) or masks.ndim != 3 or len(masks) != n:
-            found = (
+            given = (
                 f"{masks.dtype} {list(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
             )
             raise ValueError(
-                f"labels of {_name(index, labels)}: masks is {found} for {n} class_labels; expected [n, H, W] of 0 and "
-                "1 at the size of the resized image (DetrImageProcessor gives it with return_segmentation_masks=True "
+                f"labels of {_name(index, labels)}: masks is {given} for {n} class_labels; expected [n, H, W] of 0 and "
+                "1 at the size of the resized image (DetrImageProcessor returns it with return_segmentation_masks=True "
                 "or for panoptic annotations)"
             )
 
 
 def raise_faults(faults: Tensor, labels: Sequence[Mapping[str, Any]], num_labels: int) -> None:
-    """Raise the error that describes the first wrong label.
+    """Raise an error that describes the first invalid label, if any.
 
     Args:
-        faults: bool [T] on the CPU.
-        labels: the labels they are about.
+        faults: bool [T] on the CPU, True on invalid labels.
+        labels: the labels.
         num_labels: number of classes.
 
     Raises:
-        ValueError: where ``faults`` is True.
+        ValueError: a label is invalid; the message names image and object.
     """
     if not bool(faults.any()):
         return
@@ -119,7 +121,7 @@ def raise_faults(faults: Tensor, labels: Sequence[Mapping[str, Any]], num_labels
             if not 0 <= class_id < num_labels:
                 raise ValueError(f"{where} has class {class_id}; the model's classes are 0..{num_labels - 1}")
             raise ValueError(
-                f"{where} has box {box}; boxes must be finite (centre x, centre y, width, height) relative to the "
+                f"{where} has box {box}; boxes must be finite (center x, center y, width, height) relative to the "
                 "image, in 0..1, not corners and not pixels"
             )
         position -= len(label["class_labels"])
@@ -136,7 +138,7 @@ def _name(index: int, labels: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _check_shapes(label: Mapping[str, Any], index: int, labels: Sequence[Mapping[str, Any]]) -> None:
-    """Check what is known without reading values."""
+    """Check types, shapes and dtypes, which needs no access to values."""
     expected = "expected class_labels int64 [n] and boxes float [n, 4]"
     for key in ("class_labels", "boxes"):
         if not isinstance(label.get(key), Tensor):

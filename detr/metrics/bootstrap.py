@@ -1,9 +1,10 @@
-"""How sure figures are: average precision over resamples of a data set's images.
+"""Confidence intervals of average precision, by the bootstrap over images.
 
-A resample draws as many images as there are, with replacement; an image drawn twice counts as two. Its AP is what
-pycocotools computes of a data set in which the images are really repeated. Nothing is matched again: an image's
-matches do not depend on the others, so that only the sums along descending score are taken anew, with the images'
-multiplicities as weights, for many resamples at once.
+A resample draws n of the n images of a data set with replacement; an image drawn twice counts as two images. Its AP
+equals the AP that pycocotools computes for a data set in which the images are really repeated.
+
+Nothing is matched again, since the matches of an image do not depend on other images. Only the cumulative sums along
+descending score are computed again, with the multiplicities of the images as weights, for many resamples at a time.
 """
 
 from collections.abc import Iterator
@@ -12,16 +13,16 @@ import numpy as np
 
 from detr.metrics.coco_matching import IGNORED, NUM_IOUS, TRUE, Matches
 
-_RECALLS = np.linspace(0.0, 1.0, 101)  # as in pycocotools, of which some are one ulp above k / 100
-_EPSILON = np.spacing(1)
-_CHUNK = 1 << 21
-"""Weights gathered at once: 8 MB."""
-_LEAST = 32
-"""Resamples taken at once, however many detections there are: fewer are slow."""
+_RECALLS = np.linspace(0.0, 1.0, 101)  # as in pycocotools; some values are one ulp above k / 100
+_EPSILON = np.spacing(1)  # pycocotools adds it to the denominator of the precision
+_CHUNK_WEIGHTS = 1 << 21
+"""Weights gathered at a time: 8 MB."""
+_MIN_CHUNK_RESAMPLES = 32
+"""Minimum resamples per chunk, whatever the number of detections: fewer are slow."""
 
 
 def image_weights(num_images: int, resamples: int, seed: int = 0) -> np.ndarray:
-    """How often each resample has each image: uint16 [resamples, num_images], equal for equal arguments."""
+    """Draw the multiplicity of each image in each resample: uint16 [resamples, num_images], determined by `seed`."""
     rng = np.random.default_rng(seed)
     weights = np.zeros((resamples, num_images), np.uint16)
     for row in weights if num_images else ():
@@ -30,14 +31,14 @@ def image_weights(num_images: int, resamples: int, seed: int = 0) -> np.ndarray:
 
 
 def resampled_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
-    """Average precision of each category at each IoU threshold, in each resample.
+    """Compute the average precision of each category at each IoU threshold, in each resample.
 
     Args:
         matches: of the whole data set.
-        weights: non-negative integers [resamples, images]: how often an image counts.
+        weights: multiplicity of each image, non-negative integers [resamples, images].
 
     Returns:
-        float64 [resamples, categories, 10]; NaN where a resample has no object of the category.
+        float64 [resamples, categories, 10]; NaN if a resample has no object of the category.
     """
     result = np.full((len(weights), matches.num_categories, NUM_IOUS), np.nan)
     by_image = np.ascontiguousarray(weights.T.astype(np.int32))
@@ -49,7 +50,7 @@ def resampled_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
         rows = slice(starts[category], starts[category + 1])
         status = matches.status[:, rows]
         true = np.flatnonzero((status == TRUE).any(axis=0))
-        last = true[-1] + 1 if len(true) else 0  # what follows the last true detection changes nothing
+        last = true[-1] + 1 if len(true) else 0  # detections after the last true one do not change AP
         image = matches.image[rows][:last]
         for chunk in _chunks(len(weights), max(len(objects), last)):
             drawn = np.ascontiguousarray(by_image[:, chunk])
@@ -58,13 +59,13 @@ def resampled_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
 
 
 def mean_precision(precision: np.ndarray) -> dict[str, np.ndarray]:
-    """The means over categories that COCO reports.
+    """Compute the means over categories that COCO reports.
 
     Args:
-        precision: float64 [..., categories, 10], of `resampled_precision`.
+        precision: float64 [..., categories, 10], from `resampled_precision`.
 
     Returns:
-        "AP", "AP50" and "AP75" to float64 [...]; NaN where there is no object.
+        "AP", "AP50" and "AP75" to float64 [...]; NaN if a resample has no objects.
     """
     present = ~np.isnan(precision[..., 0])
     count = present.sum(axis=-1)
@@ -75,57 +76,67 @@ def mean_precision(precision: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def interval(
-    figure: float, resampled: np.ndarray, confidence: float = 0.95, least: float = 0.0
+    value: float, resampled: np.ndarray, confidence: float = 0.95, least: float = 0.0
 ) -> tuple[float, float]:
-    """Where a figure would lie on other images of the same kind and number.
+    """Compute the bootstrap confidence interval of a metric: percentiles of the resampled values, corrected for bias.
 
-    A resample has fewer different images than the data set, which moves AP (upwards, by as much as its standard
-    error where classes are rare): the percentiles are moved back by the mean difference.
+    A resample has fewer distinct images than the data set. This raises AP, for rare classes by as much as its standard
+    error, so the percentiles are shifted by the difference between the metric and the mean of the resampled values.
 
     Args:
-        figure: of the data set itself.
-        resampled: [resamples]; NaN does not count.
-        confidence: share of such figures inside.
-        least: of the figure; the largest is 1.
+        value: of the metric on the data set itself.
+        resampled: [resamples], values of the metric on the resamples; NaN is ignored.
+        confidence: confidence level, 0..1.
+        least: minimum that the metric can have; its maximum is 1.
 
     Returns:
-        (low, high); (figure, figure) where nothing could be resampled.
+        (low, high), clipped to the range of the metric; (value, value) if all resampled values are NaN.
     """
-    resampled = unbiased(figure, resampled)
+    resampled = unbiased(value, resampled)
     if not len(resampled):
-        return figure, figure
+        return value, value
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(np.clip(low, least, 1)), float(np.clip(high, least, 1))
 
 
-def unbiased(figure: float, resampled: np.ndarray) -> np.ndarray:
-    """Resampled figures that are there, moved so that their mean is the figure."""
+def unbiased(value: float, resampled: np.ndarray) -> np.ndarray:
+    """Drop NaN, and shift the resampled values so that their mean is the value on the data set itself."""
     resampled = resampled[~np.isnan(resampled)]
-    return resampled - (resampled.mean() - figure) if len(resampled) else resampled
+    return resampled - (resampled.mean() - value) if len(resampled) else resampled
 
 
 def _chunks(count: int, width: int) -> Iterator[slice]:
-    step = max(_LEAST, _CHUNK // max(1, width))
+    step = max(_MIN_CHUNK_RESAMPLES, _CHUNK_WEIGHTS // max(1, width))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
 
 def _precision(image: np.ndarray, status: np.ndarray, objects: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AP of one category in each resample, float64 [10, r]; NaN where it has no object.
+    """Compute the AP of one category in each resample, float64 [10, r]; NaN if a resample has no object of it.
 
-    Resamples are the last axis, along which every step is one loop over neighbours in memory.
+    AP is the mean over 101 recalls R of max {precision(i): recall(i) >= R}. Let hits(i) and detections(i) be the sums of
+    weights of the true and of all counted detections up to i, by descending score. Then precision(i) is
+    hits(i) / detections(i), and recall(i) is hits(i) / present. Only true detections raise the recall, so
+
+        AP = 1 / 101 * sum over true i of highest(i) * (recalls first reached at i)
+
+    where highest(i) is the maximum precision from i on. A detection of weight w stands for w copies in a row. A further
+    copy of a true detection never lowers the precision, so highest is the same for all its copies, and one term covers
+    them. A detection of weight 0 reaches no new recall, so it contributes 0. Recall 0 is counted at the first term.
+
+    Resamples are the last axis, so the inner loop of every operation runs over contiguous memory.
 
     Args:
-        image: [n], of its detections by descending score.
+        image: [n], the image of each detection, by descending score.
         status: [10, n].
-        objects: [m], their images.
+        objects: [m], the image of each object.
         weights: int32 [images, r].
     """
     present = weights[objects].sum(axis=0)
     result = np.where(present > 0, np.zeros((NUM_IOUS, 1)), np.nan)
     if not len(image):
         return result
-    counted = np.cumsum(weights[image], axis=0, dtype=np.int32)
+    all_detections = np.cumsum(weights[image], axis=0, dtype=np.int32)
     reached = _recalls_reached(present)
     column = np.arange(len(present))
     for index in range(NUM_IOUS):
@@ -133,15 +144,15 @@ def _precision(image: np.ndarray, status: np.ndarray, objects: np.ndarray, weigh
         if not len(true):
             continue
         hits = np.cumsum(weights[image[true]], axis=0, dtype=np.int32)
-        detections = counted[true]
+        detections = all_detections[true]
         ignored = np.flatnonzero(status[index] == IGNORED)
         if len(ignored):
             before = np.zeros((len(ignored) + 1, len(present)), np.int32)
             np.cumsum(weights[image[ignored]], axis=0, out=before[1:])
             detections -= before[np.searchsorted(ignored, true)]
-        # The highest precision at this recall or a higher one, taken once for each recall first reached here.
         precision = hits / (detections + _EPSILON)
         highest = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+        # reached[hits, column] as a flat index, which may exceed int32; then the recalls first reached at each row.
         recalls = reached.ravel().take(hits * np.int64(len(present)) + column)
         recalls[1:] -= recalls[:-1].copy()
         highest *= recalls
@@ -150,7 +161,10 @@ def _precision(image: np.ndarray, status: np.ndarray, objects: np.ndarray, weigh
 
 
 def _recalls_reached(present: np.ndarray) -> np.ndarray:
-    """Of the 101 recalls, how many k of `present[r]` objects reach: int64 [largest present + 1, r]."""
+    """Count the recalls, of 101, that k hits among `present[r]` objects reach: int64 [max(present) + 1, r].
+
+    Row k of column r holds the number of recalls that are at most k / present[r].
+    """
     values, columns = np.unique(present, return_inverse=True)
     table = np.zeros((len(values), int(values[-1]) + 1), np.int64)
     for line, value in zip(table, values.tolist()):

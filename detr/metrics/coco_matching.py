@@ -1,8 +1,11 @@
-"""Detections of a whole data set matched with its truth by COCO's rules, from columns of numbers.
+"""Match the detections of a data set with its ground truth by COCO's rules, from columns of numbers.
 
-hotcoco does it, a port of pycocotools in Rust. What has to be known of it (1.3) is written here once: it reads image
-ids as float64, in which large ones are not distinct, so they become positions; ids of annotations start at 1, since a
-match with 0 is none; of results given as an array it takes the area of the box for that of a mask.
+The matching is done by hotcoco, a port of pycocotools in Rust. Only this module handles its peculiarities (version
+1.3):
+
+- It reads image ids as float64, in which large ids are not distinct. So image ids are replaced by positions.
+- It treats a match with annotation id 0 as no match. So annotation ids start at 1.
+- For results given as an array it uses the area of the box as that of the mask. So the box is made from the area.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,13 +27,13 @@ TRUE, FALSE, IGNORED = 1, 0, -1
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Detections matched with a truth, and the precision and recall that follow.
+    """Detections matched with the ground truth, with accumulated precision and recall.
 
     coco: `hotcoco.COCOeval`, accumulated; its images are positions in `image_ids`.
     image_ids: int64 [images], ascending.
-    category_ids: int64 [categories], ascending, as the last axes of `coco.eval["precision"]`.
-    objects: rows of the truth: `image_id`, `category_id`, `bbox` (x, y, width, height), `area`, `iscrowd`.
-    found: rows of the detections of known categories: `image_id`, `category_id`, `bbox` and `score`, for masks `rle`.
+    category_ids: int64 [categories], ascending, in the order of the category axis of `coco.eval["precision"]`.
+    objects: rows of the ground truth: `image_id`, `category_id`, `bbox` (x, y, width, height), `area`, `iscrowd`.
+    found: rows of the detections of known categories: `image_id`, `category_id`, `bbox` and `score`; for masks `rle`.
     """
 
     coco: Any
@@ -48,12 +51,13 @@ class Matches:
 
     image, category: int64 [n], positions in `Evaluation.image_ids` and `category_ids`.
     score: float64 [n].
-    row: int64 [n], of `Evaluation.found`.
-    status: int8 [10, n]: `TRUE`, `FALSE`, or `IGNORED` (matched with a crowd, or beyond 100 of an image's category).
-    object_image, object_category: int64 [objects], of the truth without crowds.
-    object_row: int64 [objects], of `Evaluation.objects`.
-    found_by: int64 [10, objects], row of `Evaluation.found` of the detection that has the object; -1 where none has.
-    num_images, num_categories: of the truth.
+    row: int64 [n], rows of `Evaluation.found`.
+    status: int8 [10, n]: `TRUE`, `FALSE`, or `IGNORED` (matched with a crowd, or beyond the first 100 detections of a
+        category in an image).
+    object_image, object_category: int64 [objects], of the ground truth without crowds.
+    object_row: int64 [objects], rows of `Evaluation.objects`.
+    found_by: int64 [10, objects], row in `Evaluation.found` of the detection that matches the object; -1 for none.
+    num_images, num_categories: of the ground truth.
     """
 
     image: np.ndarray
@@ -69,36 +73,39 @@ class Matches:
     num_categories: int
 
 
-def evaluate_detections(truth: Mapping[str, Any], found: Columns, iou_type: str = "bbox") -> Evaluation:
+def evaluate_detections(
+    ground_truth: Mapping[str, Any], detections: Columns, iou_type: str = "bbox"
+) -> Evaluation:
     """Match detections with a COCO dict, and accumulate precision and recall.
 
     Args:
-        truth: `images`, `categories`, and `annotations` with `image_id`, `category_id`, `bbox` (x, y, width, height),
-            `area`, `iscrowd` where it is not 0, and for "segm" `segmentation`.
-        found: a row for each detection: `image_id` and `category_id` int64 [n], `score` float64 [n]; for "bbox"
+        ground_truth: `images`, `categories`, and `annotations` with `image_id`, `category_id`, `bbox` (x, y, width,
+            height), `area`, `iscrowd` if it is not 0, and for "segm" `segmentation`.
+        detections: a row for each detection: `image_id` and `category_id` int64 [n], `score` float64 [n]; for "bbox"
             `bbox` float64 [n, 4] (x, y, width, height); for "segm" `rle` object [n], RLE dicts of COCO.
         iou_type: "bbox" or "segm".
 
     Raises:
-        ValueError: the truth lacks a field, or a detection is in an image that it does not have.
+        ValueError: the ground truth lacks a field, or does not contain the image of a detection.
     """
-    image_ids = np.unique(np.array([image["id"] for image in truth["images"]], np.int64))
-    category_ids = np.unique(np.array([category["id"] for category in truth["categories"]], np.int64))
-    unknown = np.setdiff1d(found["image_id"], image_ids)
+    image_ids = np.unique(np.array([image["id"] for image in ground_truth["images"]], np.int64))
+    category_ids = np.unique(np.array([category["id"] for category in ground_truth["categories"]], np.int64))
+    unknown = np.setdiff1d(detections["image_id"], image_ids)
     if len(unknown):
         raise ValueError(
-            f"there are detections in {len(unknown)} images that the truth does not have, such as image_id {unknown[0]}"
+            f"there are detections in {len(unknown)} images that the ground truth does not have, such as image_id "
+            f"{unknown[0]}"
         )
-    annotations = truth.get("annotations", ())
+    annotations = ground_truth.get("annotations", ())
     objects = columns_of_records(annotations, "annotation", {"area": np.float64, "iscrowd": np.int64})
     if iou_type == "segm":
-        objects["segmentation"] = _segmentations(annotations, truth["images"])
+        objects["segmentation"] = _segmentations(annotations, ground_truth["images"])
     objects = _select(objects, "image_id", image_ids)
     objects = _select(objects, "category_id", category_ids)
-    found = _select(found, "category_id", category_ids)
+    detections = _select(detections, "category_id", category_ids)
 
-    coco_truth = hotcoco.COCO.from_arrays(
-        _images(truth["images"], image_ids, with_sizes=iou_type == "segm"),
+    coco_gt = hotcoco.COCO.from_arrays(
+        _images(ground_truth["images"], image_ids, with_sizes=iou_type == "segm"),
         [{"id": int(category_id), "name": str(category_id)} for category_id in category_ids],
         np.searchsorted(image_ids, objects["image_id"]),
         objects["category_id"],
@@ -108,34 +115,36 @@ def evaluate_detections(truth: Mapping[str, Any], found: Columns, iou_type: str 
         iscrowd=objects["iscrowd"],
         segmentation=objects["segmentation"].tolist() if iou_type == "segm" else None,
     )
-    positions = np.searchsorted(image_ids, found["image_id"])
+    positions = np.searchsorted(image_ids, detections["image_id"])
     results = np.empty((len(positions), 7))
-    results[:, 0], results[:, 5], results[:, 6] = positions, found["score"], found["category_id"]
+    results[:, 0], results[:, 5], results[:, 6] = positions, detections["score"], detections["category_id"]
     if iou_type == "segm":
-        rles = found["rle"].tolist()
-        # Boxes of the masks' areas, which is all that is taken of them.
+        rles = detections["rle"].tolist()
+        # A box of size area x 1, since hotcoco uses nothing but the area of the box.
         results[:, 1:3], results[:, 3], results[:, 4] = 0, coco_mask.area(rles), 1
-        coco_found = coco_truth.load_res(results, segmentation=rles)
+        coco_dt = coco_gt.load_res(results, segmentation=rles)
     else:
-        results[:, 1:5] = found["bbox"]
-        coco_found = coco_truth.load_res(results)
-    coco = hotcoco.COCOeval(coco_truth, coco_found, iou_type)
+        results[:, 1:5] = detections["bbox"]
+        coco_dt = coco_gt.load_res(results)
+    coco = hotcoco.COCOeval(coco_gt, coco_dt, iou_type)
     coco.evaluate()
     coco.accumulate()
-    return Evaluation(coco, image_ids, category_ids, objects, found)
+    return Evaluation(coco, image_ids, category_ids, objects, detections)
 
 
-def matches_of(evaluation: Evaluation) -> Matches:
-    """Which detections are true, at COCO's ten IoU thresholds."""
-    found, objects = evaluation.found, evaluation.objects
-    image = np.searchsorted(evaluation.image_ids, found["image_id"])
-    category = np.searchsorted(evaluation.category_ids, found["category_id"])
-    order = np.lexsort((np.arange(len(image)), image, -found["score"], category))
+def extract_matches(evaluation: Evaluation) -> Matches:
+    """Extract which detections are true at COCO's ten IoU thresholds."""
+    detections, objects = evaluation.found, evaluation.objects
+    image = np.searchsorted(evaluation.image_ids, detections["image_id"])
+    category = np.searchsorted(evaluation.category_ids, detections["category_id"])
+    order = np.lexsort((np.arange(len(image)), image, -detections["score"], category))
     object_rows = np.flatnonzero(objects["iscrowd"] == 0)
-    status = np.full((NUM_IOUS, len(image) + 1), IGNORED, np.int8)  # by hotcoco's ids, which start at 1
+    status = np.full(
+        (NUM_IOUS, len(image) + 1), IGNORED, np.int8
+    )  # indexed by hotcoco's ids, which start at 1
     found_by = np.full((NUM_IOUS, len(objects["iscrowd"]) + 1), -1)
     for index, threshold in enumerate(evaluation.coco.params.iou_thrs):
-        # No detection has the score 2: it saves the search for faulty labels.
+        # No detection has a score of 2, so hotcoco skips its search for label errors.
         diagnostics = evaluation.coco.image_diagnostics(iou_thr=threshold, score_thr=2.0)
         status[index, np.fromiter(diagnostics["dt_status"].keys(), np.int64)] = FALSE
         status[index, np.fromiter(diagnostics["dt_match"].keys(), np.int64)] = TRUE
@@ -144,7 +153,7 @@ def matches_of(evaluation: Evaluation) -> Matches:
     return Matches(
         image=image[order],
         category=category[order],
-        score=found["score"][order],
+        score=detections["score"][order],
         row=order,
         status=status[:, 1:][:, order],
         object_image=np.searchsorted(evaluation.image_ids, objects["image_id"][object_rows]),
@@ -159,18 +168,18 @@ def matches_of(evaluation: Evaluation) -> Matches:
 def columns_of_records(
     records: Sequence[Mapping[str, Any]], kind: str, fields: Mapping[str, type]
 ) -> Columns:
-    """COCO records as arrays.
+    """Convert COCO records to arrays.
 
     Args:
-        records: dicts with `image_id`, `category_id`, `bbox` and the fields.
-        kind: what they are, for messages.
-        fields: further field to dtype; `iscrowd` is 0 where a record has none.
+        records: dicts with `image_id`, `category_id`, `bbox` and the additional fields.
+        kind: name of the records, for error messages: "detection".
+        fields: name to dtype of additional fields; a missing `iscrowd` is 0.
 
     Returns:
-        `image_id` and `category_id` int64 [n], `bbox` float64 [n, 4], and each field [n].
+        `image_id` and `category_id` int64 [n], `bbox` float64 [n, 4], and each additional field [n].
 
     Raises:
-        ValueError: a record lacks a field or is not finite; the message names the first one.
+        ValueError: a record lacks a field or has a value that is not finite; the message names the first such record.
     """
     fields = {"category_id": np.int64, **fields}
     try:
@@ -199,16 +208,17 @@ def columns_of_records(
 def _images(
     images: Sequence[Mapping[str, Any]], image_ids: np.ndarray, with_sizes: bool
 ) -> list[dict[str, int]]:
-    """The images as positions in `image_ids`, with the sizes that polygons are drawn at."""
+    """Convert images to positions in `image_ids`, with the sizes for rasterizing polygons."""
     if not with_sizes:
         return [{"id": position} for position in range(len(image_ids))]
     sizes = {image["id"]: image for image in images}
     for image_id, image in sizes.items():
         if not {"height", "width"} <= image.keys():
             raise ValueError(
-                f"image {image_id} of the truth has no height and width, which iou_types 'segm' needs"
+                f"image {image_id} of the ground truth has no height and width, which iou_types 'segm' needs"
             )
-    # An image that cannot be decoded may have no size; nothing was found in it, so that its objects are missed.
+    # An image that cannot be decoded may have no size. It has no detections, so its objects are missed whatever their
+    # masks are.
     return [
         {
             "id": position,
@@ -222,7 +232,7 @@ def _images(
 def _segmentations(
     annotations: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]]
 ) -> np.ndarray:
-    """Polygons or RLE of each annotation, checked, object [n]."""
+    """Return the checked polygons or RLE of each annotation, object [n]."""
     segmentations = np.empty(len(annotations), object)
     sizes = {
         image["id"]: (int(image["height"]), int(image["width"]))
@@ -243,6 +253,6 @@ def _segmentations(
 
 
 def _select(columns: Columns, name: str, wanted: np.ndarray) -> Columns:
-    """The rows whose `name` is one of the wanted values."""
+    """Select the rows whose `name` is one of the wanted values."""
     rows = np.isin(columns[name], wanted)
     return columns if rows.all() else {key: column[rows] for key, column in columns.items()}

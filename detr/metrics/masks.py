@@ -1,4 +1,4 @@
-"""Masks as COCO's run-length encoding, the form in which metrics keep them: some hundred bytes for a mask."""
+"""Encode masks as COCO's run-length encoding, in which metrics store them: a few hundred bytes per mask."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,18 +11,18 @@ from detr.mask_codec import Rle, check_rle
 
 
 def encode_masks(masks: Any) -> list[Rle]:
-    """Masks as compressed RLE.
+    """Encode masks as RLE.
 
     Args:
-        masks: bool, integer or float [n, H, W] or [n, 1, H, W], tensor or array, on where it exceeds 0.5; or a list
-            of RLE dicts `{"size": [H, W], "counts": ...}` with COCO's compressed (str or bytes) or uncompressed (list
-            of int) counts, which cover the size.
+        masks: bool, integer or float [n, H, W] or [n, 1, H, W], tensor or array; pixels above 0.5 belong to the mask.
+            Or a list of RLE dicts `{"size": [H, W], "counts": ...}` with COCO's compressed (str or bytes) or
+            uncompressed (list of int) counts, which cover the size.
 
     Returns:
         n dicts `{"size": [H, W], "counts": str or list of int}`, which `json.dumps` accepts.
 
     Raises:
-        ValueError: another shape, or a dict that is no RLE, or one whose counts do not cover its size.
+        ValueError: the shape is wrong, a dict is not an RLE, or its counts do not cover its size.
     """
     if isinstance(masks, Sequence) and (not masks or isinstance(masks[0], Mapping)):
         return [_plain(rle) for rle in masks]

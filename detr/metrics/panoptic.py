@@ -1,8 +1,7 @@
 """Panoptic quality (PQ), as panopticapi computes it.
 
-An image is matched when it is given: what is kept of it are four numbers for each of its classes, so that memory
-does not grow with the pixels, and processes exchange next to nothing. The rules are in
-`detr.metrics.panoptic_matching`.
+An image is matched when it is added. Only four numbers for each of its classes are stored, so memory does not grow with
+the number of pixels, and processes exchange little data. The rules are in `detr.metrics.panoptic_matching`.
 """
 
 import json
@@ -22,19 +21,19 @@ logger = logging.getLogger(__name__)
 
 
 class PanopticEvaluator:
-    """Compares panoptic predictions with COCO's panoptic truth image by image, in the interface of the original DETR.
+    """Compare panoptic predictions with COCO ground truth image by image, with the interface of the original DETR.
 
-    Only images that were given to `update` are evaluated, so that a part of a data set can be.
+    Only images that were passed to `update` are evaluated, so a part of a data set can be evaluated.
 
     Args:
-        ann_file: the truth: a COCO panoptic JSON file or its content, with `annotations` and `categories`.
-        ann_folder: the folder with the truth's PNG files.
-        output_dir: where `update` writes the predictions' PNG files and `summarize` `predictions.json`, in COCO's
-            panoptic format; None writes nothing.
+        ann_file: the ground truth: a COCO panoptic JSON file or its content, with `annotations` and `categories`.
+        ann_folder: the folder with the PNG files of the ground truth.
+        output_dir: the folder in which `update` writes PNG files of predictions, and `summarize` writes
+            `predictions.json`, in COCO's panoptic format; None writes nothing.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: the truth is not in COCO's panoptic format.
+        FileNotFoundError: the file or folder does not exist.
+        ValueError: the ground truth is not in COCO's panoptic format.
     """
 
     def __init__(
@@ -43,20 +42,21 @@ class PanopticEvaluator:
         ann_folder: str | Path,
         output_dir: str | Path | None = None,
     ) -> None:
-        truth = (
+        ground_truth = (
             ann_file
             if isinstance(ann_file, Mapping)
             else json.loads(Path(ann_file).read_text(encoding="utf-8"))
         )
-        annotations = truth.get("annotations", [])
-        if "categories" not in truth or any("segments_info" not in entry for entry in annotations):
+        annotations = ground_truth.get("annotations", [])
+        if "categories" not in ground_truth or any("segments_info" not in entry for entry in annotations):
             raise ValueError(
-                "the truth is not in COCO's panoptic format: expected categories and, in each annotation, segments_info"
+                "the ground truth is not in COCO's panoptic format: expected categories and, in each annotation, "
+                "segments_info"
             )
         if not Path(ann_folder).is_dir():
-            raise FileNotFoundError(f"there is no folder {ann_folder} with the truth's PNG files")
-        self.categories = {int(category["id"]): dict(category) for category in truth["categories"]}
-        self._truth = {int(entry["image_id"]): entry for entry in annotations}
+            raise FileNotFoundError(f"there is no folder {ann_folder} with the PNG files of the ground truth")
+        self.categories = {int(category["id"]): dict(category) for category in ground_truth["categories"]}
+        self._annotations = {int(entry["image_id"]): entry for entry in annotations}
         self._folder = Path(ann_folder)
         self._output = None if output_dir is None else Path(output_dir)
         self._counts: dict[int, Counts] = {}
@@ -64,44 +64,47 @@ class PanopticEvaluator:
         self._names: dict[str, int] = {}
 
     def update(self, predictions: Iterable[Mapping[str, Any]]) -> None:
-        """Match the predictions of some images with the truth; those of an image given before are replaced.
+        """Match the predictions of some images with the ground truth; earlier predictions of an image are replaced.
 
         Args:
-            predictions: for each image `image_id`, `segments_info` and its map, in one of two forms:
-                `png_string`, bytes of a PNG whose colours encode ids as COCO does (`rgb_to_id`), 0 being void, as
-                `post_process_panoptic` gives it; or `segmentation`, int [H, W] of ids, 0 and below being void,
-                as `post_process_panoptic_segmentation` gives it, at the size of the truth.
-                `segments_info` has a dict with `id` and `category_id` (or `label_id`) for each segment; an id that
-                is there more than once (fused segments) counts once. `file_name` is that of the PNG to be written,
-                by default the truth's; entries of other names are ignored.
+            predictions: for each image a dict with `image_id`, `segments_info` and a map in one of two forms:
+                `png_string`, bytes of a PNG whose colors encode ids as COCO does (`rgb_to_id`), 0 being void, as
+                `post_process_panoptic` returns it; or `segmentation`, int [H, W] of ids, 0 and below being void,
+                as `post_process_panoptic_segmentation` returns it, at the size of the ground truth.
+                `segments_info` has a dict with `id` and `category_id` (or `label_id`) for each segment; a repeated id
+                (fused segments) counts once. `file_name` is the name of the PNG to write, by default that of the ground
+                truth. Other entries are ignored.
 
         Raises:
-            ValueError: the truth has no such image, the sizes differ, the ids of the map and of `segments_info`
-                are not the same, a category is not in the truth, or two images would be written to one file. The message names the image.
-            FileNotFoundError: the truth's PNG file is missing.
+            ValueError: the image is not in the ground truth, the sizes differ, the ids of the map and of
+                `segments_info` differ, a category is not in the ground truth, or two images would be written to the
+                same file. The message names the image.
+            FileNotFoundError: a PNG file of the ground truth is missing.
         """
         for prediction in predictions:
             image_id = int(prediction["image_id"])
             where = f"image {image_id}"
-            if image_id not in self._truth:
-                raise ValueError(f"{where} is not in the truth ({len(self._truth)} images)")
-            truth = self._truth[image_id]
-            true_map = read_panoptic_png((self._folder / truth["file_name"]).read_bytes())
-            found_map = _predicted_map(prediction, where)
-            if found_map.shape != true_map.shape:
-                raise ValueError(f"{where}: the prediction is {found_map.shape}, the truth {true_map.shape}")
+            if image_id not in self._annotations:
+                raise ValueError(f"{where} is not in the ground truth ({len(self._annotations)} images)")
+            annotation = self._annotations[image_id]
+            true_map = read_panoptic_png((self._folder / annotation["file_name"]).read_bytes())
+            predicted_map = _predicted_map(prediction, where)
+            if predicted_map.shape != true_map.shape:
+                raise ValueError(
+                    f"{where}: the prediction is {predicted_map.shape}, the ground truth {true_map.shape}"
+                )
             segments = _categories_of_segments(prediction["segments_info"], where)
             unknown = set(segments.values()) - self.categories.keys()
             if unknown:
-                raise ValueError(f"{where}: the truth has no category {sorted(unknown)[0]}")
+                raise ValueError(f"{where}: the ground truth has no category {sorted(unknown)[0]}")
             self._counts[image_id] = match_segments(
-                true_map, truth["segments_info"], found_map, segments, where
+                true_map, annotation["segments_info"], predicted_map, segments, where
             )
             if self._output is not None:
-                self._write(prediction, truth, found_map, segments)
+                self._write(prediction, annotation, predicted_map, segments)
 
     def synchronize_between_processes(self) -> None:
-        """Give every process of `torch.distributed` the matches of all; an image that several have counts once."""
+        """Gather the matches of all `torch.distributed` processes; an image that several processes have counts once."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
@@ -112,12 +115,12 @@ class PanopticEvaluator:
             self._written = written | self._written
 
     def summarize(self) -> dict[str, Any]:
-        """The figures over all images given, which are logged as panopticapi prints them.
+        """Compute the metrics over all images, and log them in the format of panopticapi.
 
         Returns:
-            "All", "Things" and "Stuff" to `{"pq", "sq", "rq": float in 0..1, "n": int}`, the mean over those n
-            categories of which the truth or a prediction has segments (0 for n = 0); "per_class" to a dict of
-            category id to `{"pq", "sq", "rq"}`, for all categories.
+            "All", "Things" and "Stuff" to `{"pq", "sq", "rq": float in 0..1, "n": int}`, the mean over the n categories
+            with segments in the ground truth or a prediction (0 for n = 0); "per_class" to a dict of category id to
+            `{"pq", "sq", "rq"}`, for all categories.
         """
         totals = {category_id: np.zeros(4) for category_id in self.categories}
         for counts in self._counts.values():
@@ -129,25 +132,25 @@ class PanopticEvaluator:
             (self._output / "predictions.json").write_text(json.dumps(content), encoding="utf-8")
         things = {name for name, category in self.categories.items() if category.get("isthing") == 1}
         groups = {"All": totals.keys(), "Things": things, "Stuff": totals.keys() - things}
-        figures: dict[str, Any] = {
+        metrics: dict[str, Any] = {
             name: mean_quality([totals[category_id] for category_id in ids]) for name, ids in groups.items()
         }
-        for line in _table(figures):
+        for line in _table(metrics):
             logger.info(line)
-        return figures | {
+        return metrics | {
             "per_class": {category_id: quality(values) for category_id, values in totals.items()}
         }
 
     def _write(
         self,
         prediction: Mapping[str, Any],
-        truth: Mapping[str, Any],
-        found: np.ndarray,
+        annotation: Mapping[str, Any],
+        predicted_map: np.ndarray,
         segments: dict[int, int],
     ) -> None:
         assert self._output is not None
         image_id = int(prediction["image_id"])
-        name = prediction.get("file_name", truth["file_name"])
+        name = prediction.get("file_name", annotation["file_name"])
         name = output_name(name, "" if name.endswith(".png") else ".png")
         if (other := self._names.setdefault(name, image_id)) != image_id:
             raise ValueError(
@@ -155,7 +158,7 @@ class PanopticEvaluator:
             )
         file = self._output / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(prediction.get("png_string") or write_panoptic_png(found))
+        file.write_bytes(prediction.get("png_string") or write_panoptic_png(predicted_map))
         info = [{"id": segment, "category_id": category} for segment, category in segments.items()]
         self._written[image_id] = {"image_id": image_id, "file_name": name, "segments_info": info}
 
@@ -184,9 +187,9 @@ def _predicted_map(prediction: Mapping[str, Any], where: str) -> np.ndarray:
     return np.maximum(np.asarray(segmentation), VOID).astype(np.int64)
 
 
-def _table(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _table(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
     lines = ["{:10s}| {:>5s}  {:>5s}  {:>5s} {:>5s}".format("", "PQ", "SQ", "RQ", "N"), "-" * 38]
-    for name, figure in figures.items():
-        pq, sq, rq = (100 * figure[key] for key in ("pq", "sq", "rq"))
-        lines.append(f"{name:10s}| {pq:5.1f}  {sq:5.1f}  {rq:5.1f} {figure['n']:5d}")
+    for name, values in metrics.items():
+        pq, sq, rq = (100 * values[key] for key in ("pq", "sq", "rq"))
+        lines.append(f"{name:10s}| {pq:5.1f}  {sq:5.1f}  {rq:5.1f} {values['n']:5d}")
     return lines

@@ -28,7 +28,7 @@ def _relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # named functions: a model has to be picklable
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # no lambdas: a model must be picklable
     "gelu": F.gelu,
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
@@ -48,10 +48,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # named functions: a mo
 
 
 def activation_function(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The activation of that name; a callable is returned as it is.
+    """Return the activation function of a name; a callable is returned unchanged.
 
     Raises:
-        ValueError: there is no activation of that name.
+        ValueError: the name is not known.
     """
     if not isinstance(activation, str):
         return activation
@@ -62,20 +62,20 @@ def activation_function(activation: str | Callable[[Tensor], Tensor]) -> Callabl
     return _ACTIVATIONS[activation]
 
 
-def additive_mask(keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """An attention mask for keys: 0 where kept, the least finite number elsewhere.
+def additive_mask(attend_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Create an additive attention mask: 0 on the keys to attend to, the smallest finite number elsewhere.
 
-    Finite, so that an image that is padding from edge to edge attends everywhere instead of giving NaN.
+    With -inf, the softmax of an image that consists of padding only would be NaN; with finite numbers it is uniform.
 
     Args:
-        keep: bool [B, keys], True on the keys to attend to.
+        attend_mask: bool [B, keys], True on the keys to attend to.
         dtype: a float dtype.
 
     Returns:
-        ``dtype`` [B, 1, 1, keys], to be added to the scores.
+        ``dtype`` [B, 1, 1, keys], to be added to the attention scores.
     """
-    mask = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
-    return mask.masked_fill(~keep, torch.finfo(dtype).min)[:, None, None, :]
+    mask = torch.zeros(attend_mask.shape, dtype=dtype, device=attend_mask.device)
+    return mask.masked_fill(~attend_mask, torch.finfo(dtype).min)[:, None, None, :]
 
 
 class MultiheadAttention(nn.Module):
@@ -84,8 +84,8 @@ class MultiheadAttention(nn.Module):
     Args:
         dim: D.
         num_heads: H, a divisor of D.
-        dropout: probability on the attention weights in training.
-        eager: always compute the attention weights, as ``output_attentions`` does, instead of torch's fused attention.
+        dropout: dropout probability of the attention weights.
+        eager: always compute the attention weights, as ``output_attentions`` does, instead of using fused attention.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float, eager: bool = False) -> None:
@@ -105,14 +105,14 @@ class MultiheadAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+        """Compute attention.
 
         Args:
             query: float [B, n, D].
             key: float [B, m, D].
             value: float [B, m, D].
-            mask: float, broadcastable to [B, H, n, m], added to the scores; None keeps all keys.
-            output_attentions: also return the weights, which takes the slower way of computing them.
+            mask: float, broadcastable to [B, H, n, m], added to the scores; None attends to all keys.
+            output_attentions: also return the attention weights, which is slower.
 
         Returns:
             float [B, n, D], and the attention weights float [B, H, n, m] or None.
@@ -122,7 +122,7 @@ class MultiheadAttention(nn.Module):
         v = self._split_heads(self.v_proj(value))
         dropout = self.dropout if self.training else 0.0
         weights = None
-        if mask is not None and mask.dtype != q.dtype:  # autocast; float32's least number is -inf in bfloat16
+        if mask is not None and mask.dtype != q.dtype:  # autocast; the minimum of float32 is -inf in bfloat16
             mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
         if output_attentions or self.eager:
             scores = (q @ k.transpose(-1, -2)) * self.head_dim**-0.5
@@ -135,14 +135,14 @@ class MultiheadAttention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).flatten(2)), weights if output_attentions else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        """Attention without its weights.
+        """Compute attention without returning its weights.
 
         Args:
             q: float [B, H, n, D / H].
             k: float [B, H, m, D / H].
             v: float [B, H, m, D / H].
-            mask: as in `forward`, of their dtype.
-            dropout: probability on the weights.
+            mask: as in `forward`, with the dtype of q.
+            dropout: dropout probability of the attention weights.
 
         Returns:
             float [B, H, n, D / H].

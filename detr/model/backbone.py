@@ -1,4 +1,4 @@
-"""The convolutional backbone: a timm CNN or transformers' ResNet with frozen batch norm, of which some stages train.
+"""The convolutional backbone: a timm CNN or the ResNet of transformers, with frozen batch norm and frozen stages.
 
 B batch; C_i, h_i, w_i channels and size of feature map i.
 """
@@ -21,7 +21,7 @@ from detr.model.frozen_batch_norm import ConvolutionFolding, freeze_batch_norm
 from detr.model.resnet import ResNet
 from detr.model_files import is_hub_id
 
-# Pretrained nets of timm that have the same weights as a ResNet of transformers, by (layer_type, depths).
+# Pretrained timm networks whose weights fit a ResNet of transformers, by (layer_type, depths).
 _RESNETS = {
     ("basic", (2, 2, 2, 2)): "resnet18",
     ("basic", (3, 4, 6, 3)): "resnet34",
@@ -34,17 +34,19 @@ _DEFAULT_INDICES = (1, 2, 3, 4)
 
 
 class ConvEncoder(nn.Module):
-    """The feature extractor with frozen batch norm.
+    """Feature extractor with frozen batch norm.
 
     Args:
-        config: says which net, ``compat``, ``trainable_backbone_stages`` and ``use_pretrained_backbone``. The
-            ``out_indices`` of its ``backbone_config`` become those that the net really has.
+        config: defines the network by ``backbone_config``, ``compat``, ``trainable_backbone_stages`` and
+            ``use_pretrained_backbone``. ``out_indices`` of ``config.backbone_config`` is set to the indices that the
+            network actually uses.
 
     Attributes:
-        model: the feature extractor, timm's or a `ResNet`.
-        channels: C_i of every map.
-        strides: of every map.
-        folding: of its frozen batch norms; None where they are gone for good.
+        model: the feature extractor, from timm or a `ResNet`.
+        channels: C_i of each feature map.
+        strides: stride of each feature map, in pixels.
+        folding: folds the frozen batch norms into convolutions while the network runs; None if they were removed
+            permanently, as by `detr.inference.optimize`.
     """
 
     def __init__(self, config: DetrConfig) -> None:
@@ -64,41 +66,51 @@ class ConvEncoder(nn.Module):
             load_backbone_weights(net, _read_backbone(pretrained), config, source=pretrained)
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """Float [B, channels, H, W] to the feature maps float [B, C_i, h_i, w_i], shallow to deep."""
+        """Map float [B, channels, H, W] to feature maps float [B, C_i, h_i, w_i], shallow to deep."""
         with nullcontext() if self.folding is None else self.folding.running(self.model):
             maps: list[Tensor] = self.model(pixel_values)
         return maps
 
 
 class Backbone(nn.Module):
-    """Holds the `ConvEncoder` under the name that checkpoints give it, ``backbone.conv_encoder.model``."""
+    """Wrap the `ConvEncoder`, so that parameter names are those of checkpoints: ``backbone.conv_encoder.model``."""
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
         self.conv_encoder = ConvEncoder(config)
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """See `ConvEncoder.forward`."""
+        """Compute feature maps; see `ConvEncoder.forward`."""
         maps: list[Tensor] = self.conv_encoder(pixel_values)
         return maps
 
 
 def downsample_mask(pixel_mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pixel mask [B, H, W] (any dtype, not 0 is real) to bool [B, h, w] at the size of a feature map, nearest."""
+    """Resize a pixel mask to the size of a feature map, by nearest neighbor.
+
+    Args:
+        pixel_mask: [B, H, W] of any dtype, nonzero on real pixels.
+        size: (h, w).
+
+    Returns:
+        bool [B, h, w].
+    """
     return F.interpolate(pixel_mask[:, None].float(), size=size)[:, 0].to(torch.bool)
 
 
 def create_features(config: DetrConfig, pretrained: bool = False) -> nn.Module:
-    """The feature extractor of ``config``, cut after the last map it returns, batch norm not yet frozen.
+    """Create the feature extractor of ``config``, without the layers after its last feature map.
+
+    Batch norm is not frozen yet.
 
     Args:
-        config: says which net and which maps.
+        config: defines the network and its feature maps.
         pretrained: load timm's pretrained weights, from its cache or the network.
 
     Raises:
-        ValueError: there is no such net, it can't be built with these maps or this output stride, or it has no
+        ValueError: the network does not exist, cannot be built with these feature maps or this output stride, or has no
             pretrained weights.
-        OSError: the pretrained weights are neither in the cache nor available.
+        OSError: the pretrained weights are not in the cache and cannot be downloaded.
     """
     backbone = config.backbone_config
     if backbone["model_type"] == "timm_backbone":
@@ -108,25 +120,25 @@ def create_features(config: DetrConfig, pretrained: bool = False) -> nn.Module:
         shape = (backbone.get("layer_type", "bottleneck"), tuple(backbone.get("depths", (3, 4, 6, 3))))
         if shape not in _RESNETS:
             raise ValueError(
-                f"use_pretrained_backbone=True: there are no pretrained weights for layer_type and depths {shape}; "
+                f"use_pretrained_backbone=True: no pretrained weights exist for layer_type and depths {shape}; "
                 "give the path of a state dict, a folder or a hub id"
             )
         name = _RESNETS[shape]
-        with _explained(name):
+        with _explain_missing_weights(name):
             weights = _timm().create_model(name, pretrained=True, in_chans=backbone["num_channels"])
         load_backbone_weights(net, weights.state_dict(), config, source=f"timm's {name}")
     return net
 
 
 def _timm() -> Any:
-    """timm, imported when a net is built: with torchvision it takes as long to import as torch."""
+    """Import timm when a network is built, not before: with torchvision it takes as long to import as torch."""
     import timm
 
     return timm
 
 
 def timm_arguments(config: DetrConfig) -> tuple[str, dict[str, Any]]:
-    """Name and keyword arguments for ``timm.create_model`` of the backbone that ``config`` describes."""
+    """Return the name and the keyword arguments with which ``timm.create_model`` builds the backbone of ``config``."""
     backbone = config.backbone_config
     arguments = {"in_chans": backbone["num_channels"], "out_indices": tuple(backbone["out_indices"])}
     if backbone["output_stride"] is not None:
@@ -135,17 +147,17 @@ def timm_arguments(config: DetrConfig) -> tuple[str, dict[str, Any]]:
 
 
 def create_timm_features(config: DetrConfig, pretrained: bool = False) -> nn.Module:
-    """The timm feature extractor of ``config``; see `create_features`.
+    """Create the timm feature extractor of ``config``; see `create_features`.
 
-    Nets without a map of the stem (ConvNeXt) have four maps, 0 to 3: the default ``out_indices`` 1 to 4 then
-    mean these.
+    Networks without a feature map of the stem, such as ConvNeXt, have only the indices 0 to 3. The default
+    ``out_indices`` 1 to 4 then mean 0 to 3.
     """
     name, arguments = timm_arguments(config)
     timm = _timm()
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(f"timm {timm.__version__} has no model {name!r}; timm.list_models() lists the names")
     try:
-        with _explained(name):
+        with _explain_missing_weights(name):
             try:
                 net = _create(name, pretrained, arguments)
             except (IndexError, AssertionError):
@@ -154,20 +166,20 @@ def create_timm_features(config: DetrConfig, pretrained: bool = False) -> nn.Mod
                 net = _create(name, pretrained, {**arguments, "out_indices": (0, 1, 2, 3)})
     except (IndexError, AssertionError, NotImplementedError, TypeError, RuntimeError, ValueError) as error:
         hint = (
-            " (dilation=True needs a net that can keep its resolution)"
+            " (dilation=True needs a network that supports output_stride)"
             if "output_stride" in arguments
             else ""
         )
         raise ValueError(
             f"timm cannot build {name!r} as a backbone with {arguments}{hint}: {error}"
         ) from error
-    _cut(net)
+    _drop_unused_blocks(net)
     return net
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Errors of missing pretrained weights say what to do."""
+def _explain_missing_weights(name: str) -> Iterator[None]:
+    """Add what to do to errors of missing pretrained weights."""
     try:
         yield
     except OSError as error:
@@ -183,12 +195,12 @@ def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module
 
 
 def _feature_info(net: nn.Module) -> Any:
-    """timm's description of the maps of a feature extractor."""
+    """Return timm's description of the feature maps of a network."""
     return net.feature_info
 
 
-def _cut(net: nn.Module) -> None:
-    """Drop the blocks after the last returned map: timm keeps them in EfficientNet-like nets."""
+def _drop_unused_blocks(net: nn.Module) -> None:
+    """Drop the blocks after the last returned feature map; timm leaves them in networks such as EfficientNet."""
     blocks = getattr(net, "blocks", None)
     last = _feature_info(net).module_name()[-1].split(".")
     if isinstance(blocks, nn.Sequential):
@@ -196,25 +208,25 @@ def _cut(net: nn.Module) -> None:
 
 
 def stage_of_parameters(net: nn.Module) -> dict[str, int]:
-    """The stage, 0 (stem) to 4, of every parameter of a timm feature extractor.
+    """Return the stage, 0 (stem) to 4, of each parameter of a timm feature extractor, by parameter name.
 
-    timm lists the maps that a net can return, shallow to deep, whether or not they were asked for. The last four
-    are the outputs of stages 1 to 4 (strides 4 to 32); what comes before them is the stem. A parameter belongs to
-    the first map that is computed after it, in the order in which the modules were registered. Nets without a
-    map of the stem count it to stage 1.
+    ``feature_info`` lists all feature maps that a network can return, shallow to deep, also those that are not
+    selected. The last four are the outputs of stages 1 to 4 (strides 4 to 32); anything before them is the stem. A
+    parameter belongs to the first feature map whose module ends after it, in the order in which modules are registered.
+    In a network without a feature map of the stem, the stem belongs to stage 1.
 
     Raises:
-        ValueError: the module of a map is not found in the net.
+        ValueError: the network has no module of the name that a feature map refers to.
     """
     info = _feature_info(net)
     order = {name: i for i, (name, _) in enumerate(net.named_modules())}
-    ends = []  # the position of the last module of every map that the net has
+    ends = []  # position of the last module of each feature map, in registration order
     for index, entry in enumerate(info.info):
-        # a feature extractor names the module `stages.0` of the net `stages_0`
+        # A feature extractor of timm renames the module `stages.0` to `stages_0`.
         path = next((p for p in (entry["module"], entry["module"].replace(".", "_")) if p in order), None)
         if path is None and index <= max(info.out_indices):
             raise ValueError(
-                f"the backbone has no module {entry['module']!r}, so its stages cannot be told apart; set "
+                f"the backbone has no module {entry['module']!r}, so its stages are unknown; set "
                 "trainable_backbone_stages to 0 (train nothing) or 5 (train everything)"
             )
         if path is not None:
@@ -223,17 +235,17 @@ def stage_of_parameters(net: nn.Module) -> dict[str, int]:
     stages = {}
     for name, _ in net.named_parameters():
         position = order[name.rpartition(".")[0]]
-        reached = sum(end < position for end in ends)
-        stages[name] = min(max(reached - stem_maps + 1, 0), 4)
+        completed_maps = sum(end < position for end in ends)
+        stages[name] = min(max(completed_maps - stem_maps + 1, 0), 4)
     return stages
 
 
 def freeze_stages(net: nn.Module, trainable_stages: int) -> None:
-    """Let the deepest ``trainable_stages`` stages of a timm feature extractor train and freeze the others.
+    """Make the deepest ``trainable_stages`` stages of a timm feature extractor trainable and freeze the others.
 
-    0 freezes all; 3, as in the paper, freezes the stem and the first stage; 5 trains all. The stages are those of
-    the whole net (see `stage_of_parameters`), also where it is cut: of an EfficientNet up to stride 16, 3 trains
-    the two stages of strides 8 and 16.
+    0 freezes everything; 3, as in the paper, freezes the stem and the first stage; 5 trains everything. Stages are
+    counted in the complete network (see `stage_of_parameters`), even if its last stages are not built: in an
+    EfficientNet up to stride 16, 3 trains the two stages of strides 8 and 16.
     """
     if trainable_stages <= 0 or trainable_stages >= 5:
         net.requires_grad_(trainable_stages > 0)
@@ -244,16 +256,17 @@ def freeze_stages(net: nn.Module, trainable_stages: int) -> None:
 
 
 def load_pretrained_backbone(model: nn.Module, source: str | Path) -> None:
-    """Load the backbone of a DETR model from a file of classification weights.
+    """Load the weights of an image classifier into the backbone of a DETR model.
 
     Args:
         model: `DetrModel`, `DetrForObjectDetection` or another model with a ``config`` and one `ConvEncoder`.
-        source: a ``.safetensors`` or ``.pth`` state dict of the whole timm net (with its classifier) in timm's
-            names, or in other names but timm's order and shapes; or a folder or hub id of a ResNet of transformers.
+        source: a ``.safetensors`` or ``.pth`` state dict of the complete timm network with its classifier; or a folder
+            or hub id of a transformers ResNet. The tensors of a state dict have timm's names, or other names but timm's
+            order and shapes.
 
     Raises:
-        FileNotFoundError: no such file, folder or model.
-        ValueError: the tensors are not those of the net; the first difference is named.
+        FileNotFoundError: the file, folder or model does not exist.
+        ValueError: the tensors do not fit the network; the message names the first difference.
     """
     encoders = [m for m in model.modules() if isinstance(m, ConvEncoder)]
     config = getattr(model, "config", None)
@@ -273,47 +286,47 @@ def _read_backbone(source: str | Path) -> dict[str, Tensor]:
 def load_backbone_weights(
     net: nn.Module, state_dict: Mapping[str, Tensor], config: DetrConfig, source: str = "the state dict"
 ) -> None:
-    """Copy classification weights into a feature extractor, in place; see `load_pretrained_backbone`."""
+    """Copy the weights of an image classifier into a feature extractor, in place; see `load_pretrained_backbone`."""
     own = net.state_dict()
     own = {k: v for k, v in own.items() if not k.endswith("num_batches_tracked")}
-    given = {_in_timm_style(k): v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
+    given = {_to_timm_name(k): v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
     if config.backbone_config["model_type"] == "resnet":
         given = {k: v for k, v in given.items() if not k.startswith(("fc.", "classifier."))}
-        parts = {name.split(".")[0] for name in own}  # stages after the last map are not built
-        unknown = next((k for k in given if k not in own and not _is_stage_of_others(k, parts)), None)
+        parts = {name.split(".")[0] for name in own}
+        unknown = next((k for k in given if k not in own and not _is_unbuilt_stage(k, parts)), None)
         if unknown is not None:
             raise ValueError(f"{source} is not a state dict of a ResNet: {unknown} is not one of its tensors")
         tensors: Mapping[str, Tensor] = given
     else:
-        tensors = given if given.keys() == own.keys() else _in_timm_names(given, config, source)
-    # a feature extractor writes `stages.0` as `stages_0`
+        tensors = given if given.keys() == own.keys() else _rename_to_timm(given, config, source)
+    # A feature extractor of timm renames `stages.0` to `stages_0`.
     flat = {name.replace(".", "_"): tensor for name, tensor in tensors.items()}
-    found = {name: flat[name.replace(".", "_")] for name in own if name.replace(".", "_") in flat}
-    if len(found) < len(own):
-        absent = next(name for name in own if name not in found)
-        raise ValueError(f"{source} has no {absent}, which the backbone has")
-    for name, tensor in found.items():
+    matched = {name: flat[name.replace(".", "_")] for name in own if name.replace(".", "_") in flat}
+    if len(matched) < len(own):
+        missing = next(name for name in own if name not in matched)
+        raise ValueError(f"{source} has no {missing}, which the backbone has")
+    for name, tensor in matched.items():
         if own[name].shape != tensor.shape:
             raise ValueError(
                 f"{source}: {name} has shape {tuple(tensor.shape)}, the backbone {tuple(own[name].shape)}"
             )
-    net.load_state_dict(
-        found, strict=False
-    )  # all but num_batches_tracked, where batch norm is not yet frozen
+    # strict=False: before batch norm is frozen, num_batches_tracked is missing
+    net.load_state_dict(matched, strict=False)
 
 
-def _is_stage_of_others(name: str, parts: set[str]) -> bool:
+def _is_unbuilt_stage(name: str, parts: set[str]) -> bool:
+    """Return whether a tensor belongs to a stage after the last feature map, which is not built."""
     part = name.split(".")[0]
     return part.startswith("layer") and part not in parts
 
 
-def _in_timm_style(name: str) -> str:
-    """A name of transformers' ResNet, alone or under a classifier, as timm has it; other names are returned as they are."""
+def _to_timm_name(name: str) -> str:
+    """Convert a tensor name of transformers' ResNet, alone or in a classifier, to timm's; others stay unchanged."""
     return to_file_name(BACKBONE_PREFIX + name.removeprefix("resnet.")).removeprefix(BACKBONE_PREFIX)
 
 
-def _in_timm_names(tensors: Mapping[str, Tensor], config: DetrConfig, source: str) -> Mapping[str, Tensor]:
-    """The tensors of the whole timm net under timm's names: by name where one agrees, else by order."""
+def _rename_to_timm(tensors: Mapping[str, Tensor], config: DetrConfig, source: str) -> Mapping[str, Tensor]:
+    """Give the tensors of a complete timm network timm's names: by name if any name matches, else by order."""
     name, arguments = timm_arguments(config)
     with torch.device("meta"):
         whole: Any = _timm().create_model(name, pretrained=False, in_chans=arguments["in_chans"])
@@ -334,5 +347,5 @@ def _in_timm_names(tensors: Mapping[str, Tensor], config: DetrConfig, source: st
                 f"{ours} has {tuple(theirs.shape)}"
             )
     if len(expected) != len(tensors):
-        raise ValueError(f"{source} holds {len(tensors)} tensors, timm's {name} has {len(expected)}")
+        raise ValueError(f"{source} contains {len(tensors)} tensors, timm's {name} has {len(expected)}")
     return dict(zip(expected, tensors.values(), strict=True))

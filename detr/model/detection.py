@@ -1,6 +1,7 @@
-"""DETR: `DetrModel` and `DetrForObjectDetection`; with masks it is `detr.model.segmentation`.
+"""DETR for object detection: `DetrModel` and `DetrForObjectDetection`.
 
-B batch, H x W image, S cells of the deepest feature map, Q queries, D ``d_model``, C classes, L decoder layers.
+B batch, H x W image, S tokens (one for each cell of the deepest feature map), Q queries, D ``d_model``, C classes,
+L decoder layers. For masks see `detr.model.segmentation`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from detr.config import DetrConfig
 from detr.loss.criterion import set_loss
-from detr.loss.normalizers import average_normalisers
+from detr.loss.normalizers import average_normalizers
 from detr.model.backbone import Backbone, downsample_mask
-from detr.model.capture import is_all_ones, refuse_capture
+from detr.model.capture import check_not_capturing, is_all_ones
 from detr.model.initialization import init_as_original, init_as_transformers
 from detr.model.multiscale.detector import MultiScaleDetector
 from detr.model.outputs import DetrEncoderOutput, DetrModelOutput, DetrObjectDetectionOutput, ImageFeatures
@@ -28,17 +29,20 @@ from detr.model.transformer import Decoder, Encoder
 
 
 class DetrModel(DetrPreTrainedModel):
-    """Backbone and transformer without heads.
+    """Backbone, encoder and decoder, without prediction heads.
 
     Args:
-        config: the configuration; nothing is downloaded unless ``config.use_pretrained_backbone`` is True.
+        config: the configuration. Nothing is downloaded unless ``config.use_pretrained_backbone`` is set.
+
+    Raises:
+        ValueError: ``config.multi_scale`` is set: that architecture has no `DetrModel`.
     """
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__(config)
         if config.multi_scale is not None:
             raise ValueError(
-                "config.multi_scale is set: its network has no DetrModel without heads; use DetrForObjectDetection"
+                "config.multi_scale is set: the multi-scale architecture has no DetrModel; use DetrForObjectDetection"
             )
         self.backbone = Backbone(config)
         self.position_embedding: nn.Module
@@ -59,11 +63,11 @@ class DetrModel(DetrPreTrainedModel):
             init_as_original(self.decoder)
 
     def freeze_backbone(self) -> None:
-        """Stop training any part of the backbone."""
+        """Freeze all parameters of the backbone."""
         self.backbone.requires_grad_(False)
 
     def unfreeze_backbone(self) -> None:
-        """Train the whole backbone."""
+        """Make all parameters of the backbone trainable."""
         self.backbone.requires_grad_(True)
 
     def forward(
@@ -81,21 +85,21 @@ class DetrModel(DetrPreTrainedModel):
         """Compute the decoder's hidden states.
 
         Args:
-            pixel_values: float [B, channels, H, W], normalised.
-            pixel_mask: [B, H, W], 1 on real pixels, 0 on padding; None where there is no padding, which is
-                faster and gives the same numbers as a mask of ones.
-            decoder_attention_mask: [B, Q], 0 hides a query from the other queries.
-            encoder_outputs: the encoder's output, to skip it: a `DetrEncoderOutput`, a tuple
-                ``(last_hidden_state, hidden_states, attentions)`` or float [B, S, D] itself.
-            inputs_embeds: float [B, S, D] in place of the projected features of a square feature map, to skip
-                the backbone.
-            decoder_inputs_embeds: float [B, Q, D] in place of queries of zeros.
+            pixel_values: float [B, channels, H, W], normalized.
+            pixel_mask: [B, H, W], 1 on real pixels, 0 on padding. None means no padding; it is faster than a mask of
+                ones and gives the same results.
+            decoder_attention_mask: [B, Q], 0 excludes a query from the keys of the decoder's self-attention.
+            encoder_outputs: precomputed output of the encoder, which is then skipped: a `DetrEncoderOutput`, a tuple
+                ``(last_hidden_state, hidden_states, attentions)`` or the hidden state float [B, S, D].
+            inputs_embeds: float [B, S, D], used in place of the projected features of a square feature map; the
+                backbone is then skipped.
+            decoder_inputs_embeds: float [B, Q, D], the initial queries; default zeros.
             output_attentions: also return attention weights; default ``config.output_attentions``.
             output_hidden_states: also return all hidden states; default ``config.output_hidden_states``.
             return_dict: False returns a tuple; default ``config.return_dict``.
 
         Raises:
-            ValueError: neither image nor embeddings are given, or a shape does not fit.
+            ValueError: neither pixel_values nor inputs_embeds are given, or a shape does not fit.
         """
         _, output = self.states(
             pixel_values,
@@ -117,7 +121,7 @@ class DetrModel(DetrPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **options: Any,
     ) -> tuple[ImageFeatures, DetrModelOutput]:
-        """What both heads start from. Arguments are those of `features` and of `transform`."""
+        """Run backbone and transformer; for the arguments, see `features` and `transform`."""
         features = self.features(pixel_values, pixel_mask, inputs_embeds)
         return features, self.transform(features, **options)
 
@@ -131,36 +135,37 @@ class DetrModel(DetrPreTrainedModel):
         output_hidden_states: bool | None = None,
         extra_queries: Tensor | None = None,
     ) -> DetrModelOutput:
-        """What follows the backbone: encoder and decoder. Arguments are those of `forward`, and
+        """Run encoder and decoder. Arguments are those of `forward`, and additionally:
 
         Args:
-            extra_queries: float [K - 1, Q, D], the position embeddings of further groups of queries. The decoder's
-                output is then [B, K * Q, D], group after group, the model's own queries last.
+            features: the output of `features`.
+            extra_queries: float [K - 1, Q, D], the position embeddings of further query groups. The output of the
+                decoder is then [B, K * Q, D], one group after the other, the model's own queries last.
         """
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        cells, batch = features.cells, features.cells.shape[0]
+        tokens, batch = features.cells, features.cells.shape[0]
         position = (
-            self.position_embedding(features.counted, cells.dtype).flatten(2).transpose(1, 2).contiguous()
+            self.position_embedding(features.valid_mask, tokens.dtype).flatten(2).transpose(1, 2).contiguous()
         )
-        keep = None if features.keep is None else features.keep.flatten(1)
+        attend_mask = None if features.attend_mask is None else features.attend_mask.flatten(1)
 
         encoded = _encoder_output(encoder_outputs)
         if encoded is None:
-            encoded = self.encoder(cells, keep, position, attentions, states)
+            encoded = self.encoder(tokens, attend_mask, position, attentions, states)
         memory = encoded.last_hidden_state
         query_position, groups = self.query_position_embeddings.weight, 1
         if extra_queries is not None:
             groups += len(extra_queries)
             query_position = torch.cat((extra_queries.flatten(0, 1), query_position))
-        query_position = query_position.to(cells.dtype).expand(batch, -1, -1)
-        query_keep = None if decoder_attention_mask is None else decoder_attention_mask.to(torch.bool)
+        query_position = query_position.to(tokens.dtype).expand(batch, -1, -1)
+        query_attend_mask = None if decoder_attention_mask is None else decoder_attention_mask.to(torch.bool)
         decoded = self.decoder(
             decoder_inputs_embeds,
             query_position,
-            query_keep,
+            query_attend_mask,
             memory,
-            keep,
+            attend_mask,
             position,
             attentions,
             states,
@@ -180,33 +185,39 @@ class DetrModel(DetrPreTrainedModel):
     def features(
         self, pixel_values: Tensor | None, pixel_mask: Tensor | None, inputs_embeds: Tensor | None = None
     ) -> ImageFeatures:
-        """The backbone and the projection of its deepest map. Arguments are those of `forward`."""
+        """Run the backbone and project its deepest feature map. Arguments are those of `forward`."""
         if inputs_embeds is not None:
-            batch, cells, _ = inputs_embeds.shape
-            side = isqrt(cells)
-            if side * side != cells:
-                raise ValueError(f"inputs_embeds has {cells} cells, which is no square feature map")
+            batch, length, _ = inputs_embeds.shape
+            side = isqrt(length)
+            if side * side != length:
+                raise ValueError(
+                    f"inputs_embeds has length {length}, which is not the area of a square feature map"
+                )
             ones = torch.ones((batch, side, side), dtype=torch.bool, device=inputs_embeds.device)
-            # as transformers: here the mask hides cells but does not move the positions
-            keep = None if pixel_mask is None else downsample_mask(pixel_mask, (side, side))
-            return ImageFeatures(inputs_embeds, keep, ones)
+            # As in transformers: with inputs_embeds the mask does not change the position embeddings.
+            attend_mask = None if pixel_mask is None else downsample_mask(pixel_mask, (side, side))
+            return ImageFeatures(inputs_embeds, attend_mask, ones)
         pixel_values = check_pixels(pixel_values, pixel_mask)
         batch = pixel_values.shape[0]
         maps = self.backbone(pixel_values)
         projected = self.input_projection(maps[-1])
-        cells, (height, width) = projected.flatten(2).transpose(1, 2), projected.shape[-2:]
+        tokens, (height, width) = projected.flatten(2).transpose(1, 2), projected.shape[-2:]
         if pixel_mask is None or is_all_ones(pixel_mask):
-            ones = torch.ones((batch, height, width), dtype=torch.bool, device=cells.device)
-            return ImageFeatures(cells, None, ones, maps)
+            ones = torch.ones((batch, height, width), dtype=torch.bool, device=tokens.device)
+            return ImageFeatures(tokens, None, ones, maps)
         mask = downsample_mask(pixel_mask, (height, width))
-        return ImageFeatures(cells, mask, mask, maps)
+        return ImageFeatures(tokens, mask, mask, maps)
 
 
 def check_pixels(pixel_values: Tensor | None, pixel_mask: Tensor | None) -> Tensor:
-    """``pixel_values``, if they are a batch of images that the mask fits.
+    """Check that ``pixel_values`` is a batch of images whose shape the mask has; return it.
+
+    Args:
+        pixel_values: [B, channels, H, W].
+        pixel_mask: [B, H, W] or None.
 
     Raises:
-        ValueError: they are missing, or a shape does not fit.
+        ValueError: pixel_values is None, or a shape does not fit.
     """
     if pixel_values is None:
         raise ValueError("You have to specify either pixel_values or inputs_embeds")
@@ -224,11 +235,11 @@ def check_pixels(pixel_values: Tensor | None, pixel_mask: Tensor | None) -> Tens
 
 
 def refuse_for_multi_scale(**arguments: Any) -> None:
-    """Raise ValueError where an argument is given that the multi-scale architecture has no place for."""
+    """Raise ValueError if one of the arguments, which the multi-scale architecture does not support, is not None."""
     given = [name for name, value in arguments.items() if value is not None]
     if given:
         raise ValueError(
-            f"{given[0]} is an argument of the page's architecture, but config.multi_scale is set"
+            f"{given[0]} is not supported by the multi-scale architecture: do not pass it if config.multi_scale is set"
         )
 
 
@@ -245,27 +256,27 @@ def _encoder_output(given: DetrEncoderOutput | Sequence[Any] | Tensor | None) ->
 
 
 class BoxHead(nn.Module):
-    """Three linear layers with ReLU between them, from a query to a box before its sigmoid."""
+    """Predict a box from a query: three linear layers with ReLU between them. The sigmoid is not applied."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float [..., D] to float [..., 4]."""
+        """Map float [..., D] to float [..., 4]."""
         first, second, last = self.layers
         return last(F.relu(second(F.relu(first(x)))))
 
 
 class DetrForObjectDetection(DetrPreTrainedModel):
-    """DETR with the heads for classes and boxes.
+    """DETR with heads for classes and boxes.
 
     Args:
-        config: the configuration; nothing is downloaded unless ``config.use_pretrained_backbone`` is True.
+        config: the configuration. Nothing is downloaded unless ``config.use_pretrained_backbone`` is set.
 
     Attributes:
-        multi_scale: the whole network where ``config.multi_scale`` is set, which then stands in for ``model`` and
-            the heads; None in the model of the page.
+        multi_scale: the whole network if ``config.multi_scale`` is set; ``model`` and the heads then do not exist.
+            None in standard DETR.
     """
 
     def __init__(self, config: DetrConfig) -> None:
@@ -280,16 +291,17 @@ class DetrForObjectDetection(DetrPreTrainedModel):
             init_as_transformers((self.class_labels_classifier, self.bbox_predictor), config.init_std)
 
     def reset_class_head(self) -> None:
-        """Reinitialize the class head, for other classes."""
+        """Reinitialize the class head, for training with other classes."""
         if self.multi_scale is not None:
             self.multi_scale.reset_class_head()
         else:
             self.class_labels_classifier.reset_parameters()
 
     def predict(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes and boxes of decoder outputs.
+        """Predict classes and boxes from the output of the decoder.
 
-        The heads are a thousandth of the work and run outside autocast: bfloat16 boxes are off by pixels.
+        The heads run outside autocast: boxes in bfloat16 would be off by pixels, and the heads are only a thousandth
+        of the computation.
 
         Args:
             hidden_states: float [..., Q, D].
@@ -319,13 +331,11 @@ class DetrForObjectDetection(DetrPreTrainedModel):
         class_weight_sum: float | Tensor | None = None,
         image_weights: Tensor | None = None,
     ) -> DetrObjectDetectionOutput | tuple[Any, ...]:
-        """Detect, and compute the loss where labels are given.
-
-        Arguments that are not described here are those of `DetrModel.forward`.
+        """Predict classes and boxes, and compute the loss if labels are given.
 
         Args:
-            pixel_values: float [B, channels, H, W], normalised.
-            pixel_mask: [B, H, W], 1 on real pixels; None where there is no padding.
+            pixel_values: float [B, channels, H, W], normalized.
+            pixel_mask: [B, H, W], 1 on real pixels, 0 on padding; None means no padding.
             decoder_attention_mask: see `DetrModel.forward`.
             encoder_outputs: see `DetrModel.forward`.
             inputs_embeds: see `DetrModel.forward`.
@@ -335,12 +345,12 @@ class DetrForObjectDetection(DetrPreTrainedModel):
             output_attentions: see `DetrModel.forward`.
             output_hidden_states: see `DetrModel.forward`.
             return_dict: see `DetrModel.forward`.
-            num_boxes: normaliser of the box losses; see `detr.loss.criterion.set_loss`.
-            class_weight_sum: normaliser of the cross-entropy; see `detr.loss.criterion.set_loss`.
-            image_weights: float [B], the weight of each image in the loss; 0 for a slot that holds no image.
+            num_boxes: normalizer of the box losses; see `detr.loss.criterion.set_loss`.
+            class_weight_sum: normalizer of the cross-entropy; see `detr.loss.criterion.set_loss`.
+            image_weights: float [B], the weight of each image in the loss; 0 for an empty slot of the batch.
 
-        Where torch.distributed is initialised and a normaliser is not given, it is averaged over the default
-        process group: see `average_normalisers`.
+        If torch.distributed is initialized, a normalizer that is not given is averaged over the default process group:
+        see `average_normalizers`.
 
         Raises:
             ValueError: an argument or a label does not fit; the message says which.
@@ -385,28 +395,31 @@ class DetrForObjectDetection(DetrPreTrainedModel):
         num_boxes: float | Tensor | None,
         class_weight_sum: float | Tensor | None,
         image_weights: Tensor | None,
-        masks_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+        compute_masks: Callable[[Tensor, Tensor], Tensor] | None = None,
         groups: int = 1,
         predicted: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Any]:
-        """Heads and loss on the output of the transformer; arguments are those of `forward` and `set_loss`.
+        """Apply the heads to the output of the transformer, and compute the loss if labels are given.
 
-        With ``groups`` the intermediate hidden states are those of all groups, in the order of `set_loss`;
-        ``predicted`` is what `predict` made of the last hidden state, where that is known.
+        Arguments are those of `forward` and `set_loss`. With ``groups`` the intermediate hidden states are those of all
+        groups, in the order that `set_loss` expects. ``predicted`` is the result of `predict` for the last hidden
+        state, if it was already computed.
 
         Returns:
             The fields ``loss``, ``loss_dict``, ``logits``, ``pred_boxes`` and ``auxiliary_outputs``.
         """
-        assert outputs.last_hidden_state is not None  # only an output made by hand could lack it
+        assert outputs.last_hidden_state is not None  # a model always returns it
         logits, pred_boxes = predicted or self.predict(outputs.last_hidden_state)
         loss = loss_dict = auxiliary_outputs = None
         if labels is not None:
-            refuse_capture("the loss", "call the model without labels")
+            check_not_capturing("the loss", "call the model without labels")
             all_logits, all_boxes = logits[None], pred_boxes[None]
             if outputs.intermediate_hidden_states is not None:
                 aux_logits, aux_boxes = self.predict(outputs.intermediate_hidden_states[:-1])
                 if self.config.auxiliary_loss:
-                    own = (len(aux_logits) + 1) // groups - 1  # layers of group 0 before its last
+                    own = (
+                        len(aux_logits) + 1
+                    ) // groups - 1  # layers of the model's own group, without the last
                     first = len(aux_logits) - own
                     auxiliary_outputs = [
                         {"logits": c, "pred_boxes": b}
@@ -415,7 +428,7 @@ class DetrForObjectDetection(DetrPreTrainedModel):
                 all_logits = torch.cat((aux_logits, all_logits))
                 all_boxes = torch.cat((aux_boxes, all_boxes))
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                num_boxes, class_weight_sum = average_normalisers(
+                num_boxes, class_weight_sum = average_normalizers(
                     labels, image_weights, self.config, num_boxes, class_weight_sum, logits.device
                 )
             loss, loss_dict = set_loss(
@@ -426,7 +439,7 @@ class DetrForObjectDetection(DetrPreTrainedModel):
                 num_boxes=num_boxes,
                 class_weight_sum=class_weight_sum,
                 image_weights=image_weights,
-                masks_of=masks_of,
+                compute_masks=compute_masks,
                 groups=groups,
             )
         return {
@@ -439,6 +452,6 @@ class DetrForObjectDetection(DetrPreTrainedModel):
 
 
 def hidden_outputs(outputs: DetrModelOutput) -> dict[str, Any]:
-    """The fields that the outputs with heads take over from the transformer's."""
-    left_out = ("past_key_values", "intermediate_hidden_states")
-    return {f.name: getattr(outputs, f.name) for f in fields(outputs) if f.name not in left_out}
+    """Return the fields of the transformer's output that the outputs of models with heads also have."""
+    excluded = ("past_key_values", "intermediate_hidden_states")
+    return {f.name: getattr(outputs, f.name) for f in fields(outputs) if f.name not in excluded}

@@ -1,8 +1,12 @@
-"""Batch norm that never changes, as DETR uses it in the backbone: batches are too small for statistics.
+"""Frozen batch norm, which DETR uses in the backbone because its batches are too small for batch statistics.
 
-It is an affine map of each channel, so the convolution before it can do it too, with a scaled weight: that saves a pass
-over every activation, and another in the backward pass. `ConvolutionFolding` does so while a backbone runs. The module
-tree stays one of plain layers, whose parameters, gradients, copies and files are those of the layers.
+A frozen batch norm is an affine map of each channel, y = scale x + shift, with scale = weight / sqrt(running_var + eps)
+and shift = bias - running_mean scale. Applied to a convolution x = W * u + b, it gives y = (scale W) * u + (scale b +
+shift), which is another convolution. Folding the norm into the convolution thus saves a pass over every activation, and
+another one in the backward pass. The gradient of W flows through the product scale W.
+
+`ConvolutionFolding` folds while a backbone runs. It does not change the module tree: layers keep their parameters,
+gradients, copies and file format.
 """
 
 from __future__ import annotations
@@ -26,12 +30,12 @@ TRANSFORMERS_EPS = 1e-5
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch norm whose statistics and affine parameters never change, with the activation fused into it if any.
+    """Batch norm with constant statistics and affine parameters, and an optional fused activation.
 
     Args:
-        num_features: channels.
+        num_features: number of channels.
         eps: added to the variance.
-        activation: applied to the result; timm's ``BatchNormAct2d`` carries one.
+        activation: applied to the result; that of timm's ``BatchNormAct2d``.
     """
 
     weight: Tensor
@@ -51,129 +55,133 @@ class FrozenBatchNorm2d(nn.Module):
         self.act = nn.Identity() if activation is None else activation
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The affine map that this layer is: float [C] and float [C]."""
+        """Return scale and shift of the affine map, float [C] each."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float [B, C, h, w] to float [B, C, h, w] of the same dtype, also under autocast."""
+        """Normalize float [B, C, h, w]. The result has the dtype of the input, also under autocast."""
         if (
             not torch.compiler.is_compiling()
-            and _RUNNING.folded is not None
-            and _RUNNING.folded.take(self, x)
+            and _ACTIVE.folded is not None
+            and _ACTIVE.folded.pop_result(self, x)
         ):
             return self.act(x)
         scale, shift = (t.to(x.dtype).view(1, -1, 1, 1) for t in self.scale_and_shift())
-        # addcmul keeps no activation for the backward pass, F.batch_norm would keep its input
+        # addcmul stores no activation for the backward pass; F.batch_norm would store its input
         return self.act(torch.addcmul(shift, x, scale))
 
 
 def fold(convolution: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution that does the work of both layers."""
+    """Return weight and bias of the convolution that equals both layers; see the equation at the top of this module."""
     scale, shift = norm.scale_and_shift()
     bias = shift if convolution.bias is None else shift + convolution.bias * scale
     return convolution.weight * scale.view(-1, 1, 1, 1), bias
 
 
 class ConvolutionFolding:
-    """Lets the convolutions of a net do the work of the frozen batch norms behind them, while the net runs.
+    """Fold frozen batch norms of a network into the convolutions before them, while the network runs.
 
-    Whether a convolution and a norm belong together is asked of the modules that are in the tree at each call. Where
-    anything intervenes (a hook, a forward of an instance, a compiled module, a net that cannot be traced), the net
-    runs as it is. So layers can be replaced, wrapped, copied and saved as in any net of torch.
+    At each call, the pairs of convolution and norm are determined from the current module tree. Nothing is folded if a
+    call is intercepted (by a hook, a ``forward`` of an instance or a compiled module) or if the network cannot be
+    traced. Layers can therefore be replaced, wrapped, copied and saved as in any torch network.
     """
 
     def __init__(self) -> None:
-        self._known: tuple[list[Any], list[tuple[nn.Conv2d, FrozenBatchNorm2d]]] = ([], [])
+        self._cached: tuple[list[Any], list[tuple[nn.Conv2d, FrozenBatchNorm2d]]] = ([], [])
 
     def __reduce__(self) -> tuple[type[ConvolutionFolding], tuple[()]]:
-        """A copy, which belongs to another net, finds its pairs itself."""
+        """Copy without the cached pairs: a copy belongs to another network."""
         return type(self), ()
 
     def running(self, net: nn.Module) -> AbstractContextManager[Any]:
-        """A context in which to call ``net``, in this thread."""
-        # A replica of DataParallel has other modules in every forward.
+        """Return a context in which a call of ``net`` in this thread folds its norms."""
+        # A replica of DataParallel has different modules in every forward.
         is_replica = getattr(net, "_is_replica", False)
         structure = structure_of(net) if may_branch_on_values() and not is_replica else None
         if structure is None:
             return nullcontext()
-        known, pairs = self._known
-        if len(known) != len(structure) or not all(a is b for a, b in zip(known, structure, strict=True)):
+        cached, pairs = self._cached
+        if len(cached) != len(structure) or not all(a is b for a, b in zip(cached, structure, strict=True)):
             graph = trace(net, (FrozenBatchNorm2d,))
             pairs = (
                 []
                 if graph is None
                 else [(convolution, norm) for _, convolution, norm in foldable_pairs(net, graph)]
             )
-            self._known = structure, pairs
+            self._cached = structure, pairs
         return _FoldedConvolutions(pairs) if pairs else nullcontext()
 
 
 class _FoldedConvolutions(TorchFunctionMode):
-    """Computes the convolution of each pair with the folded weight, and hands the result to its norm.
+    """Compute the convolution of each pair with the folded weight; the norm of the pair then returns its input.
 
-    A mode of torch is local to its thread, and sees the convolutions wherever they are called.
+    A torch function mode is local to its thread, and intercepts convolutions wherever they are called.
     """
 
     def __init__(self, pairs: Sequence[tuple[nn.Conv2d, FrozenBatchNorm2d]]) -> None:
         super().__init__()
-        tensors = Counter(id(convolution.weight) for convolution, _ in pairs)
-        # A weight that two layers share does not say which of them is called.
-        self._pairs = {id(pair[0].weight): pair for pair in pairs if tensors[id(pair[0].weight)] == 1}
+        layers_of_weight = Counter(id(convolution.weight) for convolution, _ in pairs)
+        # A convolution is recognized by its weight. A weight shared by two layers is ambiguous and is not folded.
+        self._pairs = {
+            id(pair[0].weight): pair for pair in pairs if layers_of_weight[id(pair[0].weight)] == 1
+        }
         self._results: dict[nn.Module, Tensor] = {}
         self._hooks = _saved_tensor_hooks()
-        self._before: _FoldedConvolutions | None = None
+        self._outer: _FoldedConvolutions | None = None
 
     def __enter__(self) -> _FoldedConvolutions:
-        self._before, _RUNNING.folded = _RUNNING.folded, self
+        self._outer, _ACTIVE.folded = _ACTIVE.folded, self
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _RUNNING.folded = self._before
+        _ACTIVE.folded = self._outer
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         if self._results and error[0] is None:
-            raise _lost(next(iter(self._results)))
+            raise _changed_result(next(iter(self._results)))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         pair = self._pairs.get(id(args[1])) if func is F.conv2d and len(args) == 7 else None
-        # Within activation checkpointing the layers are called again in the backward pass, outside of this context, and
-        # have to save the same tensors there.
+        # Inside activation checkpointing, the layers are called again in the backward pass, outside this context, and
+        # must save the same tensors as here. Changed hooks of saved tensors show that checkpointing is active.
         if pair is None or _saved_tensor_hooks() != self._hooks:
             return func(*args, **(kwargs or {}))
         x, _, _, stride, padding, dilation, groups = args
         convolution, norm = pair
         weight, bias = fold(convolution, norm)
         if convolution.kernel_size == (1, 1) and _is_for_onednn(x):
-            # A kernel of one pixel has nothing to spread, so the dilation changes only what torch chooses: with one
-            # thread it would not have oneDNN compute this layer and its gradients, which is faster where registers are wide.
+            # A dilation does not change the result of a 1 x 1 kernel, only the implementation that torch chooses. With
+            # one thread, `ConvParams::use_mkldnn` (aten/src/ATen/native/Convolution.cpp) does not use oneDNN for such a
+            # kernel with stride 1, dilation 1 and a batch below 16. oneDNN is faster on CPUs with wide registers
+            # (AVX-512), in the forward and the backward pass.
             dilation = 2
         result = self._results[norm] = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return result
 
-    def take(self, norm: FrozenBatchNorm2d, x: Tensor) -> bool:
-        """Whether ``x`` is the result of a convolution that did the work of ``norm``."""
+    def pop_result(self, norm: FrozenBatchNorm2d, x: Tensor) -> bool:
+        """Return whether ``x`` is the result of a convolution with ``norm`` folded into it, and forget that result."""
         result = self._results.pop(norm, None)
         if result is not None and result is not x:
-            raise _lost(norm)
+            raise _changed_result(norm)
         return result is not None
 
 
-class _Running(threading.local):
+class _Active(threading.local):
     folded: _FoldedConvolutions | None = None
 
 
-_RUNNING = _Running()
+_ACTIVE = _Active()
 
 
 def _saved_tensor_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def _lost(norm: nn.Module) -> RuntimeError:
+def _changed_result(norm: nn.Module) -> RuntimeError:
     return RuntimeError(
-        f"the backbone's forward changed the result of a convolution before its {norm}, which it did not do when it was "
-        "traced: register a forward hook on that convolution, so that both layers are computed one after the other"
+        f"the backbone's forward changed the result of a convolution before {norm}, which it did not do when it was "
+        "traced: register a forward hook on that convolution to disable folding"
     )
 
 
@@ -186,7 +194,7 @@ def _is_for_onednn(x: Tensor) -> bool:
 
 
 def foldable_pairs(net: nn.Module, graph: fx.Graph) -> list[tuple[Any, nn.Conv2d, FrozenBatchNorm2d]]:
-    """Convolutions that only a frozen batch norm reads: the norm's node, the convolution and the norm."""
+    """Find the convolutions whose only reader is a frozen batch norm: (node of the norm, convolution, norm)."""
     pairs = []
     for node in nodes_of(graph):
         norm = called_module(net, node)
@@ -202,8 +210,8 @@ def foldable_pairs(net: nn.Module, graph: fx.Graph) -> list[tuple[Any, nn.Conv2d
 def freeze_batch_norm(module: nn.Module, compat: str = "original") -> None:
     """Replace every ``BatchNorm2d`` inside ``module`` by `FrozenBatchNorm2d`, in place.
 
-    A fused activation (timm's ``BatchNormAct2d``: EfficientNet, MobileNetV3, RegNet) and the net's own eps are
-    kept; ``compat="transformers"`` drops the activation and sets eps to 1e-5, as transformers does.
+    The eps and a fused activation (timm's ``BatchNormAct2d``: EfficientNet, MobileNetV3, RegNet) are preserved.
+    ``compat="transformers"`` drops the activation and sets eps to 1e-5, as transformers does.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
@@ -214,14 +222,14 @@ def freeze_batch_norm(module: nn.Module, compat: str = "original") -> None:
             for key in ("weight", "bias", "running_mean", "running_var"):
                 tensor = getattr(child, key)
                 if tensor is not None:  # a norm without affine parameters
-                    frozen.register_buffer(key, tensor.detach().clone())  # on its own device, such as meta
+                    frozen.register_buffer(key, tensor.detach().clone())  # stays on its device, such as meta
             setattr(module, name, frozen)
         else:
             freeze_batch_norm(child, compat)
 
 
 def differs_from_transformers(modules: Iterable[nn.Module]) -> bool:
-    """Whether a frozen batch norm among them has an activation or an eps that transformers would have replaced."""
+    """Return whether a frozen batch norm among the modules has an activation or an eps that transformers would drop."""
     return any(
         isinstance(m, FrozenBatchNorm2d) and (not isinstance(m.act, nn.Identity) or m.eps != TRANSFORMERS_EPS)
         for m in modules

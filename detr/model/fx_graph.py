@@ -1,4 +1,4 @@
-"""Graphs of the module calls of a net, made by torch.fx, and what is asked of them."""
+"""Trace the module calls of a network with torch.fx, and query the resulting graph."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _TRACING = threading.Lock()
 
 
 class _Tracer(fx.Tracer):
-    """Keeps the given layers whole, and what timm says cannot be traced.
+    """Tracer that does not trace into the given layers, nor into what timm declares untraceable.
 
-    While torch traces, every module in the process calls its tracer. Those of other threads, which may be answering
-    requests, have to be let through.
+    While torch traces, module calls of all threads of the process go to its tracer. Calls of other threads, which may
+    be serving requests, must run normally.
     """
 
-    _thread = 0  # also when everything is forgotten: another thread may still be on its way here
+    _thread = 0  # class attribute, valid also after `release`: another thread may still call this tracer
 
-    def __init__(self, leaves: tuple[type[nn.Module], ...]) -> None:
-        timm = sys.modules.get("timm.models")  # without it there is no net of timm to trace
+    def __init__(self, leaves: tuple[type[nn.Module], ...] = ()) -> None:
+        timm = sys.modules.get("timm.models")  # if it is not imported, the network is not timm's
         get_notrace_functions, get_notrace_modules = (
             getattr(timm, name, tuple) for name in ("get_notrace_functions", "get_notrace_modules")
         )
@@ -43,49 +43,50 @@ class _Tracer(fx.Tracer):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def forget(self) -> None:
-        """Let go of what was traced: with its graph a tracer is a circle, too."""
-        kept = {"_autowrap_function_ids": self._autowrap_function_ids}
+    def release(self) -> None:
+        """Drop references to what was traced: a tracer and its graph form a reference cycle."""
+        needed = {"_autowrap_function_ids": self._autowrap_function_ids}
         vars(self).clear()
-        vars(self).update(kept)
+        vars(self).update(needed)
 
 
 def trace(net: nn.Module, leaves: tuple[type[nn.Module], ...]) -> fx.Graph | None:
-    """The calls of a timm net as a graph, which names its modules and holds none of them.
+    """Trace the calls of a network into a graph that refers to modules by name only.
 
-    A `torch.fx.GraphModule` would: with its graph it is a circle, which keeps a net alive until Python looks for such.
+    A `torch.fx.GraphModule` would hold the modules themselves. With its graph it forms a reference cycle, which keeps
+    the network in memory until Python's garbage collector runs.
 
     Args:
-        net: the net.
-        leaves: layers that are one node each, as torch's own are.
+        net: the network.
+        leaves: types of layers that become one node each, like the layers of torch.
 
     Returns:
-        None where the net cannot be traced: its forward branches on values, or a layer of the user's needs tensors.
+        None if the network cannot be traced: its forward branches on values, or a custom layer needs real tensors.
     """
-    with _TRACING:  # two at once would undo each other's changes in the wrong order
+    with _TRACING:  # concurrent traces would restore torch's patched functions in the wrong order
         tracer = _Tracer(leaves)
         try:
             return tracer.trace(net)
-        except Exception:  # of any code, which was called without tensors
+        except Exception:  # layers called with proxies in place of tensors can raise anything
             return None
         finally:
-            tracer.forget()
+            tracer.release()
 
 
 def nodes_of(graph: fx.Graph) -> list[Any]:
-    """The nodes of a graph, in the order in which they are computed; Any, since fx types what they hold loosely."""
+    """Return the nodes of a graph in execution order; typed as Any because fx types the attributes of nodes loosely."""
     return list(graph.nodes)
 
 
 def called_module(net: nn.Module, node: Any) -> nn.Module | None:
-    """The module of a net that a node calls, if it does."""
+    """Return the module that a node calls, or None if the node does not call a module."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     return net.get_submodule(str(node.target))
 
 
 def feeds_only(graph: fx.Graph, node: Any, user: Any) -> bool:
-    """Whether a node's result is read by ``user`` alone, and both call modules that are called nowhere else."""
+    """Return whether ``user`` is the only reader of a node's result, and the modules of both are called only once."""
     calls = [each.target for each in nodes_of(graph) if each.op == "call_module"]
-    once = all(calls.count(each.target) == 1 for each in (node, user) if each.op == "call_module")
-    return list(node.users) == [user] and once
+    called_once = all(calls.count(each.target) == 1 for each in (node, user) if each.op == "call_module")
+    return list(node.users) == [user] and called_once

@@ -1,10 +1,11 @@
-"""The head for masks: attention of every query over the image, then an FPN-style CNN (DETR, section 4.4).
+"""The mask head: attention of every query over the image, then an FPN-style CNN (DETR, section 4.4).
 
-Parameter names are those of the published checkpoints. Equal to the original and to transformers, which repeat the
-image's feature maps for every query before they do anything with them; here the work that is the same for all
-queries is done once: the adapters, and by linearity the image's part of the first convolution.
+Parameter names are those of the published checkpoints. Results equal those of the original and of transformers, which
+repeat the feature maps of the image for every query first. Here, what all queries share is computed once: the adapters,
+and the first convolution on the image features. The input of that convolution is the concatenation of image features f
+and attention a, and it is linear: W [f; a] + b = (W_f f + b) + W_a a. The first term does not depend on the query.
 
-B batch, Q queries, M masks that are computed, D ``d_model``, H heads, h x w size of the deepest feature map.
+B batch, Q queries, M computed masks, D ``d_model``, H heads, h x w size of the deepest feature map.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from detr.model.capture import may_branch_on_values
 from detr.model.outputs import MaskContext
 from detr.model.plain_layers import is_plain_tree
 
-# The largest activation of one chunk of masks; a few of its size exist at a time. On a CPU they shall stay in its cache;
-# smaller ones would not fill a GPU.
+# Size of the largest activation of one chunk of masks; a few of this size exist at a time. On a CPU they should fit
+# into the cache. A GPU needs larger chunks to be fully used.
 _CHUNK_BYTES, _CHUNK_BYTES_ON_GPU = 8 * 1024**2, 64 * 1024**2
 
 
 class BoxAttention(nn.Module):
-    """Attention weights of queries over the image; one softmax over all heads and cells together.
+    """Attention weights of queries over the image, with one softmax over all heads and cells together.
 
     Args:
-        config: for D and H (that of the encoder).
+        config: for D and H (the heads of the encoder).
     """
 
     def __init__(self, config: DetrConfig) -> None:
@@ -41,13 +42,13 @@ class BoxAttention(nn.Module):
         self.q_linear = nn.Linear(config.d_model, config.d_model)
         self.k_linear = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, queries: Tensor, memory: Tensor, keep: Tensor | None) -> Tensor:
-        """Attend.
+    def forward(self, queries: Tensor, memory: Tensor, attend_mask: Tensor | None) -> Tensor:
+        """Compute attention weights.
 
         Args:
-            queries: float [B, Q, D], the decoder's output.
-            memory: float [B, h * w, D], the encoder's output.
-            keep: bool [B, h * w], True on real cells; None for all.
+            queries: float [B, Q, D], the output of the decoder.
+            memory: float [B, h * w, D], the output of the encoder.
+            attend_mask: bool [B, h * w], True on cells that are not padding; None means no padding.
 
         Returns:
             float [B, Q, H, h * w] in 0..1; the weights of a query sum to 1.
@@ -55,24 +56,24 @@ class BoxAttention(nn.Module):
         q = self.q_linear(queries).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_linear(memory).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         scores = (q * self.head_dim**-0.5) @ k.transpose(-1, -2)
-        if keep is not None:
-            lowest = torch.finfo(scores.dtype).min
-            scores = (
-                scores + torch.zeros_like(keep, dtype=scores.dtype).masked_fill(~keep, lowest)[:, None, None]
-            )
+        if attend_mask is not None:
+            minimum = torch.finfo(scores.dtype).min
+            bias = torch.zeros_like(attend_mask, dtype=scores.dtype).masked_fill(~attend_mask, minimum)
+            scores = scores + bias[:, None, None]
         scores = scores.transpose(1, 2)
         return scores.flatten(2).softmax(-1).view_as(scores)
 
 
 class MaskHead(nn.Module):
-    """Three upsampling stages from attention weights to a mask at the size of the shallowest map.
+    """Compute masks at the size of the shallowest feature map from attention weights, in three upsampling stages.
 
     Args:
         config: for D, H and the activation.
-        channels: of the backbone's maps, shallow to deep; the first three are fused.
+        channels: of the backbone's feature maps, shallow to deep; the first three are fused.
 
     Raises:
-        ValueError: the widths do not divide into the groups of the norms, or there are fewer than three maps.
+        ValueError: the widths are not divisible into the groups of the norms, or there are fewer than three feature
+            maps.
     """
 
     _chunk_bytes_on_gpu = _CHUNK_BYTES_ON_GPU
@@ -90,8 +91,8 @@ class MaskHead(nn.Module):
             )
         if len(channels) < 3:
             raise ValueError(
-                f"the backbone returns {len(channels)} feature maps; segmentation needs the three before the deepest "
-                "as well: out_indices [1, 2, 3, 4] of the backbone_config"
+                f"the backbone returns {len(channels)} feature maps, but segmentation needs the deepest and the three "
+                "before it: set out_indices of the backbone_config to [1, 2, 3, 4]"
             )
         self.dim = dim
         self.activation = activation_function(config.activation_function)
@@ -111,11 +112,11 @@ class MaskHead(nn.Module):
         self.adapter3 = nn.Conv2d(channels[0], widths[3], 1)
 
     def context(self, projected: Tensor, maps: Sequence[Tensor], attention: Tensor) -> MaskContext:
-        """Do once what is the same for all queries.
+        """Compute what all queries share.
 
         Args:
             projected: float [B, D, h, w], the projected deepest feature map.
-            maps: the backbone's maps, shallow to deep.
+            maps: feature maps of the backbone, shallow to deep.
             attention: float [B, Q, H, h * w], from `BoxAttention`.
         """
         base = projected
@@ -125,24 +126,24 @@ class MaskHead(nn.Module):
         return MaskContext(base, adapted, attention.reshape(*attention.shape[:-1], *projected.shape[-2:]))
 
     def forward(self, context: MaskContext, image: Tensor, query: Tensor) -> Tensor:
-        """Compute masks in chunks; with gradients, what is inside a chunk is computed again in the backward pass.
+        """Compute masks, in chunks if there are many; activations of chunks are recomputed in the backward pass.
 
         Args:
-            context: of the batch.
-            image: int64 [M], index into the batch.
-            query: int64 [M], index of the query.
+            context: the result of the method `context`.
+            image: int64 [M], the index of the image.
+            query: int64 [M], the index of the query.
 
         Returns:
-            Logits float [M, h_0, w_0], at the size of the shallowest map.
+            Logits float [M, h_0, w_0], at the size of the shallowest feature map.
         """
         shallow = context.maps[-1]
         if not may_branch_on_values():
             return self._masks(context, image, query)
         per_mask = shallow[0].numel() * shallow.element_size()
-        most = max(1, (self._chunk_bytes_on_gpu if shallow.is_cuda else _CHUNK_BYTES) // per_mask)
-        if len(image) <= most:
+        max_masks = max(1, (self._chunk_bytes_on_gpu if shallow.is_cuda else _CHUNK_BYTES) // per_mask)
+        if len(image) <= max_masks:
             return self._masks(context, image, query)
-        size = -(-len(image) // -(-len(image) // most))
+        size = -(-len(image) // -(-len(image) // max_masks))  # chunks of nearly equal size
         parts = []
         for images, queries in zip(image.split(size), query.split(size), strict=True):
             if torch.is_grad_enabled():
@@ -152,7 +153,7 @@ class MaskHead(nn.Module):
         return torch.cat(parts)
 
     def _splits_first(self) -> bool:
-        """Whether the first convolution is a plain one: a layer that was replaced, or that is watched, has to be called."""
+        """Return whether the first convolution may be split: a replaced layer or one with hooks must be called."""
         return is_plain_tree(self.lay1, {nn.Conv2d})
 
     def _masks(self, context: MaskContext, image: Tensor, query: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""What the models return: dataclasses that can be read by attribute, by key and by index.
+"""Outputs of the models: dataclasses with access by attribute, by key and by index.
 
-B batch, Q queries, S cells of the deepest feature map, D ``d_model``, L decoder layers, H heads, C classes.
+B batch, Q queries, S tokens (one for each cell of the deepest feature map), D ``d_model``, L decoder layers, H heads,
+C classes.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from torch import Tensor
 class ModelOutput(dict[str, Any]):
     """Base of the outputs: ``out.logits``, ``out["logits"]`` and ``out[0]``; fields that are None have no index.
 
-    It is a dict of the fields that are not None, which is what transformers' Trainer and accelerate take apart and put
-    together again, and is made from a dict of fields as well as from keywords.
+    An output is a dict of the fields that are not None, and it can be created from such a dict as well as from
+    keywords: transformers' Trainer and accelerate convert outputs to dicts and back.
     """
 
     def __post_init__(self) -> None:
         first, *others = fields(self)
         given = getattr(self, first.name)
-        if isinstance(given, Iterator):  # of pairs: how torch's DataParallel puts dicts together
+        if isinstance(given, Iterator):  # of pairs: torch's DataParallel reassembles dicts from those
             given = dict(given)
         if isinstance(given, Mapping) and all(getattr(self, each.name) is None for each in others):
             setattr(self, first.name, None)
@@ -32,7 +33,7 @@ class ModelOutput(dict[str, Any]):
                 self[name] = value
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values as a tuple, as ``return_dict=False`` gives them."""
+        """Return the values as a tuple, as ``return_dict=False`` does."""
         return tuple(self[name] for name in self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -42,9 +43,8 @@ class ModelOutput(dict[str, Any]):
             return
         super().__setitem__(name, value)
         order = [each.name for each in fields(self)]
-        if list(self) != [
-            each for each in order if each in self
-        ]:  # the index of a value is its place in the class
+        # The index of a value is the position of its field in the class: restore that order.
+        if list(self) != [each for each in order if each in self]:
             present = {each: getattr(self, each) for each in order if each in self}
             super().clear()
             super().update(present)
@@ -57,11 +57,13 @@ class ModelOutput(dict[str, Any]):
     def __getitem__(self, key: str | int | slice) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
-    def _is_fixed(self, *_: Any, **__: Any) -> Any:
-        """Raise a TypeError: the fields of an output are fixed."""
-        raise TypeError(f"a {type(self).__name__} has fixed fields: assign to them")
+    def _refuse_change(self, *_: Any, **__: Any) -> Any:
+        """Raise a TypeError: fields can be set, but not added or removed."""
+        raise TypeError(
+            f"a {type(self).__name__} has fixed fields: assign to a field, or assign None to remove it"
+        )
 
-    pop = popitem = update = setdefault = clear = __delitem__ = __ior__ = _is_fixed
+    pop = popitem = update = setdefault = clear = __delitem__ = __ior__ = _refuse_change
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, each.name) for each in fields(self))
@@ -73,8 +75,9 @@ class DetrEncoderOutput(ModelOutput):
 
     Attributes:
         last_hidden_state: float [B, S, D].
-        hidden_states: ``encoder_layers + 1`` of float [B, S, D], the first the projected features.
-        attentions: ``encoder_layers`` of float [B, H, S, S].
+        hidden_states: ``encoder_layers + 1`` tensors float [B, S, D]: the projected features, then the output of each
+            layer.
+        attentions: ``encoder_layers`` tensors float [B, H, S, S].
     """
 
     last_hidden_state: Tensor | None = None
@@ -87,12 +90,12 @@ class DetrDecoderOutput(ModelOutput):
     """Output of the decoder.
 
     Attributes:
-        last_hidden_state: float [B, Q, D], after the final layernorm.
-        hidden_states: ``decoder_layers + 1`` of float [B, Q, D]: the input, each layer's output, the last one
-            after the final layernorm.
-        attentions: ``decoder_layers`` of float [B, H, Q, Q].
-        cross_attentions: ``decoder_layers`` of float [B, H, Q, S].
-        intermediate_hidden_states: float [L, B, Q, D], each layer's output after the final layernorm, with
+        last_hidden_state: float [B, Q, D], after the final layer norm.
+        hidden_states: ``decoder_layers + 1`` tensors float [B, Q, D]: the input, then the output of each layer, the
+            last one after the final layer norm.
+        attentions: ``decoder_layers`` tensors float [B, H, Q, Q].
+        cross_attentions: ``decoder_layers`` tensors float [B, H, Q, S].
+        intermediate_hidden_states: float [L, B, Q, D], the output of each layer after the final layer norm; only with
             ``auxiliary_loss``.
     """
 
@@ -109,10 +112,10 @@ class DetrModelOutput(ModelOutput):
 
     Attributes:
         last_hidden_state: float [B, Q, D], the decoder's output.
-        past_key_values: always None; the documented field exists.
+        past_key_values: always None; exists because transformers documents it.
         decoder_hidden_states, decoder_attentions, cross_attentions: see `DetrDecoderOutput`.
         encoder_last_hidden_state, encoder_hidden_states, encoder_attentions: see `DetrEncoderOutput`.
-        intermediate_hidden_states: float [L, B, Q, D] with ``auxiliary_loss``.
+        intermediate_hidden_states: float [L, B, Q, D]; only with ``auxiliary_loss``.
     """
 
     last_hidden_state: Tensor | None = None
@@ -131,12 +134,13 @@ class DetrObjectDetectionOutput(ModelOutput):
     """Output of `DetrForObjectDetection`.
 
     Attributes:
-        loss: float [], with labels.
-        loss_dict: the terms of the loss, unweighted, each float []; ``_i`` is decoder layer i.
-        logits: float [B, Q, C + 1], the last class is "no object".
-        pred_boxes: float [B, Q, 4], cxcywh in 0..1 of the image without its padding.
-        auxiliary_outputs: one ``{"logits", "pred_boxes"}`` for every decoder layer but the last, with labels
-            and ``auxiliary_loss``.
+        loss: float []; only with labels.
+        loss_dict: the unweighted terms of the loss, float [] each, only with labels; the suffix ``_i`` is decoder
+            layer i.
+        logits: float [B, Q, C + 1]; the last class is "no object".
+        pred_boxes: float [B, Q, 4], cxcywh in 0..1, relative to the image without its padding.
+        auxiliary_outputs: ``{"logits", "pred_boxes"}`` for every decoder layer but the last; only with labels and
+            ``auxiliary_loss``.
         last_hidden_state: float [B, Q, D], the decoder's output.
         decoder_hidden_states, decoder_attentions, cross_attentions: see `DetrDecoderOutput`.
         encoder_last_hidden_state, encoder_hidden_states, encoder_attentions: see `DetrEncoderOutput`.
@@ -162,8 +166,8 @@ class DetrSegmentationOutput(ModelOutput):
 
     Attributes:
         loss, loss_dict, logits, pred_boxes, auxiliary_outputs: see `DetrObjectDetectionOutput`.
-        pred_masks: float [B, Q, h, w], logits at the size of the shallowest feature map (a quarter of the padded
-            image, rounded up); queries whose mask was not computed have `detr.model.segmentation.NO_MASK` everywhere.
+        pred_masks: float [B, Q, h, w], logits at the size of the shallowest feature map: a quarter of the padded image,
+            rounded up. Masks that were not computed are `detr.model.segmentation.NO_MASK` everywhere.
         last_hidden_state: float [B, Q, D], the decoder's output.
         decoder_hidden_states, decoder_attentions, cross_attentions: see `DetrDecoderOutput`.
         encoder_last_hidden_state, encoder_hidden_states, encoder_attentions: see `DetrEncoderOutput`.
@@ -186,13 +190,13 @@ class DetrSegmentationOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class MaskContext:
-    """What all masks of an image share.
+    """Input of the mask head, shared by all masks of an image.
 
     Attributes:
-        base: float [B, D + H, h, w], the image's part of the first convolution; or float [B, D, h, w], the projected
-            feature map, where that convolution cannot be split.
-        maps: three of float [B, C_i, h_i, w_i], the adapted feature maps, deep to shallow.
-        attention: float [B, Q, H, h, w].
+        base: float [B, D + H, h, w], the first convolution applied to the image features; or float [B, D, h, w], the
+            projected feature map, if that convolution cannot be split.
+        maps: three tensors float [B, C_i, h_i, w_i], the outputs of the adapters, deep to shallow.
+        attention: float [B, Q, H, h, w], from `detr.model.mask_head.BoxAttention`.
     """
 
     base: Tensor
@@ -202,23 +206,23 @@ class MaskContext:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the transformer starts from.
+    """Input of the transformer.
 
     Attributes:
-        cells: float [B, S, D], the projected features.
-        keep: bool [B, h, w], which cells to attend to; None for all.
-        counted: bool [B, h, w], the cells that the position embedding counts.
-        maps: the backbone's feature maps, shallow to deep; empty where it was skipped.
-        mask_context: what a mask head makes of them, where that is computed already.
+        cells: float [B, S, D], the projected features as tokens.
+        attend_mask: bool [B, h, w], True on cells to attend to; None for all.
+        valid_mask: bool [B, h, w], True on cells that are not padding, for the position embedding.
+        maps: feature maps of the backbone, shallow to deep; empty if it was skipped.
+        mask_context: the input of the mask head, if it was already computed.
     """
 
     cells: Tensor
-    keep: Tensor | None
-    counted: Tensor
+    attend_mask: Tensor | None
+    valid_mask: Tensor
     maps: Sequence[Tensor] = ()
     mask_context: MaskContext | None = None
 
 
 for _output in (DetrModelOutput, DetrObjectDetectionOutput, DetrSegmentationOutput):
-    # lets torch.export and torch.compile see the tensors inside
+    # torch.export and torch.compile then find the tensors in the output
     torch.export.register_dataclass(_output, serialized_type_name=f"detr.model.outputs.{_output.__name__}")

@@ -1,4 +1,4 @@
-"""Whether modules are what their types say: what may be computed in another way, and what has to be called."""
+"""Check whether a module does exactly what its type does, so that its computation may be replaced or fused."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 
-def intervenes(module: nn.Module) -> bool:
-    """Whether a call of this module does more than its class's ``forward``: hooks, or a ``forward`` of its own."""
+def is_intercepted(module: nn.Module) -> bool:
+    """Return whether a call does more than the ``forward`` of the class: hooks, compilation, or an own ``forward``."""
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks
@@ -21,20 +21,24 @@ def intervenes(module: nn.Module) -> bool:
 
 
 def is_plain_tree(module: nn.Module, kinds: Collection[type[nn.Module]]) -> bool:
-    """Whether a module and all in it are of exactly these types, and nothing intervenes in their calls.
+    """Return whether a module and all its submodules have exactly these types, and no call is intercepted.
 
     A layer that was replaced, wrapped (LoRA), parametrized or quantized has another type.
     """
-    return all(type(each) in kinds and not intervenes(each) for each in module.modules())
+    return all(type(each) in kinds and not is_intercepted(each) for each in module.modules())
 
 
 def structure_of(net: nn.Module) -> list[Any] | None:
-    """What decides which layers a net calls: its modules and their code. None where something intervenes in a call."""
+    """Return the modules of a network with their types and ``forward`` functions, to detect changes of the network.
+
+    Returns:
+        None if a call of any module is intercepted.
+    """
     if nn.modules.module._has_any_global_hook():
         return None
     structure: list[Any] = []
     for module in net.modules():
-        if intervenes(module):
+        if is_intercepted(module):
             return None
         structure += (module, type(module), type(module).forward)
     return structure

@@ -1,6 +1,6 @@
 """Position embeddings of the cells of a feature map.
 
-B batch, D ``d_model``, h x w the feature map.
+B batch, D ``d_model``, h x w size of the feature map.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MAX_LEARNED_POSITIONS = 50
 
 
 class SinePositionEmbedding(nn.Module):
-    """Sines and cosines of the normalised row and column, half of the channels each ("Attention is all you need").
+    """Sines and cosines of the normalized row and column, half of the channels each ("Attention is all you need").
 
     Args:
         dim: D, a multiple of 4.
@@ -27,14 +27,14 @@ class SinePositionEmbedding(nn.Module):
         self.temperature = temperature
 
     def forward(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """Embed every cell by its place among the real cells of its column and row.
+        """Embed every cell by its position among the cells of its column and row that are not padding.
 
         Args:
-            mask: bool [B, h, w], True on real cells.
-            dtype: of the result; half precision types are computed in float32 and then rounded.
+            mask: bool [B, h, w], False on padding.
+            dtype: of the result. For half precision, compute in float32 and round the result.
 
         Returns:
-            ``dtype`` [B, D, h, w] in -1..1: the row's channels, then the column's.
+            ``dtype`` [B, D, h, w] in -1..1: the channels of the row, then those of the column.
         """
         compute = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         y = mask.cumsum(1, dtype=compute)
@@ -48,7 +48,7 @@ class SinePositionEmbedding(nn.Module):
 
 
 def _sin_cos(position: Tensor, wavelengths: Tensor) -> Tensor:
-    """[B, h, w] and [n] to [B, h, w, 2 n]: sine and cosine of each wavelength, interleaved."""
+    """Compute sine and cosine for each wavelength, interleaved: from [B, h, w] and [n] to [B, h, w, 2 n]."""
     angle = position[..., None] / wavelengths
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(3)
 
@@ -68,14 +68,14 @@ class LearnedPositionEmbedding(nn.Module):
         nn.init.uniform_(self.column_embeddings.weight)
 
     def forward(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """Embed every cell by its row and column, whether it is padding or not.
+        """Embed every cell by its row and column, including padding.
 
         Args:
-            mask: bool [B, h, w]; only its shape matters.
+            mask: bool [B, h, w]; only its shape is used.
             dtype: of the result.
 
         Returns:
-            ``dtype`` [B, D, h, w]: the column's channels, then the row's.
+            ``dtype`` [B, D, h, w]: the channels of the column, then those of the row.
 
         Raises:
             ValueError: the feature map has more than 50 rows or columns.
@@ -83,8 +83,9 @@ class LearnedPositionEmbedding(nn.Module):
         batch, height, width = mask.shape
         if height > MAX_LEARNED_POSITIONS or width > MAX_LEARNED_POSITIONS:
             raise ValueError(
-                f"the feature map has {height} x {width} cells, learned position embeddings go up to "
-                f"{MAX_LEARNED_POSITIONS} x {MAX_LEARNED_POSITIONS}; use smaller images or position_embedding_type='sine'"
+                f"the feature map has {height} x {width} cells, but learned position embeddings support at most "
+                f"{MAX_LEARNED_POSITIONS} x {MAX_LEARNED_POSITIONS}; use smaller images or "
+                "position_embedding_type='sine'"
             )
         rows = self.row_embeddings.weight[:height, None].expand(-1, width, -1)
         columns = self.column_embeddings.weight[None, :width].expand(height, -1, -1)

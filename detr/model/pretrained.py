@@ -1,4 +1,4 @@
-"""What all DETR models can do besides computing: load, save, count, freeze."""
+"""Base class of the models: loading, saving, optimization and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from detr.checkpoint.load_save import DEFAULT_MAX_SHARD_SIZE, load_model, save_model, warn_about_transformers
 from detr.config import DetrConfig
-from detr.inference.optimize import Engine, optimized, refuse_conversion
+from detr.inference.optimize import Engine, check_conversion, optimized
 from detr.model.multiscale.decoder import RefiningDecoder
 from detr.model.multiscale.dense_head import DenseHead
 from detr.model.transformer import Decoder, Encoder
 
 
 class DetrPreTrainedModel(nn.Module):
-    """Base of the DETR models.
+    """Base class of the DETR models.
 
     Args:
         config: the configuration.
 
     Attributes:
-        config: the configuration it was built from.
-        is_optimized: whether the model comes from `optimize`: it predicts, and is neither trained nor saved.
+        config: the configuration that the model was built from.
+        is_optimized: whether the model was returned by `optimize`; it can then be neither trained nor saved.
     """
 
     supports_gradient_checkpointing = True
@@ -45,9 +45,9 @@ class DetrPreTrainedModel(nn.Module):
         low_cpu_mem_usage: object = None,  # noqa: ARG003
         **kwargs: Any,
     ) -> Self:
-        """Load a model folder, a model of the hub or a ``.pth`` file; see `detr.checkpoint.load_save.load_model`.
+        """Load a model folder, a hub model or a ``.pth`` file; see `detr.checkpoint.load_save.load_model`.
 
-        ``low_cpu_mem_usage`` changes nothing, as in transformers 5: at most two copies of the weights are in memory.
+        ``low_cpu_mem_usage`` has no effect, as in transformers 5: at most two copies of the weights are in memory.
         """
         return load_model(cls, folder, **kwargs)
 
@@ -62,16 +62,15 @@ class DetrPreTrainedModel(nn.Module):
     ) -> None:
         """Write ``config.json`` and ``model.safetensors``; see `detr.checkpoint.load_save.save_model`.
 
-        A model that transformers would load but predict differently is logged.
+        Log a warning if transformers would load the model but predict differently.
 
         Args:
-            save_directory: the folder, which is created where missing.
-            is_main_process: False writes nothing: of several processes one writes.
-            state_dict: the weights, where they were gathered already (``accelerator.get_state_dict(model)``); None takes
-                the model's own.
-            save_function: changes nothing, as in transformers: it writes pickled files, and there are none.
+            save_directory: the folder; created if missing.
+            is_main_process: False writes nothing; in distributed training one process writes.
+            state_dict: gathered weights, such as ``accelerator.get_state_dict(model)``; default those of the model.
+            save_function: has no effect, as in transformers, because no pickled files are written.
             max_shard_size: see `detr.checkpoint.load_save.save_model`.
-            safe_serialization: must be True; pickled weights are read but not written.
+            safe_serialization: must be True; pickled weights can be loaded but not saved.
 
         Raises:
             ValueError: see `detr.checkpoint.load_save.save_model`; or ``safe_serialization`` is False.
@@ -93,11 +92,14 @@ class DetrPreTrainedModel(nn.Module):
         return next(self.parameters()).dtype
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        """Number of parameters (buffers, such as frozen batch norm, are not counted)."""
+        """Return the number of parameters. Buffers, such as those of frozen batch norm, are not included."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     def optimize(self, pack: bool = True, dtype: torch.dtype | None = None, engine: Engine = "torch") -> Self:
-        """A faster copy for inference, of the same class and with the same outputs; see `detr.inference.optimize.optimized`."""
+        """Return a faster copy for inference, of the same class, with the same outputs.
+
+        For the arguments see `detr.inference.optimize.optimized`.
+        """
         return optimized(self, pack, dtype, engine)
 
     def activation_checkpointing_enable(
@@ -106,27 +108,28 @@ class DetrPreTrainedModel(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Recompute layers in the backward pass instead of storing their activations: the transformer's, and the dense head's.
+        """Recompute activations in the backward pass instead of storing them, in the transformer and the dense head.
 
         Args:
-            activation_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`; ``use_reentrant`` is False unless
-                given here.
+            activation_checkpointing_kwargs: keywords of `torch.utils.checkpoint.checkpoint`; ``use_reentrant`` defaults
+                to False.
             every_n_layers: must be 1: every layer is recomputed.
-            offload: must be False: what is stored stays on the device.
+            offload: must be False: stored activations stay on the device.
 
         Raises:
-            ValueError: another ``every_n_layers`` or ``offload``.
+            ValueError: ``every_n_layers`` or ``offload`` has another value.
         """
         if every_n_layers != 1 or offload:
             raise ValueError(
-                f"every_n_layers={every_n_layers}, offload={offload}: every layer is recomputed, and nothing is offloaded"
+                f"every_n_layers={every_n_layers}, offload={offload} is not supported: use every_n_layers=1 and "
+                "offload=False"
             )
         self._set_checkpointing({"use_reentrant": False, **(activation_checkpointing_kwargs or {})})
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Another name of `activation_checkpointing_enable`, which older versions of transformers call."""
+        """Alias of `activation_checkpointing_enable`, called by older versions of transformers."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def activation_checkpointing_disable(self) -> None:
@@ -137,7 +140,7 @@ class DetrPreTrainedModel(nn.Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether layers are recomputed in the backward pass."""
+        """Whether activations are recomputed in the backward pass."""
         return any(getattr(module, "checkpointing", None) is not None for module in self.modules())
 
     def _set_checkpointing(self, kwargs: dict[str, Any] | None) -> None:
@@ -147,5 +150,5 @@ class DetrPreTrainedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.is_optimized:
-            refuse_conversion(self, fn)
+            check_conversion(self, fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

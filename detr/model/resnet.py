@@ -1,4 +1,4 @@
-"""transformers' own ResNet, of any depth and width, as a feature extractor with timm's names.
+"""The ResNet of transformers, of any depth and width, as a feature extractor with timm's parameter names.
 
 B batch; C_i, h_i, w_i channels and size of feature map i.
 """
@@ -11,52 +11,53 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from detr.backbone_config import resnet_values
+from detr.backbone_config import complete_resnet_config
 from detr.model.attention import activation_function
 
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """The maps that a net has, in the form of timm's ``FeatureInfo``.
+    """Description of the feature maps of a network, with the interface of timm's ``FeatureInfo``.
 
     Attributes:
-        info: for every map the ``module`` that computes it, its channels ``num_chs`` and its stride ``reduction``.
-        out_indices: which of them the net returns.
+        info: for every feature map, the ``module`` that computes it, its channels ``num_chs`` and its stride
+            ``reduction``.
+        out_indices: the feature maps that the network returns.
     """
 
     info: list[dict[str, Any]]
     out_indices: tuple[int, ...]
 
     def channels(self) -> list[int]:
-        """Of the returned maps."""
+        """Return the channels of the returned feature maps."""
         return [self.info[i]["num_chs"] for i in self.out_indices]
 
     def reduction(self) -> list[int]:
-        """Strides of the returned maps."""
+        """Return the strides of the returned feature maps, in pixels."""
         return [self.info[i]["reduction"] for i in self.out_indices]
 
     def module_name(self) -> list[str]:
-        """Of the returned maps."""
+        """Return the names of the modules that compute the returned feature maps."""
         return [self.info[i]["module"] for i in self.out_indices]
 
 
 class ResNet(nn.Module):
-    """The network of ``transformers.ResNetBackbone``, without the stages after its last map.
+    """The network of ``transformers.ResNetBackbone``, without the stages after its last returned feature map.
 
     Args:
-        backbone_config: entries of ``transformers.ResNetConfig``, complete and checked by
-            `detr.backbone_config.normal_backbone_config`.
+        backbone_config: entries of ``transformers.ResNetConfig``, as returned by
+            `detr.backbone_config.normalize_backbone_config`.
 
     Attributes:
-        feature_info: its maps: 0 is the pooled stem, i stage i.
+        feature_info: the feature maps: 0 is the pooled stem, i is stage i.
 
     Raises:
-        ValueError: there is no activation of that name.
+        ValueError: the activation is not known.
     """
 
     def __init__(self, backbone_config: Mapping[str, Any]) -> None:
         super().__init__()
-        values = resnet_values(backbone_config)
+        values = complete_resnet_config(backbone_config)
         bottleneck, activation = values["layer_type"] == "bottleneck", values["hidden_act"]
         width, stride = values["embedding_size"], 4
         self.conv1 = nn.Conv2d(values["num_channels"], width, 7, stride=2, padding=3, bias=False)
@@ -87,7 +88,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Float [B, channels, H, W] to the maps float [B, C_i, h_i, w_i], shallow to deep."""
+        """Map float [B, channels, H, W] to feature maps float [B, C_i, h_i, w_i], shallow to deep."""
         maps = [self.maxpool(self.act1(self.bn1(self.conv1(x))))]
         for name in self._stages:
             maps.append(self.get_submodule(name)(maps[-1]))
@@ -99,11 +100,11 @@ class _Block(nn.Module):
 
     Args:
         width: channels of the input.
-        channels: of the output.
-        stride: of the block.
-        early: a bottleneck strides in its first convolution instead of its second.
-        bottleneck: which of the two kinds.
-        activation: after the sum; inside the block transformers always has ReLU.
+        channels: channels of the output.
+        stride: stride of the block.
+        early: whether a bottleneck applies its stride in its first convolution instead of its second.
+        bottleneck: whether the block is a bottleneck.
+        activation: activation after the sum. Inside a block, transformers always uses ReLU.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class _Block(nn.Module):
         self.bottleneck = bottleneck
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float [B, width, h, w] to float [B, channels, h / stride, w / stride]."""
+        """Map float [B, width, h, w] to float [B, channels, h / stride, w / stride]."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
         if self.bottleneck:

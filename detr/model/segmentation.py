@@ -1,6 +1,6 @@
 """`DetrForSegmentation`: DETR with a mask for every query (instance, semantic and panoptic segmentation).
 
-B batch, H x W image, Q queries, C classes.
+B batch, H x W image, Q queries, M computed masks, C classes.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from detr.model.outputs import (
 from detr.model.pretrained import DetrPreTrainedModel
 
 NO_MASK = -1e4
-"""Logit of every pixel of a mask that was not computed: a probability of 0, and finite in float16."""
+"""Logit of all pixels of a mask that was not computed: probability 0, and finite in float16."""
 
 
 class DetrForSegmentation(DetrPreTrainedModel):
     """DETR with heads for classes, boxes and masks.
 
-    It can be trained jointly, or in two steps as in the paper: load a folder of `DetrForObjectDetection` with
-    ``from_pretrained``, call `freeze_detector`, and train the rest.
+    Train all parts jointly, or in two steps as in the paper: load a folder of `DetrForObjectDetection` with
+    ``from_pretrained``, call `freeze_detector`, and train the mask head.
 
     Args:
-        config: the configuration; nothing is downloaded unless ``config.use_pretrained_backbone`` is True.
+        config: the configuration. Nothing is downloaded unless ``config.use_pretrained_backbone`` is set.
 
     Raises:
-        ValueError: the configuration's widths or feature maps do not fit the mask head.
+        ValueError: the widths or feature maps of the configuration do not fit the mask head.
     """
 
     def __init__(self, config: DetrConfig) -> None:
@@ -62,7 +62,10 @@ class DetrForSegmentation(DetrPreTrainedModel):
         init_mask_head(self.mask_head, self.bbox_attention, gain)
 
     def freeze_detector(self) -> None:
-        """Train the mask head only. Dropout of the detector stays, as in the original, unless it is put in eval."""
+        """Freeze all parameters but those of the mask head.
+
+        Dropout of the detector stays active in training mode, as in the original.
+        """
         self.detr.requires_grad_(False)
 
     def forward(
@@ -83,28 +86,28 @@ class DetrForSegmentation(DetrPreTrainedModel):
         image_weights: Tensor | None = None,
         min_score: float | None = None,
     ) -> DetrSegmentationOutput | tuple[Any, ...]:
-        """Segment, and compute the loss where labels are given.
+        """Predict classes, boxes and masks, and compute the loss if labels are given.
 
-        A mask costs as much as a small image, so those that nobody looks at are left out where that is known: in
-        training, with labels, only the masks of matched queries are computed; with ``min_score`` only those that
-        post-processing with that threshold keeps. The others are `NO_MASK`.
+        A mask is as expensive as a small image, so masks that are not needed are not computed. In training with labels,
+        only the masks of matched queries are computed. With ``min_score``, only the masks that post-processing with
+        this threshold uses are computed. The other masks are `NO_MASK`.
 
         Args:
-            pixel_values: float [B, channels, H, W], normalised.
-            pixel_mask: [B, H, W], 1 on real pixels; None where there is no padding.
+            pixel_values: float [B, channels, H, W], normalized.
+            pixel_mask: [B, H, W], 1 on real pixels, 0 on padding; None means no padding.
             decoder_attention_mask: see `DetrModel.forward`.
             encoder_outputs: see `DetrModel.forward`.
-            inputs_embeds: not possible here, since the mask head needs the backbone's feature maps; it is an error.
+            inputs_embeds: must be None: the mask head needs the feature maps of the backbone.
             decoder_inputs_embeds: see `DetrModel.forward`.
             labels: one dict per image: ``class_labels`` int64 [n], ``boxes`` float [n, 4] cxcywh in 0..1 and
-                ``masks`` [n, h_i, w_i], 0 or 1 of any dtype, of the resized image.
+                ``masks`` [n, h_i, w_i], 0 or 1 of any dtype, at the size of the resized image.
             output_attentions: see `DetrModel.forward`.
             output_hidden_states: see `DetrModel.forward`.
             return_dict: see `DetrModel.forward`.
-            num_boxes: normaliser of the box and mask losses; see `detr.loss.criterion.set_loss`.
-            class_weight_sum: normaliser of the cross-entropy; see `detr.loss.criterion.set_loss`.
+            num_boxes: normalizer of the box and mask losses; see `detr.loss.criterion.set_loss`.
+            class_weight_sum: normalizer of the cross-entropy; see `detr.loss.criterion.set_loss`.
             image_weights: float [B], the weight of each image in the loss.
-            min_score: compute only the masks of queries whose best class is not "no object" and has a score above.
+            min_score: compute only the masks of queries whose best class is an object class with a higher score.
 
         Raises:
             ValueError: an argument or a label does not fit; the message says which.
@@ -128,12 +131,12 @@ class DetrForSegmentation(DetrPreTrainedModel):
                 mask_head=self.mask_head,
             )
             if min_score is not None and output.pred_masks is not None:
-                wanted = _kept(output.logits, min_score)[..., None, None]
-                output.pred_masks = torch.where(wanted, output.pred_masks, NO_MASK)
+                selected = _is_above(output.logits, min_score)[..., None, None]
+                output.pred_masks = torch.where(selected, output.pred_masks, NO_MASK)
             return output if as_dict else output.to_tuple()
         if inputs_embeds is not None:
             raise ValueError(
-                "inputs_embeds skips the backbone, whose feature maps the mask head needs: give pixel_values"
+                "inputs_embeds skips the backbone, but the mask head needs its feature maps: give pixel_values"
             )
         features, outputs = self.detr.model.states(
             pixel_values,
@@ -160,7 +163,7 @@ class DetrForSegmentation(DetrPreTrainedModel):
         min_score: float | None = None,
         groups: int = 1,
     ) -> DetrSegmentationOutput:
-        """Heads and loss on the output of the transformer.
+        """Apply the heads to the output of the transformer, and compute the loss if labels are given.
 
         Arguments are those of `forward` and of `DetrForObjectDetection.detect`.
         """
@@ -170,58 +173,60 @@ class DetrForSegmentation(DetrPreTrainedModel):
         pred_masks = predicted = None
         if labels is None or not self.training:
             predicted = self.detr.predict(queries)
-            wanted = None if min_score is None else _kept(predicted[0], min_score)
-            pred_masks = self._all_masks(context, wanted)
+            selected = None if min_score is None else _is_above(predicted[0], min_score)
+            pred_masks = self._all_masks(context, selected)
 
-        def masks_of(image: Tensor, query: Tensor) -> Tensor:
+        def compute_masks(image: Tensor, query: Tensor) -> Tensor:
             nonlocal pred_masks
             if pred_masks is None:
-                matched = self._masks_of(context, image, query)
-                pred_masks = _spread(matched.detach(), image, query, queries)
+                matched = self._matched_masks(context, image, query)
+                pred_masks = _scatter_masks(matched.detach(), image, query, queries)
                 return matched
             return pred_masks[image, query]
 
         detected = self.detr.detect(
-            outputs, labels, num_boxes, class_weight_sum, image_weights, masks_of, groups, predicted
+            outputs, labels, num_boxes, class_weight_sum, image_weights, compute_masks, groups, predicted
         )
         return DetrSegmentationOutput(**detected, pred_masks=pred_masks, **hidden_outputs(outputs))
 
     def mask_context(self, features: ImageFeatures, outputs: DetrModelOutput) -> MaskContext:
-        """What all masks of the images share."""
-        keep = None if features.keep is None else features.keep.flatten(1)
-        attention = self.bbox_attention(outputs.last_hidden_state, outputs.encoder_last_hidden_state, keep)
-        height, width = features.counted.shape[-2:]
-        # reshape and not unflatten here and below: ONNX would keep the example's sizes
+        """Compute the input of the mask head that all masks of an image share."""
+        attend_mask = None if features.attend_mask is None else features.attend_mask.flatten(1)
+        attention = self.bbox_attention(
+            outputs.last_hidden_state, outputs.encoder_last_hidden_state, attend_mask
+        )
+        height, width = features.valid_mask.shape[-2:]
+        # reshape instead of unflatten, here and below: with unflatten, ONNX would fix the sizes of the example input
         projected = features.cells.transpose(1, 2).reshape(*features.cells.shape[::2], height, width)
         return cast(MaskHead, self.mask_head).context(projected, features.maps, attention)
 
-    def _all_masks(self, context: MaskContext, wanted: Tensor | None) -> Tensor:
-        """Logits float [B, Q, h, w]; of the queries that are not ``wanted``, bool [B, Q], `NO_MASK`."""
+    def _all_masks(self, context: MaskContext, selected: Tensor | None) -> Tensor:
+        """Compute mask logits float [B, Q, h, w]. Queries not ``selected``, bool [B, Q], get `NO_MASK`."""
         batch, queries = context.attention.shape[:2]
-        if wanted is not None:
-            image, query = wanted.nonzero().unbind(1)
-            return _spread(self.mask_head(context, image, query), image, query, wanted)
+        if selected is not None:
+            image, query = selected.nonzero().unbind(1)
+            return _scatter_masks(self.mask_head(context, image, query), image, query, selected)
         index = torch.arange(batch * queries, device=context.attention.device)
         masks: Tensor = self.mask_head(context, index // queries, index % queries)
         return masks.reshape(batch, queries, *masks.shape[1:])
 
-    def _masks_of(self, context: MaskContext, image: Tensor, query: Tensor) -> Tensor:
-        """Logits float [M, h, w] of matched queries, which depend on the parameters even where M is 0."""
+    def _matched_masks(self, context: MaskContext, image: Tensor, query: Tensor) -> Tensor:
+        """Compute mask logits float [M, h, w] of matched queries."""
         if not len(image):
-            # DistributedDataParallel waits for the gradient of every parameter
+            # DistributedDataParallel waits for a gradient of every parameter, so the empty result must depend on them.
             first = torch.zeros(1, dtype=torch.int64, device=context.attention.device)
             return self.mask_head(context, first, first)[:0]
         masks: Tensor = self.mask_head(context, image, query)
         return masks
 
 
-def _kept(logits: Tensor, min_score: float) -> Tensor:
-    """Bool [B, Q]: the queries that instance and panoptic post-processing keep at this threshold."""
+def _is_above(logits: Tensor, min_score: float) -> Tensor:
+    """Return which queries instance and panoptic post-processing use at this threshold, bool [B, Q]."""
     scores, labels = logits.softmax(-1).max(-1)
     return (labels != logits.shape[-1] - 1) & (scores > min_score)
 
 
-def _spread(masks: Tensor, image: Tensor, query: Tensor, queries: Tensor) -> Tensor:
-    """Masks float [M, h, w] at their places in float [B, Q, h, w], `NO_MASK` elsewhere; ``queries`` is [B, Q, ...]."""
-    everywhere = masks.new_full((*queries.shape[:2], *masks.shape[1:]), NO_MASK)
-    return everywhere.index_put((image, query), masks)
+def _scatter_masks(masks: Tensor, image: Tensor, query: Tensor, queries: Tensor) -> Tensor:
+    """Scatter masks float [M, h, w] to float [B, Q, h, w], with `NO_MASK` elsewhere; ``queries`` is [B, Q, ...]."""
+    all_masks = masks.new_full((*queries.shape[:2], *masks.shape[1:]), NO_MASK)
+    return all_masks.index_put((image, query), masks)

@@ -1,6 +1,6 @@
 """The transformer of DETR: encoder and decoder.
 
-B batch, S cells of the feature map, Q queries, D ``d_model``.
+B batch, S tokens (one for each cell of the feature map), Q queries, D ``d_model``.
 Parameter names are those of the published checkpoints, so a state dict needs no renaming.
 """
 
@@ -20,7 +20,10 @@ from detr.model.outputs import DetrDecoderOutput, DetrEncoderOutput
 
 
 class _FeedForwardLayer(nn.Module):
-    """The feed-forward block of a transformer layer with its residual and norm (parameters sit on the layer)."""
+    """Feed-forward block of a transformer layer, with residual connection and norm.
+
+    A base class and not a submodule, so that its parameters have the names of the published checkpoints.
+    """
 
     def __init__(self, config: DetrConfig, ffn_dim: int) -> None:
         super().__init__()
@@ -45,7 +48,7 @@ def _attention(config: DetrConfig, heads: int) -> MultiheadAttention:
 
 
 class EncoderLayer(_FeedForwardLayer):
-    """Self-attention over the cells of the feature map, then the feed-forward block; norms come after."""
+    """Self-attention over the tokens of the feature map, then the feed-forward block (post-norm)."""
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__(config, config.encoder_ffn_dim)
@@ -55,11 +58,11 @@ class EncoderLayer(_FeedForwardLayer):
     def forward(
         self, x: Tensor, mask: Tensor | None, position: Tensor, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Float [B, S, D] to float [B, S, D], with the attention weights when asked for."""
-        at = x + position
-        attended, weights = self.self_attn(at, at, x, mask, output_attentions)
+        """Map float [B, S, D] to float [B, S, D], and return the attention weights if requested, else None."""
+        positioned = x + position
+        attended, weights = self.self_attn(positioned, positioned, x, mask, output_attentions)
         x = self._feed_forward(self.self_attn_layer_norm(x + self._drop(attended)))
-        if self.training and x.dtype == torch.float16:  # only float16 overflows here
+        if self.training and x.dtype == torch.float16:  # other dtypes do not overflow here
             limit = torch.finfo(x.dtype).max - 1000
             x = x.clamp(min=-limit, max=limit)
         return x, weights
@@ -75,7 +78,7 @@ class DecoderLayer(_FeedForwardLayer):
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.encoder_attn = _attention(config, heads)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
-        # Float [D], what self-attention and its norm make of queries of zeros; known to `detr.inference.decoder` alone.
+        # Float [D], the output of self-attention and norm for queries of zeros; set only by `detr.inference.decoder`.
         self.register_buffer("attended_zeros", None)
 
     attended_zeros: Tensor | None
@@ -92,20 +95,31 @@ class DecoderLayer(_FeedForwardLayer):
         groups: int = 1,
         from_zeros: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Float [B, Q, D] to float [B, Q, D], with self- and cross-attention weights when asked for.
+        """Map float [B, Q, D] to float [B, Q, D], and return self- and cross-attention weights if requested, else None.
 
-        ``memory_key`` is the encoder's output with the position embedding added. With ``groups`` K the Q queries are
-        K groups, one after the other, that do not see each other. ``from_zeros``: x is zeros.
+        Args:
+            x: float [B, Q, D].
+            query_position: float [B, Q, D], added to queries and keys.
+            query_mask: additive mask of the self-attention; None masks nothing.
+            memory: float [B, S, D], the output of the encoder.
+            memory_key: float [B, S, D], the same with the position embedding added.
+            memory_mask: additive mask of the cross-attention; None masks nothing.
+            output_attentions: also return attention weights.
+            groups: K groups of Q / K consecutive queries; self-attention stays within a group.
+            from_zeros: whether x is zeros.
         """
         if from_zeros and self.attended_zeros is not None and not output_attentions:
             x, self_weights = self.attended_zeros.expand_as(x), None
         else:
             batch = x.shape[0]
-            # Groups as images of a batch: no mask over all queries, and K times (Q / K)^2 scores in place of Q^2.
-            within = x.unflatten(1, (groups, -1)).flatten(0, 1) if groups > 1 else x
-            at = x + query_position
-            at = at.view_as(within) if groups > 1 else at
-            attended, self_weights = self.self_attn(at, at, within, query_mask, output_attentions)
+            # Groups are treated as images of a larger batch. This needs no mask between groups, and computes
+            # K (Q / K)^2 attention scores in place of Q^2.
+            grouped = x.unflatten(1, (groups, -1)).flatten(0, 1) if groups > 1 else x
+            positioned = x + query_position
+            positioned = positioned.view_as(grouped) if groups > 1 else positioned
+            attended, self_weights = self.self_attn(
+                positioned, positioned, grouped, query_mask, output_attentions
+            )
             attended = attended.unflatten(0, (batch, groups)).flatten(1, 2) if groups > 1 else attended
             x = self.self_attn_layer_norm(x + self._drop(attended))
         attended, cross_weights = self.encoder_attn(
@@ -116,12 +130,13 @@ class DecoderLayer(_FeedForwardLayer):
 
 
 def run_layer(owner: Any, layer: Callable[..., Any], *args: Any) -> Any:
-    """Call a layer, or in training a part of a network, whose activations are recomputed if its owner says so.
+    """Call a layer, in training with activation checkpointing if its owner has enabled it.
 
     Args:
-        owner: a module with ``checkpointing``: keywords of `torch.utils.checkpoint.checkpoint`, None to store all.
-        layer: what is called.
-        args: of the call.
+        owner: a module with ``checkpointing``: keywords of `torch.utils.checkpoint.checkpoint`, or None to store all
+            activations.
+        layer: the layer or function to call.
+        args: arguments of the call.
     """
     if owner.checkpointing is not None and owner.training:
         return checkpoint(layer, *args, **owner.checkpointing)
@@ -129,7 +144,7 @@ def run_layer(owner: Any, layer: Callable[..., Any], *args: Any) -> Any:
 
 
 class _Stack(nn.Module):
-    """What encoder and decoder share: layers that can be dropped and checkpointed."""
+    """Base of encoder and decoder: a stack of layers with LayerDrop and activation checkpointing."""
 
     def __init__(self, layers: list[nn.Module], layerdrop: float) -> None:
         super().__init__()
@@ -139,8 +154,8 @@ class _Stack(nn.Module):
 
     def _run(self, layer: nn.Module, x: Tensor, *args: Any) -> tuple[Any, ...]:
         if self.training and self.layerdrop and float(torch.rand(())) < self.layerdrop:
-            # Everything it would have used stays in the graph with gradient 0: DistributedDataParallel waits
-            # for every parameter.
+            # Parameters and inputs of the dropped layer stay in the graph with gradient 0: DistributedDataParallel
+            # waits for a gradient of every parameter.
             inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
             unused = sum((t.sum() * 0.0 for t in [*layer.parameters(), *inputs]), start=x.new_zeros(()))
             return (x + unused, None, None)
@@ -153,27 +168,27 @@ class Encoder(_Stack):
     def __init__(self, config: DetrConfig) -> None:
         layers: list[nn.Module] = [EncoderLayer(config) for _ in range(config.encoder_layers)]
         super().__init__(layers, config.encoder_layerdrop)
-        # transformers drops out the projected features too, the original does not
+        # transformers also applies dropout to the projected features; the original does not
         self.input_dropout = config.dropout if config.compat == "transformers" else 0.0
 
     def forward(
         self,
         features: Tensor,
-        keep: Tensor | None,
+        attend_mask: Tensor | None,
         position: Tensor,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> DetrEncoderOutput:
-        """Encode.
+        """Encode the tokens.
 
         Args:
             features: float [B, S, D].
-            keep: bool [B, S], True on cells that are not padding; None where there is no padding.
+            attend_mask: bool [B, S], True on tokens that are not padding; None means no padding.
             position: float [B, S, D], added to queries and keys of each layer.
             output_attentions: also return the attention weights of each layer.
             output_hidden_states: also return the input and the output of each layer.
         """
-        mask = None if keep is None else additive_mask(keep, features.dtype)
+        mask = None if attend_mask is None else additive_mask(attend_mask, features.dtype)
         hidden_states, attentions = [features], []
         x = F.dropout(features, p=self.input_dropout, training=self.training)
         for layer in self.layers:
@@ -188,7 +203,7 @@ class Encoder(_Stack):
 
 
 class Decoder(_Stack):
-    """Decoder that refines the object queries."""
+    """Decoder over the object queries."""
 
     def __init__(self, config: DetrConfig) -> None:
         layers: list[nn.Module] = [DecoderLayer(config) for _ in range(config.decoder_layers)]
@@ -198,46 +213,46 @@ class Decoder(_Stack):
         self.norm_feeds_next_layer = config.auxiliary_loss and config.compat == "transformers"
 
     def _seen_by_layers(self, memory: Tensor, position: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """What each layer's cross-attention makes values and keys of."""
+        """Return, for each layer, the inputs of the values and keys of its cross-attention."""
         return [(memory, memory + position)] * len(self.layers)
 
     def forward(
         self,
         queries: Tensor | None,
         query_position: Tensor,
-        query_keep: Tensor | None,
+        query_attend_mask: Tensor | None,
         memory: Tensor,
-        memory_keep: Tensor | None,
+        memory_attend_mask: Tensor | None,
         memory_position: Tensor,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         groups: int = 1,
     ) -> DetrDecoderOutput:
-        """Decode.
+        """Decode the queries.
 
-        With ``auxiliary_loss`` the output of each layer is normed for its own loss and goes on un-normed, as in
-        the original. Under ``compat="transformers"`` the normed output is what goes on, so the last layer's is
-        normed twice: needed for checkpoints trained that way.
+        With ``auxiliary_loss``, the output of each layer is normalized for its loss, and the next layer gets the output
+        that is not normalized, as in the original. With ``compat="transformers"``, the next layer gets the normalized
+        output, and that of the last layer is normalized twice. Checkpoints that were trained this way need it.
 
         Args:
-            queries: float [B, Q, D]; None for zeros.
+            queries: float [B, Q, D]; None means zeros.
             query_position: float [B, Q, D], added to queries and keys of each layer.
-            query_keep: bool [B, Q], False hides a query from the others; None keeps all.
-            memory: float [B, S, D], the encoder's output.
-            memory_keep: bool [B, S], True on cells that are not padding; None where there is no padding.
+            query_attend_mask: bool [B, Q], False excludes a query from the keys of self-attention; None excludes none.
+            memory: float [B, S, D], the output of the encoder.
+            memory_attend_mask: bool [B, S], True on tokens that are not padding; None means no padding.
             memory_position: float [B, S, D], added to the keys of the cross-attention.
             output_attentions: also return the attention weights of each layer.
             output_hidden_states: also return the input and the output of each layer.
-            groups: K groups of Q / K queries each, one after the other, that do not see each other: every one is
-                decoded as if it were alone. ``query_keep`` must be None where K is not 1.
+            groups: K groups of Q / K consecutive queries, each decoded independently of the others.
+                ``query_attend_mask`` must be None if K is not 1.
         """
         x = torch.zeros_like(query_position) if queries is None else queries
         from_zeros = queries is None
-        query_mask = None if query_keep is None else additive_mask(query_keep, x.dtype)
-        memory_mask = None if memory_keep is None else additive_mask(memory_keep, memory.dtype)
+        query_mask = None if query_attend_mask is None else additive_mask(query_attend_mask, x.dtype)
+        memory_mask = None if memory_attend_mask is None else additive_mask(memory_attend_mask, memory.dtype)
         hidden_states, attentions, cross_attentions, intermediate = [x], [], [], []
-        seen = self._seen_by_layers(memory, memory_position)
-        for layer, (value, key) in zip(self.layers, seen, strict=True):
+        values_and_keys = self._seen_by_layers(memory, memory_position)
+        for layer, (value, key) in zip(self.layers, values_and_keys, strict=True):
             x, weights, cross_weights = self._run(
                 layer,
                 x,

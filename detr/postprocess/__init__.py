@@ -1,9 +1,9 @@
-"""From a model's outputs to detections and segments, in pixels of the original images.
+"""Convert model outputs to detections and segments in pixels of the original images.
 
 `post_process_object_detection`, `post_process_semantic_segmentation`, `post_process_instance_segmentation` and
-`post_process_panoptic_segmentation` give what transformers' methods of these names give; keywords of our own improve on
-it. `post_process`, `post_process_segmentation`, `post_process_instance` and `post_process_panoptic` are the original
-code's. The image processors have all of them as methods.
+`post_process_panoptic_segmentation` return the same as transformers' methods of these names, with additional keyword
+arguments. `post_process`, `post_process_segmentation`, `post_process_instance` and `post_process_panoptic` are those of
+the original code. The image processors have all of them as methods.
 """
 
 from detr.postprocess.detection import (

@@ -1,4 +1,4 @@
-"""Instance segmentation: a map of objects, each of its own id."""
+"""Instance segmentation: a map of objects, each with its own id."""
 
 from typing import Any
 
@@ -21,38 +21,39 @@ def post_process_instance_segmentation(
     integer_maps: bool = False,
     rle_format: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The objects of each image as a map of ids. A pixel belongs to one object at most.
+    """Return the objects of each image as a map of ids. A pixel belongs to at most one object.
 
-    Every pixel goes to the kept query whose mask probability times score is largest there; a query is then dropped
-    that won too little of its own mask.
+    Each pixel is assigned to the query whose mask probability times score is largest there, among the queries above
+    `threshold`. Then queries that won too little of their own mask are dropped.
 
     Args:
         outputs: of the model.
-        threshold: a query's score, the probability of its best class, must exceed it.
-        mask_threshold: a pixel is of a query's own mask where probability times score is not less.
-        overlap_mask_area_threshold: the part of its own mask that a query won must exceed it.
+        threshold: the score of a query, the probability of its best class, must exceed it.
+        mask_threshold: a pixel belongs to a query's own mask if probability times score is at least this.
+        overlap_mask_area_threshold: the share of its own mask that a query won must exceed it.
         target_sizes: (height, width) of each image in pixels, as a list or a tensor [batch, 2]; None leaves the maps
-            at the masks' size.
-        return_coco_annotation: give run lengths for the map: see `detr.postprocess.rle.transformers_rle`. They are not
-            COCO's, in spite of the name; an image without a kept query keeps its map.
+            at the size of the masks.
+        return_coco_annotation: return the map as run lengths: see `detr.postprocess.rle.transformers_rle`. In spite of
+            the name they are not COCO's. The map of an image without a query above `threshold` is not converted.
         processed_sizes: (height, width) of each image as the model saw it, resized and without padding. The masks of
-            a padded batch are then cut to the image before they are resized; without it they are resized with their
-            padding, as in transformers, and do not fit an image that was padded.
-        padded_size: (height, width) of `pixel_values`, where the largest of `processed_sizes` is less.
-        integer_maps: make the map of an image without a kept query int32.
-        rle_format: "coco" gives COCO's run-length encoding, whatever `return_coco_annotation` is.
+            a padded batch are then cropped to the image before they are resized. Without it they are resized with their
+            padding, as in transformers, and are misaligned with a padded image.
+        padded_size: (height, width) of `pixel_values`, needed if it exceeds the largest of `processed_sizes`.
+        integer_maps: make the map of an image without a query above `threshold` int32.
+        rle_format: "coco" returns COCO's run-length encoding, whatever `return_coco_annotation` is.
 
     Returns:
         For each image a dict:
 
-        - `segmentation`: int32 [height, width] on the device of the masks, 0 where there is no object; float32 of -1
-          where no query was kept; or run lengths. With "coco" a list of `{"size", "counts"}`, one for each entry of
-          `segments_info`.
+        - `segmentation`: int32 [height, width] on the device of the masks, 0 for no object; float32 filled with -1 if
+          no query is above `threshold`; or run lengths. With "coco" a list of `{"size", "counts"}`, one for each entry
+          of `segments_info`.
         - `segments_info`: a dict for each object: `id` 1.., `label_id`, `was_fused` False, and `score`, rounded to 6
           decimals; Python numbers.
 
     Raises:
-        ValueError: the number of sizes is not that of the images, sizes do not fit the masks, or another format.
+        ValueError: the number of sizes is not that of the images, sizes do not fit the masks, or `rle_format` is
+            unknown.
     """
     if rle_format not in (None, "coco"):
         raise ValueError(f"rle_format is {rle_format!r}: expected None or 'coco'")

@@ -4,9 +4,9 @@ from detr.postprocess import detection, instance, original, original_panoptic, p
 
 
 class PostProcessingMethods:
-    """What both image processors offer besides preparing images: their `post_process*` methods.
+    """The `post_process*` methods of both image processors.
 
-    They read nothing of the processor, so that they are the functions of `detr.postprocess` themselves.
+    They do not use the processor, so they are the functions of `detr.postprocess` as static methods.
     """
 
     post_process_object_detection = staticmethod(detection.post_process_object_detection)

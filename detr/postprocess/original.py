@@ -1,4 +1,4 @@
-"""The post-processing that the DETR page cites by its old names, with the meaning it had in the original code."""
+"""The post-processing of the original code, under the old names that the DETR page cites."""
 
 from collections.abc import MutableMapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from detr.postprocess.view import image_views
 
 
 def post_process(outputs: DetectionOutput, target_sizes: TargetSizes) -> list[dict[str, Any]]:
-    """All queries of each image as detections, whatever their score: what COCO's evaluation takes.
+    """Return all queries of each image as detections, whatever their score: the input of COCO's evaluation.
 
     Args:
         outputs: of the model.
@@ -42,16 +42,16 @@ def post_process_segmentation(
     processed_sizes: TargetSizes | None = None,
     padded_size: tuple[int, int] | None = None,
 ) -> list[dict[str, Any]]:
-    """The queries above a score with their masks, which may overlap.
+    """Return the queries above a score with their masks, which may overlap.
 
     Args:
         outputs: of the model.
         target_sizes: (height, width) of each image in pixels, as a list or a tensor [batch, 2].
-        threshold: a query's score, the probability of its best class, must exceed it.
-        mask_threshold: a pixel is of the mask where its probability exceeds it.
+        threshold: the score of a query, the probability of its best class, must exceed it.
+        mask_threshold: the probability of a pixel of the mask must exceed it.
         processed_sizes: (height, width) of each image as the model saw it, resized and without padding: see
             `post_process_instance_segmentation`.
-        padded_size: (height, width) of `pixel_values`, where the largest of `processed_sizes` is less.
+        padded_size: (height, width) of `pixel_values`, needed if it exceeds the largest of `processed_sizes`.
 
     Returns:
         A dict for each image: `scores` float [n], `labels` int64 [n] and `masks` int64 [n, height, width], 0 or 1.
@@ -61,13 +61,17 @@ def post_process_segmentation(
     """
     views = image_views(outputs.pred_masks, target_sizes, processed_sizes, padded_size)
     scores, labels = outputs.logits.softmax(-1).max(-1)
-    kept = labels.ne(outputs.logits.shape[-1] - 1) & (scores > threshold)
+    is_object = labels.ne(outputs.logits.shape[-1] - 1) & (scores > threshold)
     results = []
-    for score, label, masks, keep, view in zip(scores, labels, outputs.pred_masks, kept, views):
-        masks_on = [view.resize(mask[None]).sigmoid() > mask_threshold for mask in masks[keep]]
+    for score, label, masks, selected, view in zip(scores, labels, outputs.pred_masks, is_object, views):
+        binary_masks = [view.resize(mask[None]).sigmoid() > mask_threshold for mask in masks[selected]]
         empty = masks.new_zeros((0, *view.output_size(masks)), dtype=torch.bool)
         results.append(
-            {"scores": score[keep], "labels": label[keep], "masks": torch.cat([empty, *masks_on]).long()}
+            {
+                "scores": score[selected],
+                "labels": label[selected],
+                "masks": torch.cat([empty, *binary_masks]).long(),
+            }
         )
     return results
 
@@ -79,17 +83,18 @@ def post_process_instance(
     max_target_sizes: TargetSizes,
     threshold: float = 0.5,
 ) -> Sequence[MutableMapping[str, Any]]:
-    """Add the masks of all queries to the results of `post_process`: what COCO's evaluation of masks takes.
+    """Add the masks of all queries to the results of `post_process`: the input of COCO's evaluation of masks.
 
-    Masks are resized to the padded batch, cut to each image, and resized by the nearest pixel to its original size.
+    Masks are resized to the padded batch, cropped to each image, and resized to its original size with nearest-neighbor
+    sampling.
 
     Args:
         results: of `post_process`, a dict for each image.
         outputs: of the model.
         orig_target_sizes: (height, width) of each original image, as a list or a tensor [batch, 2].
         max_target_sizes: (height, width) of each image as the model saw it, resized and without padding. The largest
-            of them are taken for the size of the padded batch.
-        threshold: a pixel is of the mask where its probability exceeds it.
+            height and width are used as the size of the padded batch.
+        threshold: the probability of a pixel of the mask must exceed it.
 
     Returns:
         The same dicts, with `masks` uint8 [queries, 1, height, width], 0 or 1.
@@ -106,15 +111,15 @@ def post_process_instance(
     padded = max(height for height, _ in processed), max(width for _, width in processed)
     for result, masks, (height, width), size in zip(results, outputs.pred_masks, processed, originals):
         result["masks"] = torch.stack(
-            [_on_original(mask, padded, (height, width), size, threshold) for mask in masks]
+            [_resize_to_original(mask, padded, (height, width), size, threshold) for mask in masks]
         )
     return results
 
 
-def _on_original(
-    mask: Tensor, padded: tuple[int, int], cut: tuple[int, int], size: tuple[int, int], threshold: float
+def _resize_to_original(
+    mask: Tensor, padded: tuple[int, int], processed: tuple[int, int], size: tuple[int, int], threshold: float
 ) -> Tensor:
-    """A mask's logits [h, w] as uint8 [1, height, width] of the original image."""
+    """Convert the logits [h, w] of a mask to uint8 [1, height, width] of the original image."""
     logits = F.interpolate(mask[None, None], size=padded, mode="bilinear", align_corners=False)
-    on = (logits[..., : cut[0], : cut[1]].sigmoid() > threshold).to(torch.uint8)
-    return F.interpolate(on, size=size, mode="nearest")[0]
+    binary = (logits[..., : processed[0], : processed[1]].sigmoid() > threshold).to(torch.uint8)
+    return F.interpolate(binary, size=size, mode="nearest")[0]

@@ -14,10 +14,10 @@ from detr.postprocess.sizes import TargetSizes, check_count, integer_sizes
 from detr.postprocess.view import image_views
 
 COCO_THINGS: Mapping[int, bool] = {label: label <= 90 for label in range(201)}
-"""Which of COCO's panoptic categories are things; the others are stuff."""
+"""Whether each of COCO's panoptic categories is a thing or stuff."""
 
 SMALLEST_AREA = 5
-"""Pixels of the result; a segment of fewer is dropped."""
+"""Minimum pixels of a segment in the result; smaller ones are dropped."""
 
 
 def post_process_panoptic(
@@ -30,26 +30,27 @@ def post_process_panoptic(
     cut_padding: bool = False,
     padded_size: tuple[int, int] | None = None,
 ) -> list[dict[str, Any]]:
-    """The segments of each image in the form of COCO's panoptic evaluation.
+    """Return the segments of each image in the format of COCO's panoptic evaluation.
 
-    Every pixel goes to the kept query with the largest logit there, segments of the same stuff become one, and those
-    of fewer than 5 pixels are dropped, after which the rest share their pixels.
+    Each pixel is assigned to the query with the largest logit there, among the queries above `threshold`. Segments of
+    the same stuff class are merged. Segments of fewer than 5 pixels are dropped, and their pixels are assigned to the
+    remaining ones.
 
     Args:
         outputs: of the model.
         processed_sizes: (height, width) of each image as the model saw it, resized and without padding, as a list or a
             tensor int [batch, 2].
-        target_sizes: (height, width) of each result, in the same forms; None for `processed_sizes`.
-        is_thing_map: whether a label is a thing; by default labels up to 90 are, COCO's.
-        threshold: a query's score, the probability of its best class, must exceed it.
-        cut_padding: cut the masks of a padded batch to the image before they are resized to its processed size. The
-            original does not, and its segments then do not fit an image that was padded.
-        padded_size: (height, width) of `pixel_values`, where the largest of `processed_sizes` is less.
+        target_sizes: (height, width) of each result, in the same forms; `processed_sizes` by default.
+        is_thing_map: whether each label is a thing; by default labels up to 90 are, as in COCO.
+        threshold: the score of a query, the probability of its best class, must exceed it.
+        cut_padding: crop the masks of a padded batch to the image before they are resized to its processed size. The
+            original does not, so that its segments are misaligned with a padded image.
+        padded_size: (height, width) of `pixel_values`, needed if it exceeds the largest of `processed_sizes`.
 
     Returns:
-        A dict for each image: `png_string`, bytes of a PNG whose colours are ids (R + 256 G + 65536 B), and
+        A dict for each image: `png_string`, bytes of a PNG whose colors are ids (R + 256 G + 65536 B), and
         `segments_info`, a dict for each segment: `id` 0.., `isthing`, `category_id` and `area` in pixels of the
-        result; Python values. An image without segments has 0 everywhere and no entry.
+        result; Python values. An image without segments has id 0 everywhere and no entry.
 
     Raises:
         ValueError: the number of sizes is not that of the images, sizes do not fit the masks, or a predicted label is
@@ -66,17 +67,19 @@ def post_process_panoptic(
     cut = processed_sizes if cut_padding else None
     views = image_views(outputs.pred_masks, processed_sizes, cut, padded_size)
     scores, labels = outputs.logits.detach().softmax(-1).max(-1)
-    kept = labels.ne(outputs.logits.shape[-1] - 1) & (scores > threshold)
+    is_segment = labels.ne(outputs.logits.shape[-1] - 1) & (scores > threshold)
     results = []
-    for label, masks, keep, view, size in zip(
+    for label, masks, selected, view, size in zip(
         labels,
         outputs.pred_masks.detach(),
-        kept,
+        is_segment,
         views,
         integer_sizes(target_sizes, len(outputs.logits)),
     ):
-        resized = view.resize(masks[keep]) if keep.any() else masks.new_zeros((0, *view.output_size(masks)))
-        results.append(_panoptic_png(resized, label[keep].tolist(), size, things))
+        resized = (
+            view.resize(masks[selected]) if selected.any() else masks.new_zeros((0, *view.output_size(masks)))
+        )
+        results.append(_panoptic_png(resized, label[selected].tolist(), size, things))
     return results
 
 
@@ -103,15 +106,16 @@ def _panoptic_png(
 
 
 def _largest(masks: Tensor) -> Tensor:
-    """The index of the mask that is largest at each pixel, 0 without masks: int64 [height, width]."""
+    """Return the index of the largest mask at each pixel, 0 without masks: int64 [height, width]."""
     if not len(masks):
         return torch.zeros(masks.shape[1:], dtype=torch.int64)
-    # The softmax makes equals of logits that differ by less than it can tell, of which the first wins.
+    # As in the original, compare after the softmax: logits that differ by less than its rounding become equal, and the
+    # first of them wins.
     return masks.softmax(0).argmax(0).cpu()
 
 
 def _merge_stuff(ids: Tensor, labels: list[int], things: Mapping[int, bool]) -> Tensor:
-    """Give all masks of a stuff class the index of its first one."""
+    """Replace the indices of all masks of a stuff class by the index of the first one."""
     first: dict[int, int] = {}
     table = [k if things[label] else first.setdefault(label, k) for k, label in enumerate(labels)]
     return torch.tensor(table)[ids] if table else ids

@@ -25,38 +25,38 @@ def post_process_panoptic_segmentation(
     integer_maps: bool = False,
     merge_fused: bool = False,
 ) -> list[dict[str, Any]]:
-    """The segments of each image as a map of ids, those of some classes fused: one sky, but several persons.
+    """Return the segments of each image as a map of ids. All segments of a fused class are one: one sky, many persons.
 
     Args:
         outputs: of the model.
-        threshold: a query's score, the probability of its best class, must exceed it.
-        mask_threshold: a pixel is of a query's own mask where probability times score is not less.
-        overlap_mask_area_threshold: the part of its own mask that a query won must exceed it.
-        label_ids_to_fuse: classes of which all segments are one, those of stuff; None for no class, which is logged
-            once.
+        threshold: the score of a query, the probability of its best class, must exceed it.
+        mask_threshold: a pixel belongs to a query's own mask if probability times score is at least this.
+        overlap_mask_area_threshold: the share of its own mask that a query won must exceed it.
+        label_ids_to_fuse: classes whose segments are fused into one, such as stuff; None for no class, which logs a
+            warning once.
         target_sizes: (height, width) of each image in pixels, as a list or a tensor [batch, 2]; None leaves the maps
-            at the masks' size.
+            at the size of the masks.
         processed_sizes: (height, width) of each image as the model saw it, resized and without padding: see
             `post_process_instance_segmentation`.
-        padded_size: (height, width) of `pixel_values`, where the largest of `processed_sizes` is less.
-        integer_maps: make the map of an image without a kept query int32.
-        merge_fused: give fused segments one entry, with the best score, and every segment an id of its own. Without
-            it `segments_info` has an entry for each query, so that ids repeat; and after a fused segment the next
-            one gets that id plus 1, as in transformers, even where another segment has it.
+        padded_size: (height, width) of `pixel_values`, needed if it exceeds the largest of `processed_sizes`.
+        integer_maps: make the map of an image without a query above `threshold` int32.
+        merge_fused: give fused segments a single entry, with the best score, and each segment a unique id. Without it
+            `segments_info` has an entry for each query, as in transformers: ids repeat, and the segment after a fused
+            one gets the fused id plus 1, even if another segment has that id.
 
     Returns:
         For each image a dict:
 
-        - `segmentation`: int32 [height, width] on the device of the masks, 0 where there is no segment; float32 of -1
-          where no query was kept.
-        - `segments_info`: a dict for each segment: `id` 1.., `label_id`, `was_fused`, whether the class is one of
-          `label_ids_to_fuse`, and `score`, rounded to 6 decimals; Python numbers.
+        - `segmentation`: int32 [height, width] on the device of the masks, 0 for no segment; float32 filled with -1 if
+          no query is above `threshold`.
+        - `segments_info`: a dict for each segment: `id` 1.., `label_id`, `was_fused` (whether the class is one of
+          `label_ids_to_fuse`), and `score`, rounded to 6 decimals; Python numbers.
 
     Raises:
         ValueError: the number of sizes is not that of the images, or sizes do not fit the masks.
     """
     if label_ids_to_fuse is None:
-        _say_that_nothing_is_fused()
+        _warn_that_nothing_is_fused()
         label_ids_to_fuse = ()
     rules = SegmentRules(
         threshold, mask_threshold, overlap_mask_area_threshold, frozenset(label_ids_to_fuse), merge_fused
@@ -66,5 +66,5 @@ def post_process_panoptic_segmentation(
 
 
 @functools.cache
-def _say_that_nothing_is_fused() -> None:
+def _warn_that_nothing_is_fused() -> None:
     logger.warning("`label_ids_to_fuse` unset. No instance will be fused.")

@@ -1,4 +1,4 @@
-"""Run-length encodings of a map of segments: transformers' own, and COCO's."""
+"""Run-length encodings of a map of segments, in the formats of transformers and COCO."""
 
 import numpy as np
 from torch import Tensor
@@ -7,9 +7,9 @@ from detr.mask_codec import Rle, encode_runs
 
 
 def transformers_rle(segmentation: Tensor) -> list[list[int]]:
-    """The runs of each id of a map, in ascending order of the ids, the background's 0 among them.
+    """Return the runs of each id of a map, in ascending order of ids, including the background 0.
 
-    It is not COCO's encoding: pixels are counted row by row from 1, and a run is its start and its length.
+    This is not COCO's encoding: pixels are numbered row by row from 1, and a run is its start and its length.
 
     Args:
         segmentation: int [height, width].
@@ -24,11 +24,11 @@ def transformers_rle(segmentation: Tensor) -> list[list[int]]:
 
 
 def coco_rle(segmentation: Tensor, ids: list[int]) -> list[Rle]:
-    """The masks of some ids of a map as COCO's compressed run-length encoding.
+    """Encode the masks of some ids of a map as COCO's compressed run-length encoding.
 
     Args:
         segmentation: int [height, width].
-        ids: of the segments wanted; one that the map does not have gets an empty mask.
+        ids: ids of the segments; an id that is not in the map gets an empty mask.
 
     Returns:
         For each id `{"size": [height, width], "counts": str}`, which `json.dumps` and `pycocotools.mask` accept.
@@ -39,7 +39,7 @@ def coco_rle(segmentation: Tensor, ids: list[int]) -> list[Rle]:
     encoded = []
     for id in ids:
         starts, lengths = runs.get(id, (nothing, nothing))
-        # Lengths of off and on in turn, the first off, perhaps of no pixel.
+        # Alternating run lengths of 0 and 1; the first run is of 0 and may be empty.
         edges = np.stack([starts, starts + lengths], 1).flatten()
         end = [] if len(edges) and edges[-1] == height * width else [height * width]
         encoded.append(encode_runs(np.diff(edges, prepend=0, append=end).tolist(), height, width))
@@ -47,7 +47,7 @@ def coco_rle(segmentation: Tensor, ids: list[int]) -> list[Rle]:
 
 
 def _runs(values: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Starts from 0 and lengths of the runs of each value."""
+    """Return the 0-based starts and the lengths of the runs of each value."""
     starts = np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
     lengths = np.diff(np.append(starts, len(values)))
     value_of_run = values[starts]

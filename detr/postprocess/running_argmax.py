@@ -1,4 +1,4 @@
-"""Which of many maps is largest at each pixel, without holding all of them at once."""
+"""Argmax over many maps at each pixel, without holding all maps in memory."""
 
 from collections.abc import Iterable
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 @torch.no_grad()
 def running_argmax(maps: Iterable[Tensor]) -> Tensor:
-    """The index of the largest map at each pixel, the first of equals: what `torch.stack(maps).argmax(0)` gives.
+    """Return the index of the largest map at each pixel, the first one on ties, like `torch.stack(maps).argmax(0)`.
 
-    Two maps are held at a time, which stay in the processor's cache.
+    Only two maps are in memory at a time, so they stay in the CPU cache.
 
     Args:
         maps: at least one float [height, width], of one dtype and device.
@@ -25,10 +25,10 @@ def running_argmax(maps: Iterable[Tensor]) -> Tensor:
     for k, values in enumerate(maps):
         if largest is None:
             largest = values.clone()
-            # Floats, though they hold integers: a comparison that gives a bool takes three times as long.
+            # Indices are stored as floats: a comparison with a bool result takes three times as long.
             index, won = (torch.zeros_like(values, dtype=torch.float32) for _ in range(2))
         else:
-            # Indices ascend, so that their maximum is the last that won: a quarter of the time of masked_fill.
+            # Indices ascend, so their maximum is the last index that won: a quarter of the time of masked_fill.
             torch.gt(values, largest, out=won).mul_(k)
             torch.maximum(index, won, out=index)
             torch.maximum(largest, values, out=largest)

@@ -1,7 +1,7 @@
-"""From masks and scores of queries to a map of segments: what instance and panoptic segmentation share.
+"""Combine masks and scores of queries into a map of segments: shared by instance and panoptic segmentation.
 
-The results are transformers' to the bit, in a quarter of the time: masks of dropped queries are never touched, and
-those kept are resized and compared one by one.
+The results are bitwise equal to those of transformers, in a quarter of the time: masks of rejected queries are not
+read, and the others are resized and compared one by one.
 """
 
 from collections.abc import Iterator, Set
@@ -15,14 +15,14 @@ from detr.postprocess.running_argmax import running_argmax
 from detr.postprocess.view import View
 
 NO_MASK_FOUND = -1
-"""Every pixel of the map of an image without a kept query."""
+"""Value of all pixels in the map of an image without a query above the threshold."""
 
 
 class SegmentationOutput(Protocol):
-    """What post-processing reads of a segmentation model's output.
+    """The fields of a model output that segmentation post-processing reads.
 
     Attributes:
-        logits: float [batch, queries, classes + 1], the last class being "no object".
+        logits: float [batch, queries, classes + 1]; the last class is "no object".
         pred_masks: float [batch, queries, h, w], logits over the padded image.
     """
 
@@ -32,15 +32,15 @@ class SegmentationOutput(Protocol):
 
 @dataclass(frozen=True)
 class SegmentRules:
-    """When a query becomes a segment, and of which id.
+    """The conditions for a query to become a segment, and the rules for its id.
 
     Attributes:
-        threshold: a query's score, the probability of its best class, must exceed it.
-        mask_threshold: a pixel belongs to a query's own mask where probability times score is not less.
-        overlap_mask_area_threshold: the part of its own mask that a query wins from the others must exceed it.
-        label_ids_to_fuse: classes of which all segments are one.
-        merge_fused: give these one entry, and every other segment an id of its own. Without it they have an entry for
-            each query, and segments of other classes after them can get an id twice, as in transformers.
+        threshold: the score of a query, the probability of its best class, must exceed it.
+        mask_threshold: a pixel belongs to a query's own mask if probability times score is at least this.
+        overlap_mask_area_threshold: the share of its own mask that a query wins against the others must exceed it.
+        label_ids_to_fuse: classes whose segments are fused into one.
+        merge_fused: give fused segments a single entry, and each segment a unique id. Without it they have an entry for
+            each query, and segments of other classes after them can share an id, as in transformers.
     """
 
     threshold: float = 0.5
@@ -53,22 +53,24 @@ class SegmentRules:
 def segments_of_batch(
     outputs: SegmentationOutput, rules: SegmentRules, views: list[View], integer_maps: bool
 ) -> list[dict[str, Any]]:
-    """Each image's `segmentation` [height, width] and `segments_info`.
+    """Compute `segmentation` [height, width] and `segments_info` of each image.
 
     Args:
         outputs: of the model.
-        rules: what becomes a segment.
+        rules: the rules for segments.
         views: of each image.
-        integer_maps: make the map of an image without a kept query int32 like the others, not float32.
+        integer_maps: make the map of an image without a query above the threshold int32 like the others, not float32.
     """
     best_scores, best_labels = outputs.logits.detach().softmax(-1).max(-1)
-    kept = best_labels.ne(outputs.logits.shape[-1] - 1) & (best_scores > rules.threshold)
+    is_candidate = best_labels.ne(outputs.logits.shape[-1] - 1) & (best_scores > rules.threshold)
     results = []
-    for masks, scores, labels, keep, view in zip(
-        outputs.pred_masks.detach(), best_scores, best_labels, kept, views
+    for masks, scores, labels, selected, view in zip(
+        outputs.pred_masks.detach(), best_scores, best_labels, is_candidate, views
     ):
-        if keep.any():
-            segmentation, segments = segments_of_image(masks[keep], scores[keep], labels[keep], rules, view)
+        if selected.any():
+            segmentation, segments = segments_of_image(
+                masks[selected], scores[selected], labels[selected], rules, view
+            )
         else:
             dtype = torch.int32 if integer_maps else torch.float32
             segmentation = torch.full(
@@ -82,27 +84,27 @@ def segments_of_batch(
 def segments_of_image(
     masks: Tensor, scores: Tensor, labels: Tensor, rules: SegmentRules, view: View
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Give every pixel to the query whose probability times score is largest there, and drop poor segments.
+    """Assign each pixel to the query whose probability times score is largest there, and drop poor segments.
 
     Args:
-        masks: float [n, h, w], logits of the kept queries.
+        masks: float [n, h, w], logits of the queries above the threshold.
         scores: float [n].
         labels: int64 [n].
-        rules: what becomes a segment; its `threshold` was applied.
+        rules: the rules for segments; the caller has applied their `threshold`.
         view: of the image.
 
     Returns:
-        The map int32 [height, width], 0 where there is no segment; and a dict for each segment: `id`, `label_id`,
-        `was_fused` and `score`.
+        The map int32 [height, width], 0 for no segment; and a dict for each segment: `id`, `label_id`, `was_fused` and
+        `score`.
     """
     own_areas = []
 
     def weighted() -> Iterator[Tensor]:
         for probability, score in zip(_sigmoid(masks), scores.view(-1, 1, 1)):
             resized = view.resize(probability[None])
-            # A score of one dimension or more takes part in type promotion, as the reference's does.
+            # A score with dimensions takes part in type promotion (a scalar would not), as in transformers.
             resized *= score
-            # A bool from the comparison would take three times as long; a sum of rows is exact in float32.
+            # A comparison with a bool result takes three times as long. Sums of rows of 0 and 1 are exact in float32.
             inside = torch.ge(
                 resized, rules.mask_threshold, out=torch.empty_like(resized, dtype=torch.float32)
             )
@@ -111,31 +113,32 @@ def segments_of_image(
 
     winner = running_argmax(weighted()).flatten()
     won, own = torch.bincount(winner, minlength=len(masks)), torch.stack(own_areas)
-    # A ratio of float32 against a threshold of float64: 4 / 5 exceeds 0.8, as in the reference.
+    # A float32 ratio is compared with a float64 threshold, so that 4 / 5 exceeds 0.8, as in transformers.
     ratios = (won / own).tolist()
     valid = [
         won_area > 0 and own_area > 0 and ratio > rules.overlap_mask_area_threshold
         for won_area, own_area, ratio in zip(won.tolist(), own.tolist(), ratios)
     ]
-    ids, segments = _name_segments(valid, scores.tolist(), labels.tolist(), rules)
+    ids, segments = _assign_ids(valid, scores.tolist(), labels.tolist(), rules)
     table = torch.tensor(ids, dtype=torch.int32, device=masks.device)
     return table.index_select(0, winner).view(view.output_size(masks)), segments
 
 
 def _sigmoid(masks: Tensor) -> Tensor:
-    """The sigmoid of float [n, h, w], in which equal masks stay equal.
+    """Compute the sigmoid of float [n, h, w] so that equal logits give equal results.
 
-    On a CPU the last few elements of a tensor are computed by another exponential than full vectors, an ulp off; the
-    elements appended here take their place. Transformers has them at the end of the batch.
+    On a CPU torch computes full vectors and the last few elements of a tensor with different exponentials, which differ
+    by one ulp. So 64 elements are appended and removed afterwards. In transformers the last elements are the end of the
+    whole batch.
     """
     flat = torch.cat([masks.flatten(), masks.new_zeros(64)]).sigmoid_()
     return flat[: masks.numel()].view_as(masks)
 
 
-def _name_segments(
+def _assign_ids(
     valid: list[bool], scores: list[float], labels: list[int], rules: SegmentRules
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """The id of each query, 0 for none, and the segments."""
+    """Return the segment id of each query, 0 for none, and the segments."""
     ids, current, count = [0] * len(labels), 0, 0
     segments: list[dict[str, Any]] = []
     fused: dict[int, dict[str, Any]] = {}

@@ -16,12 +16,12 @@ from detr.postprocess.view import View, image_views
 
 @dataclass
 class SemanticSegmentation(ModelOutput):
-    """Classes of an image's pixels, with their scores.
+    """The class of each pixel of an image, with scores.
 
     Attributes:
         segmentation: int64 [height, width].
-        segmentation_scores: float [classes, height, width]: for each class the sum over the queries of its probability
-            times that of the query's mask; not normalised.
+        segmentation_scores: float [classes, height, width], not normalized: for each class the sum over the queries of
+            class probability times mask probability.
     """
 
     segmentation: Tensor
@@ -36,16 +36,17 @@ def post_process_semantic_segmentation(
     processed_sizes: TargetSizes | None = None,
     padded_size: tuple[int, int] | None = None,
 ) -> Sequence[Tensor] | Sequence[SemanticSegmentation]:
-    """The class of every pixel of each image. There is no background: a pixel that nothing covers gets a class too.
+    """Return the class of every pixel of each image. There is no background class: every pixel gets a class.
 
     Args:
         outputs: of the model.
         target_sizes: (height, width) of each image in pixels, as a list or a tensor [batch, 2]; None leaves the maps
-            at the masks' size.
-        return_segmentation_scores: give the scores as well: much memory, with 250 classes 850 MB for 800 x 1066.
+            at the size of the masks.
+        return_segmentation_scores: also return the scores. They need much memory: 850 MB for 250 classes and
+            800 x 1066 pixels.
         processed_sizes: (height, width) of each image as the model saw it, resized and without padding: see
             `post_process_instance_segmentation`.
-        padded_size: (height, width) of `pixel_values`, where the largest of `processed_sizes` is less.
+        padded_size: (height, width) of `pixel_values`, needed if it exceeds the largest of `processed_sizes`.
 
     Returns:
         For each image the map int64 [height, width] of classes, or a `SemanticSegmentation`.
@@ -63,7 +64,7 @@ def post_process_semantic_segmentation(
 
 
 def _best_class(scores: Tensor, view: View) -> Tensor:
-    """The map int64 [height, width] of scores [classes, h, w], which are resized class by class."""
+    """Return the best class of each pixel, int64 [height, width]; scores [classes, h, w] are resized class by class."""
     classes = _possible_classes(scores)
     maps = (view.resize(scores[c : c + 1])[0] for c in classes.tolist())
     return classes[running_argmax(maps).long()]
@@ -71,10 +72,11 @@ def _best_class(scores: Tensor, view: View) -> Tensor:
 
 @torch.no_grad()
 def _possible_classes(scores: Tensor) -> Tensor:
-    """The classes that are the best of some pixel, and perhaps others, once scores [classes, h, w] are resized.
+    """Return a superset of the classes that are best at some pixel after scores [classes, h, w] are resized.
 
-    A resized pixel lies between the four cells around it, or fewer at the border. A class can be the best there only
-    if in one of these cells it has no less than another class has in all four. Of 250 classes some ten can.
+    A resized pixel is a weighted mean of the four cells around it (fewer at the border). So a class can only be best
+    there if in one of these cells its score is at least the minimum over the four cells of every other class. About ten
+    of 250 classes pass this test.
 
     Returns:
         int64 [n], ascending.
@@ -84,8 +86,8 @@ def _possible_classes(scores: Tensor) -> Tensor:
     winners = torch.bincount(running_argmax(scores).flatten()).nonzero().flatten()
     in_all_four = -F.max_pool2d(-scores[winners], block, stride=1)
     reached = in_all_four.amax(0, keepdim=True)
-    # The least of what is reached in the blocks that a cell is of.
+    # Minimum of the thresholds of all 2 x 2 blocks that contain a cell.
     needed = -F.max_pool2d(-reached, block, stride=1, padding=(block[0] - 1, block[1] - 1))
-    # Weights that in rounding sum up to a little more than 1 must not make a difference. Scores are not negative.
+    # Margin for interpolation weights whose rounded sum slightly exceeds 1. Scores are not negative.
     needed *= 1 - 8 * torch.finfo(scores.dtype).eps
     return (~(scores < needed)).flatten(1).any(1).nonzero().flatten()

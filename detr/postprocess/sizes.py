@@ -1,4 +1,4 @@
-"""Sizes of images, as post-processing takes them."""
+"""Check the image sizes that are passed to post-processing."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ TargetSizes = torch.Tensor | Sequence[tuple[int, int]]
 
 
 def check_count(sizes: TargetSizes, images: int, kind: str = "target") -> None:
-    """Raise a ValueError where there is not one size for each image of the batch."""
+    """Raise a ValueError if the number of sizes is not that of the images in the batch."""
     if len(sizes) != images:
         raise ValueError(
             f"Make sure that you pass in as many {kind} sizes as the batch dimension of the logits: there are "
@@ -17,10 +17,10 @@ def check_count(sizes: TargetSizes, images: int, kind: str = "target") -> None:
 
 
 def integer_sizes(sizes: TargetSizes, images: int, kind: str = "target") -> list[tuple[int, int]]:
-    """The (height, width) of each image as Python integers.
+    """Convert sizes to a (height, width) of Python integers for each image.
 
     Raises:
-        ValueError: there is not one for each image, or one is not two positive numbers.
+        ValueError: the number of sizes is not that of the images, or a size is not two positive numbers.
     """
     check_count(sizes, images, kind)
     pairs = [tuple(int(edge) for edge in size) for size in sizes]

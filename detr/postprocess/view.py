@@ -1,4 +1,4 @@
-"""Where an image lies in its masks, which cover the padded batch, and how they are resized to it."""
+"""Crop masks, which cover the padded batch, to one image and resize them to its target size."""
 
 import math
 from dataclasses import dataclass
@@ -10,39 +10,39 @@ from torch import Tensor
 from detr.postprocess.sizes import TargetSizes, integer_sizes
 
 MASK_STRIDE = 4
-"""Pixels of the padded image to a cell of the predicted masks."""
+"""Pixels of the padded image per cell of the predicted masks."""
 
 
 @dataclass(frozen=True)
 class View:
-    """The part of an image's masks that is looked at, and the size it is resized to.
+    """The part of the masks that belongs to an image, and the size that it is resized to.
 
     Attributes:
-        cells: height and width in cells of the masks, a fraction of a cell included; None for the whole masks.
-        size: (height, width) of the result; None for the cells themselves.
+        cells: height and width in cells of the masks, possibly fractional; None for the whole masks.
+        size: (height, width) of the result; None to leave the cells as they are.
     """
 
     cells: tuple[float, float] | None = None
     size: tuple[int, int] | None = None
 
     def output_size(self, masks: Tensor) -> tuple[int, int]:
-        """The (height, width) that `resize` gives masks [..., h, w]."""
+        """Return the (height, width) of the result of `resize` for masks [..., h, w]."""
         if self.size is not None:
             return self.size
         height, width = masks.shape[-2:] if self.cells is None else map(math.ceil, self.cells)
         return height, width
 
     def resize(self, masks: Tensor) -> Tensor:
-        """Cut the view out of masks float [n, h, w] and resize it bilinearly: float [n, height, width].
+        """Crop masks float [n, h, w] to the view and resize them bilinearly: float [n, height, width].
 
-        Cutting between two cells equals resizing the whole masks to the padded image and cutting pixels.
+        A crop between two cells equals resizing the whole masks to the padded image and then cropping pixels.
         """
         if self.size is None:
             height, width = self.output_size(masks)
             return masks[:, :height, :width]
         if self.cells is None or self.cells == tuple(masks.shape[-2:]):
             return F.interpolate(masks[None], size=self.size, mode="bilinear", align_corners=False)[0]
-        # What F.interpolate calls; it does not take a size and a scale at once.
+        # The operation behind F.interpolate, which itself does not accept both a size and a scale.
         scales = [pixels / cells for pixels, cells in zip(self.size, self.cells)]
         resized: Tensor = torch.ops.aten.upsample_bilinear2d(masks[None], list(self.size), False, *scales)
         return resized[0]
@@ -54,17 +54,18 @@ def image_views(
     processed_sizes: TargetSizes | None = None,
     padded_size: tuple[int, int] | None = None,
 ) -> list[View]:
-    """The view of each image of a batch.
+    """Return the view of each image of a batch.
 
     Args:
         masks: [batch, queries, h, w], predicted for the padded batch.
-        target_sizes: (height, width) of each result; None for cells of the masks.
-        processed_sizes: (height, width) of each image as the model saw it, without padding, which is cut off; None
-            to take it for a part of the image.
-        padded_size: (height, width) of the padded batch; by default the largest of the processed sizes.
+        target_sizes: (height, width) of each result; None to leave it in cells of the masks.
+        processed_sizes: (height, width) of each image as the model saw it, without padding; the padding is cropped.
+            None treats the padding as part of the image.
+        padded_size: (height, width) of the padded batch; by default the largest height and width of the processed
+            sizes.
 
     Raises:
-        ValueError: there is not one size for each image, or the processed sizes do not fit the masks.
+        ValueError: the number of sizes is not that of the images, or the processed sizes do not fit the masks.
     """
     batch = len(masks)
     targets = [None] * batch if target_sizes is None else integer_sizes(target_sizes, batch)

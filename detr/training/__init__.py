@@ -1,1 +1,1 @@
-"""What exists only while training: query groups and dense supervision."""
+"""Additions to the model that exist only in training: query groups and dense supervision."""

@@ -1,8 +1,8 @@
 """Group DETR: several groups of object queries in training, one at inference (https://arxiv.org/abs/2207.13085).
 
-Each target teaches one query of every group, so the heads and the decoder learn from K matches an image where plain
-DETR has one, and no group sees that another has found the object already. The groups share all weights but the
-position embeddings of their queries; what is left after training is the plain model.
+Each target is matched to one query of every group, so heads and decoder learn from K matches per object in place of
+one. Groups do not attend to each other, so their queries do not compete for objects. They share all weights except the
+position embeddings of their queries. After training, the plain model remains.
 
 B batch, Q queries of a group, K groups, D ``d_model``, L decoder layers.
 """
@@ -17,30 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from detr.loss.criterion import target_counts
-from detr.loss.normalizers import average_normalisers
+from detr.loss.normalizers import average_normalizers
 from detr.model.detection import DetrForObjectDetection, hidden_outputs
 from detr.model.outputs import DetrModelOutput, DetrObjectDetectionOutput, DetrSegmentationOutput
 from detr.model.segmentation import DetrForSegmentation
-from detr.training.dense_supervision import cell_losses
+from detr.training.dense_supervision import encoder_token_losses
 
 
 class QueryGroups(nn.Module):
-    """A model in training with further groups of queries; in evaluation mode it is the model.
+    """Wrap a model to train it with additional query groups; in evaluation mode the wrapper calls the model.
 
-    The model itself is not changed: it is saved, evaluated and served as it is. What this module adds are its
-    parameters outside of ``model``; see `training_state`.
+    The model itself is not changed: save, evaluate and serve it as it is. The additional parameters are those outside
+    of ``model``; see `training_state`.
 
     Args:
-        model: `DetrForObjectDetection` or `DetrForSegmentation`; of the latter only group 0 makes masks.
+        model: `DetrForObjectDetection` or `DetrForSegmentation`; only group 0 predicts masks.
         groups: K, at least 1; 1 is the plain model.
-        dense_loss_weight: weight of the losses of the encoder's cells, see `detr.training.dense_supervision`; 0 leaves them out.
+        dense_loss_weight: weight of the losses of the encoder tokens, see `detr.training.dense_supervision`; 0 disables
+            them.
 
     Attributes:
         model: the model; its own queries are group 0.
-        extra_queries: float [K - 1, Q, D], the position embeddings of the other groups; None where K is 1.
+        extra_queries: float [K - 1, Q, D], the position embeddings of the other groups; None if K is 1.
 
     Raises:
-        ValueError: fewer than one group.
+        ValueError: ``groups`` is less than 1.
     """
 
     def __init__(
@@ -48,15 +49,13 @@ class QueryGroups(nn.Module):
     ) -> None:
         super().__init__()
         if groups < 1:
-            raise ValueError(
-                f"groups is {groups}: there must be at least one group of queries, the model's own"
-            )
+            raise ValueError(f"groups is {groups}, but must be at least 1: the model's own queries")
         self.model = model
         self.groups = groups
         self.extra_queries: nn.Parameter | None = None
         if groups > 1:
             own = self.detector.model.query_position_embeddings.weight.detach()
-            # distributed like the model's own, which need not be new
+            # Same distribution as the model's own queries, which may already be trained.
             mean, spread = own.mean(0), own.std(0, correction=0)
             self.extra_queries = nn.Parameter(mean + spread * own.new_empty(groups - 1, *own.shape).normal_())
 
@@ -64,28 +63,28 @@ class QueryGroups(nn.Module):
 
     @property
     def detector(self) -> DetrForObjectDetection:
-        """The model, or the detector in it."""
+        """The model, or the detector inside a `DetrForSegmentation`."""
         return self.model.detr if isinstance(self.model, DetrForSegmentation) else self.model
 
     def training_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that are not the model's."""
+        """Return the parameters that are not part of the model."""
         return (p for name, p in self.named_parameters() if not name.startswith("model."))
 
     def training_state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs besides the model to go on training, by name."""
+        """Return the tensors, by name, that a checkpoint needs in addition to the model to resume training."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `training_state` returned.
 
         Raises:
-            ValueError: it is that of another number of groups or queries.
+            ValueError: the state is that of a different number of groups or queries.
         """
         own = self.training_state()
-        found = {name: tuple(value.shape) for name, value in state.items()}
-        wanted = {name: tuple(value.shape) for name, value in own.items()}
-        if found != wanted:
-            raise ValueError(f"the state holds {found}, but {self.groups} query groups have {wanted}")
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        expected = {name: tuple(value.shape) for name, value in own.items()}
+        if shapes != expected:
+            raise ValueError(f"the state contains {shapes}, but {self.groups} query groups need {expected}")
         self.load_state_dict(dict(state), strict=False)
 
     def forward(
@@ -98,11 +97,11 @@ class QueryGroups(nn.Module):
         class_weight_sum: float | Tensor | None = None,
         image_weights: Tensor | None = None,
     ) -> DetrObjectDetectionOutput | DetrSegmentationOutput:
-        """The model's output; arguments are those of the model.
+        """Run the model; arguments and output are those of its ``forward``.
 
-        In training mode the loss is the mean over the groups, plus that of the cells. ``loss_dict`` and all other
-        fields are those of group 0, which are what the model alone would give (but for other random numbers of
-        dropout); ``loss_cells_…`` are added to it.
+        In training mode, the loss is the mean over the groups plus the loss of the encoder tokens. All other fields are
+        those of group 0, and equal the output of the model alone (up to the random numbers of dropout). The terms
+        ``loss_cells_...`` of the encoder tokens are added to ``loss_dict``.
         """
         given: dict[str, Any] = {
             "num_boxes": num_boxes,
@@ -117,9 +116,9 @@ class QueryGroups(nn.Module):
         features, outputs = self.detector.model.states(
             pixel_values, pixel_mask, extra_queries=self.extra_queries
         )
-        outputs = _as_layers(outputs, self.groups)
+        outputs = _stack_groups_as_layers(outputs, self.groups)
         if labels is not None:
-            given |= self._normalisers(labels, features.cells.device, **given)
+            given |= self._normalizers(labels, features.cells.device, **given)
         output: DetrObjectDetectionOutput | DetrSegmentationOutput
         if isinstance(self.model, DetrForSegmentation):
             output = self.model.segment(features, outputs, labels, **given, groups=self.groups)
@@ -130,8 +129,8 @@ class QueryGroups(nn.Module):
             assert outputs.encoder_last_hidden_state is not None
             assert output.loss is not None
             assert output.loss_dict is not None
-            cells = self.detector.predict(outputs.encoder_last_hidden_state)
-            terms = cell_losses(*cells, features.counted, labels, self.model.config, **given)
+            predicted = self.detector.predict(outputs.encoder_last_hidden_state)
+            terms = encoder_token_losses(*predicted, features.valid_mask, labels, self.model.config, **given)
             config = self.model.config
             loss = (
                 terms["loss_cells_ce"]
@@ -142,7 +141,7 @@ class QueryGroups(nn.Module):
             output.loss_dict |= terms
         return output
 
-    def _normalisers(
+    def _normalizers(
         self,
         labels: Sequence[Mapping[str, Any]],
         device: torch.device,
@@ -150,10 +149,10 @@ class QueryGroups(nn.Module):
         class_weight_sum: float | Tensor | None,
         image_weights: Tensor | None,
     ) -> dict[str, float | Tensor]:
-        """The normalisers of the loss; those that are None as the model would have them."""
+        """Return the normalizers of the loss; those that are None are computed as in the model."""
         config = self.model.config
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            num_boxes, class_weight_sum = average_normalisers(
+            num_boxes, class_weight_sum = average_normalizers(
                 labels, image_weights, config, num_boxes, class_weight_sum, device
             )
         boxes, weight_sum = target_counts(labels, image_weights, config.num_queries, config.eos_coefficient)
@@ -163,12 +162,13 @@ class QueryGroups(nn.Module):
         }
 
 
-def _as_layers(outputs: DetrModelOutput, groups: int) -> DetrModelOutput:
-    """The decoder's output [B, K * Q, D] as one of [B, Q, D] with K times as many layers, group 0's last."""
+def _stack_groups_as_layers(outputs: DetrModelOutput, groups: int) -> DetrModelOutput:
+    """Reshape a decoder output [B, K * Q, D] to [B, Q, D] with K times as many layers, those of group 0 last."""
     assert outputs.last_hidden_state is not None
     layers = outputs.last_hidden_state[None]
     if outputs.intermediate_hidden_states is not None:
-        # the last of them is not what the heads see: under compat="transformers" that is normed once more
+        # The input of the heads is the last hidden state. With compat="transformers" it is normalized once more than
+        # the last intermediate state, which is therefore replaced.
         layers = torch.cat((outputs.intermediate_hidden_states[:-1], layers))
     # [L, B, K * Q, D] to [K * L, B, Q, D]
     layers = layers.unflatten(2, (groups, -1)).movedim(2, 0).flatten(0, 1)

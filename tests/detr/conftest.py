@@ -1,4 +1,4 @@
-"""A DETR of ours and its twin in transformers, with the same weights."""
+"""Fixtures: the same network in `detr` and in transformers with the same weights, and batches with labels."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ SMALL = {
 }
 
 
-MOST_TWINS = 6
-"""So many are kept, the last ones used: all of them would take gigabytes."""
+MAX_TWINS = 6
+"""Number of most recently used twins that are cached; all of them would take gigabytes."""
 
 
 def small_config(**changes: Any) -> DetrConfig:
@@ -47,8 +47,8 @@ def small_config(**changes: Any) -> DetrConfig:
 
 
 @torch.no_grad()
-def separate_the_queries(model: nn.Module, seed: int, backbone_gain: float = 1.0) -> None:
-    """Draw every weight so that queries, classes and boxes differ: with fresh weights all queries are alike."""
+def randomize_weights(model: nn.Module, seed: int, backbone_gain: float = 1.0) -> None:
+    """Draw random weights with which queries, classes and boxes differ; in a new model all queries are alike."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
@@ -81,7 +81,7 @@ class Twins:
     theirs: Any
 
     def to(self, dtype: torch.dtype) -> Twins:
-        """A copy of both."""
+        """Copy both and convert the copies."""
         return Twins(copy.deepcopy(self.ours).to(dtype), copy.deepcopy(self.theirs).to(dtype))
 
 
@@ -102,27 +102,27 @@ def load_into_transformers(model: nn.Module, theirs: Any) -> None:
 
 @pytest.fixture(scope="session")
 def make_twins() -> Callable[..., Twins]:
-    """``make_twins(seed=0, **config)``: twins in float32, in evaluation mode, shared: change copies only.
+    """Return ``make_twins(seed=0, **config)``, which returns twins in float32 and evaluation mode.
 
-    With ``segmentation=True`` they are DetrForSegmentation.
+    Twins are shared between tests: modify copies only. With ``segmentation=True`` they are DetrForSegmentation.
     """
     import transformers
 
-    made: dict[str, Twins] = {}
+    cache: dict[str, Twins] = {}
 
     def make(seed: int = 0, **changes: Any) -> Twins:
         key = f"{seed} {sorted(changes.items())}"
-        made[key] = made.pop(key) if key in made else build(seed, **changes)
-        if len(made) > MOST_TWINS:
-            del made[next(iter(made))]
-        return made[key]
+        cache[key] = cache.pop(key) if key in cache else build(seed, **changes)
+        if len(cache) > MAX_TWINS:
+            del cache[next(iter(cache))]
+        return cache[key]
 
     def build(seed: int = 0, backbone_gain: float = 1.0, segmentation: bool = False, **changes: Any) -> Twins:
         heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8} if segmentation else {}
         config = small_config(**{**heads, **changes})
         our_class = DetrForSegmentation if segmentation else DetrForObjectDetection
         ours = our_class(config).eval()
-        separate_the_queries(ours, seed, backbone_gain)
+        randomize_weights(ours, seed, backbone_gain)
         theirs = getattr(transformers, our_class.__name__)(transformers_config(config)).eval()
         load_into_transformers(ours, theirs)
         return Twins(ours, theirs)
@@ -132,7 +132,7 @@ def make_twins() -> Callable[..., Twins]:
 
 @dataclass
 class Batch:
-    """Images float [B, 3, H, W], their mask int64 [B, H, W] and labels."""
+    """Images float [B, 3, H, W], pixel mask int64 [B, H, W] and labels."""
 
     pixel_values: Tensor
     pixel_mask: Tensor
@@ -141,7 +141,7 @@ class Batch:
 
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[..., Batch]:
-    """``make_batch(sizes, objects, seed, masks)``: images of these (height, width), padded to the largest."""
+    """Return ``make_batch(sizes, objects, seed, masks)``: images of these (height, width), padded to the largest."""
 
     def make(
         sizes: tuple[tuple[int, int], ...] = ((96, 128), (64, 70)),
@@ -162,8 +162,8 @@ def make_batch() -> Callable[..., Batch]:
         for n in objects if objects is not None else tuple(3 + 2 * i for i in range(len(sizes))):
             classes = torch.randint(num_labels, (n,), generator=generator)
             size = 0.05 + 0.45 * torch.rand(n, 2, generator=generator, dtype=torch.float64)
-            centre = size / 2 + (1 - size) * torch.rand(n, 2, generator=generator, dtype=torch.float64)
-            labels.append({"class_labels": classes, "boxes": torch.cat((centre, size), 1).to(dtype)})
+            center = size / 2 + (1 - size) * torch.rand(n, 2, generator=generator, dtype=torch.float64)
+            labels.append({"class_labels": classes, "boxes": torch.cat((center, size), 1).to(dtype)})
             if masks:
                 h, w = sizes[len(labels) - 1]
                 labels[-1]["masks"] = torch.rand(n, h, w, generator=generator) > 0.6

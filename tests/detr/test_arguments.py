@@ -1,4 +1,4 @@
-"""Every argument that is accepted has an effect; what can have none is refused by name."""
+"""Every accepted argument has an effect; an argument that would have none is rejected by name."""
 
 import dataclasses
 import inspect
@@ -30,7 +30,7 @@ RESNET = {"model_type": "resnet", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 12
 RESNET |= {"embedding_size": 8, "out_features": ["stage1", "stage2", "stage3", "stage4"]}
 AS_TRANSFORMERS = {"compat": "transformers"}
 
-# Keyword: another value than that of `BASE`, and what it needs.
+# For each keyword: a value that differs from that of `BASE`, and other settings that it requires.
 CONFIG: dict[str, tuple[Any, dict[str, Any]]] = {
     "backbone": ("resnet10t", {}),
     "backbone_config": (RESNET, {}),
@@ -77,14 +77,14 @@ CONFIG: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 NAMES = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}, "architectures": ["DetrModel"]}
 DTYPES = ("dtype", "torch_dtype")
-ELSEWHERE = {"multi_scale", "use_pretrained_backbone", "use_timm_backbone", "is_encoder_decoder"}
+TESTED_ELSEWHERE = {"multi_scale", "use_pretrained_backbone", "use_timm_backbone", "is_encoder_decoder"}
 
 
 def behavior(config: detr.DetrConfig, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """All that a model of this configuration shows: parameters, outputs and losses, as text that can be compared."""
+    """Return values that characterize a model of this configuration: parameters, outputs and losses."""
     torch.manual_seed(0)
     model = detr.DetrForSegmentation(config)
-    shown: list[Any] = [[tuple(p.shape), p.requires_grad, p.sum().item()] for p in model.parameters()]
+    values: list[Any] = [[tuple(p.shape), p.requires_grad, p.sum().item()] for p in model.parameters()]
     fused = []
     attend = F.scaled_dot_product_attention
     pixels = PIXELS[:, : config.num_channels]
@@ -94,43 +94,47 @@ def behavior(config: detr.DetrConfig, monkeypatch: pytest.MonkeyPatch) -> list[A
         )
         outputs = model.eval()(pixels)
     parts = outputs if isinstance(outputs, tuple) else outputs.to_tuple()
-    shown += [type(outputs), len(parts), float(parts[0].sum()), len(fused)]
-    matched = []
-    for seed in range(3):  # which query is matched shows the costs
+    values += [type(outputs), len(parts), float(parts[0].sum()), len(fused)]
+    losses = []
+    for seed in range(3):  # the losses depend on which queries are matched, and thus on the costs
         torch.manual_seed(seed)
         out = model.train()(pixels, labels=LABELS)
-        matched.append((out[0] if isinstance(out, tuple) else out.loss).item())
-    return [*shown, matched]
+        losses.append((out[0] if isinstance(out, tuple) else out.loss).item())
+    return [*values, losses]
 
 
 def test_the_table_has_every_keyword_of_the_configuration():
-    assert CONFIG.keys() | NAMES.keys() | {*DTYPES} | ELSEWHERE == detr.DetrConfig.keywords()
+    assert CONFIG.keys() | NAMES.keys() | {*DTYPES} | TESTED_ELSEWHERE == detr.DetrConfig.keywords()
 
 
 @pytest.fixture(scope="module")
-def of_base() -> list[Any]:
+def base_behavior() -> list[Any]:
     with pytest.MonkeyPatch.context() as patch:
         return behavior(detr.DetrConfig(**BASE), patch)
 
 
 @pytest.mark.parametrize("name", CONFIG)
-def test_a_keyword_of_the_configuration_changes_the_model(name, monkeypatch, of_base):
+def test_a_keyword_of_the_configuration_changes_the_model(name, monkeypatch, base_behavior):
     value, needed = CONFIG[name]
     base = {key: v for key, v in BASE.items() if key not in replaced_by(name)}
-    if name in ("class_cost", "bbox_cost", "giou_cost"):  # alone against another of the three alone
+    if name in (
+        "class_cost",
+        "bbox_cost",
+        "giou_cost",
+    ):  # compare matching by this cost only with another cost only
         other = {"class_cost": "bbox_cost", "bbox_cost": "giou_cost", "giou_cost": "class_cost"}[name]
         without = {**dict.fromkeys(("class_cost", "bbox_cost", "giou_cost"), 0), other: 1}
         before = behavior(detr.DetrConfig(**base, **without), monkeypatch)
     elif needed:
         before = behavior(detr.DetrConfig(**{**BASE, **needed}), monkeypatch)
     else:
-        before = of_base
+        before = base_behavior
     after = detr.DetrConfig(**{**base, **needed, name: value})
     assert behavior(after, monkeypatch) != before
 
 
 def replaced_by(name: str) -> set[str]:
-    """The entries of `BASE` that a keyword stands for, too."""
+    """Return the entries of `BASE` that a keyword replaces."""
     same = {
         "backbone_config": {"backbone"},
         "num_layers": {"encoder_layers", "decoder_layers"},
@@ -143,7 +147,7 @@ def replaced_by(name: str) -> set[str]:
     return same.get(name, set()) | {name}
 
 
-def test_names_and_dtypes_are_stored_and_used(tmp_path: Path):
+def test_class_names_and_dtypes_are_stored_and_used(tmp_path: Path):
     for name, value in NAMES.items():
         base = {key: v for key, v in BASE.items() if key not in replaced_by(name)}
         assert getattr(detr.DetrConfig(**base, **{name: value}), name) == value
@@ -157,7 +161,7 @@ def test_names_and_dtypes_are_stored_and_used(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", [*CONFIG, *NAMES, *DTYPES])
-def test_an_override_of_a_file_gives_what_the_constructor_gives(name, tmp_path: Path):
+def test_an_override_of_a_file_equals_the_same_argument_of_the_constructor(name, tmp_path: Path):
     value = CONFIG[name][0] if name in CONFIG else NAMES.get(name, "float16")
     needed = AS_TRANSFORMERS if name.startswith("init_") else {}
     detr.DetrConfig(**BASE, **needed).save_pretrained(tmp_path)
@@ -187,12 +191,12 @@ def test_an_override_of_a_file_gives_what_the_constructor_gives(name, tmp_path: 
         ({"id2label": {}}, ValueError, "id2label is empty"),
         ({"id2label": {"cat": 0}}, ValueError, "class indices as keys"),
         ({"id2label": {1: "cat", 2: "dog"}}, ValueError, r"id2label={0: \.\.\.}"),
-        ({"id2label": {0: "cat"}, "label2id": {"dog": 0}}, ValueError, "id2label says 'cat'"),
+        ({"id2label": {0: "cat"}, "label2id": {"dog": 0}}, ValueError, "id2label names that class 'cat'"),
         ({"num_channels": 4, "backbone_config": {**RESNET, "num_channels": 3}}, ValueError, "num_channels=4"),
     ],
     ids=str,
 )
-def test_a_keyword_without_effect_is_refused_by_name(values, error, message):
+def test_a_keyword_without_effect_is_rejected_by_name(values, error, message):
     with pytest.raises(error, match=message):
         detr.DetrConfig(**values)
 
@@ -222,8 +226,8 @@ def test_the_table_has_every_argument_of_loading():
 def test_an_argument_of_loading_changes_the_model(name, folder):
     plain = detr.DetrForSegmentation.from_pretrained(folder)
     model = detr.DetrForSegmentation.from_pretrained(folder, **LOADING[name])
-    shown = [(m.dtype, m.device.type, m.config.return_dict, m.config.num_queries) for m in (plain, model)]
-    assert shown[0] != shown[1]
+    values = [(m.dtype, m.device.type, m.config.return_dict, m.config.num_queries) for m in (plain, model)]
+    assert values[0] != values[1]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +246,7 @@ def test_an_argument_of_loading_changes_the_model(name, folder):
     ],
     ids=str,
 )
-def test_an_argument_of_loading_without_effect_is_refused_by_name(values, error, message, folder):
+def test_an_argument_of_loading_without_effect_is_rejected_by_name(values, error, message, folder):
     loaders = [detr.DetrForSegmentation, detr.AutoModelForImageSegmentation]
     if values.keys() <= detr.DetrConfig.keywords() - {"dtype", "torch_dtype"}:
         loaders += [detr.DetrConfig, detr.AutoConfig]
@@ -269,37 +273,37 @@ PIPELINE: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", PIPELINE)
 def test_an_argument_of_the_pipeline_changes_it(name, folder):
-    def shown(**values: Any) -> dict[str, Any]:
-        made = detr.pipeline(**({"task": "object-detection", "model": folder} | values))
+    def properties(**values: Any) -> dict[str, Any]:
+        pipe = detr.pipeline(**({"task": "object-detection", "model": folder} | values))
         return {
-            "type": type(made),
-            "device": made.device,
-            "dtype": made.model.dtype,
-            "processor": type(made.image_processor),
-            "size": made.image_processor.size,
-            "pad": made.pad,
-            "batch_size": made.batch_size,
-            "orientation": made.orientation,
+            "type": type(pipe),
+            "device": pipe.device,
+            "dtype": pipe.model.dtype,
+            "processor": type(pipe.image_processor),
+            "size": pipe.image_processor.size,
+            "pad": pipe.pad,
+            "batch_size": pipe.batch_size,
+            "orientation": pipe.orientation,
         }
 
-    values, what = PIPELINE[name]
-    assert shown(**values)[what] != shown()[what]
+    values, changed = PIPELINE[name]
+    assert properties(**values)[changed] != properties()[changed]
 
 
 def test_the_table_has_every_argument_of_the_pipeline(folder, monkeypatch):
-    """Those of files reach every file that is read, whether given directly or in `model_kwargs`."""
+    """File arguments apply to every file that is read, whether given directly or in `model_kwargs`."""
     known = inspect.signature(detr.pipeline).parameters.keys() - {"model", "options"}
     assert PIPELINE.keys() == known - FILE_ARGUMENTS
-    seen = []
-    opened = detr.model_files.ModelFiles.__init__
+    calls = []
+    original = detr.model_files.ModelFiles.__init__
     monkeypatch.setattr(
         "detr.model_files.ModelFiles.__init__",
-        lambda self, source, **given: [seen.append(given), opened(self, source, **given)][0],
+        lambda self, source, **given: [calls.append(given), original(self, source, **given)][0],
     )
     given = {"revision": "v2", "token": "t", "local_files_only": True}
     detr.pipeline(model=folder, **given, model_kwargs={"cache_dir": "c"})
-    assert len(seen) == 3
-    assert all(each == given | {"cache_dir": "c"} for each in seen)
+    assert len(calls) == 3
+    assert all(each == given | {"cache_dir": "c"} for each in calls)
 
 
 @pytest.mark.parametrize(
@@ -318,12 +322,12 @@ def test_the_table_has_every_argument_of_the_pipeline(folder, monkeypatch):
         (
             {"image_processor": detr.DetrImageProcessor(), "backend": "pil"},
             ValueError,
-            "backend='pil' is for",
+            "backend='pil' applies only to",
         ),
         (
             {"image_processor": detr.DetrImageProcessor(), "use_fast": True},
             ValueError,
-            "use_fast=True is for",
+            "use_fast=True applies only to",
         ),
         ({"backend": "pil", "use_fast": True}, ValueError, "use_fast=True contradicts backend='pil'"),
         ({"model_kwargs": {"num_querys": 3}}, TypeError, "num_querys"),
@@ -331,14 +335,14 @@ def test_the_table_has_every_argument_of_the_pipeline(folder, monkeypatch):
     ],
     ids=str,
 )
-def test_an_argument_of_the_pipeline_without_effect_is_refused(values, error, message, folder):
+def test_an_argument_of_the_pipeline_without_effect_is_rejected(values, error, message, folder):
     with pytest.raises(error, match=message):
         detr.pipeline(model=folder, **values)
 
 
-def test_what_is_for_loading_is_refused_where_nothing_is_loaded(folder):
-    made = detr.pipeline(model=folder)
-    given = {"model": made.model, "image_processor": made.image_processor}
+def test_loading_arguments_are_rejected_if_the_model_is_already_loaded(folder):
+    pipe = detr.pipeline(model=folder)
+    given = {"model": pipe.model, "image_processor": pipe.image_processor}
     for values in ({"revision": "v2"}, {"local_files_only": True}, {"model_kwargs": {"num_labels": 3}}):
         with pytest.raises(ValueError, match=next(iter(values))):
             detr.pipeline(**given, **values)
@@ -373,7 +377,7 @@ OTHER_IMAGES = {"do_convert_rgb": (False, IMAGE[:, :, 0])}
 
 @pytest.mark.parametrize("kind", [detr.DetrImageProcessor, detr.DetrImageProcessorPil])
 def test_every_attribute_of_a_processor_changes_what_it_returns(kind, tmp_path):
-    def shown(processor: Any, image: Any = IMAGE, **call: Any) -> str:
+    def result(processor: Any, image: Any = IMAGE, **call: Any) -> str:
         try:
             inputs = processor(image, OBJECTS, **call)
         except (ValueError, TypeError) as error:
@@ -388,20 +392,20 @@ def test_every_attribute_of_a_processor_changes_what_it_returns(kind, tmp_path):
         kind(format="coco")
     for name, value in PROCESSOR.items():
         extra = {"pad_size": {"height": 128, "width": 128}} if name == "boxes_relative_to" else {}
-        before = shown(kind(**base, **extra))
+        before = result(kind(**base, **extra))
         size = {} if name == "size" else {"size": 64} if name == "max_size" else base
-        assert shown(kind(**{**size, **extra, name: value})) != before, name
-        assert shown(kind.from_pretrained(tmp_path, **extra, **{name: value})) != before, name
-        if name == "max_size":  # a size of its own says it
+        assert result(kind(**{**size, **extra, name: value})) != before, name
+        assert result(kind.from_pretrained(tmp_path, **extra, **{name: value})) != before, name
+        if name == "max_size":  # contradicts the longest_edge of `base`
             with pytest.raises(ValueError, match="max_size=70 contradicts"):
                 kind(**base, max_size=70)
         else:
-            assert shown(kind(**base, **extra), **{name: value}) != before, name
+            assert result(kind(**base, **extra), **{name: value}) != before, name
     for name, (value, image) in OTHER_IMAGES.items():
-        assert shown(kind(**base, **{name: value}), image) != shown(kind(**base), image)
+        assert result(kind(**base, **{name: value}), image) != result(kind(**base), image)
 
 
-def test_an_argument_of_a_processor_without_effect_is_refused(folder):
+def test_an_argument_of_a_processor_without_effect_is_rejected(folder):
     fast, pil = detr.DetrImageProcessor, detr.DetrImageProcessorPil
     for kind, value in ((fast, True), (pil, False)):
         assert kind.from_pretrained(folder, use_fast=value).size["shortest_edge"] == 64

@@ -24,7 +24,7 @@ def test_formats_convert_back_and_forth(seed):
     torch.testing.assert_close(box_cxcywh_to_xyxy(box_xyxy_to_cxcywh(boxes)), boxes, rtol=0, atol=1e-15)
 
 
-def test_a_box_in_both_formats():
+def test_a_box_converts_to_known_values():
     assert box_cxcywh_to_xyxy(torch.tensor([0.5, 0.25, 0.5, 0.5])).tolist() == [0.25, 0.0, 0.75, 0.5]
 
 
@@ -47,7 +47,7 @@ def test_known_overlaps():
     assert generalized_box_iou(boxes[:1], boxes)[0].tolist() == pytest.approx([1.0, 1 / 3, -1 / 3])
 
 
-def test_boxes_without_area_have_overlap_zero_and_a_finite_gradient():
+def test_boxes_with_zero_area_have_iou_zero_and_a_finite_gradient():
     point = torch.tensor([[0.5, 0.5, 0.5, 0.5]], requires_grad=True)
     giou = elementwise_generalized_iou(point, point.detach())
     assert giou.tolist() == [0.0]
@@ -56,8 +56,8 @@ def test_boxes_without_area_have_overlap_zero_and_a_finite_gradient():
 
 
 @pytest.mark.parametrize("bad", [[0.5, 0.5, 0.4, 0.9], [0.0, float("nan"), 1.0, 1.0]])
-def test_generalized_iou_refuses_what_is_no_box_and_names_it(bad):
+def test_generalized_iou_rejects_an_invalid_box_and_names_it(bad):
     boxes = random_boxes(3, 0)
-    wrong = torch.cat((boxes, torch.tensor([bad], dtype=torch.float64)))
+    invalid = torch.cat((boxes, torch.tensor([bad], dtype=torch.float64)))
     with pytest.raises(ValueError, match=r"boxes2\[3\]"):
-        generalized_box_iou(boxes, wrong)
+        generalized_box_iou(boxes, invalid)

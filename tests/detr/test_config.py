@@ -76,7 +76,7 @@ def test_an_alias_reads_writes_and_constructs_its_field(alias, name):
     assert getattr(DetrConfig.from_dict(DetrConfig().to_dict(), **{alias: 16}), name) == 16
 
 
-def test_num_layers_fills_the_stacks_that_are_not_given():
+def test_num_layers_sets_the_numbers_of_layers_that_are_not_given():
     config = DetrConfig(num_layers=2, decoder_layers=3)
     assert (config.encoder_layers, config.decoder_layers) == (2, 3)
 
@@ -98,7 +98,7 @@ def test_num_layers_fills_the_stacks_that_are_not_given():
         ("backbone_config", 7),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_by_name(name, value):
+def test_a_value_of_the_wrong_type_is_rejected_by_name(name, value):
     with pytest.raises(TypeError, match=name):
         DetrConfig(**{name: value})
 
@@ -117,7 +117,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(name, value):
         ({"class_cost": 0, "bbox_cost": 0, "giou_cost": 0}, "can't all be 0"),
         ({"num_labels": 3, "id2label": {0: "a"}}, "contradicts id2label"),
         ({"num_labels": 0}, "positive int"),
-        ({"id2label": {0: "a", 2: "b"}}, "without holes"),
+        ({"id2label": {0: "a", 2: "b"}}, "without gaps"),
         ({"backbone_config": {"model_type": "swin"}}, "'timm_backbone' or 'resnet'"),
         ({"backbone_config": {"model_type": "timm_backbone"}}, "name of a timm model"),
         ({"backbone_kwargs": {"out_indices": []}}, "out_indices must be a list of int"),
@@ -128,18 +128,18 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(name, value):
         ),
     ],
 )
-def test_a_value_out_of_range_is_refused_with_the_reason(values, message):
+def test_a_value_out_of_range_is_rejected_with_the_reason(values, message):
     with pytest.raises(ValueError, match=message):
         DetrConfig(**values)
 
 
-def test_ints_are_accepted_for_floats_and_floats_for_the_weights_of_the_loss():
+def test_ints_are_accepted_for_floats_and_floats_for_costs():
     config = DetrConfig(dropout=0, bbox_cost=2.5)
     assert (config.dropout, config.bbox_cost) == (0, 2.5)
 
 
 @pytest.mark.checklist("1. DetrConfig", "strict types")
-def test_keywords_that_are_not_known_become_attributes_and_are_saved():
+def test_unknown_keywords_become_attributes_and_are_saved():
     config = DetrConfig(max_position_embeddings=1024)
     assert config.max_position_embeddings == 1024
     assert DetrConfig.from_dict(config.to_dict()).max_position_embeddings == 1024
@@ -167,14 +167,14 @@ def test_legacy_keywords_give_the_backbone_config_of_transformers(values):
 
 @pytest.mark.checklist("1. DetrConfig", "legacy keywords")
 @pytest.mark.known_issue(15)
-def test_backbone_kwargs_with_a_timm_name_need_no_network():
+def test_backbone_kwargs_with_a_timm_name_need_no_network_access():
     config = DetrConfig(backbone="convnext_atto", backbone_kwargs={"out_indices": (0, 1, 2, 3)})
     assert config.backbone_config["backbone"] == "convnext_atto"
     assert config.backbone_config["out_indices"] == [0, 1, 2, 3]
 
 
 @pytest.mark.checklist("1. DetrConfig", "legacy keywords")
-def test_without_timm_and_without_a_config_the_backbone_is_the_resnet_of_transformers():
+def test_use_timm_backbone_false_selects_the_resnet_of_transformers():
     backbone = DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False).backbone_config
     assert (backbone["model_type"], backbone["out_features"]) == ("resnet", ["stage4"])
 
@@ -185,7 +185,7 @@ def test_a_backbone_config_object_is_accepted():
     assert DetrConfig(backbone_config=theirs).backbone_config["out_indices"] == [1, 4]
 
 
-def test_assigning_backbone_selects_another_timm_net():
+def test_assigning_backbone_selects_another_timm_network():
     config = DetrConfig()
     config.backbone = "tf_mobilenetv3_small_075"
     assert config.backbone_config["backbone"] == "tf_mobilenetv3_small_075"
@@ -197,7 +197,7 @@ def test_assigning_backbone_selects_another_timm_net():
 
 
 @pytest.mark.checklist("1. DetrConfig", "base fields that matter")
-def test_names_of_labels_and_their_number_stay_consistent():
+def test_class_names_and_their_number_stay_consistent():
     config = DetrConfig(id2label={"0": "cat", "1": "dog", "2": "cow"})
     assert (config.num_labels, config.label2id) == (3, {"cat": 0, "dog": 1, "cow": 2})
     config.num_labels = 3
@@ -207,7 +207,7 @@ def test_names_of_labels_and_their_number_stay_consistent():
     assert DetrConfig(label2id={"cat": 0, "dog": 1}).id2label == {0: "cat", 1: "dog"}
 
 
-def test_num_labels_overrides_the_names_of_a_file_only_where_the_number_differs():
+def test_num_labels_overrides_the_class_names_of_a_file_only_if_the_number_differs():
     values = DetrConfig(id2label={0: "cat", 1: "dog", 2: "cow"}).to_dict()
     assert DetrConfig.from_dict(values, num_labels=3).id2label[2] == "cow"
     assert DetrConfig.from_dict(values, num_labels=4).id2label[3] == "LABEL_3"
@@ -215,7 +215,7 @@ def test_num_labels_overrides_the_names_of_a_file_only_where_the_number_differs(
 
 
 @pytest.mark.checklist("1. DetrConfig", "config.json")
-def test_config_json_is_sorted_and_says_neither_num_labels_nor_default_names(tmp_path: Path):
+def test_config_json_is_sorted_and_contains_neither_num_labels_nor_default_names(tmp_path: Path):
     DetrConfig(num_labels=2).save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
     values = json.loads(text)
@@ -257,7 +257,7 @@ def test_we_read_the_config_json_of_transformers(tmp_path: Path):
 
 @pytest.mark.checklist("1. DetrConfig", "strict types")
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "label ids")
-def test_an_old_config_of_the_hub_is_read():
+def test_an_old_config_of_the_hub_can_be_read():
     config = DetrConfig.from_dict(OLD_HUB_CONFIG)
     assert config.num_labels == 91
     assert config.dtype == "float32"
@@ -268,7 +268,7 @@ def test_an_old_config_of_the_hub_is_read():
 @pytest.mark.parametrize(
     "values", [{}, {"use_timm_backbone": False}, {"backbone": "resnet18", "dilation": True}]
 )
-def test_all_entries_of_a_file_of_transformers_are_keywords(values):
+def test_all_entries_of_a_transformers_config_are_valid_keywords(values):
     theirs = transformers.DetrConfig(**values).to_dict()
     config = DetrConfig(**theirs)
     assert config.d_model == theirs["d_model"]
@@ -276,7 +276,7 @@ def test_all_entries_of_a_file_of_transformers_are_keywords(values):
     assert DetrConfig(**OLD_HUB_CONFIG, tie_encoder_decoder=False).num_labels == 91
 
 
-def test_a_callable_activation_is_not_written_and_says_so():
+def test_a_callable_activation_is_not_written_and_warns():
     with pytest.warns(UserWarning, match="activation_function is a callable"):
         values = DetrConfig(activation_function=F.gelu).to_dict()
     assert "activation_function" not in values
@@ -284,7 +284,7 @@ def test_a_callable_activation_is_not_written_and_says_so():
 
 @pytest.mark.checklist("1. DetrConfig", "documented but unread")
 def test_init_std_without_effect_warns():
-    with pytest.warns(UserWarning, match="init_std only acts under compat='transformers'"):
+    with pytest.warns(UserWarning, match="init_std has an effect only with compat='transformers'"):
         DetrConfig(init_std=0.1)
     DetrConfig(init_std=0.1, compat="transformers")
 
@@ -298,7 +298,7 @@ def test_init_std_without_effect_warns():
         ('{"model_type": "bert"}', ValueError, "'bert' model, not of DETR"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused_with_its_path(tmp_path: Path, content, error, message):
+def test_an_invalid_configuration_file_is_rejected_with_its_path(tmp_path: Path, content, error, message):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(error, match=message) as raised:
@@ -306,7 +306,7 @@ def test_a_file_that_is_no_configuration_is_refused_with_its_path(tmp_path: Path
     assert str(tmp_path) in str(raised.value)
 
 
-def test_whole_weights_are_written_as_the_integers_that_transformers_wants(tmp_path: Path) -> None:
+def test_whole_costs_and_coefficients_are_written_as_integers_for_transformers(tmp_path: Path) -> None:
     import transformers
 
     DetrConfig(class_cost=1.0, bbox_cost=5.0, dice_loss_coefficient=2.0).save_pretrained(tmp_path)

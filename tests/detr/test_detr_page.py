@@ -1,4 +1,4 @@
-"""The examples of docs/detr.md from "Trainer" on run, with a small model in the place of the hub's."""
+"""Run the examples of docs/detr.md from the section "Trainer" on, with a small model in place of the hub's."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detr import DetrForObjectDetection, DetrImageProcessor
-from tests.detr.conftest import separate_the_queries, small_config
+from tests.detr.conftest import randomize_weights, small_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "detr.md"
 _, EXAMPLES = PAGE.read_text(encoding="utf-8").split("\n## Trainer\n")
@@ -19,7 +19,7 @@ TOOLS = ("accelerate", "peft", "transformers")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     model = DetrForObjectDetection(small_config(backbone="resnet18", num_labels=3)).eval()
-    separate_the_queries(model, seed=0)
+    randomize_weights(model, seed=0)
     model.save_pretrained(folder)
     DetrImageProcessor(size=64).save_pretrained(folder)
     return str(folder)
@@ -39,7 +39,7 @@ def collate(items):
     return {"pixel_values": pixels, "labels": [item["labels"] for item in items]}
 
 
-def test_the_page_has_blocks():
+def test_the_page_has_five_blocks():
     assert len(BLOCKS) == 5
 
 

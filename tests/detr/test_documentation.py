@@ -1,4 +1,4 @@
-"""The public names explain themselves: shapes, dtypes and errors are in their docstrings."""
+"""Docstrings of public names state shapes, dtypes and errors."""
 
 import inspect
 import re
@@ -13,7 +13,7 @@ REFERENCE = re.compile(r"[Ss]ee `|those of `|[Tt]he same as `|`forward`")
 
 
 def members():
-    """(qualified name, function or class) of every public name and the public methods that we wrote."""
+    """Yield (qualified name, function or class) of every public name and of its public methods defined in detr."""
     for name in detr.__all__:
         value = getattr(detr, name)
         yield name, value
@@ -30,7 +30,7 @@ MEMBERS = dict(members())
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_public_name_has_a_docstring(name):
-    assert inspect.getdoc(MEMBERS[name]), f"{name} has none"
+    assert inspect.getdoc(MEMBERS[name]), f"{name} has no docstring"
 
 
 def signature_mentions_tensors(member) -> bool:
@@ -41,20 +41,20 @@ def signature_mentions_tensors(member) -> bool:
 @pytest.mark.parametrize(
     "name", [n for n, m in MEMBERS.items() if not inspect.isclass(m) and signature_mentions_tensors(m)]
 )
-def test_tensors_of_a_public_function_have_shapes_and_dtypes(name):
+def test_docstrings_of_public_functions_state_shapes_and_dtypes_of_tensors(name):
     text = inspect.getdoc(MEMBERS[name])
     assert REFERENCE.search(text) or (SHAPE.search(text) and DTYPE.search(text)), text
 
 
 @pytest.mark.parametrize("name", [n for n, m in MEMBERS.items() if not inspect.isclass(m)])
-def test_errors_of_a_public_function_are_named(name):
+def test_docstrings_of_public_functions_name_the_errors_they_raise(name):
     source = inspect.getsource(MEMBERS[name])
     raised = set(re.findall(r"\braise (\w+)\(", source))
     text = inspect.getdoc(MEMBERS[name])
     assert not raised or REFERENCE.search(text) or all(error in text for error in raised), f"{name}: {raised}"
 
 
-def test_the_package_reads_as_a_manual():
+def test_the_package_docstring_shows_the_main_classes_and_functions():
     text = detr.__doc__
     for name in (
         "pipeline(",

@@ -1,4 +1,4 @@
-"""Drawings show each box in its class's colour with a label that can be read, at any size."""
+"""Drawings show each box in the color of its class with a readable label, at any image size."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(700, 500), (2000, 1500), (640, 640)])
-def test_a_frame_of_the_class_colour_lies_on_the_box(size):
+def test_a_frame_in_the_class_color_is_drawn_on_the_box(size):
     blank = Image.new("RGB", size, (120, 120, 120))
     box = [100, 150, 300, 400]
     drawn = pixels(draw_detections(blank, [box], [3]))
@@ -45,19 +45,19 @@ def test_boxes_follow_an_enlarged_image():
 def test_the_score_and_the_name_are_written():
     blank = Image.new("RGB", (700, 500))
     box = [[200, 200, 400, 400]]
-    pictures = [
+    drawings = [
         draw_detections(blank, box, [3]),
         draw_detections(blank, box, [3], [0.51]),
         draw_detections(blank, box, [3], [0.52]),
         draw_detections(blank, box, [3], [0.52], {3: "cat"}),
         draw_detections(blank, box, [3], [0.52], {4: "cat"}),
     ]
-    different = {picture.tobytes() for picture in pictures[:4]}
+    different = {drawing.tobytes() for drawing in drawings[:4]}
     assert len(different) == 4
-    assert pictures[4].tobytes() == pictures[2].tobytes()
+    assert drawings[4].tobytes() == drawings[2].tobytes()
 
 
-def test_labels_do_not_cover_each_other_where_there_is_room():
+def test_labels_do_not_cover_each_other_if_there_is_room():
     blank = Image.new("RGB", (800, 600))
     label = draw_detections(blank, [[300, 300, 500, 500]], ["one"], [0.9])
     both = draw_detections(blank, [[300, 300, 500, 500], [300, 300, 500, 500]], ["two", "one"], [0.8, 0.9])
@@ -68,7 +68,7 @@ def test_labels_do_not_cover_each_other_where_there_is_room():
     assert (pixels(both)[270:330, 361:500] == np.array(class_color("two"))).all(axis=2).any()
 
 
-def test_a_class_has_one_colour_and_neighbours_differ():
+def test_a_class_has_one_color_and_neighbors_differ():
     assert class_color(5) == class_color(np.int64(5))
     assert class_color("cat") == class_color("cat") != class_color("dog")
     colors = np.array([class_color(index) for index in range(20)])
@@ -76,7 +76,7 @@ def test_a_class_has_one_colour_and_neighbours_differ():
     assert distances.min() > 30
 
 
-def test_text_contrasts_with_every_class_colour():
+def test_text_contrasts_with_every_class_color():
     def luminance(color):
         channels = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
         return float(np.dot(channels, [0.2126, 0.7152, 0.0722]))
@@ -91,7 +91,7 @@ def test_text_contrasts_with_every_class_colour():
 @pytest.mark.parametrize(
     "box", [[-50, -50, -10, -10], [900, 10, 950, 20], [float("nan"), 0, 5, 5], [0, 0, float("inf"), 5]]
 )
-def test_a_box_that_cannot_be_seen_is_left_out(box):
+def test_an_invisible_box_is_not_drawn(box):
     blank = Image.new("RGB", (700, 500))
     assert draw_detections(blank, [box], ["thing"]).tobytes() == blank.tobytes()
 
@@ -111,7 +111,7 @@ def test_nothing_is_drawn_without_detections():
     assert draw_detections(blank, np.zeros((0, 4)), []).tobytes() == blank.tobytes()
 
 
-def test_every_form_of_image_and_numbers_is_drawn_alike():
+def test_every_type_of_image_and_numbers_gives_the_same_drawing():
     rng = np.random.default_rng(0)
     array = rng.integers(0, 256, (500, 700, 3), dtype=np.uint8)
     boxes, labels, scores = rng.uniform(0, 500, (4, 4)), rng.integers(0, 9, 4), rng.random(4)
@@ -123,14 +123,14 @@ def test_every_form_of_image_and_numbers_is_drawn_alike():
     assert np.array_equal(array, np.random.default_rng(0).integers(0, 256, (500, 700, 3), dtype=np.uint8))
 
 
-def test_grey_and_transparent_images_are_drawn_on_in_colour():
+def test_drawings_on_gray_and_transparent_images_are_in_color():
     for mode in ("L", "RGBA", "I;16"):
         drawn = draw_detections(Image.new(mode, (700, 500)), [[100, 100, 300, 300]], [0])
         assert drawn.mode == "RGB"
         assert tuple(pixels(drawn)[200, 100]) == class_color(0)
 
 
-def test_the_given_image_is_left_alone():
+def test_the_given_image_is_not_modified():
     blank = Image.new("RGB", (700, 500))
     draw_detections(blank, [[100, 100, 300, 300]], [0])
     assert not pixels(blank).any()
@@ -143,22 +143,22 @@ def test_counts_must_agree():
 
 HALVES = np.repeat([[5] * 400 + [9] * 400], 600, axis=0)
 INFO = [{"id": 5, "label_id": 3, "score": 0.5}, {"id": 9, "label_id": 4, "score": 0.75}]
-GREY = Image.new("RGB", (800, 600), (100, 100, 100))
+GRAY = Image.new("RGB", (800, 600), (100, 100, 100))
 
 
-def test_a_segment_is_tinted_with_its_classs_colour_and_outlined():
-    drawn = pixels(draw_segments(GREY, HALVES, INFO))
+def test_a_segment_is_tinted_with_the_color_of_its_class_and_outlined():
+    drawn = pixels(draw_segments(GRAY, HALVES, INFO))
     assert drawn.shape == (600, 800, 3)
     for x, label in ((20, 3), (780, 4)):
         expected = 0.5 * np.array(class_color(label)) + 50
         assert np.abs(drawn[50, x] - expected).max() <= 1
     dark = np.flatnonzero((drawn[50] == 0).all(axis=1))
     assert dark.tolist() in ([399, 400], [400, 401])
-    assert (pixels(draw_segments(GREY, HALVES, INFO, opacity=0))[50, [20, 780]] == 100).all()
+    assert (pixels(draw_segments(GRAY, HALVES, INFO, opacity=0))[50, [20, 780]] == 100).all()
 
 
-def test_a_label_stands_inside_of_its_segment():
-    drawn = pixels(draw_segments(GREY, HALVES, INFO, {3: "cat", 4: "dog"}))
+def test_a_label_is_inside_its_segment():
+    drawn = pixels(draw_segments(GRAY, HALVES, INFO, {3: "cat", 4: "dog"}))
     for columns, label in ((slice(0, 395), 3), (slice(405, 800), 4)):
         half = drawn[:, columns]
         full = np.argwhere((half == class_color(label)).all(axis=2))
@@ -166,31 +166,35 @@ def test_a_label_stands_inside_of_its_segment():
         assert np.abs(full.mean(0) - (300, 200)).max() < 30
         tint = 0.5 * np.array(class_color(label)) + 50
         others = (np.abs(half - tint) > 1).any(axis=2) & (half != class_color(label)).any(axis=2)
-        assert 50 < others.sum() < 2000  # the letters and the frame of one label, none of the other
+        assert (
+            50 < others.sum() < 2000
+        )  # the letters and the frame of one label, and nothing of the other label
 
 
-def test_masks_are_drawn_as_the_map_that_they_make_up():
+def test_masks_are_drawn_like_the_equivalent_segmentation_map():
     masks = np.stack([HALVES == 5, HALVES == 9])
-    expected = draw_segments(GREY, HALVES, INFO).tobytes()
+    expected = draw_segments(GRAY, HALVES, INFO).tobytes()
     for form in (masks, torch.from_numpy(masks), masks.astype(np.uint8) * 255, masks.tolist()):
-        assert draw_segments(GREY, form, INFO).tobytes() == expected
-    assert draw_segments(GREY, torch.from_numpy(HALVES), [*INFO, *INFO]).tobytes() == expected  # fused
-    everything = np.stack([np.ones_like(HALVES) > 0, HALVES == 9])  # the higher score is seen
-    assert draw_segments(GREY, everything, INFO).tobytes() == expected
+        assert draw_segments(GRAY, form, INFO).tobytes() == expected
+    assert draw_segments(GRAY, torch.from_numpy(HALVES), [*INFO, *INFO]).tobytes() == expected  # fused
+    everything = np.stack(
+        [np.ones_like(HALVES) > 0, HALVES == 9]
+    )  # the segment with the higher score is on top
+    assert draw_segments(GRAY, everything, INFO).tobytes() == expected
     named = [{**one, "label": one.pop("label_id")} for one in map(dict, INFO)]
-    assert draw_segments(GREY, HALVES, named).tobytes() == expected
+    assert draw_segments(GRAY, HALVES, named).tobytes() == expected
 
 
-def test_what_is_no_segment_is_left_as_it_is():
+def test_pixels_outside_segments_are_unchanged():
     segmentation = np.full((600, 800), -1.0)
-    assert draw_segments(GREY, segmentation, []).tobytes() == GREY.tobytes()
+    assert draw_segments(GRAY, segmentation, []).tobytes() == GRAY.tobytes()
     segmentation[:, :100] = 5
-    drawn = pixels(draw_segments(GREY, segmentation, INFO[:1]))
+    drawn = pixels(draw_segments(GRAY, segmentation, INFO[:1]))
     assert (drawn[:, 110:] == 100).all()
     assert (drawn[:, :90] != 100).any()
 
 
-def test_segments_follow_a_small_image_that_is_enlarged():
+def test_segments_follow_an_enlarged_image():
     small = Image.new("RGB", (80, 60), (100, 100, 100))
     drawn = draw_segments(small, HALVES[::10, ::10], INFO, {3: "cat", 4: "dog"})
     assert drawn.size == (640, 480)
@@ -234,6 +238,6 @@ def test_any_segments_can_be_drawn_and_no_label_covers_another(size, seed, monke
         (HALVES, [{"id": 5}], "expected label_id, category_id or label"),
     ],
 )
-def test_segments_that_cannot_be_drawn_are_refused(segmentation, info, message):
+def test_invalid_segments_are_rejected(segmentation, info, message):
     with pytest.raises(ValueError, match=message):
-        draw_segments(GREY, segmentation, info)
+        draw_segments(GRAY, segmentation, info)

@@ -1,7 +1,7 @@
-"""Truth through the image processor, back through post-processing, into COCO's evaluation: a score of 1.
+"""Perfect predictions score 1: image processor, perfect outputs for its labels, post-processing, COCO evaluation.
 
-In between stands what a perfect model would predict for the processor's labels, so that a box or a mask that one of
-them shifts, scales or pads costs score.
+The labels of the image processor are turned into the outputs of a perfect model. The score is below 1 if the image
+processor or post-processing shifts, scales or pads a box or a mask incorrectly.
 """
 
 import json
@@ -18,32 +18,37 @@ from detr.metrics.coco import CocoEvaluator
 from detr.model.outputs import DetrSegmentationOutput
 
 COCO = Path(__file__).parents[3] / "shared" / "data" / "coco128"
-TRUTH = COCO / "annotations" / "instances_train2017.json"
-TRUTH_WITHOUT_OVERLAPS = COCO / "annotations" / "instances_val2017_from_panoptic.json"
+GROUND_TRUTH = COCO / "annotations" / "instances_train2017.json"
+GROUND_TRUTH_WITHOUT_OVERLAPS = COCO / "annotations" / "instances_val2017_from_panoptic.json"
 CLASSES = 91
 
-pytestmark = pytest.mark.skipif(not TRUTH.is_file(), reason="the photos of COCO are not there")
+pytestmark = pytest.mark.skipif(
+    not GROUND_TRUTH.is_file(), reason="no COCO photos: ../shared/data/coco128 does not exist"
+)
 
 
 @pytest.fixture(scope="module")
-def truth():
-    return json.loads(TRUTH.read_text())
+def ground_truth():
+    return json.loads(GROUND_TRUTH.read_text())
 
 
-def some_images(truth, count):
-    """Images of unequal shapes with up to 12 objects, of which a crowd, a grey one and one without objects."""
-    objects = {image["id"]: [] for image in truth["images"]}
-    for annotation in truth["annotations"]:
+def some_images(ground_truth, count):
+    """Choose images of different shapes with up to 12 objects, among them a crowd, a gray image and an empty one."""
+    objects = {image["id"]: [] for image in ground_truth["images"]}
+    for annotation in ground_truth["annotations"]:
         objects[annotation["image_id"]].append(annotation)
-    chosen = [image for image in truth["images"] if len(objects[image["id"]]) <= 12]
+    chosen = [image for image in ground_truth["images"] if len(objects[image["id"]]) <= 12]
     first = [i for i in chosen if i["id"] in (86, 250) or any(o["iscrowd"] for o in objects[i["id"]])]
     chosen = (first + [image for image in chosen if image not in first])[:count]
     return [(image, objects[image["id"]]) for image in chosen]
 
 
 def perfect_outputs(batch, mask_stride):
-    """What a perfect model predicts for the labels: every object certain, a query for the rest of the image (class 0,
-    which COCO does not have), one that sees nothing."""
+    """Return the outputs of a perfect model for the labels.
+
+    One query with score 1 predicts each object, one predicts the rest of the image (class 0, which COCO does not have),
+    and one predicts "no object".
+    """
     height, width = batch["pixel_values"].shape[-2:]
     queries = max(len(labels["class_labels"]) for labels in batch["labels"]) + 2
     logits = torch.zeros(len(batch["labels"]), queries, CLASSES + 1)
@@ -67,7 +72,7 @@ def perfect_outputs(batch, mask_stride):
 
 
 def batches_of(images, processor, size=4):
-    """(ids, original sizes, processed sizes, the processor's batch) of a few images at a time."""
+    """Yield (ids, original sizes, processed sizes, batch of the processor) for a few images at a time."""
     for start in range(0, len(images), size):
         part = images[start : start + size]
         photos = [Image.open(next(COCO.glob(f"*2017/{image['file_name']}"))) for image, _ in part]
@@ -77,10 +82,10 @@ def batches_of(images, processor, size=4):
         yield [i["id"] for i, _ in part], [(i["height"], i["width"]) for i, _ in part], processed, batch
 
 
-def figures(truth, predictions, iou_types):
-    evaluator = CocoEvaluator(truth, iou_types)
-    for some in predictions:
-        evaluator.update(some)
+def compute_metrics(ground_truth, predictions, iou_types):
+    evaluator = CocoEvaluator(ground_truth, iou_types)
+    for of_batch in predictions:
+        evaluator.update(of_batch)
     evaluator.accumulate()
     return evaluator.summarize()
 
@@ -88,17 +93,17 @@ def figures(truth, predictions, iou_types):
 @pytest.mark.known_issue(1)
 @pytest.mark.known_issue(24)
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "CocoEvaluator")
-def test_boxes_and_masks_of_a_padded_batch_score_one(truth):
-    """All queries without a threshold, as evaluation wants them; masks as fine as the images, which are not resized."""
+def test_boxes_and_masks_of_a_padded_batch_score_one(ground_truth):
+    """Without a score threshold, as in evaluation, and with masks at full resolution; images are not resized."""
     processor = DetrImageProcessor(do_resize=False)
     predictions = []
-    for ids, originals, processed, batch in batches_of(some_images(truth, 12), processor):
+    for ids, originals, processed, batch in batches_of(some_images(ground_truth, 12), processor):
         outputs = perfect_outputs(batch, mask_stride=1)
-        assert len(set(processed)) > 1, "the batch should be padded"
+        assert len(set(processed)) > 1, "the batch is not padded"
         results = processor.post_process(outputs, originals)
         results = processor.post_process_instance(results, outputs, originals, processed)
         predictions.append(dict(zip(ids, results)))
-    got = figures(truth, predictions, ["bbox", "segm"])
+    got = compute_metrics(ground_truth, predictions, ["bbox", "segm"])
     for iou_type in ("bbox", "segm"):
         assert got[iou_type]["AP"] == pytest.approx(1.0, abs=1e-9)
         assert got[iou_type]["AR_100"] == pytest.approx(1.0, abs=1e-9)
@@ -106,31 +111,34 @@ def test_boxes_and_masks_of_a_padded_batch_score_one(truth):
 
 @pytest.mark.known_issue(22)
 @pytest.mark.checklist("7. Post-processing", "masks resized with padding")
-def test_masks_of_resized_and_padded_images_fit_only_when_padding_is_cut_off(truth):
-    """Masks at a quarter of the resolution, as the model has them: not perfect, but where the objects are."""
+def test_masks_of_resized_and_padded_images_fit_only_if_the_padding_is_removed(ground_truth):
+    """Masks have a quarter of the resolution, as in the model: not perfect, but at the right position."""
     processor = DetrImageProcessor(size={"shortest_edge": 320, "longest_edge": 533})
     cut, whole = [], []
-    for ids, originals, processed, batch in batches_of(some_images(truth, 12), processor):
+    for ids, originals, processed, batch in batches_of(some_images(ground_truth, 12), processor):
         outputs = perfect_outputs(batch, mask_stride=4)
-        boxes = [found["boxes"] for found in processor.post_process_object_detection(outputs, 0.9, originals)]
-        for found, options in ((cut, {"processed_sizes": processed}), (whole, {})):
+        detections = processor.post_process_object_detection(outputs, 0.9, originals)
+        boxes = [detected["boxes"] for detected in detections]
+        for predictions, options in ((cut, {"processed_sizes": processed}), (whole, {})):
             results = processor.post_process_segmentation(outputs, originals, **options)
             for result, box in zip(results, boxes):
                 result["boxes"] = box
-            found.append(dict(zip(ids, results)))
-    ours, theirs = figures(truth, cut, ["bbox", "segm"]), figures(truth, whole, ["bbox", "segm"])
-    assert ours["bbox"]["AP"] == pytest.approx(1.0, abs=1e-9)
-    assert ours["segm"]["AP_large"] > 0.8
-    assert theirs["segm"]["AP_large"] < 0.6
+            predictions.append(dict(zip(ids, results)))
+    with_sizes, without_sizes = (
+        compute_metrics(ground_truth, predictions, ["bbox", "segm"]) for predictions in (cut, whole)
+    )
+    assert with_sizes["bbox"]["AP"] == pytest.approx(1.0, abs=1e-9)
+    assert with_sizes["segm"]["AP_large"] > 0.8
+    assert without_sizes["segm"]["AP_large"] < 0.6
 
 
 @pytest.mark.known_issue(23)
 @pytest.mark.checklist("7. Post-processing", "return_coco_annotation")
 def test_instance_maps_as_coco_run_lengths_score_one():
-    truth = json.loads(TRUTH_WITHOUT_OVERLAPS.read_text())
+    ground_truth = json.loads(GROUND_TRUTH_WITHOUT_OVERLAPS.read_text())
     processor = DetrImageProcessor(do_resize=False)
     predictions = []
-    for ids, originals, processed, batch in batches_of(some_images(truth, 8), processor):
+    for ids, originals, processed, batch in batches_of(some_images(ground_truth, 8), processor):
         results = processor.post_process_instance_segmentation(
             perfect_outputs(batch, mask_stride=1),
             target_sizes=originals,
@@ -148,5 +156,5 @@ def test_instance_maps_as_coco_run_lengths_score_one():
                 for image_id, result in zip(ids, results)
             }
         )
-    got = figures(truth, predictions, "segm")
+    got = compute_metrics(ground_truth, predictions, "segm")
     assert got["segm"]["AP"] == pytest.approx(1.0, abs=1e-9)

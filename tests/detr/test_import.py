@@ -1,4 +1,4 @@
-"""Importing the library is quick: what only some calls need is imported by these."""
+"""Importing the library is fast: slow packages are imported by the calls that need them."""
 
 import subprocess
 import sys
@@ -18,13 +18,13 @@ SLOW |= {"torch._dynamo", "torch._inductor", "sympy"}
 
 
 def test_importing_a_model_imports_none_of_the_slow_packages():
-    """They took 2 of its 3.5 seconds of CPU; the rest is torch, which is not ours to avoid."""
+    """They took 2 of 3.5 seconds of CPU time; the rest is the import of torch."""
     code = (
         "import sys\nimport torch\nbefore = set(sys.modules)\n"
         "from detr import AutoConfig, DetrConfig, DetrForObjectDetection, DetrForSegmentation, DetrModel\n"
         "import detr.checkpoint.load_save, detr.model.detection\n"
-        f"found = {SLOW!r} & (set(sys.modules) - before)\n"
-        "assert not found, found"
+        f"imported = {SLOW!r} & (set(sys.modules) - before)\n"
+        "assert not imported, imported"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,4 +1,4 @@
-"""Folders and calls go both ways: what is saved here predicts the same in transformers, and tools call what exists."""
+"""Interoperability: each library loads folders of the other and predicts the same, and other tools' calls work."""
 
 import inspect
 import logging
@@ -17,17 +17,17 @@ from detr import (
     DetrImageProcessorPil,
 )
 from detr.checkpoint.load_save import _warn_about_backbone
-from tests.detr.conftest import separate_the_queries, small_config
+from tests.detr.conftest import randomize_weights, small_config
 from tests.tiers import rest_slow
 
 PIXELS = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 MODELS = ["DetrModel", "DetrForObjectDetection", "DetrForSegmentation"]
 
 
-def saved(folder, cls=DetrForObjectDetection, **changes):
+def save_model(folder, cls=DetrForObjectDetection, **changes):
     heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8} if cls is DetrForSegmentation else {}
     model = cls(small_config(**{**heads, **changes})).eval()
-    separate_the_queries(model, seed=1)
+    randomize_weights(model, seed=1)
     model.save_pretrained(folder)
     return model
 
@@ -38,41 +38,43 @@ def saved(folder, cls=DetrForObjectDetection, **changes):
 )
 @torch.no_grad()
 def test_a_folder_saved_here_predicts_the_same_in_transformers(name, changes, tmp_path):
-    ours = saved(tmp_path, getattr(detr, name), **changes)
+    ours = save_model(tmp_path, getattr(detr, name), **changes)
     theirs = getattr(transformers, name).from_pretrained(tmp_path).eval()
-    again = type(ours).from_pretrained(tmp_path)
+    reloaded = type(ours).from_pretrained(tmp_path)
     expected = ours(PIXELS)
     torch.testing.assert_close(
         theirs(PIXELS).last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4
     )
-    assert torch.equal(again(PIXELS).last_hidden_state, expected.last_hidden_state)
-    assert again.config == ours.config
+    assert torch.equal(reloaded(PIXELS).last_hidden_state, expected.last_hidden_state)
+    assert reloaded.config == ours.config
     assert DetrConfig(**ours.config.to_dict()) == ours.config
 
 
 @pytest.mark.parametrize("trains_there", [False, True])
 @torch.no_grad()
-def test_a_folder_that_went_through_transformers_predicts_as_there(trains_there, tmp_path):
-    """Also where transformers' rules, which it was trained by there, are not those that our file names."""
-    saved(tmp_path / "ours", auxiliary_loss=True)
+def test_a_folder_saved_by_transformers_after_loading_ours_predicts_as_in_transformers(
+    trains_there, tmp_path
+):
+    """Also if it was trained there with auxiliary losses, although its config.json still has compat="original"."""
+    save_model(tmp_path / "ours", auxiliary_loss=True)
     changes = {"auxiliary_loss": True} if trains_there else {}
     theirs = transformers.DetrForObjectDetection.from_pretrained(tmp_path / "ours", **changes).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    back = DetrForObjectDetection.from_pretrained(tmp_path / "theirs")
-    assert back.config.compat == ("transformers" if trains_there else "original")
-    torch.testing.assert_close(back(PIXELS).logits, theirs(PIXELS).logits, rtol=1e-4, atol=1e-4)
+    loaded = DetrForObjectDetection.from_pretrained(tmp_path / "theirs")
+    assert loaded.config.compat == ("transformers" if trains_there else "original")
+    torch.testing.assert_close(loaded(PIXELS).logits, theirs(PIXELS).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_saving_what_transformers_predicts_differently_is_logged_once(tmp_path, caplog):
+def test_saving_a_model_that_transformers_predicts_differently_warns_once(tmp_path, caplog):
     _warn_about_backbone.cache_clear()
     caplog.set_level(logging.WARNING)
     for _ in range(2):
-        saved(tmp_path, backbone="mobilenetv3_small_050")
+        save_model(tmp_path, backbone="mobilenetv3_small_050")
     assert caplog.text.count("transformers can load it but predicts differently") == 1
     _warn_about_backbone.cache_clear()
     caplog.clear()
-    saved(tmp_path, backbone="mobilenetv3_small_050", compat="transformers")
-    saved(tmp_path)
+    save_model(tmp_path, backbone="mobilenetv3_small_050", compat="transformers")
+    save_model(tmp_path)
     assert "predicts differently" not in caplog.text
 
 
@@ -83,7 +85,7 @@ def test_positional_arguments_are_those_of_transformers(name):
         return [p.name for p in signature.parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
 
     theirs = names(transformers)
-    if name == "DetrModel":  # which has no loss and ignores labels
+    if name == "DetrModel":  # ours has no labels: those of transformers are ignored there
         theirs = [each for each in theirs if each != "labels"]
     assert names(detr)[: len(theirs)] == theirs
 
@@ -98,18 +100,18 @@ def test_positional_arguments_are_those_of_transformers(name):
     ],
     ids=lambda arguments: next(iter(arguments)),
 )
-def test_accelerates_calls_save_the_model(arguments, tmp_path):
+def test_save_pretrained_accepts_the_arguments_of_accelerate(arguments, tmp_path):
     model = DetrForObjectDetection(small_config()).eval()
     if "state_dict" in arguments:
         arguments = {"state_dict": {name: 2 * tensor for name, tensor in model.state_dict().items()}}
     model.save_pretrained(tmp_path, **arguments)
-    back = DetrForObjectDetection.from_pretrained(tmp_path, low_cpu_mem_usage=True)
+    loaded = DetrForObjectDetection.from_pretrained(tmp_path, low_cpu_mem_usage=True)
     factor = 2 if "state_dict" in arguments else 1
-    for name, tensor in back.state_dict().items():
+    for name, tensor in loaded.state_dict().items():
         torch.testing.assert_close(tensor, factor * model.state_dict()[name])
 
 
-def test_other_processes_write_nothing_and_what_is_not_done_is_refused(tmp_path):
+def test_only_the_main_process_writes_and_unsupported_arguments_are_rejected(tmp_path):
     model = DetrForObjectDetection(small_config())
     model.save_pretrained(tmp_path / "none", is_main_process=False)
     assert not (tmp_path / "none").exists()
@@ -144,7 +146,7 @@ def test_checkpointing_with_either_implementation_gives_the_same_gradients(use_r
     assert not model.is_gradient_checkpointing
 
 
-def test_use_fast_names_the_class(tmp_path):
+def test_use_fast_must_match_the_processor_class(tmp_path):
     DetrImageProcessor(size=64).save_pretrained(tmp_path)
     assert type(DetrImageProcessor.from_pretrained(tmp_path, use_fast=True)) is DetrImageProcessor
     assert type(DetrImageProcessorPil.from_pretrained(tmp_path, use_fast=False)) is DetrImageProcessorPil
@@ -153,20 +155,20 @@ def test_use_fast_names_the_class(tmp_path):
             cls.from_pretrained(tmp_path, use_fast=use_fast)
 
 
-def test_a_trainers_folder_without_config_is_explained(tmp_path):
+def test_the_error_for_a_trainer_folder_without_config_says_what_to_do(tmp_path):
     from safetensors.torch import save_file
 
     model = DetrForObjectDetection(small_config()).eval()
     save_file(model.state_dict(), str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
     with pytest.raises(FileNotFoundError, match=r"give config=model\.config to from_pretrained"):
         DetrForObjectDetection.from_pretrained(tmp_path)
-    back = DetrForObjectDetection.from_pretrained(tmp_path, config=model.config)
-    torch.testing.assert_close(back(PIXELS).logits, model(PIXELS).logits)
+    loaded = DetrForObjectDetection.from_pretrained(tmp_path, config=model.config)
+    torch.testing.assert_close(loaded(PIXELS).logits, model(PIXELS).logits)
 
 
 @pytest.mark.parametrize("backbone", rest_slow(["regnety_002", "nextvit_small", "ghostnet_050"]))
-def test_save_and_load_are_inverse_whatever_the_backbone_has(backbone, tmp_path):
-    """Among others BatchNorm1d, whose count of batches is saved."""
+def test_a_saved_model_loads_unchanged_for_any_backbone(backbone, tmp_path):
+    """One of the backbones has BatchNorm1d, whose num_batches_tracked is saved."""
     model = DetrForObjectDetection(small_config(backbone=backbone)).eval()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -175,13 +177,13 @@ def test_save_and_load_are_inverse_whatever_the_backbone_has(backbone, tmp_path)
             elif name.endswith("num_batches_tracked"):
                 tensor.fill_(7)
     model.save_pretrained(tmp_path)
-    back = DetrForObjectDetection.from_pretrained(tmp_path)
-    assert back.state_dict().keys() == model.state_dict().keys()
-    for name, tensor in back.state_dict().items():
+    loaded = DetrForObjectDetection.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_a_model_can_be_made_with_parameters_on_meta(monkeypatch):
+def test_a_model_can_be_created_with_parameters_on_the_meta_device(monkeypatch):
     """As accelerate's init_empty_weights does: parameters move to meta when they are registered, buffers do not."""
     register = nn.Module.register_parameter
 
@@ -202,9 +204,7 @@ def test_a_model_can_be_made_with_parameters_on_meta(monkeypatch):
 def test_an_output_is_a_dict_of_the_fields_that_are_not_none():
     output = detr.model.outputs.DetrObjectDetectionOutput(logits=torch.ones(1), pred_boxes=torch.zeros(1))
     assert isinstance(output, dict)
-    assert (
-        type(output)(dict(output.items())).keys() == output.keys()
-    )  # as accelerate puts outputs together again
+    assert type(output)(dict(output.items())).keys() == output.keys()  # accelerate rebuilds outputs this way
     output.loss = torch.tensor(2.0)
     assert [*output] == ["loss", "logits", "pred_boxes"]
     assert output[0] is output.loss is output["loss"]

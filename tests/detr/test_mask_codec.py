@@ -1,4 +1,4 @@
-"""Segmentations of every form become the masks pycocotools draws; what does not cover an image is refused."""
+"""Segmentations in all formats decode to the masks of pycocotools; those that do not fit the image are rejected."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def runs_of(mask: np.ndarray) -> list[int]:
     ],
     ids=str,
 )
-def test_every_form_of_a_square_is_the_square(segmentation):
+def test_every_format_of_a_square_decodes_to_the_square(segmentation):
     mask = decode_segmentation(segmentation, *SIZE, "it")
     assert mask.sum() == 400
     assert mask[10:30, 10:30].all()
@@ -94,13 +94,13 @@ def test_every_form_of_a_square_is_the_square(segmentation):
     ],
     ids=str,
 )
-def test_what_is_no_mask_of_the_image_is_refused(segmentation, message):
+def test_a_segmentation_that_does_not_fit_the_image_is_rejected(segmentation, message):
     with pytest.raises(ValueError, match=f"^image 7: object 2 .*{message}"):
         check_segmentation(segmentation, SIZE, "image 7: object 2")
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_random_masks_come_back_from_every_encoding(seed):
+def test_random_masks_are_restored_from_every_encoding(seed):
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 50, 2).tolist()
     mask = (rng.random((height, width)) < rng.random()).astype(np.uint8)
@@ -123,7 +123,7 @@ BAD = [rle([10, 20]), rle(""), [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, np.nan]], [[1e9]
 
 
 @pytest.mark.parametrize("segmentation", BAD, ids=str)
-def test_every_entry_point_refuses_them(segmentation):
+def test_every_entry_point_rejects_invalid_segmentations(segmentation):
     entry = {"category_id": 1, "bbox": [10, 10, 20, 20], "area": 400, "segmentation": segmentation}
     crowd = entry | {"iscrowd": 1}
     with pytest.raises(ValueError, match="image_id 7: object 1 has"):
@@ -132,12 +132,12 @@ def test_every_entry_point_refuses_them(segmentation):
             {"image_id": 7, "annotations": [crowd, entry]},
             return_segmentation_masks=True,
         )
-    truth = {
+    ground_truth = {
         "images": [{"id": 7, "height": 60, "width": 80}],
         "categories": [{"id": 1, "name": "a"}],
         "annotations": [entry | {"id": 1, "image_id": 7}],
     }
-    evaluator = CocoEvaluator(truth, "segm")
+    evaluator = CocoEvaluator(ground_truth, "segm")
     evaluator.update({7: {"scores": [0.5], "labels": [1], "masks": np.ones((1, *SIZE))}})
     with pytest.raises(ValueError, match=r"annotation 0 \(image_id 7\) has"):
         evaluator.accumulate()
@@ -146,7 +146,7 @@ def test_every_entry_point_refuses_them(segmentation):
             encode_masks([segmentation])
 
 
-def test_masks_that_all_miss_the_image_are_an_error_not_empty_objects():
+def test_masks_that_all_lie_outside_the_image_are_an_error_and_not_empty_objects():
     def labels(*objects):
         entries = [{"category_id": 1, "bbox": b, "area": 400, "segmentation": s} for b, s in objects]
         processor = DetrImageProcessor(do_resize=False)

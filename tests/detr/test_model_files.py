@@ -1,4 +1,4 @@
-"""A hub id loads what a folder loads, and downloads only what is needed."""
+"""Loading from a hub id gives the same as from a folder, and downloads only the required files."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ MODELS = (detr.DetrModel, detr.DetrForObjectDetection, detr.AutoModelForObjectDe
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with an image processor."""
+    """Save a model folder with an image processor."""
     folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     detr.DetrForObjectDetection(small_config()).save_pretrained(folder)
@@ -39,8 +39,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
-def in_form(saved: Path, folder: Path, form: str) -> Path:
-    """The same model with its weights or its processor in another form."""
+def in_format(saved: Path, folder: Path, form: str) -> Path:
+    """Copy the model with its weights or its processor in another file format."""
     shutil.copytree(saved, folder)
     tensors = load_file(folder / "model.safetensors")
     if form != "processor_config.json" and form != "model.safetensors":
@@ -74,8 +74,8 @@ def in_form(saved: Path, folder: Path, form: str) -> Path:
         "processor_config.json",
     ],
 )
-def test_a_hub_id_and_a_folder_load_the_same_in_every_form(form, saved, hub, tmp_path):
-    folder = in_form(saved, tmp_path / "model", form)
+def test_a_hub_id_and_a_folder_load_the_same_in_every_file_format(form, saved, hub, tmp_path):
+    folder = in_format(saved, tmp_path / "model", form)
     shutil.copytree(folder, folder / "checkpoint-500")
     hub.models["acme/detr"] = {"main": folder}
     expected = detr.DetrForObjectDetection.from_pretrained(saved).state_dict()
@@ -85,10 +85,10 @@ def test_a_hub_id_and_a_folder_load_the_same_in_every_form(form, saved, hub, tmp
         assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
         assert detr.AutoImageProcessor.from_pretrained(source).size == SIZE
     files = {file.name for file in folder.iterdir() if file.is_file()}
-    assert sorted(hub.downloads) == sorted(files), "each file once, and none of checkpoint-500"
+    assert sorted(hub.downloads) == sorted(files), "not each file once, or files of checkpoint-500"
 
 
-def test_a_configuration_or_a_processor_downloads_one_json(saved, hub):
+def test_loading_a_configuration_or_a_processor_downloads_one_json_file(saved, hub):
     for number, load in enumerate((*CONFIGS, *PROCESSORS)):
         hub.models[f"acme/{number}"] = {"main": saved}
         load.from_pretrained(f"acme/{number}")
@@ -97,15 +97,15 @@ def test_a_configuration_or_a_processor_downloads_one_json(saved, hub):
         hub.downloads.clear()
 
 
-def test_a_json_file_is_a_source_of_its_own(saved):
+def test_a_json_file_itself_can_be_loaded(saved):
     assert detr.DetrConfig.from_pretrained(saved / "config.json", num_labels=3).num_labels == 3
     for processor in PROCESSORS:
         assert processor.from_pretrained(saved / "preprocessor_config.json").size == SIZE
 
 
 @pytest.mark.parametrize("load", [*CONFIGS, *PROCESSORS, *MODELS], ids=lambda load: load.__name__)
-def test_every_from_pretrained_takes_the_arguments_of_files(load, saved, hub, tmp_path):
-    """Each argument alone changes what is found; `pipeline` is tested with its other arguments."""
+def test_every_from_pretrained_accepts_the_file_arguments(load, saved, hub, tmp_path):
+    """Each argument has an effect on its own; for `pipeline` see test_arguments.py."""
     shutil.copytree(saved, tmp_path / "repository/inner")
     hub.models["acme/detr"] = {"main": tmp_path / "repository", "v2": saved}
     hub.models["acme/private"] = {"main": saved}
@@ -127,13 +127,13 @@ def test_every_from_pretrained_takes_the_arguments_of_files(load, saved, hub, tm
     load.from_pretrained("acme/detr", revision="v2", local_files_only=True)
     load.from_pretrained("acme/detr", revision="v2", force_download=True)
     assert hub.downloads
-    tried = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"}
-    assert tried == FILE_ARGUMENTS - {"trust_remote_code"}  # which changes nothing
+    tested = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download"}
+    assert tested == FILE_ARGUMENTS - {"trust_remote_code"}  # which has no effect
 
 
 @pytest.mark.parametrize("load", [*CONFIGS, *PROCESSORS, *MODELS], ids=lambda load: load.__name__)
 def test_trust_remote_code_is_accepted_unless_true(load, saved):
-    """The examples of transformers pass False to every `from_pretrained`."""
+    """Examples of transformers pass False to every `from_pretrained`."""
     plain = load.from_pretrained(saved)
     for value in (False, None):
         loaded = load.from_pretrained(saved, trust_remote_code=value)
@@ -143,17 +143,17 @@ def test_trust_remote_code_is_accepted_unless_true(load, saved):
         load.from_pretrained(saved, trust_remote_code=True)
 
 
-def test_all_files_are_of_the_commit_of_the_first(saved, hub, tmp_path):
+def test_all_files_come_from_the_commit_of_the_first_one(saved, hub, tmp_path):
     hub.models["acme/detr"] = {"main": saved}
     files = ModelFiles("acme/detr")
     commit = files.require("config.json").parent
-    hub.models["acme/detr"] = {"main": in_form(saved, tmp_path / "new", "pytorch_model.bin"), "old": saved}
+    hub.models["acme/detr"] = {"main": in_format(saved, tmp_path / "new", "pytorch_model.bin"), "old": saved}
     assert files.require("model.safetensors").parent == commit
 
 
-def test_what_was_downloaded_loads_without_the_hub(saved, hub, tmp_path, monkeypatch):
-    """Also where the hub said before that a file which is tried first does not exist."""
-    hub.models["acme/detr"] = {"main": in_form(saved, tmp_path / "model", "pytorch_model.bin")}
+def test_a_downloaded_model_loads_without_the_hub(saved, hub, tmp_path, monkeypatch):
+    """The file that is tried first does not exist, which is known only from the earlier answer of the hub."""
+    hub.models["acme/detr"] = {"main": in_format(saved, tmp_path / "model", "pytorch_model.bin")}
     folder = model_folder("acme/detr")
     assert {file.name for file in folder.iterdir()} >= {"config.json", "pytorch_model.bin"}
     del hub.models["acme/detr"]
@@ -164,15 +164,15 @@ def test_what_was_downloaded_loads_without_the_hub(saved, hub, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""])
-def test_an_index_that_leads_out_of_the_folder_is_refused(name, saved, tmp_path):
-    folder = in_form(saved, tmp_path / "model", "pytorch_model.bin")
+def test_an_index_that_refers_to_files_outside_the_folder_is_rejected(name, saved, tmp_path):
+    folder = in_format(saved, tmp_path / "model", "pytorch_model.bin")
     (folder / "pytorch_model.bin").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ValueError, match="is not the name of a file next to it"):
         detr.DetrForObjectDetection.from_pretrained(folder)
 
 
-def test_a_model_that_does_not_exist_or_lacks_a_file_is_named(saved, hub, tmp_path):
+def test_the_error_names_a_model_that_does_not_exist_or_lacks_a_file(saved, hub, tmp_path):
     (tmp_path / "empty").mkdir()
     hub.models["acme/empty"] = {"main": tmp_path / "empty"}
     hub.models["acme/detr"] = {"main": saved}
@@ -180,15 +180,17 @@ def test_a_model_that_does_not_exist_or_lacks_a_file_is_named(saved, hub, tmp_pa
         with pytest.raises(FileNotFoundError, match=r"acme/empty has none of config\.json"):
             load.from_pretrained("acme/empty")
     for load in (*CONFIGS, *PROCESSORS, *MODELS):
-        with pytest.raises(FileNotFoundError, match="no folder acme/gone, and it could not be fetched"):
+        with pytest.raises(
+            FileNotFoundError, match="folder acme/gone does not exist, and it could not be fetched"
+        ):
             load.from_pretrained("acme/gone")
-        with pytest.raises(FileNotFoundError, match="acme/detr, and it could not be fetched"):
+        with pytest.raises(FileNotFoundError, match="acme/detr does not exist, and it could not be fetched"):
             load.from_pretrained("acme/detr", revision="gone")
         with pytest.raises(FileNotFoundError, match="has no subfolder gone"):
             load.from_pretrained(saved, subfolder="gone")
 
 
-def test_a_backbone_named_by_its_hub_id_is_read_from_the_hub(hub, tmp_path):
+def test_a_backbone_given_as_a_hub_id_is_loaded_from_the_hub(hub, tmp_path):
     values = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32], "embedding_size": 8}
     torch.manual_seed(0)
     theirs = transformers.ResNetForImageClassification(transformers.ResNetConfig(**values))
@@ -198,5 +200,7 @@ def test_a_backbone_named_by_its_hub_id_is_read_from_the_hub(hub, tmp_path):
     assert hub.downloads == ["config.json"]
     stem = detr.DetrModel(config).backbone.conv_encoder.model.conv1.weight
     assert torch.equal(stem, theirs.resnet.embedder.embedder.convolution.weight)
-    with pytest.raises(FileNotFoundError, match="acme/gone, and it could not be fetched from the hub"):
+    with pytest.raises(
+        FileNotFoundError, match="acme/gone does not exist, and it could not be fetched from the hub"
+    ):
         small_config(backbone="acme/gone")

@@ -1,4 +1,4 @@
-"""The nested settings of the multi-scale architecture."""
+"""`MultiScaleConfig`: saving, loading and validation."""
 
 import pytest
 
@@ -6,12 +6,12 @@ from detr.config import DetrConfig
 from detr.multiscale_config import MultiScaleConfig
 
 
-def test_settings_are_read_back_from_the_file(tmp_path):
+def test_saved_settings_load_unchanged(tmp_path):
     config = DetrConfig(multi_scale={"candidates_per_query": 4, "nms_threshold": 0.65})
     config.save_pretrained(tmp_path)
-    read = DetrConfig.from_pretrained(tmp_path)
-    assert read.multi_scale == MultiScaleConfig(candidates_per_query=4, nms_threshold=0.65)
-    assert read == config
+    loaded = DetrConfig.from_pretrained(tmp_path)
+    assert loaded.multi_scale == MultiScaleConfig(candidates_per_query=4, nms_threshold=0.65)
+    assert loaded == config
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,6 @@ def test_settings_are_read_back_from_the_file(tmp_path):
         (True, TypeError, "must be a MultiScaleConfig"),
     ],
 )
-def test_bad_settings_are_refused(value, error, reason):
+def test_invalid_settings_are_rejected(value, error, reason):
     with pytest.raises(error, match=reason):
         DetrConfig(multi_scale=value)

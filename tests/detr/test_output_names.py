@@ -1,4 +1,4 @@
-"""Names of outputs stay in their folder, differ where the records differ, and lead back to the record."""
+"""Output names stay inside their folder, are unique, and can be converted back to the name of the record."""
 
 import posixpath
 import random
@@ -56,7 +56,7 @@ def names(seed: int) -> set[str]:
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_every_name_stays_inside_and_leads_back_to_its_record(ending: str) -> None:
+def test_every_name_stays_inside_its_folder_and_converts_back_to_its_record(ending: str) -> None:
     outputs = {}
     for name in names(seed=7):
         output = output_name(name, ending)

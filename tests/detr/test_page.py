@@ -1,8 +1,8 @@
-"""Every Python block of the DETR page runs with `detr` in the place of transformers.
+"""Every Python block of the DETR page of transformers runs with `detr` in place of transformers.
 
-Besides the import root, the model ids become folders that transformers wrote (the real architecture, random weights),
-and the image's host a local server. A block with `device_map=0` is run twice where there is no GPU: as it is, which
-is the documented error, and with "cpu".
+Other substitutions: model ids become folders written by transformers (the real architecture, random weights), and the
+host of the image becomes a local server. Without a GPU, a block with `device_map=0` runs twice: unchanged, to raise the
+documented error, and with "cpu".
 """
 
 import codeop
@@ -24,17 +24,17 @@ NUMBER_OF_BLOCKS = 9
 HOST = "http://images.cocodataset.org/val2017"
 
 pytestmark = pytest.mark.skipif(
-    not (PAGE.is_file() and IMAGE.is_file()), reason="no specification: there is no ../shared/spec"
+    not (PAGE.is_file() and IMAGE.is_file()), reason="no specification: ../shared/spec does not exist"
 )
 
 
 def blocks():
-    """The Python blocks of the page, prompts and expected outputs included."""
+    """Return the Python blocks of the page, with prompts and expected outputs."""
     return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def program(block):
-    """The statements of a block, and the text that it shows after each, "" for none."""
+    """Return the statements of a block, each with the output that the page shows after it, or ""."""
     if ">>>" not in block:
         return [(block, "")]
     statements, lines, shown = [], [], []
@@ -51,7 +51,7 @@ def program(block):
 
 
 def run(block, names, capsys):
-    """Execute the statements of a block; what each prints or evaluates to, beside what the page shows."""
+    """Execute the statements of a block; return the output that the page shows and the real output of each."""
     results = []
     for source, shown in program(block):
         capsys.readouterr()
@@ -65,8 +65,8 @@ def run(block, names, capsys):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Model ids of the page to folders written by transformers."""
-    made = {}
+    """Map the model ids of the page to folders written by transformers."""
+    saved = {}
     for name, cls, labels in (
         ("facebook/detr-resnet-50-panoptic", transformers.DetrForSegmentation, 250),
         ("facebook/detr-resnet-50", transformers.DetrForObjectDetection, 91),
@@ -75,22 +75,22 @@ def folders(tmp_path_factory):
         torch.manual_seed(0)
         cls(transformers.DetrConfig(num_labels=labels)).save_pretrained(folder)
         transformers.DetrImageProcessor().save_pretrained(folder)
-        made[name] = str(folder)
-    return made
+        saved[name] = str(folder)
+    return saved
 
 
 @pytest.fixture
 def adapt(folders, tmp_path):
-    """A block with the substitutions, its image coming from a server for this test."""
+    """Return a function that applies the substitutions to a block; a local server provides the image."""
     (tmp_path / "000000039769.jpg").write_bytes(IMAGE.read_bytes())
 
-    with serve(tmp_path) as address:
+    with serve(tmp_path) as url:
 
         def change(block, models=folders):
             block = re.sub(r"\bfrom transformers(\.\w+)* import", r"from detr\1 import", block)
             for name, folder in models.items():  # the longer id first
                 block = block.replace(f'"{name}"', f'"{folder}"')
-            return block.replace(HOST, address)
+            return block.replace(HOST, url)
 
         yield change
 
@@ -106,7 +106,7 @@ def test_a_block_of_the_page_runs(index, adapt, capsys):
     block = adapt(blocks()[index])
     assert "transformers" not in re.sub(r"#.*", "", block)
     names = {"__name__": "page"}
-    if index == 4:  # goes on from the block before it
+    if index == 4:  # continues the previous block
         run(adapt(blocks()[3]), names, capsys)
         del names["config"], names["model"]
     if "device_map=0" in block and not torch.cuda.is_available():
@@ -115,7 +115,7 @@ def test_a_block_of_the_page_runs(index, adapt, capsys):
         block = block.replace("device_map=0", 'device_map="cpu"')
     before = set(names)
     results = run(block, names, capsys)
-    assert set(names) - before, "the block defined nothing: it was not executed"
+    assert set(names) - before, "the block defined no names: it was not executed"
     for shown, printed in results:
         if shown.startswith(("[1, 100, 256]", "torch.Size")):  # does not depend on trained weights
             assert printed == shown
@@ -124,7 +124,7 @@ def test_a_block_of_the_page_runs(index, adapt, capsys):
     assert index or isinstance(names["pipeline"], detr.hf.image_pipelines.ImagePipeline)
 
 
-def test_the_pages_numbers_come_from_a_trained_checkpoint(checkpoint, adapt, capsys):
+def test_a_trained_checkpoint_gives_the_numbers_of_the_page(checkpoint, adapt, capsys):
     block = adapt(blocks()[7], {"facebook/detr-resnet-50": str(checkpoint)})
     results = run(block, {"__name__": "page"}, capsys)
     (shown, printed) = next((shown, printed) for shown, printed in results if "Detected remote" in shown)

@@ -1,4 +1,4 @@
-"""Tools of the transformers page with only the import of the model changed: Trainer, accelerate, PEFT, torchmetrics.
+"""Trainer, accelerate, PEFT and torchmetrics, used as with transformers; only the import of the model differs.
 
 They are the optional dependencies `interop`: `pip install -e '.[interop]'`.
 """
@@ -14,7 +14,7 @@ import torch
 
 import detr
 from detr import DetrConfig, DetrForObjectDetection, DetrImageProcessor
-from tests.detr.conftest import separate_the_queries, small_config
+from tests.detr.conftest import randomize_weights, small_config
 
 MISSING = [
     name for name in ("accelerate", "albumentations", "peft", "torchmetrics") if find_spec(name) is None
@@ -33,7 +33,7 @@ CLASSES = {0: "square", 1: "disk"}
 
 
 class Shapes(torch.utils.data.Dataset):
-    """Images with one bright rectangle each, in the layout of a data set of the hub, prepared as its example does."""
+    """Images with one bright rectangle each, prepared as in the object detection example of transformers."""
 
     def __init__(self, count: int, processor: DetrImageProcessor) -> None:
         self.count, self.processor = count, processor
@@ -83,7 +83,7 @@ def collate(batch):
 
 
 def corners(boxes, size):
-    """Boxes cxcywh in 0..1 as corners in pixels of (height, width)."""
+    """Convert boxes cxcywh in 0..1 to xyxy in pixels of an image (height, width)."""
     height, width = (int(edge) for edge in size)
     return detr.boxes.box_cxcywh_to_xyxy(torch.as_tensor(boxes)) * torch.tensor(
         [width, height, width, height]
@@ -91,22 +91,22 @@ def corners(boxes, size):
 
 
 def mean_average_precision(evaluation, processor):
-    """As the example of transformers: a batch of outputs is a tuple, without the loss."""
+    """Compute mAP as in the example of transformers, where the outputs of a batch are a tuple without the loss."""
     from torchmetrics.detection.mean_ap import MeanAveragePrecision
 
     metric = MeanAveragePrecision(box_format="xyxy", class_metrics=True)
     for outputs, labels in zip(evaluation.predictions, evaluation.label_ids, strict=True):
         given = SimpleNamespace(logits=torch.tensor(outputs[1]), pred_boxes=torch.tensor(outputs[2]))
         sizes = torch.tensor([label["orig_size"] for label in labels])
-        found = processor.post_process_object_detection(given, threshold=0.0, target_sizes=sizes)
-        wanted = [
+        predictions = processor.post_process_object_detection(given, threshold=0.0, target_sizes=sizes)
+        targets = [
             {
                 "boxes": corners(label["boxes"], label["orig_size"]),
                 "labels": torch.tensor(label["class_labels"]),
             }
             for label in labels
         ]
-        metric.update(found, wanted)
+        metric.update(predictions, targets)
     return {"map": metric.compute()["map"].item()}
 
 
@@ -145,7 +145,7 @@ def make_trainer(tmp_path, processor, model=None, **changes):
         model=model or make_model(auxiliary_loss=True),
         args=TrainingArguments(str(tmp_path), **(arguments | changes)),
         train_dataset=Shapes(4, processor),
-        eval_dataset=Shapes(4, processor),  # accelerate cuts the labels of an incomplete last batch
+        eval_dataset=Shapes(4, processor),  # accelerate truncates the labels of an incomplete last batch
         processing_class=processor,
         data_collator=collate,
         compute_metrics=partial(mean_average_precision, processor=processor),
@@ -159,30 +159,30 @@ def test_a_trainer_trains_evaluates_saves_and_resumes(gradient_checkpointing, tm
     assert 0 <= trainer.evaluate()["eval_map"] <= 1
     trainer.model.config.save_pretrained(tmp_path)
     trainer.save_model()
-    back = DetrForObjectDetection.from_pretrained(tmp_path)
-    for name, tensor in back.state_dict().items():
+    loaded = DetrForObjectDetection.from_pretrained(tmp_path)
+    for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, trainer.model.state_dict()[name]), name
-    assert back.config.auxiliary_loss
+    assert loaded.config.auxiliary_loss
     resumed = make_trainer(tmp_path, processor, max_steps=3)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 3
 
 
-def test_ignored_outputs_are_left_out_of_predictions(tmp_path, processor):
+def test_predictions_do_not_contain_ignored_outputs(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor, make_model(), eval_do_concat_batches=True)
     trainer.compute_metrics = None
     ignored = ["loss_dict", "last_hidden_state", "encoder_last_hidden_state"]
     assert len(trainer.predict(Shapes(2, processor), ignore_keys=ignored).predictions) == 2
 
 
-def test_a_trainer_takes_the_same_steps_as_with_transformers_model(tmp_path, processor):
-    """The model is the only difference; transformers' labels are relative to the padded batch, which is square here."""
+def test_a_trainer_computes_the_same_losses_as_with_the_model_of_transformers(tmp_path, processor):
+    """Only the model differs. transformers' labels are relative to the padded batch, which is square here."""
     import transformers
 
     from tests.detr.conftest import load_into_transformers, transformers_config
 
     ours = make_model(auxiliary_loss=False, compat="transformers")
-    separate_the_queries(ours, seed=0)
+    randomize_weights(ours, seed=0)
     theirs = transformers.DetrForObjectDetection(transformers_config(ours.config))
     load_into_transformers(ours, theirs)
     losses = []
@@ -202,7 +202,7 @@ def test_a_trainer_takes_the_same_steps_as_with_transformers_model(tmp_path, pro
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_the_loop_of_accelerate_trains_evaluates_and_saves(tmp_path, processor):
+def test_a_training_loop_with_accelerate_trains_evaluates_and_saves(tmp_path, processor):
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
     from torchmetrics.detection.mean_ap import MeanAveragePrecision
@@ -240,11 +240,11 @@ def test_the_loop_of_accelerate_trains_evaluates_and_saves(tmp_path, processor):
         save_function=accelerator.save,
         state_dict=accelerator.get_state_dict(model),
     )
-    back = DetrForObjectDetection.from_pretrained(tmp_path)
-    torch.testing.assert_close(back(batch["pixel_values"]).logits, model(batch["pixel_values"]).logits)
+    loaded = DetrForObjectDetection.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(batch["pixel_values"]).logits, model(batch["pixel_values"]).logits)
 
 
-def test_accelerates_bfloat16_returns_outputs_in_float32(processor):
+def test_bfloat16_of_accelerate_returns_outputs_in_float32(processor):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -257,7 +257,7 @@ def test_accelerates_bfloat16_returns_outputs_in_float32(processor):
     assert {value.dtype for value in outputs.values()} == {torch.float32}
 
 
-def test_a_model_is_made_empty_and_dispatched(tmp_path):
+def test_init_empty_weights_and_load_checkpoint_and_dispatch_load_a_model(tmp_path):
     from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 
     model = make_model().eval()
@@ -279,11 +279,11 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-def test_lora_adds_to_any_layer_and_is_trained_merged_and_saved(targets, tmp_path, make_batch):
+def test_lora_on_any_layer_can_be_trained_merged_and_saved(targets, tmp_path, make_batch):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     model, batch = make_model().eval(), make_batch(num_labels=2)
-    separate_the_queries(model, seed=0)
+    randomize_weights(model, seed=0)
     base = copy.deepcopy(model)
     pixels = batch.pixel_values
     expected = model(pixels, batch.pixel_mask).logits
@@ -294,7 +294,7 @@ def test_lora_adds_to_any_layer_and_is_trained_merged_and_saved(targets, tmp_pat
     assert updates
     gradients = [parameter.grad for parameter in updates.values()]
     assert all(gradient is not None for gradient in gradients)
-    # The decoder's first self-attention sees values that are all equal: no weights of its change the result.
+    # In the first self-attention of the decoder all values are equal, so its attention weights have no effect.
     assert sum(gradient.abs().max() > 0 for gradient in gradients) >= 0.7 * len(gradients)
     with torch.no_grad():
         for parameter in updates.values():
@@ -305,8 +305,8 @@ def test_lora_adds_to_any_layer_and_is_trained_merged_and_saved(targets, tmp_pat
             wrapped.optimize()(pixels, batch.pixel_mask).logits, trained, rtol=1e-3, atol=1e-4
         )
         wrapped.save_pretrained(tmp_path)
-        again = PeftModel.from_pretrained(base, tmp_path).eval()
-        torch.testing.assert_close(again(pixels, batch.pixel_mask).logits, trained, rtol=1e-4, atol=1e-5)
+        reloaded = PeftModel.from_pretrained(base, tmp_path).eval()
+        torch.testing.assert_close(reloaded(pixels, batch.pixel_mask).logits, trained, rtol=1e-4, atol=1e-5)
         merged = wrapped.merge_and_unload()
         torch.testing.assert_close(merged(pixels, batch.pixel_mask).logits, trained, rtol=1e-3, atol=1e-4)
         merged.save_pretrained(tmp_path / "merged")

@@ -1,1 +1,1 @@
-"""The opt-in multi-scale architecture of `DetrConfig.multi_scale`; `detr.model.multiscale.detector` has the whole network."""
+"""The opt-in multi-scale architecture, enabled by `DetrConfig.multi_scale`; the whole network is in `detector`."""

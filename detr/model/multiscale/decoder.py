@@ -1,8 +1,9 @@
-"""The refining decoder: queries that start from tokens and correct their scores and boxes layer by layer.
+"""The refining decoder: queries start from tokens, and each layer corrects their scores and boxes.
 
-Boxes are refined as in Deformable DETR and DINO (https://arxiv.org/abs/2203.03605): each layer adds to the box of the
-one before, whose gradient is stopped. Scores start from the token's own, so that the first layer
-begins with what the dense head already knows and only has to tell objects from leftovers.
+Boxes are refined as in Deformable DETR and DINO (https://arxiv.org/abs/2203.03605): each layer adds a correction, in
+logits, to the boxes of the previous layer, whose gradient is stopped. Scores start from those of the tokens. The first
+layer thus starts from the predictions of the dense head, and only needs to separate objects from remaining duplicates
+and background.
 
 B batch, Q queries, M tokens of the memory, C classes, D ``d_model``, L layers.
 """
@@ -22,7 +23,7 @@ from detr.model.transformer import DecoderLayer, run_layer
 
 
 class RefiningLayer(nn.Module):
-    """A layer of DETR's decoder and the corrections that it makes; a new one corrects nothing."""
+    """A layer of DETR's decoder with heads for corrections; the corrections of a new layer are zero."""
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
@@ -36,16 +37,16 @@ class RefiningLayer(nn.Module):
             nn.init.zeros_(parameter)
 
     def reset_class_head(self) -> None:
-        """Correct no score, as a new layer."""
+        """Reset the corrections of scores to zero."""
         for parameter in self.class_labels_classifier.parameters():
             nn.init.zeros_(parameter)
 
 
 class RefiningDecoder(nn.Module):
-    """Refine queries.
+    """Refine the scores and boxes of queries.
 
     Args:
-        config: D, C, L and the layers' widths.
+        config: for D, C, L and the widths of the layers.
     """
 
     def __init__(self, config: DetrConfig) -> None:
@@ -64,24 +65,25 @@ class RefiningDecoder(nn.Module):
         boxes_cxcywh: Tensor,
         memory: Tensor,
         memory_position: Tensor,
-        memory_keep: Tensor | None,
+        memory_attend_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Refine.
+        """Refine the predictions of the tokens that become queries.
 
         Args:
-            features: float [B, Q, D], of the tokens that queries start from.
-            logits: float [B, Q, C], their predictions; no gradient flows to them.
-            boxes_cxcywh: float [B, Q, 4], cxcywh in 0..1.
+            features: float [B, Q, D], features of these tokens.
+            logits: float [B, Q, C], their scores; no gradient flows to them.
+            boxes_cxcywh: float [B, Q, 4], their boxes, cxcywh in 0..1; no gradient flows to them.
             memory: float [B, M, D].
-            memory_position: float [B, M, D].
-            memory_keep: bool [B, M], False on padding; None where there is none.
+            memory_position: float [B, M, D], added to the keys.
+            memory_attend_mask: bool [B, M], False on padding; None means no padding.
 
         Returns:
-            Logits float [L, B, Q, C], boxes float [L, B, Q, 4] cxcywh in 0..1, and the last states float [B, Q, D].
+            Logits float [L, B, Q, C], boxes float [L, B, Q, 4] cxcywh in 0..1, and the last hidden states float [B, Q,
+            D].
         """
         x = self.content(features)
         key = memory + memory_position.to(memory.dtype)
-        mask = None if memory_keep is None else additive_mask(memory_keep, memory.dtype)
+        mask = None if memory_attend_mask is None else additive_mask(memory_attend_mask, memory.dtype)
         all_logits, all_boxes = [], []
         each: RefiningLayer
         for each in self.layers:  # type: ignore[assignment]
@@ -98,6 +100,6 @@ class RefiningDecoder(nn.Module):
 
 
 def _logit(x: Tensor) -> Tensor:
-    """The logit of x float [...] in 0..1, kept off its ends, in operations that all exporters know."""
+    """Compute the logit of float [...] clamped to 0.001..0.999, with operations that all exporters support."""
     x = x.clamp(1e-3, 1 - 1e-3)
     return (x / (1 - x)).log()

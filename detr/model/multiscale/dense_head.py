@@ -1,8 +1,8 @@
-"""The dense head: every token of every map predicts a class and a box relative to its own place.
+"""The dense head: every token of every feature map predicts class scores and a box relative to its own position.
 
-One head for all strides, of two towers of separable convolutions, as the one-stage detectors have it (FCOS,
-https://arxiv.org/abs/1904.01355; TOOD, https://arxiv.org/abs/2108.07755). Boxes relative to the token are
-what lets it learn within minutes: it need not find out where in the image it is.
+All strides share one head with two towers of separable convolutions, as in one-stage detectors (FCOS,
+https://arxiv.org/abs/1904.01355; TOOD, https://arxiv.org/abs/2108.07755). Because boxes are relative to the token, the
+head learns within minutes: it does not need to infer where in the image a token is.
 
 B batch, S tokens, C classes, D ``d_model``.
 """
@@ -22,20 +22,20 @@ from detr.model.multiscale.tokens import TokenGrid
 from detr.model.transformer import run_layer
 
 PRIOR_LOGIT = -4.0
-"""Of every class at the start: hardly any token is an object (the prior of focal loss, which was 0.01)."""
+"""Initial logit of every class: few tokens are objects. The focal loss paper starts from a probability of 0.01."""
 
-_REACH, _SIZE = 2.0, 4.0
-"""In token sizes: how far a box's center may lie from its token, and how large a new head's boxes are."""
+_MAX_OFFSET, _INITIAL_SIZE = 2.0, 4.0
+"""In token sizes: the maximum distance from a token to the center of its box along an axis; the initial box size."""
 
 
 @dataclass(frozen=True)
 class DensePredictions:
-    """What the tokens predict.
+    """Predictions of the tokens.
 
     Attributes:
         logits: float [B, S, C], before the sigmoid.
         boxes_cxcywh: float [B, S, 4], relative to the image without its padding; not clipped to it.
-        features: float [B, S, D], what queries and the decoder's memory are made of.
+        features: float [B, S, D], from which queries and the memory of the decoder are taken.
     """
 
     logits: Tensor
@@ -44,11 +44,11 @@ class DensePredictions:
 
 
 class DenseHead(nn.Module):
-    """Predict classes and boxes of tokens.
+    """Predict class scores and boxes of tokens.
 
     Args:
-        config: D, C, and the length of the towers.
-        convolutions: in each tower.
+        config: for D and C.
+        convolutions: number of convolutions in each tower.
     """
 
     def __init__(self, config: DetrConfig, convolutions: int) -> None:
@@ -64,35 +64,46 @@ class DenseHead(nn.Module):
         nn.init.zeros_(self.bbox_predictor.bias)
 
     def reset_class_head(self) -> None:
-        """Reinitialize the class head, for other classes."""
+        """Reinitialize the class head, for training with other classes."""
         self.class_labels_classifier.reset_parameters()
         nn.init.constant_(self.class_labels_classifier.bias, PRIOR_LOGIT)
 
     def towers(self, maps: Sequence[Tensor], grid: TokenGrid) -> tuple[list[Tensor], list[Tensor]]:
-        """Features for classes and for boxes, float [B, D, h_i, w_i] each, of such maps, finest first."""
+        """Apply both towers to the feature maps.
+
+        Args:
+            maps: float [B, D, h_i, w_i], finest first.
+            grid: grid of their tokens.
+
+        Returns:
+            Features for class scores and features for boxes, with the shapes of ``maps``.
+        """
         return self._run(self.class_tower, maps, grid), self._run(self.box_tower, maps, grid)
 
     def forward(
         self, class_maps: Sequence[Tensor], box_maps: Sequence[Tensor], grid: TokenGrid
     ) -> DensePredictions:
-        """Predict from what `towers` returns. Linear layers run outside autocast: see `detr.model.detection`."""
-        of_class, of_box = (
+        """Predict from the results of `towers`.
+
+        The linear layers run outside autocast, for the reason given in `DetrForObjectDetection.predict`.
+        """
+        class_features, box_features = (
             torch.cat([each.flatten(2).transpose(1, 2) for each in maps], 1)
             for maps in (class_maps, box_maps)
         )
-        with torch.autocast(device_type=of_class.device.type, enabled=False):
+        with torch.autocast(device_type=class_features.device.type, enabled=False):
             dtype = self.class_labels_classifier.weight.dtype
-            logits = self.class_labels_classifier(of_class.to(dtype))
-            raw = self.bbox_predictor(of_box.to(dtype))
-            centers = grid.centers_xy + _REACH * grid.sizes_wh * raw[..., :2].tanh()
-            sizes = _SIZE * grid.sizes_wh * raw[..., 2:].clamp(-4, 4).exp()
-        return DensePredictions(logits, torch.cat((centers, sizes), -1), of_class + of_box)
+            logits = self.class_labels_classifier(class_features.to(dtype))
+            raw = self.bbox_predictor(box_features.to(dtype))
+            centers = grid.centers_xy + _MAX_OFFSET * grid.sizes_wh * raw[..., :2].tanh()
+            sizes = _INITIAL_SIZE * grid.sizes_wh * raw[..., 2:].clamp(-4, 4).exp()
+        return DensePredictions(logits, torch.cat((centers, sizes), -1), class_features + box_features)
 
     def _run(self, tower: nn.ModuleList, maps: Sequence[Tensor], grid: TokenGrid) -> list[Tensor]:
         results = []
-        for each, real in zip(maps, grid.masks(maps[0].dtype), strict=True):
+        for each, valid_mask in zip(maps, grid.masks(maps[0].dtype), strict=True):
             x = each
             for convolution in tower:
-                x = run_layer(self, convolution, x, real)
+                x = run_layer(self, convolution, x, valid_mask)
             results.append(x)
         return results

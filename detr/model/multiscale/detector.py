@@ -1,11 +1,14 @@
-"""The multi-scale DETR: a set predictor that learns from a backbone alone within minutes.
+"""Multi-scale DETR: a set predictor that trains within minutes, starting from a pretrained backbone only.
 
-From the image to the answer::
+Data flow::
 
     backbone maps --> HybridEncoder --> DenseHead --> distinct tokens --> RefiningDecoder --> boxes and scores
     (strides 4..)     (RT-DETR)         (TOOD)        (DDQ)               (DINO)
 
-Outputs are those of DETR: at most ``num_queries`` objects, none of them twice, no suppression afterwards.
+Outputs are those of DETR: at most ``num_queries`` objects, without duplicates and without non-maximum suppression of
+the outputs.
+
+B batch, Q queries, D ``d_model``, C classes, L decoder layers.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ from torch import Tensor, nn
 
 from detr.config import DetrConfig
 from detr.loss.multiscale_criterion import multi_scale_loss
-from detr.loss.normalizers import average_normalisers
+from detr.loss.normalizers import average_normalizers
 from detr.model.backbone import Backbone
-from detr.model.capture import refuse_capture
+from detr.model.capture import check_not_capturing
 from detr.model.multiscale.decoder import RefiningDecoder
 from detr.model.multiscale.dense_head import DenseHead, DensePredictions
 from detr.model.multiscale.hybrid_encoder import HybridEncoder, token_positions
@@ -35,12 +38,12 @@ from detr.model.outputs import DetrObjectDetectionOutput, DetrSegmentationOutput
 
 @dataclass(frozen=True)
 class EncodedMaps:
-    """What the convolutions make of images.
+    """Results of the convolutional part of the network.
 
     Attributes:
-        finest: float [B, D, h_0, w_0], the finest map of the hybrid encoder.
-        class_maps: float [B, D, h_i, w_i] of every map, finest first, from the dense head's tower for classes.
-        box_maps: of the same sizes, from its tower for boxes.
+        finest: float [B, D, h_0, w_0], the finest feature map of the hybrid encoder.
+        class_maps: float [B, D, h_i, w_i], finest first, from the tower for classes of the dense head.
+        box_maps: float [B, D, h_i, w_i], finest first, from its tower for boxes.
     """
 
     finest: Tensor
@@ -49,28 +52,26 @@ class EncodedMaps:
 
 
 class MultiScaleDetector(nn.Module):
-    """The network behind `DetrForObjectDetection` where ``config.multi_scale`` is set.
+    """The network of `DetrForObjectDetection` if ``config.multi_scale`` is set.
 
     Args:
-        config: the configuration; its ``multi_scale`` is not None.
+        config: the configuration; its ``multi_scale`` must not be None.
 
     Raises:
-        ValueError: a width, a stride or a number of queries does not fit the architecture.
+        ValueError: the architecture does not support a setting of the configuration.
     """
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
         if config.multi_scale is None:
-            raise ValueError(
-                "config.multi_scale is None: DetrForObjectDetection is then the model of the page"
-            )
+            raise ValueError("config.multi_scale is None: set it, or use DetrForObjectDetection")
         self.config, self.settings = config, config.multi_scale
         _check(config)
         self.backbone = Backbone(config)
         strides = self.backbone.conv_encoder.strides
         if any(coarse != 2 * fine for fine, coarse in itertools.pairwise(strides)):
             raise ValueError(
-                f"multi_scale needs maps whose strides double from one to the next, got {strides}: choose "
+                f"multi_scale needs feature maps whose strides double from one to the next, got {strides}: choose "
                 "other out_indices of the backbone, without dilation"
             )
         self.encoder = HybridEncoder(config, self.backbone.conv_encoder.channels)
@@ -78,7 +79,7 @@ class MultiScaleDetector(nn.Module):
         self.decoder = RefiningDecoder(config)
 
     def reset_class_head(self) -> None:
-        """Reinitialize what predicts classes, for other classes."""
+        """Reinitialize all layers that predict classes, for training with other classes."""
         for module in (self.dense_head, *self.decoder.layers):
             module.reset_class_head()
 
@@ -92,12 +93,12 @@ class MultiScaleDetector(nn.Module):
         image_weights: Tensor | None = None,
         mask_head: MultiScaleMaskHead | None = None,
     ) -> DetrObjectDetectionOutput | DetrSegmentationOutput:
-        """Detect, and compute the loss where labels are given.
+        """Predict classes and boxes, and compute the loss if labels are given.
 
         Args:
             pixel_values, pixel_mask, labels, num_boxes, image_weights: see `DetrForObjectDetection.forward`.
-            mask_head: that of `DetrForSegmentation`, to return its output. In training with labels ``pred_masks`` is
-                None: the loss computes the masks of matched queries, and nothing needs the others.
+            mask_head: the mask head of `DetrForSegmentation`; the output is then that of segmentation. In training with
+                labels its ``pred_masks`` is None, because the loss computes only the masks of matched queries.
 
         Raises:
             ValueError: an argument or a label does not fit; the message says which.
@@ -107,13 +108,13 @@ class MultiScaleDetector(nn.Module):
         loss = loss_dict = auxiliary_outputs = None
         all_logits = softmax_logits(logits)
         if labels is not None:
-            refuse_capture("the loss", "call the model without labels")
+            check_not_capturing("the loss", "call the model without labels")
             if self.config.auxiliary_loss:
                 auxiliary_outputs = [
                     {"logits": c, "pred_boxes": b} for c, b in zip(all_logits[:-1], boxes[:-1], strict=True)
                 ]
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                num_boxes, _ = average_normalisers(
+                num_boxes, _ = average_normalizers(
                     labels, image_weights, self.config, num_boxes, 1.0, logits.device
                 )
             loss, loss_dict = multi_scale_loss(
@@ -128,7 +129,7 @@ class MultiScaleDetector(nn.Module):
                 image_weights=image_weights,
                 masks=masks,
             )
-        found: dict[str, Any] = {
+        output: dict[str, Any] = {
             "loss": loss,
             "loss_dict": loss_dict,
             "logits": all_logits[-1],
@@ -138,12 +139,12 @@ class MultiScaleDetector(nn.Module):
             "encoder_last_hidden_state": tokens.features,
         }
         if masks is None:
-            return DetrObjectDetectionOutput(**found)
+            return DetrObjectDetectionOutput(**output)
         pred_masks = None if self.training and labels is not None else masks.logits()
-        return DetrSegmentationOutput(**found, pred_masks=pred_masks)
+        return DetrSegmentationOutput(**output, pred_masks=pred_masks)
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> EncodedMaps:
-        """All convolutions: the backbone, the hybrid encoder and the towers of the dense head."""
+        """Run the convolutional part: the backbone, the hybrid encoder and the towers of the dense head."""
         maps = self.backbone(pixel_values)
         grid = token_grid(pixel_values, pixel_mask, maps, self.backbone.conv_encoder.strides)
         encoded = self.encoder(maps, grid)
@@ -152,11 +153,11 @@ class MultiScaleDetector(nn.Module):
     def predict(
         self, pixel_values: Tensor, pixel_mask: Tensor | None
     ) -> tuple[TokenGrid, DensePredictions, Tensor, Tensor, Tensor, Tensor]:
-        """Predict what both kinds of outputs start from.
+        """Run the network without loss and masks.
 
         Returns:
-            The tokens' grid and predictions, the encoder's finest map [B, D, h, w], and the decoder's logits
-            [L, B, Q, C], boxes [L, B, Q, 4] and states [B, Q, D].
+            The grid of the tokens, their predictions, the finest feature map of the encoder float [B, D, h, w], and
+            logits float [L, B, Q, C], boxes float [L, B, Q, 4] and hidden states float [B, Q, D] of the decoder.
         """
         encoded = self.encode(pixel_values, pixel_mask)
         grid = token_grid(pixel_values, pixel_mask, encoded.class_maps, self.backbone.conv_encoder.strides)
@@ -173,9 +174,10 @@ class MultiScaleDetector(nn.Module):
             each.gather(1, index[..., None].expand(-1, -1, each.shape[-1]))
             for each in (tokens.features, tokens.logits.detach(), tokens.boxes_cxcywh.detach())
         )
-        # a query that starts from padding or from a duplicate is no object, whatever the token there says
+        # A query from padding or from a duplicate must not become a detection: it starts with a score near 0.
         logits = torch.where(real[..., None], logits, -16.0)
-        # The finest map has most tokens and says least that its queries do not hold already.
+        # The tokens of the finest feature map are not part of the memory. They are the most numerous, and add the least
+        # to the features of the queries.
         skipped = grid.shapes[0][0] * grid.shapes[0][1] if len(grid.shapes) > 1 else 0
         refined = self.decoder(
             features,
@@ -189,14 +191,18 @@ class MultiScaleDetector(nn.Module):
 
 
 def _check(config: DetrConfig) -> None:
-    """Refuse a configuration that the architecture cannot follow."""
+    """Raise ValueError if the architecture does not support a setting."""
     if config.d_model % 8:  # sine and cosine of the four coordinates of a box
         raise ValueError(f"multi_scale needs a d_model that is a multiple of 8, got {config.d_model}")
     if config.decoder_layers < 1:
-        raise ValueError("multi_scale needs at least one decoder layer: tokens alone are no set of objects")
+        raise ValueError(
+            "multi_scale needs at least one decoder layer, because only the decoder predicts a set of objects"
+        )
     if config.output_attentions or config.output_hidden_states:
-        raise ValueError("multi_scale has neither output_attentions nor output_hidden_states")
+        raise ValueError("multi_scale supports neither output_attentions nor output_hidden_states")
     if config.position_embedding_type != "sine" or config.decoder_layerdrop:
-        raise ValueError("multi_scale needs sine position embeddings and a decoder_layerdrop of 0")
+        raise ValueError("multi_scale needs position_embedding_type 'sine' and decoder_layerdrop 0")
     if config.compat != "original":
-        raise ValueError("multi_scale is no architecture of transformers: compat must be 'original'")
+        raise ValueError(
+            "multi_scale needs compat='original', because transformers does not have this architecture"
+        )

@@ -1,9 +1,10 @@
-"""The hybrid encoder of RT-DETR (https://arxiv.org/abs/2304.08069): attention on the coarsest map, convolutions below.
+"""The hybrid encoder of RT-DETR (https://arxiv.org/abs/2304.08069).
 
-Self-attention over a map of stride 4 would cost 64 times the products of one of stride 16 twice over; what objects
-have to do with one another is decided on the coarse map, and the finer ones only add where things are.
+Self-attention runs on the coarsest feature map only, convolutions on the others. The cost of self-attention is
+quadratic in the number of tokens, and a feature map of stride 4 has 16 times as many tokens as one of stride 16.
+Attention on the coarsest feature map relates objects to each other; the finer feature maps add their positions.
 
-B batch, D ``d_model``; h_i, w_i size of map i, finest first.
+B batch, D ``d_model``; h_i, w_i size of feature map i, finest first.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from detr.model.multiscale.tokens import TokenGrid, box_embedding
 from detr.model.transformer import Encoder
 
 _TOKEN_SIZE = 0.1
-"""The width and height of a token in its position embedding, which is that of a box."""
+"""Width and height of tokens in their position embeddings, which are box embeddings."""
 
 
 class PositionNorm(nn.LayerNorm):
-    """Layer norm over the channels of each position of a map, float [B, D, h, w] to the same shape.
+    """Layer norm over the channels of each position of a feature map.
 
-    Its statistics are those of one position: they depend on neither padding nor the size of the image. ViTDet
-    (https://arxiv.org/abs/2203.16527) has it in pyramid and heads too.
+    Statistics are computed for each position, so they depend neither on padding nor on the size of the image. ViTDet
+    (https://arxiv.org/abs/2203.16527) uses it in its pyramid and heads.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize."""
+        """Normalize float [B, D, h, w] to the same shape."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class SeparableConvolution(nn.Module):
-    """3 x 3 depthwise, 1 x 1 pointwise, norm, SiLU: float [B, D, h, w] to the same shape."""
+    """3 x 3 depthwise convolution, 1 x 1 pointwise convolution, norm and SiLU."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -44,30 +45,30 @@ class SeparableConvolution(nn.Module):
         self.pointwise = nn.Conv2d(dim, dim, 1, bias=False)
         self.norm = PositionNorm(dim)
 
-    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
-        """Compute.
+    def forward(self, x: Tensor, valid_mask: Tensor | None) -> Tensor:
+        """Compute float [B, D, h, w] from float [B, D, h, w].
 
         Args:
             x: float [B, D, h, w].
-            real: float [B, 1, h, w], 0 on padding, which is to look to the image as the zeros around a map do; None
-                where there is none.
+            valid_mask: float [B, 1, h, w], 1 on the image, 0 on padding; None means no padding. Padding is set to zero,
+                so that the result on the image equals that without padding, where the convolution pads with zeros.
         """
-        x = x if real is None else x * real
+        x = x if valid_mask is None else x * valid_mask
         return F.silu(self.norm(self.pointwise(self.depthwise(x))))
 
 
 def token_positions(centers_xy: Tensor, dim: int) -> Tensor:
-    """The position embeddings float [B, S, D] of tokens with centers float [B, S, 2]."""
+    """Compute the position embeddings float [B, S, D] of tokens with centers float [B, S, 2]."""
     sizes = torch.full_like(centers_xy, _TOKEN_SIZE)
     return box_embedding(torch.cat((centers_xy, sizes), -1), dim)
 
 
 class HybridEncoder(nn.Module):
-    """Project the maps of the backbone, encode the coarsest one and fuse top-down.
+    """Project the feature maps of the backbone, encode the coarsest one and fuse them top-down.
 
     Args:
-        config: D, the encoder's layers.
-        channels: of the backbone's maps, finest first, each of twice the stride of the one before.
+        config: for D and the layers of the encoder.
+        channels: of the backbone's feature maps, finest first; strides must double from one to the next.
     """
 
     def __init__(self, config: DetrConfig, channels: Sequence[int]) -> None:
@@ -81,26 +82,27 @@ class HybridEncoder(nn.Module):
         self.fusions = nn.ModuleList(SeparableConvolution(config.d_model) for _ in channels)
 
     def forward(self, maps: Sequence[Tensor], grid: TokenGrid) -> list[Tensor]:
-        """Encode.
+        """Encode the feature maps.
 
         Args:
             maps: float [B, C_i, h_i, w_i], finest first.
-            grid: of these maps.
+            grid: grid of their tokens.
 
         Returns:
-            float [B, D, h_i, w_i] for every map.
+            float [B, D, h_i, w_i] for every feature map.
         """
         projected = [project(each) for project, each in zip(self.projections, maps, strict=True)]
         coarsest = projected[-1].flatten(2).transpose(1, 2)
-        keep = grid.per_map(grid.valid)[-1] if grid.padded else None
+        attend_mask = grid.per_map(grid.valid)[-1] if grid.padded else None
         position = token_positions(grid.per_map(grid.centers_xy)[-1], coarsest.shape[-1]).to(coarsest.dtype)
-        encoded = self.encoder(coarsest, keep, position).last_hidden_state
-        real = grid.masks(coarsest.dtype)
-        above = self.fusions[-1](encoded.transpose(1, 2).reshape(projected[-1].shape), real[-1])
-        fused = [above]
+        encoded = self.encoder(coarsest, attend_mask, position).last_hidden_state
+        valid_masks = grid.masks(coarsest.dtype)
+        coarser = self.fusions[-1](encoded.transpose(1, 2).reshape(projected[-1].shape), valid_masks[-1])
+        fused = [coarser]
         for index in range(len(maps) - 2, -1, -1):
-            # of 2 n or 2 n - 1 rows, row i is under row i // 2 of the coarser map: nearest gives just that
-            above = F.interpolate(above, size=grid.shapes[index], mode="nearest")
-            above = self.fusions[index](projected[index] + above, real[index])
-            fused.insert(0, above)
+            # Row i of the finer feature map lies in row i // 2 of the coarser one. Nearest interpolation gives this for
+            # a finer map of 2 n rows as well as of 2 n - 1 rows.
+            upsampled = F.interpolate(coarser, size=grid.shapes[index], mode="nearest")
+            coarser = self.fusions[index](projected[index] + upsampled, valid_masks[index])
+            fused.insert(0, coarser)
         return fused

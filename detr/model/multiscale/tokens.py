@@ -1,7 +1,7 @@
-"""Where the tokens of several feature maps lie.
+"""Positions of the tokens of several feature maps.
 
-A token is one position of one feature map. B batch, S tokens of all maps, finest map first.
-Coordinates are relative to the image without its padding, as those of the labels: they do not depend on the padding.
+A token is one position of one feature map. B batch, S tokens of all feature maps, finest first. Coordinates are
+relative to the image without its padding, like those of labels, so they do not depend on the padding.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from detr.model.capture import is_all_ones
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """The geometry of the tokens of a batch.
+    """Geometry of the tokens of a batch.
 
     Attributes:
-        shapes: (height, width) of every map.
-        centers_xy: float [B, S, 2], of tokens in the image 0..1.
-        sizes_wh: float [B, S, 2], what a token covers: the stride relative to the image.
+        shapes: (height, width) of every feature map.
+        centers_xy: float [B, S, 2], centers of the tokens; in 0..1 on the image.
+        sizes_wh: float [B, S, 2], sizes of the tokens: the stride relative to the image.
         valid: bool [B, S], False on padding.
-        padded: whether any token may be padding; where not, masks can be left out.
+        padded: whether any token may be padding; if not, masks are not needed.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -35,11 +35,11 @@ class TokenGrid:
     padded: bool
 
     def per_map(self, tokens: Tensor) -> list[Tensor]:
-        """Split [B, S, ...] into one [B, h * w, ...] per map."""
+        """Split [B, S, ...] into one [B, h * w, ...] per feature map."""
         return list(tokens.split([height * width for height, width in self.shapes], dim=1))
 
     def masks(self, dtype: torch.dtype) -> list[Tensor] | list[None]:
-        """Of every map, 1 on tokens of the image and 0 on padding, [B, 1, h, w]; None where nothing is padded."""
+        """Return one mask [B, 1, h, w] per feature map, 1 on the image, 0 on padding; None if not `padded`."""
         if not self.padded:
             return [None] * len(self.shapes)
         valid = zip(self.per_map(self.valid), self.shapes, strict=True)
@@ -49,13 +49,13 @@ class TokenGrid:
 def token_grid(
     pixel_values: Tensor, pixel_mask: Tensor | None, maps: Sequence[Tensor], strides: Sequence[int]
 ) -> TokenGrid:
-    """Lay out the tokens of the feature maps of a batch.
+    """Compute the token grid of the feature maps of a batch.
 
     Args:
         pixel_values: float [B, channels, H, W].
-        pixel_mask: [B, H, W], not 0 on real pixels, which fill the top left corner; None where there is no padding.
+        pixel_mask: [B, H, W], nonzero on real pixels, a rectangle in the top left corner; None means no padding.
         maps: float [B, C_i, h_i, w_i], finest first.
-        strides: of the maps, in pixels.
+        strides: of the feature maps, in pixels.
     """
     batch, device = pixel_values.shape[0], pixel_values.device
     dtype = torch.float64 if pixel_values.dtype == torch.float64 else torch.float32
@@ -78,14 +78,14 @@ def token_grid(
         shapes,
         (corner + 0.5 * extent) / whole,
         extent / whole,
-        # as many as the image alone would have, whatever the padding
+        # As many tokens as without padding: a token is valid if its top left corner lies on the image.
         (corner < sizes[:, None]).all(-1),
         pixel_mask is not None and not is_all_ones(pixel_mask),
     )
 
 
 def box_embedding(boxes_cxcywh: Tensor, dim: int) -> Tensor:
-    """Sine embedding of boxes, as of the anchor boxes of DAB-DETR (https://arxiv.org/abs/2201.12329).
+    """Compute a sine embedding of boxes, like that of the anchor boxes of DAB-DETR (https://arxiv.org/abs/2201.12329).
 
     Args:
         boxes_cxcywh: float [..., 4], relative to the image.
@@ -94,7 +94,7 @@ def box_embedding(boxes_cxcywh: Tensor, dim: int) -> Tensor:
     Returns:
         float [..., D] in -1..1.
     """
-    # 20 periods over the image at the shortest wave: adjacent tokens differ
+    # The shortest wavelength has 20 periods over the image, so that adjacent tokens differ.
     exponent = torch.arange(dim // 8, dtype=boxes_cxcywh.dtype, device=boxes_cxcywh.device) / (dim // 8)
     angle = boxes_cxcywh[..., None] * (2 * math.pi * 20) / 10000**exponent
     return torch.cat((angle.sin(), angle.cos()), -1).flatten(-2)

@@ -1,9 +1,9 @@
-"""Writes tests/detr/v4_files: tiny checkpoints of a real transformers 4, with what they predict.
+"""Write the folder v4_files next to this file: tiny checkpoints saved by transformers 4, with their predictions.
 
     python -m venv /tmp/v4 && /tmp/v4/bin/pip install 'transformers==4.57.3' torch torchvision timm
     /tmp/v4/bin/python tests/detr/checkpoint/make_v4_files.py
 
-The tests read the folders that are kept beside this file.
+The folder is part of the repository, and test_v4_files.py reads it.
 """
 
 import shutil
@@ -48,7 +48,7 @@ CASES = {
 
 @torch.no_grad()
 def main() -> None:
-    """Draw each model, save it as transformers 4 does, and keep its answer on a padded batch."""
+    """Create each model with random weights, and save it together with its predictions for a padded batch."""
     assert transformers.__version__.startswith("4."), transformers.__version__
     shutil.rmtree(FOLDER, ignore_errors=True)
     for name, (model_class, values) in CASES.items():
@@ -59,16 +59,15 @@ def main() -> None:
                 parameter.normal_(std=3)
             elif parameter.ndim > 1:
                 parameter.normal_(std=2 * parameter[0].numel() ** -0.5)
-        if (
-            model_class == "DetrForSegmentation"
-        ):  # attention weights are small beside the features: let them count
+        if model_class == "DetrForSegmentation":
+            # attention weights are small compared with the features: scale both so that masks depend on attention
             model.bbox_attention.q_linear.weight *= 6
             model.mask_head.lay1.weight[:, : TINY["d_model"]] *= 1e-6
             model.mask_head.lay1.weight[:, TINY["d_model"] :] *= 60
             model.mask_head.adapter1.weight *= 1e-6
             model.mask_head.adapter2.weight *= 1e-6
             model.mask_head.adapter3.weight *= 1e-6
-        model.half().save_pretrained(FOLDER / name)  # half as large; the answer is of the rounded weights
+        model.half().save_pretrained(FOLDER / name)  # smaller files; predictions use the rounded weights
         model.float()
         pixel_values = torch.randn(2, 3, 48, 64)
         pixel_mask = torch.ones(2, 48, 64, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The files of facebookresearch/detr: its transformer is written out here, with its names, on torch's own attention."""
+"""Loading checkpoints of facebookresearch/detr; its transformer is reimplemented here with its parameter names."""
 
 from itertools import pairwise
 
@@ -42,7 +42,7 @@ class OriginalDecoderLayer(nn.Module):
 
 
 class Original(nn.Module):
-    """The original's module tree; everything before the transformer is borrowed from ours."""
+    """The module tree of the original; the backbone and position embeddings are ours."""
 
     def __init__(self, ours: DetrForObjectDetection):
         super().__init__()
@@ -69,7 +69,13 @@ class Original(nn.Module):
         self.bbox_embed.layers = nn.ModuleList([nn.Linear(a, b) for a, b in pairwise(widths)])
 
     def forward(self, pixels: Tensor, real: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and boxes of all decoder layers, [L, B, Q, ...]; ``real`` [B, h, w], ``position`` [B, D, h, w]."""
+        """Compute logits and boxes of all decoder layers, [L, B, Q, ...].
+
+        Args:
+            pixels: float [B, 3, H, W].
+            real: bool [B, h, w], False on padding.
+            position: float [B, D, h, w].
+        """
         x = self.input_proj(self.backbone[0].body(pixels)[-1]).flatten(2).permute(2, 0, 1)
         position, padding = position.flatten(2).permute(2, 0, 1), ~real.flatten(1)
         for layer in self.transformer.encoder.layers:
@@ -89,7 +95,7 @@ class Original(nn.Module):
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "original .pth")
 @pytest.mark.known_issue(2)
 @pytest.mark.parametrize("seed", range(2))
-def test_a_file_of_the_original_predicts_what_the_original_predicts_in_every_layer(
+def test_a_checkpoint_of_the_original_predicts_the_same_as_the_original_in_every_layer(
     seed, make_twins, make_batch
 ):
     ours = make_twins(seed=seed, auxiliary_loss=True).to(torch.float64).ours
@@ -109,17 +115,17 @@ def test_a_file_of_the_original_predicts_what_the_original_predicts_in_every_lay
         out = ours(batch.pixel_values, batch.pixel_mask, labels=batch.labels)
     assert logits.std(2).mean() > 1e-3
     layers = [*out.auxiliary_outputs, out]
-    for layer, found in enumerate(layers):
-        torch.testing.assert_close(found["logits"], logits[layer], rtol=0, atol=1e-10)
-        torch.testing.assert_close(found["pred_boxes"], boxes[layer], rtol=0, atol=1e-10)
+    for layer, outputs in enumerate(layers):
+        torch.testing.assert_close(outputs["logits"], logits[layer], rtol=0, atol=1e-10)
+        torch.testing.assert_close(outputs["pred_boxes"], boxes[layer], rtol=0, atol=1e-10)
 
 
 def test_the_names_of_the_original_cover_learned_positions_and_the_mask_head():
     names = {
-        "detr.model.backbone.1.row_embed.weight": "detr.model.position_embedding.row_embeddings.weight",
-        "detr.model.backbone.1.col_embed.weight": "detr.model.position_embedding.column_embeddings.weight",
-        "detr.model.backbone.0.body.layer1.0.bn1.weight": "detr.model.backbone.conv_encoder.model.layer1.0.bn1.weight",
-        "detr.model.transformer.decoder.layers.3.norm2.bias": "detr.model.decoder.layers.3.encoder_attn_layer_norm.bias",
+        "detr.backbone.1.row_embed.weight": "detr.model.position_embedding.row_embeddings.weight",
+        "detr.backbone.1.col_embed.weight": "detr.model.position_embedding.column_embeddings.weight",
+        "detr.backbone.0.body.layer1.0.bn1.weight": "detr.model.backbone.conv_encoder.model.layer1.0.bn1.weight",
+        "detr.transformer.decoder.layers.3.norm2.bias": "detr.model.decoder.layers.3.encoder_attn_layer_norm.bias",
         "detr.class_embed.bias": "detr.class_labels_classifier.bias",
         "mask_head.lay1.weight": "mask_head.lay1.weight",
         "bbox_attention.q_linear.weight": "bbox_attention.q_linear.weight",
@@ -128,7 +134,7 @@ def test_the_names_of_the_original_cover_learned_positions_and_the_mask_head():
     assert from_original(tensors) == {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def test_names_of_the_resnet_of_transformers_go_there_and_back():
+def test_names_of_the_resnet_of_transformers_convert_back_and_forth():
     model = DetrForObjectDetection(DetrConfig(backbone="resnet26", encoder_layers=1, decoder_layers=1))
     for name in model.state_dict():
         renamed = to_resnet_name(name)

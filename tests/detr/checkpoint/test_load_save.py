@@ -16,7 +16,7 @@ from detr.config import DetrConfig
 from detr.model.backbone import ConvEncoder
 from detr.model.detection import DetrForObjectDetection, DetrModel
 from detr.model.segmentation import DetrForSegmentation
-from tests.detr.conftest import separate_the_queries
+from tests.detr.conftest import randomize_weights
 from tests.tiers import rest_slow
 
 KEYS = Path(__file__).parents[3] / "../shared/spec/keys"
@@ -92,17 +92,17 @@ def test_transformers_loads_our_folder_and_we_load_theirs(case, make_twins, make
 def test_a_file_has_the_recorded_names_and_shapes(model_class, depth):
     file = KEYS / f"{model_class.__name__}.txt"
     if not file.is_file():
-        pytest.skip(f"{file} is not there")
+        pytest.skip(f"{file} does not exist")
     with torch.device("meta"):
         model = model_class(DetrConfig(backbone=f"resnet{depth}"))
-    found = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     recorded = {
         name: tuple(int(n) for n in shape.strip("(),").split(",") if n)
         for name, shape, _ in (line.split("\t") for line in file.read_text().splitlines() if line)
     }
-    if depth == 101:  # of the blocks that a resnet50 does not have, the names continue
-        found = {n: s for n, s in found.items() if not re.search(r"\.layer3\.([6-9]|1\d|2\d)\.", n)}
-    assert found == recorded
+    if depth == 101:  # a resnet50 does not have the further blocks of layer3
+        shapes = {n: s for n, s in shapes.items() if not re.search(r"\.layer3\.([6-9]|1\d|2\d)\.", n)}
+    assert shapes == recorded
 
 
 def save(model, folder: Path) -> Path:
@@ -112,14 +112,14 @@ def save(model, folder: Path) -> Path:
 
 @pytest.mark.known_issue(7)
 @pytest.mark.parametrize("overrides", [{"num_labels": 3}, {"id2label": {0: "a", 1: "b"}}])
-def test_another_number_of_classes_starts_only_the_class_head_anew_and_says_so(
+def test_another_number_of_classes_reinitializes_only_the_class_head_and_warns(
     overrides, make_twins, tmp_path, caplog
 ):
     ours = make_twins().ours
     folder = save(ours, tmp_path)
     with caplog.at_level(logging.WARNING):
         model = DetrForObjectDetection.from_pretrained(folder, **overrides)
-    assert "start anew" in caplog.text
+    assert "newly initialized" in caplog.text
     assert "class_labels_classifier.bias, class_labels_classifier.weight" in caplog.text
     assert model.class_labels_classifier.out_features == model.config.num_labels + 1 != 6
     for name, tensor in ours.state_dict().items():
@@ -127,7 +127,7 @@ def test_another_number_of_classes_starts_only_the_class_head_anew_and_says_so(
             assert torch.equal(model.state_dict()[name], tensor), name
 
 
-def test_the_same_number_of_classes_keeps_the_class_head_silently(make_twins, tmp_path, caplog):
+def test_the_same_number_of_classes_loads_the_class_head_without_a_warning(make_twins, tmp_path, caplog):
     ours = make_twins().ours
     model = DetrForObjectDetection.from_pretrained(save(ours, tmp_path), num_labels=5)
     assert torch.equal(model.class_labels_classifier.weight, ours.class_labels_classifier.weight)
@@ -137,11 +137,11 @@ def test_the_same_number_of_classes_keeps_the_class_head_silently(make_twins, tm
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"auxiliary_loss": True}, "feeds the normed output"),
+        ({"auxiliary_loss": True}, "feeds the normalized output"),
         ({"backbone": "tf_mobilenetv3_small_075"}, "drops the activations"),
     ],
 )
-def test_a_folder_of_transformers_that_predicts_differently_sets_compat_and_says_so_once(
+def test_a_folder_of_transformers_that_predicts_differently_sets_compat_and_warns_once(
     values, reason, make_twins, make_batch, tmp_path, caplog
 ):
     twins, batch = make_twins(compat="transformers", **values), make_batch()
@@ -156,11 +156,11 @@ def test_a_folder_of_transformers_that_predicts_differently_sets_compat_and_says
     assert original.config.compat == "original"
     assert not torch.allclose(predict(original, batch).logits, expected, atol=1e-2)
     caplog.clear()
-    again = DetrForObjectDetection.from_pretrained(save(ours, tmp_path / "ours"))
-    assert (again.config.compat, caplog.text) == ("transformers", "")
+    reloaded = DetrForObjectDetection.from_pretrained(save(ours, tmp_path / "ours"))
+    assert (reloaded.config.compat, caplog.text) == ("transformers", "")
 
 
-def test_a_folder_of_transformers_that_predicts_the_same_stays_original(make_twins, tmp_path, caplog):
+def test_a_folder_of_transformers_that_predicts_the_same_keeps_compat_original(make_twins, tmp_path, caplog):
     make_twins().theirs.save_pretrained(tmp_path)
     assert DetrForObjectDetection.from_pretrained(tmp_path).config.compat == "original"
     assert DetrForObjectDetection.from_pretrained(tmp_path, auxiliary_loss=True).config.compat == "original"
@@ -169,7 +169,7 @@ def test_a_folder_of_transformers_that_predicts_the_same_stays_original(make_twi
 
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "learned position keys")
 @pytest.mark.known_issue(16)
-def test_run_time_names_old_places_and_counters_are_read(make_twins):
+def test_run_time_names_version_4_names_and_num_batches_tracked_are_accepted(make_twins):
     twins = make_twins(position_embedding_type="learned")
     tensors = twins.theirs.state_dict()
     assert "model.encoder.layers.0.mlp.fc1.weight" in tensors
@@ -177,15 +177,15 @@ def test_run_time_names_old_places_and_counters_are_read(make_twins):
         key = f"position_embedding.{name}_embeddings.weight"
         tensors[f"model.backbone.{key}"] = tensors.pop(f"model.{key}")
     tensors["model.backbone.model.layer1.0.bn1.num_batches_tracked"] = torch.tensor(3)
-    fresh = DetrForObjectDetection(twins.ours.config)
-    load_weights(fresh, tensors, "a file")
+    model = DetrForObjectDetection(twins.ours.config)
+    load_weights(model, tensors, "a file")
     for name, tensor in twins.ours.state_dict().items():
-        assert torch.equal(fresh.state_dict()[name], tensor), name
+        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "files")
 @pytest.mark.parametrize("form", ["sharded", "pytorch_model.bin"])
-def test_other_forms_of_the_weights_file_are_read(form, make_twins, tmp_path: Path):
+def test_other_formats_of_weights_files_are_loaded(form, make_twins, tmp_path: Path):
     ours = make_twins().ours
     folder = save(ours, tmp_path)
     tensors = load_file(folder / "model.safetensors")
@@ -215,7 +215,7 @@ def test_a_bare_model_and_a_detector_load_each_other(make_twins, tmp_path: Path,
     assert torch.equal(theirs.decoder.layernorm.weight, bare.decoder.layernorm.weight)
 
 
-def test_a_file_with_blocks_that_the_model_is_without_is_read(make_twins, tmp_path: Path):
+def test_backbone_blocks_that_the_model_does_not_have_are_ignored(make_twins, tmp_path: Path):
     whole = make_twins(backbone="efficientnet_lite0").ours
     folder = save(whole, tmp_path)
     backbone = {**whole.config.backbone_config, "out_indices": [1, 2, 4]}
@@ -232,13 +232,15 @@ def test_a_file_with_blocks_that_the_model_is_without_is_read(make_twins, tmp_pa
     ("change", "message"),
     [
         (lambda t: t.pop("model.decoder.layernorm.weight"), "has no model.decoder.layernorm.weight"),
-        (lambda t: t.update(other=torch.zeros(1)), "other has no place in the model"),
+        (lambda t: t.update(other=torch.zeros(1)), "other is not part of the model"),
         (lambda t: t.update({"model.decoder.layernorm.weight": torch.zeros(3)}), r"has shape \(3,\), the model \(64,\)"),
-        (lambda t: t.update({"class_labels_classifier.bias": torch.zeros(92)}), "num_labels=... makes a new class head"),
+        (lambda t: t.update({"class_labels_classifier.bias": torch.zeros(92)}), "pass num_labels=... to create a new class head"),
         (lambda t: t.pop("bbox_predictor.layers.0.bias"), "has no bbox_predictor.layers.0.bias"),
     ],
 )  # fmt: skip
-def test_weights_that_do_not_fit_are_refused_with_the_first_difference(change, message, make_twins, tmp_path):
+def test_weights_that_do_not_fit_are_rejected_with_the_first_difference(
+    change, message, make_twins, tmp_path
+):
     folder = save(make_twins().ours, tmp_path)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -248,7 +250,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_first_difference(change, m
     assert str(folder) in str(error.value)
 
 
-def test_a_missing_folder_file_or_model_is_named(make_twins, tmp_path: Path, monkeypatch):
+def test_the_error_names_a_missing_folder_file_or_model(make_twins, tmp_path: Path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"model folder .*gone does not exist"):
         DetrForObjectDetection.from_pretrained(tmp_path / "gone")
     make_twins().ours.config.save_pretrained(tmp_path)
@@ -256,11 +258,11 @@ def test_a_missing_folder_file_or_model_is_named(make_twins, tmp_path: Path, mon
         DetrForObjectDetection.from_pretrained(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name in ("facebook/detr-resnet-50", "hub:facebook/detr-resnet-50"):
-        with pytest.raises(FileNotFoundError, match=f"there is no folder {name}"):
+        with pytest.raises(FileNotFoundError, match=f"folder {name} does not exist"):
             model_folder(name)
 
 
-def test_the_dtype_of_a_folder_is_kept_or_chosen(make_twins, tmp_path: Path):
+def test_the_saved_dtype_is_the_default_and_can_be_overridden(make_twins, tmp_path: Path):
     ours = make_twins().to(torch.float64).ours
     folder = save(ours, tmp_path)
     assert DetrForObjectDetection.from_pretrained(folder).dtype == torch.float64
@@ -269,7 +271,9 @@ def test_the_dtype_of_a_folder_is_kept_or_chosen(make_twins, tmp_path: Path):
         assert DetrForObjectDetection.from_pretrained(folder, dtype=dtype).dtype == torch.float32
 
 
-def test_a_device_that_is_not_there_is_an_error_and_auto_takes_what_there_is(make_twins, tmp_path: Path):
+def test_a_device_that_does_not_exist_is_an_error_and_auto_selects_an_available_one(
+    make_twins, tmp_path: Path
+):
     folder = save(make_twins().ours, tmp_path)
     assert DetrForObjectDetection.from_pretrained(folder, device_map="cpu").device.type == "cpu"
     assert DetrForObjectDetection.from_pretrained(folder, device_map="auto").device.type in ("cpu", "cuda")
@@ -277,7 +281,7 @@ def test_a_device_that_is_not_there_is_an_error_and_auto_takes_what_there_is(mak
         DetrForObjectDetection.from_pretrained(folder, device_map=99)
 
 
-def test_a_config_in_place_of_the_folders_own_excludes_overrides(make_twins, tmp_path: Path):
+def test_config_replaces_that_of_the_folder_and_excludes_overrides(make_twins, tmp_path: Path):
     ours = make_twins().ours
     folder = save(ours, tmp_path)
     config = DetrConfig.from_dict(ours.config.to_dict(), trainable_backbone_stages=0)
@@ -287,7 +291,7 @@ def test_a_config_in_place_of_the_folders_own_excludes_overrides(make_twins, tmp
         DetrForObjectDetection.from_pretrained(folder, config=config, dropout=0.5)
 
 
-def test_mismatched_sizes_start_anew_where_that_is_asked_for(make_twins, tmp_path: Path, caplog):
+def test_ignore_mismatched_sizes_reinitializes_parameters_of_other_shapes(make_twins, tmp_path: Path, caplog):
     ours = make_twins().ours
     folder = save(ours, tmp_path)
     with pytest.raises(ValueError, match=r"query_position_embeddings.weight has shape \(12, 64\)"):
@@ -297,14 +301,14 @@ def test_mismatched_sizes_start_anew_where_that_is_asked_for(make_twins, tmp_pat
     assert model.model.query_position_embeddings.num_embeddings == 7
 
 
-def test_an_argument_that_nobody_knows_is_refused(make_twins, tmp_path: Path):
+def test_an_unknown_argument_is_rejected(make_twins, tmp_path: Path):
     folder = save(make_twins().ours, tmp_path)
-    with pytest.raises(TypeError, match="no argument num_label, nor has DetrConfig"):
+    with pytest.raises(TypeError, match="neither from_pretrained nor DetrConfig has an argument num_label"):
         DetrForObjectDetection.from_pretrained(folder, num_label=3)
 
 
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "original .pth")
-def test_a_training_checkpoint_of_the_original_is_read_with_its_arguments(tmp_path: Path):
+def test_a_training_checkpoint_of_the_original_with_its_arguments_can_be_read(tmp_path: Path):
     from detr.checkpoint.state_dict import read_state_dict
 
     torch.save(
@@ -314,7 +318,7 @@ def test_a_training_checkpoint_of_the_original_is_read_with_its_arguments(tmp_pa
 
 
 def to_original(model) -> dict[str, torch.Tensor]:
-    """A model's tensors in the layout of facebookresearch/detr."""
+    """Convert the tensors of a model to the layout of facebookresearch/detr."""
     names = {
         r"model\.backbone\.conv_encoder\.model\.": "backbone.0.body.",
         r"model\.position_embedding\.row_embeddings\.": "backbone.1.row_embed.",
@@ -349,7 +353,7 @@ def to_original(model) -> dict[str, torch.Tensor]:
 
 
 def in_order_of_the_original(model):
-    """q, k, v in this order, as the original's joint matrix has them."""
+    """Order q, k, v as in the joint matrix of the original."""
     state = model.state_dict()
     order = sorted(state, key=lambda name: [r"qkv".find(c) for c in re.findall(r"\.([qkv])_proj", name)])
     return type("Ordered", (), {"state_dict": lambda self: {name: state[name] for name in order}})()
@@ -390,7 +394,7 @@ def test_a_pth_of_the_original_is_loaded_without_a_configuration(
     assert predict(fine_tuned, batch).logits.shape[-1] == 4
 
 
-def test_a_file_that_is_no_original_and_pickled_code_are_refused(make_twins, tmp_path: Path):
+def test_other_pth_files_and_pickled_code_are_rejected(make_twins, tmp_path: Path):
     torch.save({"w": torch.ones(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth is not a checkpoint of facebookresearch/detr"):
         DetrForObjectDetection.from_pretrained(tmp_path / "other.pth")
@@ -403,7 +407,7 @@ def test_a_file_that_is_no_original_and_pickled_code_are_refused(make_twins, tmp
 
 
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "files")
-def test_weights_are_saved_in_shards_that_both_libraries_load(make_twins, make_batch, tmp_path: Path):
+def test_weights_saved_in_shards_can_be_loaded_by_both_libraries(make_twins, make_batch, tmp_path: Path):
     ours, batch = make_twins().ours, make_batch()
     expected = predict(ours, batch).logits
     ours.save_pretrained(tmp_path, max_shard_size="500KB")
@@ -415,10 +419,8 @@ def test_weights_are_saved_in_shards_that_both_libraries_load(make_twins, make_b
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_hub_id_is_read_from_what_was_downloaded_before(
-    make_twins, make_batch, tmp_path: Path, monkeypatch
-):
-    """In the layout of the hub's cache, without the network."""
+def test_a_hub_id_is_loaded_from_the_local_cache(make_twins, make_batch, tmp_path: Path, monkeypatch):
+    """The cache has the layout of huggingface_hub; the network is not used."""
     ours, batch = make_twins().ours, make_batch()
     cache = tmp_path / "models--someone--detr"
     save(ours, cache / "snapshots/0123abcd")
@@ -448,12 +450,12 @@ def test_a_hub_id_is_read_from_what_was_downloaded_before(
     ],
     ids=str,
 )
-def test_models_of_the_published_sizes_are_exchanged_with_transformers(
+def test_models_of_the_published_sizes_are_loaded_by_transformers_and_back(
     model_class, values, make_batch, tmp_path: Path, difference
 ):
     config = DetrConfig(**values)
     ours = model_class(config).eval()
-    separate_the_queries(ours, 0, backbone_gain=1.0)
+    randomize_weights(ours, 0, backbone_gain=1.0)
     batch = make_batch(sizes=((128, 160), (96, 128)))
     ours.save_pretrained(tmp_path / "ours")
     theirs, report = getattr(transformers, model_class.__name__).from_pretrained(

@@ -1,4 +1,4 @@
-"""Weights are read from every usual file; anything else is an error that names the file and what is expected."""
+"""Weights are read from all common file formats; for other files, the error names the file and what is expected."""
 
 import argparse
 from pathlib import Path
@@ -18,8 +18,8 @@ HTML = b"<!DOCTYPE html><html><body>404: not found</body></html>"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
 
-def equal(found: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == TENSORS.keys() and all(torch.equal(found[n], t) for n, t in TENSORS.items())
+def equal(tensors: dict[str, torch.Tensor]) -> bool:
+    return tensors.keys() == TENSORS.keys() and all(torch.equal(tensors[n], t) for n, t in TENSORS.items())
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
@@ -33,7 +33,7 @@ def test_a_state_dict_is_found_under_its_usual_keys_and_prefixes(key, prefix, tm
     assert equal(read_state_dict(tmp_path / "x.safetensors"))
 
 
-def test_a_prefix_that_not_all_names_have_stays(tmp_path: Path):
+def test_a_prefix_of_only_some_names_is_not_removed(tmp_path: Path):
     torch.save({"module.a": TENSORS["b"], "b": TENSORS["b"]}, tmp_path / "x.pth")
     assert read_state_dict(tmp_path / "x.pth").keys() == {"module.a", "b"}
 
@@ -69,7 +69,9 @@ def test_numbers_and_arguments_of_training_next_to_the_weights_are_read(value, t
     ],
     ids=lambda v: v if isinstance(v, str) else v[:8].hex(),
 )
-def test_a_file_that_holds_no_weights_is_named_with_what_it_holds(name, content, expected, tmp_path: Path):
+def test_the_error_for_a_file_without_weights_names_the_file_and_its_content(
+    name, content, expected, tmp_path: Path
+):
     path = tmp_path / name
     if isinstance(content, str):
         if path.suffix == ".safetensors":
@@ -98,7 +100,7 @@ def test_a_file_that_holds_no_weights_is_named_with_what_it_holds(name, content,
         (b"[1]", "holds a list, not a JSON object"),
     ],
 )
-def test_a_json_file_that_holds_something_else_is_named(name, content, expected, tmp_path: Path):
+def test_the_error_for_an_invalid_json_file_names_the_file(name, content, expected, tmp_path: Path):
     (tmp_path / name).write_bytes(content)
     loaders = [detr.DetrConfig, detr.AutoConfig, detr.DetrForObjectDetection]
     if name != "config.json":
@@ -109,7 +111,7 @@ def test_a_json_file_that_holds_something_else_is_named(name, content, expected,
         assert str(tmp_path / name) in str(raised.value)
 
 
-def test_a_value_that_cannot_be_used_is_named_with_its_file(tmp_path: Path):
+def test_the_error_for_an_invalid_value_names_its_file(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"id2label": {"1": "cat", "2": "dog"}}')
     (tmp_path / "preprocessor_config.json").write_text('{"size": "large"}')
     for loader in (detr.DetrConfig, detr.DetrForObjectDetection):
@@ -129,20 +131,20 @@ def test_a_value_that_cannot_be_used_is_named_with_its_file(tmp_path: Path):
     ],
     ids=str,
 )
-def test_a_pickle_that_is_no_state_dict_says_what_it_is(content, expected, tmp_path: Path):
+def test_the_error_for_a_pickle_without_a_state_dict_says_what_it_contains(content, expected, tmp_path: Path):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=expected):
         read_state_dict(tmp_path / "x.pth")
 
 
-def test_a_whole_model_is_refused_by_its_class(tmp_path: Path):
+def test_a_pickled_model_is_rejected_by_its_class(tmp_path: Path):
     torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"x\.pth holds a pickled torch\.nn\.modules\.linear\.Linear"):
         read_state_dict(tmp_path / "x.pth")
 
 
 def original(**values) -> dict[str, torch.Tensor]:
-    """The tensors of a model in the names of facebookresearch/detr."""
+    """Return the tensors of a model with the names of facebookresearch/detr."""
     torch.manual_seed(0)
     heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8}
     model = detr.DetrForObjectDetection(small_config(backbone="resnet18", **heads, **values))
@@ -150,7 +152,7 @@ def original(**values) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("classes", [{"num_labels": 3}, {"id2label": {0: "balloon"}}, {"label2id": {"a": 0}}])
-def test_an_original_without_its_class_head_gets_a_new_one_for_the_classes_that_are_given(
+def test_an_original_without_a_class_head_gets_a_new_one_for_the_given_classes(
     classes, tmp_path: Path, caplog
 ):
     tensors = original()
@@ -164,7 +166,7 @@ def test_an_original_without_its_class_head_gets_a_new_one_for_the_classes_that_
     assert torch.equal(model.bbox_predictor.layers[0].weight, tensors["bbox_embed.layers.0.weight"])
 
 
-def test_an_original_that_is_incomplete_says_what_is_missing(tmp_path: Path):
+def test_the_error_for_an_incomplete_original_says_what_is_missing(tmp_path: Path):
     tensors = original()
     for part, expected in (
         ("class_embed", r"no class head \(class_embed\).*give num_labels=\.\.\. or id2label"),
@@ -179,26 +181,26 @@ def test_an_original_that_is_incomplete_says_what_is_missing(tmp_path: Path):
         assert str(tmp_path / "x.pth") in str(raised.value)
 
 
-def test_an_original_of_other_channels_is_loaded(tmp_path: Path):
+def test_an_original_with_other_input_channels_is_loaded(tmp_path: Path):
     torch.save(original(num_channels=4), tmp_path / "x.pth")
     model = detr.DetrForObjectDetection.from_pretrained(tmp_path / "x.pth")
     assert model.config.num_channels == model.config.backbone_config["num_channels"] == 4
 
 
-def test_the_dtype_is_the_files_where_the_configuration_has_none(tmp_path: Path):
+def test_the_dtype_is_that_of_the_weights_if_the_configuration_has_none(tmp_path: Path):
     model = detr.DetrForObjectDetection(small_config()).to(torch.float16)
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     assert detr.DetrForObjectDetection.from_pretrained(tmp_path).dtype == torch.float16
 
 
-def test_a_folder_without_a_class_head_gets_a_new_one_for_the_classes_that_are_given(tmp_path: Path):
+def test_a_folder_without_a_class_head_gets_a_new_one_for_the_given_classes(tmp_path: Path):
     model = detr.DetrForObjectDetection(small_config())
     model.config.save_pretrained(tmp_path)
     tensors = {n: t for n, t in model.state_dict().items() if "class_labels_classifier" not in n}
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     with pytest.raises(
-        ValueError, match=r"has no class_labels_classifier.*num_labels=\.\.\. makes a new class head"
+        ValueError, match=r"has no class_labels_classifier.*num_labels=\.\.\. to create a new class head"
     ):
         detr.DetrForObjectDetection.from_pretrained(tmp_path)
     loaded = detr.DetrForObjectDetection.from_pretrained(tmp_path, num_labels=3)

@@ -1,4 +1,4 @@
-"""Checkpoints that a real transformers 4 wrote (`make_v4_files.py`) give the answers that it gave."""
+"""Checkpoints saved by transformers 4 (`make_v4_files.py`) give the same predictions as there."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ SECTION = "8. Weights, saving, pipeline, evaluation"
 @pytest.mark.checklist(SECTION, "learned position keys")
 @pytest.mark.known_issue(16)
 @pytest.mark.parametrize("case", ["detection", "segmentation", "learned", "no_timm"])
-def test_a_version_4_folder_answers_as_it_did(case, difference, caplog, tmp_path):
+def test_a_version_4_folder_gives_the_recorded_predictions(case, difference, caplog, tmp_path):
     model_class = DetrForSegmentation if case == "segmentation" else DetrForObjectDetection
     model = model_class.from_pretrained(FOLDER / case, dtype=torch.float32)
-    assert "start anew" not in caplog.text
+    assert "newly initialized" not in caplog.text
     answer = load_file(FOLDER / case / "answer.safetensors")
     with torch.no_grad():
         outputs = model(answer.pop("pixel_values"), answer.pop("pixel_mask"))
@@ -33,4 +33,4 @@ def test_a_version_4_folder_answers_as_it_did(case, difference, caplog, tmp_path
     old, new = read_model_weights(FOLDER / case), read_model_weights(tmp_path)
     renamed = {name.replace("backbone.position_embedding", "position_embedding") for name in old}
     counters = {name for name in old if name.endswith("num_batches_tracked")}
-    assert renamed - counters == set(new), "the file's own layout is written again"
+    assert renamed - counters == set(new), "the saved file does not have the layout of the loaded one"

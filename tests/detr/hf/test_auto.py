@@ -1,4 +1,4 @@
-"""The `Auto` classes pick the class that belongs to a folder, and refuse what is no DETR."""
+"""The `Auto` classes select the class for a folder, and reject folders that are not DETR."""
 
 import json
 
@@ -20,14 +20,14 @@ AUTO = (
 
 @pytest.fixture(scope="module")
 def folder(make_twins, tmp_path_factory):
-    """A folder that transformers wrote."""
+    """A model folder written by transformers."""
     folder = tmp_path_factory.mktemp("theirs")
     make_twins(segmentation=True).theirs.save_pretrained(folder)
     transformers.DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 90}).save_pretrained(folder)
     return folder
 
 
-def test_each_loads_what_transformers_loads(folder):
+def test_each_auto_class_loads_the_same_model_as_transformers(folder):
     config = detr.AutoConfig.from_pretrained(folder)
     assert type(config) is detr.DetrConfig
     assert config.id2label == transformers.AutoConfig.from_pretrained(folder).id2label
@@ -56,7 +56,7 @@ def test_arguments_reach_the_class(folder):
 @pytest.mark.parametrize(
     "arguments", [{}, {"backend": "pil"}, {"backend": "torchvision"}, {"use_fast": False}, {"use_fast": True}]
 )
-def test_the_backend_is_the_one_that_transformers_picks(folder, arguments):
+def test_the_same_backend_is_selected_as_in_transformers(folder, arguments):
     ours = detr.AutoImageProcessor.from_pretrained(folder, **arguments)
     theirs = transformers.AutoImageProcessor.from_pretrained(folder, **arguments)
     assert type(ours).__name__ == type(theirs).__name__
@@ -70,7 +70,7 @@ def test_the_backend_is_the_one_that_transformers_picks(folder, arguments):
 @pytest.mark.parametrize(
     "name", ["DetrFeatureExtractor", "DetrImageProcessorFast", "DetrImageProcessorPil", None]
 )
-def test_processor_files_of_every_age_are_read(name, tmp_path):
+def test_processor_files_of_all_versions_are_read(name, tmp_path):
     key = "feature_extractor_type" if name == "DetrFeatureExtractor" else "image_processor_type"
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({key: name, "size": 320, "max_size": 500} if name else {"size": 320, "max_size": 500})
@@ -80,7 +80,7 @@ def test_processor_files_of_every_age_are_read(name, tmp_path):
     assert processor.size == {"shortest_edge": 320, "longest_edge": 500}
 
 
-def test_another_architecture_is_refused(tmp_path):
+def test_another_architecture_is_rejected(tmp_path):
     transformers.YolosConfig().save_pretrained(tmp_path)
     transformers.YolosImageProcessor().save_pretrained(tmp_path)
     for auto in AUTO:
@@ -92,16 +92,18 @@ def test_another_architecture_is_refused(tmp_path):
             auto.from_pretrained(tmp_path)
 
 
-def test_a_folder_that_is_not_there_or_empty_says_so(tmp_path):
+def test_errors_for_missing_and_empty_folders_name_the_reason(tmp_path):
     for auto in AUTO:
         with pytest.raises(FileNotFoundError, match="does not exist"):
             auto.from_pretrained(tmp_path / "a" / "b")
         with pytest.raises(FileNotFoundError, match=r"config\.json"):
             auto.from_pretrained(tmp_path)
-        with pytest.raises(FileNotFoundError, match="no folder nobody/nothing, and it could not be fetched"):
+        with pytest.raises(
+            FileNotFoundError, match="folder nobody/nothing does not exist, and it could not be fetched"
+        ):
             auto.from_pretrained("nobody/nothing", local_files_only=True)
 
 
-def test_another_backend_is_refused(folder):
+def test_an_unknown_backend_is_rejected(folder):
     with pytest.raises(ValueError, match="backend is 'opencv': expected one of"):
         detr.AutoImageProcessor.from_pretrained(folder, backend="opencv")

@@ -1,4 +1,4 @@
-"""`detr.pipeline` against transformers' pipelines on the same folder, and against `ObjectDetector`."""
+"""`detr.pipeline` equals transformers' pipelines on the same folder, and `ObjectDetector`."""
 
 import base64
 import copy
@@ -34,8 +34,8 @@ IMAGES = [random_image(seed, *size) for seed, size in enumerate([(60, 80), (120,
 
 
 @torch.no_grad()
-def confident(model):
-    """A copy whose queries are sure of different classes and see different masks, as after training."""
+def make_confident(model):
+    """Copy a model so that its queries are confident of different classes and have different masks, as after training."""
     model = copy.deepcopy(model)
     processor = detr.DetrImageProcessor(size=SIZE)
     detector = model.detr if hasattr(model, "mask_head") else model
@@ -54,7 +54,7 @@ def confident(model):
 
 
 def save(model, folder):
-    confident(model).save_pretrained(folder)
+    make_confident(model).save_pretrained(folder)
     detr.DetrImageProcessor(size=SIZE).save_pretrained(folder)
     return folder
 
@@ -90,14 +90,14 @@ def their_segmenter(segmentation_folder):
 
 
 def pixels(results):
-    """Results with arrays for masks, to be compared with ==."""
+    """Convert the masks of results to lists, so that results can be compared with ==."""
     return [{**one, "mask": np.asarray(one["mask"]).tolist()} for one in results]
 
 
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", 'pipeline("object-detection")')
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    # `confident` multiplies the logits, and with them float32's noise, which depends on the CPU (1.2e-5 seen).
+    # `make_confident` scales the logits, and with them the float32 noise, which depends on the CPU (up to 1.2e-5 seen).
     [(torch.float64, 1e-9), (torch.float32, 5e-5)],
     ids=["float64", "float32"],
 )
@@ -139,12 +139,12 @@ def test_segments_equal_transformers(segmenter, their_segmenter, subtask, differ
             assert mine["mask"].size == image.size
             wrong = (np.asarray(mine["mask"]) != np.asarray(other["mask"])).mean()
             difference(wrong)
-            assert wrong < 1e-3  # of pixels where two segments are equal within float32
+            assert wrong < 1e-3  # pixels where two segments are equal within float32
         count += len(got)
     assert count > 5
 
 
-def test_the_defaults_of_segmentation_are_transformers(segmentation_folder, their_segmenter):
+def test_the_defaults_of_segmentation_equal_transformers(segmentation_folder, their_segmenter):
     ours = detr.pipeline("image-segmentation", model=segmentation_folder, device="cpu")
     expected = their_segmenter(IMAGES[0])
     assert [one["label"] for one in ours(IMAGES[0])] == [one["label"] for one in expected]
@@ -181,7 +181,7 @@ def test_an_image_has_the_same_detections_in_every_form(detector, tmp_path):
 
 
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", 'pipeline("object-detection")')
-def test_a_list_gives_a_list_of_lists_and_an_iterable_is_read_as_it_is_consumed(detector):
+def test_a_list_returns_a_list_and_an_iterable_is_read_lazily(detector):
     expected = [detector(image) for image in IMAGES]
     assert detector(IMAGES) == detector(tuple(IMAGES)) == expected
     assert detector([IMAGES[0]]) == [expected[0]]
@@ -202,15 +202,15 @@ def test_a_list_gives_a_list_of_lists_and_an_iterable_is_read_as_it_is_consumed(
 
 @pytest.mark.known_issue(19)
 @pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize(("optimise", "near"), [(True, 1e-6), (False, 1e-4)])
-def test_with_canonical_padding_the_detections_are_those_of_object_detector(
-    detection_folder, batch_size, optimise, near
+@pytest.mark.parametrize(("optimize", "near"), [(True, 1e-6), (False, 1e-4)])
+def test_with_canonical_padding_detections_equal_object_detector(
+    detection_folder, batch_size, optimize, near
 ):
-    # A detector optimises what it loads, a pipeline takes it as it is: with weights drawn as wide as here that shows.
+    # A detector optimizes the model that it loads, and a pipeline does not. The large random weights show the difference.
     model = detr.DetrForObjectDetection.from_pretrained(detection_folder)
     ours = detr.pipeline(
         "object-detection",
-        model=model.optimize() if optimise else model,
+        model=model.optimize() if optimize else model,
         image_processor=detection_folder,
         device="cpu",
         pad="canonical",
@@ -233,7 +233,7 @@ def test_with_canonical_padding_the_detections_are_those_of_object_detector(
 
 
 @pytest.mark.known_issue(19)
-def test_padding_is_cut_off_masks_before_they_are_resized(segmentation_folder):
+def test_padding_is_cropped_from_masks_before_they_are_resized(segmentation_folder):
     ours = detr.pipeline("image-segmentation", segmentation_folder, device="cpu", pad="canonical", **EASY)
     image_processor, model = ours.image_processor, ours.model
     count = stretched = 0
@@ -249,10 +249,12 @@ def test_padding_is_cut_off_masks_before_they_are_resized(segmentation_folder):
             ("cut", {"processed_sizes": [(height, width)], "padded_size": shape}),
             ("stretched", {}),
         ):
-            found = image_processor.post_process_instance_segmentation(
+            segmented = image_processor.post_process_instance_segmentation(
                 outputs, **EASY, target_sizes=[(image.height, image.width)], **sizes
             )[0]
-            results[name] = [found["segmentation"] == segment["id"] for segment in found["segments_info"]]
+            results[name] = [
+                segmented["segmentation"] == segment["id"] for segment in segmented["segments_info"]
+            ]
         got = ours(image, subtask="instance")
         assert len(got) == len(results["cut"])
         for mine, mask in zip(got, results["cut"]):
@@ -286,8 +288,8 @@ def test_fused_classes_have_one_mask(segmenter):
             assert (np.asarray(one["mask"]) == np.maximum.reduce(parts)).all()
 
 
-def test_a_model_that_is_given_stays_where_it_is(make_twins, detector):
-    model = confident(make_twins().ours)
+def test_a_model_object_stays_on_its_device(make_twins, detector):
+    model = make_confident(make_twins().ours)
     processor = detr.DetrImageProcessor(size=SIZE)
     ours = detr.pipeline(model=model, image_processor=processor, threshold=0.3)
     assert ours.model is model
@@ -311,7 +313,7 @@ def test_a_segmentation_model_also_detects(segmentation_folder):
     assert [one["score"] for one in got] == pytest.approx(expected["scores"].tolist(), abs=1e-6)
 
 
-def test_the_model_computes_in_the_dtype_that_is_asked_for(detection_folder, detector):
+def test_the_model_computes_in_the_requested_dtype(detection_folder, detector):
     ours = detr.pipeline("object-detection", detection_folder, device=-1, dtype="bfloat16", threshold=0.0)
     assert ours.model.dtype == torch.bfloat16
     scores = sorted(one["score"] for one in ours(IMAGES[0]))
@@ -320,10 +322,10 @@ def test_the_model_computes_in_the_dtype_that_is_asked_for(detection_folder, det
     assert scores != expected
 
 
-def test_a_rotated_photo_is_turned_upright_as_in_transformers(detector, their_detector):
+def test_a_rotated_photo_is_rotated_upright_as_in_transformers(detector, their_detector):
     upright = IMAGES[1]
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    exif[0x0112] = 6  # viewers rotate it by 90 degrees clockwise
     data = io.BytesIO()
     upright.transpose(Image.Transpose.ROTATE_90).save(data, "PNG", exif=exif)
     assert detector(data.getvalue()) == detector(upright)
@@ -333,29 +335,29 @@ def test_a_rotated_photo_is_turned_upright_as_in_transformers(detector, their_de
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
-def test_images_of_every_mode_are_taken(detector, segmenter, mode):
+def test_images_of_every_mode_are_accepted(detector, segmenter, mode):
     image = Image.fromarray(np.zeros((40, 60), np.uint16)) if mode == "I;16" else IMAGES[0].convert(mode)
-    for find in (detector, segmenter):
-        assert isinstance(find(image), list)
+    for run in (detector, segmenter):
+        assert isinstance(run(image), list)
 
 
-def test_what_cannot_be_fetched_says_why(tmp_path):
+def test_errors_for_urls_name_the_reason(tmp_path):
     (tmp_path / "page.html").write_text("<html>")
     with serve(tmp_path) as address:
         with pytest.raises(ImageError, match=r"none\.png: the server answered 404"):
             load_image(f"{address}/none.png")
-        with pytest.raises(ImageError, match=r"page\.html: not an image that can be read .* begin with"):
+        with pytest.raises(ImageError, match=r"page\.html: not an image that can be read .* start with"):
             load_image(f"{address}/page.html")
     with pytest.raises(ImageError, match=r"x\.png: cannot be fetched"):
         load_image(f"{address}/x.png")
 
 
-def test_an_image_has_one_result_however_it_is_given(detector, tmp_path):
+def test_every_kind_of_image_source_gives_the_same_result(detector, tmp_path):
     pixels = np.asarray(IMAGES[0].convert("RGB"))
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     data = buffer.getvalue()
-    (tmp_path / "a.bin").write_bytes(data)  # the content decides, not the name
+    (tmp_path / "a.bin").write_bytes(data)  # the format is detected from the content, not from the name
     text = base64.b64encode(data).decode()
     expected = detector(pixels)
     with (tmp_path / "a.bin").open("rb") as file:
@@ -411,13 +413,13 @@ def test_an_image_has_one_result_however_it_is_given(detector, tmp_path):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_no_image_is_refused_at_the_call(detector, source, error, message):
+def test_inputs_that_are_not_images_are_rejected_at_the_call(detector, source, error, message):
     with pytest.raises(error, match=message) as caught:
         detector(source)
     assert len(str(caught.value)) < 600
 
 
-def test_orientation_is_applied_unless_it_is_to_be_ignored(detector):
+def test_the_orientation_is_applied_by_default_and_can_be_ignored(detector):
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
@@ -442,8 +444,8 @@ def test_orientation_is_applied_unless_it_is_to_be_ignored(detector):
         )
 
 
-def test_what_cannot_be_read_says_why(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image file .*cats\.png.*; a URL begins with http"):
+def test_errors_for_files_and_base64_name_the_reason(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no image file .*cats\.png.*; it is not a URL"):
         load_image("cats.png")
     with pytest.raises(ImageError, match="is not base64"):
         load_image("data:image/png;base64,@@@")
@@ -460,7 +462,7 @@ def test_what_cannot_be_read_says_why(tmp_path):
     ("arguments", "error", "message"),
     [
         ({"task": "text-generation"}, ValueError, "task is 'text-generation': expected one of"),
-        ({"model": None}, ValueError, "there is no model: give a model folder, a hub id"),
+        ({"model": None}, ValueError, "no model given: pass a model folder, a hub id"),
         (
             {"device": "cpu", "device_map": "auto"},
             ValueError,
@@ -468,17 +470,21 @@ def test_what_cannot_be_read_says_why(tmp_path):
         ),
         ({"pad": "square"}, ValueError, "pad is 'square'"),
         ({"batch_size": 0}, ValueError, "batch_size is 0"),
-        ({"treshold": 0.5}, TypeError, "'object-detection' has no option treshold: there are threshold"),
+        (
+            {"treshold": 0.5},
+            TypeError,
+            "'object-detection' has no option treshold: expected one of threshold",
+        ),
         ({"task": "image-segmentation"}, ValueError, "has no masks: 'image-segmentation' needs a DetrForSeg"),
     ],
 )
-def test_arguments_that_cannot_be_used_are_refused(detection_folder, arguments, error, message):
+def test_invalid_arguments_are_rejected(detection_folder, arguments, error, message):
     with pytest.raises(error, match=message):
         detr.pipeline(**{"task": "object-detection", "model": detection_folder, **arguments})
 
 
-def test_a_given_model_needs_an_image_processor_and_takes_no_loading_arguments(make_twins):
-    with pytest.raises(ValueError, match="there is no image processor"):
+def test_a_model_object_needs_an_image_processor_and_accepts_no_loading_arguments(make_twins):
+    with pytest.raises(ValueError, match="no image processor given"):
         detr.pipeline(model=make_twins().ours)
     with pytest.raises(ValueError, match="model_kwargs"):
         detr.pipeline(model=make_twins().ours, model_kwargs={"num_labels": 3})
@@ -487,14 +493,14 @@ def test_a_given_model_needs_an_image_processor_and_takes_no_loading_arguments(m
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_gpu_that_is_not_there_is_an_error(detection_folder):
+def test_a_missing_gpu_is_an_error(detection_folder):
     for arguments in ({"device": 0}, {"device_map": 0}, {"device": "cuda"}):
         with pytest.raises(RuntimeError, match="this machine has 0 CUDA devices; use 'cpu' or 'auto'"):
             detr.pipeline("object-detection", model=detection_folder, **arguments)
 
 
-def test_calls_that_cannot_be_answered_are_refused(detector, segmenter):
-    with pytest.raises(ValueError, match="there is no image"):
+def test_invalid_calls_are_rejected(detector, segmenter):
+    with pytest.raises(ValueError, match="no image given"):
         detector()
     with pytest.raises(TypeError, match="no option subtask"):
         detector(IMAGES[0], subtask="panoptic")

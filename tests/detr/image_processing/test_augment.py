@@ -1,4 +1,4 @@
-"""Augmentation: what is drawn is what is applied, and the boxes follow the pixels."""
+"""Augmentations are applied as drawn, and boxes are transformed like the pixels."""
 
 import numpy as np
 import pytest
@@ -27,8 +27,8 @@ def draw_one(rng: np.random.Generator, height: int, width: int, spec: AugmentSpe
     return draw(rng.random((1, RANDOM_NUMBERS)), np.array([height]), np.array([width]), spec)[0]
 
 
-def random_size(rng: np.random.Generator, most: int) -> tuple[int, int]:
-    return tuple(map(int, np.exp(rng.uniform(0, np.log(most + 1), 2)).astype(int)))
+def random_size(rng: np.random.Generator, maximum: int) -> tuple[int, int]:
+    return tuple(map(int, np.exp(rng.uniform(0, np.log(maximum + 1), 2)).astype(int)))
 
 
 def random_image(rng: np.random.Generator, height: int, width: int) -> torch.Tensor:
@@ -42,8 +42,8 @@ def random_boxes(rng: np.random.Generator, number: int, height: int, width: int)
 
 def to_pixels(boxes_cxcywh: np.ndarray, augmentation: Augmentation) -> np.ndarray:
     height, width = augmentation.output_size
-    centre, side = np.split(boxes_cxcywh.astype(np.float64), 2, axis=1)
-    return np.concatenate([centre - side / 2, centre + side / 2], axis=1) * np.tile([width, height], 2)
+    center, side = np.split(boxes_cxcywh.astype(np.float64), 2, axis=1)
+    return np.concatenate([center - side / 2, center + side / 2], axis=1) * np.tile([width, height], 2)
 
 
 @pytest.mark.parametrize("spec", [AugmentSpec(), SMALL, AugmentSpec.none()], ids=["coco", "small", "none"])
@@ -74,17 +74,17 @@ def test_a_draw_stays_within_its_spec_for_any_size(spec):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_drawn_output_size_is_what_apply_returns(seed):
+def test_apply_returns_the_drawn_output_size(seed):
     rng = np.random.default_rng(seed)
     for _ in range(40):
         height, width = random_size(rng, 300)
         augmentation = draw_one(rng, height, width, SMALL)
-        image, boxes, kept = apply(random_image(rng, height, width), np.zeros((0, 4)), augmentation)
+        image, boxes, rows = apply(random_image(rng, height, width), np.zeros((0, 4)), augmentation)
         assert tuple(image.shape) == (3, *augmentation.output_size)
         assert image.dtype == torch.uint8
         assert boxes.shape == (0, 4)
         assert boxes.dtype == np.float32
-        assert kept.shape == (0,)
+        assert rows.shape == (0,)
 
 
 def test_the_default_spec_can_be_applied():
@@ -103,19 +103,19 @@ def test_boxes_follow_painted_rectangles(seed):
         height, width = (int(side) for side in rng.integers(20, 200, 2))
         augmentation = draw_one(rng, height, width, SMALL)
         boxes = np.round(random_boxes(rng, 8, height, width))
-        _, transformed, kept = apply(random_image(rng, height, width), boxes, augmentation)
+        _, transformed, rows = apply(random_image(rng, height, width), boxes, augmentation)
         pixels = to_pixels(transformed, augmentation)
         for row, (left, top, right, bottom) in enumerate(boxes.astype(int)):
             canvas = torch.zeros(3, height, width, dtype=torch.uint8)
             canvas[:, top:bottom, left:right] = 255
             painted, _, _ = apply(canvas, np.zeros((0, 4)), augmentation)
             ys, xs = np.nonzero(painted[0].numpy() > 127)
-            if row not in kept:
+            if row not in rows:
                 assert not len(xs)
                 dropped += 1
                 continue
-            box = pixels[list(kept).index(row)]
-            if min(box[2:] - box[:2]) > 4:  # thinner ones fade when the image shrinks
+            box = pixels[list(rows).index(row)]
+            if min(box[2:] - box[:2]) > 4:  # thinner rectangles fade when the image shrinks
                 expected = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
                 assert np.abs(box - expected).max() <= 1.6, (augmentation, row)
                 compared += 1
@@ -130,7 +130,7 @@ def test_boxes_equal_point_by_point_arithmetic(seed):
         height, width = (int(side) for side in rng.integers(1, 400, 2))
         augmentation = draw_one(rng, height, width, SMALL)
         boxes = random_boxes(rng, 5, height, width)
-        _, transformed, kept = apply(torch.zeros(3, height, width, dtype=torch.uint8), boxes, augmentation)
+        _, transformed, rows = apply(torch.zeros(3, height, width, dtype=torch.uint8), boxes, augmentation)
         expected = []
         for row, (left, top, right, bottom) in enumerate(boxes):
             if augmentation.flip:
@@ -146,26 +146,26 @@ def test_boxes_equal_point_by_point_arithmetic(seed):
                 size = step.height, step.width
             if xs[1] > xs[0] and ys[1] > ys[0]:
                 expected.append((row, xs[0], ys[0], xs[1], ys[1]))
-        assert [row for row, *_ in expected] == kept.tolist()
+        assert [row for row, *_ in expected] == rows.tolist()
         got = to_pixels(transformed, augmentation)
         assert np.allclose(got, np.array([box for _, *box in expected]).reshape(-1, 4), atol=1e-4)
 
 
-def test_boxes_are_cut_at_the_image_and_empty_ones_dropped():
+def test_boxes_are_clipped_to_the_image_and_empty_ones_are_dropped():
     augmentation = Augmentation((10, 20), False, (Resize(20, 40),))
     boxes = np.array([[-5, -5, 10, 5], [3, 3, 3, 8], [25, 0, 30, 5], [15, 8, 99, 99], [5, 5, 4, 4]], float)
-    _, transformed, kept = apply(torch.zeros(3, 10, 20, dtype=torch.uint8), boxes, augmentation)
-    assert kept.tolist() == [0, 3]
+    _, transformed, rows = apply(torch.zeros(3, 10, 20, dtype=torch.uint8), boxes, augmentation)
+    assert rows.tolist() == [0, 3]
     assert np.array_equal(
         transformed, np.array([[0.25, 0.25, 0.5, 0.5], [0.875, 0.9, 0.25, 0.2]], np.float32)
     )
 
 
-def test_an_object_cropped_away_is_dropped_and_its_neighbour_is_cut():
+def test_an_object_outside_the_crop_is_dropped_and_its_neighbors_are_clipped():
     augmentation = Augmentation((100, 100), False, (Crop(top=50, left=50, height=50, width=50),))
     boxes = np.array([[0, 0, 50, 50], [40, 40, 75, 100], [0, 0, 100, 51]], float)
-    _, transformed, kept = apply(torch.zeros(3, 100, 100, dtype=torch.uint8), boxes, augmentation)
-    assert kept.tolist() == [1, 2]
+    _, transformed, rows = apply(torch.zeros(3, 100, 100, dtype=torch.uint8), boxes, augmentation)
+    assert rows.tolist() == [1, 2]
     assert np.allclose(transformed, [[0.25, 0.5, 0.5, 1.0], [0.5, 0.01, 1.0, 0.02]])
 
 
@@ -184,15 +184,15 @@ def test_without_augmentation_the_image_is_only_resized():
         height, width = random_size(rng, 200)
         image = random_image(rng, height, width)
         boxes = random_boxes(rng, 3, height, width)
-        augmented, transformed, kept = apply(image, boxes, draw_one(rng, height, width, spec))
+        augmented, transformed, rows = apply(image, boxes, draw_one(rng, height, width, spec))
         size = output_size(height, width, {"shortest_edge": 64, "longest_edge": 100})
         assert torch.equal(augmented, resize(image, size))
-        relative = boxes[kept] / np.tile([width, height], 2)
-        centre, side = (relative[:, :2] + relative[:, 2:]) / 2, relative[:, 2:] - relative[:, :2]
-        assert np.allclose(transformed, np.concatenate([centre, side], axis=1), atol=1e-6)
+        relative = boxes[rows] / np.tile([width, height], 2)
+        center, side = (relative[:, :2] + relative[:, 2:]) / 2, relative[:, 2:] - relative[:, :2]
+        assert np.allclose(transformed, np.concatenate([center, side], axis=1), atol=1e-6)
 
 
-def test_the_generator_alone_decides():
+def test_draws_depend_on_the_generator_alone():
     def draws(seed: int) -> list[Augmentation]:
         rng = np.random.default_rng(seed)
         return [draw_one(rng, 480, 640, AugmentSpec()) for _ in range(50)]
@@ -207,7 +207,7 @@ def test_the_generator_alone_decides():
     assert len({hash(augmentation) for augmentation in first}) > 40
 
 
-def test_every_choice_is_drawn_with_its_probability():
+def test_every_choice_has_its_specified_probability():
     rng = np.random.default_rng(0)
     drawn = [draw_one(rng, 480, 640, AugmentSpec(longest_edge=5000)) for _ in range(4000)]
     assert abs(np.mean([augmentation.flip for augmentation in drawn]) - 0.5) < 0.03
@@ -225,7 +225,7 @@ def test_probabilities_of_0_and_1_are_certain():
     assert all(len(draw_one(rng, 9, 9, AugmentSpec(crop=False)).steps) == 1 for _ in range(200))
 
 
-def test_the_input_is_left_alone():
+def test_the_input_is_not_modified():
     rng = np.random.default_rng(0)
     image, boxes = random_image(rng, 90, 70), random_boxes(rng, 4, 90, 70)
     before = image.clone(), boxes.copy()
@@ -235,7 +235,7 @@ def test_the_input_is_left_alone():
     assert np.array_equal(boxes, before[1])
 
 
-def test_an_image_of_another_size_is_refused():
+def test_an_image_of_another_size_is_rejected():
     augmentation = draw_one(np.random.default_rng(0), 10, 20, SMALL)
     with pytest.raises(ValueError, match="20 x 10 pixels, but the augmentation was drawn for 10 x 20"):
         apply(torch.zeros(3, 20, 10, dtype=torch.uint8), np.zeros((0, 4)), augmentation)
@@ -254,12 +254,12 @@ def test_an_image_of_another_size_is_refused():
         {"crop_sizes": (5,)},
     ],
 )
-def test_a_spec_that_cannot_be_drawn_from_is_refused(fields):
+def test_invalid_specs_are_rejected(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         AugmentSpec(**fields)
 
 
-def test_the_augmentation_of_an_image_does_not_depend_on_its_neighbours():
+def test_the_augmentation_of_an_image_does_not_depend_on_other_images():
     rng = np.random.default_rng(0)
     random = rng.random((50, RANDOM_NUMBERS))
     heights, widths = rng.integers(1, 900, (2, 50))
@@ -273,7 +273,7 @@ def test_the_augmentation_of_an_image_does_not_depend_on_its_neighbours():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_masks_follow_the_image_as_torchvisions_do(seed):
+def test_augmented_masks_equal_torchvision(seed):
     from torchvision.transforms.v2 import InterpolationMode, functional
 
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""The work of decoding a file is estimated from its structure, and what has no influence on its pixels is left out."""
+"""The decoding time is estimated from the structure of a file, and parts that do not affect pixels are removed."""
 
 import io
 import struct
@@ -38,7 +38,7 @@ def segment(code: int, body: bytes) -> bytes:
 
 
 def jpeg_of_scans(height: int, width: int, scans: int, frame: int = 0xC2) -> bytes:
-    """A gray JPEG: a scan of DC coefficients, one of AC coefficients, and passes that refine these."""
+    """Build a gray JPEG: a scan of DC coefficients, one of AC coefficients, and refinement scans."""
     parts = [b"\xff\xd8", segment(0xDB, b"\0" + bytes([1] * 64))]
     parts.append(segment(frame, struct.pack(">BHHB", 8, height, width, 1) + bytes([1, 0x11, 0])))
     parts.append(segment(0xC4, b"\0" + bytes([1] + [0] * 15) + b"\0"))
@@ -55,7 +55,7 @@ def png_chunk(name: bytes, body: bytes) -> bytes:
 
 @pytest.mark.parametrize("decoder", ["simplejpeg", "Pillow"])
 @pytest.mark.parametrize(("scans", "frame"), [(450, 0xC2), (120_000, 0xC2), (100, 0xCA)])
-def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(scans, frame, decoder, monkeypatch):
+def test_a_jpeg_with_too_many_scans_is_rejected_before_decoding(scans, frame, decoder, monkeypatch):
     if decoder == "Pillow":
         monkeypatch.setattr(decode, "simplejpeg", None)
     data = jpeg_of_scans(9450, 9468, scans, frame)
@@ -67,13 +67,13 @@ def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(scans, frame, 
     assert time.process_time() - start < 5
 
 
-def test_lawful_photographs_of_the_largest_size_are_within_the_limit():
+def test_normal_photos_of_maximum_size_are_within_the_cost_limit():
     side = int(DEFAULT_MAX_PIXELS**0.5)
     for scans in (1, 10, 20):
         assert check_cost(jpeg_of_scans(side, side, scans)) < DEFAULT_MAX_COST
 
 
-def test_cost_grows_with_scans_and_with_pixels():
+def test_the_cost_grows_with_scans_and_pixels():
     costs = [decode_cost(jpeg_of_scans(1000, 1000, scans)) for scans in (3, 30, 300, 3000)]
     assert costs[3] / costs[2] == pytest.approx(10, rel=0.2)
     assert costs == sorted(costs)
@@ -81,7 +81,7 @@ def test_cost_grows_with_scans_and_with_pixels():
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
-def test_every_format_has_a_cost_that_the_limit_is_compared_with(format):
+def test_the_cost_limit_applies_to_every_format(format):
     data = encode(Image.fromarray(PIXELS), format)
     cost = decode_cost(data)
     assert 0 < cost < 0.01
@@ -91,7 +91,7 @@ def test_every_format_has_a_cost_that_the_limit_is_compared_with(format):
         decode_image(data, max_cost=cost * 0.99)
 
 
-def test_the_first_frame_of_an_animation_is_what_counts():
+def test_the_cost_of_an_animation_is_that_of_its_first_frame():
     frames = [Image.fromarray(PIXELS + np.uint8(n)) for n in range(40)]
     for format in ("GIF", "WEBP", "PNG"):
         one = decode_cost(encode(frames[0], format))
@@ -123,8 +123,8 @@ def test_metadata_never_reaches_the_decoder():
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_exif_that_claims_more_than_the_file_holds_costs_no_memory(order):
-    """Pillow copies what each of 5,000 tags claims."""
+def test_exif_that_claims_more_bytes_than_the_file_has_allocates_no_memory(order):
+    """Pillow would copy the bytes that each of the 5,000 tags claims."""
     entries = b"".join(struct.pack(order + "HHII", tag, 7, 60_000, 8) for tag in range(5000))
     tiff = struct.pack(order + "2sHI", b"II" if order == "<" else b"MM", 42, 8)
     tiff += struct.pack(order + "H", 5000) + entries + bytes(4)
@@ -140,7 +140,7 @@ def test_exif_that_claims_more_than_the_file_holds_costs_no_memory(order):
     assert peak < 5e6
 
 
-def test_tiff_tags_that_claim_more_than_the_file_holds_are_refused():
+def test_tiff_tags_that_claim_more_bytes_than_the_file_has_are_rejected():
     data = bytearray(encode(Image.fromarray(PIXELS), "TIFF"))
     start = int.from_bytes(data[4:8], "little")
     for entry in range(start + 2, start + 2 + 12 * data[start], 12):
@@ -161,13 +161,13 @@ def test_tiff_tags_that_claim_more_than_the_file_holds_are_refused():
     ],
     ids=WEB_FORMATS + ("GIF",),
 )
-def test_a_file_of_too_many_parts_is_refused(data):
+def test_a_file_with_too_many_parts_is_rejected(data):
     for call in (image_size, decode_image, decode_cost):
         with pytest.raises(ImageCostError, match=f"more than {MAX_PARTS:,} parts"):
             call(data)
 
 
-def test_formats_can_be_restricted():
+def test_accepted_formats_can_be_restricted():
     data = encode(Image.fromarray(PIXELS), "BMP")
     for call in (image_size, decode_image, decode_cost, check_cost):
         with pytest.raises(ImageError, match=r"not an image that can be read \(JPEG, PNG, WEBP\)"):

@@ -1,4 +1,4 @@
-"""Encoded bytes become RGB pixels; everything that cannot be is refused with a reason."""
+"""Encoded images are decoded into RGB pixels; other bytes are rejected with a reason."""
 
 import io
 from pathlib import Path
@@ -37,7 +37,7 @@ def interleaved(image: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM"])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 37), (24, 17)])
-def test_lossless_rgb_comes_back_as_it_was(format, height, width):
+def test_lossless_rgb_is_decoded_exactly(format, height, width):
     pixels = random_pixels(0, height, width)
     image = decode_image(encode(Image.fromarray(pixels), format))
     assert image.dtype == torch.uint8
@@ -46,7 +46,7 @@ def test_lossless_rgb_comes_back_as_it_was(format, height, width):
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
-def test_the_memory_is_interleaved(format):
+def test_decoded_images_are_interleaved_in_memory(format):
     image = decode_image(encode(Image.fromarray(random_pixels(0, 9, 7)), format))
     assert image.permute(1, 2, 0).is_contiguous()
 
@@ -56,7 +56,7 @@ def test_the_memory_is_interleaved(format):
     "options", [{"quality": 75}, {"quality": 95, "progressive": True, "subsampling": 0}, {"keep_rgb": True}]
 )
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 333), (64, 48)])
-def test_a_jpeg_decodes_to_the_pixels_pillow_gives(mode, options, height, width, monkeypatch):
+def test_jpegs_decode_to_the_same_pixels_as_with_pillow(mode, options, height, width, monkeypatch):
     image = Image.fromarray(random_pixels(1, height, width)).convert(mode)
     data = encode(image, "JPEG", **options)
     expected = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -65,7 +65,7 @@ def test_a_jpeg_decodes_to_the_pixels_pillow_gives(mode, options, height, width,
         assert np.array_equal(interleaved(decode_image(data)), expected)
 
 
-def test_real_jpegs_decode_to_the_pixels_pillow_gives():
+def test_real_jpegs_decode_to_the_same_pixels_as_with_pillow():
     files = sorted((DATA / "coco128").glob("*2017/*.jpg"))[:20]
     if not files:
         pytest.skip(f"no images under {DATA}")
@@ -78,7 +78,7 @@ def test_real_jpegs_decode_to_the_pixels_pillow_gives():
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
 @pytest.mark.parametrize("transparency", [None, 3])
-def test_an_image_is_converted_by_strips_as_it_is_in_one(mode, transparency, monkeypatch):
+def test_conversion_by_strips_equals_conversion_of_the_whole_image(mode, transparency, monkeypatch):
     generator = np.random.default_rng(0)
     rgba = Image.fromarray(generator.integers(0, 256, (23, 17, 4), np.uint8), "RGBA")
     if mode == "I;16":
@@ -97,9 +97,9 @@ def test_an_image_is_converted_by_strips_as_it_is_in_one(mode, transparency, mon
     assert converted == ([] if mode == "I;16" else [*[(17, 5)] * 4, (17, 3)])
 
 
-def test_grey_is_repeated_in_all_channels():
-    grey = random_pixels(2, 6, 8, 1)[..., 0]
-    for image in (Image.fromarray(grey), Image.fromarray(grey > 127)):
+def test_gray_is_repeated_in_all_channels():
+    gray = random_pixels(2, 6, 8, 1)[..., 0]
+    for image in (Image.fromarray(gray), Image.fromarray(gray > 127)):
         values = np.array(image.convert("L"))
         assert np.array_equal(interleaved(decode_image(encode(image))), np.dstack([values] * 3))
 
@@ -113,23 +113,23 @@ def test_transparency_is_composited_on_white():
     assert (image[pixels[..., 3] == 0] == 255).all()
 
 
-def test_transparent_grey_and_palette_images_are_composited_too():
-    grey_alpha = Image.new("LA", (4, 4), (10, 0))
-    assert (decode_image(encode(grey_alpha)) == 255).all()
+def test_transparent_gray_and_palette_images_are_composited_too():
+    gray_alpha = Image.new("LA", (4, 4), (10, 0))
+    assert (decode_image(encode(gray_alpha)) == 255).all()
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 9, 8, 7])
     assert decode_image(encode(palette))[:, 0, 0].tolist() == [9, 8, 7]
     assert (decode_image(encode(palette, transparency=1)) == 255).all()
 
 
-def test_16_bit_grey_keeps_its_range():
+def test_16_bit_gray_keeps_its_range():
     values = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
     for format in ("PNG", "TIFF"):
         image = interleaved(decode_image(encode(Image.fromarray(values), format)))
         assert np.array_equal(image, np.dstack([values >> 8] * 3))
 
 
-def test_pixels_without_a_defined_range_are_refused():
+def test_pixels_without_a_defined_range_are_rejected():
     with pytest.raises(ImageError, match="floating-point"):
         decode_image(encode(Image.fromarray(np.ones((3, 3), np.float32)), "TIFF"))
     with pytest.raises(ImageError, match=r"32-bit pixels from -5 to 70000"):
@@ -143,7 +143,7 @@ def test_an_rgb_image_is_not_copied():
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("value", range(9))
-def test_an_image_is_turned_upright_only_on_request(format, value, monkeypatch):
+def test_exif_orientation_is_applied_only_on_request(format, value, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = value
     options = {"lossless": True} if format == "WEBP" else {"quality": 95} if format == "JPEG" else {}
@@ -162,26 +162,26 @@ def test_an_image_is_turned_upright_only_on_request(format, value, monkeypatch):
     assert np.array_equal(interleaved(decode_image(data)), np.array(stored))
 
 
-def test_another_orientation_is_refused():
+def test_an_unknown_orientation_is_rejected():
     with pytest.raises(ValueError, match=r"orientation is 'upright': expected one of \('apply', 'ignore'\)"):
         decode_image(encode(Image.new("RGB", (3, 3))), orientation="upright")
 
 
-def test_the_first_frame_of_an_animation_is_taken():
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+def test_the_first_frame_of_an_animation_is_decoded():
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode_image(data)[:, 0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", bytes(1000)])
-def test_what_is_no_image_is_refused(data):
+def test_bytes_that_are_not_an_image_are_rejected(data):
     with pytest.raises(ImageError, match=r"not an image|header"):
         decode_image(data)
     with pytest.raises(ImageError, match=r"not an image|header"):
         image_size(data)
 
 
-def test_a_damaged_jpeg_decodes_as_pillow_does():
+def test_a_damaged_jpeg_decodes_as_with_pillow():
     rng = np.random.default_rng(8)
     clean = encode(Image.fromarray(random_pixels(8, 60, 80)), "JPEG")
     readable = 0
@@ -198,7 +198,7 @@ def test_a_damaged_jpeg_decodes_as_pillow_does():
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
-def test_an_image_cut_short_anywhere_is_refused(format):
+def test_truncated_images_are_rejected(format):
     data = encode(Image.fromarray(random_pixels(6, 40, 30)), format)
     for length in np.random.default_rng(6).integers(0, len(data) - 20, 25):
         with pytest.raises(ImageError):
@@ -206,11 +206,11 @@ def test_an_image_cut_short_anywhere_is_refused(format):
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about EXIF and TIFF tags
-def test_damaged_bytes_give_pixels_or_an_image_error(format):
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns about EXIF and TIFF tags
+def test_damaged_bytes_are_decoded_or_raise_an_image_error(format):
     rng = np.random.default_rng(7)
     clean = encode(Image.fromarray(random_pixels(7, 20, 30)), format)
-    refused = 0
+    rejected = 0
     for _ in range(150):
         data = bytearray(clean)
         for position in rng.integers(0, len(data), 4):
@@ -218,20 +218,20 @@ def test_damaged_bytes_give_pixels_or_an_image_error(format):
         try:
             image = decode_image(bytes(data), max_pixels=10_000_000)
         except ImageError:
-            refused += 1
+            rejected += 1
         else:
             assert image.dtype == torch.uint8
             assert image.shape[0] == 3
-    assert refused < 150 or format == "PNG"  # whose parts have checksums
+    assert rejected < 150 or format == "PNG"  # the chunks of a PNG have checksums
 
 
 @pytest.mark.parametrize("format", ["EPS", "ICO", "PDF", "JPEG2000"])
-def test_formats_that_are_not_for_photographs_are_not_opened(format):
+def test_unsupported_formats_are_not_opened(format):
     with pytest.raises(ImageError, match=r"not an image that can be read \(JPEG"):
         decode_image(encode(Image.new("RGB", (32, 32)), format))
 
 
-def test_the_limit_is_checked_before_decoding():
+def test_the_pixel_limit_is_checked_before_decoding():
     data = encode(Image.new("RGB", (100, 100)))
     assert decode_image(data, max_pixels=10_000).shape == (3, 100, 100)
     header_only = data[:100]
@@ -239,7 +239,7 @@ def test_the_limit_is_checked_before_decoding():
         decode_image(header_only, max_pixels=9_999)
 
 
-def test_a_header_that_claims_a_gigantic_image_is_refused():
+def test_a_header_that_claims_a_gigantic_image_is_rejected():
     data = bytearray(encode(Image.new("L", (8, 8)), "BMP"))
     data[18:26] = (50_000).to_bytes(4, "little") * 2
     with pytest.raises(ImageError):

@@ -1,4 +1,4 @@
-"""Masks of detection annotations and panoptic annotations equal transformers', and work where it fails."""
+"""Masks of detection and panoptic annotations equal transformers', also for inputs on which transformers fails."""
 
 import json
 
@@ -14,7 +14,7 @@ from detr.image_processing.masks import pillow_nearest_indices, resize_map, torc
 from detr.image_transforms import id_to_rgb, rgb_to_id
 from tests.detr.image_processing.test_processor import DATA, SMALL, random_image
 
-# torchvision's reader of PNGs, which transformers uses
+# transformers uses torchvision's PNG reader, which is deprecated
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The image decoding and encoding capabilities:DeprecationWarning"
 )
@@ -77,7 +77,7 @@ def test_masks_of_polygons_equal_transformers(ours, size):
 
 @pytest.mark.checklist(SECTION, "RLE segmentation")
 @pytest.mark.parametrize("form", ["uncompressed", "text", "bytes"])
-def test_all_forms_of_rle_give_the_mask_they_encode(form):
+def test_all_forms_of_rle_decode_to_the_encoded_mask(form):
     rng = np.random.default_rng(1)
     image = random_image(rng, 40, 60)
     mask = rng.random((40, 60)) > 0.5
@@ -98,7 +98,7 @@ def test_all_forms_of_rle_give_the_mask_they_encode(form):
 
 @pytest.mark.known_issue(10)
 @pytest.mark.checklist(SECTION, "masks")
-def test_crowds_are_left_out_of_masks_as_of_boxes_where_transformers_fails():
+def test_crowds_are_dropped_from_masks_as_from_boxes_where_transformers_fails():
     rng = np.random.default_rng(2)
     image = random_image(rng, 40, 60)
     annotation = polygon_annotation(rng, 40, 60, objects=3)
@@ -136,7 +136,7 @@ def test_an_image_without_objects_has_no_masks_where_transformers_fails(ours):
         ({"size": [9, 9], "counts": [81]}, r"RLE of \[9, 9\], the image is \[40, 60\]"),
     ],
 )
-def test_segmentations_that_are_none_name_image_and_object(segmentation, message):
+def test_errors_for_invalid_segmentations_name_image_and_object(segmentation, message):
     entry = {"bbox": [0, 0, 9, 9], "area": 1, "category_id": 1, "segmentation": segmentation}
     with pytest.raises(ValueError, match=message):
         DetrImageProcessor()(
@@ -147,7 +147,7 @@ def test_segmentations_that_are_none_name_image_and_object(segmentation, message
 
 
 @pytest.mark.parametrize("lengths", [(7, 19), (640, 1066), (1, 5), (100, 33), (501, 500)])
-def test_maps_are_resized_as_masks_are_one_by_one(lengths):
+def test_resizing_a_stack_of_maps_equals_resizing_each_map(lengths):
     before, after = lengths
     values = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (3, before, before), dtype=np.uint8))
     torchs = torch.nn.functional.interpolate(values[None].float(), size=(after, after), mode="nearest-exact")[
@@ -161,7 +161,7 @@ def test_maps_are_resized_as_masks_are_one_by_one(lengths):
 
 
 def random_panoptic(rng, folder, name, height, width):
-    """A PNG of Voronoi cells with ids beyond 8 bits, and its annotation."""
+    """Write a PNG of Voronoi cells with ids beyond 8 bits, and return its annotation."""
     seeds = rng.uniform(0, 1, (6, 2)) * (height, width)
     ids = rng.choice(2**24, 6, replace=False)
     cells = np.linalg.norm(
@@ -211,7 +211,7 @@ def test_a_segment_without_pixels_has_a_box_of_zeros(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16"])
-def test_values_of_a_gray_panoptic_png_are_the_ids(mode, tmp_path):
+def test_the_values_of_a_gray_panoptic_png_are_ids(mode, tmp_path):
     ids = np.zeros((40, 60), np.uint16 if mode == "I;16" else np.uint8)
     ids[:20], ids[20:] = 7, 26001 if mode == "I;16" else 201
     Image.fromarray(ids).save(tmp_path / "a.png")
@@ -227,7 +227,7 @@ def test_values_of_a_gray_panoptic_png_are_the_ids(mode, tmp_path):
             processor(image, annotation, masks_path=tmp_path)
 
 
-def test_a_segment_of_the_first_pixel_alone_is_there(tmp_path):
+def test_a_segment_of_only_the_first_pixel_is_valid(tmp_path):
     ids = np.full((40, 60), 5, np.uint8)
     ids[0, 0] = 9
     Image.fromarray(ids).save(tmp_path / "a.png")
@@ -258,19 +258,19 @@ def test_panoptic_errors_name_the_file(tmp_path):
         ({"area": "large"}, "TypeError|ValueError"),
         ({"iscrowd": None}, "TypeError|RuntimeError"),
     ):
-        fitting = random_panoptic(rng, tmp_path, "c.png", 30, 40)
-        fitting["segments_info"][0] |= change
+        matching = random_panoptic(rng, tmp_path, "c.png", 30, 40)
+        matching["segments_info"][0] |= change
         with pytest.raises(
-            ValueError, match=rf"image_id {fitting['image_id']}: each segment needs.*({error})"
+            ValueError, match=rf"image_id {matching['image_id']}: each segment needs.*({error})"
         ):
-            processor(image, fitting, masks_path=tmp_path)
+            processor(image, matching, masks_path=tmp_path)
     with pytest.raises(ValueError, match="do not match"):
         processor([image, image], annotation, masks_path=tmp_path)
 
 
 @pytest.mark.skipif(not CATS.is_dir(), reason=f"no images under {CATS}")
 @pytest.mark.parametrize("ours", CLASSES)
-def test_the_annotated_cats_equal_transformers(ours):
+def test_the_labels_of_a_real_photo_equal_transformers(ours):
     with Image.open(CATS / "000000039769.png") as image:
         image.load()
     detection = {"image_id": 39769, "annotations": json.loads((CATS / "coco_annotations.txt").read_text())}
@@ -291,7 +291,7 @@ def test_the_annotated_cats_equal_transformers(ours):
 
 @pytest.mark.known_issue(11)
 @pytest.mark.checklist(SECTION, "keypoints")
-def test_keypoints_keep_their_rows_and_are_scaled_on_request():
+def test_keypoints_stay_aligned_and_are_scaled_on_request():
     rng = np.random.default_rng(7)
     image = random_image(rng, 40, 60)
     points = [10.0, 20.0, 2.0, 30.0, 5.0, 1.0]
@@ -305,7 +305,7 @@ def test_keypoints_keep_their_rows_and_are_scaled_on_request():
     assert scaled[1].tolist() == [[30, 40, 2], [90, 10, 1]]
 
 
-def test_colours_and_ids_equal_transformers():
+def test_colors_and_ids_equal_transformers():
     from transformers import image_transforms
 
     rng = np.random.default_rng(8)

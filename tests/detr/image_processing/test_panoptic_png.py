@@ -1,4 +1,4 @@
-"""Panoptic PNGs come back as they were written, whichever reader there is."""
+"""Panoptic PNGs are read back as written, with either reader."""
 
 from io import BytesIO
 
@@ -19,7 +19,7 @@ def reader(request, monkeypatch):
 
 @pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("shape", [(1, 1), (5, 9), (60, 41)])
-def test_ids_and_colours_come_back(shape):
+def test_written_ids_and_colors_are_read_back(shape):
     ids = np.random.default_rng(0).integers(0, 2**24, shape)
     png = write_panoptic_png(ids)
     assert np.array_equal(read_panoptic_png(png), ids)
@@ -28,7 +28,7 @@ def test_ids_and_colours_come_back(shape):
 
 @pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "I;16", "P", "RGBA"])
-def test_values_of_gray_pngs_are_ids_and_colors_of_others(mode):
+def test_ids_are_the_values_of_gray_pngs_and_the_colors_of_others(mode):
     ids = np.random.default_rng(2).integers(0, 2 if mode == "1" else 256, (4, 6))
     if mode == "I;16":
         ids *= 257
@@ -47,7 +47,7 @@ def test_values_of_gray_pngs_are_ids_and_colors_of_others(mode):
 
 
 @pytest.mark.usefixtures("reader")
-def test_damaged_bytes_are_refused():
+def test_damaged_bytes_are_rejected():
     png = write_panoptic_png(np.random.default_rng(1).integers(0, 2**24, (30, 30)))
     for bad in (b"", b"no PNG", png[:200]):
         with pytest.raises(ImageError):

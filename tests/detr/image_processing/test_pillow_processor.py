@@ -1,4 +1,4 @@
-"""`DetrImageProcessorPil` equals transformers' class of this name, pixel for pixel."""
+"""`DetrImageProcessorPil` equals transformers' class of this name in every pixel."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def both(**settings):
 
 
 def as_tensors(features):
-    """Transformers' numpy output in tensors."""
+    """Convert transformers' numpy output to tensors."""
     return {
         "pixel_values": torch.as_tensor(features["pixel_values"]),
         "pixel_mask": torch.as_tensor(features["pixel_mask"]),
@@ -43,14 +43,14 @@ def test_a_padded_batch_equals_transformers(settings):
     ours, theirs = both(**settings, boxes_relative_to="padded_batch")
     options = {"return_tensors": "pt", "input_data_format": "channels_last"}
     expected, got = theirs(images, annotations, **options), ours(images, annotations, **options)
-    # transformers multiplies the boxes by a float64 ratio here, so that the last bit may differ
+    # transformers multiplies the boxes by a float64 ratio here, so the last bit may differ
     assert_equal(got, expected, except_for=("boxes",))
     for mine, wanted in zip(got["labels"], expected["labels"]):
         torch.testing.assert_close(mine["boxes"], wanted["boxes"], rtol=3e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_an_unpadded_image_equals_transformers_to_the_last_bit(settings):
+def test_an_unpadded_image_is_bitwise_equal_to_transformers(settings):
     settings = {name: value for name, value in settings.items() if name != "pad_size"}
     images, annotations = random_batch(1, images=1)
     ours, theirs = both(**settings)
@@ -58,10 +58,10 @@ def test_an_unpadded_image_equals_transformers_to_the_last_bit(settings):
     assert_equal(ours(images, annotations, **options), theirs(images, annotations, **options))
 
 
-@pytest.mark.parametrize("kind", ["unit floats", "byte floats", "unit float64", "grey", "five channels"])
-def test_other_pixels_equal_transformers(kind):
+@pytest.mark.parametrize("kind", ["unit floats", "byte floats", "unit float64", "gray", "five channels"])
+def test_other_pixel_types_equal_transformers(kind):
     rng = np.random.default_rng(2)
-    image = random_image(rng, 40, 60, channels={"grey": 1, "five channels": 5}.get(kind, 3))
+    image = random_image(rng, 40, 60, channels={"gray": 1, "five channels": 5}.get(kind, 3))
     settings = {"size": SMALL}
     if kind.startswith("unit"):
         image = (image / 255).astype(np.float64 if kind.endswith("64") else np.float32)
@@ -70,7 +70,7 @@ def test_other_pixels_equal_transformers(kind):
         image = image.astype(np.float32)
     if image.shape[2] != 3:
         settings |= {"image_mean": 0.5, "image_std": 0.25, "do_convert_rgb": False}
-    if kind == "five channels":  # Pillow has no such image: its bands one by one
+    if kind == "five channels":  # Pillow does not support five channels, so compare band by band
         got = DetrImageProcessorPil(**settings)(
             [image], return_tensors="pt", input_data_format="channels_last"
         )
@@ -86,13 +86,13 @@ def test_other_pixels_equal_transformers(kind):
     assert_equal(ours([image], **options), theirs([image], **options))
 
 
-def test_values_that_are_no_pixels_are_an_error():
+def test_values_outside_the_pixel_range_are_rejected():
     with pytest.raises(ValueError, match=r"from -1 to 2: Pillow resizes 8 bits"):
         DetrImageProcessorPil(size=SMALL)(np.array([[[-1.0, 0.3, 2.0]] * 9] * 9))
 
 
 @pytest.mark.checklist(SECTION, "preprocessor_config.json")
-def test_files_of_both_classes_are_read_by_both_libraries(tmp_path):
+def test_both_libraries_read_the_files_of_both_classes(tmp_path):
     for kind in ("DetrImageProcessor", "DetrImageProcessorPil"):
         ours = {"DetrImageProcessor": DetrImageProcessor, "DetrImageProcessorPil": DetrImageProcessorPil}[
             kind
@@ -113,7 +113,7 @@ def test_files_of_both_classes_are_read_by_both_libraries(tmp_path):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no images under {DATA}")
 @pytest.mark.parametrize("limit", [4, pytest.param(None, marks=pytest.mark.slow)])
-def test_real_photographs_equal_transformers(limit):
+def test_real_photos_equal_transformers(limit):
     files = sorted((DATA / "coco128" / "val2017").glob("*.jpg"))[:limit]
     files += sorted((DATA / "coco_cats").glob("*.png")) + sorted(
         (DATA / "panopticapi_sample" / "input_images").glob("*.jpg")

@@ -1,4 +1,4 @@
-"""Resizing equals torchvision's to the bit, and padding and normalising do what they say."""
+"""Resizing is bitwise equal to torchvision's; tests of padding and normalization."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def random_image(rng, height, width, channels=3, dtype=torch.uint8):
 @pytest.mark.checklist("6. Image processor", "resampling")
 @pytest.mark.parametrize("resample", FILTERS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
-def test_a_resize_equals_torchvisions(resample, dtype):
+def test_resize_equals_torchvision(resample, dtype):
     rng = np.random.default_rng(resample)
     for _ in range(25):
         height, width, new_height, new_width = (int(side) for side in rng.integers(1, 90, 4))
@@ -34,12 +34,12 @@ def test_a_resize_equals_torchvisions(resample, dtype):
         got = resize(interleaved.contiguous(), (new_height, new_width), resample)
         assert got.dtype == dtype
         assert torch.equal(got, expected)
-        if dtype != torch.float32:  # whose sums depend on the order in memory
+        if dtype != torch.float32:  # float32 sums depend on the order in memory
             assert torch.equal(resize(interleaved, (new_height, new_width), resample), expected)
 
 
 @pytest.mark.parametrize("size", [(40, 70), (120, 200), (7, 9)])
-def test_an_interleaved_image_stays_interleaved_and_any_view_is_resized_alike(size):
+def test_an_interleaved_image_stays_interleaved_and_views_are_resized_equally(size):
     image = random_image(np.random.default_rng(0), 60, 80).permute(2, 0, 1)
     assert resize(image, size).permute(1, 2, 0).is_contiguous()
     for view in (image[:, 5:50, 10:70], image.flip(-1), image[:, ::2], image[:, :1], image[:, :, :1]):
@@ -48,17 +48,17 @@ def test_an_interleaved_image_stays_interleaved_and_any_view_is_resized_alike(si
     assert torch.equal(resize(batch, size)[1], resize(image.flip(-1), size))
 
 
-def test_an_image_of_the_size_already_is_returned_as_it_is():
+def test_an_image_that_already_has_the_size_is_returned_unchanged():
     image = torch.zeros(3, 5, 6, dtype=torch.uint8)
     assert resize(image, (5, 6)) is image
 
 
-def test_an_unknown_filter_is_refused():
+def test_an_unknown_filter_is_rejected():
     with pytest.raises(ValueError, match="resample is 9"):
         resize(torch.zeros(3, 5, 6), (2, 2), 9)
 
 
-def test_normalising_is_the_same_for_bytes_and_floats():
+def test_normalization_is_the_same_for_bytes_and_floats():
     image = random_image(np.random.default_rng(1), 9, 8).permute(2, 0, 1)
     mean, std = channel_values((0.5, 0.4, 0.3), 1 / 255), channel_values((0.1, 0.2, 0.3), 1 / 255)
     got = normalize(image, mean, std)
@@ -87,7 +87,7 @@ def test_images_are_padded_at_the_bottom_and_on_the_right(dtype):
     assert torch.equal(filled, mask[:, None].expand(-1, 3, -1, -1).float())
 
 
-def test_images_that_do_not_fit_are_not_padded():
+def test_padding_rejects_images_that_do_not_fit():
     with pytest.raises(ValueError, match=r"Padding dimensions are negative.*\(5, 9\).*\(6, 3\) \(image 1\)"):
         pad_to_batch([torch.zeros(3, 5, 9), torch.zeros(3, 6, 3)], (5, 9))
     with pytest.raises(ValueError, match="image 1 has 1 channels, image 0 has 3"):

@@ -1,4 +1,4 @@
-"""`DetrImageProcessor` equals transformers' class of this name, and does what that one fails at."""
+"""`DetrImageProcessor` equals transformers' class of this name, and handles inputs on which that class fails."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def random_image(rng, height=None, width=None, channels=3) -> np.ndarray:
 
 
 def random_annotation(rng, height, width, objects=6, image_id=None) -> dict:
-    """Boxes within, across and outside of the image, some without area, some crowds."""
+    """Generate boxes inside, across and outside the image, some without area, some crowds."""
     entries = []
     for _ in range(objects):
         x, y = rng.uniform(-0.3, 1.1, 2) * (width, height)
@@ -133,7 +133,7 @@ def test_a_padded_batch_equals_transformers(settings, seed):
 @pytest.mark.checklist("6. Image processor", "conversion")
 @pytest.mark.checklist("6. Image processor", "do_convert_annotations False")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_an_unpadded_image_equals_transformers_whatever_boxes_are_relative_to(settings):
+def test_an_unpadded_image_equals_transformers_for_any_box_reference(settings):
     settings = {name: value for name, value in settings.items() if name != "pad_size"}
     for seed in range(3):
         images, annotations = random_batch(seed, images=1)
@@ -159,7 +159,7 @@ def test_boxes_of_a_padded_batch_are_relative_to_the_image(seed):
 
 @pytest.mark.checklist("6. Image processor", "return_tensors")
 @pytest.mark.parametrize("return_tensors", ["pt", "np", None])
-def test_return_tensors_decides_the_type(return_tensors):
+def test_return_tensors_determines_the_type(return_tensors):
     images, annotations = random_batch(0)
     options = {"return_tensors": return_tensors, "input_data_format": "channels_last"}
     ours, theirs = both(size=SMALL, boxes_relative_to="padded_batch")
@@ -180,7 +180,7 @@ def test_return_tensors_decides_the_type(return_tensors):
     assert_equal(got, expected)
 
 
-def test_a_list_of_unequal_unpadded_images_can_be_returned():
+def test_unpadded_images_of_unequal_size_are_returned_as_a_list():
     images, _ = random_batch(0)
     processor = DetrImageProcessor(size=SMALL, do_pad=False)
     batch = processor(images, input_data_format="channels_last")
@@ -239,7 +239,7 @@ def test_other_dtypes_equal_transformers(dtype, layout):
 @pytest.mark.checklist("6. Image processor", "grey, RGBA")
 @pytest.mark.known_issue(12)
 @pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "1", "CMYK"])
-def test_pil_images_of_other_modes_are_converted_as_transformers_does_when_asked(mode):
+def test_pil_images_of_other_modes_equal_transformers_with_do_convert_rgb(mode):
     rng = np.random.default_rng(2)
     rgba = Image.fromarray(random_image(rng, 40, 50, 4))
     image = rgba.convert("RGB").convert(mode) if mode in ("P", "1", "CMYK") else rgba.convert(mode)
@@ -249,7 +249,7 @@ def test_pil_images_of_other_modes_are_converted_as_transformers_does_when_asked
 
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("scale", [1, 255])
-def test_grey_and_rgba_arrays_are_converted_as_transformers_does_when_asked(channels, scale):
+def test_gray_and_rgba_arrays_equal_transformers_with_do_convert_rgb(channels, scale):
     image = random_image(np.random.default_rng(3), 40, 50, channels)
     if scale == 255:
         image = image.astype(np.float32) / 255
@@ -259,11 +259,11 @@ def test_grey_and_rgba_arrays_are_converted_as_transformers_does_when_asked(chan
     assert (got - expected).abs().max() <= (0 if scale == 1 else 1e-6)
 
 
-def test_a_grey_image_without_a_channel_dimension_is_converted():
-    grey = random_image(np.random.default_rng(4), 40, 50, 1)
+def test_a_gray_image_without_a_channel_dimension_is_converted():
+    gray = random_image(np.random.default_rng(4), 40, 50, 1)
     processor = DetrImageProcessor(size=SMALL)
-    expected = processor(grey, return_tensors="pt").pixel_values
-    for form in (grey[..., 0], torch.from_numpy(grey[..., 0]), Image.fromarray(grey[..., 0])):
+    expected = processor(gray, return_tensors="pt").pixel_values
+    for form in (gray[..., 0], torch.from_numpy(gray[..., 0]), Image.fromarray(gray[..., 0])):
         assert torch.equal(processor(form, return_tensors="pt").pixel_values, expected)
 
 
@@ -277,20 +277,20 @@ def test_16_bit_images_keep_their_range():
         assert torch.equal(processor(form, return_tensors="pt").pixel_values, expected)
 
 
-def test_a_model_with_one_channel_gets_one():
-    grey = random_image(np.random.default_rng(6), 40, 50, 1)
+def test_a_model_with_one_channel_gets_one_channel():
+    gray = random_image(np.random.default_rng(6), 40, 50, 1)
     settings = {"size": SMALL, "image_mean": [0.5], "image_std": [0.5], "do_convert_rgb": False}
     ours, theirs = both(**settings)
-    got = ours(grey, return_tensors="pt")
+    got = ours(gray, return_tensors="pt")
     assert got.pixel_values.shape[1] == 1
-    assert_equal(got, theirs(grey, return_tensors="pt"))
+    assert_equal(got, theirs(gray, return_tensors="pt"))
     with pytest.raises(ValueError, match="1 channels, but image_mean has 3 values"):
-        ours(grey, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        ours(gray, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 @pytest.mark.checklist("6. Image processor", "keypoints")
 @pytest.mark.known_issue(11)
-def test_keypoints_stay_in_line_with_their_objects():
+def test_keypoints_stay_aligned_with_their_objects():
     entry = {"bbox": [1, 2, 10, 10], "category_id": 1, "area": 100.0}
     image = random_image(np.random.default_rng(7), 40, 50)
     annotation = {
@@ -322,7 +322,7 @@ def test_an_image_without_objects_has_empty_labels():
         assert_equal(got, theirs(image, annotation, return_tensors="pt"))
 
 
-def test_real_cats_equal_transformers_and_the_values_it_publishes():
+def test_a_real_photo_equals_transformers_and_its_published_values():
     file = DATA / "coco_cats" / "000000039769.png"
     if not file.exists():
         pytest.skip(f"no image {file}")
@@ -333,7 +333,7 @@ def test_real_cats_equal_transformers_and_the_values_it_publishes():
     }
     got = DetrImageProcessor()(image, target, return_tensors="pt")
     assert_equal(got, transformers.DetrImageProcessor()(image, target, return_tensors="pt"))
-    # transformers' own tests state these
+    # Values from the tests of transformers.
     assert got.pixel_values.shape == (1, 3, 800, 1066)
     assert torch.allclose(got.pixel_values[0, 0, 0, :3], torch.tensor([0.2796, 0.3138, 0.3481]), atol=1e-4)
     assert torch.allclose(got.labels[0].boxes[0], torch.tensor([0.5503, 0.2765, 0.0604, 0.2215]), atol=1e-3)
@@ -367,7 +367,7 @@ def test_an_image_too_long_for_transformers_is_resized():
     assert pixels.shape == (1, 3, 1, 1333)
 
 
-def test_the_shortest_edge_alone_is_a_size():
+def test_a_size_may_be_the_shortest_edge_alone():
     batch = DetrImageProcessor(size={"shortest_edge": 20})(
         np.zeros((10, 30, 3), np.uint8), return_tensors="pt"
     )
@@ -385,7 +385,7 @@ def test_the_shortest_edge_alone_is_a_size():
         (1, [[]], "Invalid COCO detection annotations"),
     ],
 )
-def test_annotations_that_do_not_fit_are_refused(images, annotations, message):
+def test_invalid_annotations_are_rejected(images, annotations, message):
     pixels = [random_image(np.random.default_rng(0), 30, 40) for _ in range(images)]
     if isinstance(annotations, int):
         annotations = [random_annotation(np.random.default_rng(0), 30, 40) for _ in range(annotations)]
@@ -397,7 +397,7 @@ def test_annotations_that_do_not_fit_are_refused(images, annotations, message):
 
 
 @pytest.mark.parametrize("missing", ["bbox", "category_id", "area"])
-def test_an_object_without_a_needed_field_is_refused_with_its_image(missing):
+def test_an_object_without_a_required_field_is_rejected_naming_its_image(missing):
     entry = {"bbox": [1, 2, 10, 10], "category_id": 1, "area": 100.0}
     del entry[missing]
     with pytest.raises(ValueError, match=f"image_id 77.*object 0 has no {missing}"):
@@ -421,7 +421,7 @@ def test_an_object_without_a_needed_field_is_refused_with_its_image(missing):
         ({"keypoints": 5}, "keypoints 5"),
     ],
 )
-def test_a_field_that_cannot_be_read_is_named_with_object_and_image(change, message):
+def test_errors_for_invalid_fields_name_the_field_object_and_image(change, message):
     good = {"bbox": [1, 2, 10, 10], "category_id": 1, "area": 100.0, "keypoints": [1, 2, 2] * 3}
     annotation = {"image_id": 77, "annotations": [good | {"iscrowd": 1}, good, good | change]}
     with pytest.raises(ValueError, match=f"image_id 77: object 2 has {message}"):
@@ -429,7 +429,7 @@ def test_a_field_that_cannot_be_read_is_named_with_object_and_image(change, mess
 
 
 @pytest.mark.parametrize("nothing", [None, [], ()])
-def test_an_object_without_keypoints_has_zeros(nothing):
+def test_an_object_without_keypoints_gets_zeros(nothing):
     entry = {"bbox": [1, 2, 10, 10], "category_id": 1, "area": 100.0}
     for others, rows in (([1, 2, 2], 2), (None, None)):
         objects = [entry | {"keypoints": nothing}, entry | {"keypoints": others}]
@@ -456,7 +456,7 @@ def gray_images() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("form", gray_images())
-def test_gray_stays_one_channel_for_a_processor_of_one_channel(form):
+def test_gray_images_keep_one_channel_for_a_processor_with_one_channel(form):
     image = gray_images()[form]
     settings = {"size": SMALL, "image_mean": [0.5], "image_std": [0.25]}
     for ours, theirs in (
@@ -465,7 +465,7 @@ def test_gray_stays_one_channel_for_a_processor_of_one_channel(form):
     ):
         got = ours(**settings)(image, return_tensors="pt")
         assert got["pixel_values"].shape[1] == 1
-        # transformers takes neither two dimensions nor 16 bits
+        # transformers accepts neither two dimensions nor 16 bits
         plain = image if form in ("PIL", "tensor with a channel") or " " in form else None
         plain = gray_images()["channels last"] if plain is None or "16" in form else plain
         expected = theirs(**settings)(plain, return_tensors="pt")
@@ -493,7 +493,7 @@ def test_gray_stays_one_channel_for_a_processor_of_one_channel(form):
         ({"pad_size": (10, 500)}, "Padding dimensions are negative"),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_refused(settings, message):
+def test_invalid_settings_are_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         DetrImageProcessor()(np.zeros((30, 40, 3), np.uint8), **settings)
 
@@ -517,17 +517,17 @@ def test_a_setting_that_cannot_be_used_is_refused(settings, message):
         (np.full((30, 40, 4), 9.0), ValueError, "0..1 only"),
     ],
 )
-def test_what_is_no_image_is_refused(image, error, message):
+def test_inputs_that_are_not_images_are_rejected(image, error, message):
     with pytest.raises(error, match=message):
         DetrImageProcessor()(image)
 
 
-def test_an_unknown_setting_is_refused():
+def test_an_unknown_setting_is_rejected():
     with pytest.raises(TypeError, match="do_sharpen"):
         DetrImageProcessor()(np.zeros((30, 40, 3), np.uint8), do_sharpen=True)
 
 
-def test_inputs_are_left_alone():
+def test_inputs_are_not_modified():
     images, annotations = random_batch(0)
     before = [image.copy() for image in images], json.dumps(annotations)
     DetrImageProcessor(do_resize=False)(images, annotations, input_data_format="channels_last")
@@ -540,7 +540,7 @@ def test_inputs_are_left_alone():
 
 
 @pytest.mark.checklist("6. Image processor", "removed names the spec cites")
-def test_a_custom_collate_pads_with_pad_and_create_pixel_mask():
+def test_a_custom_collate_function_can_use_pad_and_create_pixel_mask():
     images, _ = random_batch(0)
     processor = DetrImageProcessor(size=SMALL, do_pad=False)
     options = {"return_tensors": "pt", "input_data_format": "channels_last"}
@@ -554,7 +554,7 @@ def test_a_custom_collate_pads_with_pad_and_create_pixel_mask():
     assert_equal(got, transformers.DetrImageProcessor(size=SMALL)(images, **options))
 
 
-def test_a_batch_is_read_by_key_and_attribute_and_moves_as_one():
+def test_a_batch_has_keys_and_attributes_and_moves_as_a_whole():
     images, annotations = random_batch(0)
     batch = DetrImageProcessor(size=SMALL)(
         images, annotations, return_tensors="pt", input_data_format="channels_last"

@@ -1,4 +1,4 @@
-"""`preprocessor_config.json` goes both ways between transformers and us, and old files are understood."""
+"""`preprocessor_config.json` is exchanged with transformers in both directions, and old files are read."""
 
 import json
 
@@ -24,7 +24,7 @@ SETTINGS = [
 
 @pytest.mark.checklist("6. Image processor", "preprocessor_config.json")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_file_is_the_one_transformers_writes(settings, tmp_path):
+def test_the_written_file_equals_that_of_transformers(settings, tmp_path):
     (ours,) = DetrImageProcessor(**settings).save_pretrained(tmp_path / "ours")
     (theirs,) = transformers.DetrImageProcessor(**settings).save_pretrained(tmp_path / "theirs")
     with open(ours) as a, open(theirs) as b:
@@ -32,7 +32,7 @@ def test_the_file_is_the_one_transformers_writes(settings, tmp_path):
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_settings_survive_both_ways(settings, tmp_path):
+def test_settings_round_trip_between_both_libraries(settings, tmp_path):
     transformers.DetrImageProcessor(**settings).save_pretrained(tmp_path / "theirs")
     loaded = DetrImageProcessor.from_pretrained(tmp_path / "theirs")
     loaded.save_pretrained(tmp_path / "ours")
@@ -41,7 +41,7 @@ def test_settings_survive_both_ways(settings, tmp_path):
     assert DetrImageProcessor.from_pretrained(tmp_path / "ours") == loaded
 
 
-def test_our_own_settings_survive(tmp_path):
+def test_our_own_settings_round_trip(tmp_path):
     processor = DetrImageProcessor(boxes_relative_to="padded_batch", do_convert_rgb=False)
     processor.save_pretrained(tmp_path)
     assert DetrImageProcessor.from_pretrained(tmp_path) == processor
@@ -110,7 +110,7 @@ OLD_FILES = {
 @pytest.mark.checklist("6. Image processor", "preprocessor_config.json")
 @pytest.mark.parametrize("name", OLD_FILES)
 @pytest.mark.parametrize("nested", [False, True])
-def test_old_files_are_understood_as_transformers_does(name, nested, tmp_path):
+def test_old_files_are_read_like_transformers(name, nested, tmp_path):
     if nested:
         content, file = {"image_processor": OLD_FILES[name], "processor_class": "X"}, "processor_config.json"
     else:
@@ -125,14 +125,14 @@ def test_old_files_are_understood_as_transformers_does(name, nested, tmp_path):
     assert ours == DetrImageProcessor.from_pretrained(tmp_path / file)
 
 
-def test_overrides_replace_what_the_file_says(tmp_path):
+def test_overrides_replace_values_of_the_file(tmp_path):
     DetrImageProcessor().save_pretrained(tmp_path)
     processor = DetrImageProcessor.from_pretrained(tmp_path, size={"shortest_edge": 5}, do_pad=False)
     assert processor.size == {"shortest_edge": 5}
     assert not processor.do_pad
 
 
-def test_a_folder_without_settings_is_refused_with_its_name(tmp_path):
+def test_the_error_for_a_folder_without_settings_names_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist"):
         DetrImageProcessor.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path.name} is not the folder of an image processor"):
@@ -140,7 +140,7 @@ def test_a_folder_without_settings_is_refused_with_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]"])
-def test_a_file_that_is_no_json_object_is_refused_with_its_name(text, tmp_path):
+def test_the_error_for_a_file_that_is_not_a_json_object_names_the_file(text, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(text)
     with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
         DetrImageProcessor.from_pretrained(tmp_path)

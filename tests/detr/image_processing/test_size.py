@@ -1,4 +1,4 @@
-"""The arithmetic of sizes equals transformers'."""
+"""Image sizes are computed as in transformers."""
 
 import numpy as np
 import pytest
@@ -8,14 +8,14 @@ from transformers.image_utils import get_image_size_for_max_height_width
 from detr.image_processing.size import canonical_shape, output_size, output_sizes
 
 
-def random_sizes(seed: int, number: int, most: int) -> list[tuple[int, int]]:
+def random_sizes(seed: int, number: int, maximum: int) -> list[tuple[int, int]]:
     rng = np.random.default_rng(seed)
-    return [tuple(map(int, np.exp(rng.uniform(0, np.log(most), 2)).astype(int))) for _ in range(number)]
+    return [tuple(map(int, np.exp(rng.uniform(0, np.log(maximum), 2)).astype(int))) for _ in range(number)]
 
 
 @pytest.mark.checklist("6. Image processor", "resize rule")
 @pytest.mark.parametrize(("shortest", "longest"), [(800, 1333), (480, 1333), (128, 213), (7, 11), (800, 800)])
-def test_shortest_and_longest_edge_round_as_transformers(shortest, longest):
+def test_shortest_and_longest_edge_round_like_transformers(shortest, longest):
     compared = 0
     for height, width in random_sizes(0, 20_000, 4000):
         expected = get_size_with_aspect_ratio((height, width), shortest, longest)
@@ -32,7 +32,7 @@ def test_the_shortest_edge_alone_has_no_bound(size):
 
 
 @pytest.mark.checklist("6. Image processor", "other size forms")
-def test_maximum_height_and_width_round_as_transformers():
+def test_maximum_height_and_width_round_like_transformers():
     for height, width in random_sizes(2, 5000, 3000):
         expected = get_image_size_for_max_height_width((height, width), 300, 500)
         got = output_size(height, width, {"max_height": 300, "max_width": 500})
@@ -48,7 +48,7 @@ def test_known_values():
     assert output_size(123, 45, {"height": 6, "width": 7}) == (6, 7)
 
 
-def test_a_very_long_image_keeps_one_row():
+def test_a_very_long_image_has_at_least_one_row():
     assert output_size(1, 5000, {"shortest_edge": 800, "longest_edge": 1333}) == (1, 1333)
     assert output_size(5000, 1, {"max_height": 10, "max_width": 10}) == (10, 1)
 
@@ -56,19 +56,19 @@ def test_a_very_long_image_keeps_one_row():
 @pytest.mark.parametrize(
     "size", [{}, {"height": 5}, {"longest_edge": 5}, {"max_width": 3}, {"shortest_edge": 0}]
 )
-def test_an_incomplete_size_is_refused(size):
+def test_an_incomplete_size_is_rejected(size):
     with pytest.raises(ValueError, match="expected the keys 'shortest_edge'"):
         output_size(10, 10, size)
 
 
 @pytest.mark.parametrize(("height", "width"), [(0, 5), (5, 0), (-1, 5)])
-def test_an_image_without_pixels_is_refused(height, width):
+def test_an_image_without_pixels_is_rejected(height, width):
     with pytest.raises(ValueError, match="both sides must be at least 1"):
         output_size(height, width, {"shortest_edge": 5})
 
 
 @pytest.mark.parametrize("multiple", [1, 32, 64])
-def test_the_canonical_shape_is_the_least_on_the_grid_that_holds_the_image(multiple):
+def test_the_canonical_shape_is_the_smallest_grid_size_that_holds_the_image(multiple):
     for size in random_sizes(3, 500, 2000):
         shape = canonical_shape(*size, multiple=multiple)
         for side, padded in zip(size, shape):
@@ -82,7 +82,7 @@ def test_the_default_recipe_needs_few_canonical_shapes():
     assert len(shapes) <= 9
 
 
-def test_many_sizes_at_once_are_those_one_by_one() -> None:
+def test_output_sizes_equals_output_size_for_each_image() -> None:
     sizes = np.array(random_sizes(4, 20_000, 4000))
     edges = np.random.default_rng(0).integers(1, 900, len(sizes))
     together = output_sizes(sizes[:, 0], sizes[:, 1], edges, 1333)

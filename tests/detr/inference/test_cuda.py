@@ -1,4 +1,4 @@
-"""What is done for a GPU changes nothing but rounding; what needs no GPU for that is shown without."""
+"""Optimizations for a GPU change results only by rounding; tests that need no GPU run without one."""
 
 import copy
 import os
@@ -13,14 +13,16 @@ from torch import nn
 from detr import DetrForObjectDetection, DetrForSegmentation
 from detr.inference.cuda import CudnnConv2d, LinearReLU, SpaceToDepthConv2d
 from detr.model.segmentation import NO_MASK
-from tests.detr.conftest import separate_the_queries, small_config
+from tests.detr.conftest import randomize_weights, small_config
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize("size", [(64, 90), (65, 91), (33, 40)])
 @pytest.mark.parametrize(("kernel", "channels"), [(7, 3), (3, 3), (5, 4), (7, 1)])
-def test_space_to_depth_is_the_same_convolution(kernel: int, channels: int, size: tuple[int, int]) -> None:
+def test_space_to_depth_equals_the_original_convolution(
+    kernel: int, channels: int, size: tuple[int, int]
+) -> None:
     convolution = nn.Conv2d(channels, 6, kernel, 2, kernel // 2).double()
     x = torch.randn(2, channels, *size, dtype=torch.float64)
     fused = CudnnConv2d(convolution)
@@ -37,22 +39,22 @@ def test_space_to_depth_is_the_same_convolution(kernel: int, channels: int, size
         nn.Conv2d(3, 3, 3, 2, 1, groups=3),
     ],
 )
-def test_other_convolutions_are_left_alone(convolution: nn.Conv2d) -> None:
+def test_other_convolutions_are_not_converted(convolution: nn.Conv2d) -> None:
     assert not SpaceToDepthConv2d.fits(CudnnConv2d(convolution))
 
 
-def test_linear_with_relu() -> None:
+def test_linear_relu_equals_linear_and_relu() -> None:
     linear, x = nn.Linear(8, 12).double(), torch.randn(2, 5, 8, dtype=torch.float64)
     torch.testing.assert_close(LinearReLU(linear)(x), F.relu(linear(x)))
 
 
-def test_the_heads_stay_exact_in_bfloat16() -> None:
+def test_the_heads_stay_in_float32_in_a_bfloat16_model() -> None:
     model = DetrForObjectDetection(small_config()).eval()
     fast = model.optimize(dtype=torch.bfloat16)
     assert fast.dtype == torch.bfloat16
     assert {p.dtype for p in fast.bbox_predictor.parameters()} == {torch.float32}
     separated = copy.deepcopy(model)
-    separate_the_queries(separated, seed=3)
+    randomize_weights(separated, seed=3)
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, output = separated(pixels), separated.optimize(dtype=torch.bfloat16)(pixels.bfloat16())
@@ -80,9 +82,9 @@ print("equal")
 
 
 @pytest.mark.slow
-def test_the_pool_is_torchs_pool() -> None:
+def test_the_pool_equals_that_of_torch() -> None:
     pytest.importorskip("triton", reason="torch for a CPU has no Triton")
-    # Triton's interpreter runs the kernel without a GPU; it is chosen when Triton is imported.
+    # Triton's interpreter runs the kernel without a GPU; it is selected when Triton is imported.
     done = subprocess.run(
         [sys.executable, "-c", POOL],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -98,9 +100,9 @@ def test_the_pool_is_torchs_pool() -> None:
     "backbone", ["resnet18", "resnet50", "efficientnet_lite0", "regnety_002", "convnext_atto"]
 )
 @torch.inference_mode()
-def test_replayed_answers_are_those_of_the_plain_model(backbone: str) -> None:
+def test_replayed_outputs_equal_those_of_the_plain_model(backbone: str) -> None:
     plain = DetrForObjectDetection(small_config(backbone=backbone)).eval()
-    separate_the_queries(plain, seed=1)
+    randomize_weights(plain, seed=1)
     plain = plain.cuda()
     fast = plain.optimize()
     exact = copy.deepcopy(plain).double()
@@ -109,35 +111,39 @@ def test_replayed_answers_are_those_of_the_plain_model(backbone: str) -> None:
         mask = torch.ones(2, 97, 130, dtype=torch.bool, device="cuda")
         mask[1, 40 + 10 * seed :] = False
         for given in (None, mask):
-            true, expected, got = exact(pixels.double(), given), plain(pixels, given), fast(pixels, given)
+            reference, expected, got = (
+                exact(pixels.double(), given),
+                plain(pixels, given),
+                fast(pixels, given),
+            )
             for name in ("logits", "pred_boxes", "last_hidden_state"):
-                allowed = (expected[name] - true[name]).abs().max()
-                assert (got[name] - true[name]).abs().max() <= 3 * allowed + 1e-3, (name, seed)
+                allowed = (expected[name] - reference[name]).abs().max()
+                assert (got[name] - reference[name]).abs().max() <= 3 * allowed + 1e-3, (name, seed)
 
 
 @needs_gpu
 @torch.inference_mode()
-def test_replayed_masks_and_earlier_answers_stay() -> None:
+def test_replay_does_not_overwrite_earlier_outputs() -> None:
     plain = DetrForSegmentation(
         small_config(backbone="resnet50", encoder_attention_heads=8, decoder_attention_heads=8)
     ).eval()
-    separate_the_queries(plain, seed=2)
+    randomize_weights(plain, seed=2)
     plain = plain.cuda()
     fast = plain.optimize()
     images = [torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(s)).cuda() for s in range(4)]
-    answers = [fast(image) for image in images]
-    for image, answer in zip(images, answers, strict=True):
+    outputs = [fast(image) for image in images]
+    for image, output_of_image in zip(images, outputs, strict=True):
         expected = plain(image)
-        torch.testing.assert_close(answer.logits, expected.logits, atol=2e-2, rtol=1e-2)
-        torch.testing.assert_close(answer.pred_masks, expected.pred_masks, atol=0.5, rtol=1e-2)
-    scores = answers[0].logits.softmax(-1)[0, :, :-1].max(-1).values
+        torch.testing.assert_close(output_of_image.logits, expected.logits, atol=2e-2, rtol=1e-2)
+        torch.testing.assert_close(output_of_image.pred_masks, expected.pred_masks, atol=0.5, rtol=1e-2)
+    scores = outputs[0].logits.softmax(-1)[0, :, :-1].max(-1).values
     few = fast(images[0], min_score=scores.median().item())
     assert (few.pred_masks[0] == NO_MASK).flatten(1).all(1).any()
 
 
 @needs_gpu
 @torch.inference_mode()
-def test_attentions_are_computed() -> None:
+def test_attention_weights_are_returned_on_request() -> None:
     plain = DetrForObjectDetection(small_config()).eval().cuda()
     fast = plain.optimize()
     pixels = torch.randn(1, 3, 64, 64, device="cuda")

@@ -1,4 +1,4 @@
-"""`ObjectDetector`: what it detects in an image depends on that image alone, and is what the model's parts give."""
+"""Detections of `ObjectDetector` depend on the image alone, and equal those of the model and its processor."""
 
 import io
 import pickle
@@ -36,7 +36,7 @@ def random_image(rng, height, width, channels=3) -> Image.Image:
 
 
 def difference(got, expected) -> float:
-    """Of two detections in one image: the largest difference in scores and, relative to the image, in boxes."""
+    """Return the largest difference between two `Detections` of an image, in scores and in relative boxes."""
     first, second = (np.lexsort(np.round(d.boxes_xyxy, 1).T) for d in (got, expected))
     assert np.array_equal(got.labels[first], expected.labels[second])
     boxes = (
@@ -45,7 +45,7 @@ def difference(got, expected) -> float:
     return float(max(boxes, np.abs(got.scores[first] - expected.scores[second]).max()))
 
 
-def test_an_image_alone_has_the_detections_it_has_in_a_batch(twins):
+def test_detections_do_not_depend_on_the_batch(twins):
     rng = np.random.default_rng(0)
     detector, exact = (
         ObjectDetector(twins.to(torch.float32).ours, DetrImageProcessor(size=SIZE), dtype=dtype)
@@ -56,19 +56,19 @@ def test_an_image_alone_has_the_detections_it_has_in_a_batch(twins):
         [image for image in prepared if image.shape == shape] for shape in {image.shape for image in prepared}
     ]
     assert max(len(group) for group in groups) > 2
-    noise, leaks = [], []
+    noise, batch_effects = [], []
     for group in groups:
-        truth = exact.detect(group)
+        reference = exact.detect(group)
         for index, together in enumerate(detector.detect(group)):
             (alone,), (alone_exact,) = (d.detect([group[index]]) for d in (detector, exact))
-            noise.append(difference(alone, truth[index]))
-            leaks.append(difference(together, alone))
-            assert difference(truth[index], alone_exact) < 1e-7  # float32 results of float64 arithmetic
-    assert max(leaks) < 3 * max(noise)
+            noise.append(difference(alone, reference[index]))
+            batch_effects.append(difference(together, alone))
+            assert difference(reference[index], alone_exact) < 1e-7  # float32 results of float64 arithmetic
+    assert max(batch_effects) < 3 * max(noise)
 
 
-def test_raw_outputs_of_an_image_are_equal_alone_and_in_a_batch(twins):
-    """Detections are float32; in float64 the model's outputs agree far below that."""
+def test_model_outputs_do_not_depend_on_the_batch(twins):
+    """In float64 the outputs of the model agree to far less than the rounding of float32 detections."""
     rng = np.random.default_rng(0)
     model = twins.to(torch.float64).ours
     pixels = torch.from_numpy(rng.normal(size=(3, 3, 64, 128)))
@@ -82,7 +82,7 @@ def test_raw_outputs_of_an_image_are_equal_alone_and_in_a_batch(twins):
             assert (alone.pred_boxes[0] - together.pred_boxes[index]).abs().max() < 1e-10
 
 
-def test_prepared_pixels_are_the_processors_resize_and_zeros(detector):
+def test_prepared_pixels_are_the_resized_image_padded_with_zeros(detector):
     rng = np.random.default_rng(1)
     for _ in range(20):
         height, width = (int(side) for side in rng.integers(1, 250, 2))
@@ -104,7 +104,7 @@ def test_prepared_pixels_are_the_processors_resize_and_zeros(detector):
 @pytest.mark.parametrize(
     "settings", [{}, {"do_rescale": False}, {"do_normalize": False}, {"do_resize": False}]
 )
-def test_detections_are_those_of_transformers_at_the_same_padding(twins, settings):
+def test_detections_equal_transformers_with_the_same_padding(twins, settings):
     rng = np.random.default_rng(2)
     processor = transformers.DetrImageProcessor(size=SIZE, **settings)
     detector = ObjectDetector(twins.to(torch.float32).ours, DetrImageProcessor(size=SIZE, **settings))
@@ -122,11 +122,11 @@ def test_detections_are_those_of_transformers_at_the_same_padding(twins, setting
         assert np.allclose(got.boxes_xyxy, expected["boxes"][order], atol=2e-3)
 
 
-def test_a_box_that_covers_the_image_covers_the_original(detector):
+def test_a_box_that_covers_the_resized_image_covers_the_original(detector):
     head = detector.model.bbox_predictor.layers[-1]
     with torch.no_grad():
         head.weight.zero_()
-        head.bias.copy_(torch.tensor([0.0, 0.0, 50.0, 50.0]))  # sigmoid: centre 0.5, size 1
+        head.bias.copy_(torch.tensor([0.0, 0.0, 50.0, 50.0]))  # sigmoid: center 0.5, size 1
     rng = np.random.default_rng(3)
     for height, width in [(100, 120), (37, 211), (500, 200), (1, 1), (1, 300)]:
         (detections,) = detector.detect([detector.prepare(random_image(rng, height, width))])
@@ -134,7 +134,7 @@ def test_a_box_that_covers_the_image_covers_the_original(detector):
         assert np.allclose(detections.boxes_xyxy, expected, atol=1e-4)
 
 
-def test_detections_are_sorted_and_cut(detector):
+def test_detections_are_sorted_and_limited_to_top_k(detector):
     prepared = [detector.prepare(random_image(np.random.default_rng(seed), 90, 90)) for seed in range(3)]
     queries = detector.model.config.num_queries
     for full, best in zip(detector.detect(prepared), detector.detect(prepared, top_k=4)):
@@ -152,7 +152,7 @@ def test_detections_are_sorted_and_cut(detector):
     assert len(detector.detect(prepared, top_k=1000)[0]) == queries
 
 
-def test_every_form_of_an_image_is_prepared_alike(detector):
+def test_all_forms_of_an_image_are_prepared_equally(detector):
     image = random_image(np.random.default_rng(4), 60, 80)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -164,7 +164,7 @@ def test_every_form_of_an_image_is_prepared_alike(detector):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
-def test_images_that_are_not_rgb_are_detected_in(detector, mode):
+def test_images_of_other_modes_than_rgb_are_accepted(detector, mode):
     rng = np.random.default_rng(5)
     if mode == "I;16":
         image = Image.fromarray(rng.integers(0, 65536, (50, 60), dtype=np.uint16))
@@ -178,14 +178,14 @@ def test_no_images_give_no_detections(detector):
     assert detector.detect([]) == []
 
 
-def test_images_of_different_shapes_do_not_share_a_batch(detector):
+def test_a_batch_of_images_of_different_shapes_is_rejected(detector):
     rng = np.random.default_rng(6)
     prepared = [detector.prepare(random_image(rng, *size)) for size in ((90, 90), (90, 150))]
     with pytest.raises(ValueError, match=r"\(3, 128, 128\), \(3, 128, 192\).*PreparedImage.shape"):
         detector.detect(prepared)
 
 
-def test_what_cannot_be_prepared_is_refused(detector):
+def test_invalid_images_are_rejected(detector):
     with pytest.raises(ImageError, match="not an image"):
         detector.prepare(b"no image")
     with pytest.raises(ValueError, match=r"torch.float32: expected torch.uint8"):
@@ -194,7 +194,7 @@ def test_what_cannot_be_prepared_is_refused(detector):
         detector.prepare(torch.zeros(2, 40, 50, dtype=torch.uint8))
 
 
-def test_a_prepared_image_survives_pickling_without_copies_of_more(detector):
+def test_a_prepared_image_is_pickled_without_copying_its_pixels(detector):
     prepared = detector.prepare(random_image(np.random.default_rng(7), 60, 80))
     buffers = []
     data = pickle.dumps(prepared, protocol=5, buffer_callback=buffers.append)
@@ -229,20 +229,20 @@ def test_preparing_images_imports_neither_timm_nor_torchvision():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
 
-def test_a_model_folder_gives_the_same_detector(detector, tmp_path):
+def test_a_detector_loaded_from_a_folder_has_the_same_detections(detector, tmp_path):
     detector.model.save_pretrained(tmp_path)
     detector.image_processor.save_pretrained(tmp_path)
     loaded = ObjectDetector.from_pretrained(tmp_path)
     prepared = [detector.prepare(random_image(np.random.default_rng(9), 60, 80))]
     assert loaded.image_processor == detector.image_processor
     (got,), (expected,) = loaded.detect(prepared), detector.detect(prepared)
-    # What is loaded is optimised, which rounds otherwise.
+    # The loaded model is optimized, which changes rounding.
     np.testing.assert_allclose(got.boxes_xyxy, expected.boxes_xyxy, atol=1e-3)
     np.testing.assert_allclose(got.scores, expected.scores, atol=1e-5)
     assert np.array_equal(got.labels, expected.labels)
 
 
-def test_bfloat16_is_close_and_leaves_the_weights_in_float32(twins):
+def test_bfloat16_is_close_to_float32_and_keeps_float32_weights(twins):
     processor = DetrImageProcessor(size=SIZE)
     exact = ObjectDetector(twins.to(torch.float32).ours, processor)
     fast = ObjectDetector(twins.to(torch.float32).ours, processor, dtype=torch.bfloat16)
@@ -254,7 +254,7 @@ def test_bfloat16_is_close_and_leaves_the_weights_in_float32(twins):
     assert b.boxes_xyxy.dtype == np.float32
 
 
-def test_the_share_of_padding_is_counted_in_pixels() -> None:
+def test_padding_share_is_the_share_of_padded_pixels() -> None:
     sizes = [(64, 64), (33, 70), (100, 31)]
     pixels = [
         prepare_image(torch.ones((3, *size), dtype=torch.uint8), DetrImageProcessor(do_resize=False)).pixels

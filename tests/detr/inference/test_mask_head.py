@@ -1,4 +1,4 @@
-"""The mask head of an optimised model computes the plain one's masks, whatever the sizes of the maps."""
+"""The mask head of an optimized model computes the same masks as the plain one, for maps of any size."""
 
 import pytest
 import torch
@@ -16,12 +16,12 @@ CHANNELS = [12, 20, 28, 36]
     [
         pytest.param([(3, 4), (6, 8), (12, 16), (24, 32)], id="doubled"),
         pytest.param([(3, 4), (5, 7), (9, 13), (17, 25)], id="odd"),
-        pytest.param([(3, 4), (6, 7), (11, 14), (22, 27)], id="of both kinds"),
+        pytest.param([(3, 4), (6, 7), (11, 14), (22, 27)], id="mixed"),
         pytest.param([(1, 1), (1, 2), (1, 3), (2, 5)], id="one pixel"),
         pytest.param([(3, 4), (3, 4), (7, 8), (21, 9)], id="neither doubled nor one less"),
     ],
 )
-def test_masks_are_those_of_the_plain_head(sizes, images):
+def test_masks_equal_those_of_the_plain_head(sizes, images):
     torch.manual_seed(0)
     config = DetrConfig(d_model=64, encoder_attention_heads=8)
     head = MaskHead(config, CHANNELS).double().eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A model that OpenVINO computes gives what the plain model gives, and what OpenVINO cannot do torch still does."""
+"""With OpenVINO a model has the same outputs, and torch still computes what OpenVINO cannot."""
 
 import copy
 import sys
@@ -11,7 +11,7 @@ import torch
 
 from detr import DetrForObjectDetection, DetrForSegmentation, DetrImageProcessor
 from detr.inference.detector import ObjectDetector
-from tests.detr.conftest import separate_the_queries, small_config
+from tests.detr.conftest import randomize_weights, small_config
 from tests.detr.inference.test_detector import random_image
 from tests.detr.inference.test_optimize import maximum_error
 from tests.tiers import rest_slow
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 def make_model(kind=DetrForObjectDetection, **changes):
     model = kind(small_config(**changes)).eval()
-    separate_the_queries(model, seed=1)
+    randomize_weights(model, seed=1)
     return model
 
 
@@ -46,7 +46,7 @@ def pair():
     [("efficientnet_lite0", DetrForObjectDetection), ("resnet50", DetrForSegmentation)],
 )
 @torch.inference_mode()
-def test_it_is_as_exact_as_the_plain_model(backbone, kind):
+def test_openvino_is_as_exact_as_the_plain_model(backbone, kind):
     plain = make_model(kind, backbone=backbone, encoder_attention_heads=8, decoder_attention_heads=8)
     fast, pixels, mask = plain.optimize(engine="openvino"), *make_images()
     exact = copy.deepcopy(plain).double()(pixels.double(), mask)
@@ -62,7 +62,7 @@ def test_it_is_as_exact_as_the_plain_model(backbone, kind):
 @pytest.mark.parametrize("shape", rest_slow([(1, 64, 64), (3, 50, 171), (1, 224, 96), (1, 33, 40)]))
 @pytest.mark.parametrize("masked", [False, True])
 @torch.inference_mode()
-def test_one_copy_takes_images_of_any_size_with_and_without_padding(shape, masked, pair):
+def test_one_model_accepts_images_of_any_size_with_and_without_padding(shape, masked, pair):
     plain, fast = pair
     pixels, mask = make_images(*shape)
     given = (pixels, mask) if masked else (pixels.contiguous(memory_format=torch.channels_last),)
@@ -74,7 +74,7 @@ def test_one_copy_takes_images_of_any_size_with_and_without_padding(shape, maske
         torch.testing.assert_close(first[name], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_the_loss_of_all_layers_is_that_of_the_plain_model(pair):
+def test_the_loss_of_all_layers_equals_that_of_the_plain_model(pair):
     plain, fast = pair
     labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])}] * 2
     expected, got = (model(*make_images(), labels=labels) for model in (plain, fast))
@@ -83,7 +83,7 @@ def test_the_loss_of_all_layers_is_that_of_the_plain_model(pair):
 
 
 @torch.inference_mode()
-def test_what_is_no_image_alone_is_computed_by_torch(pair):
+def test_calls_with_other_inputs_or_options_are_computed_by_torch(pair):
     plain, fast = pair
     pixels, mask = make_images()
     for options in (
@@ -102,7 +102,7 @@ def test_what_is_no_image_alone_is_computed_by_torch(pair):
 
 @torch.inference_mode()
 @torch.inference_mode()
-def test_a_batch_of_no_images_has_no_answers_and_spoils_none(pair):
+def test_an_empty_batch_has_empty_outputs_and_does_not_affect_later_calls(pair):
     plain, fast = pair
     pixels, _ = make_images(2, 64, 96)
     before = fast(pixels).logits
@@ -111,19 +111,19 @@ def test_a_batch_of_no_images_has_no_answers_and_spoils_none(pair):
     torch.testing.assert_close(fast(pixels).logits, plain(pixels).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_threads_that_share_a_model_get_their_own_answers(pair):
+def test_threads_that_share_a_model_get_their_own_outputs(pair):
     plain, fast = pair
     images = [make_images(1, 64, 64 + 8 * number)[0] for number in range(4)]
     expected = [plain(pixels).logits for pixels in images]
     wrong = []
 
-    def answer(number):
+    def run(number):
         with torch.inference_mode():
             for _ in range(10):
                 if not torch.allclose(fast(images[number]).logits, expected[number], atol=1e-4):
                     wrong.append(number)
 
-    threads = [threading.Thread(target=answer, args=(number,)) for number in range(len(images))]
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(images))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -132,7 +132,7 @@ def test_threads_that_share_a_model_get_their_own_answers(pair):
 
 
 @pytest.mark.slow
-def test_a_detector_of_a_folder_computes_in_bfloat16_with_heads_in_float32(tmp_path):
+def test_a_bfloat16_detector_keeps_its_heads_in_float32(tmp_path):
     make_model().save_pretrained(tmp_path)
     DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(tmp_path)
     plain = ObjectDetector.from_pretrained(tmp_path)
@@ -144,7 +144,7 @@ def test_a_detector_of_a_folder_computes_in_bfloat16_with_heads_in_float32(tmp_p
     assert not np.array_equal(got.scores, expected.scores)
 
 
-def test_what_cannot_be_computed_is_refused_before_it_is_tried(pair, monkeypatch):
+def test_unsupported_models_and_arguments_are_rejected(pair, monkeypatch):
     plain, fast = pair
     with pytest.raises(ValueError, match="expected one of"):
         plain.optimize(engine="onnx")
@@ -153,9 +153,9 @@ def test_what_cannot_be_computed_is_refused_before_it_is_tried(pair, monkeypatch
     with pytest.raises(ValueError, match="float32 models on a CPU"):
         plain.optimize(dtype=torch.float16, engine="openvino")
     assert fast.optimize(engine="openvino") is fast
-    with pytest.raises(ValueError, match="call the original's"):
+    with pytest.raises(ValueError, match="already optimized: call optimize"):
         plain.optimize().optimize(engine="openvino")
-    assert "openvino_telemetry" not in sys.modules, "OpenVINO reports to its makers that it is used"
+    assert "openvino_telemetry" not in sys.modules, "OpenVINO may send telemetry"
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ImportError, match=r"raydetr\[openvino\]"):
         plain.optimize(engine="openvino")

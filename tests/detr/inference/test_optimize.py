@@ -1,4 +1,4 @@
-"""A model for inference gives what the plain model gives, and the model itself is left alone."""
+"""An optimized model has the outputs of the plain model, which itself is not modified."""
 
 import copy
 import gc
@@ -14,7 +14,7 @@ from torch import nn
 
 from detr import DetrForObjectDetection, DetrForSegmentation
 from detr.inference.onednn import OneDnnConv2d, OneDnnLinear
-from tests.detr.conftest import separate_the_queries, small_config
+from tests.detr.conftest import randomize_weights, small_config
 from tests.tiers import rest_slow
 
 # residual sums and ReLU; ReLU6 without residual activation; SiLU and gates; pre-activation; no batch norm
@@ -29,7 +29,7 @@ ORIGINAL_CALL = nn.Module.__call__
 
 def make_model(backbone: str, **changes: object) -> DetrForObjectDetection:
     model = DetrForObjectDetection(small_config(backbone=backbone, **changes)).eval()
-    separate_the_queries(model, seed=1)
+    randomize_weights(model, seed=1)
     return model
 
 
@@ -39,7 +39,7 @@ def maximum_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @torch.inference_mode()
-def test_it_is_as_exact_as_the_plain_model(backbone: str) -> None:
+def test_an_optimized_model_is_as_exact_as_the_plain_model(backbone: str) -> None:
     plain = make_model(backbone)
     fast = plain.optimize()
     pixels = torch.randn(2, 3, 97, 130, generator=torch.Generator().manual_seed(0))
@@ -54,7 +54,7 @@ def test_it_is_as_exact_as_the_plain_model(backbone: str) -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @torch.inference_mode()
-def test_linear_layers_are_packed_with_no_activation_but_their_own(activation: str) -> None:
+def test_linear_layers_are_packed_with_their_own_activation_only(activation: str) -> None:
     plain = make_model("test_resnet", activation_function=activation)
     fast = plain.optimize()
     for part in (fast.model.encoder, fast.model.decoder):
@@ -70,9 +70,7 @@ def test_linear_layers_are_packed_with_no_activation_but_their_own(activation: s
     "given", ["nothing", "decoder_attention_mask", "decoder_inputs_embeds", "output_attentions"]
 )
 @torch.inference_mode()
-def test_the_first_self_attention_is_computed_where_it_is_no_constant(
-    given: str, auxiliary_loss: bool
-) -> None:
+def test_the_first_self_attention_is_computed_if_it_is_not_constant(given: str, auxiliary_loss: bool) -> None:
     plain = make_model("test_resnet", auxiliary_loss=auxiliary_loss)
     fast = plain.optimize()
     random = torch.Generator().manual_seed(0)
@@ -97,20 +95,20 @@ def test_the_first_self_attention_is_computed_where_it_is_no_constant(
 
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (3, 3, 50, 171), (1, 3, 224, 96)])
 @torch.inference_mode()
-def test_one_copy_takes_images_of_any_size(shape: tuple[int, ...]) -> None:
+def test_one_model_accepts_images_of_any_size(shape: tuple[int, ...]) -> None:
     plain = make_model("test_resnet")
     fast = plain.optimize()
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    for _ in range(2):  # a second time: nothing it keeps was overwritten
+    for _ in range(2):  # twice: the first call must not overwrite the state of the model
         torch.testing.assert_close(fast(pixels).logits, plain(pixels).logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
-def test_all_maps_of_the_backbone_and_the_masks_are_those_of_the_plain_model() -> None:
+def test_feature_maps_and_masks_equal_those_of_the_plain_model() -> None:
     plain = DetrForSegmentation(
         small_config(backbone="resnet50", encoder_attention_heads=8, decoder_attention_heads=8)
     ).eval()
-    separate_the_queries(plain, seed=2)
+    randomize_weights(plain, seed=2)
     fast = plain.optimize()
     pixels = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
     maps = [m.detr.model.backbone(pixels) for m in (plain, fast)]
@@ -120,7 +118,7 @@ def test_all_maps_of_the_backbone_and_the_masks_are_those_of_the_plain_model() -
     torch.testing.assert_close(fast(pixels).pred_masks, plain(pixels).pred_masks, atol=1e-3, rtol=1e-3)
 
 
-def test_the_model_itself_stays_as_it_is() -> None:
+def test_the_plain_model_is_not_modified() -> None:
     plain = make_model("test_resnet").train()
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     fast = plain.optimize()
@@ -133,32 +131,32 @@ def test_the_model_itself_stays_as_it_is() -> None:
         assert torch.equal(tensor, before[name]), name
 
 
-def test_a_resnet_has_no_norm_and_no_sum_left() -> None:
+def test_an_optimized_resnet_has_no_norm_and_no_addition() -> None:
     fast = make_model("resnet18").optimize()
     graph = fast.model.backbone.conv_encoder.model.graph_module
     kinds = {type(graph.get_submodule(n.target)) for n in graph.graph.nodes if n.op == "call_module"}
-    # a feature map that is returned must not be overwritten, but here each is read by one sum at most before
+    # A returned feature map must not be overwritten, but no addition reads one: stages start with a downsampling conv.
     assert kinds <= {OneDnnConv2d, nn.MaxPool2d, nn.ReLU}
     assert OneDnnConv2d in kinds
 
 
-def test_what_is_optimised_cannot_be_saved(tmp_path) -> None:
+def test_an_optimized_model_cannot_be_saved(tmp_path) -> None:
     with pytest.raises(ValueError, match="optimize"):
         make_model("test_resnet").optimize().save_pretrained(tmp_path)
 
 
-def test_what_is_optimised_takes_no_other_weights() -> None:
-    """Those of folded and packed layers are elsewhere: it would be half of one model and half of another."""
+def test_an_optimized_model_cannot_load_other_weights() -> None:
+    """Weights of folded and packed layers have other names: only a part of the model would be updated."""
     plain = make_model("test_resnet")
     for other in (plain.state_dict(), plain.optimize().state_dict()):
         for strict in (True, False):
-            with pytest.raises(ValueError, match="cannot take other weights"):
+            with pytest.raises(ValueError, match="cannot load other weights"):
                 plain.optimize().load_state_dict(other, strict=strict)
     make_model("test_resnet").load_state_dict(plain.state_dict())
 
 
 @torch.inference_mode()
-def test_a_batch_of_no_images_has_no_answers() -> None:
+def test_an_empty_batch_has_empty_outputs() -> None:
     plain = make_model("test_resnet")
     fast = plain.optimize()
     none = torch.zeros(0, 3, 64, 96)
@@ -168,67 +166,67 @@ def test_a_batch_of_no_images_has_no_answers() -> None:
         assert outputs.pred_boxes.shape[0] == 0
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @torch.inference_mode()
-def test_a_copy_of_a_model_that_has_answered_answers_alike(copied: Callable[[nn.Module], nn.Module]) -> None:
+def test_a_copy_of_a_used_model_has_the_same_outputs(make_copy: Callable[[nn.Module], nn.Module]) -> None:
     fast = make_model("test_resnet").optimize()
     pixels = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     expected = fast(pixels).logits
-    assert torch.equal(copied(fast)(pixels).logits, expected)
+    assert torch.equal(make_copy(fast)(pixels).logits, expected)
 
 
-def test_what_is_optimised_stays_in_its_dtype() -> None:
+def test_an_optimized_model_keeps_its_dtype() -> None:
     fast = make_model("test_resnet").optimize(dtype=torch.bfloat16)
     assert fast.optimize(dtype=torch.bfloat16) is fast.optimize() is fast
-    with pytest.raises(ValueError, match="is optimised in"):
+    with pytest.raises(ValueError, match="is already optimized in"):
         fast.optimize(dtype=torch.float32)
 
 
-@pytest.mark.parametrize("optimise", [False, True])
-def test_a_model_that_nobody_holds_is_freed_without_the_garbage_collector(optimise: bool) -> None:
+@pytest.mark.parametrize("optimize", [False, True])
+def test_an_unused_model_is_freed_without_the_garbage_collector(optimize: bool) -> None:
     gc.collect()
     gc.disable()
     try:
         model = make_model("test_resnet")
-        if optimise:
+        if optimize:
             model = model.optimize()
             model(torch.zeros(1, 3, 64, 64))
-        gone = [weakref.ref(module) for module in model.modules()]
+        references = [weakref.ref(module) for module in model.modules()]
         del model
-        assert not [each() for each in gone if each() is not None]
+        assert not [each() for each in references if each() is not None]
     finally:
         gc.enable()
 
 
 @pytest.mark.slow
-def test_models_answer_and_are_made_while_others_are_made() -> None:
+def test_models_run_and_are_optimized_while_others_are_optimized() -> None:
     # torch.fx changes nn.Module for the whole process while it traces
     plain = make_model("test_resnet")
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = plain(pixels).logits
     until = time.monotonic() + 5
-    faults: list[BaseException] = []
+    errors: list[BaseException] = []
 
     @torch.inference_mode()
-    def repeat(do: Callable[[], torch.Tensor]) -> None:
+    def repeat(run: Callable[[], torch.Tensor]) -> None:
         try:
-            while time.monotonic() < until and not faults:
-                torch.testing.assert_close(do(), expected, atol=1e-4, rtol=1e-4)
-        except BaseException as fault:
-            faults.append(fault)
+            while time.monotonic() < until and not errors:
+                torch.testing.assert_close(run(), expected, atol=1e-4, rtol=1e-4)
+        except BaseException as error:
+            errors.append(error)
 
-    answers = [lambda: plain(pixels).logits] * 2 + [lambda: plain.optimize()(pixels).logits] * 2
-    threads = [threading.Thread(target=repeat, args=(do,)) for do in answers]
+    calls = [lambda: plain(pixels).logits] * 2 + [lambda: plain.optimize()(pixels).logits] * 2
+    threads = [threading.Thread(target=repeat, args=(run,)) for run in calls]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not faults, faults[0]
+    assert not errors, errors[0]
     assert nn.Module.__call__ is ORIGINAL_CALL
 
 
-def test_a_net_that_cannot_be_traced_stays_as_it_is() -> None:
+def test_a_network_that_cannot_be_traced_is_not_changed() -> None:
     class Branches(nn.Module):
         def __init__(self, net: nn.Module) -> None:
             super().__init__()
@@ -244,7 +242,7 @@ def test_a_net_that_cannot_be_traced_stays_as_it_is() -> None:
     assert isinstance(fast.model.backbone.conv_encoder.model, Branches)
 
 
-def test_float64_is_folded_and_not_packed() -> None:
+def test_float64_convolutions_are_folded_but_not_packed() -> None:
     plain = make_model("test_resnet").double()
     fast = plain.optimize()
     pixels = torch.randn(1, 3, 64, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Our kernels for a GPU compute what torch does; where there is no GPU, Triton's interpreter runs them."""
+"""The Triton kernels compute the same as torch; without a GPU, Triton's interpreter runs them."""
 
 import os
 import subprocess
@@ -31,10 +31,10 @@ for batch, queries, keys, masked in [(1, 70, 70, False), (2, 5, 130, True), (2, 
     q, k = torch.randn(batch, queries, 64), torch.randn(batch, keys, 64)
     mask = None
     if masked:
-        keep = torch.rand(batch, keys) > 0.4
-        keep[-1] = False  # padding from edge to edge
-        mask = additive_mask(keep, torch.float32)
-    # On a GPU torch's own kernel does not attend everywhere where nothing is to be attended to.
+        attend_mask = torch.rand(batch, keys) > 0.4
+        attend_mask[-1] = False  # an image of padding only
+        mask = additive_mask(attend_mask, torch.float32)
+    # On the CPU: if all keys are masked, torch's own kernel for a GPU does not attend to all of them.
     expected = plain(q, k, k, mask, False)[0]
     got = fast(q.to(device), *[k.to(device)] * 2, None if mask is None else mask.to(device), False)[0]
     torch.testing.assert_close(got.cpu(), expected, atol=1e-5, rtol=1e-4)
@@ -84,7 +84,7 @@ print("equal")
 @pytest.mark.parametrize(
     "script", [pytest.param(LAYERS, id="layers"), pytest.param(MASKS, id="masks", marks=pytest.mark.slow)]
 )
-def test_kernels_compute_what_torch_does(script: str) -> None:
+def test_kernels_equal_torch(script: str) -> None:
     pytest.importorskip("triton", reason="torch for a CPU has no Triton")
     environment = dict(os.environ)
     if not torch.cuda.is_available():

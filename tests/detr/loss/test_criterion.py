@@ -106,7 +106,7 @@ def test_the_loss_of_a_model_equals_transformers_with_every_gradient(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_loss_in_float32_is_as_exact_as_that_of_transformers(seed, make_batch):
+def test_the_loss_in_float32_has_the_accuracy_of_transformers(seed, make_batch):
     config = DetrConfig(num_labels=5, auxiliary_loss=True, decoder_layers=3)
     exact_labels = make_batch(dtype=torch.float64, seed=seed).labels
     labels = make_batch(dtype=torch.float32, seed=seed).labels
@@ -120,7 +120,7 @@ def test_the_loss_in_float32_is_as_exact_as_that_of_transformers(seed, make_batc
     assert abs(float((ours - exact).detach())) < 3 * abs(float((theirs - exact).detach())) + 3e-6
 
 
-def half_models(make_twins):
+def training_model(make_twins):
     return copy.deepcopy(make_twins(auxiliary_loss=True).ours).train()
 
 
@@ -128,7 +128,7 @@ def half_models(make_twins):
 @pytest.mark.known_issue(5)
 @pytest.mark.known_issue(25)
 def test_under_bfloat16_autocast_the_loss_is_float32_and_finite(make_twins, make_batch):
-    model, batch = half_models(make_twins), make_batch()
+    model, batch = training_model(make_twins), make_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(batch.pixel_values, batch.pixel_mask, labels=batch.labels)
         inside = model.model(batch.pixel_values).encoder_last_hidden_state
@@ -139,14 +139,14 @@ def test_under_bfloat16_autocast_the_loss_is_float32_and_finite(make_twins, make
     assert out.loss.isfinite()
     assert inside.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-    exact = half_models(make_twins)(batch.pixel_values, batch.pixel_mask, labels=batch.labels)
+    exact = training_model(make_twins)(batch.pixel_values, batch.pixel_mask, labels=batch.labels)
     assert float(out.loss.detach()) == pytest.approx(float(exact.loss.detach()), rel=0.05)
 
 
 @pytest.mark.checklist("5. Loss", "shapes/dtypes")
 @pytest.mark.known_issue(25)
 def test_a_model_in_bfloat16_trains_with_a_loss_in_float32(make_twins, make_batch):
-    model, batch = half_models(make_twins).to(torch.bfloat16), make_batch()
+    model, batch = training_model(make_twins).to(torch.bfloat16), make_batch()
     out = model(batch.pixel_values.to(torch.bfloat16), batch.pixel_mask, labels=batch.labels)
     out.loss.backward()
     assert (out.logits.dtype, out.loss.dtype) == (torch.bfloat16, torch.float32)
@@ -166,19 +166,19 @@ def test_predictions_in_half_precision_give_a_loss_in_float32(dtype, make_batch)
 
 @pytest.mark.known_issue(3)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_predictions_that_are_not_finite_give_a_loss_instead_of_an_error(value, make_batch):
+def test_non_finite_predictions_give_a_loss_instead_of_an_error(value, make_batch):
     config, batch = DetrConfig(num_labels=5, auxiliary_loss=True), make_batch(dtype=torch.float64)
     for bad in range(2):
         tensors = [t.detach().clone() for t in predictions(3, 2, 12, 5, 0)]
         tensors[bad][:, 0, 0] = value
         loss, terms = set_loss(*tensors, batch.labels, config)
-        assert terms["loss_bbox"].isfinite(), "a query that is not finite was matched before others"
+        assert terms["loss_bbox"].isfinite(), "a non-finite query was matched before finite ones"
         tensors[bad][:] = value
         loss, _ = set_loss(*tensors, batch.labels, config)
         assert not loss.isfinite()
 
 
-def test_target_counts_are_the_normalisers_that_the_loss_uses_by_itself(make_batch):
+def test_target_counts_equal_the_default_normalizers_of_the_loss(make_batch):
     config = DetrConfig(num_labels=5, eos_coefficient=0.1)
     labels = make_batch(sizes=((8, 8),) * 3, objects=(3, 0, 20), dtype=torch.float64).labels
     num_boxes, class_weight_sum = target_counts(labels, None, 12, 0.1)
@@ -198,18 +198,18 @@ def test_target_counts_are_the_normalisers_that_the_loss_uses_by_itself(make_bat
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("given", [False, True])
-def test_an_image_of_weight_zero_is_as_if_it_were_not_there(seed, given, make_twins, make_batch):
+def test_an_image_of_weight_zero_has_no_effect(seed, given, make_twins, make_batch):
     model = make_twins(seed=seed, auxiliary_loss=True).to(torch.float64).ours
     batch = make_batch(sizes=((64, 96),) * 3, objects=(3, 4, 2), seed=seed, dtype=torch.float64)
-    keep = [0, 2]
-    normalisers = {"num_boxes": 7.0, "class_weight_sum": torch.tensor(5.0)} if given else {}
+    others = [0, 2]
+    normalizers = {"num_boxes": 7.0, "class_weight_sum": torch.tensor(5.0)} if given else {}
     results = []
     for pixels, mask, labels, weights in (
         (batch.pixel_values, batch.pixel_mask, batch.labels, torch.tensor([1.0, 0.0, 1.0])),
-        (batch.pixel_values[keep], batch.pixel_mask[keep], [batch.labels[i] for i in keep], None),
+        (batch.pixel_values[others], batch.pixel_mask[others], [batch.labels[i] for i in others], None),
     ):
         model.zero_grad()
-        out = model(pixels, mask, labels=labels, image_weights=weights, **normalisers)
+        out = model(pixels, mask, labels=labels, image_weights=weights, **normalizers)
         out.loss.backward()
         results.append((out.loss, out.loss_dict, [p.grad.clone() for p in model.parameters()]))
     (loss, terms, gradients), (expected, expected_terms, expected_gradients) = results
@@ -223,9 +223,9 @@ def test_an_image_of_weight_zero_is_as_if_it_were_not_there(seed, given, make_tw
 def test_a_batch_of_weight_zero_has_loss_and_gradient_zero(make_batch):
     config, batch = DetrConfig(num_labels=5), make_batch(dtype=torch.float64)
     logits, boxes = predictions(2, 2, 12, 5, 0)
-    for normalisers in ({}, {"num_boxes": 3.0, "class_weight_sum": 2.0}):
+    for normalizers in ({}, {"num_boxes": 3.0, "class_weight_sum": 2.0}):
         loss, terms = set_loss(
-            logits, boxes, batch.labels, config, image_weights=torch.zeros(2), **normalisers
+            logits, boxes, batch.labels, config, image_weights=torch.zeros(2), **normalizers
         )
         gradients = torch.autograd.grad(loss, (logits, boxes))
         assert loss == 0
@@ -234,7 +234,7 @@ def test_a_batch_of_weight_zero_has_loss_and_gradient_zero(make_batch):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_micro_batches_with_the_normalisers_of_the_whole_sum_to_its_loss_and_gradients(
+def test_losses_and_gradients_of_micro_batches_with_shared_normalizers_sum_to_those_of_the_batch(
     seed, make_twins, make_batch
 ):
     model = make_twins(seed=seed, auxiliary_loss=True).to(torch.float64).ours
@@ -265,7 +265,7 @@ def test_micro_batches_with_the_normalisers_of_the_whole_sum_to_its_loss_and_gra
         torch.testing.assert_close(p.grad, b, rtol=1e-9, atol=1e-12)
 
 
-def test_weights_of_the_wrong_number_are_refused(make_batch):
+def test_a_wrong_number_of_image_weights_is_rejected(make_batch):
     batch = make_batch(dtype=torch.float64)
     with pytest.raises(ValueError, match=r"image_weights must have shape \[2\], got \[3\]"):
         set_loss(
@@ -273,14 +273,14 @@ def test_weights_of_the_wrong_number_are_refused(make_batch):
         )
 
 
-def test_wrong_labels_are_refused_by_the_model(make_twins, make_batch):
+def test_the_model_rejects_invalid_labels(make_twins, make_batch):
     model, batch = make_twins().ours, make_batch()
     batch.labels[1]["class_labels"][0] = 5
     with pytest.raises(ValueError, match=r"object 0 of image 1 of the batch has class 5; .* 0\.\.4"):
         model(batch.pixel_values, labels=batch.labels)
 
 
-def test_other_keys_of_the_labels_are_ignored(make_twins, make_batch):
+def test_other_keys_of_labels_are_ignored(make_twins, make_batch):
     model, batch = make_twins().ours, make_batch()
     more = [{**label, "image_id": 1, "masks": None, "orig_size": torch.zeros(2)} for label in batch.labels]
     with torch.no_grad():

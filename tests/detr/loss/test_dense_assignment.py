@@ -1,4 +1,4 @@
-"""Task-aligned assignment against a loop over images and objects."""
+"""Task-aligned assignment, compared with a loop over images and objects."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from detr.model.multiscale.tokens import token_grid
 from detr.multiscale_config import MultiScaleConfig
 
 
-def loop(logits, boxes, centers, sizes, valid, labels, settings):
-    """One image: the object of every token or -1, and its quality."""
+def assign_by_loop(logits, boxes, centers, sizes, valid, labels, settings):
+    """Assign the objects of one image; return the object of every token or -1, and its quality."""
     alignments, qualities = [], []
     for class_id, box in zip(labels["class_labels"], labels["boxes"], strict=True):
         iou = box_iou(box_cxcywh_to_xyxy(box[None]), box_cxcywh_to_xyxy(boxes))[0][0]
@@ -42,7 +42,7 @@ def loop(logits, boxes, centers, sizes, valid, labels, settings):
 
 
 @pytest.mark.parametrize("objects", [(4, 0, 9), (0, 0, 0), (1, 30, 2)])
-def test_a_batch_is_assigned_as_its_images_one_by_one(objects, make_batch):
+def test_the_assignment_of_a_batch_equals_a_loop_over_its_images(objects, make_batch):
     batch = make_batch(((64, 96), (40, 96), (64, 30)), objects, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
     maps = [torch.zeros(3, 1, 64 // s, 96 // s) for s in (4, 8, 16)]
@@ -59,7 +59,7 @@ def test_a_batch_is_assigned_as_its_images_one_by_one(objects, make_batch):
     got = assign_tokens(DensePredictions(logits, boxes, logits), targets, grid, settings)
     assigned = 0
     for i, labels in enumerate(batch.labels):
-        target, quality = loop(
+        target, quality = assign_by_loop(
             logits[i], boxes[i], grid.centers_xy[i], grid.sizes_wh[i], grid.valid[i], labels, settings
         )
         torch.testing.assert_close(got.quality[i], quality)
@@ -69,12 +69,12 @@ def test_a_batch_is_assigned_as_its_images_one_by_one(objects, make_batch):
     assert bool(assigned) == any(objects)
 
 
-def test_no_object_is_too_small_for_a_token():
+def test_even_the_smallest_object_is_assigned_to_a_token():
     grid = token_grid(torch.zeros(1, 3, 64, 64), None, [torch.zeros(1, 1, 4, 4)], (16,))
     boxes = torch.cat((grid.centers_xy, 2 * grid.sizes_wh), -1)
     labels = [{"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.26, 0.26, 0.001, 0.001]])}]
     targets = pad_targets(gather_targets(labels, 1, 1, torch.device("cpu"), torch.float32))
-    found = assign_tokens(
+    assignment = assign_tokens(
         DensePredictions(torch.zeros(1, 16, 1), boxes, boxes), targets, grid, MultiScaleConfig()
     )
-    assert int((found.quality > 0).sum()) >= 1
+    assert int((assignment.quality > 0).sum()) >= 1

@@ -6,7 +6,7 @@ from detr.loss.mask_loss import mask_losses
 
 
 def reference_losses(logits, masks, image, target):
-    """Transformers' functions on the same matches, one number for each."""
+    """Apply the loss functions of transformers to the same matches; one number for each match."""
     height, width = (max(mask.shape[side] for mask in masks) for side in (1, 2))
     padded = torch.zeros(sum(map(len, masks)), height, width, dtype=torch.float64)
     row = 0
@@ -16,9 +16,9 @@ def reference_losses(logits, masks, image, target):
     large = torch.nn.functional.interpolate(logits[:, None], size=(height, width), mode="bilinear")[
         :, 0
     ].flatten(1)
-    wanted = padded[target].flatten(1)
-    focal = torch.stack([reference.sigmoid_focal_loss(a[None], b[None], 1) for a, b in zip(large, wanted)])
-    dice = torch.stack([reference.dice_loss(a[None], b[None], 1) for a, b in zip(large, wanted)])
+    targets = padded[target].flatten(1)
+    focal = torch.stack([reference.sigmoid_focal_loss(a[None], b[None], 1) for a, b in zip(large, targets)])
+    dice = torch.stack([reference.dice_loss(a[None], b[None], 1) for a, b in zip(large, targets)])
     return focal, dice
 
 
@@ -34,14 +34,14 @@ def test_losses_and_gradients_equal_transformers_also_in_chunks(chunk, monkeypat
     logits = torch.randn(5, 10, 13, generator=generator, dtype=torch.float64, requires_grad=True)
     ours = mask_losses(logits, masks, image, target)
     theirs = reference_losses(logits, masks, image, target)
-    for mine, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
-        difference(float((mine - wanted).detach().abs().max()))
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        difference(float((got - expected).detach().abs().max()))
     ours, theirs = (torch.autograd.grad(sum(map(torch.sum, pair)), logits)[0] for pair in (ours, theirs))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_no_match_is_no_loss():
+def test_without_matches_the_losses_are_empty():
     logits = torch.zeros(0, 4, 4, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)
     focal, dice = mask_losses(logits, [torch.zeros(0, 8, 8)], none, none)

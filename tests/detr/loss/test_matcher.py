@@ -5,7 +5,14 @@ import pytest
 import torch
 from transformers.loss.loss_for_object_detection import HungarianMatcher
 
-from detr.loss.matcher import Matching, MatchingCost, assign, finite_cost, hungarian_matching, matching_cost
+from detr.loss.matcher import (
+    Matching,
+    MatchingCost,
+    assign,
+    hungarian_matching,
+    matching_cost,
+    replace_non_finite,
+)
 from detr.loss.targets import gather_targets
 
 COST = MatchingCost(class_cost=1, bbox_cost=5, giou_cost=2)
@@ -24,7 +31,7 @@ def match(logits, boxes, labels, cost=COST) -> Matching:
 
 
 def pairs(matching: Matching, layer: int, queries: int, counts: list[int]) -> list[list[tuple[int, int]]]:
-    """Per image the (query, object) pairs of one layer."""
+    """Return the (query, object) pairs of one layer for each image."""
     offsets = np.concatenate(([0], np.cumsum(counts)))
     out: list[list[tuple[int, int]]] = [[] for _ in counts]
     for query, target, image in zip(
@@ -46,9 +53,9 @@ def test_every_layer_is_matched_as_in_transformers(seed, objects, dtype, make_ba
     theirs = HungarianMatcher(COST.class_cost, COST.bbox_cost, COST.giou_cost)
     for layer in range(3):
         expected = theirs({"logits": logits[layer], "pred_boxes": boxes[layer]}, labels)
-        found = pairs(matching, layer, 12, list(objects))
-        assert found == [list(zip(i.tolist(), j.tolist(), strict=True)) for i, j in expected]
-        assert [len(f) for f in found] == [min(12, n) for n in objects]
+        got = pairs(matching, layer, 12, list(objects))
+        assert got == [list(zip(i.tolist(), j.tolist(), strict=True)) for i, j in expected]
+        assert [len(of_image) for of_image in got] == [min(12, n) for n in objects]
 
 
 def test_the_cost_matrix_is_that_of_the_paper(make_batch):
@@ -67,7 +74,7 @@ def test_the_cost_matrix_is_that_of_the_paper(make_batch):
                     assert float(value) == pytest.approx(float(expected), abs=1e-14)
 
 
-def test_a_batch_without_objects_matches_nothing():
+def test_a_batch_without_objects_has_no_matches():
     logits, boxes = predictions(2, 2, 4, 0)
     empty = {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
     matching = match(logits, boxes, [empty, empty])
@@ -79,38 +86,38 @@ def test_a_batch_without_objects_matches_nothing():
 @pytest.mark.known_issue(5)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["logits", "boxes"])
-def test_predictions_that_are_not_finite_are_matched_last_and_never_raise(value, where, make_batch):
+def test_non_finite_predictions_are_matched_last_and_never_raise(value, where, make_batch):
     labels = make_batch(objects=(3, 4), dtype=torch.float64).labels
     logits, boxes = predictions(2, 2, 6, 0)
     (logits if where == "logits" else boxes)[:, 0, :3] = value
-    found = match(logits, boxes, labels)
+    matching = match(logits, boxes, labels)
     for layer in range(2):
-        assert {q for q, _ in pairs(found, layer, 6, [3, 4])[0]} == {3, 4, 5}
+        assert {q for q, _ in pairs(matching, layer, 6, [3, 4])[0]} == {3, 4, 5}
     expected = match(logits[:, 1:], boxes[:, 1:], labels[1:])
-    assert pairs(found, 1, 6, [3, 4])[1] == pairs(expected, 1, 6, [4])[0]
+    assert pairs(matching, 1, 6, [3, 4])[1] == pairs(expected, 1, 6, [4])[0]
 
 
-def test_where_finite_predictions_run_out_the_rest_is_still_matched_at_the_least_cost():
+def test_with_too_few_finite_predictions_these_are_still_matched_at_minimum_cost():
     cost = np.array([[1.0, 9.0, 5.0], [9.0, 1.0, 5.0], [np.nan, np.inf, np.nan]])
     query, target = assign(np.stack((cost.T, cost.T)), [3])
     assert dict(zip(query[0], target[0], strict=True)) == {0: 0, 1: 1, 2: 2}
-    filled = finite_cost(cost)
-    assert np.isfinite(filled).all()
-    assert filled[2].min() > 27  # more than any assignment of the finite ones
+    replaced = replace_non_finite(cost)
+    assert np.isfinite(replaced).all()
+    assert replaced[2].min() > 27  # more than any assignment of finite costs
 
 
-def test_all_predictions_not_finite_are_matched_somehow():
+def test_non_finite_predictions_are_matched_if_no_other_exists():
     query, _ = assign(np.full((1, 2, 4), np.nan), [2])
     assert len(set(query[0])) == 2
 
 
 @pytest.mark.checklist("5. Loss", "all costs 0")
-def test_costs_that_are_all_zero_are_refused():
+def test_costs_that_are_all_zero_are_rejected():
     with pytest.raises(ValueError, match="All costs of the Matcher can't be 0"):
         MatchingCost(0, 0, 0)
 
 
-def test_wrong_labels_on_a_device_are_raised_with_the_matching(make_batch):
+def test_invalid_labels_on_a_device_raise_an_error_in_the_matching(make_batch):
     labels = make_batch(objects=(2, 2)).labels
     logits, boxes = predictions(1, 2, 4, 0, torch.float32)
     targets = gather_targets(labels, 5, 2, torch.device("cpu"), torch.float32)
@@ -119,6 +126,6 @@ def test_wrong_labels_on_a_device_are_raised_with_the_matching(make_batch):
     on_device = type(targets)(targets.class_ids, targets.boxes_cxcywh, targets.counts, faults)
     with pytest.raises(ValueError, match="object 1 of image 1"):
         hungarian_matching(logits, boxes, on_device, COST, labels)
-    fine = type(targets)(targets.class_ids, targets.boxes_cxcywh, targets.counts, faults & False)
+    valid = type(targets)(targets.class_ids, targets.boxes_cxcywh, targets.counts, faults & False)
     expected = hungarian_matching(logits, boxes, targets, COST)
-    assert torch.equal(hungarian_matching(logits, boxes, fine, COST, labels).query, expected.query)
+    assert torch.equal(hungarian_matching(logits, boxes, valid, COST, labels).query, expected.query)

@@ -1,4 +1,4 @@
-"""Two processes against one."""
+"""Losses and gradients of two processes equal those of one process on the whole batch."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from torch import nn
 
 from detr.config import DetrConfig
 from detr.loss.criterion import target_counts
-from detr.loss.normalizers import average_normalisers
+from detr.loss.normalizers import average_normalizers
 from detr.model.detection import DetrForObjectDetection
 from detr.model.segmentation import DetrForSegmentation
 from tests.ranks import process_group, run_ranks
 
 WORLD_SIZE = 2
-OBJECTS = (3, 6, 0, 1)  # of four images: two for each process
+OBJECTS = (3, 6, 0, 1)  # objects of four images, two for each process
 VARIANTS = {
     "plain": {},
     "auxiliary": {"auxiliary_loss": True},
@@ -79,25 +79,25 @@ def run_process(rank: int, folder: Path) -> None:
 
 
 def train(rank: int) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """The loss and the averaged gradients of each variant."""
+    """Compute the loss and the averaged gradients of each variant."""
     results = {}
     for variant in VARIANTS:
         model = nn.parallel.DistributedDataParallel(make_model(variant))
         pixels, labels = make_data(variant)
         part = slice(2 * rank, 2 * rank + 2)
-        for _ in range(2):  # the second step raises where the first left a parameter without gradient
+        for _ in range(2):  # the second step raises an error if the first left a parameter without a gradient
             model.zero_grad()
             loss = model(pixels[part], labels=labels[part]).loss
             loss.backward()
         results[variant] = (loss.detach(), gradients(model))
-    normalisers = average_normalisers(labels[part], None, model.module.config, 2.0, None, torch.device("cpu"))
-    assert normalisers[0] == 2.0
+    normalizers = average_normalizers(labels[part], None, model.module.config, 2.0, None, torch.device("cpu"))
+    assert normalizers[0] == 2.0
     return results
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict]:
-    """What each process found, by variant: its loss and the gradients after averaging."""
+    """Return the results of each process, by variant: its loss and the averaged gradients."""
     folder = tmp_path_factory.mktemp("processes")
     run_ranks(WORLD_SIZE, run_process, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]

@@ -19,7 +19,7 @@ def gather(labels, dtype=torch.float32):
     return gather_targets(labels, 3, len(labels), torch.device("cpu"), dtype)
 
 
-def test_labels_are_joined_image_after_image():
+def test_labels_are_joined_in_the_order_of_the_images():
     targets = gather([label(), EMPTY, label((2,), ((0.0, 1.0, 1.0, 0.0),))])
     assert targets.class_ids.tolist() == [0, 1, 2]
     assert targets.counts == (2, 0, 1)
@@ -27,13 +27,13 @@ def test_labels_are_joined_image_after_image():
     assert targets.faults is None
 
 
-def test_batches_without_objects_and_other_integer_types_are_fine():
+def test_batches_without_objects_and_other_integer_types_are_accepted():
     assert gather([EMPTY, EMPTY]).counts == (0, 0)
     small = {"class_labels": torch.tensor([2], dtype=torch.uint8), "boxes": torch.rand(1, 4).half()}
     assert gather([small]).class_ids.dtype == torch.int64
 
 
-def test_the_rounding_of_coordinates_is_tolerated():
+def test_rounding_errors_of_coordinates_are_tolerated():
     gather([label((0,), ((1.0005, 0.5, 1.0005, 0.5),))])
 
 
@@ -50,18 +50,18 @@ def test_the_rounding_of_coordinates_is_tolerated():
     ],
 )
 @pytest.mark.parametrize("image", [0, 1])
-def test_a_wrong_box_is_named_with_its_image_and_the_expected_format(box, meaning, image):
+def test_the_error_for_an_invalid_box_names_its_image_and_the_expected_format(box, meaning, image):
     labels = [EMPTY, EMPTY]
     labels[image] = label((0, 1), ((0.5, 0.5, 0.1, 0.1), box), image_id=torch.tensor([37]))
     with pytest.raises(ValueError, match=rf"object 1 of image {image} of the batch \(image_id 37\)") as error:
         gather(labels)
-    assert "centre x, centre y, width, height" in str(error.value)
+    assert "center x, center y, width, height" in str(error.value)
 
 
 @pytest.mark.checklist("5. Loss", "class id checks")
 @pytest.mark.known_issue(6)
 @pytest.mark.parametrize("class_id", [3, 4, -1])
-def test_a_class_that_the_model_does_not_have_is_named_with_its_image(class_id):
+def test_the_error_for_an_unknown_class_names_its_image(class_id):
     with pytest.raises(
         ValueError, match=rf"object 0 of image 1 of the batch has class {class_id}; .* 0\.\.2"
     ):
@@ -85,7 +85,7 @@ def test_a_class_that_the_model_does_not_have_is_named_with_its_image(class_id):
         ({"class_labels": torch.tensor([1]), "boxes": torch.rand(4)}, r"boxes is torch.float32 \[4\]"),
     ],
 )
-def test_labels_of_the_wrong_shape_or_type_are_named_with_their_image(wrong, message):
+def test_the_error_for_labels_of_wrong_shape_or_type_names_their_image(wrong, message):
     with pytest.raises(ValueError, match=rf"image 1 of the batch \(image_id 5\).*{message}"):
         gather([label(), {**wrong, "image_id": 5}])
 
@@ -96,7 +96,7 @@ def test_there_must_be_one_dict_per_image(labels):
         gather_targets(labels, 3, 2, torch.device("cpu"), torch.float32)
 
 
-def test_faults_of_labels_on_a_device_are_raised_when_they_reach_the_host():
+def test_faults_of_labels_on_a_device_raise_an_error_when_they_reach_the_host():
     labels = [label(), label((0, 1), ((0.5, 0.5, 0.1, 0.1), (0.5, 0.5, 2.0, 0.1)))]
     raise_faults(torch.tensor([False] * 4), labels, 3)
     with pytest.raises(ValueError, match="object 1 of image 1 of the batch has box"):

@@ -1,4 +1,4 @@
-"""COCO's figures equal pycocotools'."""
+"""COCO metrics equal those of pycocotools."""
 
 import contextlib
 import copy
@@ -18,7 +18,7 @@ from tests.tiers import rest_slow
 
 
 def random_objects(rng, image_id, categories, scale, ids):
-    """Truth of an image: crowds, boxes without area, areas on and beside the borders of the size classes."""
+    """Generate ground truth of an image: crowds, boxes without area, areas on and next to the size class limits."""
     objects = []
     for _ in range(130 if rng.random() < 0.05 else int(rng.integers(0, 8))):
         xy, wh = rng.uniform(0, 300, 2), rng.uniform(0, scale, 2) * (rng.random() > 0.05)
@@ -41,7 +41,7 @@ def random_objects(rng, image_id, categories, scale, ids):
 
 
 def random_detections(rng, image_id, categories, scale, objects):
-    """Exact, near and unrelated boxes, equal scores, a category that the truth does not have, over 100 an image."""
+    """Generate exact, near and unrelated boxes, equal scores, an unknown category, and over 100 boxes in an image."""
     detections = []
     for _ in range(150 if rng.random() < 0.08 else int(rng.integers(0, 15))):
         category = int(rng.choice(categories))
@@ -64,40 +64,40 @@ def random_detections(rng, image_id, categories, scale, objects):
 
 
 def random_data(seed):
-    """A COCO truth and results: category and image ids with holes and in any order, images without either."""
+    """Generate COCO ground truth and results: ids with gaps and in any order, images without objects or detections."""
     rng = np.random.default_rng(seed)
     categories = rng.choice(100, int(rng.integers(1, 6)), replace=False).tolist()
     image_ids = rng.choice(1000, int(rng.integers(1, 10)), replace=False).tolist()
     ids = iter(range(int(rng.integers(1, 50)), 10**9, int(rng.integers(1, 4))))
-    truth, detections = [], []
+    ground_truth, detections = [], []
     for image_id in image_ids:
         scale = rng.choice([20, 60, 200, 400])
         objects = [] if rng.random() < 0.2 else random_objects(rng, image_id, categories, scale, ids)
-        truth += objects
+        ground_truth += objects
         if rng.random() > 0.2:
             detections += random_detections(rng, image_id, categories, scale, objects)
-    truth = [] if rng.random() < 0.08 else truth
+    ground_truth = [] if rng.random() < 0.08 else ground_truth
     detections = [] if rng.random() < 0.08 else detections
-    rng.shuffle(truth)
+    rng.shuffle(ground_truth)
     rng.shuffle(detections)
     coco = {
         "images": [{"id": image_id, "height": 400, "width": 400} for image_id in image_ids],
         "categories": [{"id": category, "name": str(category)} for category in categories],
-        "annotations": truth,
+        "annotations": ground_truth,
     }
     return coco, detections
 
 
-def pycocotools_evaluation(truth, detections, image_ids=None) -> COCOeval:
+def pycocotools_evaluation(ground_truth, detections, image_ids=None) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
-        coco_truth, coco_found = COCO(), COCO()
-        coco_truth.dataset = copy.deepcopy(truth)
-        coco_truth.createIndex()
-        coco_found.dataset = {**truth, "annotations": []}
-        coco_found.createIndex()
+        coco_gt, coco_dt = COCO(), COCO()
+        coco_gt.dataset = copy.deepcopy(ground_truth)
+        coco_gt.createIndex()
+        coco_dt.dataset = {**ground_truth, "annotations": []}
+        coco_dt.createIndex()
         if detections:
-            coco_found = coco_truth.loadRes(copy.deepcopy(detections))
-        evaluation = COCOeval(coco_truth, coco_found, "bbox")
+            coco_dt = coco_gt.loadRes(copy.deepcopy(detections))
+        evaluation = COCOeval(coco_gt, coco_dt, "bbox")
         if image_ids is not None:
             evaluation.params.imgIds = sorted(image_ids)
         evaluation.evaluate()
@@ -106,22 +106,22 @@ def pycocotools_evaluation(truth, detections, image_ids=None) -> COCOeval:
     return evaluation
 
 
-def as_predictions(truth, detections):
-    """Detections as CocoEvaluator takes them, an entry for every image of the truth."""
+def as_predictions(ground_truth, detections):
+    """Convert detections to the input of CocoEvaluator, with an entry for every image of the ground truth."""
     predictions = {}
-    for image in truth["images"]:
-        rows = [found for found in detections if found["image_id"] == image["id"]]
-        xywh = torch.tensor([found["bbox"] for found in rows], dtype=torch.float64).reshape(-1, 4)
+    for image in ground_truth["images"]:
+        rows = [detection for detection in detections if detection["image_id"] == image["id"]]
+        xywh = torch.tensor([detection["bbox"] for detection in rows], dtype=torch.float64).reshape(-1, 4)
         predictions[image["id"]] = {
             "boxes": torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1),
-            "scores": torch.tensor([found["score"] for found in rows], dtype=torch.float64),
-            "labels": torch.tensor([found["category_id"] for found in rows], dtype=torch.int64),
+            "scores": torch.tensor([detection["score"] for detection in rows], dtype=torch.float64),
+            "labels": torch.tensor([detection["category_id"] for detection in rows], dtype=torch.int64),
         }
     return predictions
 
 
 def as_results(predictions):
-    """The COCO results that `predictions` stand for, rounding of corners to sizes included."""
+    """Convert predictions to COCO results, including the rounding of the conversion from corners to sizes."""
     return [
         {
             "image_id": image_id,
@@ -129,18 +129,18 @@ def as_results(predictions):
             "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
             "score": float(score),
         }
-        for image_id, found in predictions.items()
-        for box, score, label in zip(found["boxes"], found["scores"], found["labels"])
+        for image_id, prediction in predictions.items()
+        for box, score, label in zip(prediction["boxes"], prediction["scores"], prediction["labels"])
     ]
 
 
 @pytest.mark.parametrize("part", rest_slow(range(8), fast=2))
-def test_the_12_figures_equal_pycocotools(part):
+def test_the_12_metrics_equal_pycocotools(part):
     different = set()
     for seed in range(25 * part, 25 * part + 25):
-        truth, detections = random_data(seed)
-        expected = pycocotools_evaluation(truth, detections).stats
-        got = coco_detection_metrics(truth, detections)
+        ground_truth, detections = random_data(seed)
+        expected = pycocotools_evaluation(ground_truth, detections).stats
+        got = coco_detection_metrics(ground_truth, detections)
         assert tuple(got) == METRIC_NAMES
         assert np.abs(np.array(list(got.values())) - expected).max() <= 1e-12, f"seed {seed}"
         different.add(round(expected[0], 6))
@@ -149,12 +149,12 @@ def test_the_12_figures_equal_pycocotools(part):
 
 def test_every_precision_and_recall_equals_pycocotools():
     for seed in range(500, 530):
-        truth, detections = random_data(seed)
-        predictions = as_predictions(truth, detections)
-        evaluator = CocoEvaluator(truth)
+        ground_truth, detections = random_data(seed)
+        predictions = as_predictions(ground_truth, detections)
+        evaluator = CocoEvaluator(ground_truth)
         evaluator.update(predictions)
         evaluator.accumulate()
-        expected = pycocotools_evaluation(truth, as_results(predictions))
+        expected = pycocotools_evaluation(ground_truth, as_results(predictions))
         for name in ("precision", "recall"):
             got = np.asarray(evaluator.coco_eval["bbox"].eval[name])
             assert got.shape == expected.eval[name].shape
@@ -162,97 +162,113 @@ def test_every_precision_and_recall_equals_pycocotools():
 
 
 @pytest.mark.parametrize("source", ["dict", "path", "COCO"])
-def test_the_evaluator_equals_pycocotools_over_the_images_it_was_given(source, tmp_path):
+def test_the_evaluator_equals_pycocotools_on_the_updated_images(source, tmp_path):
     for seed in range(600, 620):
-        truth, detections = random_data(seed)
-        predictions = as_predictions(truth, detections)
-        seen = dict(list(predictions.items())[: max(1, len(predictions) // 2)])
-        coco_gt = truth
+        ground_truth, detections = random_data(seed)
+        predictions = as_predictions(ground_truth, detections)
+        updated = dict(list(predictions.items())[: max(1, len(predictions) // 2)])
+        coco_gt = ground_truth
         if source == "path":
             coco_gt = tmp_path / f"{seed}.json"
-            coco_gt.write_text(json.dumps(truth))
+            coco_gt.write_text(json.dumps(ground_truth))
         elif source == "COCO":
             with contextlib.redirect_stdout(io.StringIO()):
                 coco_gt = COCO()
-                coco_gt.dataset = truth
+                coco_gt.dataset = ground_truth
                 coco_gt.createIndex()
         evaluator = CocoEvaluator(coco_gt, ["bbox"])
-        for image_id, found in seen.items():
-            evaluator.update({image_id: found})
+        for image_id, prediction in updated.items():
+            evaluator.update({image_id: prediction})
         evaluator.synchronize_between_processes()
         evaluator.accumulate()
-        figures = evaluator.summarize()
-        expected = pycocotools_evaluation(truth, as_results(seen), image_ids=list(seen)).stats
+        metrics = evaluator.summarize()
+        expected = pycocotools_evaluation(ground_truth, as_results(updated), image_ids=list(updated)).stats
         assert np.abs(evaluator.coco_eval["bbox"].stats - expected).max() <= 1e-12, f"seed {seed}"
-        assert list(figures["bbox"].values()) == evaluator.coco_eval["bbox"].stats.tolist()
+        assert list(metrics["bbox"].values()) == evaluator.coco_eval["bbox"].stats.tolist()
 
 
 SQUARE = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 50, 50], "area": 2500, "id": 1, "iscrowd": 0}
-TRUTH = {"images": [{"id": 1}, {"id": 2}], "categories": [{"id": 1}, {"id": 5}], "annotations": [SQUARE]}
-FOUND = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 50, 50], "score": 0.9}
+GROUND_TRUTH = {
+    "images": [{"id": 1}, {"id": 2}],
+    "categories": [{"id": 1}, {"id": 5}],
+    "annotations": [SQUARE],
+}
+DETECTION = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 50, 50], "score": 0.9}
 
 
-def test_no_detections_at_all_give_zeros():
-    figures = coco_detection_metrics(TRUTH, [])
-    assert figures["AP"] == figures["AR_100"] == figures["AP_medium"] == 0
-    assert figures["AP_small"] == figures["AR_large"] == -1
+def test_without_detections_the_metrics_are_zero():
+    metrics = coco_detection_metrics(GROUND_TRUTH, [])
+    assert metrics["AP"] == metrics["AR_100"] == metrics["AP_medium"] == 0
+    assert metrics["AP_small"] == metrics["AR_large"] == -1
 
 
-def test_no_truth_gives_minus_one():
-    for truth in (
-        {**TRUTH, "annotations": []},
-        {"images": TRUTH["images"], "categories": TRUTH["categories"]},
+def test_without_ground_truth_the_metrics_are_minus_one():
+    for ground_truth in (
+        {**GROUND_TRUTH, "annotations": []},
+        {"images": GROUND_TRUTH["images"], "categories": GROUND_TRUTH["categories"]},
     ):
-        assert set(coco_detection_metrics(truth, [FOUND]).values()) == {-1}
+        assert set(coco_detection_metrics(ground_truth, [DETECTION]).values()) == {-1}
 
 
 def test_a_perfect_detection_scores_one():
-    figures = coco_detection_metrics(TRUTH, [FOUND])
+    metrics = coco_detection_metrics(GROUND_TRUTH, [DETECTION])
     for name in ("AP", "AP50", "AP75", "AP_medium", "AR_1", "AR_100"):
-        assert figures[name] == pytest.approx(1)
+        assert metrics[name] == pytest.approx(1)
 
 
 def test_annotation_ids_do_not_matter():
     objects = [{**SQUARE, "id": 0}, {**SQUARE, "bbox": [100, 100, 50, 50], "id": 0}]
-    found = [FOUND, {**FOUND, "bbox": [100, 100, 50, 50]}]
-    assert coco_detection_metrics({**TRUTH, "annotations": objects}, found)["AP"] == pytest.approx(1)
+    detections = [DETECTION, {**DETECTION, "bbox": [100, 100, 50, 50]}]
+    assert coco_detection_metrics({**GROUND_TRUTH, "annotations": objects}, detections)[
+        "AP"
+    ] == pytest.approx(1)
     without = [
         {key: value for key, value in entry.items() if key not in ("id", "iscrowd")} for entry in objects
     ]
-    assert coco_detection_metrics({**TRUTH, "annotations": without}, found)["AP"] == pytest.approx(1)
+    assert coco_detection_metrics({**GROUND_TRUTH, "annotations": without}, detections)[
+        "AP"
+    ] == pytest.approx(1)
 
 
 def test_image_ids_beyond_float64_stay_distinct():
     big = 2**60
-    truth = {
-        **TRUTH,
+    ground_truth = {
+        **GROUND_TRUTH,
         "images": [{"id": big}, {"id": big + 1}],
         "annotations": [{**SQUARE, "image_id": big + 1}],
     }
-    assert coco_detection_metrics(truth, [{**FOUND, "image_id": big + 1}])["AP"] == pytest.approx(1)
-    assert coco_detection_metrics(truth, [{**FOUND, "image_id": big}])["AP"] == 0
+    assert coco_detection_metrics(ground_truth, [{**DETECTION, "image_id": big + 1}])["AP"] == pytest.approx(
+        1
+    )
+    assert coco_detection_metrics(ground_truth, [{**DETECTION, "image_id": big}])["AP"] == 0
 
 
-def test_annotations_of_images_and_categories_that_are_not_listed_do_not_count():
+def test_annotations_of_unlisted_images_and_categories_are_ignored():
     objects = [SQUARE, {**SQUARE, "image_id": 99}, {**SQUARE, "category_id": 99}]
-    assert coco_detection_metrics({**TRUTH, "annotations": objects}, [FOUND])["AP"] == pytest.approx(1)
+    assert coco_detection_metrics({**GROUND_TRUTH, "annotations": objects}, [DETECTION])[
+        "AP"
+    ] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
-    ("objects", "found", "message"),
+    ("objects", "detections", "message"),
     [
-        ([SQUARE], [FOUND, {**FOUND, "image_id": 3}], "1 images that the truth does not have.*image_id 3"),
-        ([SQUARE], [FOUND, {**FOUND, "score": float("nan")}], "detection 1 is not finite"),
-        ([SQUARE], [{**FOUND, "bbox": [0, 0, float("inf"), 1]}], "detection 0 is not finite"),
-        ([SQUARE], [FOUND, {"image_id": 1}], "detection 1 needs image_id, bbox.*category_id, score"),
-        ([SQUARE], [{**FOUND, "bbox": [1, 2, 3]}], "detection needs"),
-        ([SQUARE, {**SQUARE, "area": float("nan")}], [FOUND], "annotation 1 is not finite"),
+        (
+            [SQUARE],
+            [DETECTION, {**DETECTION, "image_id": 3}],
+            "1 images that the ground truth does not have.*image_id 3",
+        ),
+        ([SQUARE], [DETECTION, {**DETECTION, "score": float("nan")}], "detection 1 is not finite"),
+        ([SQUARE], [{**DETECTION, "bbox": [0, 0, float("inf"), 1]}], "detection 0 is not finite"),
+        ([SQUARE], [DETECTION, {"image_id": 1}], "detection 1 needs image_id, bbox.*category_id, score"),
+        ([SQUARE], [{**DETECTION, "bbox": [1, 2, 3]}], "detection needs"),
+        ([SQUARE, {**SQUARE, "area": float("nan")}], [DETECTION], "annotation 1 is not finite"),
         ([SQUARE, {"image_id": 1, "bbox": [0, 0, 1, 1]}], [], "annotation 1 needs.*area, iscrowd"),
     ],
 )
-def test_records_that_cannot_be_read_are_refused(objects, found, message):
+def test_invalid_records_are_rejected(objects, detections, message):
     with pytest.raises(ValueError, match=message):
-        coco_detection_metrics({**TRUTH, "annotations": objects}, found)
+        coco_detection_metrics({**GROUND_TRUTH, "annotations": objects}, detections)
 
 
 @pytest.mark.parametrize(
@@ -262,59 +278,59 @@ def test_records_that_cannot_be_read_are_refused(objects, found, message):
         ({"boxes": torch.tensor([[0.0, 0.0, float("nan"), 1.0]])}, "image 7: boxes or scores are not finite"),
     ],
 )
-def test_predictions_that_cannot_be_read_are_refused(changes, message):
-    found = {"boxes": torch.zeros(1, 4), "scores": torch.zeros(1), "labels": torch.zeros(1).long()}
+def test_invalid_predictions_are_rejected(changes, message):
+    prediction = {"boxes": torch.zeros(1, 4), "scores": torch.zeros(1), "labels": torch.zeros(1).long()}
     with pytest.raises(ValueError, match=message):
-        CocoEvaluator(TRUTH).update({7: {**found, **changes}})
+        CocoEvaluator(GROUND_TRUTH).update({7: {**prediction, **changes}})
 
 
 @pytest.mark.parametrize("iou_types", ["keypoints", ["bbox", "mask"], []])
-def test_other_types_of_iou_are_refused(iou_types):
+def test_unknown_iou_types_are_rejected(iou_types):
     with pytest.raises(ValueError, match="expected 'bbox', 'segm' or a list of these"):
-        CocoEvaluator(TRUTH, iou_types)
+        CocoEvaluator(GROUND_TRUTH, iou_types)
 
 
 def test_summarize_needs_accumulate():
     with pytest.raises(RuntimeError, match=r"call accumulate\(\) first"):
-        CocoEvaluator(TRUTH).summarize()
+        CocoEvaluator(GROUND_TRUTH).summarize()
 
 
-def test_nothing_is_printed_or_left_behind(capfd, tmp_path, monkeypatch):
+def test_nothing_is_printed_and_no_file_is_left(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     for seed in range(5):
-        truth, detections = random_data(seed)
-        coco_detection_metrics(truth, detections)
-        evaluator = CocoEvaluator(truth)
-        evaluator.update(as_predictions(truth, detections))
+        ground_truth, detections = random_data(seed)
+        coco_detection_metrics(ground_truth, detections)
+        evaluator = CocoEvaluator(ground_truth)
+        evaluator.update(as_predictions(ground_truth, detections))
         evaluator.accumulate()
         evaluator.summarize()
     assert capfd.readouterr() == ("", "")
     assert os.listdir(tmp_path) == []
 
 
-def test_the_inputs_are_left_alone():
-    truth, detections = random_data(1)
-    before = pickle.dumps((truth, detections))
-    coco_detection_metrics(truth, detections)
-    assert pickle.dumps((truth, detections)) == before
+def test_inputs_are_not_modified():
+    ground_truth, detections = random_data(1)
+    before = pickle.dumps((ground_truth, detections))
+    coco_detection_metrics(ground_truth, detections)
+    assert pickle.dumps((ground_truth, detections)) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_detections_of_any_precision_are_evaluated(dtype):
-    truth = {
+    ground_truth = {
         "images": [{"id": 1, "height": 77, "width": 99}],
         "annotations": [
             {"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 24, 24], "area": 576, "iscrowd": 0}
         ],
         "categories": [{"id": 1, "name": "a"}],
     }
-    found = {
+    prediction = {
         "scores": torch.tensor([0.5], dtype=dtype, requires_grad=True),
         "labels": torch.tensor([1]),
         "boxes": torch.tensor([[8, 8, 32, 32]], dtype=dtype),
     }
-    evaluator = CocoEvaluator(truth)
-    evaluator.update({1: found})
+    evaluator = CocoEvaluator(ground_truth)
+    evaluator.update({1: prediction})
     evaluator.accumulate()
     assert evaluator.summarize()["bbox"]["AP"] == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Figures of masks equal pycocotools', in every form that masks have."""
+"""Metrics of masks equal those of pycocotools, for every form of masks."""
 
 import contextlib
 import copy
@@ -16,14 +16,14 @@ from pycocotools.cocoeval import COCOeval
 from detr.metrics.coco import CocoEvaluator
 from detr.metrics.masks import encode_masks
 
-# Of pycocotools' decode, under numpy 2.
+# pycocotools' decode warns under numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 DATA = Path(__file__).parents[4] / "shared/data"
 
 
 def random_mask(rng, height, width):
-    """An ellipse that may leave the image, now and then empty or with a hole."""
+    """Generate an ellipse that may extend beyond the image, sometimes empty or with a hole."""
     y, x = np.mgrid[:height, :width]
     radii = rng.uniform(1, 40, 2)
     distance = ((y - rng.uniform(0, height)) / radii[0]) ** 2 + ((x - rng.uniform(0, width)) / radii[1]) ** 2
@@ -42,7 +42,7 @@ def compressed(mask):
 
 
 def random_data(seed):
-    """A truth with polygons, both RLE forms and crowds, and predictions near it: image id to masks and the rest."""
+    """Generate ground truth with polygons, both RLE forms and crowds, and predictions near it (image id to a dict)."""
     rng = np.random.default_rng(seed)
     images = [
         {"id": int(i), "height": int(rng.integers(40, 150)), "width": int(rng.integers(40, 150))}
@@ -85,18 +85,18 @@ def random_data(seed):
             "scores": torch.tensor(rng.random(len(masks))),
             "labels": torch.tensor(labels, dtype=torch.int64),
         }
-    truth = {
+    ground_truth = {
         "images": images,
         "categories": [{"id": i, "name": str(i)} for i in (3, 7)],
         "annotations": annotations,
     }
-    return truth, predictions
+    return ground_truth, predictions
 
 
-def pycocotools_stats(truth, predictions, iou_type="segm"):
+def pycocotools_stats(ground_truth, predictions, iou_type="segm"):
     results = []
-    for image_id, found in predictions.items():
-        for mask, box, score, label in zip(*(found[k] for k in ("masks", "boxes", "scores", "labels"))):
+    for image_id, prediction in predictions.items():
+        for mask, box, score, label in zip(*(prediction[k] for k in ("masks", "boxes", "scores", "labels"))):
             result = {"image_id": image_id, "category_id": int(label), "score": float(score)}
             if iou_type == "segm":
                 result["segmentation"] = compressed(mask.numpy())
@@ -105,7 +105,7 @@ def pycocotools_stats(truth, predictions, iou_type="segm"):
             results.append(result)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = copy.deepcopy(truth)
+        coco.dataset = copy.deepcopy(ground_truth)
         coco.createIndex()
         evaluation = COCOeval(coco, coco.loadRes(results), iou_type)
         evaluation.evaluate()
@@ -114,10 +114,10 @@ def pycocotools_stats(truth, predictions, iou_type="segm"):
     return evaluation.stats
 
 
-def evaluate(truth, predictions, iou_types):
-    evaluator = CocoEvaluator(truth, iou_types)
-    for image_id, found in predictions.items():
-        evaluator.update({image_id: found})
+def evaluate(ground_truth, predictions, iou_types):
+    evaluator = CocoEvaluator(ground_truth, iou_types)
+    for image_id, prediction in predictions.items():
+        evaluator.update({image_id: prediction})
     evaluator.synchronize_between_processes()
     evaluator.accumulate()
     evaluator.summarize()
@@ -126,18 +126,18 @@ def evaluate(truth, predictions, iou_types):
 
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "CocoEvaluator")
 @pytest.mark.known_issue(24)
-def test_figures_of_masks_and_boxes_equal_pycocotools(difference):
-    seen = set()
+def test_metrics_of_masks_and_boxes_equal_pycocotools(difference):
+    distinct = set()
     for seed in range(25):
-        truth, predictions = random_data(seed)
-        evaluator = evaluate(truth, predictions, ["bbox", "segm"])
+        ground_truth, predictions = random_data(seed)
+        evaluator = evaluate(ground_truth, predictions, ["bbox", "segm"])
         for iou_type in ("bbox", "segm"):
-            expected = pycocotools_stats(truth, predictions, iou_type)
+            expected = pycocotools_stats(ground_truth, predictions, iou_type)
             largest = np.abs(evaluator.coco_eval[iou_type].stats - expected).max()
             difference(largest)
             assert largest <= 1e-12, f"seed {seed}, {iou_type}"
-            seen.add(round(expected[0], 6))
-    assert len(seen) > 20
+            distinct.add(round(expected[0], 6))
+    assert len(distinct) > 20
 
 
 @pytest.mark.parametrize(
@@ -152,17 +152,19 @@ def test_figures_of_masks_and_boxes_equal_pycocotools(difference):
     ],
     ids=["channel", "probabilities", "array", "compressed", "uncompressed", "bytes"],
 )
-def test_every_form_of_masks_gives_the_same_figures(form):
-    truth, predictions = random_data(3)
-    expected = evaluate(truth, predictions, "segm").coco_eval["segm"].stats
-    predictions = {i: {**found, "masks": form(found["masks"])} for i, found in predictions.items()}
-    for found in predictions.values():
-        found.pop("boxes")
+def test_every_form_of_masks_gives_the_same_metrics(form):
+    ground_truth, predictions = random_data(3)
+    expected = evaluate(ground_truth, predictions, "segm").coco_eval["segm"].stats
+    predictions = {
+        i: {**prediction, "masks": form(prediction["masks"])} for i, prediction in predictions.items()
+    }
+    for prediction in predictions.values():
+        prediction.pop("boxes")
     assert expected[0] > 0
-    assert (evaluate(truth, predictions, ["segm"]).coco_eval["segm"].stats == expected).all()
+    assert (evaluate(ground_truth, predictions, ["segm"]).coco_eval["segm"].stats == expected).all()
 
 
-def test_an_encoded_mask_can_be_decoded_and_written_as_json():
+def test_encoded_masks_are_json_serializable_and_decodable():
     rng = np.random.default_rng(0)
     masks = np.stack([random_mask(rng, 30, 50), np.zeros((30, 50), bool), np.ones((30, 50), bool)])
     rles = encode_masks(torch.tensor(masks))
@@ -179,31 +181,33 @@ def test_an_encoded_mask_can_be_decoded_and_written_as_json():
         ([{"counts": "x"}], "expected an RLE dict with size and counts"),
     ],
 )
-def test_masks_that_cannot_be_read_are_refused(masks, message):
+def test_invalid_masks_are_rejected(masks, message):
     with pytest.raises(ValueError, match=message):
         encode_masks(masks)
 
 
-def test_a_truth_without_what_masks_need_is_refused():
-    truth, predictions = random_data(0)
-    without = [{k: v for k, v in entry.items() if k != "segmentation"} for entry in truth["annotations"]]
+def test_ground_truth_without_segmentations_or_sizes_is_rejected():
+    ground_truth, predictions = random_data(0)
+    without = [
+        {k: v for k, v in entry.items() if k != "segmentation"} for entry in ground_truth["annotations"]
+    ]
     with pytest.raises(ValueError, match="annotation 0 has no segmentation, which iou_types 'segm' needs"):
-        evaluate({**truth, "annotations": without}, predictions, "segm")
-    images = [{"id": image["id"]} for image in truth["images"]]
-    with pytest.raises(ValueError, match="of the truth has no height and width"):
-        evaluate({**truth, "images": images}, predictions, "segm")
+        evaluate({**ground_truth, "annotations": without}, predictions, "segm")
+    images = [{"id": image["id"]} for image in ground_truth["images"]]
+    with pytest.raises(ValueError, match="of the ground truth has no height and width"):
+        evaluate({**ground_truth, "images": images}, predictions, "segm")
 
 
-def test_a_mask_must_be_there_for_each_score():
-    truth, predictions = random_data(0)
-    image_id, found = next((i, f) for i, f in predictions.items() if len(f["scores"]))
-    count = len(found["scores"])
+def test_each_score_needs_a_mask():
+    ground_truth, predictions = random_data(0)
+    image_id, prediction = next((i, f) for i, f in predictions.items() if len(f["scores"]))
+    count = len(prediction["scores"])
     with pytest.raises(ValueError, match=f"image {image_id}: 0 masks, {count} scores and {count} labels"):
-        CocoEvaluator(truth, "segm").update({image_id: {**found, "masks": []}})
+        CocoEvaluator(ground_truth, "segm").update({image_id: {**prediction, "masks": []}})
 
 
-def as_found(annotations, height, width):
-    """Annotations as a perfect model would predict them."""
+def perfect_prediction(annotations, height, width):
+    """Convert annotations to the predictions of a perfect model."""
     masks = np.zeros((len(annotations), height, width), bool)
     boxes = np.array([entry["bbox"] for entry in annotations], np.float64).reshape(-1, 4)
     for mask, entry in zip(masks, annotations):
@@ -225,36 +229,40 @@ def as_found(annotations, height, width):
 @pytest.mark.parametrize(
     "file", ["panopticapi_sample/panoptic_coco_detection_format.json", "coco_cats/instances.json"]
 )
-def test_the_truth_of_real_images_scores_one_and_moved_masks_as_pycocotools(file):
-    truth = json.loads((DATA / file).read_text())
-    for number, entry in enumerate(truth["annotations"], 1):
-        entry["id"] = number  # pycocotools takes a match with the sample's first id, 0, for none
+def test_real_ground_truth_scores_one_and_moved_masks_equal_pycocotools(file):
+    ground_truth = json.loads((DATA / file).read_text())
+    for number, entry in enumerate(ground_truth["annotations"], 1):
+        entry["id"] = number  # pycocotools treats a match with the first id of the sample, 0, as no match
     predictions = {}
-    for image in truth["images"]:
-        rows = [a for a in truth["annotations"] if a["image_id"] == image["id"] and not a.get("iscrowd")]
+    for image in ground_truth["images"]:
+        rows = [
+            a for a in ground_truth["annotations"] if a["image_id"] == image["id"] and not a.get("iscrowd")
+        ]
         if rows:
-            predictions[image["id"]] = as_found(rows, image["height"], image["width"])
-    truth["images"] = [image for image in truth["images"] if image["id"] in predictions]
-    perfect = evaluate(truth, predictions, ["bbox", "segm"])
+            predictions[image["id"]] = perfect_prediction(rows, image["height"], image["width"])
+    ground_truth["images"] = [image for image in ground_truth["images"] if image["id"] in predictions]
+    perfect = evaluate(ground_truth, predictions, ["bbox", "segm"])
     assert perfect.coco_eval["bbox"].stats[0] == pytest.approx(1)
     assert perfect.coco_eval["segm"].stats[0] == pytest.approx(1)
-    for found in predictions.values():
-        found["masks"] = found["masks"].roll((4, 6), (1, 2))
-    moved = evaluate(truth, predictions, "segm").coco_eval["segm"].stats
-    expected = pycocotools_stats(truth, predictions)
+    for prediction in predictions.values():
+        prediction["masks"] = prediction["masks"].roll((4, 6), (1, 2))
+    moved = evaluate(ground_truth, predictions, "segm").coco_eval["segm"].stats
+    expected = pycocotools_stats(ground_truth, predictions)
     assert np.abs(moved - expected).max() <= 1e-12
     assert 0 < moved[0] < 0.95
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the folder shared/data is absent")
-def test_the_truth_of_coco128_scores_one():
-    truth = json.loads((DATA / "coco128/annotations/instances_train2017.json").read_text())
+def test_the_ground_truth_of_coco128_scores_one():
+    ground_truth = json.loads((DATA / "coco128/annotations/instances_train2017.json").read_text())
     predictions = {}
-    for image in truth["images"]:
-        rows = [a for a in truth["annotations"] if a["image_id"] == image["id"] and not a.get("iscrowd")]
+    for image in ground_truth["images"]:
+        rows = [
+            a for a in ground_truth["annotations"] if a["image_id"] == image["id"] and not a.get("iscrowd")
+        ]
         boxes = torch.tensor([a["bbox"] for a in rows], dtype=torch.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         labels = torch.tensor([a["category_id"] for a in rows], dtype=torch.int64)
         predictions[image["id"]] = {"boxes": boxes, "labels": labels, "scores": torch.ones(len(rows))}
-    stats = evaluate(truth, predictions, "bbox").coco_eval["bbox"].stats
+    stats = evaluate(ground_truth, predictions, "bbox").coco_eval["bbox"].stats
     assert stats[0] == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Panoptic quality equals panopticapi's rules and hotcoco's port of it."""
+"""Panoptic quality equals a reimplementation of panopticapi's rules and hotcoco's port of it."""
 
 import json
 from collections import defaultdict
@@ -36,7 +36,7 @@ def read_png(path):
 
 
 def random_segments(rng, ids, void):
-    """A map of rectangles, and the category of each id that can be seen."""
+    """Generate a map of rectangles, and the category of each visible id."""
     labels = rng.choice(ids, len(ids), replace=False).tolist()
     drawn = np.full((40, 60), 0 if void else labels[0])
     for segment in labels:
@@ -46,45 +46,48 @@ def random_segments(rng, ids, void):
 
 
 def random_data(seed, folder):
-    """A truth on disk, and predictions that agree with it in part: crowds, void, ids above 16 bits."""
+    """Write ground truth to disk and generate partly matching predictions, with crowds, void and ids above 16 bits."""
     rng = np.random.default_rng(seed)
     annotations, predictions = [], []
     for image_id in rng.choice(1000, 4, replace=False).tolist():
         ids = rng.choice(2**24 - 1, 9, replace=False) + 1
-        truth, categories = random_segments(rng, ids, void=rng.random() < 0.5)
-        found, found_categories = np.roll(truth, rng.integers(-2, 3, 2), (0, 1)), dict(categories)
+        ground_truth, categories = random_segments(rng, ids, void=rng.random() < 0.5)
+        predicted, predicted_categories = (
+            np.roll(ground_truth, rng.integers(-2, 3, 2), (0, 1)),
+            dict(categories),
+        )
         for segment in list(categories):
             if rng.random() < 0.2:
-                found_categories[segment] = int(rng.choice([1, 2, 70, 71]))
+                predicted_categories[segment] = int(rng.choice([1, 2, 70, 71]))
             if rng.random() < 0.2:
-                found[found == segment] = int(rng.choice([0, *categories]))
+                predicted[predicted == segment] = int(rng.choice([0, *categories]))
         other, other_categories = random_segments(rng, ids[:3] - 1 + 2 * (ids[:3] == 1), void=True)
         where = (other > 0) & (rng.random() < 0.5)
-        found[where] = other[where]
-        found_categories = {
-            int(i): other_categories.get(int(i), found_categories.get(int(i), 1))
-            for i in np.unique(found)
+        predicted[where] = other[where]
+        predicted_categories = {
+            int(i): other_categories.get(int(i), predicted_categories.get(int(i), 1))
+            for i in np.unique(predicted)
             if i
         }
-        save_png(truth, folder / f"truth/{image_id}.png")
+        save_png(ground_truth, folder / f"truth/{image_id}.png")
         info = [
             {
                 "id": i,
                 "category_id": c,
-                "area": int((truth == i).sum()),
+                "area": int((ground_truth == i).sum()),
                 "iscrowd": int(c < 10 and rng.random() < 0.25),
                 "bbox": [0, 0, 1, 1],
             }
             for i, c in categories.items()
         ]
         annotations.append({"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": info})
-        save_png(found, folder / f"found/{image_id}.png")
+        save_png(predicted, folder / f"found/{image_id}.png")
         predictions.append(
             {
                 "image_id": image_id,
                 "file_name": f"{image_id}.png",
                 "png_string": (folder / f"found/{image_id}.png").read_bytes(),
-                "segments_info": [{"id": i, "category_id": c} for i, c in found_categories.items()],
+                "segments_info": [{"id": i, "category_id": c} for i, c in predicted_categories.items()],
             }
         )
     content = {
@@ -96,42 +99,42 @@ def random_data(seed, folder):
     return content, predictions
 
 
-def reference(truth, truth_folder, predictions, found_folder):
-    """The rules of panopticapi, pixel set by pixel set."""
+def reference(ground_truth, true_folder, predictions, predicted_folder):
+    """Apply the rules of panopticapi to sets of pixels."""
     totals = defaultdict(lambda: {"iou": 0.0, "tp": 0, "fp": 0, "fn": 0})
-    annotations = {entry["image_id"]: entry for entry in truth["annotations"]}
+    annotations = {entry["image_id"]: entry for entry in ground_truth["annotations"]}
     for prediction in predictions:
         annotation = annotations[prediction["image_id"]]
-        true = read_png(truth_folder / annotation["file_name"])
-        found = read_png(found_folder / prediction["file_name"])
+        true = read_png(true_folder / annotation["file_name"])
+        predicted = read_png(predicted_folder / prediction["file_name"])
         true_of = {s["id"]: s for s in annotation["segments_info"]}
-        found_of = {s["id"]: s["category_id"] for s in prediction["segments_info"]}
-        hit_true, hit_found = set(), set()
+        predicted_of = {s["id"]: s["category_id"] for s in prediction["segments_info"]}
+        matched_true, matched_predicted = set(), set()
         for i, segment in true_of.items():
-            for j, category in found_of.items():
+            for j, category in predicted_of.items():
                 if segment.get("iscrowd") or segment["category_id"] != category:
                     continue
-                common = ((true == i) & (found == j)).sum()
-                union = ((true == i) | ((found == j) & (true != 0))).sum()
+                common = ((true == i) & (predicted == j)).sum()
+                union = ((true == i) | ((predicted == j) & (true != 0))).sum()
                 if common / union > 0.5:
                     totals[category]["tp"] += 1
                     totals[category]["iou"] += common / union
-                    hit_true.add(i)
-                    hit_found.add(j)
+                    matched_true.add(i)
+                    matched_predicted.add(j)
         crowds = {s["category_id"]: i for i, s in true_of.items() if s.get("iscrowd")}
         for i, segment in true_of.items():
-            if i not in hit_true and not segment.get("iscrowd"):
+            if i not in matched_true and not segment.get("iscrowd"):
                 totals[segment["category_id"]]["fn"] += 1
-        for j, category in found_of.items():
-            ignored = true[found == j] == 0
+        for j, category in predicted_of.items():
+            ignored = true[predicted == j] == 0
             if category in crowds:
-                ignored |= true[found == j] == crowds[category]
-            if j not in hit_found and ignored.mean() <= 0.5:
+                ignored |= true[predicted == j] == crowds[category]
+            if j not in matched_predicted and ignored.mean() <= 0.5:
                 totals[category]["fp"] += 1
 
     def mean(wanted):
         rows = []
-        for category in truth["categories"]:
+        for category in ground_truth["categories"]:
             t = totals[category["id"]]
             weight = t["tp"] + t["fp"] / 2 + t["fn"] / 2
             if category.get("isthing", 0) in wanted and weight:
@@ -149,18 +152,18 @@ def largest_difference(got, expected):
 
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "PanopticEvaluator")
 @pytest.mark.known_issue(24)
-def test_figures_equal_panopticapis_rules_and_hotcoco(tmp_path, difference, capfd):
-    seen = set()
+def test_metrics_equal_the_rules_of_panopticapi_and_hotcoco(tmp_path, difference, capfd):
+    distinct = set()
     for seed in range(15):
         folder = tmp_path / str(seed)
-        truth, predictions = random_data(seed, folder)
+        ground_truth, predictions = random_data(seed, folder)
         evaluator = PanopticEvaluator(folder / "truth.json", folder / "truth", folder / "output")
         for prediction in predictions:
             evaluator.update([prediction])
         evaluator.synchronize_between_processes()
-        figures = evaluator.summarize()
+        metrics = evaluator.summarize()
         for expected in (
-            reference(truth, folder / "truth", predictions, folder / "found"),
+            reference(ground_truth, folder / "truth", predictions, folder / "found"),
             hotcoco.panoptic.pq_compute(
                 str(folder / "truth.json"),
                 str(folder / "output/predictions.json"),
@@ -168,23 +171,23 @@ def test_figures_equal_panopticapis_rules_and_hotcoco(tmp_path, difference, capf
                 str(folder / "output"),
             ),
         ):
-            largest = largest_difference(figures, expected)
+            largest = largest_difference(metrics, expected)
             difference(largest)
             assert largest <= 1e-12, f"seed {seed}"
         for category_id, values in expected["per_class"].items():
-            if values["pq"] == -1:  # hotcoco for a category without segments; panopticapi has 0
+            if values["pq"] == -1:  # of hotcoco for a category without segments; panopticapi returns 0
                 values = {"pq": 0.0}
-            assert figures["per_class"][int(category_id)]["pq"] == pytest.approx(values["pq"], abs=1e-12)
-        seen.add(round(figures["All"]["pq"], 6))
-    assert len(seen) > 12
-    assert max(seen) < 1
+            assert metrics["per_class"][int(category_id)]["pq"] == pytest.approx(values["pq"], abs=1e-12)
+        distinct.add(round(metrics["All"]["pq"], 6))
+    assert len(distinct) > 12
+    assert max(distinct) < 1
 
 
-def test_a_map_in_memory_scores_as_its_png(tmp_path):
-    truth, predictions = random_data(0, tmp_path)
-    expected = PanopticEvaluator(truth, tmp_path / "truth")
+def test_a_map_in_memory_has_the_metrics_of_its_png(tmp_path):
+    ground_truth, predictions = random_data(0, tmp_path)
+    expected = PanopticEvaluator(ground_truth, tmp_path / "truth")
     expected.update(predictions)
-    evaluator = PanopticEvaluator(truth, tmp_path / "truth", tmp_path / "output")
+    evaluator = PanopticEvaluator(ground_truth, tmp_path / "truth", tmp_path / "output")
     for prediction in predictions:
         ids = read_png(tmp_path / "found" / prediction["file_name"])
         info = [{"id": s["id"], "label_id": s["category_id"]} for s in prediction["segments_info"]]
@@ -196,9 +199,9 @@ def test_a_map_in_memory_scores_as_its_png(tmp_path):
     assert evaluator.summarize() == expected.summarize()
 
 
-def test_maps_are_written_into_the_folder_one_for_each_image(tmp_path):
-    truth, predictions = random_data(0, tmp_path)
-    evaluator = PanopticEvaluator(truth, tmp_path / "truth", tmp_path / "deep" / "output")
+def test_each_map_is_written_to_its_own_file_in_the_folder(tmp_path):
+    ground_truth, predictions = random_data(0, tmp_path)
+    evaluator = PanopticEvaluator(ground_truth, tmp_path / "truth", tmp_path / "deep" / "output")
     names = ["../../escape.png", "a/x.jpg", "b/x.jpg", "/x.png"]
     for prediction, name in zip(predictions, names):
         ids = read_png(tmp_path / "found" / prediction["file_name"])
@@ -215,71 +218,79 @@ def test_maps_are_written_into_the_folder_one_for_each_image(tmp_path):
         evaluator.update([{**second, "file_name": names[0], "segmentation": ids}])
 
 
-def test_an_image_given_again_counts_once(tmp_path):
-    truth, predictions = random_data(1, tmp_path)
-    evaluator = PanopticEvaluator(truth, tmp_path / "truth")
+def test_an_image_that_is_updated_twice_counts_once(tmp_path):
+    ground_truth, predictions = random_data(1, tmp_path)
+    evaluator = PanopticEvaluator(ground_truth, tmp_path / "truth")
     evaluator.update(predictions)
     once = evaluator.summarize()
     evaluator.update(predictions[:2])
     assert evaluator.summarize() == once
 
 
-def square(tmp_path, truth, found, true_info, found_info):
-    """Figures of one image, per category."""
-    save_png(np.array(truth), tmp_path / "truth/1.png")
-    info = [{"area": int((np.array(truth) == s["id"]).sum()), **s} for s in true_info]
+def metrics_of_image(tmp_path, ground_truth, predicted, true_info, predicted_info):
+    """Compute the metrics of one image."""
+    save_png(np.array(ground_truth), tmp_path / "truth/1.png")
+    info = [{"area": int((np.array(ground_truth) == s["id"]).sum()), **s} for s in true_info]
     content = {
         "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": info}],
         "categories": CATEGORIES,
     }
     evaluator = PanopticEvaluator(content, tmp_path / "truth")
-    evaluator.update([{"image_id": 1, "segmentation": np.array(found), "segments_info": found_info}])
+    evaluator.update([{"image_id": 1, "segmentation": np.array(predicted), "segments_info": predicted_info}])
     return evaluator.summarize()
 
 
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "PanopticEvaluator")
-def test_an_overlap_of_exactly_half_is_no_match(tmp_path):
-    figures = square(
+def test_an_iou_of_exactly_one_half_is_no_match(tmp_path):
+    metrics = metrics_of_image(
         tmp_path, [[5, 5, 5, 6]], [[7, 7, 7, 7]], [{"id": 5, "category_id": 1}], [{"id": 7, "category_id": 1}]
     )
-    assert figures["per_class"][1]["pq"] == 0.75
-    figures = square(
+    assert metrics["per_class"][1]["pq"] == 0.75
+    metrics = metrics_of_image(
         tmp_path, [[5, 5, 6, 6]], [[7, 7, 7, 7]], [{"id": 5, "category_id": 1}], [{"id": 7, "category_id": 1}]
     )
-    assert figures["per_class"][1] == {"pq": 0, "sq": 0, "rq": 0}
-    assert figures["All"]["n"] == 1
+    assert metrics["per_class"][1] == {"pq": 0, "sq": 0, "rq": 0}
+    assert metrics["All"]["n"] == 1
 
 
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "PanopticEvaluator")
-def test_void_and_crowds_neither_help_nor_hurt(tmp_path):
+def test_void_and_crowds_do_not_affect_the_metrics(tmp_path):
     cat = {"id": 5, "category_id": 1}
-    void = square(tmp_path, [[5, 5, 0, 0]], [[7, 7, 7, 7]], [cat], [{"id": 7, "category_id": 1}])
+    void = metrics_of_image(tmp_path, [[5, 5, 0, 0]], [[7, 7, 7, 7]], [cat], [{"id": 7, "category_id": 1}])
     assert void["per_class"][1]["pq"] == 1
     crowd = {"id": 6, "category_id": 1, "iscrowd": 1}
-    found = [{"id": 7, "category_id": 1}, {"id": 8, "category_id": 1}]
-    assert square(tmp_path, [[5, 5, 6, 6]], [[7, 7, 8, 8]], [cat, crowd], found)["per_class"][1]["pq"] == 1
-    found[1]["category_id"] = 2  # no crowd of its own category: false
-    other = square(tmp_path, [[5, 5, 6, 6]], [[7, 7, 8, 8]], [cat, crowd], found)
+    predicted_info = [{"id": 7, "category_id": 1}, {"id": 8, "category_id": 1}]
+    assert (
+        metrics_of_image(tmp_path, [[5, 5, 6, 6]], [[7, 7, 8, 8]], [cat, crowd], predicted_info)["per_class"][
+            1
+        ]["pq"]
+        == 1
+    )
+    predicted_info[1]["category_id"] = 2  # no crowd of its own category: false
+    other = metrics_of_image(tmp_path, [[5, 5, 6, 6]], [[7, 7, 8, 8]], [cat, crowd], predicted_info)
     assert other["per_class"][1]["pq"] == 1
     assert other["All"] == {"pq": 0.5, "sq": 0.5, "rq": 0.5, "n": 2}
 
 
-def test_without_any_segments_the_figures_are_zero(tmp_path):
-    figures = square(tmp_path, [[0, 0]], [[-1, -1]], [], [])
-    assert figures["All"] == {"pq": 0, "sq": 0, "rq": 0, "n": 0}
+def test_without_segments_the_metrics_are_zero(tmp_path):
+    metrics = metrics_of_image(tmp_path, [[0, 0]], [[-1, -1]], [], [])
+    assert metrics["All"] == {"pq": 0, "sq": 0, "rq": 0, "n": 0}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 9}, "image 9 is not in the truth"),
-        ({"segmentation": np.zeros((2, 2))}, r"image 1: the prediction is \(2, 2\), the truth \(1, 2\)"),
+        ({"image_id": 9}, "image 9 is not in the ground truth"),
+        (
+            {"segmentation": np.zeros((2, 2))},
+            r"image 1: the prediction is \(2, 2\), the ground truth \(1, 2\)",
+        ),
         (
             {"segmentation": np.array([[7, 8]])},
             "image 1: segment 8 of the prediction is not in segments_info",
         ),
         ({"segmentation": np.array([[0, 0]])}, "image 1: segment 7 of the prediction is not in the map"),
-        ({"segments_info": [{"id": 7, "category_id": 9}]}, "image 1: the truth has no category 9"),
+        ({"segments_info": [{"id": 7, "category_id": 9}]}, "image 1: the ground truth has no category 9"),
         ({"segments_info": [{"id": 7}]}, "image 1: a segment is .* expected id and category_id or label_id"),
         (
             {"segments_info": [{"id": 7, "category_id": 1}, {"id": 7, "category_id": 2}]},
@@ -287,31 +298,34 @@ def test_without_any_segments_the_figures_are_zero(tmp_path):
         ),
     ],
 )
-def test_predictions_that_do_not_fit_are_refused(change, message, tmp_path):
+def test_invalid_predictions_are_rejected(change, message, tmp_path):
     save_png(np.array([[5, 0]]), tmp_path / "truth/1.png")
-    truth = {
+    ground_truth = {
         "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": []}],
         "categories": CATEGORIES,
     }
-    found = {
+    prediction = {
         "image_id": 1,
         "segmentation": np.array([[7, 0]]),
         "segments_info": [{"id": 7, "category_id": 1}],
     }
     with pytest.raises(ValueError, match=message):
-        PanopticEvaluator(truth, tmp_path / "truth").update([{**found, **change}])
+        PanopticEvaluator(ground_truth, tmp_path / "truth").update([{**prediction, **change}])
 
 
-def test_a_prediction_without_a_map_and_a_truth_that_is_not_panoptic_are_refused(tmp_path):
-    truth = {"annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}], "categories": []}
+def test_a_prediction_without_a_map_and_invalid_ground_truth_are_rejected(tmp_path):
+    ground_truth = {"annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}], "categories": []}
     with pytest.raises(ValueError, match="not in COCO's panoptic format"):
-        PanopticEvaluator(truth, tmp_path)
+        PanopticEvaluator(ground_truth, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no folder .*missing"):
         PanopticEvaluator({"annotations": [], "categories": []}, tmp_path / "missing")
     save_png(np.array([[5, 0]]), tmp_path / "1.png")
-    truth = {"annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": []}], "categories": []}
+    ground_truth = {
+        "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": []}],
+        "categories": [],
+    }
     with pytest.raises(ValueError, match="neither png_string nor segmentation"):
-        PanopticEvaluator(truth, tmp_path).update([{"image_id": 1, "segments_info": []}])
+        PanopticEvaluator(ground_truth, tmp_path).update([{"image_id": 1, "segments_info": []}])
 
 
 @pytest.mark.checklist("8. Weights, saving, pipeline, evaluation", "PanopticEvaluator")
@@ -323,12 +337,12 @@ def test_a_prediction_without_a_map_and_a_truth_that_is_not_panoptic_are_refused
         ("coco128/annotations/panoptic_val2017.json", "coco128/annotations/panoptic_val2017"),
     ],
 )
-def test_the_truth_of_real_images_scores_one_and_moved_segments_by_the_rules(annotations, folder, tmp_path):
-    truth = json.loads((DATA / annotations).read_text())
-    truth["annotations"] = truth["annotations"][:12]
-    perfect, moved = (PanopticEvaluator(truth, DATA / folder) for _ in range(2))
+def test_real_ground_truth_scores_one_and_moved_segments_follow_the_rules(annotations, folder, tmp_path):
+    ground_truth = json.loads((DATA / annotations).read_text())
+    ground_truth["annotations"] = ground_truth["annotations"][:12]
+    perfect, moved = (PanopticEvaluator(ground_truth, DATA / folder) for _ in range(2))
     predictions = []
-    for entry in truth["annotations"]:
+    for entry in ground_truth["annotations"]:
         png = (DATA / folder / entry["file_name"]).read_bytes()
         info = [s for s in entry["segments_info"] if not s["iscrowd"]]
         ids = read_png(DATA / folder / entry["file_name"])
@@ -342,8 +356,8 @@ def test_the_truth_of_real_images_scores_one_and_moved_segments_by_the_rules(ann
         predictions.append({**entry, "segments_info": info})
         save_png(shifted, tmp_path / entry["file_name"])
         moved.update([{"image_id": entry["image_id"], "segmentation": shifted, "segments_info": info}])
-    figures = perfect.summarize()
-    assert [figures[name]["pq"] for name in GROUPS] == [1, 1, 1]
-    expected = reference(truth, DATA / folder, predictions, tmp_path)
+    metrics = perfect.summarize()
+    assert [metrics[name]["pq"] for name in GROUPS] == [1, 1, 1]
+    expected = reference(ground_truth, DATA / folder, predictions, tmp_path)
     assert largest_difference(moved.summarize(), expected) <= 1e-12
     assert 0.1 < expected["All"]["pq"] < 0.9

@@ -28,10 +28,10 @@ def encoder(backbone: str, **values) -> ConvEncoder:
 
 
 def stages_by_prefix(net: torch.nn.Module, depth: int) -> dict[str, set[int]]:
-    found: dict[str, set[int]] = {}
+    stages: dict[str, set[int]] = {}
     for name, stage in stage_of_parameters(net).items():
-        found.setdefault(".".join(name.split(".")[:depth]), set()).add(stage)
-    return found
+        stages.setdefault(".".join(name.split(".")[:depth]), set()).add(stage)
+    return stages
 
 
 @pytest.mark.checklist("2. Backbone", "timm features")
@@ -51,7 +51,7 @@ def stages_by_prefix(net: torch.nn.Module, depth: int) -> dict[str, set[int]]:
         ("convnext_atto", {"backbone_kwargs": {"out_indices": [0, 1, 2, 3]}}, [4, 8, 16, 32]),
     ],
 )
-def test_maps_have_the_channels_and_strides_that_the_encoder_says(backbone, values, strides):
+def test_feature_maps_have_the_channels_and_strides_of_the_encoder(backbone, values, strides):
     net = encoder(backbone, **values)
     with torch.no_grad():
         maps = net(torch.zeros(1, values.get("num_channels", 3), 64, 96))
@@ -62,14 +62,14 @@ def test_maps_have_the_channels_and_strides_that_the_encoder_says(backbone, valu
 
 
 @pytest.mark.checklist("2. Backbone", "4-stage nets")
-def test_a_net_without_a_stem_map_takes_its_four_stages_and_the_config_says_so():
+def test_a_network_without_a_stem_map_returns_its_four_stages_and_updates_the_config():
     config = DetrConfig(backbone="convnext_atto")
     ConvEncoder(config)
     assert config.backbone_config["out_indices"] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("backbone", ["efficientnet_lite0", "tf_mobilenetv3_small_075", "resnet18"])
-def test_blocks_after_the_last_map_do_not_exist_and_change_nothing(backbone):
+def test_blocks_after_the_last_feature_map_are_not_built(backbone):
     whole = encoder(backbone)
     cut = encoder(backbone, backbone_kwargs={"out_indices": [1, 2, 3]})
     assert cut.state_dict().keys() < whole.state_dict().keys()
@@ -89,7 +89,7 @@ def test_the_stages_of_a_resnet_are_its_layers():
     assert stages_by_prefix(encoder("resnet50", dilation=True).model, 1) == expected
 
 
-def test_the_stages_of_an_efficientnet_go_by_stride_and_stay_where_the_net_is_cut():
+def test_the_stages_of_an_efficientnet_are_defined_by_stride_also_if_the_network_is_cut():
     expected = {"conv_stem.weight": {0}, "blocks.0": {0}, "blocks.1": {1}, "blocks.2": {2}}
     expected |= {"blocks.3": {3}, "blocks.4": {3}}
     cut = encoder("efficientnet_lite0", backbone_kwargs={"out_indices": [1, 2, 3]})
@@ -98,7 +98,7 @@ def test_the_stages_of_an_efficientnet_go_by_stride_and_stay_where_the_net_is_cu
     assert stages_by_prefix(whole.model, 2) == expected | {"blocks.5": {4}, "blocks.6": {4}}
 
 
-def test_a_net_without_a_stem_map_counts_its_stem_to_the_first_stage():
+def test_in_a_network_without_a_stem_map_the_stem_belongs_to_the_first_stage():
     stages = stages_by_prefix(encoder("convnext_atto").model, 1)
     assert stages["stem_0"] == stages["stages_0"] == {1}
     assert stages["stages_3"] == {4}
@@ -119,7 +119,7 @@ def test_by_default_the_stem_and_the_first_stage_are_frozen():
     assert trained == {"layer2", "layer3", "layer4"}
 
 
-def test_a_net_whose_stages_cannot_be_told_apart_says_what_to_set():
+def test_the_error_for_a_network_with_unknown_stages_says_what_to_set():
     net = timm.create_model("hrnet_w18_small", features_only=True)
     with pytest.raises(ValueError, match="trainable_backbone_stages to 0"):
         freeze_stages(net, 3)
@@ -142,14 +142,14 @@ def test_a_net_whose_stages_cannot_be_told_apart_says_what_to_set():
         ),
     ],
 )
-def test_a_backbone_that_cannot_be_built_is_an_error_that_names_it(values, message):
+def test_the_error_for_a_backbone_that_cannot_be_built_names_it(values, message):
     with pytest.raises(ValueError, match=message):
         ConvEncoder(DetrConfig(**values))
 
 
 @pytest.mark.checklist("2. Backbone", "mask per level")
 @pytest.mark.parametrize("size", [(3, 4), (2, 2), (5, 7)])
-def test_the_mask_of_a_map_is_the_nearest_pixel_as_in_transformers(size):
+def test_the_mask_of_a_feature_map_uses_the_nearest_pixel_as_in_transformers(size):
     mask = torch.zeros(3, 70, 90, dtype=torch.int64)
     mask[0], mask[1, :40, :30], mask[2, :64, :64] = 1, 1, 1
     expected = F.interpolate(mask[None].float(), size=size).to(torch.bool)[0]
@@ -172,9 +172,9 @@ def lite0_model(**values) -> DetrModel:
 CATS = Path(__file__).parents[4] / "shared/data/coco_cats/000000039769.png"
 
 
-@pytest.mark.skipif(not CATS.is_file(), reason=f"no image {CATS.name}: there is no ../shared/data")
-def test_real_pretrained_weights_see_a_cat_in_the_photo_of_cats():
-    """The net's own classifier on the features of our backbone names a tabby (281): no activation is lost."""
+@pytest.mark.skipif(not CATS.is_file(), reason=f"no image {CATS.name}: ../shared/data does not exist")
+def test_pretrained_weights_classify_the_photo_of_cats_as_a_cat():
+    """The classifier of the network predicts tabby (281) on the features of our backbone: no activation is dropped."""
     model = lite0_model(compat="original")
     load_pretrained_backbone(model, lite0_file())
     whole = timm.create_model("efficientnet_lite0").eval()
@@ -192,7 +192,7 @@ def test_real_pretrained_weights_see_a_cat_in_the_photo_of_cats():
     assert logits.argmax() == 281
 
 
-def test_published_weights_in_other_names_load_by_order_and_give_the_maps_of_the_whole_net():
+def test_published_weights_with_other_names_load_by_order_and_give_the_feature_maps_of_timm():
     model = lite0_model()
     load_pretrained_backbone(model, lite0_file())
     whole = timm.create_model("efficientnet_lite0").eval()
@@ -206,7 +206,7 @@ def test_published_weights_in_other_names_load_by_order_and_give_the_maps_of_the
 
 
 @pytest.mark.known_issue(15)
-def test_use_pretrained_backbone_takes_a_path():
+def test_use_pretrained_backbone_accepts_a_path():
     given = lite0_model(use_pretrained_backbone=lite0_file())
     loaded = lite0_model()
     load_pretrained_backbone(loaded, lite0_file())
@@ -215,7 +215,7 @@ def test_use_pretrained_backbone_takes_a_path():
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto"])
-def test_weights_in_timm_names_load_by_name_in_any_order(backbone, tmp_path: Path):
+def test_weights_with_timm_names_load_by_name_in_any_order(backbone, tmp_path: Path):
     whole = timm.create_model(backbone, num_classes=7)
     tensors = dict(reversed(whole.state_dict().items()))
     save_file(tensors, str(tmp_path / "weights.safetensors"))
@@ -226,7 +226,7 @@ def test_weights_in_timm_names_load_by_name_in_any_order(backbone, tmp_path: Pat
     assert all(torch.equal(tensor, flat[name.replace(".", "_")]) for name, tensor in own.items())
 
 
-def test_weights_of_another_net_are_refused_with_the_first_difference(tmp_path: Path):
+def test_weights_of_another_network_are_rejected_with_the_first_difference(tmp_path: Path):
     model = DetrModel(DetrConfig(backbone="resnet18", **TINY))
     with pytest.raises(ValueError, match=r"_conv_stem.weight has shape \(32, 3, 3, 3\) where conv1.weight"):
         load_pretrained_backbone(model, lite0_file())
@@ -248,7 +248,7 @@ def test_weights_of_another_net_are_refused_with_the_first_difference(tmp_path: 
 
 
 @pytest.mark.known_issue(15)
-def test_pretrained_weights_that_are_not_there_are_an_error_that_says_what_to_do(monkeypatch, tmp_path: Path):
+def test_the_error_for_missing_pretrained_weights_says_what_to_do(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with warnings.catch_warnings():

@@ -40,7 +40,7 @@ def largest_difference(ours, theirs) -> float:
 @pytest.mark.checklist("4. Heads, segmentation head", "class head")
 @pytest.mark.checklist("4. Heads, segmentation head", "box head")
 @pytest.mark.parametrize("case", rest_slow(CASES, fast=3))
-def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(
+def test_predictions_equal_transformers_in_float64_and_have_its_accuracy_in_float32(
     case, make_twins, make_batch, difference
 ):
     values = dict(CASES[case])
@@ -93,7 +93,7 @@ def test_all_outputs_equal_transformers_by_name_shape_and_value(
 
 @pytest.mark.checklist("3. Position embeddings and transformer", "attentions")
 @pytest.mark.checklist("3. Position embeddings and transformer", "attention")
-def test_attention_weights_are_returned_only_on_request_and_change_no_number(make_twins, make_batch):
+def test_attention_weights_are_returned_only_on_request_and_do_not_change_predictions(make_twins, make_batch):
     model, batch = make_twins().to(torch.float64).ours, make_batch(dtype=torch.float64)
     with torch.no_grad():
         plain = model(batch.pixel_values, batch.pixel_mask)
@@ -105,7 +105,7 @@ def test_attention_weights_are_returned_only_on_request_and_change_no_number(mak
     assert model(batch.pixel_values).encoder_attentions is not None
 
 
-def test_no_mask_a_mask_of_ones_and_other_dtypes_of_it_are_the_same(make_twins, make_batch):
+def test_no_mask_equals_a_mask_of_ones_of_any_dtype(make_twins, make_batch):
     model, batch = make_twins().ours, make_batch(sizes=((64, 96), (64, 96)))
     with torch.no_grad():
         expected = model(batch.pixel_values).logits
@@ -130,7 +130,7 @@ def test_padding_is_not_attended_to(make_twins, make_batch):
 
 @pytest.mark.checklist("3. Position embeddings and transformer", "fully masked image")
 @pytest.mark.parametrize("autocast", [False, True])
-def test_an_image_of_padding_alone_is_finite_forward_and_backward(autocast, make_twins, make_batch):
+def test_an_image_that_is_only_padding_gives_finite_outputs_and_gradients(autocast, make_twins, make_batch):
     model, batch = copy.deepcopy(make_twins().ours).train(), make_batch()
     batch.pixel_mask[1] = 0
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -143,7 +143,7 @@ def test_an_image_of_padding_alone_is_finite_forward_and_backward(autocast, make
 
 
 @pytest.mark.checklist("3. Position embeddings and transformer", "decoder_attention_mask")
-def test_decoder_attention_mask_hides_queries_as_in_transformers(make_twins, make_batch):
+def test_decoder_attention_mask_masks_queries_as_in_transformers(make_twins, make_batch):
     twins, batch = make_twins().to(torch.float64), make_batch(dtype=torch.float64)
     mask = torch.ones(2, 12, dtype=torch.int64)
     mask[0, 3:], mask[1, ::2] = 0, 0
@@ -195,22 +195,22 @@ def test_inputs_embeds_skip_the_backbone_as_in_transformers(with_mask, make_twin
     [
         ({}, "either pixel_values or inputs_embeds"),
         ({"pixel_values": torch.zeros(3, 64, 64)}, "must be"),
-        ({"inputs_embeds": torch.zeros(1, 15, 64)}, "no square feature map"),
+        ({"inputs_embeds": torch.zeros(1, 15, 64)}, "not the area of a square feature map"),
         ({"pixel_values": torch.zeros(2, 3, 64, 64), "pixel_mask": torch.ones(2, 32, 64)}, "must agree"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(kwargs, message, make_twins):
+def test_inputs_that_do_not_fit_are_rejected(kwargs, message, make_twins):
     with pytest.raises(ValueError, match=message):
         make_twins().ours(**kwargs)
 
 
-def test_a_model_takes_a_config_only():
+def test_a_model_accepts_only_a_config():
     with pytest.raises(TypeError, match="must be a DetrConfig, got dict"):
         DetrModel({})
 
 
 @pytest.mark.checklist("3. Position embeddings and transformer", "outputs")
-def test_outputs_are_read_by_attribute_key_and_index(make_twins, make_batch):
+def test_outputs_are_accessed_by_attribute_key_and_index(make_twins, make_batch):
     model, batch = make_twins().ours, make_batch()
     with torch.no_grad():
         out = model(batch.pixel_values, labels=batch.labels)
@@ -237,7 +237,7 @@ def test_outputs_are_read_by_attribute_key_and_index(make_twins, make_batch):
 @pytest.mark.checklist("3. Position embeddings and transformer", "auxiliary_loss and the decoder (HF bug)")
 @pytest.mark.known_issue(2)
 @pytest.mark.parametrize("seed", range(2))
-def test_switching_auxiliary_loss_on_changes_no_prediction(seed, make_twins, make_batch):
+def test_enabling_auxiliary_loss_changes_no_prediction(seed, make_twins, make_batch):
     plain = make_twins(seed=seed).ours
     auxiliary = DetrForObjectDetection(
         DetrConfig.from_dict(plain.config.to_dict(), auxiliary_loss=True)
@@ -288,7 +288,7 @@ def test_gradient_checkpointing_changes_no_gradient(auxiliary, make_twins, make_
 
 @pytest.mark.checklist("1. DetrConfig", "documented but unread")
 @pytest.mark.parametrize("probability", [0.0, 1.0, 0.5])
-def test_layerdrop_skips_layers_in_training_only_and_keeps_every_gradient(
+def test_layerdrop_skips_layers_in_training_only_and_every_parameter_has_a_gradient(
     probability, make_twins, make_batch
 ):
     plain, batch = make_twins().ours, make_batch()
@@ -317,7 +317,7 @@ def test_layerdrop_skips_layers_in_training_only_and_keeps_every_gradient(
 
 
 @pytest.mark.checklist("3. Position embeddings and transformer", "encoder input dropout")
-def test_only_transformers_drops_out_the_input_of_the_encoder(make_twins, make_batch):
+def test_only_compat_transformers_applies_dropout_to_the_input_of_the_encoder(make_twins, make_batch):
     batch = make_batch()
     for compat, dropped in (("original", False), ("transformers", True)):
         model = copy.deepcopy(make_twins(compat=compat, dropout=1.0, encoder_layers=0).ours).train()
@@ -325,7 +325,7 @@ def test_only_transformers_drops_out_the_input_of_the_encoder(make_twins, make_b
         assert bool(memory.eq(0).all()) is dropped
 
 
-def test_dropout_acts_in_training_and_repeats_with_the_seed(make_twins, make_batch):
+def test_dropout_is_active_in_training_and_reproducible_with_the_seed(make_twins, make_batch):
     model, batch = (
         copy.deepcopy(make_twins(dropout=0.3, activation_dropout=0.2, attention_dropout=0.1).ours),
         make_batch(),
@@ -341,7 +341,7 @@ def test_dropout_acts_in_training_and_repeats_with_the_seed(make_twins, make_bat
 
 @pytest.mark.checklist("4. Heads, segmentation head", "parameter init")
 @pytest.mark.known_issue(8)
-def test_a_new_model_starts_as_the_original():
+def test_a_new_model_is_initialized_as_the_original():
     torch.manual_seed(0)
     model = DetrForObjectDetection(DetrConfig(backbone="resnet18"))
     state = model.state_dict()
@@ -362,8 +362,8 @@ def test_a_new_model_starts_as_the_original():
 
 @pytest.mark.nightly
 @pytest.mark.known_issue(8)
-def test_a_new_model_learns_a_few_images_by_heart(make_batch):
-    """From scratch, with the recipe's clipping: classes and boxes of four images after 300 steps."""
+def test_a_new_model_overfits_four_images(make_batch):
+    """From scratch, with the gradient clipping of the recipe: low class and box losses after 300 steps."""
     torch.manual_seed(0)
     model = DetrForObjectDetection(
         DetrConfig(
@@ -394,7 +394,7 @@ def test_a_new_model_learns_a_few_images_by_heart(make_batch):
 
 
 @pytest.mark.checklist("4. Heads, segmentation head", "parameter init")
-def test_under_compat_a_new_model_starts_as_transformers():
+def test_with_compat_transformers_a_new_model_is_initialized_as_in_transformers():
     torch.manual_seed(0)
     config = DetrConfig(backbone="resnet18", compat="transformers", init_std=0.05)
     state = DetrForObjectDetection(config).state_dict()
@@ -409,7 +409,7 @@ def test_under_compat_a_new_model_starts_as_transformers():
 
 
 @pytest.mark.checklist("2. Backbone", "freeze_backbone / unfreeze_backbone")
-def test_the_backbone_freezes_and_unfreezes_and_parameters_are_counted():
+def test_the_backbone_can_be_frozen_and_unfrozen_and_parameters_are_counted():
     config = DetrConfig(backbone="resnet18", encoder_layers=1, decoder_layers=1)
     model = DetrModel(config)
     everything = model.num_parameters()
@@ -427,11 +427,11 @@ def test_a_model_can_be_pickled(activation):
         backbone="resnet18", encoder_layers=1, decoder_layers=1, activation_function=activation
     )
     model = DetrModel(config)
-    again = pickle.loads(pickle.dumps(model))
-    assert torch.equal(again.decoder.layers[0].fc1.weight, model.decoder.layers[0].fc1.weight)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded.decoder.layers[0].fc1.weight, model.decoder.layers[0].fc1.weight)
 
 
-def test_an_unknown_activation_lists_the_known_ones():
+def test_the_error_for_an_unknown_activation_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"'softsign' is not known; choose one of \['gelu'"):
         DetrModel(DetrConfig(backbone="resnet18", activation_function="softsign"))
 

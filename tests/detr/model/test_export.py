@@ -1,4 +1,4 @@
-"""Exported and traced models: batch size, height and width stay free, and the pixel mask is an input."""
+"""Exported and traced models: batch size, height and width are dynamic, and the pixel mask is an input."""
 
 import io
 
@@ -25,7 +25,7 @@ def export(model, batch):
 @pytest.mark.checklist("3. Position embeddings and transformer", "outputs")
 @pytest.mark.known_issue(20)
 @pytest.mark.parametrize("segmentation", rest_slow([False, True]))
-def test_an_exported_model_answers_as_the_model_for_any_batch_and_size(
+def test_an_exported_model_equals_the_model_for_any_batch_and_size(
     segmentation, make_twins, make_batch, difference
 ):
     model = make_twins(segmentation=segmentation).ours
@@ -34,15 +34,15 @@ def test_an_exported_model_answers_as_the_model_for_any_batch_and_size(
         batch = make_batch(sizes, seed=1)
         inputs = {"pixel_values": batch.pixel_values, "pixel_mask": batch.pixel_mask}
         with torch.no_grad():
-            outputs, wanted = program(**inputs), model(**inputs)
-            assert type(outputs) is type(wanted)
-            for got, expected in zip(outputs.values(), wanted.values(), strict=True):
+            outputs, expected_outputs = program(**inputs), model(**inputs)
+            assert type(outputs) is type(expected_outputs)
+            for got, expected in zip(outputs.values(), expected_outputs.values(), strict=True):
                 difference(float((got - expected).abs().max()))
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_the_pixel_mask_stays_an_input_that_counts(make_twins, make_batch):
+def test_the_pixel_mask_stays_an_input_with_an_effect(make_twins, make_batch):
     batch = make_batch(SIZES[0])
     program = export(make_twins().ours, batch).module()
     with torch.no_grad():
@@ -58,9 +58,7 @@ def test_the_pixel_mask_stays_an_input_that_counts(make_twins, make_batch):
 @pytest.mark.known_issue(20)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("segmentation", [False, True])
-def test_onnxruntime_answers_as_the_model_for_any_batch_and_size(
-    segmentation, make_twins, make_batch, tmp_path
-):
+def test_onnxruntime_equals_the_model_for_any_batch_and_size(segmentation, make_twins, make_batch, tmp_path):
     import onnxruntime
 
     model = make_twins(segmentation=segmentation).ours
@@ -79,7 +77,7 @@ def test_onnxruntime_answers_as_the_model_for_any_batch_and_size(
 
 
 class Tensors(torch.nn.Module):
-    """A model whose outputs are tensors, which is what can be traced."""
+    """Wrap a model so that its outputs are a tuple of tensors, which can be traced."""
 
     def __init__(self, model):
         super().__init__()
@@ -91,7 +89,7 @@ class Tensors(torch.nn.Module):
 
 
 def example():
-    """What users trace with: random images without padding, whose mask is all ones."""
+    """Return the usual example input for tracing: random images without padding, with a mask of ones."""
     generator = torch.Generator().manual_seed(3)
     return torch.rand(1, 3, 64, 96, generator=generator), torch.ones(1, 64, 96, dtype=torch.int64)
 
@@ -144,7 +142,7 @@ def converted_by_openvino(model, given):
     "changes", [{}, {"segmentation": True}, {"position_embedding_type": "learned"}], ids=str
 )
 @torch.no_grad()
-def test_a_model_captured_with_a_mask_of_ones_answers_for_any_mask_and_size(
+def test_a_model_captured_with_a_mask_of_ones_equals_the_model_for_any_mask_and_size(
     changes, capture, make_twins, make_batch
 ):
     model = Tensors(make_twins(**changes).ours).eval()
@@ -159,7 +157,7 @@ def test_a_model_captured_with_a_mask_of_ones_answers_for_any_mask_and_size(
 
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
-def test_an_optimized_model_without_packed_layers_is_traced_with_its_mask_head(make_twins, make_batch):
+def test_an_optimized_model_without_packed_layers_can_be_traced_with_its_mask_head(make_twins, make_batch):
     plain = make_twins(segmentation=True).ours
     program = traced(Tensors(plain.optimize(pack=False)), example())
     for sizes in SIZES:
@@ -173,7 +171,7 @@ def test_an_optimized_model_without_packed_layers_is_traced_with_its_mask_head(m
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("capture", [traced, lambda model, given: torch.export.export(model, given)])
-def test_what_cannot_be_captured_is_refused(capture, make_twins, make_batch):
+def test_packed_models_and_losses_cannot_be_captured(capture, make_twins, make_batch):
     model = make_twins().ours
     with (
         torch.no_grad(),
@@ -194,7 +192,7 @@ def test_what_cannot_be_captured_is_refused(capture, make_twins, make_batch):
         capture(Loss(), example())
 
 
-def test_a_model_of_fake_tensors_gives_shapes(make_twins):
+def test_fake_tensors_give_the_shapes_of_outputs(make_twins):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model = make_twins().ours

@@ -14,7 +14,7 @@ from detr.model.frozen_batch_norm import (
 )
 
 
-def randomise(norm: nn.BatchNorm2d, seed: int) -> None:
+def randomize(norm: nn.BatchNorm2d, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in norm.state_dict().items():
         if tensor.is_floating_point():
@@ -26,20 +26,20 @@ def randomise(norm: nn.BatchNorm2d, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("eps", [1e-5, 1e-3])
 @pytest.mark.parametrize("activation", [None, nn.SiLU])
-def test_a_frozen_norm_computes_what_it_replaces_in_evaluation(seed, eps, activation):
+def test_a_frozen_norm_equals_the_norm_it_replaces_in_evaluation_mode(seed, eps, activation):
     norm = BatchNormAct2d(8, eps=eps, apply_act=activation is not None, act_layer=activation or nn.ReLU)
-    randomise(norm, seed)
+    randomize(norm, seed)
     net = nn.Sequential(norm).eval().double()
     x = torch.randn(2, 8, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     expected = net(x.clone())
     freeze_batch_norm(net)
     assert isinstance(net[0], FrozenBatchNorm2d)
-    torch.testing.assert_close(net.double()(x.clone()), expected, rtol=0, atol=1e-6)  # weights passed float32
+    torch.testing.assert_close(net.double()(x.clone()), expected, rtol=0, atol=1e-6)  # weights were float32
     assert not any(p.requires_grad for p in net.parameters())
 
 
 @pytest.mark.checklist("2. Backbone", "frozen BN")
-def test_under_transformers_rules_the_activation_and_the_eps_are_lost():
+def test_compat_transformers_drops_the_activation_and_the_eps():
     net = nn.Sequential(BatchNormAct2d(4, eps=1e-3))
     assert differs_from_transformers((frozen := _freeze(net, "original")).modules())
     assert frozen[0].eps == 1e-3
@@ -74,7 +74,7 @@ def test_half_precision_stays_half_precision(dtype):
     assert norm(torch.randn(1, 4, 2, 2).to(dtype)).dtype == dtype
 
 
-def test_a_frozen_norm_keeps_no_activation_for_the_backward_pass():
+def test_a_frozen_norm_stores_no_activation_for_the_backward_pass():
     saved = []
     x = torch.randn(1, 4, 8, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
@@ -88,13 +88,13 @@ def two_pairs() -> nn.Sequential:
         nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)
     )
     for norm in (net[1], net[4]):
-        randomise(norm, 1)
+        randomize(norm, 1)
     freeze_batch_norm(net)
     return net.eval()
 
 
 class CountNorms(TorchFunctionMode):
-    """Counts the affine maps of frozen batch norms that are computed on their own."""
+    """Count the frozen batch norms that are computed separately, and not folded into a convolution."""
 
     number = 0
 
@@ -109,7 +109,7 @@ def run_folded(net: nn.Module, x: torch.Tensor, folding: ConvolutionFolding) -> 
 
 
 def test_a_folded_network_is_compiled_as_one_graph():
-    """Each split would be a start of its own in every step, and a place where the compiler can fail."""
+    """A graph break would cost a separate launch in every step, and is a place where the compiler can fail."""
     net, folding = two_pairs(), ConvolutionFolding()
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -137,22 +137,22 @@ def test_folded_convolutions_give_the_outputs_and_gradients_of_the_layers():
 @pytest.mark.parametrize(
     "kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "forward"]
 )
-def test_layers_are_called_one_by_one_where_something_watches_them(layer, kind):
+def test_layers_are_called_separately_if_a_hook_or_an_own_forward_is_set(layer, kind):
     net, folding, x = two_pairs(), ConvolutionFolding(), torch.randn(2, 3, 9, 7, requires_grad=True)
-    run_folded(net, x, folding)  # it was folded before
-    expected, seen = net(x), []
+    run_folded(net, x, folding)  # without the hook, the layers are folded
+    expected, calls = net(x), []
     if kind == "forward":
         forward = net[layer].forward
-        net[layer].forward = lambda y: seen.append(y) or forward(y)
+        net[layer].forward = lambda y: calls.append(y) or forward(y)
     else:
-        getattr(net[layer], kind)(lambda *given: seen.append(given) and None)
+        getattr(net[layer], kind)(lambda *given: calls.append(given) and None)
     got, norms = run_folded(net, x, folding)
     got.sum().backward()
-    assert (norms, len(seen)) == (2, 1)
+    assert (norms, len(calls)) == (2, 1)
     torch.testing.assert_close(got, expected)
 
 
-def test_an_operation_between_the_two_layers_is_an_error_where_tracing_did_not_see_it():
+def test_an_operation_between_the_layers_that_was_not_traced_is_an_error():
     class Switched(nn.Module):
         doubles = False
 
@@ -191,7 +191,7 @@ def test_a_weight_that_two_convolutions_share_is_not_folded():
     torch.testing.assert_close(got, net(x))
 
 
-def test_layers_may_be_checkpointed_within_the_net():
+def test_activation_checkpointing_inside_the_network_changes_no_gradient():
     net, x = two_pairs(), torch.randn(1, 3, 8, 8, requires_grad=True)
     inner = net.forward
 

@@ -8,7 +8,7 @@ from detr.model.position_embedding import SinePositionEmbedding
 from detr.model.segmentation import DetrForSegmentation
 
 
-def test_the_embedding_of_a_point_is_that_of_the_cell_that_ends_there():
+def test_the_embedding_of_a_point_equals_that_of_the_cell_whose_bottom_right_corner_it_is():
     mask = torch.ones(1, 6, 8, dtype=torch.bool)
     cells = SinePositionEmbedding(32)(mask, torch.float32)[0]
     points = torch.tensor([[(x + 1) / 8, (y + 1) / 6] for y in range(6) for x in range(8)])
@@ -22,7 +22,7 @@ def test_query_points_cover_the_image():
     assert len(squares) == 16
 
 
-def test_queries_start_by_looking_around_their_points():
+def test_local_heads_of_new_queries_attend_to_the_surroundings_of_their_points():
     torch.manual_seed(0)
     config = DetrConfig(
         backbone="resnet18", d_model=128, encoder_layers=1, decoder_layers=1, num_queries=20, dropout=0.0
@@ -42,14 +42,16 @@ def test_queries_start_by_looking_around_their_points():
         (torch.arange(height) + 1) / height, (torch.arange(width) + 1) / width, indexing="ij"
     )
     cells = torch.stack((x.flatten(), y.flatten()), dim=1)
-    away = torch.cdist(query_points(20), cells)
-    inside = ((query_points(20) > 0.15) & (query_points(20) < 0.85)).all(1)  # the kernel goes round the edges
-    distance = (attention * away).sum(-1)[:, inside].mean(1)
+    distances = torch.cdist(query_points(20), cells)
+    inside = ((query_points(20) > 0.15) & (query_points(20) < 0.85)).all(
+        1
+    )  # the kernel wraps around the edges
+    distance = (attention * distances).sum(-1)[:, inside].mean(1)
     assert (distance[0::2] < 0.2).all()
     assert (distance[1::2] > 0.3).all()
 
 
-def test_extra_queries_are_placed_at_further_points():
+def test_extra_queries_get_further_points():
     torch.manual_seed(0)
     model = DetrModel(DetrConfig(backbone="resnet10t", d_model=32, num_queries=5))
     extra = torch.zeros(2, 5, 32)
@@ -59,7 +61,7 @@ def test_extra_queries_are_placed_at_further_points():
 
 
 @pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet18"])
-def test_masks_depend_on_their_queries_once_the_scales_are_set(backbone: str) -> None:
+def test_masks_depend_on_their_queries_after_init_mask_scales(backbone: str) -> None:
     torch.manual_seed(0)
     config = DetrConfig(
         backbone=backbone,
@@ -74,7 +76,7 @@ def test_masks_depend_on_their_queries_once_the_scales_are_set(backbone: str) ->
     detector = {name: value.clone() for name, value in model.detr.state_dict().items()}
 
     def share_of_queries() -> float:
-        """How much of what a mask's pixels vary comes from the query, 0..1."""
+        """Return the standard deviation of mask logits over queries, relative to that over everything."""
         with torch.no_grad():
             masks = model.eval()(images).pred_masks
         return float((masks.std(1).mean() / masks.std()).item())

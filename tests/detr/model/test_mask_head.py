@@ -28,25 +28,25 @@ def features(batch: int = 2, queries: int = 7):
 
 
 @pytest.mark.checklist("4. Heads, segmentation head", "bbox attention")
-def test_attention_is_one_softmax_over_heads_and_cells_and_none_on_padding():
+def test_attention_is_one_softmax_over_heads_and_cells_and_zero_on_padding():
     _, attention, _ = small_head()
     queries, memory, _, _ = features()
-    keep = torch.ones(2, 12, dtype=torch.bool)
-    keep[1, 5:] = False
-    weights = attention(queries, memory, keep)
+    attend_mask = torch.ones(2, 12, dtype=torch.bool)
+    attend_mask[1, 5:] = False
+    weights = attention(queries, memory, attend_mask)
     torch.testing.assert_close(weights.sum((2, 3)), torch.ones(2, 7, dtype=torch.float64))
     assert (weights[1, :, :, 5:] == 0).all()
     assert (weights[1, :, :, :5] > 0).all()
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_masks_in_chunks_are_the_masks_at_once_and_so_are_gradients(gradients, monkeypatch):
+def test_chunks_change_neither_masks_nor_gradients(gradients, monkeypatch):
     _, attention, head = small_head()
     queries, memory, projected, maps = features()
     image = torch.tensor([0, 1, 1, 0, 0, 1, 1])
     query = torch.tensor([6, 0, 1, 2, 3, 5, 6])
     results = []
-    for limit in (2**30, 23 * 30 * 8 * 8 * 2):  # the second: two masks a chunk
+    for limit in (2**30, 23 * 30 * 8 * 8 * 2):  # one chunk; two masks per chunk
         monkeypatch.setattr("detr.model.mask_head._CHUNK_BYTES", limit)
         with torch.set_grad_enabled(gradients):
             context = head.context(projected, maps, attention(queries, memory, None))
@@ -54,8 +54,8 @@ def test_masks_in_chunks_are_the_masks_at_once_and_so_are_gradients(gradients, m
             grads = torch.autograd.grad(masks.square().sum(), list(head.parameters())) if gradients else ()
         results.append((masks, *grads))
     assert results[0][0].shape == (7, 23, 30)
-    for at_once, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, at_once, rtol=1e-10, atol=1e-12)
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -65,20 +65,20 @@ def test_masks_in_chunks_are_the_masks_at_once_and_so_are_gradients(gradients, m
         ({"d_model": 96, "encoder_attention_heads": 8}, "multiples of 8"),
     ],
 )
-def test_widths_that_the_norms_cannot_divide_are_refused(changes, message):
+def test_widths_that_are_not_divisible_into_groups_are_rejected(changes, message):
     with pytest.raises(ValueError, match=message):
         MaskHead(DetrConfig(**changes), CHANNELS)
 
 
 @pytest.mark.checklist("4. Heads, segmentation head", "out_indices with 3 maps")
-def test_fewer_than_three_maps_are_refused():
+def test_fewer_than_three_feature_maps_are_rejected():
     with pytest.raises(ValueError, match="returns 2 feature maps"):
         MaskHead(DetrConfig(), CHANNELS[:2])
 
 
 @pytest.mark.checklist("4. Heads, segmentation head", "parameter init")
 @pytest.mark.parametrize(("compat", "gain"), [("original", 1.0), ("transformers", 3.0)])
-def test_a_new_head_starts_as_the_references(compat, gain):
+def test_a_new_head_is_initialized_as_in_the_original_and_in_transformers(compat, gain):
     torch.manual_seed(0)
     values = {"init_xavier_std": 3.0} if compat == "transformers" else {}
     model = DetrForSegmentation(DetrConfig(backbone="resnet18", compat=compat, **values))
@@ -113,6 +113,6 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.known_issue(21)
 def test_a_hundred_masks_take_little_memory():
-    """0.05 GiB were measured (2 cores); transformers takes 11."""
+    """Measured: 0.05 GiB (2 cores); transformers needs 11 GiB."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.6

@@ -1,4 +1,4 @@
-"""Layers of a model can be replaced, wrapped, watched, copied and saved as in any net of torch: outputs stay."""
+"""Layers of a model can be replaced, wrapped, hooked, copied and saved as in any torch model; outputs stay the same."""
 
 import copy
 import pickle
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detr import DetrForObjectDetection, DetrForSegmentation
 from detr.model.frozen_batch_norm import FrozenBatchNorm2d
-from tests.detr.conftest import separate_the_queries, small_config
+from tests.detr.conftest import randomize_weights, small_config
 from tests.tiers import rest_slow
 
 PIXELS = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
@@ -19,7 +19,7 @@ PIXELS = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(scope="module")
 def model() -> DetrForObjectDetection:
     model = DetrForObjectDetection(small_config()).eval()
-    separate_the_queries(model, seed=1)
+    randomize_weights(model, seed=1)
     return model
 
 
@@ -103,7 +103,7 @@ def test_a_fourth_channel_of_zeros_changes_nothing(model: nn.Module) -> None:
         torch.testing.assert_close(got, model(PIXELS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_that_are_called_on_their_own_are_those_of_torch(model: nn.Module) -> None:
+def test_layers_called_directly_compute_what_torch_layers_compute(model: nn.Module) -> None:
     model(PIXELS)
     net = net_of(model)
     assert {type(m) for m in net.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
@@ -119,7 +119,7 @@ def test_layers_that_are_called_on_their_own_are_those_of_torch(model: nn.Module
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_stands_on_its_own(copied: Callable[[nn.Module], nn.Module], model: nn.Module) -> None:
+def test_a_copy_is_independent(copied: Callable[[nn.Module], nn.Module], model: nn.Module) -> None:
     model(PIXELS)
     other = copied(model)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_a_state_dict_has_the_names_of_timm(model: nn.Module) -> None:
 
 
 def lora_on(model: nn.Module, pattern: str) -> nn.Module:
-    """A low-rank update in the manner of PEFT: a module around each layer whose name ends with the pattern."""
+    """Wrap each layer whose name ends with the pattern in a module that adds an update, as PEFT does."""
 
     class Updated(nn.Module):
         def __init__(self, base: nn.Linear) -> None:
@@ -188,7 +188,7 @@ CHANGED: dict[str, Callable[[nn.Module], object]] = {
 
 @pytest.mark.parametrize("change", CHANGED)
 @torch.no_grad()
-def test_optimize_leaves_alone_what_it_cannot_convert(change: str, model: nn.Module) -> None:
+def test_optimize_does_not_convert_modified_layers(change: str, model: nn.Module) -> None:
     changed = copy.deepcopy(model)
     CHANGED[change](changed)
     expected = changed(PIXELS).logits
@@ -198,14 +198,14 @@ def test_optimize_leaves_alone_what_it_cannot_convert(change: str, model: nn.Mod
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @torch.no_grad()
-def test_optimize_leaves_quantized_layers_alone(model: nn.Module) -> None:
+def test_optimize_does_not_convert_quantized_layers(model: nn.Module) -> None:
     changed = quantized(copy.deepcopy(model))
     expected = changed(PIXELS).last_hidden_state
     torch.testing.assert_close(changed.optimize()(PIXELS).last_hidden_state, expected, rtol=0.05, atol=0.05)
 
 
 @torch.no_grad()
-def test_a_net_whose_forward_branches_is_optimized_without_it_and_refuses_the_same(
+def test_a_backbone_that_cannot_be_traced_is_not_converted_but_the_rest_is_optimized(
     model: nn.Module, tmp_path
 ) -> None:
     class Branches(nn.Module):
@@ -234,26 +234,26 @@ def test_a_net_whose_forward_branches_is_optimized_without_it_and_refuses_the_sa
         lambda m: m.to(torch.float16),
     ],
 )
-def test_an_optimized_model_refuses_another_dtype_and_device(
+def test_an_optimized_model_rejects_conversion_to_another_dtype_or_device(
     convert: Callable[[nn.Module], object], model
 ) -> None:
     fast = model.optimize()
-    with pytest.raises(ValueError, match="convert the one it was made from"):
+    with pytest.raises(ValueError, match="convert the original model"):
         convert(fast)
-    fast.to("cpu").float().requires_grad_(False)  # what it has already
+    fast.to("cpu").float().requires_grad_(False)  # no conversion: it already has this device and dtype
     torch.testing.assert_close(fast(PIXELS).logits, model(PIXELS).logits, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("change", ["hook", "wrapped"])
 @torch.no_grad()
-def test_the_first_convolution_of_a_mask_head_is_called_where_it_was_changed(change: str) -> None:
+def test_a_modified_first_convolution_of_the_mask_head_is_called(change: str) -> None:
     model = DetrForSegmentation(small_config(encoder_attention_heads=8, decoder_attention_heads=8)).eval()
-    separate_the_queries(model, seed=1)
-    expected, seen = model(PIXELS).pred_masks, []
+    randomize_weights(model, seed=1)
+    expected, calls = model(PIXELS).pred_masks, []
     if change == "hook":
-        model.mask_head.lay1.register_forward_hook(lambda *given: seen.append(given) and None)
+        model.mask_head.lay1.register_forward_hook(lambda *given: calls.append(given) and None)
     else:
         model.mask_head.lay1 = nn.Sequential(model.mask_head.lay1)
     for changed in (model, model.optimize()):
         torch.testing.assert_close(changed(PIXELS).pred_masks, expected, rtol=1e-3, atol=1e-3)
-    assert len(seen) == (2 if change == "hook" else 0)
+    assert len(calls) == (2 if change == "hook" else 0)

@@ -7,7 +7,7 @@ from detr.model.position_embedding import LearnedPositionEmbedding, SinePosition
 
 def padded_mask() -> torch.Tensor:
     mask = torch.zeros(4, 7, 9, dtype=torch.bool)
-    mask[0], mask[1, :4, :9], mask[2, :1, :1] = True, True, True  # the last image is padding all over
+    mask[0], mask[1, :4, :9], mask[2, :1, :1] = True, True, True  # the last image is only padding
     return mask
 
 
@@ -29,7 +29,7 @@ def test_sine_embeddings_equal_transformers_with_and_without_padding(dim, dtype,
 @pytest.mark.checklist("3. Position embeddings and transformer", "sine")
 @pytest.mark.known_issue(25)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_only_the_result_is_rounded(dtype):
+def test_half_precision_rounds_only_the_result(dtype):
     mask = torch.ones(1, 40, 40, dtype=torch.bool)
     embedding = SinePositionEmbedding(64)
     assert torch.equal(embedding(mask, dtype), embedding(mask, torch.float32).to(dtype))
@@ -44,7 +44,7 @@ def test_learned_embeddings_equal_transformers():
     assert torch.equal(ours(mask, torch.float32), expected)
 
 
-def test_learned_embeddings_follow_their_weights_and_train_twice():
+def test_learned_embeddings_use_updated_weights_and_accumulate_gradients():
     embedding, mask = LearnedPositionEmbedding(8), torch.ones(1, 2, 3, dtype=torch.bool)
     before = embedding(mask, torch.float32)
     for _ in range(2):
@@ -57,8 +57,8 @@ def test_learned_embeddings_follow_their_weights_and_train_twice():
 
 @pytest.mark.checklist("3. Position embeddings and transformer", "learned")
 @pytest.mark.parametrize("shape", [(51, 3), (3, 51)])
-def test_learned_embeddings_say_that_a_map_is_too_large(shape):
+def test_learned_embeddings_reject_a_feature_map_that_is_too_large(shape):
     embedding = LearnedPositionEmbedding(8)
     assert embedding(torch.ones(1, 50, 50, dtype=torch.bool), torch.float32).shape == (1, 8, 50, 50)
-    with pytest.raises(ValueError, match=r"go up to 50 x 50.*'sine'"):
+    with pytest.raises(ValueError, match=r"at most 50 x 50.*'sine'"):
         embedding(torch.ones(1, *shape, dtype=torch.bool), torch.float32)

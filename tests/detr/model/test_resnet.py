@@ -1,4 +1,4 @@
-"""Every ResNet that transformers can configure is built, with its outputs and its files."""
+"""Every ResNet that transformers can configure can be built, and has the same outputs and files."""
 
 import json
 import random
@@ -12,14 +12,14 @@ import transformers
 import detr
 from detr.checkpoint.load_save import load_weights
 from detr.model.backbone import ConvEncoder, load_pretrained_backbone
-from tests.detr.conftest import SMALL, separate_the_queries
+from tests.detr.conftest import SMALL, randomize_weights
 from tests.tiers import rest_slow
 
 TRANSFORMER = {key: value for key, value in SMALL.items() if key != "backbone"}
 
 
 def random_resnet(seed: int) -> transformers.ResNetConfig:
-    """A ResNet of random depths, widths, kind of blocks, strides, activation and maps."""
+    """Draw a ResNet of random depths, widths, type of blocks, strides, activation and feature maps."""
     draw = random.Random(seed)
     stages = draw.choice([2, 3, 4, 4, 5])
     maps = sorted(draw.sample(range(stages + 1), draw.randint(1, stages)))
@@ -37,39 +37,39 @@ def random_resnet(seed: int) -> transformers.ResNetConfig:
 
 
 @pytest.mark.parametrize("seed", rest_slow(range(12), fast=6))
-def test_a_random_resnet_predicts_as_in_transformers_and_is_exchanged_with_it(seed, tmp_path: Path):
+def test_a_random_resnet_predicts_as_in_transformers_and_both_load_its_files(seed, tmp_path: Path):
     backbone = random_resnet(seed)
     config = detr.DetrConfig(**TRANSFORMER, backbone_config=backbone)
     ours = detr.DetrForObjectDetection(config).eval()
-    separate_the_queries(ours, seed)
+    randomize_weights(ours, seed)
     ours.save_pretrained(tmp_path / "ours")
     theirs, report = transformers.DetrForObjectDetection.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )
     assert not any(report[kind] for kind in ("unexpected_keys", "mismatched_keys"))
-    last = backbone.out_indices[-1]  # what comes after it, transformers builds but never reads
-    unread = tuple(f"encoder.stages.{stage}." for stage in range(last, 9))
-    assert all(any(part in name for part in unread) for name in report["missing_keys"])
+    last = backbone.out_indices[-1]  # transformers builds the stages after it, but does not use them
+    unused = tuple(f"encoder.stages.{stage}." for stage in range(last, 9))
+    assert all(any(part in name for part in unused) for name in report["missing_keys"])
     size = 256 if len(backbone.depths) > 4 else 96
     pixels = torch.randn(2, backbone.num_channels, size, size, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         expected = theirs(pixels)
         for model in (ours, ours.optimize()):
-            found = model(pixels)
-            torch.testing.assert_close(found.logits, expected.logits, rtol=1e-3, atol=1e-3)
-            torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, rtol=0, atol=1e-4)
+            outputs = model(pixels)
+            torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, rtol=0, atol=1e-4)
     theirs.save_pretrained(tmp_path / "theirs")
-    again = detr.DetrForObjectDetection.from_pretrained(tmp_path / "theirs").state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in ours.state_dict().items())
+    loaded = detr.DetrForObjectDetection.from_pretrained(tmp_path / "theirs").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in ours.state_dict().items())
 
 
-def test_losses_and_gradients_are_those_of_transformers():
+def test_losses_equal_transformers():
     backbone = transformers.ResNetConfig(
         depths=[1, 2, 1, 1], hidden_sizes=[16, 32, 48, 64], embedding_size=16
     )
     config = detr.DetrConfig(**TRANSFORMER, backbone_config=backbone)
     ours = detr.DetrForObjectDetection(config).train()
-    separate_the_queries(ours, 0)
+    randomize_weights(ours, 0)
     theirs = transformers.DetrForObjectDetection(transformers.DetrConfig.from_dict(config.to_dict())).train()
     load_weights(ours, theirs.state_dict(), "transformers")
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -78,7 +78,7 @@ def test_losses_and_gradients_are_those_of_transformers():
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
 
 
-def test_the_deepest_stages_train():
+def test_the_deepest_stages_are_trainable():
     config = detr.DetrConfig(
         **{**TRANSFORMER, "trainable_backbone_stages": 2},
         backbone_config={"model_type": "resnet", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8]},
@@ -89,7 +89,7 @@ def test_the_deepest_stages_train():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier that transformers saved, as `microsoft/resnet-50` is."""
+    """Save a classifier with transformers, like `microsoft/resnet-50`."""
     folder = tmp_path_factory.mktemp("models") / "resnet"
     config = transformers.ResNetConfig(depths=[1, 1, 2, 1], hidden_sizes=[16, 32, 48, 64], embedding_size=16)
     torch.manual_seed(0)
@@ -97,11 +97,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-NAMED: list[dict[str, Any]] = [{}, {"use_timm_backbone": False}, {"backbone_kwargs": {"out_indices": [2, 4]}}]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"use_timm_backbone": False},
+    {"backbone_kwargs": {"out_indices": [2, 4]}},
+]
 
 
-@pytest.mark.parametrize("values", NAMED, ids=str)
-def test_a_backbone_is_named_as_in_transformers(values, saved):
+@pytest.mark.parametrize("values", OPTIONS, ids=str)
+def test_a_transformers_backbone_can_be_given_by_name(values, saved):
     config = detr.DetrConfig(**TRANSFORMER, backbone=str(saved), **values)
     assert config.backbone_config["depths"] == [1, 1, 2, 1]
     expected = values.get("backbone_kwargs", {}).get("out_indices", [4])
@@ -114,7 +118,7 @@ def test_a_backbone_is_named_as_in_transformers(values, saved):
             torch.testing.assert_close(ours, expected_map, rtol=1e-4, atol=1e-4)
 
 
-def test_pretrained_weights_of_transformers_are_read_from_a_folder(saved, tmp_path):
+def test_pretrained_weights_of_transformers_are_loaded_from_a_folder(saved, tmp_path):
     values = json.loads((saved / "config.json").read_text())
     model = detr.DetrModel(
         detr.DetrConfig(**TRANSFORMER, backbone_config=transformers.ResNetConfig(**values))
@@ -132,7 +136,7 @@ def test_pretrained_weights_of_transformers_are_read_from_a_folder(saved, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["timm/test_resnet", "timm/test_resnet.r160_in1k"])
-def test_a_timm_name_may_have_the_prefix_of_the_hub(name):
+def test_a_timm_name_may_have_the_hub_prefix(name):
     config = detr.DetrConfig(**TRANSFORMER, backbone=name)
     assert config.backbone_config["backbone"] == name.removeprefix("timm/")
     ConvEncoder(config)
@@ -191,18 +195,18 @@ def test_a_timm_name_may_have_the_prefix_of_the_hub(name):
                     "out_features": ["layer4"],
                 }
             },
-            "give the maps of a timm model as out_indices",
+            "select the feature maps of a timm model by out_indices",
         ),
     ],
     ids=str,
 )
-def test_a_description_of_a_backbone_that_would_be_ignored_is_refused(values, message, saved):
+def test_backbone_settings_that_would_be_ignored_are_rejected(values, message, saved):
     given = {key: str(saved) if value == "SAVED" else value for key, value in values.items()}
     with pytest.raises(ValueError, match=message):
         detr.DetrConfig(**given)
 
 
-def test_a_backbone_of_another_kind_or_that_does_not_exist_is_named(tmp_path):
+def test_the_error_names_a_backbone_of_another_type_or_that_does_not_exist(tmp_path):
     transformers.ConvNextConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="configuration of a 'convnext' model; give a ResNet"):
         detr.DetrConfig(backbone=str(tmp_path))

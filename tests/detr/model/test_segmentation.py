@@ -35,7 +35,7 @@ def twins(make_twins):
 @pytest.mark.checklist("4. Heads, segmentation head", "pred_masks")
 @pytest.mark.checklist("4. Heads, segmentation head", "out_indices with 3 maps")
 @pytest.mark.parametrize("case", rest_slow(CASES))
-def test_predictions_equal_transformers_in_float64_and_are_as_exact_in_float32(
+def test_predictions_equal_transformers_in_float64_and_have_its_accuracy_in_float32(
     case, make_twins, make_batch, difference
 ):
     pair = make_twins(segmentation=True, **CASES[case])
@@ -75,10 +75,10 @@ def test_loss_terms_and_gradients_equal_transformers(
     assert abs(float((ours.loss - theirs.loss).detach())) < 1e-8
     ours.loss.backward()
     theirs.loss.backward()
-    wanted = {name: p.grad for name, p in pair.theirs.named_parameters()}
-    names = {to_file_name(name): name for name in wanted}
+    their_gradients = {name: p.grad for name, p in pair.theirs.named_parameters()}
+    names = {to_file_name(name): name for name in their_gradients}
     for name, parameter in pair.ours.named_parameters():
-        expected = wanted[names[name]]
+        expected = their_gradients[names[name]]
         assert parameter.grad is not None, (
             f"{name} has no gradient: DistributedDataParallel would wait for it"
         )
@@ -87,7 +87,7 @@ def test_loss_terms_and_gradients_equal_transformers(
         ), name
 
 
-def test_the_output_is_read_by_name_by_key_and_by_index_in_transformers_order(twins, make_batch):
+def test_the_output_is_accessed_by_name_key_and_index_in_the_order_of_transformers(twins, make_batch):
     batch = make_batch(masks=True)
     with torch.no_grad():
         ours = twins.ours(batch.pixel_values, batch.pixel_mask, labels=batch.labels)
@@ -111,33 +111,33 @@ def test_in_training_only_masks_of_matched_queries_are_computed(twins, make_batc
     assert (some[~computed] == NO_MASK).all()
 
 
-def test_min_score_computes_the_masks_that_post_processing_keeps(twins, make_batch):
+def test_min_score_computes_only_the_masks_that_post_processing_uses(twins, make_batch):
     batch = make_batch()
     model = copy.deepcopy(twins.ours)
     with torch.no_grad():
         average = model(batch.pixel_values, batch.pixel_mask).logits.mean((0, 1))
-        model.detr.class_labels_classifier.bias -= average  # else all queries are of one class
+        model.detr.class_labels_classifier.bias -= average  # otherwise all queries predict the same class
         everything = model(batch.pixel_values, batch.pixel_mask)
         scores, labels = everything.logits.softmax(-1).max(-1)
         middle = float(scores.median())
         some = model(batch.pixel_values, batch.pixel_mask, min_score=middle)
         none = model(batch.pixel_values, batch.pixel_mask, min_score=1.0)
-    kept = (scores > middle) & (labels != 5)
-    assert 0 < kept.sum() < kept.numel()
-    assert largest_difference(some.pred_masks[kept], everything.pred_masks[kept]) < 1e-4
-    assert (some.pred_masks[~kept] == NO_MASK).all()
+    selected = (scores > middle) & (labels != 5)
+    assert 0 < selected.sum() < selected.numel()
+    assert largest_difference(some.pred_masks[selected], everything.pred_masks[selected]) < 1e-4
+    assert (some.pred_masks[~selected] == NO_MASK).all()
     assert (none.pred_masks == NO_MASK).all()
     assert torch.equal(some.logits, everything.logits)
 
 
-def test_two_step_training_starts_from_a_detection_folder_and_leaves_the_detector_bit_equal(
+def test_two_step_training_starts_from_a_detection_folder_and_does_not_change_the_detector(
     tmp_path, make_batch, caplog
 ):
     heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8, "dropout": 0.1}
     DetrForObjectDetection(small_config(**heads)).save_pretrained(tmp_path)
     detector = DetrForObjectDetection.from_pretrained(tmp_path)
     model = DetrForSegmentation.from_pretrained(tmp_path)
-    assert "mask_head" in caplog.text, "what starts anew is said"
+    assert "mask_head" in caplog.text, "newly initialized parameters are not logged"
     for name, value in detector.state_dict().items():
         assert torch.equal(model.detr.state_dict()[name], value), name
     model.freeze_detector()
@@ -174,7 +174,7 @@ def test_joint_training_learns_boxes_and_masks(make_batch):
     assert losses[-1]["loss_bbox"] < losses[0]["loss_bbox"]
 
 
-def test_weights_of_images_count_in_the_mask_losses(twins, make_batch):
+def test_image_weights_apply_to_the_mask_losses(twins, make_batch):
     batch = make_batch(sizes=((64, 64),) * 2, objects=(2, 3), masks=True)
     model = twins.to(torch.float64).ours
     pixels = batch.pixel_values.double()
@@ -186,7 +186,7 @@ def test_weights_of_images_count_in_the_mask_losses(twins, make_batch):
 
 
 @pytest.mark.known_issue(25)
-def test_bfloat16_autocast_gives_a_finite_loss_near_that_of_float32(twins, make_batch):
+def test_bfloat16_autocast_gives_a_finite_loss_close_to_that_of_float32(twins, make_batch):
     batch = make_batch(masks=True)
     model = copy.deepcopy(twins.ours).train()
     exact = model(batch.pixel_values, batch.pixel_mask, labels=batch.labels).loss

@@ -1,4 +1,4 @@
-"""Outputs of a segmentation model, at random, and transformers' processor to compare with."""
+"""Random outputs of a segmentation model, and transformers' processor as the reference."""
 
 from dataclasses import dataclass
 
@@ -23,11 +23,11 @@ class Outputs:
 def random_outputs(
     seed, batch=3, queries=14, classes=5, size=(18, 25), dtype=torch.float32, confidence=5.0, empty=0.3
 ):
-    """Blobs that overlap, few classes, so that they fuse; some queries are "no object"; two are equal, and tie.
+    """Generate overlapping blobs of few classes, so that some fuse. Queries 0 and 1 are equal, so that they tie.
 
     Args:
-        confidence: how far a query's class is above the others.
-        empty: part of the queries that are "no object".
+        confidence: margin of the logit of a query's class over the others.
+        empty: share of queries that are "no object".
     """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(batch, queries, classes + 1, generator=generator)
@@ -44,7 +44,7 @@ def random_outputs(
 
 
 def assert_same_segments(got, expected):
-    """Equal maps, ids, entries and types."""
+    """Assert that maps, ids, entries and types are equal."""
     assert len(got) == len(expected)
     for ours, theirs in zip(got, expected):
         assert list(ours) == list(theirs) == ["segmentation", "segments_info"]

@@ -1,4 +1,4 @@
-"""Detections from a model's outputs equal transformers', to the bit."""
+"""Detections are bitwise equal to those of transformers."""
 
 from types import SimpleNamespace
 
@@ -46,7 +46,7 @@ def assert_equal(got, expected):
 def test_detections_equal_transformers(threshold, dtype, target_sizes):
     for seed in range(3):
         outputs = random_outputs(seed, dtype=dtype)
-        wide = outputs  # half precision is computed with as float32, in which transformers' pixels are exact
+        wide = outputs  # half precision is computed in float32, so transformers gets float32 outputs too
         if dtype == torch.bfloat16:
             wide = SimpleNamespace(logits=outputs.logits.float(), pred_boxes=outputs.pred_boxes.float())
         expected = THEIRS.post_process_object_detection(wide, threshold, target_sizes)
@@ -60,7 +60,7 @@ def test_detections_equal_transformers(threshold, dtype, target_sizes):
 
 
 @ROW
-def test_the_threshold_is_half_by_default_and_strict():
+def test_the_default_threshold_is_0_5_and_must_be_exceeded():
     logits = torch.tensor([[[0.0, 0.0], [1e-3, 0.0], [-1e-3, 0.0]]])
     outputs = SimpleNamespace(logits=logits, pred_boxes=torch.rand(1, 3, 4))
     (detections,) = post_process_object_detection(outputs)
@@ -70,7 +70,7 @@ def test_the_threshold_is_half_by_default_and_strict():
 
 
 @pytest.mark.checklist(SECTION, "original post-processors")
-def test_the_old_name_gives_all_queries():
+def test_post_process_returns_all_queries():
     outputs = random_outputs(0)
     sizes = torch.tensor([[480, 640], [10, 20], [333, 21]])
     got = DetrImageProcessor().post_process(outputs, sizes)
@@ -87,7 +87,7 @@ def test_boxes_of_all_queries_are_not_clipped():
 
 @ROW
 @pytest.mark.parametrize("target_sizes", [[(1, 2)], torch.ones(4, 2), []])
-def test_there_must_be_a_target_size_for_each_image(target_sizes):
+def test_the_number_of_target_sizes_must_be_that_of_the_images(target_sizes):
     for processor in (DetrImageProcessor(), THEIRS):
         with pytest.raises(ValueError, match="as many target sizes as the batch dimension of the logits"):
             processor.post_process_object_detection(random_outputs(0), target_sizes=target_sizes)

@@ -1,4 +1,4 @@
-"""Results stay on the device of the outputs, and are the same on all."""
+"""Results stay on the device of the outputs, and are the same on every device."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(
 
 
 def tensors(value):
-    """Every tensor in lists and dicts."""
+    """Yield every tensor in nested lists and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, list | dict):

@@ -1,4 +1,4 @@
-"""Instance maps, ids and scores equal transformers'; what is better is asked for."""
+"""Instance maps, ids and scores equal transformers'; improvements are optional."""
 
 import json
 
@@ -27,7 +27,7 @@ SIZES = [(40, 61), (18, 25), (7, 9)]
 @pytest.mark.parametrize("sizes", [None, SIZES], ids=["cells", "resized"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_maps_and_segments_equal_transformers(sizes, dtype):
-    found = []
+    results = []
     for seed in range(4):
         outputs = random_outputs(seed, dtype=dtype)
         for threshold, mask_threshold, overlap in [
@@ -41,14 +41,14 @@ def test_maps_and_segments_equal_transformers(sizes, dtype):
             assert_same_segments(
                 DetrImageProcessor().post_process_instance_segmentation(outputs, *rules), expected
             )
-            found += expected
-    counts = {len(result["segments_info"]) for result in found}
-    assert len(counts) > 3, "the draws should give images of few and of many segments"
+            results += expected
+    counts = {len(result["segments_info"]) for result in results}
+    assert len(counts) > 3, "the random outputs should have images with few and with many segments"
 
 
 @ROW
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float32)])
-def test_logits_and_masks_may_be_of_different_precision(dtypes):
+def test_logits_and_masks_may_have_different_precision(dtypes):
     outputs = random_outputs(5)
     outputs.logits, outputs.pred_masks = outputs.logits.to(dtypes[0]), outputs.pred_masks.to(dtypes[1])
     expected = THEIRS.post_process_instance_segmentation(outputs, target_sizes=SIZES)
@@ -57,8 +57,8 @@ def test_logits_and_masks_may_be_of_different_precision(dtypes):
 
 @ROW
 @pytest.mark.parametrize("won", [3, 4, 5])
-def test_a_query_is_dropped_that_won_too_little_of_its_own_mask(won):
-    # Of the first query's 5 pixels the second takes some; 4 of 5 is more than 0.8 in float32.
+def test_queries_that_win_too_little_of_their_own_mask_are_dropped(won):
+    # The second query wins some of the 5 pixels of the first. 4 of 5 is more than 0.8 in float32.
     masks = torch.full((1, 2, 2, 5), -9.0)
     masks[0, 0, 0] = 3.0
     masks[0, 1, 1] = 9.0
@@ -71,7 +71,7 @@ def test_a_query_is_dropped_that_won_too_little_of_its_own_mask(won):
 
 
 @ROW
-def test_segments_are_python_numbers_that_json_takes():
+def test_segments_hold_python_numbers_that_json_accepts():
     (result, *_) = post_process_instance_segmentation(random_outputs(1), 0.0, 0.3, 0.0, target_sizes=SIZES)
     segment = result["segments_info"][0]
     assert [type(value) for value in segment.values()] == [int, int, bool, float]
@@ -80,7 +80,7 @@ def test_segments_are_python_numbers_that_json_takes():
 
 
 @ROW
-def test_outputs_with_gradients_are_taken():
+def test_outputs_may_require_gradients():
     outputs = random_outputs(1)
     expected = post_process_instance_segmentation(outputs, target_sizes=SIZES)
     outputs.logits.requires_grad_()
@@ -90,7 +90,7 @@ def test_outputs_with_gradients_are_taken():
 
 @NONE_ROW
 @pytest.mark.parametrize("sizes", [None, SIZES], ids=["cells", "resized"])
-def test_an_image_without_a_kept_query_is_a_map_of_minus_one(sizes):
+def test_without_a_query_above_the_threshold_the_map_is_minus_one(sizes):
     outputs = random_outputs(0)
     outputs.logits[1, :, -1] += 100
     expected = THEIRS.post_process_instance_segmentation(outputs, target_sizes=sizes)
@@ -103,7 +103,7 @@ def test_an_image_without_a_kept_query_is_a_map_of_minus_one(sizes):
 
 @NONE_ROW
 @pytest.mark.known_issue(23)
-def test_with_integer_maps_every_map_is_int32():
+def test_with_integer_maps_all_maps_are_int32():
     outputs = random_outputs(0)
     outputs.logits[1, :, -1] += 100
     got = post_process_instance_segmentation(outputs, target_sizes=SIZES, integer_maps=True)
@@ -114,7 +114,7 @@ def test_with_integer_maps_every_map_is_int32():
 
 
 @NONE_ROW
-def test_kept_queries_of_which_none_is_valid_give_a_map_of_zeros():
+def test_without_a_valid_segment_the_map_is_zero():
     outputs = random_outputs(0)
     got = post_process_instance_segmentation(outputs, threshold=0.0, mask_threshold=1.0)
     assert_same_segments(
@@ -124,7 +124,7 @@ def test_kept_queries_of_which_none_is_valid_give_a_map_of_zeros():
 
 
 @RLE_ROW
-def test_run_lengths_equal_transformers_but_json_takes_them():
+def test_run_lengths_equal_transformers_and_are_json_serializable():
     for seed in range(4):
         outputs = random_outputs(seed)
         outputs.logits[1, :, -1] += 100
@@ -171,33 +171,33 @@ def test_coco_run_lengths_decode_to_the_masks_of_the_segments():
 
 
 @RLE_ROW
-def test_another_run_length_format_is_refused():
+def test_an_unknown_run_length_format_is_rejected():
     with pytest.raises(ValueError, match=r"rle_format is 'png': expected None or 'coco'"):
         post_process_instance_segmentation(random_outputs(0), rle_format="png")
 
 
 @pytest.mark.checklist(SECTION, "masks resized with padding")
 @pytest.mark.known_issue(22)
-def test_an_object_of_a_padded_image_is_where_it_is_with_processed_sizes():
-    # A batch of 64 x 96 pixels; the second image is 48 x 40 of it, with an object in its lower right quarter.
+def test_processed_sizes_align_the_objects_of_a_padded_image():
+    # A padded batch of 64 x 96 pixels. The second image has 48 x 40 pixels and an object in its lower right quarter.
     masks = torch.full((2, 2, 16, 24), -9.0)
     masks[0, 0, :8] = 9.0
     masks[1, 0, 6:12, 5:10] = 9.0
     masks[:, 1] = -masks[:, 0]
     outputs = Outputs(torch.tensor([[[9.0, 0, 0], [0, 9, 0]]] * 2), masks, torch.rand(2, 2, 4))
     originals, processed = [(64, 96), (96, 80)], [(64, 96), (48, 40)]
-    truth = torch.full((96, 80), 2, dtype=torch.int32)
-    truth[48:, 40:] = 1
+    expected = torch.full((96, 80), 2, dtype=torch.int32)
+    expected[48:, 40:] = 1
     ours = post_process_instance_segmentation(
         outputs, target_sizes=originals, processed_sizes=torch.tensor(processed)
     )
     theirs = THEIRS.post_process_instance_segmentation(outputs, target_sizes=originals)
     assert torch.equal(ours[0]["segmentation"], theirs[0]["segmentation"])
-    wrong = [(result["segmentation"] != truth).float().mean() for result in (ours[1], theirs[1])]
+    wrong = [(result["segmentation"] != expected).float().mean() for result in (ours[1], theirs[1])]
     assert wrong[0] < 0.01
     assert wrong[1] > 0.2
 
 
-def test_there_must_be_a_target_size_for_each_image():
+def test_the_number_of_target_sizes_must_be_that_of_the_images():
     with pytest.raises(ValueError, match="as many target sizes as the batch dimension of the logits"):
         post_process_instance_segmentation(random_outputs(0), target_sizes=SIZES[:2])

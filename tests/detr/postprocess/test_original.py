@@ -1,4 +1,4 @@
-"""The page's old names do what the original code did: a slow account of it in words of our own is the reference."""
+"""The old names of the DETR page equal the original code; the reference is a slow reimplementation of it."""
 
 import io
 
@@ -20,7 +20,7 @@ THINGS = {0: True, 1: False, 2: True, 3: False, 4: False}
 
 
 def confident(outputs, image, threshold):
-    """Indices, scores and labels of an image's queries of a class above the threshold."""
+    """Yield the index, score and label of each query of an image with a class above the threshold."""
     for query, probabilities in enumerate(outputs.logits[image].softmax(-1)):
         score, label = probabilities.max(0)
         if label < len(probabilities) - 1 and score > threshold:
@@ -29,10 +29,12 @@ def confident(outputs, image, threshold):
 
 @ROW
 @pytest.mark.parametrize("sizes", [SIZES, torch.tensor(SIZES)], ids=["list", "tensor"])
-@pytest.mark.parametrize("thresholds", [(), (0.5, 0.3), (1.0, 0.5)], ids=["default", "lower", "none kept"])
+@pytest.mark.parametrize(
+    "thresholds", [(), (0.5, 0.3), (1.0, 0.5)], ids=["default", "lower", "none selected"]
+)
 def test_masks_above_a_score_may_overlap(thresholds, sizes):
     threshold, mask_threshold = thresholds or (0.9, 0.5)
-    found = 0
+    count = 0
     for seed in range(3):
         outputs = random_outputs(seed, confidence=9)
         got = OURS.post_process_segmentation(outputs, sizes, *thresholds)
@@ -47,13 +49,13 @@ def test_masks_above_a_score_may_overlap(thresholds, sizes):
             for mask, (query, *_) in zip(result["masks"], expected):
                 logits = F.interpolate(outputs.pred_masks[i, query][None, None], size=size, mode="bilinear")
                 assert torch.equal(mask, (logits[0, 0].sigmoid() > mask_threshold).long())
-                found += 1
-    assert (found > 10) == (threshold < 1)
+                count += 1
+    assert (count > 10) == (threshold < 1)
 
 
 @ROW
-def test_masks_of_all_queries_are_resized_cut_and_resized_again():
-    """The original's PostProcessSegm, whose results go to COCO's evaluation together with all boxes."""
+def test_masks_of_all_queries_are_resized_cropped_and_resized_to_the_original():
+    """PostProcessSegm of the original, whose results are passed to COCO's evaluation together with all boxes."""
     outputs = random_outputs(0)
     results = OURS.post_process(outputs, torch.tensor(SIZES))
     got = OURS.post_process_instance(results, outputs, torch.tensor(SIZES), torch.tensor(PROCESSED))
@@ -67,11 +69,11 @@ def test_masks_of_all_queries_are_resized_cut_and_resized_again():
         assert torch.equal(got[i]["masks"], expected)
 
 
-def slow_panoptic(outputs, image, processed, target, things, threshold):
-    """Ids as an array, and segments, as PostProcessPanoptic makes them."""
-    kept = list(confident(outputs, image, threshold))
-    labels = [label for *_, label in kept]
-    masks = [outputs.pred_masks[image, query] for query, *_ in kept]
+def slow_panoptic(outputs, index, processed, target, things, threshold):
+    """Compute ids as an array, and segments, as PostProcessPanoptic of the original does."""
+    selected = list(confident(outputs, index, threshold))
+    labels = [label for *_, label in selected]
+    masks = [outputs.pred_masks[index, query] for query, *_ in selected]
     masks = [F.interpolate(mask[None, None], size=processed, mode="bilinear")[0, 0] for mask in masks]
     merge = True
     while True:
@@ -83,8 +85,8 @@ def slow_panoptic(outputs, image, processed, target, things, threshold):
             if not things[label]:
                 ids[np.isin(ids, same)] = same[0]
         merge = False
-        picture = Image.fromarray(np.stack([ids, ids * 0, ids * 0], -1).astype(np.uint8))
-        ids = np.array(picture.resize(target[::-1], Image.Resampling.NEAREST))[..., 0].astype(int)
+        id_image = Image.fromarray(np.stack([ids, ids * 0, ids * 0], -1).astype(np.uint8))
+        ids = np.array(id_image.resize(target[::-1], Image.Resampling.NEAREST))[..., 0].astype(int)
         areas = [int((ids == k).sum()) for k in range(len(labels))]
         if all(area > 4 for area in areas):
             break
@@ -100,7 +102,7 @@ def slow_panoptic(outputs, image, processed, target, things, threshold):
 @ROW
 @pytest.mark.parametrize("targets", [None, SIZES, torch.tensor(SIZES)], ids=["processed", "list", "tensor"])
 @pytest.mark.parametrize("threshold", [0.3, 0.85, 1.0])
-def test_panoptic_maps_and_segments_are_the_original_ones(targets, threshold):
+def test_panoptic_maps_and_segments_equal_the_original(targets, threshold):
     stuff = 0
     for seed in range(3):
         outputs = random_outputs(seed, confidence=9)
@@ -109,16 +111,16 @@ def test_panoptic_maps_and_segments_are_the_original_ones(targets, threshold):
             target = PROCESSED[i] if targets is None else SIZES[i]
             ids, segments = slow_panoptic(outputs, i, PROCESSED[i], target, THINGS, threshold)
             assert list(result) == ["png_string", "segments_info"]
-            with Image.open(io.BytesIO(result["png_string"])) as picture:
-                assert picture.format == "PNG"
-                assert np.array_equal(np.array(picture) @ [1, 256, 65536], ids)
+            with Image.open(io.BytesIO(result["png_string"])) as image:
+                assert image.format == "PNG"
+                assert np.array_equal(np.array(image) @ [1, 256, 65536], ids)
             assert result["segments_info"] == segments
             stuff += sum(not segment["isthing"] for segment in segments)
     assert (stuff > 3) == (threshold < 1)
 
 
 @ROW
-def test_panoptic_has_the_old_default_threshold_and_cocos_things():
+def test_panoptic_defaults_are_the_original_threshold_and_the_things_of_coco():
     logits = torch.zeros(1, 3, 202)
     logits[0, 0, 90] = logits[0, 1, 91] = 20.0
     logits[0, 2, 5] = 7.0  # a probability of 0.845
@@ -130,7 +132,7 @@ def test_panoptic_has_the_old_default_threshold_and_cocos_things():
 
 
 @ROW
-def test_sizes_and_labels_that_do_not_fit_are_refused():
+def test_invalid_sizes_and_labels_are_rejected():
     outputs = random_outputs(1, confidence=9)
     with pytest.raises(ValueError, match="as many processed sizes as target sizes: there are 3 and 2"):
         post_process_panoptic(outputs, PROCESSED, SIZES[:2])
@@ -146,8 +148,8 @@ def test_sizes_and_labels_that_do_not_fit_are_refused():
 
 @pytest.mark.checklist(SECTION, "masks resized with padding")
 @pytest.mark.known_issue(22)
-def test_old_names_cut_padding_where_they_are_asked_to():
-    # The second image is the left half of the padded batch; its object the left half of that.
+def test_original_post_processing_crops_padding_on_request():
+    # The second image is the left half of the padded batch, and its object is the left half of the image.
     masks = torch.full((2, 2, 8, 16), -9.0)
     masks[0, 0] = 9.0
     masks[1, 0, :, :4] = 9.0
@@ -172,7 +174,7 @@ def test_old_names_cut_padding_where_they_are_asked_to():
     assert torch.equal(instance["masks"][0, 0].long(), half)
 
 
-def test_transformers_dropped_the_old_names():
+def test_transformers_no_longer_has_the_old_names():
     for name in (
         "post_process",
         "post_process_segmentation",

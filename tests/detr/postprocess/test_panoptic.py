@@ -7,7 +7,7 @@ import torch
 
 from detr import DetrImageProcessor
 from detr.postprocess import post_process_panoptic_segmentation
-from detr.postprocess.panoptic import _say_that_nothing_is_fused
+from detr.postprocess.panoptic import _warn_that_nothing_is_fused
 from tests.detr.postprocess.random_outputs import (
     SECTION,
     THEIRS,
@@ -21,7 +21,7 @@ SIZES = [(40, 61), (18, 25), (7, 9)]
 
 
 def disjoint(labels):
-    """A model's outputs with a stripe of two columns for each label, all certain."""
+    """Build confident outputs with a stripe of two columns for each label."""
     count = len(labels)
     logits = torch.full((1, count, max(labels) + 2), 0.0)
     logits[0, torch.arange(count), torch.tensor(labels)] = 12 - torch.arange(count) / 8
@@ -47,12 +47,12 @@ def test_maps_and_segments_equal_transformers(fuse, sizes, dtype):
             assert_same_segments(got, expected)
             ids = [[segment["id"] for segment in result["segments_info"]] for result in expected]
             repeated += sum(len(image) - len(set(image)) for image in ids)
-    assert (repeated > 3) == bool(fuse), "the draws should fuse segments"
+    assert (repeated > 3) == bool(fuse), "the random outputs should have fused segments"
 
 
 @ROW
 @pytest.mark.checklist(SECTION, "none kept")
-def test_an_image_without_a_kept_query_is_a_map_of_minus_one():
+def test_without_a_query_above_the_threshold_the_map_is_minus_one():
     outputs = random_outputs(0)
     outputs.logits[1, :, -1] += 100
     got = post_process_panoptic_segmentation(outputs, label_ids_to_fuse={1}, target_sizes=SIZES)
@@ -65,8 +65,8 @@ def test_an_image_without_a_kept_query_is_a_map_of_minus_one():
 
 
 @ROW
-def test_it_is_logged_once_that_nothing_is_fused(caplog):
-    _say_that_nothing_is_fused.cache_clear()
+def test_a_warning_that_nothing_is_fused_is_logged_once(caplog):
+    _warn_that_nothing_is_fused.cache_clear()
     outputs = random_outputs(1)
     with caplog.at_level(logging.WARNING, "detr.postprocess.panoptic"):
         got = [post_process_panoptic_segmentation(outputs) for _ in range(2)]
@@ -78,8 +78,8 @@ def test_it_is_logged_once_that_nothing_is_fused(caplog):
 
 @ROW
 @pytest.mark.known_issue(23)
-def test_merged_segments_have_an_entry_each_and_an_id_of_their_own():
-    # Sky (0), a person (1), sky again, a car (2): the car gets the person's id in transformers.
+def test_merged_segments_have_one_entry_and_a_unique_id():
+    # Sky (0), a person (1), sky again, a car (2): in transformers the car gets the id of the person.
     outputs = disjoint([0, 1, 0, 2])
     stripes = [[1, 1, 2, 2, 1, 1, 3, 3]] * 3
 
@@ -110,8 +110,8 @@ def test_a_merged_segment_has_the_best_score_of_its_queries():
 
 @ROW
 @pytest.mark.parametrize("fuse", [(), {0, 2}, range(5)], ids=["none", "some", "all"])
-def test_merging_changes_names_only(fuse):
-    """Each merged segment covers the pixels of the queries it stands for; ids are 1, 2, ... without a gap."""
+def test_merging_changes_only_ids(fuse):
+    """Each merged segment covers the pixels of its queries; ids are 1, 2, ... without gaps."""
     for seed in range(6):
         outputs = random_outputs(seed)
         rules = {"threshold": 0.2, "overlap_mask_area_threshold": 0.2, "target_sizes": SIZES}
@@ -120,20 +120,20 @@ def test_merging_changes_names_only(fuse):
             outputs, label_ids_to_fuse=fuse, merge_fused=True, **rules
         )
         for before, after in zip(apart, merged):
-            names = [segment["id"] for segment in after["segments_info"]]
-            assert names == list(range(1, len(names) + 1))
+            ids = [segment["id"] for segment in after["segments_info"]]
+            assert ids == list(range(1, len(ids) + 1))
             for segment in after["segments_info"]:
                 mask = torch.zeros_like(before["segmentation"], dtype=torch.bool)
                 covered = before["segmentation"][after["segmentation"] == segment["id"]].unique()
-                for name in covered.tolist():
-                    assert before["segments_info"][name - 1]["label_id"] == segment["label_id"]
-                    mask |= before["segmentation"] == name
+                for id in covered.tolist():
+                    assert before["segments_info"][id - 1]["label_id"] == segment["label_id"]
+                    mask |= before["segmentation"] == id
                 assert torch.equal(mask, after["segmentation"] == segment["id"])
                 assert len(covered) == 1 or segment["was_fused"]
             fused = [segment["label_id"] for segment in after["segments_info"] if segment["was_fused"]]
             assert len(fused) == len(set(fused))
 
 
-def test_there_must_be_a_target_size_for_each_image():
+def test_the_number_of_target_sizes_must_be_that_of_the_images():
     with pytest.raises(ValueError, match="as many target sizes as the batch dimension of the logits"):
         post_process_panoptic_segmentation(random_outputs(0), label_ids_to_fuse=(), target_sizes=SIZES[:2])

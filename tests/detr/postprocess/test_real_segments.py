@@ -1,4 +1,4 @@
-"""Masks made of the panoptic truth of real photos come back as that truth."""
+"""Post-processing of perfect outputs for real photos reproduces their panoptic ground truth."""
 
 import io
 import json
@@ -17,22 +17,22 @@ from tests.detr.postprocess.random_outputs import SECTION, THEIRS, Outputs, asse
 DATA = Path(__file__).parents[4] / "shared" / "data" / "panopticapi_sample"
 PANOPTIC = DATA / "panoptic_examples.json"
 
-pytestmark = pytest.mark.skipif(not PANOPTIC.is_file(), reason="the sample of panopticapi is not there")
+pytestmark = pytest.mark.skipif(not PANOPTIC.is_file(), reason="the sample of panopticapi is missing")
 
 OURS = DetrImageProcessor()
 THINGS = {label: label <= 90 for label in range(201)}
 STUFF = {label for label in range(201) if label > 90}
 
 
-def truth():
-    """(annotation, ids int64 [height, width]) of each photo."""
+def load_ground_truth():
+    """Yield (annotation, ids int64 [height, width]) of each photo."""
     for annotation in json.loads(PANOPTIC.read_text())["annotations"]:
         with Image.open(DATA / "panoptic_examples" / annotation["file_name"]) as image:
             yield annotation, torch.from_numpy(rgb_to_id(np.asarray(image.convert("RGB")))).long()
 
 
 def outputs_of(annotation, ids):
-    """What a certain model predicts for these ids; queries that see nothing besides."""
+    """Build the outputs of a perfect, confident model for these ids, with three additional empty queries."""
     segments = annotation["segments_info"]
     queries = len(segments) + 3
     logits = torch.zeros(1, queries, 202)
@@ -45,8 +45,8 @@ def outputs_of(annotation, ids):
 
 
 @pytest.mark.checklist(SECTION, "panoptic")
-def test_the_truth_comes_back_at_the_resolution_of_the_masks():
-    for annotation, full in truth():
+def test_perfect_outputs_reproduce_the_ground_truth_at_mask_resolution():
+    for annotation, full in load_ground_truth():
         ids = full[2::4, 2::4]
         outputs = outputs_of(annotation, ids)
         (apart,) = OURS.post_process_panoptic_segmentation(outputs, label_ids_to_fuse=())
@@ -55,18 +55,20 @@ def test_the_truth_comes_back_at_the_resolution_of_the_masks():
         )
         present = [s for s in annotation["segments_info"] if (ids == s["id"]).any()]
         assert len(apart["segments_info"]) == len(present) > 10
-        for found, segment in zip(apart["segments_info"], present):
-            assert found["label_id"] == segment["category_id"]
-            not_void = ids != 0  # a void pixel goes to some segment
-            assert torch.equal(apart["segmentation"][not_void] == found["id"], ids[not_void] == segment["id"])
+        for result, segment in zip(apart["segments_info"], present):
+            assert result["label_id"] == segment["category_id"]
+            not_void = ids != 0  # void pixels are assigned to any segment
+            assert torch.equal(
+                apart["segmentation"][not_void] == result["id"], ids[not_void] == segment["id"]
+            )
 
 
 @pytest.mark.checklist(SECTION, "panoptic")
 @pytest.mark.checklist(SECTION, "original post-processors")
 @pytest.mark.parametrize("old", [False, True], ids=["page's name", "old name"])
-def test_the_truth_has_a_panoptic_quality_of_one(old):
+def test_perfect_outputs_have_a_panoptic_quality_of_one(old):
     evaluator = PanopticEvaluator(PANOPTIC, DATA / "panoptic_examples")
-    for annotation, ids in truth():
+    for annotation, ids in load_ground_truth():
         outputs, size = outputs_of(annotation, ids), tuple(ids.shape)
         if old:
             (result,) = OURS.post_process_panoptic(outputs, [size], is_thing_map=THINGS)
@@ -77,7 +79,7 @@ def test_the_truth_has_a_panoptic_quality_of_one(old):
                 outputs, label_ids_to_fuse=STUFF, target_sizes=[size], merge_fused=True
             )
         evaluator.update([{"image_id": annotation["image_id"], **result}])
-    figures = evaluator.summarize()
+    metrics = evaluator.summarize()
     for group in ("All", "Things", "Stuff"):
-        assert figures[group]["n"] > 0
-        assert figures[group]["pq"] == pytest.approx(1.0, abs=1e-12)
+        assert metrics[group]["n"] > 0
+        assert metrics[group]["pq"] == pytest.approx(1.0, abs=1e-12)

@@ -1,4 +1,4 @@
-"""COCO's run lengths are pycocotools', transformers' are transformers'."""
+"""Both run-length formats equal those of pycocotools and transformers."""
 
 import numpy as np
 import pytest
@@ -32,9 +32,9 @@ def maps():
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
-def test_coco_run_lengths_are_those_of_pycocotools():
+def test_coco_rle_equals_pycocotools():
     for segmentation in maps():
-        ids = [0, 11, 1, 500, 3]  # 500 is in no map
+        ids = [0, 11, 1, 500, 3]  # no map contains 500
         for id, rle in zip(ids, coco_rle(segmentation, ids)):
             mask = np.asfortranarray(segmentation.numpy() == id).astype(np.uint8, order="F")
             expected = coco_mask.encode(mask)
@@ -43,6 +43,6 @@ def test_coco_run_lengths_are_those_of_pycocotools():
 
 
 @ROW
-def test_transformers_run_lengths_are_those_of_transformers():
+def test_transformers_rle_equals_transformers():
     for segmentation in maps():
         assert transformers_rle(segmentation) == convert_segmentation_to_rle(segmentation)

@@ -1,4 +1,4 @@
-"""Semantic maps equal transformers', pixel for pixel."""
+"""Semantic maps equal those of transformers in every pixel."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_maps_and_scores_equal_transformers(sizes, dtype):
 
 
 @ROW
-def test_every_pixel_has_a_class_even_where_all_is_no_object():
+def test_every_pixel_has_a_class_even_if_all_queries_are_no_object():
     outputs = random_outputs(0, empty=1.0)
     (first, *_) = post_process_semantic_segmentation(outputs, SIZES)
     assert first.min() >= 0
@@ -37,7 +37,7 @@ def test_every_pixel_has_a_class_even_where_all_is_no_object():
 
 
 @ROW
-def test_there_must_be_a_target_size_for_each_image():
+def test_the_number_of_target_sizes_must_be_that_of_the_images():
     outputs = random_outputs(0)
     for post_process in (post_process_semantic_segmentation, THEIRS.post_process_semantic_segmentation):
         with pytest.raises(ValueError, match="as many target sizes as the batch dimension of the logits"):
@@ -46,18 +46,18 @@ def test_there_must_be_a_target_size_for_each_image():
 
 @pytest.mark.checklist(SECTION, "masks resized with padding")
 @pytest.mark.known_issue(22)
-def test_padding_is_cut_off_before_the_resize():
-    # The left half of an image of 32 x 40 pixels, padded to 32 x 80, is of class 1.
+def test_padding_is_cropped_before_the_resize():
+    # An image of 32 x 40 pixels, padded to 32 x 80. Its left half has class 1.
     outputs = random_outputs(0, batch=1, queries=2, classes=2, size=(8, 20))
     outputs.logits[:] = torch.tensor([[9.0, 0, 0], [0, 9, 0]])
     outputs.pred_masks[:] = -9.0
     outputs.pred_masks[0, 1, :, :5] = 9.0
     outputs.pred_masks[0, 0, :, 5:10] = 9.0
-    truth = torch.zeros(32, 40, dtype=torch.int64)
-    truth[:, :20] = 1
-    (cut,) = post_process_semantic_segmentation(
+    expected = torch.zeros(32, 40, dtype=torch.int64)
+    expected[:, :20] = 1
+    (cropped,) = post_process_semantic_segmentation(
         outputs, [(32, 40)], processed_sizes=[(32, 40)], padded_size=(32, 80)
     )
-    assert torch.equal(cut, truth)
+    assert torch.equal(cropped, expected)
     (theirs,) = THEIRS.post_process_semantic_segmentation(outputs, [(32, 40)])
-    assert not torch.equal(theirs, truth)
+    assert not torch.equal(theirs, expected)

@@ -1,4 +1,4 @@
-"""Padding is cut off the masks before they are resized."""
+"""Padding is cropped from masks before they are resized."""
 
 import math
 
@@ -23,27 +23,27 @@ def masks_of(padded_size, batch=1, queries=2, seed=0):
 @pytest.mark.parametrize(
     ("padded", "size"), [((64, 96), (64, 50)), ((61, 90), (37, 90)), ((33, 47), (20, 31))]
 )
-def test_cutting_between_cells_equals_cutting_pixels_of_the_padded_image(padded, size, difference):
+def test_cropping_cells_equals_cropping_pixels_of_the_padded_image(padded, size, difference):
     masks = masks_of(padded)
     expected = F.interpolate(masks, size=padded, mode="bilinear")[0, :, : size[0], : size[1]]
     (view,) = image_views(masks, [size], [size], padded)
     got = view.resize(masks[0])
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     difference((got - expected).abs().max().item())
-    # The whole mask squeezed into the image is something else.
+    # Resizing the whole mask to the size of the image gives a different result.
     whole = View(size=size).resize(masks[0])
     assert (whole - expected).abs().max() > 0.5
 
 
 @pytest.mark.checklist(*ROW)
-def test_an_image_without_padding_is_resized_as_without_processed_sizes():
+def test_processed_sizes_do_not_change_an_image_without_padding():
     masks = masks_of((61, 90)).float()
-    (cut,) = image_views(masks, [(100, 133)], [(61, 90)])
+    (cropped,) = image_views(masks, [(100, 133)], [(61, 90)])
     (whole,) = image_views(masks, [(100, 133)])
-    assert torch.equal(cut.resize(masks[0]), whole.resize(masks[0]))
+    assert torch.equal(cropped.resize(masks[0]), whole.resize(masks[0]))
 
 
-def test_without_target_sizes_the_cells_of_the_image_are_left():
+def test_without_target_sizes_the_result_has_the_cells_of_the_image():
     masks = masks_of((64, 96), batch=2)
     first, second = image_views(masks, None, [(64, 96), (30, 45)])
     assert torch.equal(first.resize(masks[0]), masks[0])
@@ -68,6 +68,6 @@ def test_sizes_may_be_a_list_or_a_tensor():
         ((None, [(64, 96), (65, 96)], (64, 96)), "processed size 1 is .* more than the padded size"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(arguments, message):
+def test_invalid_sizes_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         image_views(masks_of((64, 96), batch=2), *arguments)

@@ -1,4 +1,4 @@
-"""Query groups against the plain model."""
+"""Query groups, compared with the plain model."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ MODELS = {
     "boxes": {},
     "boxes, auxiliary": {"auxiliary_loss": True},
     "masks, auxiliary": {"auxiliary_loss": True, "segmentation": True},
-    # with the usual 0.02 all queries are alike, and the matching hangs on rounding
+    # with the default of 0.02 all queries are alike, and the matching depends on rounding errors
     "transformers": {"auxiliary_loss": True, "compat": "transformers", "init_std": 0.3},
     "layers dropped": {"encoder_layerdrop": 0.99, "decoder_layerdrop": 0.99, "auxiliary_loss": True},
 }
@@ -42,7 +42,7 @@ def make_model(variant: str) -> nn.Module:
         **values,
     )
     model = model_class(config).double()
-    with torch.no_grad():  # a fresh norm of a norm changes nothing
+    with torch.no_grad():  # with initial parameters, normalizing twice equals normalizing once
         detector = model.detr if model_class is DetrForSegmentation else model
         detector.model.decoder.layernorm.weight.uniform_(0.5, 2)
         detector.model.decoder.layernorm.bias.uniform_(-1, 1)
@@ -71,13 +71,13 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def close(a: torch.Tensor, b: torch.Tensor, name: str = "") -> None:
+def assert_close(a: torch.Tensor, b: torch.Tensor, name: str = "") -> None:
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("objects", OBJECTS)
 @pytest.mark.parametrize("variant", [v for v in MODELS if v != "layers dropped"])
-def test_one_group_is_the_plain_model_to_the_bit(variant, objects):
+def test_one_group_is_bit_identical_to_the_plain_model(variant, objects):
     model, grouped = make_model(variant), QueryGroups(make_model(variant), 1)
     assert not list(grouped.training_parameters())
     pixels, labels = make_data(OBJECTS[objects])
@@ -87,13 +87,13 @@ def test_one_group_is_the_plain_model_to_the_bit(variant, objects):
     assert torch.equal(plain.loss, ours.loss)
     plain.loss.backward()
     ours.loss.backward()
-    of_groups = gradients(grouped)
+    grouped_gradients = gradients(grouped)
     for name, gradient in gradients(model).items():
-        assert torch.equal(gradient, of_groups[f"model.{name}"]), name
+        assert torch.equal(gradient, grouped_gradients[f"model.{name}"]), name
 
 
 @pytest.mark.parametrize("variant", [v for v in MODELS if v != "layers dropped"])
-def test_group_0_is_the_plain_model_whatever_the_other_groups_are(variant):
+def test_group_0_equals_the_plain_model_and_does_not_depend_on_other_groups(variant):
     grouped = QueryGroups(make_model(variant), GROUPS).train()
     pixels, labels = make_data(OBJECTS["some"])
     mask = torch.ones(4, 32, 64, dtype=torch.bool)
@@ -103,15 +103,15 @@ def test_group_0_is_the_plain_model_whatever_the_other_groups_are(variant):
         ours = grouped(pixels, mask, labels=labels)
         assert type(ours) is type(plain)
         assert list(ours) == list(plain)
-        close(ours.logits, plain.logits)
-        close(ours.pred_boxes, plain.pred_boxes)
+        assert_close(ours.logits, plain.logits)
+        assert_close(ours.pred_boxes, plain.pred_boxes)
         assert ours.loss_dict.keys() == plain.loss_dict.keys()
         for name, term in plain.loss_dict.items():
-            close(ours.loss_dict[name], term, name)
+            assert_close(ours.loss_dict[name], term, name)
         for mine, theirs in zip(ours.auxiliary_outputs or (), plain.auxiliary_outputs or (), strict=True):
-            close(mine["pred_boxes"], theirs["pred_boxes"])
+            assert_close(mine["pred_boxes"], theirs["pred_boxes"])
         if "masks" in variant:
-            close(ours.pred_masks, plain.pred_masks)
+            assert_close(ours.pred_masks, plain.pred_masks)
         with torch.no_grad():
             grouped.extra_queries.mul_(-7).add_(1)
 
@@ -132,38 +132,38 @@ def test_the_loss_is_the_mean_over_models_with_the_queries_of_each_group(variant
         one = twin(pixels, labels=labels).loss / GROUPS
         one.backward()
         losses.append(one.detach())
-    close(loss.detach(), sum(losses))
+    assert_close(loss.detach(), sum(losses))
     ours, theirs = gradients(grouped.model), gradients(twin)
     own = "model.query_position_embeddings.weight"
     theirs[own] = theirs[own] - grouped.extra_queries.grad.sum(0)
     for name, gradient in theirs.items():
-        close(ours[name], gradient, name)
+        assert_close(ours[name], gradient, name)
 
 
-def test_masks_are_those_of_group_0_and_count_in_full():
+def test_mask_losses_of_group_0_have_full_weight():
     grouped = QueryGroups(make_model("masks, auxiliary"), GROUPS).train()
     pixels, labels = make_data(OBJECTS["some"])
     with torch.no_grad():  # groups that are all alike
         grouped.extra_queries.copy_(grouped.detector.model.query_position_embeddings.weight)
-    close(grouped(pixels, labels=labels).loss, grouped.model(pixels, labels=labels).loss)
+    assert_close(grouped(pixels, labels=labels).loss, grouped.model(pixels, labels=labels).loss)
 
 
-def test_in_evaluation_mode_it_is_the_model():
+def test_evaluation_mode_equals_the_model():
     grouped = QueryGroups(make_model("boxes, auxiliary"), GROUPS).eval()
     pixels, labels = make_data(OBJECTS["some"])
     assert torch.equal(grouped(pixels, labels=labels).loss, grouped.model(pixels, labels=labels).loss)
 
 
-def test_without_labels_it_answers_as_the_model():
+def test_without_labels_the_output_equals_that_of_the_model():
     grouped = QueryGroups(make_model("masks, auxiliary"), GROUPS).train()
     pixels, _ = make_data(OBJECTS["some"])
     plain, ours = grouped.model(pixels), grouped(pixels)
     assert ours.loss is None
-    close(ours.logits, plain.logits)
-    close(ours.pred_masks, plain.pred_masks)
+    assert_close(ours.logits, plain.logits)
+    assert_close(ours.pred_masks, plain.pred_masks)
 
 
-def test_the_model_is_saved_without_a_trace_of_the_groups(tmp_path):
+def test_saved_files_do_not_depend_on_the_groups(tmp_path):
     model = make_model("boxes")
     model.save_pretrained(tmp_path / "plain")
     QueryGroups(model, GROUPS).model.save_pretrained(tmp_path / "grouped")
@@ -187,7 +187,7 @@ def test_fewer_than_one_group_is_an_error():
         QueryGroups(make_model("boxes"), 0)
 
 
-def test_the_criterion_counts_layers_group_after_group():
+def test_the_criterion_expects_the_layers_one_group_after_the_other():
     config = DetrConfig(num_labels=3, auxiliary_loss=True)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 4, 5, 4, generator=generator, dtype=torch.float64)
@@ -195,10 +195,10 @@ def test_the_criterion_counts_layers_group_after_group():
     _, labels = make_data(OBJECTS["some"])
     loss, terms = set_loss(logits, boxes, labels, config, groups=3)
     parts = [set_loss(logits[i : i + 2], boxes[i : i + 2], labels, config) for i in (0, 2, 4)]
-    close(loss, sum(part[0] for part in parts) / 3)
+    assert_close(loss, sum(part[0] for part in parts) / 3)
     assert terms.keys() == parts[-1][1].keys()
     for name, term in parts[-1][1].items():
-        close(terms[name], term, name)
+        assert_close(terms[name], term, name)
 
 
 def run_process(rank: int, folder: Path) -> None:
@@ -207,14 +207,16 @@ def run_process(rank: int, folder: Path) -> None:
 
 
 def train(rank: int) -> dict[tuple[str, str], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """The loss and the averaged gradients of each model and set of objects."""
+    """Compute the loss and the averaged gradients of each model and set of objects."""
     results = {}
     part = slice(2 * rank, 2 * rank + 2)
     for variant in MODELS:
         parallel = nn.parallel.DistributedDataParallel(QueryGroups(make_model(variant), GROUPS))
         for name, objects in OBJECTS.items():
             pixels, labels = make_data(objects)
-            for _ in range(2):  # the second step raises where the first left a parameter without gradient
+            for _ in range(
+                2
+            ):  # the second step raises an error if the first left a parameter without a gradient
                 parallel.zero_grad()
                 loss = parallel(pixels[part], labels=labels[part]).loss
                 loss.backward()
@@ -225,9 +227,9 @@ def train(rank: int) -> dict[tuple[str, str], tuple[torch.Tensor, dict[str, torc
 @pytest.mark.slow
 def test_two_processes_compute_the_gradient_of_one(tmp_path):
     run_ranks(2, run_process, tmp_path)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for (variant, objects), (other_loss, other) in found[1].items():
-        loss, first = found[0][variant, objects]
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for (variant, objects), (other_loss, other) in results[1].items():
+        loss, first = results[0][variant, objects]
         grouped = QueryGroups(make_model(variant), GROUPS)
         assert first.keys() == {name for name, p in grouped.named_parameters() if p.requires_grad}
         if variant == "layers dropped":  # at random in each process
@@ -235,7 +237,7 @@ def test_two_processes_compute_the_gradient_of_one(tmp_path):
         pixels, labels = make_data(OBJECTS[objects])
         expected = grouped(pixels, labels=labels).loss
         expected.backward()
-        close((loss + other_loss) / 2, expected.detach(), variant)
+        assert_close((loss + other_loss) / 2, expected.detach(), variant)
         for name, gradient in gradients(grouped).items():
-            close(first[name], gradient, f"{variant}, {objects}: {name}")
-            close(other[name], gradient, f"{variant}, {objects}: {name}")
+            assert_close(first[name], gradient, f"{variant}, {objects}: {name}")
+            assert_close(other[name], gradient, f"{variant}, {objects}: {name}")

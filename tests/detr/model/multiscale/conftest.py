@@ -1,4 +1,4 @@
-"""A multi-scale DETR that is made in a moment and whose tokens and queries all differ."""
+"""A small multi-scale DETR whose tokens and queries all differ."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,10 +28,10 @@ SMALL = {
 
 
 def build_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> DetrForObjectDetection:
-    """A model in evaluation mode."""
+    """Build a model in evaluation mode."""
     torch.manual_seed(seed)
     model = DetrForObjectDetection(DetrConfig(**{**SMALL, **changes}))
-    with torch.no_grad():  # new heads correct nothing
+    with torch.no_grad():  # the corrections of new heads are zero
         for name, parameter in model.named_parameters():
             if "class_labels_classifier" in name or "bbox_predictor" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
@@ -40,5 +40,5 @@ def build_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: An
 
 @pytest.fixture
 def make_model() -> Callable[..., DetrForObjectDetection]:
-    """`build_model`."""
+    """Return `build_model`."""
     return build_model

@@ -1,4 +1,4 @@
-"""The whole multi-scale network: its outputs, its gradients, and what they may depend on."""
+"""The multi-scale network: outputs and gradients, and their independence of batch and padding."""
 
 import json
 
@@ -21,11 +21,12 @@ def gradients(model, batch, images=slice(None), **given):
         batch.pixel_values[images], batch.pixel_mask[images], labels=batch.labels[images], **given
     )
     outputs.loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return outputs.loss.detach(), found
+    return outputs.loss.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
-def test_outputs_are_those_of_detr(make_model, make_batch):
+def test_outputs_have_the_shapes_of_detr(make_model, make_batch):
     model, batch = make_model(auxiliary_loss=True), make_batch(SIZES, dtype=torch.float64)
     outputs = model(batch.pixel_values, batch.pixel_mask, labels=batch.labels)
     assert outputs.logits.shape == (4, 12, 6)
@@ -34,8 +35,8 @@ def test_outputs_are_those_of_detr(make_model, make_batch):
     assert ((outputs.pred_boxes > 0) & (outputs.pred_boxes < 1)).all()
     assert [each["logits"].shape for each in outputs.auxiliary_outputs] == [(4, 12, 6)]
     assert {"loss_ce", "loss_bbox", "loss_giou", "loss_ce_0", "loss_dense_ce"} <= outputs.loss_dict.keys()
-    found = DetrImageProcessor().post_process_object_detection(outputs, -1.0, [(100, 200)] * 4)
-    assert all(len(each["scores"]) == 12 for each in found)
+    detections = DetrImageProcessor().post_process_object_detection(outputs, -1.0, [(100, 200)] * 4)
+    assert all(len(each["scores"]) == 12 for each in detections)
     assert isinstance(model(batch.pixel_values, return_dict=False), tuple)
 
 
@@ -59,14 +60,14 @@ def test_two_half_batches_with_shared_normalizers_have_the_gradient_of_the_whole
 def compare_with_the_whole_batch(rank, folder):
     model, batch = build_model(auxiliary_loss=True), torch.load(folder / "batch.pt", weights_only=False)
     with process_group(folder / "store", rank, 2):
-        _, found = gradients(model, batch, slice(2 * rank, 2 * rank + 2))
+        _, averaged = gradients(model, batch, slice(2 * rank, 2 * rank + 2))
         for name, parameter in model.named_parameters():
-            mean = found.get(name, torch.zeros_like(parameter))
+            mean = averaged.get(name, torch.zeros_like(parameter))
             torch.distributed.all_reduce(mean)
-            found[name] = mean / 2
+            averaged[name] = mean / 2
     _, whole = gradients(model, batch)
     for name, expected in whole.items():
-        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(averaged[name], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_two_processes_average_to_the_gradient_of_one(make_batch, tmp_path):
@@ -74,22 +75,22 @@ def test_two_processes_average_to_the_gradient_of_one(make_batch, tmp_path):
     run_ranks(2, compare_with_the_whole_batch, tmp_path)
 
 
-def test_an_image_without_weight_changes_nothing(make_model, make_batch):
+def test_an_image_of_weight_zero_has_no_effect(make_model, make_batch):
     model, batch = make_model(), make_batch(SIZES[:3], (2, 3, 1), dtype=torch.float64)
     weights = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
-    loss, found = gradients(model, batch, image_weights=weights)
+    loss, got = gradients(model, batch, image_weights=weights)
     alone, expected = gradients(model, batch, slice(0, 2))
     torch.testing.assert_close(loss, alone)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name])
+        torch.testing.assert_close(got[name], expected[name])
 
 
-def test_a_batch_slot_that_holds_no_image_gives_finite_gradients(make_model, make_batch):
+def test_an_empty_slot_of_the_batch_gives_finite_gradients(make_model, make_batch):
     model, batch = make_model(dtype=torch.float32), make_batch(SIZES[:2], (0, 3))
     batch.pixel_values[0], batch.pixel_mask[0] = 0, 0
-    loss, found = gradients(model, batch, image_weights=torch.tensor([0.0, 1.0]))
+    loss, got = gradients(model, batch, image_weights=torch.tensor([0.0, 1.0]))
     assert loss.isfinite()
-    assert all(each.isfinite().all() for each in found.values())
+    assert all(each.isfinite().all() for each in got.values())
 
 
 def test_a_prediction_depends_on_neither_neighbors_nor_the_batch_size(make_model, make_batch):
@@ -123,13 +124,13 @@ def test_a_prediction_does_not_depend_on_the_padding_of_the_maps(make_model, mak
     torch.testing.assert_close(got.pred_boxes, expected.pred_boxes, rtol=1e-10, atol=1e-10)
 
 
-def test_every_parameter_learns_without_auxiliary_losses_too(make_model, make_batch):
+def test_every_parameter_has_a_gradient_also_without_auxiliary_losses(make_model, make_batch):
     model = make_model()
-    _, found = gradients(model, make_batch(SIZES[:2], dtype=torch.float64))
-    assert found.keys() == {name for name, _ in model.named_parameters()}
+    _, got = gradients(model, make_batch(SIZES[:2], dtype=torch.float64))
+    assert got.keys() == {name for name, _ in model.named_parameters()}
 
 
-def test_a_mask_of_ones_is_no_mask(make_model, make_batch):
+def test_a_mask_of_ones_equals_no_mask(make_model, make_batch):
     model, batch = make_model(), make_batch(((90, 70),), dtype=torch.float64)
     with torch.no_grad():
         masked, plain = model(batch.pixel_values, batch.pixel_mask), model(batch.pixel_values)
@@ -137,7 +138,7 @@ def test_a_mask_of_ones_is_no_mask(make_model, make_batch):
     torch.testing.assert_close(masked.pred_boxes, plain.pred_boxes)
 
 
-def test_padding_holds_no_object(make_model, make_batch):
+def test_padding_gives_no_detections(make_model, make_batch):
     model = make_model(num_queries=40, multi_scale={"nms_threshold": 1.0})
     batch = make_batch(((128, 128), (32, 32)), dtype=torch.float64)
     with torch.no_grad():
@@ -151,13 +152,13 @@ def test_the_order_of_objects_does_not_matter(make_model, make_batch):
     model, batch = make_model(), make_batch(SIZES[:2], (7, 5), dtype=torch.float64)
     loss, expected = gradients(model, batch)
     batch.labels = [{name: value.flip(0) for name, value in each.items()} for each in batch.labels]
-    turned, found = gradients(model, batch)
-    torch.testing.assert_close(turned, loss)
+    reversed_loss, got = gradients(model, batch)
+    torch.testing.assert_close(reversed_loss, loss)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name])
+        torch.testing.assert_close(got[name], expected[name])
 
 
-def test_predictions_move_to_the_objects_in_some_steps(make_model, make_batch):
+def test_the_loss_halves_in_thirty_steps(make_model, make_batch):
     model = make_model(dtype=torch.float32).train()
     batch = make_batch(((64, 64),) * 2, (2, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -199,14 +200,14 @@ def test_gradient_checkpointing_changes_no_gradient(make_model, make_batch):
     stored = len(calls)
     model.gradient_checkpointing_enable()
     assert model.is_gradient_checkpointing
-    again, found = gradients(model, batch)
+    checkpointed_loss, got = gradients(model, batch)
     assert len(calls) == 3 * stored, "nothing was recomputed"
-    torch.testing.assert_close(again, loss, rtol=0, atol=0)
+    torch.testing.assert_close(checkpointed_loss, loss, rtol=0, atol=0)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=1e-12)
 
 
-def test_a_saved_model_answers_the_same(make_model, make_batch, tmp_path):
+def test_a_saved_model_predicts_the_same(make_model, make_batch, tmp_path):
     model, batch = make_model(dtype=torch.float32), make_batch(SIZES[:2])
     model.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
@@ -220,13 +221,13 @@ def test_a_saved_model_answers_the_same(make_model, make_batch, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_other_classes_get_new_class_heads(make_model, tmp_path):
+def test_loading_with_other_classes_creates_new_class_heads(make_model, tmp_path):
     make_model(dtype=torch.float32).save_pretrained(tmp_path)
     loaded = DetrForObjectDetection.from_pretrained(tmp_path, num_labels=3)
     assert loaded(torch.zeros(1, 3, 64, 64)).logits.shape == (1, 12, 4)
 
 
-def test_an_optimized_model_answers_the_same(make_model, make_batch):
+def test_an_optimized_model_predicts_the_same(make_model, make_batch):
     model, batch = make_model(dtype=torch.float32), make_batch(SIZES[:2])
     with torch.no_grad():
         got, expected = (
@@ -236,7 +237,7 @@ def test_an_optimized_model_answers_the_same(make_model, make_batch):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_what_the_architecture_has_no_place_for_is_refused(make_model):
+def test_unsupported_arguments_are_rejected(make_model):
     model = make_model(dtype=torch.float32)
     pixels = torch.zeros(1, 3, 64, 64)
     with pytest.raises(ValueError, match="decoder_inputs_embeds"):
@@ -256,11 +257,11 @@ def test_what_the_architecture_has_no_place_for_is_refused(make_model):
         ({"backbone_kwargs": {"out_indices": [3, 4], "output_stride": 16}}, "strides"),
     ],
 )
-def test_a_configuration_that_does_not_fit_is_refused(changes, reason, make_model):
+def test_an_unsupported_configuration_is_rejected(changes, reason, make_model):
     with pytest.raises(ValueError, match=reason):
         make_model(**changes)
 
 
-def test_the_page_model_writes_no_trace_of_it():
+def test_the_config_of_standard_detr_does_not_mention_multi_scale():
     assert "multi_scale" not in DetrConfig().to_dict()
     assert DetrConfig().to_dict()["model_type"] == "detr"

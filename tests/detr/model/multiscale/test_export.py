@@ -1,4 +1,4 @@
-"""Exported multi-scale models: batch size, height and width stay free, and the pixel mask is an input."""
+"""Exported multi-scale models: batch size, height and width are dynamic, and the pixel mask is an input."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def run(model, sizes, make_batch):
 
 
 @pytest.mark.slow
-def test_an_exported_model_answers_as_the_model_for_any_batch_and_size(make_model, make_batch):
+def test_an_exported_model_equals_the_model_for_any_batch_and_size(make_model, make_batch):
     model = make_model(dtype=torch.float32)
     program = export(model, make_batch(SIZES[0])).module()
     for sizes in SIZES:
@@ -38,7 +38,7 @@ def test_an_exported_model_answers_as_the_model_for_any_batch_and_size(make_mode
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_onnxruntime_answers_as_the_model_for_any_batch_and_size(make_model, make_batch, tmp_path):
+def test_onnxruntime_equals_the_model_for_any_batch_and_size(make_model, make_batch, tmp_path):
     import onnxruntime
 
     model = make_model(dtype=torch.float32)
@@ -55,7 +55,9 @@ def test_onnxruntime_answers_as_the_model_for_any_batch_and_size(make_model, mak
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("capture", rest_slow([traced, compiled, onnx_by_tracing, converted_by_openvino]))
 @torch.no_grad()
-def test_a_model_captured_with_a_mask_of_ones_answers_for_any_mask_and_size(capture, make_model, make_batch):
+def test_a_model_captured_with_a_mask_of_ones_equals_the_model_for_any_mask_and_size(
+    capture, make_model, make_batch
+):
     model = Tensors(make_model(dtype=torch.float32))
     torch._dynamo.reset()
     program = capture(model, example())
@@ -68,7 +70,7 @@ def test_a_model_captured_with_a_mask_of_ones_answers_for_any_mask_and_size(capt
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_openvino_answers_as_the_model_for_images_of_any_size(make_model, make_batch):
+def test_openvino_equals_the_model_for_images_of_any_size(make_model, make_batch):
     pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'raydetr[openvino]'")
     model = make_model(dtype=torch.float32)
     fast = model.optimize(engine="openvino")

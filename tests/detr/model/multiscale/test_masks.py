@@ -1,4 +1,4 @@
-"""Masks of the multi-scale architecture: their outputs, gradients and files."""
+"""Masks of the multi-scale architecture: outputs, gradients and files."""
 
 import pytest
 import torch
@@ -16,12 +16,12 @@ from tests.tiers import rest_slow
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    made = DetrForSegmentation(DetrConfig(**SMALL))
-    with torch.no_grad():  # new heads correct nothing
-        for name, parameter in made.named_parameters():
+    model = DetrForSegmentation(DetrConfig(**SMALL))
+    with torch.no_grad():  # the corrections of new heads are zero
+        for name, parameter in model.named_parameters():
             if "class_labels" in name or "bbox_predictor" in name or "mask_head.kernels" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    return made.double().eval()
+    return model.double().eval()
 
 
 def with_masks(batch):
@@ -44,27 +44,27 @@ def test_two_half_batches_have_the_gradient_of_the_whole(objects, model, make_ba
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max() + 1e-3))
 
 
-def test_masks_depend_on_no_neighbor_and_post_processing_takes_them(model, make_batch):
+def test_masks_do_not_depend_on_other_images_and_post_processing_accepts_them(model, make_batch):
     batch = make_batch(SIZES, dtype=torch.float64)
     with torch.no_grad():
         together = model(batch.pixel_values, batch.pixel_mask)
         for image in range(len(SIZES)):
             alone = model(batch.pixel_values[image : image + 1], batch.pixel_mask[image : image + 1])
             torch.testing.assert_close(alone.pred_masks[0], together.pred_masks[image], rtol=1e-9, atol=1e-9)
-        kept = model(batch.pixel_values, batch.pixel_mask, min_score=0.99).pred_masks
+        confident = model(batch.pixel_values, batch.pixel_mask, min_score=0.99).pred_masks
     assert together.pred_masks.shape == (4, 12, 12, 16)
-    assert (kept == NO_MASK).any()
+    assert (confident == NO_MASK).any()
     processor, sizes = DetrImageProcessor(), [(50, 60)] * 4
     assert processor.post_process_semantic_segmentation(together, sizes)[0].shape == (50, 60)
     for process in (
         processor.post_process_instance_segmentation,
         processor.post_process_panoptic_segmentation,
     ):
-        found = process(together, threshold=0.0, target_sizes=sizes)
-        assert all(each["segmentation"].shape == (50, 60) for each in found)
+        results = process(together, threshold=0.0, target_sizes=sizes)
+        assert all(each["segmentation"].shape == (50, 60) for each in results)
 
 
-def test_a_training_step_computes_no_masks_but_those_of_the_loss(model, make_batch):
+def test_a_training_step_computes_only_the_masks_of_the_loss(model, make_batch):
     batch = with_masks(make_batch(SIZES, dtype=torch.float64))
     trained, scored = (
         model.train(training)(batch.pixel_values, batch.pixel_mask, labels=batch.labels)
@@ -75,7 +75,7 @@ def test_a_training_step_computes_no_masks_but_those_of_the_loss(model, make_bat
     torch.testing.assert_close(trained.loss, scored.loss, rtol=1e-9, atol=0)
 
 
-def test_a_saved_model_answers_the_same(model, make_batch, tmp_path):
+def test_a_saved_model_predicts_the_same(model, make_batch, tmp_path):
     model, batch = model.float(), make_batch(SIZES[:2])
     model.save_pretrained(tmp_path)
     loaded = DetrForSegmentation.from_pretrained(tmp_path)
@@ -93,20 +93,20 @@ def exported(model, batch):
     return lambda pixels, mask: program(pixel_values=pixels, pixel_mask=mask).to_tuple()
 
 
-def traced_alone(model, batch):
+def traced_with_batch(model, batch):
     return traced(Tensors(model), (batch.pixel_values, batch.pixel_mask))
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("capture", rest_slow([optimized, exported, traced_alone]))
+@pytest.mark.parametrize("capture", rest_slow([optimized, exported, traced_with_batch]))
 @torch.no_grad()
-def test_masks_of_another_engine_are_those_of_the_model(capture, model, make_batch):
+def test_optimized_exported_and_traced_models_give_the_same_masks(capture, model, make_batch):
     model = model.float()
     fast = capture(model, make_batch(EXPORTED_SIZES[0]))
     for sizes in EXPORTED_SIZES:
         batch = make_batch(sizes, seed=1)
         given = batch.pixel_values, batch.pixel_mask
         for got, expected in zip(fast(*given), Tensors(model)(*given), strict=True):
-            # a mask's place is relative to its box, whose rounding a small box enlarges
+            # masks use coordinates relative to their box, and a small box amplifies rounding errors
             bound = 5e-3 if got.ndim == 4 else 1e-4
             torch.testing.assert_close(got, expected, rtol=bound, atol=bound)

@@ -1,11 +1,11 @@
-"""Sigmoid scores as one softmax."""
+"""Conversion of sigmoid scores to a softmax."""
 
 import torch
 
 from detr.model.multiscale.scores import softmax_logits
 
 
-def test_scores_that_leave_room_are_the_probabilities():
+def test_scores_that_add_up_to_less_than_one_are_the_probabilities():
     logits = torch.randn(100, 5, dtype=torch.float64) - 4
     probabilities = softmax_logits(logits).softmax(-1)
     torch.testing.assert_close(probabilities[:, :-1], logits.sigmoid())
