@@ -1,4 +1,4 @@
-"""A data set made to be awkward: unequal shards, a prime number of records, many sizes, faults, empty images."""
+"""A difficult data set: unequal shards, a prime number of records, many sizes, faults, images without objects."""
 
 import io
 from pathlib import Path
@@ -20,10 +20,10 @@ def write_awkward(
     seed: int = 0,
     masks: bool = False,
 ) -> Manifest:
-    """Shards of random images between 40 and 100 pixels a side; a share `empty` of them has no objects.
+    """Write shards of random images of 40 to 100 pixels a side. A share `empty` of them has no objects.
 
-    One object in twenty is at fault, one image is cut short (with no fault on record), one has a fault that
-    ingest would have found, one object is a crowd. With `masks` the mask of an object is its box, without a corner.
+    One object in twenty is faulty and one object is a crowd. One image is truncated but its record has no fault, and
+    one has a fault that ingest would have found. With `masks` the mask of an object is its box without a corner.
     """
     rng = np.random.default_rng(seed)
     number, summaries = 0, []
@@ -41,7 +41,7 @@ def write_awkward(
 
 
 def write_whole_masks(folder: Path, count: int) -> Manifest:
-    """Shards of images, each with one object, and its mask, that covers it."""
+    """Write shards of images, each with one object whose mask covers the whole image."""
     rng = np.random.default_rng(0)
     records = [record(rng, number, empty=0.0) for number in range(count)]
     for each in records:
@@ -53,12 +53,12 @@ def write_whole_masks(folder: Path, count: int) -> Manifest:
 
 
 def record(rng: np.random.Generator, number: int, empty: float) -> dict[str, Any]:
-    """One record: noise pixels, up to six objects."""
+    """Create a record with noise as pixels and up to six objects."""
     height, width = (int(side) for side in rng.integers(40, 101, 2))
     coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
     file = io.BytesIO()
-    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    picture.save(file, "JPEG" if number % 2 else "PNG")
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(file, "JPEG" if number % 2 else "PNG")
     count = 0 if rng.random() < empty else int(rng.integers(1, 7))
     objects = []
     for index in range(count):

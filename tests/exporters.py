@@ -1,9 +1,9 @@
-"""COCO files as annotation tools write them: a fault corpus per exporter, and what an ingest makes of each.
+"""COCO files as annotation tools write them, and how an ingest reads each of them.
 
     python -m tests.exporters       write the table into docs/data.md
 
-The forms are those that public bug reports of the tools, and of projects that read their files, name or resemble. Nothing of Ray is
-needed: records are made in this process by the functions that the tasks of an ingest call.
+The deviations are based on public bug reports of the tools and of projects that read their files. Ray is not needed:
+the records are made in this process, by the functions that the tasks of an ingest call.
 """
 
 import io
@@ -19,7 +19,7 @@ from PIL import Image
 from pycocotools import mask
 
 from raydetr.data.ingest.index import read_entry
-from raydetr.data.ingest.inputs import Addresses, read_inputs
+from raydetr.data.ingest.inputs import InputPaths, read_inputs
 from raydetr.data.ingest.record import make_record
 from raydetr.data.schema import is_trained
 from raydetr.data.usable import Usable
@@ -35,13 +35,13 @@ COUNTS = mask.frPyObjects({"size": [HEIGHT, WIDTH], "counts": RUNS}, HEIGHT, WID
 
 @dataclass(frozen=True)
 class Quirk:
-    """What an exporter writes unlike COCO.
+    """A deviation of an exporter from the COCO format.
 
-    annotation: fields of the annotation that differ; `...`: absent.
+    annotation: fields of the annotation that differ; `...` means absent.
     image: fields of the image entry that differ.
-    file: name of the image's file in the folder.
-    exif: its EXIF orientation; the file is stored turned.
-    categories: of the JSON, where they differ.
+    file: name of the image file in the folder.
+    exif: its EXIF orientation; the pixels are stored rotated.
+    categories: categories of the JSON.
     """
 
     exporter: str
@@ -83,12 +83,14 @@ QUIRKS = (
     ),
     Quirk("Label Studio", "unlabeled image", {"image_id": ...}),
     Quirk(
-        "Roboflow", "the project as unused category with a class's name", categories=((0, "cat"), (1, "cat"))
+        "Roboflow",
+        "the project as an unused category with the name of a class",
+        categories=((0, "cat"), (1, "cat")),
     ),
     Quirk(
         "Roboflow", "phone photo with EXIF, displayed size", image={"height": WIDTH, "width": HEIGHT}, exif=8
     ),
-    Quirk("Roboflow", "`.JPG` renamed to `.jpg` in the JSON alone", file="a.JPG"),
+    Quirk("Roboflow", "`.JPG` renamed to `.jpg` only in the JSON", file="a.JPG"),
     Quirk("VIA", "`image_id` as text", {"image_id": "1"}),
     Quirk("VIA", "flat polygon", {"segmentation": POLYGON}),
     Quirk("VIA", "`height` and `width` as text", image={"height": "48", "width": "64"}),
@@ -98,7 +100,7 @@ QUIRKS = (
     Quirk(
         "Labelme", "a stray polygon of 2 points next to a good one", {"segmentation": [POLYGON, [5, 5, 6, 6]]}
     ),
-    Quirk("Labelme", "two files with one bare name", image={"file_name": "b.jpg"}),
+    Quirk("Labelme", "two files with the same bare name", image={"file_name": "b.jpg"}),
     Quirk("FiftyOne", "absolute `file_name`", image={"file_name": "/home/ann/fiftyone/set/data/a.jpg"}),
     Quirk("FiftyOne", "`iscrowd` as text", {"iscrowd": "0"}),
     Quirk(
@@ -107,7 +109,9 @@ QUIRKS = (
         {"segmentation": {"size": [48, 64], "counts": str(COUNTS)}},
     ),
     Quirk(
-        "FiftyOne", "RLE of another size than the image", {"segmentation": {"size": [64, 48], "counts": RUNS}}
+        "FiftyOne",
+        "RLE whose size differs from the image",
+        {"segmentation": {"size": [64, 48], "counts": RUNS}},
     ),
     Quirk("Datumaro", "`segmentation` without polygons", {"segmentation": [[]]}),
     Quirk("Datumaro", "no `bbox`, a polygon", {"bbox": ..., "segmentation": [POLYGON]}),
@@ -119,28 +123,29 @@ QUIRKS = (
     Quirk("Datumaro", "`category_id` without a category", {"category_id": 0}),
     Quirk("Kili", "polygon one list too deep", {"segmentation": [[POLYGON]]}),
     Quirk("Kili", "`bbox` of zeros, a polygon", {"bbox": [0, 0, 0, 0], "segmentation": [POLYGON]}),
-    Quirk("Kili", "annotation ids as text that is no number", {"id": "20230401-7f"}),
+    Quirk("Kili", "annotation ids as non-numeric text", {"id": "20230401-7f"}),
     Quirk("BlenderProc", "`area` as list", {"area": [400]}),
     Quirk("BlenderProc", "`height` and `width` in the annotation", {"height": 48, "width": 64}),
     Quirk("BlenderProc", "empty mask: box of zeros, no polygon", {"bbox": [0, 0, 0, 0], "segmentation": []}),
-    Quirk("BlenderProc", "width and height exchanged", image={"height": WIDTH, "width": HEIGHT}),
+    Quirk("BlenderProc", "width and height swapped", image={"height": WIDTH, "width": HEIGHT}),
     Quirk("SuperAnnotate", "`segmentation` {}", {"segmentation": {}}),
     Quirk(
         "SuperAnnotate",
-        "RLE with a further key",
+        "RLE with an extra key",
         {"segmentation": {"size": [48, 64], "counts": RUNS, "caseId": 3}},
     ),
     Quirk("SuperAnnotate", "RLE with a float size", {"segmentation": {"size": [48.0, 64.0], "counts": RUNS}}),
     Quirk("SuperAnnotate", "`area` NaN", {"area": float("nan")}),
-    Quirk("SuperAnnotate", "image ids as text that is no number", image={"id": "img-1"}),
+    Quirk("SuperAnnotate", "image ids as non-numeric text", image={"id": "img-1"}),
 )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an ingest makes of a quirk.
+    """The result of ingesting a quirk.
 
-    kind: read (as usual), repaired, faulty (marked; what it does is in `text`), refused.
+    kind: read (without a fault), repaired, faulty (see `text`) or refused.
+    text: fault codes, or the reason.
     is_trained: whether the object takes part in the loss.
     """
 
@@ -150,7 +155,7 @@ class Outcome:
 
 
 def ingest(quirk: Quirk) -> Outcome:
-    """Write a quirk as files and read them."""
+    """Write the files of a quirk and read them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "images" / "x").mkdir(parents=True)
@@ -159,7 +164,7 @@ def ingest(quirk: Quirk) -> Outcome:
             (folder / "images" / file).write_bytes(_jpeg(exif))
         (folder / "coco.json").write_text(json.dumps(_coco(quirk)))
         try:
-            inputs = read_inputs(Addresses(str(folder / "coco.json"), str(folder / "images")))
+            inputs = read_inputs(InputPaths(str(folder / "coco.json"), str(folder / "images")))
         except RaydetrError as error:
             return Outcome(
                 "refused", str(error).removeprefix(f"{folder}/coco.json: ").partition(":")[0], False
@@ -168,11 +173,11 @@ def ingest(quirk: Quirk) -> Outcome:
         work = read_entry(texts[-1])
         data = (folder / "images" / work.file[1]).read_bytes() if work.file else None
         record, faults = make_record(work.entry, data, frozenset(c["id"] for c in inputs.categories))
-    found = [fault for fault in [*inputs.index.faults(), *faults] if not fault.is_note]
-    codes = list(dict.fromkeys(fault.code for fault in found))
+    faults = [fault for fault in [*inputs.index.faults(), *faults] if not fault.is_note]
+    codes = list(dict.fromkeys(fault.code for fault in faults))
     usable = Usable().add(record)
     trained = is_trained(record["fault"]) and usable.objects > usable.unusable_objects
-    if all(fault.is_repaired for fault in found):
+    if all(fault.is_repaired for fault in faults):
         crowd = usable.crowds > 0
         text = (
             "crowd: not trained on without `--crowds-as-objects`"
@@ -184,7 +189,7 @@ def ingest(quirk: Quirk) -> Outcome:
 
 
 def table() -> Iterator[str]:
-    """The lines of the table in docs/data.md."""
+    """Iterate over the lines of the table in docs/data.md."""
     yield "| exporter | what it writes | ingest | code | trained on |\n|---|---|---|---|---|\n"
     for quirk in QUIRKS:
         outcome = ingest(quirk)

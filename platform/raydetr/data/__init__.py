@@ -1,1 +1,1 @@
-"""Data in: COCO to shards, the order in which records are used, and the stream that feeds the workers."""
+"""The data pipeline: ingest of COCO into shards, the order of the records, and the stream that feeds the workers."""

@@ -1,4 +1,4 @@
-"""File names that differ from the file's only in how they are written: which file of a folder is meant."""
+"""Match the file names of a JSON to the files of a folder, also where the two are spelled differently."""
 
 import posixpath
 import re
@@ -10,47 +10,50 @@ _LABEL_STUDIO = re.compile(r".*/data/local-files/\?d=")
 _ABSOLUTE = re.compile(r"(file:/*|[a-zA-Z][a-zA-Z0-9+.-]+://|[a-zA-Z]:/|/)+")
 
 
-def normal(name: str) -> str:
-    """A name relative to its folder, without detours; `..` first where it leads out of it."""
+def normalize_name(name: str) -> str:
+    """Resolve `.` and `..` in a relative name. The result starts with `..` if the name points outside its folder."""
     return posixpath.normpath(name)
 
 
-def leads_out(name: str) -> bool:
-    """Whether a name, taken as it is, is of no file within its folder."""
-    path = normal(name)
+def is_outside(name: str) -> bool:
+    """Whether a name, taken literally, points outside its folder."""
+    path = normalize_name(name)
     return path == ".." or path.startswith(("/", "../"))
 
 
-def stem(name: str) -> str:
-    """What files of equal names, whatever the case, the encoding and the ending, have in common: to look them up by."""
+def normalized_stem(name: str) -> str:
+    """Return a lookup key that is equal for names that differ only in folder, case, encoding or extension."""
     return _canonical(_relative(name)).rpartition("/")[2].rpartition(".")[0]
 
 
-def match(name: str, files: Iterable[str], folder: str) -> tuple[str | None, list[str]]:
-    """The file that a name stands for, and those that it nearly does.
+def match_file(name: str, files: Iterable[str], folder: str) -> tuple[str | None, list[str]]:
+    """Find the file that a name refers to when no file has exactly this name.
 
-    Separators of Windows, percent-encoding, the case, the Unicode form, a longer path (absolute or with `..`, of the
-    annotator's machine) and a shorter one (the bare name of a file in a subfolder) make no other name. A name that two
-    files have is of neither. What is found is always in the folder.
+    These differences are ignored: Windows separators, percent-encoding, case, the Unicode form, a longer path (absolute
+    or with `..`, from the annotator's machine) and a shorter path (the bare name of a file in a subfolder). A name that
+    matches two files matches neither. The result is always inside the folder.
 
     Args:
-        name: that is of no file as it is written.
-        files: names relative to the folder, those with the same `stem` at least.
-        folder: its address.
+        name: a name that no file has exactly.
+        files: names relative to the folder; at least all files with the same `normalized_stem`.
+        folder: URI of the folder.
+
+    Returns:
+        The matching file and an empty list; or None and the near matches.
     """
     files = list(files)
     path = _relative(name)
     root = folder.replace("\\", "/").rstrip("/") + "/"
     exact = [path]
     for full in (name.replace("\\", "/"), posixpath.normpath(posixpath.join(root, name.replace("\\", "/")))):
-        if full.startswith(root):  # it leads back into the folder
+        if full.startswith(root):  # the path points back into the folder
             exact.append(full.removeprefix(root))
     for spelled in exact:
         if spelled in files:
             return spelled, []
     for alike in (
         [file for file in files if _canonical(file) in map(_canonical, exact)],
-        [file for file in files if _ends_alike(_canonical(file), _canonical(path))],
+        [file for file in files if _is_suffix(_canonical(file), _canonical(path))],
     ):
         if len(alike) == 1:
             return alike[0], []
@@ -60,12 +63,12 @@ def match(name: str, files: Iterable[str], folder: str) -> tuple[str | None, lis
 
 
 def _relative(name: str) -> str:
-    """A name with slashes, without the root of an absolute one and without `..` at its start."""
+    """Convert a name to forward slashes, without the root of an absolute path and without leading `..`."""
     path = _LABEL_STUDIO.sub("/", name.replace("\\", "/"))
-    found = _ABSOLUTE.match(path)
-    if found and "://" in found.group():
+    root = _ABSOLUTE.match(path)
+    if root and "://" in root.group():
         path = path.partition("?")[0]
-    path = posixpath.normpath(path[found.end() :] if found else path)
+    path = posixpath.normpath(path[root.end() :] if root else path)
     while path.startswith("../"):
         path = path[3:]
     return path
@@ -75,6 +78,6 @@ def _canonical(path: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", unquote(path)).casefold())
 
 
-def _ends_alike(file: str, path: str) -> bool:
-    """Whether one of two paths is the end of the other, in whole components."""
+def _is_suffix(file: str, path: str) -> bool:
+    """Whether one path ends with the other, in whole components."""
     return f"/{path}".endswith(f"/{file}") or f"/{file}".endswith(f"/{path}")

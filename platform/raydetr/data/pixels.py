@@ -1,4 +1,4 @@
-"""The pixels of a record, as its boxes and masks refer to them."""
+"""Decode the pixels of a record in the orientation that its boxes and masks refer to."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,20 +8,20 @@ import torch
 from detr.image_processing.decode import decode_image
 
 UPRIGHT = "repaired-orientation"
-"""Code of a record whose image is turned upright. It outweighs every other code of an image that is trained on."""
+"""Code of a record whose image is rotated upright. It takes precedence over every other code of a trainable image."""
 
 
 def decode_record(record: Mapping[str, Any]) -> torch.Tensor:
-    """Decode the image of a record: the one way, so that training, evaluation and reports agree on its orientation.
+    """Decode the image of a record. Training, evaluation and reports all call this, so they agree on its orientation.
 
     Args:
         record: a row with the columns `image` (null: no bytes) and `fault`.
 
     Returns:
-        uint8 [3, height, width] of 0..255, interleaved in memory.
+        uint8 [3, height, width] of 0..255, interleaved in memory (channels last).
 
     Raises:
-        ImageError: it cannot be decoded.
+        ImageError: the image cannot be decoded.
     """
-    turn = record["fault"] == UPRIGHT
-    return decode_image(record["image"] or b"", orientation="apply" if turn else "ignore")
+    rotate = record["fault"] == UPRIGHT
+    return decode_image(record["image"] or b"", orientation="apply" if rotate else "ignore")

@@ -1,8 +1,8 @@
-"""A data set on storage: Parquet shards, and the manifest that makes them one.
+"""A data set on storage: Parquet shards, and the manifest that lists them.
 
 A folder of shards holds `shard-000000.parquet …` (row groups of 32 records of `schema.SCHEMA`), `faults.parquet`
-and `manifest.json`. The manifest is written last: its presence means that the data set is complete. Nothing in
-these files depends on the time or the place of writing.
+and `manifest.json`. The manifest is written last, so its presence means that the data set is complete. Nothing in
+these files depends on when or where they were written.
 """
 
 import math
@@ -34,7 +34,7 @@ TARGET_COLUMNS = [
 ]
 """Columns that `training_targets` needs."""
 
-TRUTH_COLUMNS = [
+GROUND_TRUTH_COLUMNS = [
     "image_id",
     "file_name",
     "height",
@@ -55,13 +55,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds; manifest.json without `root`."""
+    """The content of manifest.json, and `root`, which is not stored."""
 
     root: str
-    """Address of the folder."""
+    """URI of the folder."""
     schema_version: int
     digest: str
-    """SHA-256 over the categories and the checksums of all shards: equal digests, equal data in equal order."""
+    """SHA-256 over the categories and the checksums of all shards. Equal digests mean equal data in equal order."""
     categories: tuple[dict[str, Any], ...]
     """COCO categories in the order of the JSON file."""
     shards: tuple[Shard, ...]
@@ -70,29 +70,29 @@ class Manifest:
     num_faulty_images: int
     num_faulty_objects: int
     max_objects_per_image: int
-    """Most trained objects (see `training_targets`) of an image."""
+    """Maximum number of training targets (see `training_targets`) in an image."""
     row_group_size: int
     faults: dict[str, int]
     """Fault code → rows of faults.parquet."""
     seed: int
-    """Seed of the order of the records."""
+    """Seed of the record order."""
     parent: str
-    """Digest of the data set that this one was appended to; empty for one written at once."""
+    """Digest of the data set before the last append; empty if nothing was appended."""
     source: str
-    """Fingerprint of what was ingested and how; empty for shards that were not ingested from files."""
+    """Fingerprint of the input and the ingest settings; empty for shards that were not ingested from files."""
 
     @classmethod
-    def load(cls, address: str) -> "Manifest":
+    def load(cls, uri: str) -> "Manifest":
         """Read the manifest of a folder of shards.
 
         Raises:
-            DataError: there is none, it is damaged, or another version wrote it.
+            DataError: the manifest is missing, damaged or of another schema version.
         """
-        file = storage.join(address, MANIFEST)
+        file = storage.join(uri, MANIFEST)
         if not storage.exists(file):
             raise DataError(
-                f"{address}: no {MANIFEST}, so not a (complete) folder of shards: "
-                f"make one with pipelines/ingest.py --output {shlex.quote(address)}."
+                f"{uri}: no {MANIFEST}: not a folder of shards, or its ingest did not finish: "
+                f"run pipelines/ingest.py --output {shlex.quote(uri)}."
             )
         content = storage.read_json(file)
         version = content.get("schema_version") if isinstance(content, dict) else None
@@ -104,21 +104,21 @@ class Manifest:
         expected = {field.name for field in fields(cls)} - {"root"}
         if set(content) != expected:
             raise DataError(
-                f"{file}: damaged: the keys {sorted(set(content) ^ expected)} are missing or surplus: "
+                f"{file}: damaged: the keys {sorted(set(content) ^ expected)} are missing or unexpected: "
                 "delete the folder and ingest the data again."
             )
         content["categories"] = tuple(content["categories"])
         content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
-        return cls(root=storage.absolute(address), **content)
+        return cls(root=storage.absolute(uri), **content)
 
     @cached_property
     def category_ids(self) -> list[int]:
-        """Label → category id: ascending category ids."""
+        """Label → category id, in ascending order of the category ids."""
         return sorted(category["id"] for category in self.categories)
 
     @cached_property
     def labels(self) -> dict[int, int]:
-        """Category id → contiguous label 0..n-1, by ascending category id."""
+        """Category id → contiguous label 0..n-1, in ascending order of the category ids."""
         return {category_id: label for label, category_id in enumerate(self.category_ids)}
 
     @cached_property
@@ -131,28 +131,28 @@ class Manifest:
 def read_rows(
     root: str, shard_file: str, row_groups: Sequence[int] | None = None, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """Read row groups of a shard, in the order given, with one open.
+    """Read row groups of a shard in the given order, opening the file once.
 
     Args:
-        root: address of the folder of shards.
+        root: URI of the folder of shards.
         shard_file: `Shard.file`.
         row_groups: indices of row groups; group g holds the records 32 g … 32 g + 31 of the shard. None reads all.
-        columns: columns, also nested ones (`objects.list.element.bbox`); None reads all.
+        columns: column names, including nested ones such as `objects.list.element.bbox`. None reads all.
 
     Returns:
-        A table of `schema.SCHEMA`, with the chosen columns in the schema's order.
+        A table with the requested columns of `schema.SCHEMA`, in the order of the schema.
 
     Raises:
         StorageError: the shard cannot be opened.
-        DataError: it is damaged.
+        DataError: the shard is damaged.
     """
-    address = storage.join(root, shard_file)
+    uri = storage.join(root, shard_file)
     try:
-        return storage.read(address, lambda stream: _read_row_groups(stream, row_groups, columns))
+        return storage.read(uri, lambda stream: _read_row_groups(stream, row_groups, columns))
     except (pa.ArrowException, OSError, IndexError) as error:
         which = "its row groups" if row_groups is None else f"row groups {list(row_groups)}"
         raise DataError(
-            f"{address}: {which} cannot be read ({error}): the shard is damaged; "
+            f"{uri}: {which} cannot be read ({error}): the shard is damaged; "
             "delete the folder and ingest the data again."
         ) from error
 
@@ -160,7 +160,7 @@ def read_rows(
 def _read_row_groups(
     stream: pa.NativeFile, row_groups: Sequence[int] | None, columns: Sequence[str] | None
 ) -> pa.Table:
-    # Pre-buffered: neighbouring columns and row groups come in one request.
+    # pre_buffer: adjacent columns and row groups are fetched in one request.
     with pq.ParquetFile(stream, pre_buffer=True) as file:
         groups = range(file.num_row_groups) if row_groups is None else row_groups
         names = None if columns is None else list(columns)
@@ -168,20 +168,20 @@ def _read_row_groups(
 
 
 def read_records(manifest: Manifest, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """All records of a data set in their order, one row group in memory at a time."""
+    """Iterate over the records of a data set in storage order, with one row group in memory at a time."""
     for shard in manifest.shards:
         for group in range(-(-shard.num_images // manifest.row_group_size)):
             yield from read_rows(manifest.root, shard.file, [group], columns).to_pylist()
 
 
 def read_image_hashes(root: str, shard: Shard) -> list[tuple[int, str, int | None]]:
-    """Image id, file name and perceptual hash (see `duplicates.image_hash`) of a shard's records."""
+    """Read image id, file name and perceptual hash (see `duplicates.image_hash`) of the records of a shard."""
     table = read_rows(root, shard.file, None, ["image_id", "file_name", "image_hash"])
     return list(zip(*(table[name].to_pylist() for name in ("image_id", "file_name", "image_hash"))))
 
 
 def read_faults(root: str) -> Iterator[Fault]:
-    """The rows of faults.parquet in a folder of shards, one row group in memory at a time."""
+    """Iterate over the rows of faults.parquet in a folder of shards, with one row group in memory at a time."""
     groups = storage.read(storage.join(root, FAULTS), lambda stream: pq.ParquetFile(stream).num_row_groups)
     for group in range(groups):
         for row in read_rows(root, FAULTS, [group]).drop_columns("level").to_pylist():
@@ -191,14 +191,15 @@ def read_faults(root: str) -> Iterator[Fault]:
 def training_targets(
     record: Mapping[str, Any], labels: Mapping[int, int]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The objects of a record that training learns: without crowds and without faults that exclude them.
+    """Select the training targets of a record: its objects without crowds and without those that a fault excludes.
 
     Args:
         record: a row with `TARGET_COLUMNS`.
         labels: `Manifest.labels`.
 
     Returns:
-        boxes_xyxy float64 [n, 4] in pixels, clipped to the image, never empty; labels int64 [n], contiguous.
+        boxes_xyxy float64 [n, 4] in pixels, clipped to the image, each with a positive area; labels int64 [n],
+        contiguous.
     """
     objects = [item for item in record["objects"] or () if is_target(item)]
     boxes = np.array([item["bbox"] for item in objects], dtype=np.float64).reshape(-1, 4)
@@ -208,21 +209,22 @@ def training_targets(
     return boxes, np.array([labels[item["category_id"]] for item in objects], dtype=np.int64)
 
 
-def coco_truth(manifest: Manifest) -> dict[str, Any]:
-    """The data set as COCO detection JSON, for evaluation: what pycocotools computes on the original it does here.
+def to_coco_ground_truth(manifest: Manifest) -> dict[str, Any]:
+    """Convert the data set to COCO detection JSON for evaluation.
 
-    Every annotation of every image is there with its own id, box, area and iscrowd, those at fault too, except the
-    ones without a readable id, category id or box, on which pycocotools stops, or with NaN or infinity in the box,
-    on which its matching has no meaning. An absent or non-finite area is the box's, an absent iscrowd 0.
-    Segmentations are left out.
+    pycocotools computes the same metrics on it as on the original JSON. It contains every annotation of every image,
+    including faulty ones, with its id, box, area and iscrowd. The exceptions are annotations without a readable id,
+    category id or box, on which pycocotools stops, and those with NaN or infinity in the box, which cannot be matched.
+    A missing or non-finite area is replaced by the area of the box, and a missing iscrowd by 0. Segmentations are not
+    included.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for record in read_records(manifest, TRUTH_COLUMNS):
+    for record in read_records(manifest, GROUND_TRUTH_COLUMNS):
         images.append(
             {"id": record["image_id"], **{name: record[name] for name in ("file_name", "height", "width")}}
         )
-        annotations += truth_annotations(record)
+        annotations += ground_truth_annotations(record)
     return {
         "images": images,
         "annotations": annotations,
@@ -230,8 +232,8 @@ def coco_truth(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def truth_annotations(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The objects of a record with `TRUTH_COLUMNS` (and others) as annotations: see `coco_truth`."""
+def ground_truth_annotations(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Convert the objects of a record to annotations, see `to_coco_ground_truth`. The record has at least `GROUND_TRUTH_COLUMNS`."""
     for item in record["objects"] or ():
         box = item["bbox"]
         if item["id"] is None or item["category_id"] is None or box is None or not np.isfinite(box).all():
@@ -243,5 +245,5 @@ def truth_annotations(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def is_target(item: Mapping[str, Any]) -> bool:
-    """Whether training learns an object: it is no crowd and its fault, if any, does not exclude it."""
+    """Whether an object is a training target: it is not a crowd, and it has no fault that excludes it."""
     return not item.get("iscrowd") and is_trained(item.get("fault"))

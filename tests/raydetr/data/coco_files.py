@@ -1,4 +1,4 @@
-"""COCO content of a test as the ingest sees it."""
+"""Read the COCO content of a test as an ingest does."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from raydetr.data.schema import Fault
 
 
 class Read(NamedTuple):
-    """What was read from a COCO file."""
+    """The content of a COCO file."""
 
     categories: tuple[dict[str, Any], ...]
     entries: list[Entry]
@@ -29,7 +29,7 @@ def read_file(address: str) -> Read:
 
 
 def read_content(content: Any, name: str = "x.json") -> Read:
-    """Read content by way of a file of that name."""
+    """Write content to a file of this name and read it."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         path = Path(name)
         path.parent.mkdir(parents=True, exist_ok=True)

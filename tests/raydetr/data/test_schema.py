@@ -4,7 +4,7 @@ import pytest
 from raydetr.data.schema import FAULT_SCHEMA, FAULTS, SCHEMA, Fault, is_trained, worst
 
 
-def test_the_record_has_the_columns_that_shards_promise() -> None:
+def test_a_record_has_the_documented_columns() -> None:
     assert SCHEMA.names == [
         "image_id",
         "file_name",
@@ -31,7 +31,7 @@ def test_the_record_has_the_columns_that_shards_promise() -> None:
     ]
 
 
-def test_an_object_without_fault_is_trained_on_and_a_box_without_area_is_not() -> None:
+def test_objects_without_fault_are_trained_on_and_empty_boxes_are_not() -> None:
     assert is_trained(None)
     assert is_trained("bad-segmentation")
     assert is_trained("box-over-edge")
@@ -40,14 +40,14 @@ def test_an_object_without_fault_is_trained_on_and_a_box_without_area_is_not() -
 
 
 @pytest.mark.parametrize("code", sorted(FAULTS))
-def test_every_code_says_what_it_means_and_does(code: str) -> None:
+def test_every_fault_code_has_a_text_and_an_effect(code: str) -> None:
     kind = FAULTS[code]
     assert kind.code == code
     assert kind.text
     assert is_trained(code) == (kind.effect in ("note", "repaired", "used", "box-only"))
 
 
-def test_of_several_faults_one_that_excludes_outweighs_one_that_does_not() -> None:
+def test_a_fault_that_excludes_is_more_severe_than_one_that_does_not() -> None:
     for level in ("image", "object", "segment"):
         codes = [
             code
@@ -61,7 +61,7 @@ def test_of_several_faults_one_that_excludes_outweighs_one_that_does_not() -> No
     assert worst(["grey-image", "no-objects"]) is None
 
 
-def test_a_fault_is_a_row_of_the_fault_table() -> None:
+def test_a_fault_converts_to_a_row_of_the_fault_table() -> None:
     row = Fault("empty-box", "a.jpg", 7, None, "bbox [1, 2, 0, 0]").row()
     table = pa.Table.from_pylist([row], schema=FAULT_SCHEMA)
     assert table.to_pylist() == [row]

@@ -13,10 +13,10 @@ from raydetr.data.schema import FAULTS, SCHEMA, SCHEMA_VERSION, Fault, is_repair
 from raydetr.data.shards import (
     TARGET_COLUMNS,
     Manifest,
-    coco_truth,
     read_faults,
     read_records,
     read_rows,
+    to_coco_ground_truth,
     training_targets,
 )
 from raydetr.errors import DataError, StorageError
@@ -76,7 +76,7 @@ def test_records_read_back_in_order_with_every_column(tmp_path: Path) -> None:
             assert {name: item[name] for name in original} == original
 
 
-def test_the_manifest_counts_what_the_shards_hold(tmp_path: Path) -> None:
+def test_the_manifest_counts_the_content_of_the_shards(tmp_path: Path) -> None:
     records = some_records(150)
     manifest = write(tmp_path, records, per_shard=70)
     objects = [item for record in records for item in record["objects"]]
@@ -95,7 +95,7 @@ def test_the_manifest_counts_what_the_shards_hold(tmp_path: Path) -> None:
         assert shard.sha256 == hashlib.sha256(content).hexdigest()
 
 
-def test_a_loaded_manifest_is_the_written_one_wherever_the_folder_moved(tmp_path: Path) -> None:
+def test_a_loaded_manifest_equals_the_written_one_also_after_the_folder_moved(tmp_path: Path) -> None:
     manifest = write(tmp_path / "a", some_records(40), per_shard=40)
     assert Manifest.load(str(tmp_path / "a")) == manifest
     (tmp_path / "a").rename(tmp_path / "b")
@@ -105,7 +105,7 @@ def test_a_loaded_manifest_is_the_written_one_wherever_the_folder_moved(tmp_path
     assert str(tmp_path) not in (tmp_path / "b" / "manifest.json").read_text()
 
 
-def test_equal_records_give_equal_files_and_one_changed_bit_another_digest(tmp_path: Path) -> None:
+def test_equal_records_give_equal_files_and_one_changed_byte_changes_the_digest(tmp_path: Path) -> None:
     records = some_records(70)
     digests = []
     for name in ("a", "b", "c"):
@@ -119,7 +119,7 @@ def test_equal_records_give_equal_files_and_one_changed_bit_another_digest(tmp_p
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_labels_count_up_with_the_category_ids(tmp_path: Path) -> None:
+def test_labels_are_in_ascending_order_of_the_category_ids(tmp_path: Path) -> None:
     manifest = write(tmp_path, some_records(1), per_shard=1)
     assert manifest.categories == tuple(CATEGORIES)
     assert manifest.category_ids == [2, 9]
@@ -127,7 +127,7 @@ def test_labels_count_up_with_the_category_ids(tmp_path: Path) -> None:
     assert manifest.id2label == {0: "cat", 1: "dog"}
 
 
-def test_row_groups_have_32_records_and_come_in_the_order_asked(tmp_path: Path) -> None:
+def test_row_groups_have_32_records_and_are_read_in_the_requested_order(tmp_path: Path) -> None:
     records = some_records(100)
     manifest = write(tmp_path, records, per_shard=100)
     file = manifest.shards[0].file
@@ -142,14 +142,14 @@ def test_row_groups_have_32_records_and_come_in_the_order_asked(tmp_path: Path) 
     assert read(None) == ids
 
 
-def test_only_the_asked_columns_are_read(tmp_path: Path) -> None:
+def test_only_the_requested_columns_are_read(tmp_path: Path) -> None:
     manifest = write(tmp_path, some_records(3), per_shard=3)
     row = read_rows(str(tmp_path), manifest.shards[0].file, [0], TARGET_COLUMNS).to_pylist()[0]
     assert list(row) == ["height", "width", "objects"]
     assert {key for item in row["objects"] for key in item} == {"category_id", "bbox", "iscrowd", "fault"}
 
 
-def test_image_bytes_are_stored_as_they_are(tmp_path: Path) -> None:
+def test_image_bytes_are_stored_uncompressed(tmp_path: Path) -> None:
     manifest = write(tmp_path, some_records(40), per_shard=40)
     group = pq.ParquetFile(tmp_path / manifest.shards[0].file).metadata.row_group(0)
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
@@ -159,12 +159,12 @@ def test_image_bytes_are_stored_as_they_are(tmp_path: Path) -> None:
     assert columns["objects.list.element.bbox.list.element"].compression == "ZSTD"
 
 
-def test_no_records_make_no_file(tmp_path: Path) -> None:
+def test_no_file_is_written_without_records(tmp_path: Path) -> None:
     assert write_shard(str(tmp_path), 0, []) is None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_records_that_fail_half_way_leave_no_shard(tmp_path: Path) -> None:
+def test_an_error_while_iterating_over_records_leaves_no_shard(tmp_path: Path) -> None:
     def records() -> Any:
         yield from some_records(40)
         raise DataError("record 40")
@@ -175,7 +175,7 @@ def test_records_that_fail_half_way_leave_no_shard(tmp_path: Path) -> None:
 
 
 def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A folder in the place of faults.parquet makes its writing fail.
+    # A folder named faults.parquet makes writing that file fail.
     (tmp_path / "faults.parquet" / "x").mkdir(parents=True)
     with pytest.raises(StorageError, match=r"faults\.parquet"):
         write(tmp_path, some_records(3), per_shard=3)
@@ -193,7 +193,7 @@ def test_faults_are_counted_and_read_back(tmp_path: Path) -> None:
     assert list(read_faults(manifest.root)) == list(faults)
 
 
-def test_a_folder_without_manifest_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_refused_with_the_remedy(tmp_path: Path) -> None:
     write_shard(str(tmp_path), 0, some_records(3))
     with pytest.raises(DataError, match=r"no manifest\.json.*pipelines/ingest\.py --output"):
         Manifest.load(str(tmp_path))
@@ -209,7 +209,7 @@ def test_a_folder_without_manifest_is_refused_with_the_remedy(tmp_path: Path) ->
         ({"surplus": 1}, "surplus"),
     ],
 )
-def test_a_manifest_of_another_version_or_damaged_is_refused(
+def test_a_damaged_manifest_or_one_of_another_version_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     write(tmp_path, some_records(3), per_shard=3)
@@ -238,7 +238,7 @@ def target(box: list[float], **fields: Any) -> dict[str, Any]:
     return {"category_id": 9, "bbox": box, "iscrowd": 0, "fault": None} | fields
 
 
-def test_targets_are_corner_boxes_clipped_to_the_image_with_contiguous_labels() -> None:
+def test_targets_are_xyxy_boxes_clipped_to_the_image_with_contiguous_labels() -> None:
     record = {
         "height": 20,
         "width": 30,
@@ -251,12 +251,12 @@ def test_targets_are_corner_boxes_clipped_to_the_image_with_contiguous_labels() 
     assert labels.tolist() == [1, 0]
 
 
-def test_crowds_and_excluding_faults_are_no_targets_and_other_faults_are() -> None:
+def test_crowds_and_excluded_objects_are_not_targets_and_other_faulty_objects_are() -> None:
     objects = [target([k, 0, 1, 1], fault=code) for k, code in enumerate(OBJECT_CODES)]
     objects.append(target([99, 0, 1, 1], iscrowd=1))
     boxes, _ = training_targets({"height": 100, "width": 200, "objects": objects}, {9: 0})
-    kept = [OBJECT_CODES[int(x)] for x in boxes[:, 0]]
-    assert kept == [
+    codes = [OBJECT_CODES[int(x)] for x in boxes[:, 0]]
+    assert codes == [
         *(
             "bad-segmentation",
             "mask-unlike-box",
@@ -269,13 +269,13 @@ def test_crowds_and_excluding_faults_are_no_targets_and_other_faults_are() -> No
 
 
 @pytest.mark.parametrize("objects", [[], None, [target([0, 0, 1, 1], iscrowd=1)]])
-def test_an_image_without_targets_has_arrays_of_length_zero(objects: Any) -> None:
+def test_an_image_without_targets_has_empty_arrays(objects: Any) -> None:
     boxes, labels = training_targets({"height": 20, "width": 30, "objects": objects}, {9: 0})
     assert boxes.shape == (0, 4)
     assert labels.shape == (0,)
 
 
-def test_the_truth_has_every_readable_annotation_with_gaps_filled_as_pycocotools_needs(
+def test_the_ground_truth_has_every_readable_annotation_with_missing_values_filled_in(
     tmp_path: Path,
 ) -> None:
     complete = target([1, 2, 3, 4], id=5, area=7.5, iscrowd=1, fault="empty-box")
@@ -305,14 +305,14 @@ def test_the_truth_has_every_readable_annotation_with_gaps_filled_as_pycocotools
             "fault": "missing-file",
         },
     ]
-    truth = coco_truth(write(tmp_path, records, per_shard=1))
-    assert truth["categories"] == CATEGORIES
-    assert truth["images"] == [
+    ground_truth = to_coco_ground_truth(write(tmp_path, records, per_shard=1))
+    assert ground_truth["categories"] == CATEGORIES
+    assert ground_truth["images"] == [
         {"id": 3, "file_name": "a.jpg", "height": 20, "width": 30},
         {"id": 4, "file_name": "b.jpg", "height": 20, "width": 30},
     ]
     base = {"image_id": 3, "category_id": 9, "bbox": [1, 2, 3, 4]}
-    assert truth["annotations"] == [
+    assert ground_truth["annotations"] == [
         {**base, "id": 5, "area": 7.5, "iscrowd": 1},
         {**base, "id": 6, "area": 12, "iscrowd": 0},
         {**base, "id": 7, "area": 12, "iscrowd": 0},

@@ -1,4 +1,4 @@
-"""Whether enough of a data set can be trained on: one judgement for ingest, training and doctor."""
+"""The check that enough of a data set can be trained on, which ingest, training and doctor share."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tests.awkward import CATEGORIES, record
 
 
 def write(folder: Path, *changes: dict[str, Any], faults: tuple[str, ...] = ()) -> Manifest:
-    """A record for each change of its columns (`objects`: of each object), with two objects."""
+    """Write a data set with one record of two objects for each change of columns (`objects`: of each object)."""
     rng = np.random.default_rng(0)
     records = []
     for number, change in enumerate(changes):
@@ -26,11 +26,11 @@ def write(folder: Path, *changes: dict[str, Any], faults: tuple[str, ...] = ()) 
         records.append(made | change)
     summary = write_shard(str(folder), 0, records)
     assert summary is not None
-    found = [Fault(code, f"batch/{n}.jpg", n, None, "as it is") for n, code in enumerate(faults)]
-    return write_manifest(str(folder), [summary], CATEGORIES, found)
+    rows = [Fault(code, f"batch/{n}.jpg", n, None, "reason") for n, code in enumerate(faults)]
+    return write_manifest(str(folder), [summary], CATEGORIES, rows)
 
 
-def test_images_objects_crowds_and_what_belongs_to_no_image_are_counted(tmp_path: Path) -> None:
+def test_images_objects_crowds_and_annotations_without_an_image_are_counted(tmp_path: Path) -> None:
     changes = (
         {},
         {"fault": "missing-file"},
@@ -49,16 +49,16 @@ def test_images_objects_crowds_and_what_belongs_to_no_image_are_counted(tmp_path
     assert sum((Usable().add({"fault": None, "objects": []}) for _ in range(3)), Usable()) == Usable(images=3)
 
 
-def test_objects_of_images_that_are_not_trained_on_count_for_no_query(tmp_path: Path) -> None:
+def test_objects_of_untrained_images_do_not_count_in_max_objects_per_image(tmp_path: Path) -> None:
     assert write(tmp_path, {"fault": "size-mismatch"}).max_objects_per_image == 0
 
 
-def test_above_the_share_the_error_names_code_examples_folder_and_remedy(tmp_path: Path) -> None:
+def test_the_error_names_code_examples_folder_and_remedy_if_too_much_is_unusable(tmp_path: Path) -> None:
     manifest = write(tmp_path, {}, {"fault": "missing-file"}, faults=("missing-file",))
     usable = count_usable(manifest)
     require_usable("x", usable, 0.5, ())
     with pytest.raises(DataError) as raised:
-        require_usable("x", usable, 0.49, [Fault("missing-file", "batch/0.jpg", 0, None, "as it is")])
+        require_usable("x", usable, 0.49, [Fault("missing-file", "batch/0.jpg", 0, None, "reason")])
     text = str(raised.value)
     for part in (
         "x: 1 of 2 images (50 %)",
@@ -87,7 +87,7 @@ def test_above_the_share_the_error_names_code_examples_folder_and_remedy(tmp_pat
         ),
     ],
 )
-def test_nothing_to_learn_is_refused_with_the_reason(
+def test_a_data_set_without_trainable_objects_is_refused_with_the_reason(
     tmp_path: Path, change: dict[str, Any], faults: tuple[str, ...], message: str
 ) -> None:
     manifest = write(tmp_path, change, faults=faults)
@@ -95,7 +95,7 @@ def test_nothing_to_learn_is_refused_with_the_reason(
         require_trainable("x", manifest, trainable(manifest, "detection"), "detection")
 
 
-def test_panoptic_training_asks_for_no_objects(tmp_path: Path) -> None:
+def test_panoptic_training_does_not_require_objects(tmp_path: Path) -> None:
     manifest = write(tmp_path, {"objects": {"iscrowd": 1}})
     usable = trainable(manifest, "panoptic")
     require_trainable("x", manifest, usable, "panoptic")

@@ -1,1 +1,1 @@
-"""Annotations and images to checked Parquet shards."""
+"""Ingest: from annotations and images to checked Parquet shards."""

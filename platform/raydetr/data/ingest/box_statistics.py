@@ -1,4 +1,4 @@
-"""Boxes in the wrong format: what no single box proves, but all of them together do."""
+"""Detect boxes in the wrong format, from the statistics of all boxes, since a single box proves nothing."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,18 +7,18 @@ from typing import Any
 
 from raydetr.data.schema import Fault
 
-LEAST_BOXES = 10
-"""Fewer boxes prove nothing."""
+MIN_BOXES = 10
+"""Minimum number of boxes for a conclusion."""
 
 
 @dataclass(frozen=True)
 class BoxStatistics:
-    """Counts over boxes with finite numbers, of images of known size.
+    """Counts of boxes with finite numbers in images of known size.
 
-    boxes: how many.
-    normalised: with all four numbers from 0 to 1.
-    beyond: that reach beyond their image by more than a pixel, as x, y, width, height.
-    corners: that are boxes within their image if taken as x1, y1, x2, y2.
+    boxes: number of boxes.
+    normalised: boxes with all four numbers in 0 to 1.
+    beyond: boxes that extend over 1 pixel beyond their image, read as x, y, width, height.
+    corners: boxes that lie inside their image, read as corners x1, y1, x2, y2.
     """
 
     boxes: int = 0
@@ -35,7 +35,7 @@ class BoxStatistics:
         )
 
     def add(self, record: Mapping[str, Any]) -> "BoxStatistics":
-        """With the boxes of a record."""
+        """Return the counts with the boxes of a record added."""
         width, height = record["width"], record["height"]
         if not width or not height:
             return self
@@ -48,19 +48,19 @@ class BoxStatistics:
             sum(0 <= x < w <= width + 1 and 0 <= y < h <= height + 1 for x, y, w, h in boxes),
         )
 
-    def suspicions(self, file: str) -> Iterable[Fault]:
-        """What the numbers say about the format, in words."""
-        if self.boxes < LEAST_BOXES:
+    def format_faults(self, file: str) -> Iterable[Fault]:
+        """Report the format that the boxes seem to have, if it is not COCO's."""
+        if self.boxes < MIN_BOXES:
             return
         if self.normalised >= 0.9 * self.boxes:
             reason = (
-                f"{self.normalised:,} of {self.boxes:,} boxes lie between 0 and 1: they look normalised; COCO's are "
-                "in pixels: multiply by the image's width and height"
+                f"{self.normalised:,} of {self.boxes:,} boxes lie between 0 and 1 and look normalized. COCO boxes are "
+                "in pixels: multiply them by the image's width and height"
             )
             yield Fault("boxes-normalised", file, None, None, reason)
         elif self.corners >= 0.98 * self.boxes and self.beyond >= 0.1 * self.boxes:
             reason = (
-                f"{self.beyond:,} of {self.boxes:,} boxes reach beyond their image, and {self.corners:,} would not "
-                "as corners x1, y1, x2, y2: COCO's are x, y, width, height: subtract x1 and y1"
+                f"{self.beyond:,} of {self.boxes:,} boxes extend beyond their image, but {self.corners:,} lie inside "
+                "if read as corners x1, y1, x2, y2. COCO boxes are x, y, width, height: subtract x1 and y1"
             )
             yield Fault("boxes-as-corners", file, None, None, reason)

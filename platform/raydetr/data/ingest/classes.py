@@ -1,4 +1,4 @@
-"""Merging, renaming and dropping classes while a data set is ingested."""
+"""Merge, rename and drop classes during an ingest."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from raydetr.errors import DataError
 
 @dataclass(frozen=True)
 class ClassMap:
-    """What becomes of categories.
+    """A map from old to new categories.
 
-    categories: the new ones, in the order of the old.
-    ids: old category id → new; ids of dropped categories are missing.
-    dropped: old category ids whose objects are left out.
+    categories: the new categories, in the order of the old ones.
+    ids: old category id → new category id, without dropped categories.
+    dropped: old category ids whose objects are dropped.
     """
 
     categories: tuple[dict[str, Any], ...]
@@ -23,7 +23,11 @@ class ClassMap:
     dropped: frozenset[int]
 
     def apply(self, fields: Mapping[str, Any]) -> dict[str, Any] | None:
-        """An annotation (or segment) with its new category; None where that is dropped. Others stay as they are."""
+        """Give an annotation or segment its new category id.
+
+        Returns:
+            The changed fields; None if the category is dropped. A missing or unknown category id stays unchanged.
+        """
         category_id = read_int(fields.get("category_id"))
         if category_id in self.dropped:
             return None
@@ -32,30 +36,30 @@ class ClassMap:
         return {**fields, "category_id": self.ids[category_id]}
 
 
-def load_classes(address: str, categories: Sequence[Mapping[str, Any]]) -> ClassMap:
+def load_classes(uri: str, categories: Sequence[Mapping[str, Any]]) -> ClassMap:
     """Read a class map: a JSON object of old name → new name, or null to drop the class.
 
-    Classes that get the same name become one, with the id of the first; names that are not mentioned stay. For
-    example `{"car": "vehicle", "truck": "vehicle", "person": null}`.
+    Example: `{"car": "vehicle", "truck": "vehicle", "person": null}`. Classes with the same new name are merged and
+    get the id of the first. Classes that are not mentioned stay unchanged.
 
     Args:
-        address: of the JSON.
-        categories: the data set's.
+        uri: URI of the JSON.
+        categories: categories of the data set.
 
     Raises:
-        StorageError: it cannot be read or is not JSON.
-        DataError: it is not such an object, names a class that is not there, or drops all.
+        StorageError: the file cannot be read or is not JSON.
+        DataError: the JSON is not such an object, has an unknown class, or drops all classes.
     """
-    names = storage.read_json(address)
+    names = storage.read_json(uri)
     if not isinstance(names, dict) or not all(
         new is None or (isinstance(new, str) and new) for new in names.values()
     ):
         raise DataError(
-            f'{address}: expected a JSON object of names, such as {{"car": "vehicle", "person": null}}.'
+            f'{uri}: expected a JSON object of class names, such as {{"car": "vehicle", "person": null}}.'
         )
     known = [category["name"] for category in categories]
     if unknown := sorted(set(names) - set(known)):
-        raise DataError(f"{address}: no class is named {unknown}; the data set has {known}.")
+        raise DataError(f"{uri}: no class is named {unknown}; the data set has {known}.")
     new: dict[str, dict[str, Any]] = {}
     ids: dict[int, int] = {}
     dropped = set()
@@ -64,8 +68,8 @@ def load_classes(address: str, categories: Sequence[Mapping[str, Any]]) -> Class
         if name is None:
             dropped.add(category["id"])
             continue
-        kept = new.setdefault(name, {**category, "name": name})
-        ids[category["id"]] = kept["id"]
+        merged = new.setdefault(name, {**category, "name": name})
+        ids[category["id"]] = merged["id"]
     if not new:
-        raise DataError(f"{address}: every class is dropped: nothing is left to learn.")
+        raise DataError(f"{uri}: every class is dropped: keep at least one.")
     return ClassMap(tuple(new.values()), ids, frozenset(dropped))

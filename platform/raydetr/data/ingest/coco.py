@@ -1,7 +1,7 @@
-"""COCO detection JSON: read and checked in one pass, into the tables of an `Index`.
+"""Read and check COCO detection JSON in one pass, into the tables of an `Index`.
 
-What is wrong with the file as a whole (not JSON, not COCO, no images) stops the ingest; what is wrong with one
-image or one annotation is a fault of that one, see `record`.
+An error of the file as a whole (not JSON, not COCO, no images) stops the ingest. A defect of a single image or
+annotation becomes a fault of its record, see `record`.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ _LISTS = ("images", "annotations", "categories")
 
 @dataclass(frozen=True)
 class CocoFile:
-    """What a COCO file has beside images and annotations.
+    """The content of a COCO file other than images and annotations.
 
-    categories: its classes.
+    categories: its categories.
     digest: SHA-256 of the file.
     """
 
@@ -33,63 +33,70 @@ class CocoFile:
     digest: str
 
 
-def read_coco(address: str, index: Index) -> CocoFile:
+def read_coco(uri: str, index: Index) -> CocoFile:
     """Read a COCO detection JSON.
 
-    An image id that occurs more than once stands for the last entry that has it, as in pycocotools.
+    If several entries have the same image id, the last one is used, as in pycocotools.
 
     Args:
-        address: of the file.
-        index: takes its images and annotations.
+        uri: URI of the file.
+        index: receives the images and annotations.
 
     Raises:
-        StorageError: it cannot be read.
-        DataError: it is not JSON, or not COCO detection: which key is missing or of a wrong type, and where.
+        StorageError: the file cannot be read.
+        DataError: the file is not JSON or not COCO detection. The message says which key is missing or has the wrong
+            type, and where.
     """
     digest = hashlib.sha256()
     keys: list[str] = []
     categories: list[dict[str, Any]] = []
     used: set[int | None] = set()
-    missing = MissingKeys(address)
-    for key, position, value, text in read_elements(address, digest):
+    missing = MissingKeys(uri)
+    for key, position, value, text in read_elements(uri, digest):
         if not position:
             keys.append(key)
         if key not in _LISTS:
             continue
         if value == [] and key != "images":
-            continue  # images without objects; then without categories too
+            continue  # images without objects, where "categories" may be empty too
         if position is None:
-            what = "is empty: nothing to ingest" if value == [] else f"is a {kind(value)}; expected a list"
-            raise DataError(f"{address}: {key!r} {what}.")
+            what = (
+                "is empty: there is nothing to ingest"
+                if value == []
+                else f"is of type {kind(value)}; expected a list"
+            )
+            raise DataError(f"{uri}: {key!r} {what}.")
         if not isinstance(value, dict):
-            raise DataError(f"{address}: {key}[{position}] is a {kind(value)}; expected an object.")
+            raise DataError(f"{uri}: {key}[{position}] is of type {kind(value)}; expected an object.")
         if key == "images":
-            add_image(index, value, position, text, address)
+            add_image(index, value, position, text, uri)
         elif key == "annotations":
-            missing.look(value)
+            missing.check_off(value)
             used.add(read_int(value.get("category_id")))
             index.add_annotation(position, value, text)
         else:
             categories.append(value)
     if absent := [key for key in _LISTS if key not in keys]:
-        raise DataError(f"{address}: not COCO detection: no key {absent[0]!r}; the file has {keys[:10]}.")
-    name = address.rsplit("/", 1)[-1]
+        raise DataError(f"{uri}: not COCO detection: no key {absent[0]!r}; the file has {keys[:10]}.")
+    name = uri.rsplit("/", 1)[-1]
     if used and not categories:
-        raise DataError(f"{address}: 'categories' is empty: nothing to ingest.")
-    check_categories(categories, address)
-    for dropped in drop_unused_namesakes(categories, used):
-        reason = f"category {dropped['id']} has the name {dropped['name']!r} of another, and no annotation"
+        raise DataError(f"{uri}: 'categories' is empty, but the file has annotations: list their categories.")
+    check_categories(categories, uri)
+    for dropped in drop_unused_duplicates(categories, used):
+        reason = (
+            f"category {dropped['id']} has the same name {dropped['name']!r} as another, and no annotation"
+        )
         index.add_fault(Fault("repaired-category", name, None, None, reason))
-    missing.check()
+    missing.require_none()
     index.join_annotations(name)
     return CocoFile(tuple(categories), digest.hexdigest())
 
 
 def add_image(index: Index, fields: Mapping[str, Any], position: int, text: str, source: str) -> None:
-    """Check an image entry and add it.
+    """Check an image entry and add it to the index.
 
     Raises:
-        DataError: it lacks an id or a file name.
+        DataError: the id or the file name is missing or invalid.
     """
     where = f"{source}: images[{position}]"
     for key in ("id", "file_name"):
@@ -98,24 +105,24 @@ def add_image(index: Index, fields: Mapping[str, Any], position: int, text: str,
     image_id, file_name = read_int(fields["id"]), fields["file_name"]
     if image_id is None:
         raise DataError(
-            f"{where}: id is {fields['id']!r:.80}; image ids must be integers of 64 bits: number the images, here and "
-            "in the image_id of their annotations."
+            f"{where}: id is {fields['id']!r:.80}; image ids must be integers of at most 64 bits: number the images, "
+            "and change image_id in their annotations accordingly."
         )
     if not is_name(file_name):
-        raise DataError(f"{where}: file_name is {file_name!r}; expected a name.")
+        raise DataError(f"{where}: file_name is {file_name!r}; expected a file name.")
     index.add_image(position, image_id, file_name, text)
 
 
 def is_name(value: Any) -> bool:
-    """Whether a value can be the name of a file: text, not empty, without half a pair of surrogates."""
+    """Whether a value can be a file name: a string that is not empty and has no lone surrogates."""
     return isinstance(value, str) and bool(value) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def check_categories(categories: Sequence[dict[str, Any]], source: str) -> None:
-    """Check the categories, and make their ids integers.
+    """Check the categories, and convert their ids to integers in place.
 
     Raises:
-        DataError: one lacks an id or a name, or has the id of another.
+        DataError: an id or a name is missing or invalid, or two categories have the same id.
     """
     seen: dict[int, str] = {}
     for position, category in enumerate(categories):
@@ -127,40 +134,40 @@ def check_categories(categories: Sequence[dict[str, Any]], source: str) -> None:
         if category_id is None:
             raise DataError(f"{where}: id is {category['id']!r}; category ids must be integers.")
         if not isinstance(name, str):
-            raise DataError(f"{where}: name is {name!r}; expected text.")
+            raise DataError(f"{where}: name is {name!r}; expected a string.")
         if category_id in seen:
-            raise DataError(f"{where}: id {category_id} is taken by {seen[category_id]!r} already.")
+            raise DataError(f"{where}: id {category_id} is already used by {seen[category_id]!r}.")
         category["id"] = category_id
         seen[category_id] = name
 
 
-def drop_unused_namesakes(
+def drop_unused_duplicates(
     categories: list[dict[str, Any]], used: Container[int | None]
 ) -> list[dict[str, Any]]:
-    """Drop categories that share their name with one that has annotations, and have none; returns these.
+    """Drop categories without annotations that have the same name as a category with annotations; return them.
 
-    Roboflow lists the project as a category of its own, with the name of a class.
+    Roboflow lists the project as a category, which can have the name of a class.
     """
-    named = {_as_seen(category) for category in categories if category["id"] in used}
-    counts = Counter(_as_seen(category) for category in categories)
+    named = {_normalized_name(category) for category in categories if category["id"] in used}
+    counts = Counter(_normalized_name(category) for category in categories)
     dropped = [
         each
         for each in categories
-        if counts[_as_seen(each)] > 1 and _as_seen(each) in named and each["id"] not in used
+        if counts[_normalized_name(each)] > 1 and _normalized_name(each) in named and each["id"] not in used
     ]
     categories[:] = [each for each in categories if each not in dropped]
     return dropped
 
 
 def require_distinct_names(categories: Sequence[Mapping[str, Any]], source: str) -> None:
-    """Check that no two categories have one name, or names that look the same.
+    """Check that no two categories have the same name or names that look the same.
 
     Raises:
-        DataError: two have, which would be two classes that no one can tell apart in a result.
+        DataError: two have; in results, their classes would be indistinguishable.
     """
     seen: dict[str, Mapping[str, Any]] = {}
     for category in categories:
-        first = seen.setdefault(_as_seen(category), category)
+        first = seen.setdefault(_normalized_name(category), category)
         if first is not category:
             name, other = category["name"], first["name"]
             named = (
@@ -169,42 +176,43 @@ def require_distinct_names(categories: Sequence[Mapping[str, Any]], source: str)
                 else f"named {other!a} and {name!a}, which look the same"
             )
             raise DataError(
-                f"{source}: the categories {first['id']} and {category['id']} are {named}: give each a name of its own, "
-                f"or make them one by --classes with a file that holds {json.dumps({name: other})}."
+                f"{source}: the categories {first['id']} and {category['id']} are {named}: give each a unique name, or "
+                f"merge them by --classes with a file that holds {json.dumps({name: other})}."
             )
 
 
-def _as_seen(category: Mapping[str, Any]) -> str:
-    """The name without what no one sees: Unicode's form of letters with accents, and spaces around it."""
+def _normalized_name(category: Mapping[str, Any]) -> str:
+    """Normalize a name so that names which look the same are equal: NFC, without surrounding whitespace."""
     return unicodedata.normalize("NFC", category["name"]).strip()
 
 
 class MissingKeys:
-    """Keys that not one annotation has: a wrong kind of file rather than a fault of each."""
+    """Detect required keys that no annotation has. The file is then of the wrong kind, not each annotation faulty."""
 
     def __init__(self, source: str) -> None:
         self._source = source
         self._missing = {"image_id", "category_id", "bbox"}
         self._first: list[str] = []
 
-    def look(self, fields: Mapping[str, Any]) -> None:
-        """See an annotation."""
+    def check_off(self, fields: Mapping[str, Any]) -> None:
+        """Check off the keys of an annotation."""
         if self._missing:
             self._first = self._first or sorted(fields)
             self._missing.difference_update(fields)
             if fields.get("segmentation"):
-                self._missing.discard("bbox")  # which is then that of the segmentation
+                self._missing.discard("bbox")  # the box is then computed from the segmentation
 
-    def check(self) -> None:
-        """When all were seen.
+    def require_none(self) -> None:
+        """Check that no key is missing, after all annotations were checked off.
 
         Raises:
-            DataError: a key is missing.
+            DataError: no annotation has one of the keys.
         """
         for key in ("image_id", "category_id", "bbox"):
             if self._first and key in self._missing:
                 hint = (
-                    "this is a panoptic file: give it as --panoptic-annotations, or the detection file (instances_….json)"
+                    "this is a panoptic file: give it as --panoptic-annotations, or give the detection file "
+                    "(instances_….json)"
                     if "segments_info" in self._first
                     else f"they have {self._first}"
                 )

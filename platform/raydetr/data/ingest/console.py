@@ -1,4 +1,4 @@
-"""What an ingest tells the person in front of it: progress while it runs, faults when it is done."""
+"""Console output of an ingest: progress while it runs, faults when it is done."""
 
 import time
 from collections import Counter
@@ -14,7 +14,7 @@ MAX_EXAMPLES = 3
 
 
 def count_faults(faults: Iterable[Fault]) -> dict[str, tuple[int, list[Fault]]]:
-    """Code → how many faults have it, and the first of them; in the order of severity."""
+    """Return code → number of faults and the first few of them, in order of severity."""
     counts: Counter[str] = Counter()
     examples: dict[str, list[Fault]] = {}
     for fault in faults:
@@ -25,13 +25,13 @@ def count_faults(faults: Iterable[Fault]) -> dict[str, tuple[int, list[Fault]]]:
 
 
 def fault_lines(faults: Iterable[Fault], table: str = " in faults.parquet") -> list[str]:
-    """A summary of faults: a line for each code with its count and effect, then its first examples.
+    """Summarize faults: a line for each code with its count and effect, followed by its first examples.
 
-    An example names the file, the image (or annotation) and what was found.
+    An example shows the file, the image or annotation, and what was found.
 
     Args:
-        faults: all of them.
-        table: where to find those that are not shown.
+        faults: all faults.
+        table: where to find the faults that are not shown.
     """
     lines = []
     for code, (count, examples) in count_faults(faults).items():
@@ -44,13 +44,13 @@ def fault_lines(faults: Iterable[Fault], table: str = " in faults.parquet") -> l
 
 
 def print_faults(manifest: Manifest) -> None:
-    """Print the summary of a data set's faults, if it has any."""
+    """Print a summary of a data set's faults, if it has any."""
     if lines := fault_lines(read_faults(manifest.root)):
         print(f"\nfaults and notes of {manifest.root}", *lines, sep="\n  ", flush=True)
 
 
 def counts(manifest: Manifest) -> dict[str, Any]:
-    """What is in a data set, for a summary."""
+    """Return the counts of a data set for a summary."""
     return {
         "output": manifest.root,
         "images": manifest.num_images,
@@ -68,10 +68,10 @@ def counts(manifest: Manifest) -> dict[str, Any]:
 
 
 def print_progress(what: str) -> Callable[[int, int], None]:
-    """A function of (done, in all) that prints a line with the rate and the time left, at most once a second.
+    """Create a function of (done, total) that prints the rate and the remaining time, at most once a second.
 
-    The rate is that since the first call, so that it does not count the start of the workers; the last line's is
-    of the whole time.
+    The rate is measured from the first call, which excludes the start of the workers. The last line has the rate over
+    the whole time.
     """
     start = time.monotonic()
     first: tuple[float, int] | None = None
@@ -96,7 +96,7 @@ def print_progress(what: str) -> Callable[[int, int], None]:
 
 
 def place(fault: Fault) -> str:
-    """The file, image and annotation of a fault, in words."""
+    """Describe the file, image and annotation of a fault in words."""
     words = fault.file
     if fault.image_id is not None:
         words += f", image {fault.image_id}"

@@ -1,4 +1,4 @@
-"""Images that are the same or nearly so: a perceptual hash, and pairs of hashes that differ in few bits."""
+"""Find near-duplicate images: a perceptual hash, and the search for pairs of hashes that differ in few bits."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,32 +7,33 @@ from torch import Tensor
 Int64Array = npt.NDArray[np.int64]
 
 MAX_DISTANCE = 3
-"""Bits in which the hashes of near-identical images may differ: the same picture compressed or scaled anew."""
+"""Maximum number of differing bits between the hashes of near-duplicates, such as a recompressed or scaled image."""
 
 _MASK = np.uint64(0xFFFF)
-_PAIRS_AT_ONCE = 2**22
+_PAIRS_PER_CHUNK = 2**22
+"""Number of candidate pairs that are compared together, which bounds the memory."""
 
 
 def image_hash(image: Tensor) -> int | None:
-    """The difference hash of an image: whether each of 8 x 8 places is darker than its right neighbour.
+    """Compute the difference hash of an image: whether each of 8 x 8 cells is darker than its right neighbor.
 
     Args:
         image: uint8 [3, height, width].
 
     Returns:
-        64 bits as a signed integer; None for an image smaller than 16 pixels a side or nearly without contrast, of
-        which there may be many that are not the same.
+        64 bits as a signed integer. None for an image with a side under 16 pixels or almost no contrast, since many
+        different images of that kind would have the same hash.
     """
     _, height, width = image.shape
     if min(height, width) < 16:
         return None
-    # Every n-th pixel is enough for 72 averages.
-    every = max(min(height, width) // 160, 1)
-    grey = image[:, ::every, ::every].numpy().astype(np.float32).mean(axis=0)
-    rows = np.linspace(0, grey.shape[0], 9).astype(int)[:-1]
-    columns = np.linspace(0, grey.shape[1], 10).astype(int)[:-1]
-    sums = np.add.reduceat(np.add.reduceat(grey, rows, axis=0), columns, axis=1)
-    cells = sums / (np.diff([*rows, grey.shape[0]])[:, None] * np.diff([*columns, grey.shape[1]]))
+    # Every n-th pixel is enough for the averages of 8 x 9 cells.
+    stride = max(min(height, width) // 160, 1)
+    gray = image[:, ::stride, ::stride].numpy().astype(np.float32).mean(axis=0)
+    rows = np.linspace(0, gray.shape[0], 9).astype(int)[:-1]
+    columns = np.linspace(0, gray.shape[1], 10).astype(int)[:-1]
+    sums = np.add.reduceat(np.add.reduceat(gray, rows, axis=0), columns, axis=1)
+    cells = sums / (np.diff([*rows, gray.shape[0]])[:, None] * np.diff([*columns, gray.shape[1]]))
     if np.ptp(cells) < 8:
         return None
     bits = np.packbits(cells[:, 1:] > cells[:, :-1])
@@ -40,7 +41,7 @@ def image_hash(image: Tensor) -> int | None:
 
 
 def near_duplicates(first: Int64Array, second: Int64Array, max_distance: int = MAX_DISTANCE) -> Int64Array:
-    """Pairs of hashes of two sets that differ in at most `max_distance` bits, at most 3.
+    """Find all pairs of hashes, one of each set, that differ in at most `max_distance` bits.
 
     Args:
         first: int64 [n].
@@ -48,48 +49,49 @@ def near_duplicates(first: Int64Array, second: Int64Array, max_distance: int = M
         max_distance: 0 to 3.
 
     Returns:
-        int64 [pairs, 2], indices into `first` and `second`, ascending.
+        int64 [pairs, 2], indices into `first` and `second`, sorted.
     """
     if max_distance > 3:
         raise ValueError(
-            f"max_distance is {max_distance}: more than 3 differing bits can touch all four parts"
+            f"max_distance is {max_distance}: expected at most 3, since more differing bits can affect all four parts"
         )
     ours, theirs = first.view(np.uint64), second.view(np.uint64)
-    found = [np.zeros((0, 2), dtype=np.int64)]
-    # Of four parts of 16 bits, at least one is equal where at most three bits differ.
+    pairs = [np.zeros((0, 2), dtype=np.int64)]
+    # If at most three bits differ, at least one of the four 16-bit parts is equal: only pairs with an equal part are
+    # compared.
     for shift in (0, 16, 32, 48):
         part_of_ours, part_of_theirs = ((each >> np.uint64(shift)) & _MASK for each in (ours, theirs))
         order = np.argsort(part_of_theirs, kind="stable")
         parts = part_of_theirs[order]
         start = np.searchsorted(parts, part_of_ours, side="left")
         counts = np.searchsorted(parts, part_of_ours, side="right") - start
-        # Some parts are in very many pictures: those of a sky, of a dark edge.
-        cuts = np.flatnonzero(np.diff(np.cumsum(counts) // _PAIRS_AT_ONCE)) + 1
+        # Some parts occur in very many images, such as those of a sky or a dark edge: compare in chunks.
+        cuts = np.flatnonzero(np.diff(np.cumsum(counts) // _PAIRS_PER_CHUNK)) + 1
         for ids in np.split(np.arange(len(ours)), cuts):
             left = np.repeat(ids, counts[ids])
-            place = np.arange(len(left)) - np.repeat(np.cumsum(counts[ids]) - counts[ids], counts[ids])
-            right = order[np.repeat(start[ids], counts[ids]) + place]
+            offset = np.arange(len(left)) - np.repeat(np.cumsum(counts[ids]) - counts[ids], counts[ids])
+            right = order[np.repeat(start[ids], counts[ids]) + offset]
             close = np.bitwise_count(ours[left] ^ theirs[right]) <= max_distance
-            found.append(np.stack([left[close], right[close]], axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+            pairs.append(np.stack([left[close], right[close]], axis=1))
+    return np.unique(np.concatenate(pairs), axis=0)
 
 
 def first_near_duplicates(first: Int64Array, second: Int64Array) -> Int64Array:
-    """Of each hash of a set that nearly occurs in another one: where it does so first.
+    """Find the first near-duplicate in `second` for each hash of `first` that has one.
 
-    There is one row for each, however many there are: frames of a camera that stands still are all alike.
+    Returns only one row per hash, however many near-duplicates it has: all frames of a fixed camera are alike.
 
     Args:
         first: int64 [n].
         second: int64 [m].
 
     Returns:
-        int64 [at most n, 2], indices into `first`, ascending, and `second`.
+        int64 [at most n, 2], indices into `first` (ascending) and `second`.
     """
-    ours, which = np.unique(first, return_inverse=True)
-    theirs, places = np.unique(second, return_index=True)
+    ours, inverse = np.unique(first, return_inverse=True)
+    theirs, positions = np.unique(second, return_index=True)
     earliest = np.full(len(ours), len(second), dtype=np.int64)
-    mine, its = near_duplicates(ours, theirs).T
-    np.minimum.at(earliest, mine, places[its])
-    found = np.flatnonzero(earliest[which] < len(second))
-    return np.stack([found, earliest[which][found]], axis=1)
+    left, right = near_duplicates(ours, theirs).T
+    np.minimum.at(earliest, left, positions[right])
+    matched = np.flatnonzero(earliest[inverse] < len(second))
+    return np.stack([matched, earliest[inverse][matched]], axis=1)

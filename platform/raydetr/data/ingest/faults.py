@@ -1,6 +1,6 @@
-"""What is wrong with one image or one annotation: pure checks, each fault as (code, reason).
+"""Check a single image or annotation. The checks are pure functions that return faults as (code, reason).
 
-The codes, and what they do, are in `schema.FAULTS`.
+`schema.FAULTS` lists the codes and their effects.
 """
 
 import io
@@ -26,31 +26,31 @@ from raydetr.data.ingest.duplicates import image_hash
 Orientation = Literal["auto", "apply", "ignore"]
 
 Problem = tuple[str, str]
-"""A fault's code and what was found."""
+"""The code of a fault, and what was found."""
 
 EDGE_TOLERANCE = 1.0
-"""Pixels that a box may reach over the image's edge unreported: rounding in annotation tools."""
+"""Pixels by which a box may extend beyond the image without a report, because annotation tools round."""
 
 _TIFF_BITS = 0x0102
 
-_ENDINGS = {
+_EXTENSIONS = {
     **dict.fromkeys(("jpg", "jpeg", "jpe"), ("JPEG", "MPO")),
     **dict.fromkeys(("tif", "tiff"), ("TIFF",)),
     **dict.fromkeys(("png", "apng"), ("PNG",)),
-    **{ending: (ending.upper(),) for ending in ("webp", "bmp", "gif")},
+    **{extension: (extension.upper(),) for extension in ("webp", "bmp", "gif")},
 }
-"""Ending of a file's name → formats, by Pillow's names, that may be in it."""
+"""File extension → Pillow's names of the formats that it stands for."""
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What an encoded image is."""
+    """The properties of an encoded image."""
 
     height: int
-    """Of the decoder's output; where it cannot be decoded, the header's or the JSON's, else 0."""
+    """Height and width of the decoder's output. If it cannot be decoded: those of the header or the JSON, else 0."""
     width: int
     frame: tuple[int, int] | None
-    """(height, width) that the boxes refer to: the JSON's, else the image's; None where neither is known."""
+    """(height, width) that the boxes refer to: from the JSON, else from the image; None if both are unknown."""
     faults: tuple[Problem, ...]
     hash: int | None = None
     """See `duplicates.image_hash`."""
@@ -63,19 +63,19 @@ def inspect_image(
     file_name: str = "",
     orientation: Orientation = "auto",
 ) -> ImageFacts:
-    """Decode an image, once, and compare it with what the JSON says.
+    """Decode an image once, and compare it with its entry in the JSON.
 
     Args:
-        data: the encoded image; None where there is no file.
-        json_height: as the JSON says; None where it says nothing.
-        json_width: likewise.
-        file_name: whose ending promises a format.
-        orientation: what becomes of an EXIF rotation. auto: applied where the JSON has the size of the image as it
-            is displayed and not as it is stored, since that is what the annotator saw.
+        data: the encoded image; None if there is no file.
+        json_height: height in the JSON; None if absent.
+        json_width: width in the JSON; None if absent.
+        file_name: name of the file; its extension is compared with the format.
+        orientation: apply or ignore an EXIF rotation. auto: apply it if the size in the JSON is that of the displayed
+            image and not of the stored one, since the annotator saw the displayed image.
     """
     claimed = None
     if json_height is not None and json_width is not None and min(json_height, json_width) > 0:
-        # Larger than any decoder's output: a mistake, and too large for the columns.
+        # A larger side is a mistake, since no decoder outputs it, and it does not fit into the int32 columns.
         claimed = (json_height, json_width) if max(json_height, json_width) < 2**31 else None
     if data is None:
         return ImageFacts(*(claimed or (0, 0)), claimed, (("missing-file", "no such file"),))
@@ -87,30 +87,32 @@ def inspect_image(
         too_large = isinstance(error, ImageCostError) or isinstance(error.__cause__, bombs)
         code = "image-too-large" if too_large else "unreadable-image"
         return ImageFacts(*(claimed or (0, 0)), claimed, ((code, str(error)),))
-    found: list[Problem] = []
+    problems: list[Problem] = []
     if size[0] * size[1] > DEFAULT_MAX_PIXELS:
-        text = f"{size[0]} x {size[1]} pixels; at most {DEFAULT_MAX_PIXELS:,} are decoded"
+        text = f"{size[0]} x {size[1]} pixels; the maximum is {DEFAULT_MAX_PIXELS:,}"
         return ImageFacts(*size, claimed or size, (("image-too-large", text),))
     image_bits = None
     exif, of_header = container.orientation, _header_problems(container, data, file_name)
     shown = size[::-1] if exif >= 5 else size
-    turned = exif != 1 and (
+    rotated = exif != 1 and (
         orientation == "apply" or (orientation == "auto" and claimed == shown and shown != size)
     )
-    stored, size = size, shown if turned else size
+    stored, size = size, shown if rotated else size
     try:
-        image_bits = image_hash(decode_image(container, orientation="apply" if turned else "ignore"))
+        image_bits = image_hash(decode_image(container, orientation="apply" if rotated else "ignore"))
     except ImageCostError as error:
         return ImageFacts(*size, claimed or size, (("image-too-large", str(error)),))
     except ImageError as error:
-        found.append((_decode_fault(data), str(error)))
-    found += _size_problems((json_height, json_width), size)
-    if turned:
+        problems.append((_decode_fault(data), str(error)))
+    problems += _size_problems((json_height, json_width), size)
+    if rotated:
         text = f"EXIF orientation {exif}: {stored[0]} x {stored[1]} as stored, {size[0]} x {size[1]} upright"
-        found.append(("repaired-orientation", text))
+        problems.append(("repaired-orientation", text))
     elif exif != 1:
-        found.append(("exif-orientation", f"EXIF orientation {exif}: --orientation apply turns it upright"))
-    return ImageFacts(*size, claimed or size, (*found, *of_header), image_bits)
+        problems.append(
+            ("exif-orientation", f"EXIF orientation {exif}: --orientation apply rotates it upright")
+        )
+    return ImageFacts(*size, claimed or size, (*problems, *of_header), image_bits)
 
 
 def object_faults(
@@ -119,36 +121,36 @@ def object_faults(
     frame: tuple[int, int] | None,
     category_ids: frozenset[int],
 ) -> list[Problem]:
-    """What is wrong with an annotation by itself.
+    """Check an annotation by itself.
 
     Args:
-        fields: the annotation as the JSON has it.
-        item: the columns read from it; null where a field could not be read.
-        frame: (height, width) that its box refers to; None leaves out what needs it.
-        category_ids: ids of the data set's categories.
+        fields: the annotation as it is in the JSON.
+        item: the columns read from it; None for a field that could not be read.
+        frame: (height, width) that its box refers to; None skips the checks that need it.
+        category_ids: category ids of the data set.
     """
-    found: list[Problem] = []
+    problems: list[Problem] = []
     unreadable = [key for key in ("category_id", "bbox") if item[key] is None]
     unreadable += [key for key in ("iscrowd",) if item[key] is None and fields.get(key) is not None]
     if unreadable:
         what = ", ".join(f"{key} {fields[key]!r:.80}" if key in fields else f"no {key}" for key in unreadable)
-        found.append(("malformed-annotation", what))
+        problems.append(("malformed-annotation", what))
     if item["area"] is None and fields.get("area") is not None:
-        found.append(("unreadable-area", f"area {fields['area']!r:.80}"))
+        problems.append(("unreadable-area", f"area {fields['area']!r:.80}"))
     if item["bbox"] is not None:
-        found += _box_faults(item["bbox"], frame)
+        problems += _box_faults(item["bbox"], frame)
     if item["category_id"] is not None and item["category_id"] not in category_ids:
         known = ", ".join(map(str, sorted(category_ids)[:10])) + (", …" if len(category_ids) > 10 else "")
-        found.append(("unknown-category", f"category_id {item['category_id']}; categories has {known}"))
+        problems.append(("unknown-category", f"category_id {item['category_id']}; categories has {known}"))
     if (reason := _segmentation_fault(fields.get("segmentation"), item["segmentation"], frame)) is not None:
-        found.append(("bad-segmentation", reason))
-    elif not found and item["segmentation"] and not item["iscrowd"] and frame is not None:
-        found += _mask_problems(item["segmentation"], item["bbox"])
-    return found
+        problems.append(("bad-segmentation", reason))
+    elif not problems and item["segmentation"] and not item["iscrowd"] and frame is not None:
+        problems += _mask_problems(item["segmentation"], item["bbox"])
+    return problems
 
 
 def as_int(value: Any) -> int | None:
-    """An integer of 64 bits, also from a float without a fraction; None for anything else."""
+    """Convert an int, or a float without a fraction, to an integer of at most 64 bits; None for anything else."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
@@ -157,17 +159,17 @@ def as_int(value: Any) -> int | None:
 
 
 def as_numbers(value: Any) -> list[float] | None:
-    """A list of numbers as floats; None for anything else."""
+    """Convert a list of numbers to floats; None for anything else."""
     if not isinstance(value, list):
         return None
     try:
         return [float(x) for x in value] if all(type(x) in (int, float) for x in value) else None
-    except OverflowError:  # an integer past the range of float64
+    except OverflowError:  # an integer outside the range of float64
         return None
 
 
 def read_segmentation(value: Any) -> dict[str, Any] | None:
-    """A segmentation in its original form: polygons, compressed or uncompressed RLE; None if it is none of them."""
+    """Read a segmentation as it is: polygons, compressed RLE or uncompressed RLE; None if it is none of these."""
     if isinstance(value, list):
         polygons = [as_numbers(polygon) for polygon in value]
         return None if None in polygons else {"polygons": polygons, "rle": None}
@@ -184,7 +186,7 @@ def read_segmentation(value: Any) -> dict[str, Any] | None:
 
 
 def rle_covers(rle: Mapping[str, Any]) -> bool:
-    """Whether the runs of an RLE of `read_segmentation` cover the pixels of its size, each once."""
+    """Whether the runs of an RLE from `read_segmentation` cover each pixel of its size exactly once."""
     return _rle_fault(rle) is None
 
 
@@ -200,7 +202,7 @@ def _box_faults(box: Sequence[float], frame: tuple[int, int] | None) -> list[Pro
     if frame is None:
         return []
     text += f" in an image of {frame[1]} x {frame[0]}"
-    # As training clips it: a box whose clipped width or height is zero has nothing to learn.
+    # Clipped as in training: a box whose clipped width or height is 0 cannot be trained on.
     left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + width, frame[1]), min(y + height, frame[0])
     if left >= right or top >= bottom:
         return [("box-outside", text)]
@@ -211,7 +213,7 @@ def _box_faults(box: Sequence[float], frame: tuple[int, int] | None) -> list[Pro
 def _segmentation_fault(
     original: Any, segmentation: Mapping[str, Any] | None, frame: tuple[int, int] | None
 ) -> str | None:
-    """Why a segmentation is not a mask of its image; None when it is one, or is absent."""
+    """Explain why a segmentation is not a mask of its image; None if it is one or is absent."""
     if segmentation is None:
         return None if original is None else f"neither polygons nor RLE: {original!r:.80}"
     if segmentation["polygons"] is not None:
@@ -227,7 +229,7 @@ def _segmentation_fault(
     if frame is not None and rle["size"] != list(frame):
         reason = f"RLE of {rle['size']} in an image of {list(frame)}"
         if rle["size"] == list(frame)[::-1]:
-            reason += ": COCO's size is [height, width]; is it written as width, height?"
+            reason += ": size must be [height, width]; are they swapped?"
         return reason
     return _rle_fault(rle)
 
@@ -249,17 +251,17 @@ def _are_ints(value: Any, limit: int) -> bool:
 
 
 def _decode_fault(data: bytes) -> str:
-    """Of an image that is not decoded: damaged, or of pixels without a way to RGB."""
+    """Return the code of an image that cannot be decoded: damaged, or not convertible to RGB."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-    except Exception:  # Pillow's readers raise whatever damaged bytes lead to
+    except Exception:  # on damaged bytes Pillow's readers raise exceptions of any type
         return "unreadable-image"
     return "unconvertible-image"
 
 
 def _mask_problems(segmentation: Mapping[str, Any], box: Sequence[float]) -> list[Problem]:
-    """Whether the box of a mask is elsewhere than the annotation's box: an intersection over union under a half."""
+    """Report a mask whose bounding box has an IoU under 0.5 with the annotation's box."""
     if (polygons := segmentation["polygons"]) is not None:
         if not polygons:
             return []
@@ -271,7 +273,7 @@ def _mask_problems(segmentation: Mapping[str, Any], box: Sequence[float]) -> lis
         left, top, w, h = box_of_rle(original, "an object")
         right, bottom = left + w, top + h
     x, y, w, h = box
-    # A line or a point as mask has no area of its own: both are taken half a pixel larger on each side.
+    # A mask that is a line or a point has no area, so both boxes are enlarged by half a pixel on each side.
     overlap = max(min(right, x + w) - max(left, x) + 1, 0.0) * max(min(bottom, y + h) - max(top, y) + 1, 0.0)
     union = (right - left + 1) * (bottom - top + 1) + (w + 1) * (h + 1) - overlap
     if overlap >= 0.5 * union or (min(w, h) < 4 and overlap > 0):
@@ -281,38 +283,39 @@ def _mask_problems(segmentation: Mapping[str, Any], box: Sequence[float]) -> lis
 
 
 def _size_problems(claimed: tuple[int | None, int | None], size: tuple[int, int]) -> list[Problem]:
-    """Whether the (height, width) of the JSON is the image's; a side that is absent or 0 says nothing."""
+    """Compare the (height, width) of the JSON with the image. A side that is absent or 0 is not compared."""
     given = [(side, actual) for side, actual in zip(claimed, size, strict=True) if side]
     if any(side != actual for side, actual in given):
         text = (
             f"the JSON says {claimed[0]} x {claimed[1]}, the image is {size[0]} x {size[1]} (height x width)"
         )
         if claimed == size[::-1]:
-            text += ": are they swapped in the JSON, or was the image turned after it was annotated?"
+            text += ": are they swapped in the JSON, or was the image rotated after it was annotated?"
         return [("size-mismatch", text)]
     if len(given) < 2 and claimed != (None, None):
-        return [("repaired-image", f"the JSON says {claimed[0]} x {claimed[1]}: the image's is used")]
+        return [
+            ("repaired-image", f"the JSON says {claimed[0]} x {claimed[1]}: the size of the image is used")
+        ]
     return []
 
 
 def _header_problems(container: Container, data: bytes, file_name: str) -> list[Problem]:
-    """What an image's header says that is worth reporting."""
-    found: list[Problem] = []
-    with Image.open(
-        io.BytesIO(container.data)
-    ) as image:  # without metadata, which Pillow may read for minutes
-        promised = _ENDINGS.get(file_name.rpartition(".")[2].lower())
-        if promised is not None and image.format not in promised:
-            found.append(("mislabelled-image", f"named {file_name}, but in format {image.format}"))
+    """Report notable properties of an image's header."""
+    problems: list[Problem] = []
+    # container.data has no metadata, which Pillow could take minutes to read.
+    with Image.open(io.BytesIO(container.data)) as image:
+        expected = _EXTENSIONS.get(file_name.rpartition(".")[2].lower())
+        if expected is not None and image.format not in expected:
+            problems.append(("mislabelled-image", f"named {file_name}, but the format is {image.format}"))
         if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
-            found.append(("grey-image", f"mode {image.mode}"))
+            problems.append(("grey-image", f"mode {image.mode}"))
         if image.mode != "F" and (bits := _bits(image, data)) > 8:
-            found.append(("deep-image", f"{bits} bits a channel"))
+            problems.append(("deep-image", f"{bits} bits per channel"))
         if image.mode in ("CMYK", "YCCK"):
-            found.append(("cmyk-image", f"mode {image.mode}"))
+            problems.append(("cmyk-image", f"mode {image.mode}"))
         if image.format in ("GIF", "PNG", "WEBP") and _is_animated(data):
-            found.append(("animated-image", "the first frame is used"))
-    return found
+            problems.append(("animated-image", "the first frame is used"))
+    return problems
 
 
 def _is_animated(data: bytes) -> bool:
@@ -321,9 +324,11 @@ def _is_animated(data: bytes) -> bool:
 
 
 def _bits(image: Image.Image, data: bytes) -> int:
-    """Bits of a channel as they are stored: Pillow opens 16-bit colour as 8-bit RGB."""
+    """Return the stored bits per channel. Pillow does not report them: it opens 16-bit color as 8-bit RGB."""
     if image.format == "PNG":
-        return data[24]  # after the signature: length and name of IHDR, width, height, bit depth
+        return data[
+            24
+        ]  # bit depth: signature (8 bytes), length and name of IHDR (8), width and height (8) precede it
     if isinstance(image, TiffImageFile):
         bits = image.tag_v2.get(_TIFF_BITS, 1)
         return int(max(bits) if isinstance(bits, tuple) else bits)

@@ -1,7 +1,7 @@
-"""What is to be ingested, in tables on the local disk: the driver's memory is the same for any number of images.
+"""Index the input of an ingest in tables on the local disk, so that the driver needs the same memory for any data set.
 
-The tables hold each entry of the JSON files as its text. They are in SQLite's temporary database, a file without a
-name in the folder for temporary files, which is gone with the process however that ends.
+The tables store each entry of the JSON files as its text. They are in a temporary SQLite database: an unnamed file in
+the folder for temporary files, which disappears with the process, however it ends.
 """
 
 import json
@@ -16,7 +16,7 @@ from raydetr.data.ingest.faults import Problem, as_int
 from raydetr.data.ingest.panoptic import Panoptic
 from raydetr.data.ingest.record import Annotation, Entry
 from raydetr.data.ingest.repairs import read_int
-from raydetr.data.names import leads_out, match, normal, stem
+from raydetr.data.names import is_outside, match_file, normalize_name, normalized_stem
 from raydetr.data.schema import Fault
 from raydetr.errors import DataError, StorageError
 
@@ -47,7 +47,7 @@ Files = Literal["image_files", "mask_files"]
 
 
 class Index:
-    """The images of a data set with their annotations, the files that exist, and the faults that no record has."""
+    """The images of a data set with their annotations, the existing files, and the faults that belong to no record."""
 
     def __init__(self) -> None:
         self._connection = sqlite3.connect("")
@@ -56,13 +56,13 @@ class Index:
         self._starts = {0: 0}
         """Source → position of its first annotation."""
         self._first = {"images": 0, "annotations": 0}
-        """Positions of the current source's first image and annotation: those of all sources are numbered through."""
+        """Positions of the current source's first image and annotation. Positions are numbered across all sources."""
 
-    def begin_source(self, folder: int) -> None:
-        """What is added from here on comes from another JSON, whose ids are its own.
+    def start_source(self, folder: int) -> None:
+        """Start another JSON with its own id space. Everything that is added after this call belongs to it.
 
         Args:
-            folder: number of its folder of images.
+            folder: number of its image folder.
         """
         self._source += 1
         self._folder = folder
@@ -74,7 +74,7 @@ class Index:
     def add_image(self, position: int, image_id: int, file_name: str, text: str) -> None:
         """Add an image entry of the JSON."""
         position += self._first["images"]
-        row = (position, self._source, image_id, self._folder, normal(file_name), text)
+        row = (position, self._source, image_id, self._folder, normalize_name(file_name), text)
         self._connection.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def add_annotation(self, position: int, fields: Mapping[str, Any], text: str) -> None:
@@ -84,30 +84,30 @@ class Index:
         self._connection.execute("INSERT INTO annotations VALUES (?, ?, ?, ?, ?)", row)
 
     def add_image_problem(self, position: int, code: str, reason: str) -> None:
-        """Add a fault of an image that only the whole file or the folder shows; `position` counts all sources."""
+        """Add a fault of an image that only the whole file or the folder shows. `position` is across all sources."""
         self._connection.execute("INSERT INTO image_problems VALUES (?, ?, ?)", (position, code, reason))
 
     def add_panoptic(self, position: int, image_id: int, file_name: str, text: str) -> None:
         """Add an annotation of the panoptic JSON."""
-        row = (position, image_id, normal(file_name), text)
+        row = (position, image_id, normalize_name(file_name), text)
         self._connection.execute("INSERT INTO panoptic VALUES (?, ?, ?, ?)", row)
 
     def add_files(self, table: Files, files: Iterable[tuple[str, int]], folder: int = 0) -> None:
-        """Add files that exist in a folder, as (name, bytes)."""
+        """Add the files of a folder as (name, bytes)."""
         rows = ((name, size, folder) for name, size in files)
         self._connection.executemany(f"INSERT INTO {table} VALUES (?, ?, ?)", rows)
 
     def add_fault(self, fault: Fault) -> None:
-        """Add a fault that concerns no record of its own."""
+        """Add a fault that belongs to no record."""
         self._connection.execute("INSERT INTO faults VALUES (?, ?, ?, ?, ?)", astuple(fault))
 
     def add_parts(self, parts: Iterable[tuple[int, str]]) -> None:
-        """Say which part of a split an image is in, as (position, part)."""
+        """Set the part of a split for each image, as (position, part)."""
         self._connection.execute("DELETE FROM parts")
         self._connection.executemany("INSERT INTO parts VALUES (?, ?)", parts)
 
     def join_annotations(self, source: str) -> None:
-        """When the images and annotations are there: find what is there twice, and annotations of no image.
+        """Find duplicate ids and annotations without an image, after all images and annotations of a source were added.
 
         Args:
             source: name of the JSON, for the faults.
@@ -115,12 +115,12 @@ class Index:
         self._connection.executescript(_INDICES)
         self._drop_repeated_images()
         self._mark_repeated_annotations()
-        lost = self._connection.execute(
+        orphans = self._connection.execute(
             "SELECT position, text FROM annotations WHERE source = ? AND NOT EXISTS (SELECT 1 FROM images "
             "WHERE images.id = annotations.image_id AND images.source = annotations.source) ORDER BY position",
             (self._source,),
         )
-        for position, text in lost:
+        for position, text in orphans:
             fields = json.loads(text)
             what = f"image_id {fields['image_id']!r:.80}" if "image_id" in fields else "no image_id"
             reason = f"annotations[{position - self._first['annotations']}] has {what}"
@@ -129,7 +129,7 @@ class Index:
         self._renumber(source)
 
     def _renumber(self, source: str) -> None:
-        """Change the ids of the last source where an earlier one has the same: add a power of ten."""
+        """Add a power of ten to the ids of the last source if an earlier source has some of the same ids."""
         for table in ("images", "annotations"):
             lowest, highest = self._connection.execute(
                 f"SELECT MIN(id), MAX(id) FROM {table} WHERE source = ?", (self._source,)
@@ -138,14 +138,15 @@ class Index:
                 f"SELECT MAX(id) FROM {table} WHERE source < ?", (self._source,)
             ).fetchone()[0]
             collide = self._connection.execute(
-                f"SELECT 1 FROM {table} AS a JOIN {table} AS b ON a.id = b.id AND a.source = ? AND b.source < ? LIMIT 1",
+                f"SELECT 1 FROM {table} AS a JOIN {table} AS b ON a.id = b.id AND a.source = ? AND b.source < ? "
+                "LIMIT 1",
                 (self._source, self._source),
             ).fetchone()
             if collide:
                 self._shift(table, id_offset(earlier, lowest, highest, source), source)
 
     def shift_images(self, used: int, source: str) -> None:
-        """Change the ids of all images: other images have theirs up to `used`."""
+        """Shift the ids of all images above `used`, the highest id of the images of another data set."""
         query = "SELECT MIN(id), MAX(id) FROM images"
         lowest, highest = self._connection.execute(query).fetchone()
         self._shift("images", id_offset(used, lowest, highest, source), source, every=True)
@@ -157,56 +158,59 @@ class Index:
             for other in ("annotations", "panoptic"):
                 where = chosen if other == "annotations" else ""
                 self._connection.execute(f"UPDATE {other} SET image_id = image_id + {offset} {where}")
-        reason = f"{table}: {offset} is added to each id, since other {table} have the same ids"
+        reason = f"{table}: {offset} was added to each id because other {table} have the same ids"
         self.add_fault(Fault("renumbered", source, None, None, reason))
 
     def join_files(self, folders: Sequence[str] = ("",)) -> None:
-        """When the files are there: find which file each image has, and which two have one.
+        """Match images to files and mark images that share a file, after all files were added.
 
         Args:
-            folders: of images, their addresses.
+            folders: URIs of the image folders.
         """
         for table in ("image_files", "mask_files"):
             self._connection.execute(f"CREATE INDEX {table}_name ON {table} (name, folder, size)")
         self._connection.execute("CREATE INDEX panoptic_image ON panoptic (image_id)")
-        self._find_respelled(folders)
+        self._match_respelled(folders)
         self._mark_shared_files()
 
     def files(self, table: Files) -> Iterator[tuple[str, int]]:
-        """Name and bytes of files, by name; of images those only that an entry has."""
+        """Iterate over (name, bytes) of the files, sorted by name; of image files, only those that an entry lists."""
         named = "WHERE name IN (SELECT file FROM images)" if table == "image_files" else ""
         return self._connection.execute(
             f"SELECT DISTINCT name, size FROM {table} {named} ORDER BY name, folder"
         )
 
     def surplus_files(self) -> Iterator[str]:
-        """Names of files among the images that no entry has, sorted."""
+        """Iterate over the sorted names of image files that no entry lists."""
         rows = self._connection.execute(
             "SELECT name FROM image_files WHERE name NOT IN (SELECT file FROM images) ORDER BY name"
         )
         return (name for (name,) in rows)
 
     def surplus_masks(self) -> Iterator[str]:
-        """Names of files among the panoptic PNGs that no annotation has, sorted."""
+        """Iterate over the sorted names of panoptic PNGs that no annotation lists."""
         rows = self._connection.execute(
             "SELECT name FROM mask_files WHERE name NOT IN (SELECT file FROM panoptic) ORDER BY name"
         )
         return (name for (name,) in rows)
 
-    def panoptic_found(self) -> tuple[int, int]:
-        """How many panoptic annotations there are, and of how many the PNG is there."""
-        found = "COALESCE(SUM(EXISTS (SELECT 1 FROM mask_files WHERE name = file)), 0)"
-        count, there = self._connection.execute(f"SELECT COUNT(*), {found} FROM panoptic").fetchone()
-        return int(count), int(there)
+    def count_pngs(self) -> tuple[int, int]:
+        """Count the panoptic annotations, and those whose PNG exists."""
+        with_png = "COALESCE(SUM(EXISTS (SELECT 1 FROM mask_files WHERE name = file)), 0)"
+        count, existing = self._connection.execute(f"SELECT COUNT(*), {with_png} FROM panoptic").fetchone()
+        return int(count), int(existing)
 
     def images(self) -> Iterator[tuple[int, Entry]]:
-        """Position and entry of each image, without annotations."""
+        """Iterate over the images as (position, entry without annotations)."""
         rows = self._connection.execute("SELECT position, id, text FROM images ORDER BY position")
         for position, image_id, text in rows:
             yield position, _entry(json.loads(text), image_id)
 
     def panoptics(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Image id and panoptic annotation of each image; of several the last, in the place of the first."""
+        """Iterate over the images as (image id, panoptic annotation).
+
+        Of several annotations of an image the last is used, at the position of the first.
+        """
         rows = self._connection.execute(
             "SELECT image_id, text FROM panoptic JOIN (SELECT MIN(position) AS first, MAX(position) AS last "
             "FROM panoptic GROUP BY image_id) ON position = last ORDER BY first"
@@ -214,28 +218,28 @@ class Index:
         return ((image_id, json.loads(text)) for image_id, text in rows)
 
     def count(self, part: str = "") -> int:
-        """How many images there are, in a part of a split or in all."""
+        """Count the images, of a part of a split or in total."""
         query = f"SELECT COUNT(*) FROM images WHERE {_PART}"
         return int(self._connection.execute(query, (part, part)).fetchone()[0])
 
     def name_of(self, image_id: int, part: str = "") -> str | None:
-        """The file name in the entry of an image; None where no image has this id."""
+        """Return the file name in the entry of an image; None if no image has this id."""
         query = f"SELECT text FROM images WHERE id = ? AND {_PART}"
         row = self._connection.execute(query, (image_id, part, part)).fetchone()
         return None if row is None else str(json.loads(row[0])["file_name"])
 
     def faults(self) -> Iterator[Fault]:
-        """The faults that concern no record of their own, in the order in which they were added."""
+        """Iterate over the faults that belong to no record, in the order in which they were added."""
         return (Fault(*row) for row in self._connection.execute("SELECT * FROM faults ORDER BY rowid"))
 
     def texts(
         self, part: str = "", key: Callable[[int], bytes | int] | None = None
     ) -> Iterator[tuple[str, int]]:
-        """Of each image: JSON of what `read_entry` takes, and the bytes of the image file, 0 where there is none.
+        """Iterate over the images as (JSON input of `read_entry`, bytes of the image file or 0 if it does not exist).
 
         Args:
-            part: of a split; empty: all images.
-            key: of an image id, to sort by; None: in the order of the file.
+            part: part of a split; empty: all images.
+            key: sort key of an image id; None: the order of the JSON.
         """
         self._connection.create_function("order_key", 1, key, deterministic=True)
         rows = self._connection.execute(
@@ -263,8 +267,8 @@ class Index:
                 f'[{place - first}, {place}, {"null" if number is None else number}, "{code}", {earlier}, {fields}]'
                 for place, number, code, earlier, fields in annotations
             )
-            found = json.dumps(None if size is None else [folder, file])
-            work = f'"image": {text}, "id": {image_id}, "file": {found}, "annotations": [{objects}]'
+            existing = json.dumps(None if size is None else [folder, file])
+            work = f'"image": {text}, "id": {image_id}, "file": {existing}, "annotations": [{objects}]'
             if problems:
                 work += f', "problems": {json.dumps(problems)}'
             if panoptic:
@@ -272,18 +276,18 @@ class Index:
             yield f"{{{work}}}", size or 0
 
     def entries(self) -> Iterator[Entry]:
-        """The images with their annotations, in the order of the file."""
+        """Iterate over the images with their annotations, in the order of the JSON."""
         return (read_entry(json.loads(text)).entry for text, _ in self.texts())
 
-    def _find_respelled(self, folders: Sequence[str]) -> None:
-        """Give images whose file does not exist the one file that their name stands for in another spelling."""
+    def _match_respelled(self, folders: Sequence[str]) -> None:
+        """Match images whose file does not exist to a file with another spelling of the same name, see `match_file`."""
         missing = self._connection.execute(
             "SELECT position, folder, text FROM images WHERE NOT EXISTS (SELECT 1 FROM image_files "
             "WHERE name = file AND image_files.folder = images.folder) ORDER BY position"
         ).fetchall()
         if not missing:
             return
-        self._connection.create_function("stem", 1, stem, deterministic=True)
+        self._connection.create_function("stem", 1, normalized_stem, deterministic=True)
         self._connection.executescript(
             "CREATE TABLE stems (stem TEXT, name TEXT, folder INTEGER);"
             "INSERT INTO stems SELECT stem(name), name, folder FROM image_files;"
@@ -294,19 +298,19 @@ class Index:
             name = json.loads(text)["file_name"]
             rows = self._connection.execute(
                 "SELECT name FROM stems WHERE stem = ? AND folder = ? ORDER BY name LIMIT 50",
-                (stem(name), folder),
+                (normalized_stem(name), folder),
             )
-            file, near = match(name, [each for (each,) in rows], folders[folder])
+            file, near = match_file(name, [each for (each,) in rows], folders[folder])
             if file is not None:
                 claimed.setdefault((folder, file), []).append((position, name))
                 continue
             hint = (
-                f"; the folder has {near[:3]}: which one is meant is unclear, write it as file_name"
+                f"; the folder has {near[:3]}, but it is unclear which file is meant: write its name as file_name"
                 if near
                 else ""
             )
-            if leads_out(name):
-                reason = f"{name!r:.200} is not in the folder of images, and is not read{hint}"
+            if is_outside(name):
+                reason = f"{name!r:.200} is outside the image folder and is not read{hint}"
                 self.add_image_problem(position, "file-outside", reason)
             elif near:
                 self.add_image_problem(position, "missing-file", f"no file {name!r:.200}{hint}")
@@ -317,15 +321,17 @@ class Index:
             for position, name in images:
                 if owners or len(images) > 1:
                     whose = f"image {owners[0][0]}" if owners else f"{len(images)} images"
-                    reason = f"no file {name!r:.200}; {file!r} would be near, but is that of {whose}"
+                    reason = f"no file {name!r:.200}; {file!r} is similar, but belongs to {whose}"
                     self.add_image_problem(position, "missing-file", reason)
                     continue
                 self._connection.execute("UPDATE images SET file = ? WHERE position = ?", (file, position))
-                # Names that differ in their Unicode form alone look the same.
-                self.add_image_problem(position, "repaired-name", f"{name!a:.200} is the file {file!a:.200}")
+                # !a: names that differ only in their Unicode form look the same otherwise.
+                self.add_image_problem(
+                    position, "repaired-name", f"{name!a:.200} is read from the file {file!a:.200}"
+                )
 
     def _mark_shared_files(self) -> None:
-        """Mark images of one file: which annotations are whose is unknown, and each lacks the others'."""
+        """Mark images that share a file. Each of them lacks the annotations of the others."""
         shared = self._connection.execute(
             "SELECT file, folder, GROUP_CONCAT(id) FROM images GROUP BY file, folder HAVING COUNT(*) > 1"
         ).fetchall()
@@ -340,25 +346,31 @@ class Index:
             self._mark("shared-panoptic", file, ids, chosen, (file,))
 
     def _mark(self, code: str, file: str, ids: str, chosen: str, values: tuple[Any, ...]) -> None:
-        reason = f"{file!r:.200} is that of the images {', '.join(sorted(ids.split(','), key=int)[:10])}"
+        reason = f"{file!r:.200} is shared by the images {', '.join(sorted(ids.split(','), key=int)[:10])}"
         rows = self._connection.execute(f"SELECT position FROM images WHERE {chosen}", values).fetchall()
         for (position,) in rows:
             self.add_image_problem(position, code, reason)
 
     def _drop_repeated_images(self) -> None:
-        """Of image entries with one id the last is used, as in pycocotools; of two files it is not trained on."""
+        """Of image entries with the same id, retain only the last, as pycocotools does.
+
+        If the entries have different files, the image is marked and not trained on.
+        """
         repeated = self._connection.execute(
-            "SELECT * FROM (SELECT position, id, file, LAG(file) OVER again AS earlier, LAG(position) OVER again, "
+            "SELECT * FROM (SELECT position, id, file, LAG(file) OVER same_id AS earlier, LAG(position) OVER same_id, "
             "MAX(position) OVER (PARTITION BY id) FROM images WHERE source = ? "
-            "WINDOW again AS (PARTITION BY id ORDER BY position)) WHERE earlier IS NOT NULL ORDER BY position",
+            "WINDOW same_id AS (PARTITION BY id ORDER BY position)) WHERE earlier IS NOT NULL ORDER BY position",
             (self._source,),
         ).fetchall()
         for position, image_id, file, earlier, before, last in repeated:
             first = self._first["images"]
-            reason = f"image id {image_id} again in images[{position - first}] ({file}), which is used"
+            reason = f"image id {image_id} occurs again in images[{position - first}] ({file}), which is used"
             self.add_fault(Fault("duplicate-image-id", earlier, image_id, None, reason))
             if file != earlier:
-                reason = f"images[{before - first}] ({earlier}) and images[{position - first}] ({file}) have the id {image_id}"
+                reason = (
+                    f"images[{before - first}] ({earlier}) and images[{position - first}] ({file}) have the same id "
+                    f"{image_id}"
+                )
                 self.add_image_problem(last, "ambiguous-image-id", reason)
         self._connection.execute(
             "DELETE FROM images WHERE source = ? AND position NOT IN (SELECT MAX(position) FROM images "
@@ -387,44 +399,44 @@ class Index:
 
 
 def id_offset(used: int, lowest: int, highest: int, source: str) -> int:
-    """A power of ten that, added to ids from `lowest` to `highest`, makes them larger than `used`.
+    """Compute a power of ten that shifts ids from `lowest` to `highest` above `used` when it is added to them.
 
     Raises:
-        DataError: the ids would not fit 64 bits.
+        DataError: the shifted ids would not fit into 64 bits.
     """
     offset = 10 ** len(str(max(used, 1)))
     while lowest + offset <= used:
         offset *= 10
     if highest + offset >= 2**63:
         raise DataError(
-            f"{source}: its ids, such as {highest}, are those of other images too, and too large to be changed: number "
-            "them from 1."
+            f"{source}: its ids, such as {highest}, collide with those of another file and are too large to be "
+            "shifted: number them from 1."
         )
     return offset
 
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """What the local disk refuses, said in words.
+    """Convert errors of SQLite, such as a full disk.
 
     Raises:
-        StorageError: instead of SQLite's errors.
+        StorageError: in place of an error of SQLite.
     """
     try:
         yield
     except sqlite3.Error as error:
         raise StorageError(
-            f"The tables of the input cannot be kept in the folder for temporary files ({error}): they need about the "
-            "size of the JSON files: set SQLITE_TMPDIR to a folder with more room."
+            f"The tables of the input cannot be stored in the folder for temporary files ({error}). They need about as "
+            "much space as the JSON files: set SQLITE_TMPDIR to a folder with more space."
         ) from error
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a task makes a record of.
+class RecordInput:
+    """The input from which a task makes a record.
 
-    file: number of the folder of images, and name in it; None where there is no file.
-    has_mask: whether there is the panoptic PNG.
+    file: number of the image folder, and name of the file in it; None if there is no file.
+    has_mask: whether the panoptic PNG exists.
     """
 
     entry: Entry
@@ -432,15 +444,15 @@ class Work:
     has_mask: bool
 
 
-def read_entry(work: Mapping[str, Any], class_map: ClassMap | None = None) -> Work:
-    """An image entry and its files.
+def read_entry(work: Mapping[str, Any], class_map: ClassMap | None = None) -> RecordInput:
+    """Convert a text of `Index.texts` to an image entry with its files.
 
     Args:
-        work: a decoded text of `Index.texts`.
-        class_map: what becomes of the categories.
+        work: the decoded JSON of the text.
+        class_map: map of the categories; None: they are unchanged.
     """
     annotations = tuple(
-        Annotation(place, _renumbered(fields, number), _repeat(code, place, earlier), -1 - position)
+        Annotation(place, _with_id(fields, number), _repeat_problems(code, place, earlier), -1 - position)
         for place, position, number, code, earlier, original in work["annotations"]
         if (fields := class_map.apply(original) if class_map else original) is not None
     )
@@ -448,28 +460,28 @@ def read_entry(work: Mapping[str, Any], class_map: ClassMap | None = None) -> Wo
     if "panoptic" in work:
         position, fields, has_mask = work["panoptic"]
         mapped = [(each, class_map.apply(each) if class_map else each) for each in fields["segments_info"]]
-        segments = tuple(kept for _, kept in mapped if kept is not None)
-        dropped = (as_int(each.get("id")) for each, kept in mapped if kept is None)
+        segments = tuple(new for _, new in mapped if new is not None)
+        dropped = (as_int(old.get("id")) for old, new in mapped if new is None)
         panoptic = Panoptic(
             position, fields["file_name"], segments, frozenset(each for each in dropped if each is not None)
         )
     entry = _entry(work["image"], work["id"])
     problems = (*entry.problems, *((code, reason) for code, reason in work.get("problems", ())))
     entry = replace(entry, annotations=annotations, panoptic=panoptic, problems=problems)
-    return Work(entry, None if work["file"] is None else tuple(work["file"]), bool(has_mask))
+    return RecordInput(entry, None if work["file"] is None else tuple(work["file"]), bool(has_mask))
 
 
-def _renumbered(fields: dict[str, Any], number: int | None) -> dict[str, Any]:
-    """An annotation with the id that it has among all sources."""
+def _with_id(fields: dict[str, Any], number: int | None) -> dict[str, Any]:
+    """Give an annotation its id among all sources; None: leave it unchanged."""
     return fields if number is None or read_int(fields.get("id")) == number else {**fields, "id": number}
 
 
-def _repeat(code: str, position: int, earlier: int) -> tuple[Problem, ...]:
-    return ((code, f"annotations[{position}] has the id of annotations[{earlier}]"),) if code else ()
+def _repeat_problems(code: str, position: int, earlier: int) -> tuple[Problem, ...]:
+    return ((code, f"annotations[{position}] has the same id as annotations[{earlier}]"),) if code else ()
 
 
 def _entry(fields: Mapping[str, Any], image_id: int) -> Entry:
-    """An image entry without annotations."""
+    """Convert an image entry of the JSON, without annotations."""
     size, problems = {}, []
     for key in ("id", "height", "width"):
         value = fields.get(key)

@@ -1,12 +1,12 @@
-"""COCO JSON and images to shards, by Ray Data.
+"""Ingest COCO JSON and images into shards with Ray Data.
 
-The driver reads the JSON and the sizes of the image files, and decides from them alone which record goes where;
-one task a shard then reads the images, checks them and writes the shard. So the result is a function of the input
-and the seed. The driver holds no image and no annotation, these are in tables on its disk (see `index`): it needs the
-same memory for any number of images.
+The driver reads the JSON and the sizes of the image files, and decides from these alone which record goes into which
+shard. One task per shard then reads the images, checks them and writes the shard. So the result depends only on the
+input, the seed and the settings. The driver holds neither images nor annotations in memory: the annotations are in
+tables on its disk (see `index`), so it needs the same memory for any number of images.
 
-Beside the shards, until the manifest is there, `.ingest/` holds what each is made of and what was found in each
-finished one: an ingest that was killed goes on from these.
+Until the manifest is written, the folder `.ingest/` next to the shards lists the content of each shard and the faults
+of each finished one. An interrupted ingest resumes from these files.
 """
 
 import hashlib
@@ -22,19 +22,19 @@ from raydetr.config import FaultPolicy, require_share
 from raydetr.data.ingest.box_statistics import BoxStatistics
 from raydetr.data.ingest.console import fault_lines
 from raydetr.data.ingest.index import disk_errors
-from raydetr.data.ingest.inputs import Addresses, Inputs, read_inputs, same_categories
-from raydetr.data.ingest.record import AS_USUAL, Reading
+from raydetr.data.ingest.inputs import InputPaths, Inputs, are_known_categories, read_inputs
+from raydetr.data.ingest.record import DEFAULT_READING, Reading
 from raydetr.data.ingest.shard_tasks import (
     WORK,
     ShardResult,
-    read_found,
+    read_shard_faults,
     record_order,
-    run,
+    run_tasks,
     write_checked,
-    write_work,
+    write_task_inputs,
 )
 from raydetr.data.ingest.shard_writer import write_manifest
-from raydetr.data.ingest.split import Split, near_duplicates_of, split_images
+from raydetr.data.ingest.split import Split, find_near_duplicates, split_images
 from raydetr.data.schema import Fault
 from raydetr.data.shards import (
     FAULTS,
@@ -56,13 +56,13 @@ _PARTIAL = re.compile(rf"(shard-\d{{6,}}\.parquet|{re.escape(FAULTS)}|{MANIFEST}
 class Options:
     """How to ingest.
 
-    on_fault: keep marks and reports faults; skip-image leaves images out that have a fault or whose objects have
-        one, repaired ones excepted; fail stops at the first.
-    seed: of the order of the records.
-    shard_bytes: size at which a shard is closed, in bytes of image files.
-    append: add the images to a data set that is there, as new shards.
-    check_duplicates_against: addresses of shards that must have no image in common with these, such as the training set's.
-    max_fault_share: share of images, or of objects, that may be unusable for training.
+    on_fault: keep: mark and report faults. skip-image: skip images that have a fault or an object with one, unless it
+        was repaired. fail: stop at the first fault.
+    seed: seed of the record order.
+    shard_bytes: a shard is closed when its image files reach this number of bytes.
+    append: add the images to an existing data set, as new shards.
+    check_duplicates_against: URIs of shards that should have no image in common with these, such as the training set.
+    max_fault_share: maximum share of images, and of objects, that may be unusable for training, 0 to 1.
     reading: how records are read.
     """
 
@@ -72,15 +72,15 @@ class Options:
     append: bool = False
     check_duplicates_against: tuple[str, ...] = ()
     max_fault_share: float = 0.2
-    reading: Reading = AS_USUAL
+    reading: Reading = DEFAULT_READING
 
-    def compared(self) -> list[Manifest]:
-        """The data sets of `check_duplicates_against`.
+    def load_compared(self) -> list[Manifest]:
+        """Load the manifests of `check_duplicates_against`.
 
         Raises:
-            DataError: one of them is not there.
+            DataError: one of them does not exist.
         """
-        return [Manifest.load(storage.absolute(address)) for address in self.check_duplicates_against]
+        return [Manifest.load(storage.absolute(uri)) for uri in self.check_duplicates_against]
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:
@@ -90,66 +90,66 @@ class Options:
 
 @dataclass(frozen=True)
 class IngestResult:
-    """What an ingest made, or found made."""
+    """The result of an ingest."""
 
     manifest: Manifest
     written: bool
-    """False: the output was complete before, from the same input; nothing was written."""
+    """False if the output was already complete and nothing was written."""
     num_images_skipped: int
-    """Images left out by on_fault="skip-image"."""
+    """Number of images skipped by on_fault="skip-image"."""
 
 
 def ingest(
-    addresses: Addresses,
+    addresses: InputPaths,
     output: str,
     options: Options | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> IngestResult:
-    """Write a COCO data set as shards with a manifest, unless the output holds them already.
+    """Write a COCO data set as shards with a manifest, unless the output is already complete.
 
-    Connects to Ray when there is something to do (a job that needs more CPUs later has to connect before). The same
-    input, seed, shard size and policy give the same bytes in every file of the output, whatever the number of CPUs
-    and however often the ingest was ended and started again.
+    Connects to Ray if there is work to do, with 1 CPU: a job that needs more CPUs has to connect first. The same input,
+    seed, shard size and policy give the same bytes in every file of the output, for any number of CPUs and also after
+    interruptions.
 
     Args:
-        addresses: of what is read.
-        output: address of the folder to write.
-        options: how.
-        progress: called with (images done, images in all).
+        addresses: URIs of the input.
+        output: URI of the folder to write.
+        options: settings.
+        progress: called with (images done, total images).
 
     Raises:
-        ConfigError: addresses that do not go together.
-        StorageError: something cannot be read or written.
-        DataError: a JSON is not COCO, the images are not in the folder, the output holds other data, images to
-            append are there already, or on_fault stops the ingest.
+        ConfigError: the URIs of the input cannot be combined.
+        StorageError: a file cannot be read or written.
+        DataError: a JSON is not COCO, the images are not in the folder, the output holds other data or already has
+            images that are to be appended, too much cannot be trained on, or on_fault stops the ingest.
     """
     options = options or Options()
-    return _ingest(read_inputs(addresses), output, options, "", progress, others=options.compared())
+    return _ingest(read_inputs(addresses), output, options, "", progress, others=options.load_compared())
 
 
 def ingest_split(
-    addresses: Addresses,
+    addresses: InputPaths,
     output: str,
     split: Split,
     options: Options | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, IngestResult]:
-    """As `ingest`, cut into parts: `output`/train, `output`/val and, with three fractions, `output`/test.
+    """Like `ingest`, but split into the parts `output`/train, `output`/val and, with three fractions, `output`/test.
 
-    Images that are nearly the same in an earlier part are reported in the fault table of the later one.
+    Near-duplicate images in two parts are reported in the fault table of the later part.
     """
     inputs = read_inputs(addresses)
     with disk_errors():
         parts = list(split_images(inputs.index, split))
     options = options or Options()
-    compared = options.compared()
+    compared = options.load_compared()
     results: dict[str, IngestResult] = {}
     for name in parts:
         key = json.dumps([name, *asdict(split).values()])
         earlier = [result.manifest for result in results.values()]
         folder = storage.join(output, name)
         results[name] = _ingest(
-            inputs, folder, options, name, progress, key, [*compared, *earlier], tell=not earlier
+            inputs, folder, options, name, progress, key, [*compared, *earlier], report_set_faults=not earlier
         )
     return results
 
@@ -162,47 +162,55 @@ def _ingest(
     progress: Callable[[int, int], None] | None,
     key: str = "",
     others: Sequence[Manifest] = (),
-    tell: bool = True,
+    report_set_faults: bool = True,
 ) -> IngestResult:
-    """Write one part of the input, whose key is `key`.
+    """Write one part of the input.
 
-    `others` have no image to share with it; `tell`: the faults of the files as a whole are told with this part.
+    Args:
+        inputs: the input.
+        output: URI of the folder to write.
+        options: settings.
+        part: name of the part; empty: the whole input.
+        progress: called with (images done, total images).
+        key: fingerprint of the split and the part; empty without a split.
+        others: data sets to check for near-duplicates.
+        report_set_faults: whether this part reports the faults of the files as a whole. Only one part does.
     """
     output = storage.absolute(output)
     settings = [options.on_fault, options.seed, options.shard_bytes, key, options.append]
     settings += sorted(other.digest for other in others if options.check_duplicates_against)
-    if options.reading != AS_USUAL:
+    if options.reading != DEFAULT_READING:
         settings.append(json.dumps(asdict(options.reading)))
     source = hashlib.sha256(json.dumps([inputs.digest, settings]).encode()).hexdigest()
-    if finished := _find(output, source, options):
+    if finished := _find_finished(output, source, options):
         return finished
     if not options.append and not inputs.categories:
         raise DataError(
-            f"{inputs.name}: 'categories' is empty: list the classes, also of images without objects."
+            f"{inputs.name}: 'categories' is empty: list the classes, even if no image has objects."
         )
 
     def set_faults() -> Iterator[Fault]:
-        return inputs.index.faults() if tell else iter(())
+        return inputs.index.faults() if report_set_faults else iter(())
 
     _check_policy(set_faults(), options.on_fault)
     with lease(output, wait_s=WAIT_S) as held:
-        if finished := _find(output, source, options):  # written by the process that held the lease
+        if finished := _find_finished(output, source, options):  # written by the process that held the lease
             return finished
         return _write(inputs, output, options, part, progress, source, others, set_faults, held)
 
 
-def _find(output: str, source: str, options: Options) -> IngestResult | None:
-    """The result of an earlier ingest of this input; None where there is something to write.
+def _find_finished(output: str, source: str, options: Options) -> IngestResult | None:
+    """Return the result of a finished ingest of this input; None if there is work to do.
 
     Raises:
-        DataError: the output holds other data, or nothing to append to.
+        DataError: the output holds other data, or has nothing to append to.
     """
     if storage.exists(storage.join(output, MANIFEST)):
         base = Manifest.load(output)
         if base.source == source or not options.append:
-            return _finished(base, source)
+            return _check_finished(base, source)
     elif options.append:
-        raise DataError(f"{output}: no {MANIFEST}, so nothing to append to: leave --append out.")
+        raise DataError(f"{output}: no {MANIFEST}: there is nothing to append to: remove --append.")
     return None
 
 
@@ -217,7 +225,7 @@ def _write(
     set_faults: Callable[[], Iterator[Fault]],
     held: Held,
 ) -> IngestResult:
-    """Write the shards of an input and, while the lease is held and everything is there, their manifest."""
+    """Write the shards of an input and then, if the lease is still held and all shards exist, their manifest."""
     base = Manifest.load(output) if options.append else None
     categories = inputs.categories
     if base:
@@ -244,11 +252,11 @@ def _write(
     first = 1 + max((int(shard.file[6:-8]) for shard in base.shards), default=-1) if base else 0
     with disk_errors():
         texts = inputs.index.texts(part, record_order(options.seed))
-        numbers = write_work(output, texts, options.shard_bytes, first)
+        numbers = write_task_inputs(output, texts, options.shard_bytes, first)
         num_images = inputs.index.count(part)
     results: dict[int, ShardResult] = {}
     done = 0
-    for number, result in run(work, numbers):
+    for number, result in run_tasks(work, numbers):
         if result.error is not None:
             raise result.error
         _check_policy(result.faults, options.on_fault)
@@ -261,16 +269,16 @@ def _write(
     if not summaries:
         raise DataError(f"{inputs.name}: every image has a fault, so --on-fault skip-image leaves none.")
     file = inputs.name.rsplit("/", 1)[-1]
-    usable = sum((result.usable for result in ordered), Usable()).with_lost(set_faults())
-    found = chain(set_faults(), read_found(output, numbers))
-    require_usable(inputs.name, usable, options.max_fault_share, found)
+    usable = sum((result.usable for result in ordered), Usable()).with_orphans(set_faults())
+    faults = chain(set_faults(), read_shard_faults(output, numbers))
+    require_usable(inputs.name, usable, options.max_fault_share, faults)
     boxes = sum((result.boxes for result in ordered), BoxStatistics())
-    suspected = list(boxes.suspicions(file))
+    suspected = list(boxes.format_faults(file))
     if usable.crowds >= max(usable.objects / 2, 1):
         reason = f"{usable.crowds:,} of {usable.objects:,} objects: {CROWDS_REMEDY}"
         suspected.append(Fault("crowds", file, None, None, reason))
-    shown = [summary.shard for summary in summaries]
-    suspected += [fault for other in others for fault in near_duplicates_of(output, shown, other)]
+    shards = [summary.shard for summary in summaries]
+    suspected += [fault for other in others for fault in find_near_duplicates(output, shards, other)]
     _check_policy(suspected, options.on_fault)
     _check_written(output, ordered, num_images)
     held.verify()
@@ -279,7 +287,7 @@ def _write(
         output,
         summaries,
         categories,
-        chain(earlier, set_faults(), suspected, read_found(output, numbers)),
+        chain(earlier, set_faults(), suspected, read_shard_faults(output, numbers)),
         seed=options.seed,
         source=source,
         base=base,
@@ -290,10 +298,10 @@ def _write(
 
 
 def _check_written(output: str, results: Sequence[ShardResult], num_images: int) -> None:
-    """Prove that every image was read once and that every shard is what was written.
+    """Check that every image was read exactly once and that every shard has the size that was written.
 
     Raises:
-        DataError: something is missing or was written twice.
+        DataError: the number of images or the size of a shard is wrong.
     """
     read = sum(result.num_images for result in results)
     shards = [result.summary.shard for result in results if result.summary is not None]
@@ -301,58 +309,65 @@ def _check_written(output: str, results: Sequence[ShardResult], num_images: int)
     wrong = [shard.file for shard in shards if present.get(shard.file) != shard.num_bytes]
     if read != num_images or wrong:
         raise DataError(
-            f"{output}: {read} of {num_images} images were read, and {len(wrong)} shards are not as they were written "
-            f"{wrong[:3]}: another process has changed the folder. Rerun the command."
+            f"{output}: {read} of {num_images} images were read, and {len(wrong)} shards have changed since they were "
+            f"written {wrong[:3]}: another process has modified the folder. Rerun the command."
         )
 
 
 def _prepare(output: str, source: str, base: Manifest | None) -> None:
-    """Make the output ready for this input: what an ingest of it left is kept, anything else that one left deleted.
+    """Prepare the output folder for this input.
 
-    The fault table that an append goes on from is kept beside, since the append ends with another in its place.
+    Files of an interrupted ingest of the same input stay, so that it can be resumed. Files of an interrupted ingest of
+    any other input are deleted. Before an append, the fault table is copied to `.ingest/`, because the append replaces
+    it.
     """
-    begun = storage.join(output, WORK, _SOURCE)
-    kept = {shard.file for shard in base.shards} | {FAULTS} if base else set()
-    going_on = storage.exists(begun) and storage.read_json(begun).get("source") == source
+    marker = storage.join(output, WORK, _SOURCE)
+    retained = {shard.file for shard in base.shards} | {FAULTS} if base else set()
+    resuming = storage.exists(marker) and storage.read_json(marker).get("source") == source
     for name in storage.list_names(output):
-        own = _PARTIAL.fullmatch(name) if going_on else _OWN_FILES.fullmatch(name) or _PARTIAL.fullmatch(name)
-        if own and name not in kept:
+        own = _PARTIAL.fullmatch(name) if resuming else _OWN_FILES.fullmatch(name) or _PARTIAL.fullmatch(name)
+        if own and name not in retained:
             storage.delete_file(storage.join(output, name))
-    if not going_on:
+    if not resuming:
         storage.delete_folder(storage.join(output, WORK))
         if base:
             table = storage.read_bytes(storage.join(output, FAULTS))
             storage.write_bytes(storage.join(output, WORK, FAULTS), table)
-        storage.write_json(begun, {"source": source})
+        storage.write_json(marker, {"source": source})
 
 
-def _finished(manifest: Manifest, source: str) -> IngestResult:
-    """The result of an ingest that was completed before."""
+def _check_finished(manifest: Manifest, source: str) -> IngestResult:
+    """Check that a finished ingest is one of this input and that its files are complete, and return its result.
+
+    Raises:
+        DataError: it is one of another input, or a file is missing or has the wrong size.
+    """
     output = manifest.root
     if manifest.source != source:
         raise DataError(
-            f"{output}: holds the shards of other input or of other flags: give another --output, delete it, or add "
-            "to it with --append."
+            f"{output}: holds shards of another input or of other flags: choose another --output, delete this one, or "
+            "add to it with --append."
         )
     present = storage.file_sizes(output, [shard.file for shard in manifest.shards])
     for shard in manifest.shards:
         if present.get(shard.file) != shard.num_bytes:
             raise DataError(
                 f"{output}: {shard.file} has {present.get(shard.file, 0)} bytes instead of {shard.num_bytes}: "
-                "delete the folder and run the ingest again."
+                "delete the folder and rerun the ingest."
             )
     if not storage.exists(storage.join(output, FAULTS)):
-        raise DataError(f"{output}: {FAULTS} is gone: delete the folder and run the ingest again.")
+        raise DataError(f"{output}: {FAULTS} is missing: delete the folder and rerun the ingest.")
     storage.delete_folder(storage.join(output, WORK))
     return IngestResult(manifest, False, 0)
 
 
 def _check_appended(base: Manifest, inputs: Inputs, part: str) -> None:
-    if not same_categories(inputs.categories, base.categories):
+    if not are_known_categories(inputs.categories, base.categories):
         raise DataError(
-            f"{base.root}: its categories are not those of {inputs.name}: --append needs the same list (see --classes)."
+            f"{base.root}: its categories differ from those of {inputs.name}: --append requires categories that the data set has (see "
+            "--classes)."
         )
-    again: list[int] = []
+    repeated: list[int] = []
     highest = 0
     collide = False
     for shard in base.shards:
@@ -361,13 +376,13 @@ def _check_appended(base: Manifest, inputs: Inputs, part: str) -> None:
             name = inputs.index.name_of(image_id, part)
             collide |= name is not None
             if name == file:
-                again.append(image_id)
-    if collide and not again:  # other images, of a JSON that has ids of its own
+                repeated.append(image_id)
+    if collide and not repeated:  # different images with the same ids
         inputs.index.shift_images(highest, inputs.name.rsplit("/", 1)[-1])
-    if again:
+    if repeated:
         raise DataError(
-            f"{base.root}: has {len(again)} of the images to append already, such as image ids {sorted(again)[:5]}: "
-            "give only new ones."
+            f"{base.root}: already has {len(repeated)} of the images to append, such as image ids "
+            f"{sorted(repeated)[:5]}: append only new images."
         )
 
 

@@ -1,4 +1,4 @@
-"""What an ingest reads: COCO files, and which images and panoptic PNGs are there, joined in an `Index`."""
+"""Read the input of an ingest: COCO files and the listings of image and PNG folders, joined in an `Index`."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 @dataclass(frozen=True)
 class Source:
-    """A further COCO detection JSON, whose ids are its own.
+    """An additional COCO detection JSON, with its own id space.
 
-    annotations: the JSON.
-    images: folder of its images; empty: that of the first.
+    annotations: URI of the JSON.
+    images: URI of the folder of its images; empty: the folder of the first JSON.
     """
 
     annotations: str
@@ -36,16 +36,16 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Addresses:
-    """What to ingest.
+class InputPaths:
+    """The URIs of the input.
 
-    annotations: COCO detection JSON; empty: panoptic annotations alone.
-    images: folder of the images that file names refer to.
+    annotations: COCO detection JSON; empty: panoptic annotations only.
+    images: image folder that the file names are relative to.
     panoptic_annotations: COCO panoptic JSON; empty: none.
     panoptic_masks: folder of its PNGs.
     classes: class map (see `classes.load_classes`); empty: none.
-    others: further JSONs, with the same categories.
-    follow_links: read what symbolic links in the folders point to outside of them.
+    others: additional JSONs with the same categories.
+    follow_links: follow symbolic links that point out of the folders.
     """
 
     annotations: str
@@ -68,8 +68,8 @@ class Addresses:
         panoptic_masks: str = "",
         classes: str = "",
         follow_links: bool = False,
-    ) -> "Addresses":
-        """Of several JSONs, or none, with one folder of images for all or one for each."""
+    ) -> "InputPaths":
+        """Create from any number of JSONs, with one image folder for all of them or one for each."""
         first, *further = annotations or ("",)
         folders = [images[0]] * len(further) if len(images) == 1 else images[1:]
         sources = tuple(Source(*pair) for pair in zip(further, folders, strict=True))
@@ -78,12 +78,12 @@ class Addresses:
 
     @property
     def folders(self) -> list[str]:
-        """The folders of images, each once."""
+        """The image folders without repetition."""
         return list(dict.fromkeys([self.images, *(each.images or self.images for each in self.others)]))
 
 
 def _resolve(addresses: object, *names: str) -> None:
-    """Replace relative addresses of a frozen dataclass, which are under RAYDETR_STORAGE where that is set."""
+    """Make URIs of a frozen dataclass absolute. Relative ones are relative to RAYDETR_STORAGE if it is set."""
     for name in names:
         if given := getattr(addresses, name):
             object.__setattr__(addresses, name, storage.absolute(given))
@@ -91,15 +91,15 @@ def _resolve(addresses: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was found.
+    """The input as it was read.
 
-    categories: of the data set, stuff included where there are panoptic annotations.
-    class_map: that made them of the categories of the files; None where these stay.
-    index: images, annotations, files and the faults that concern no record of their own.
-    digest: of the files, their names and sizes.
+    categories: categories of the data set, including stuff if there are panoptic annotations.
+    class_map: the map from the categories of the files to `categories`; None if they are the same.
+    index: images, annotations, files, and the faults that belong to no record.
+    digest: SHA-256 of the JSON files and of the names and sizes of the image files.
     """
 
-    addresses: Addresses
+    addresses: InputPaths
     categories: tuple[dict[str, Any], ...]
     class_map: ClassMap | None
     index: Index
@@ -107,17 +107,17 @@ class Inputs:
 
     @property
     def name(self) -> str:
-        """Address of the JSON that names the images."""
+        """URI of the JSON that lists the images."""
         return self.addresses.annotations or self.addresses.panoptic_annotations
 
 
-def read_inputs(addresses: Addresses) -> Inputs:
+def read_inputs(addresses: InputPaths) -> Inputs:
     """Read the JSON files and list the folders.
 
     Raises:
-        ConfigError: there are no annotations at all, or panoptic annotations without a folder or the reverse.
-        StorageError: something cannot be read.
-        DataError: a JSON is not what it should be, or none of the images is in the folder.
+        ConfigError: no annotations are given, or only one of panoptic annotations and panoptic masks.
+        StorageError: a file or folder cannot be read.
+        DataError: a JSON has the wrong content, or none of its images is in the folder.
     """
     if not (addresses.annotations or addresses.panoptic_annotations):
         raise ConfigError(
@@ -125,18 +125,18 @@ def read_inputs(addresses: Addresses) -> Inputs:
         )
     if bool(addresses.panoptic_annotations) != bool(addresses.panoptic_masks):
         raise ConfigError(
-            "--panoptic-annotations and --panoptic-masks go together: the JSON and the folder of PNGs."
+            "--panoptic-annotations and --panoptic-masks must be given together: the JSON and the folder of PNGs."
         )
     if addresses.others and addresses.panoptic_annotations:
-        raise ConfigError("Several --annotations and --panoptic-annotations exclude each other.")
+        raise ConfigError("Several --annotations cannot be combined with --panoptic-annotations.")
     for folder in filter(None, [*addresses.folders, addresses.panoptic_masks]):
         if folder.lower().endswith(_ARCHIVES) and storage.exists(folder) and not storage.is_folder(folder):
-            raise ConfigError(f"{folder}: an archive: unpack it, and give the folder that holds the images.")
+            raise ConfigError(f"{folder}: this is an archive: unpack it and give the folder with the images.")
     with disk_errors():
         return _read(addresses)
 
 
-def _read(addresses: Addresses) -> Inputs:
+def _read(addresses: InputPaths) -> Inputs:
     index = Index()
     categories: tuple[dict[str, Any], ...] = ()
     digests = []
@@ -145,12 +145,12 @@ def _read(addresses: Addresses) -> Inputs:
         categories, digests = detection.categories, [detection.digest]
     further = []
     for source in addresses.others:
-        index.begin_source(addresses.folders.index(source.images or addresses.images))
+        index.start_source(addresses.folders.index(source.images or addresses.images))
         other = read_coco(source.annotations, index)
-        if not same_categories(other.categories, categories):
+        if not are_known_categories(other.categories, categories):
             raise DataError(
-                f"{source.annotations}: its categories are not those of {addresses.annotations}: ids and names must be "
-                "the same in all --annotations."
+                f"{source.annotations}: its categories differ from those of {addresses.annotations}: ids and names "
+                "must be the same in all --annotations."
             )
         further.append(other.digest)
     if addresses.panoptic_annotations:
@@ -175,14 +175,18 @@ def _read(addresses: Addresses) -> Inputs:
     )
 
 
-def same_categories(some: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> bool:
-    """Whether each of some categories is a known one, by id and name."""
+def are_known_categories(categories: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> bool:
+    """Whether each of the categories is among the known ones, by id and name."""
     names = {category["id"]: category["name"] for category in known}
-    return all(names.get(category["id"]) == category["name"] for category in some)
+    return all(names.get(category["id"]) == category["name"] for category in categories)
 
 
-def _list_files(addresses: Addresses, index: Index) -> None:
-    """Put the files that exist into the index, with the fault of those that no entry names."""
+def _list_files(addresses: InputPaths, index: Index) -> None:
+    """Add the existing files to the index, and report those that no entry refers to.
+
+    Raises:
+        DataError: none of the images, or none of the PNGs, that the JSON lists is in the folder.
+    """
     for number, folder in enumerate(addresses.folders):
         index.add_files("image_files", _files(folder, addresses, index), number)
     if addresses.panoptic_masks:
@@ -192,26 +196,27 @@ def _list_files(addresses: Addresses, index: Index) -> None:
         first = next(index.entries()).file_name
         folders = ", ".join(addresses.folders)
         raise DataError(
-            f"{folders}: none of the {index.count()} images that "
-            f"{addresses.annotations or addresses.panoptic_annotations} names is there: it names {first!r}, the "
-            f"folder has {list(islice(index.surplus_files(), 5)) or 'nothing'}. Is --images the folder that the names "
-            "are relative to?"
+            f"{folders}: none of the {index.count()} images in "
+            f"{addresses.annotations or addresses.panoptic_annotations} is in this folder: the JSON lists {first!r}, "
+            f"the folder has {list(islice(index.surplus_files(), 5)) or 'nothing'}. Is --images the folder that the "
+            "file names are relative to?"
         )
     _report_surplus(index, index.surplus_files(), "files")
     if addresses.panoptic_masks:
-        count, there = index.panoptic_found()
-        if count and not there:
+        count, existing = index.count_pngs()
+        if count and not existing:
             first = next(index.panoptics())[1]["file_name"]
             raise DataError(
-                f"{addresses.panoptic_masks}: none of the {count} PNGs that {addresses.panoptic_annotations} names is "
-                f"there: it names {first!r}, the folder has {list(islice(index.surplus_masks(), 5)) or 'nothing'}. Is "
-                "--panoptic-masks the folder that the names are relative to?"
+                f"{addresses.panoptic_masks}: none of the {count} PNGs in {addresses.panoptic_annotations} is in this "
+                f"folder: the JSON lists {first!r}, the folder has "
+                f"{list(islice(index.surplus_masks(), 5)) or 'nothing'}. Is --panoptic-masks the folder that the file "
+                "names are relative to?"
             )
         _report_surplus(index, index.surplus_masks(), "panoptic PNGs")
 
 
-def _files(folder: str, addresses: Addresses, index: Index) -> Iterator[tuple[str, int]]:
-    """The files of a folder; what cannot be listed becomes a fault."""
+def _files(folder: str, addresses: InputPaths, index: Index) -> Iterator[tuple[str, int]]:
+    """Iterate over the files of a folder as (name, bytes). What cannot be listed is reported as a fault."""
     count = 0
     first: list[str] = []
 
@@ -237,7 +242,7 @@ def _report_surplus(index: Index, names: Iterator[str], what: str) -> None:
 
 
 def _digest(content: Sequence[Any]) -> str:
-    """SHA-256 of a list's JSON, of which the iterators among its elements are never in memory as a whole."""
+    """Compute the SHA-256 of the JSON of a list. Elements that are iterators are consumed item by item."""
     digest = hashlib.sha256(b"[")
     for number, value in enumerate(content):
         digest.update(b", " if number else b"")

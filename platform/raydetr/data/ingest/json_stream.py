@@ -1,4 +1,4 @@
-"""A JSON object read member by member, arrays element by element: a file need not fit in memory."""
+"""Read a JSON object member by member and its arrays element by element, so that the file need not fit in memory."""
 
 import codecs
 import json
@@ -13,7 +13,8 @@ from raydetr.errors import DataError
 
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
-# What the end of the text may cut without an error before it: a number, a literal, an escape.
+# Near the end of the buffer a number, literal or escape may be cut off without an obvious error, so a value or an error
+# counts only if this many characters follow it.
 _MARGIN = 16
 _PART = 4 * 1024 * 1024
 _GZIP = b"\x1f\x8b"
@@ -24,16 +25,16 @@ _ARCHIVES = {
     b"BZh": "bzip2",
     b"Rar!": "rar",
 }
-_KINDS = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
+_KINDS = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
 
 
 class Element(NamedTuple):
-    """An element of an array that is a member of the object, or a member that is no array or an empty one.
+    """An element of an array in the object, or a member of the object that is not an array or is an empty one.
 
-    key: of the member.
-    position: in the array; None for a member.
-    value: decoded.
-    text: as it stands in the file.
+    key: key of the member.
+    position: index in the array; None for a member.
+    value: decoded value.
+    text: JSON text of the value in the file.
     """
 
     key: str
@@ -42,21 +43,21 @@ class Element(NamedTuple):
     text: str
 
 
-def read_elements(address: str, digest: Any = None) -> Iterator[Element]:
-    """The elements of a JSON object's arrays, and its other members, in the order of the file.
+def read_elements(uri: str, digest: Any = None) -> Iterator[Element]:
+    """Iterate over the elements of a JSON object's arrays and over its other members, in the order of the file.
 
     Args:
-        address: of the file.
-        digest: a hash object of hashlib, which is given the bytes of the file.
+        uri: URI of the file; may be compressed with gzip.
+        digest: a hash object of hashlib, which is updated with the bytes of the file.
 
     Raises:
-        StorageError: it cannot be read.
-        DataError: it is not JSON (the message has the line), no object, or has a key twice.
+        StorageError: the file cannot be read.
+        DataError: the file is not JSON (the message has the line), not an object, or has a duplicate key.
     """
-    text = _Text(address, digest)
+    text = _Text(uri, digest)
     if (first := text.peek()) != "{":
         kind_of_text = "list" if first == "[" else kind(text.value()[0])
-        raise DataError(f"{address}: not COCO: the file holds a {kind_of_text}; expected an object.")
+        raise DataError(f"{uri}: not COCO: the file holds a {kind_of_text}; expected an object.")
     text.at += 1
     keys: set[str] = set()
     if text.peek() == "}":
@@ -67,7 +68,7 @@ def read_elements(address: str, digest: Any = None) -> Iterator[Element]:
                 text.fail("Expecting property name enclosed in double quotes")
             key, _ = text.value()
             if key in keys:
-                raise DataError(f"{address}: the key {key!r} is there twice.")
+                raise DataError(f"{uri}: duplicate key {key!r}.")
             keys.add(key)
             text.take(":")
             yield from _member(key, text)
@@ -78,7 +79,7 @@ def read_elements(address: str, digest: Any = None) -> Iterator[Element]:
 
 
 def kind(value: Any) -> str:
-    """What a decoded JSON value is, in words."""
+    """Name the JSON type of a decoded value."""
     return _KINDS.get(type(value), "null")
 
 
@@ -100,20 +101,20 @@ def _member(key: str, text: "_Text") -> Iterator[Element]:
 
 
 class _Text:
-    """The text of a file, of which only the part that is being decoded is in memory."""
+    """The text of a file. Only the part that is being decoded is in memory."""
 
-    def __init__(self, address: str, digest: Any) -> None:
-        self._address = address
+    def __init__(self, uri: str, digest: Any) -> None:
+        self._uri = uri
         self._chunks = self._contents(digest)
         self._decoder: codecs.IncrementalDecoder | None = None
         self._buffer = ""
         self._ended = False
         self._before = (0, 0, 0)
-        """Characters, lines and characters of the last line that are in the buffer no more."""
+        """Characters, lines and characters of the last line that were dropped from the buffer."""
         self.at = 0
 
     def peek(self) -> str:
-        """The next character that is not white space, where `at` then is; empty at the end."""
+        """Advance `at` to the next character that is not white space and return it; empty at the end."""
         while True:
             space = _SPACE.match(self._buffer, self.at)
             self.at = space.end() if space else self.at
@@ -122,7 +123,7 @@ class _Text:
             self._read()
 
     def take(self, expected: str) -> str:
-        """The next character, one of the expected."""
+        """Consume the next character, which must be one of the expected ones."""
         character = self.peek()
         if not character or character not in expected:
             self.fail(f"Expecting {expected[0]!r} delimiter")
@@ -130,7 +131,7 @@ class _Text:
         return character
 
     def value(self) -> tuple[Any, str]:
-        """The next value, and its text."""
+        """Consume the next value; return it and its text."""
         self.peek()
         while True:
             try:
@@ -149,11 +150,11 @@ class _Text:
             self._read()
 
     def fail(self, reason: str, at: int | None = None) -> NoReturn:
-        """Raise what is wrong at a place of the buffer; None: where `at` is."""
+        """Raise a DataError with the position in the file of index `at` of the buffer (None: the current one)."""
         at = self.at if at is None else at
         characters, lines, column = self._position(at)
         raise DataError(
-            f"{self._address}: not JSON ({reason}: line {lines + 1} column {column + 1} (char {characters}))."
+            f"{self._uri}: not JSON ({reason}: line {lines + 1} column {column + 1} (char {characters}))."
         )
 
     def _position(self, at: int) -> tuple[int, int, int]:
@@ -163,7 +164,7 @@ class _Text:
         return characters + at, lines + self._buffer.count("\n", 0, at), column
 
     def _read(self) -> None:
-        """Drop what was decoded and add at least as much as is left: a long value is not tried too often."""
+        """Drop the decoded text and at least double the rest, so that a long value is decoded only a few times."""
         self._before = self._position(self.at)
         parts = [self._buffer[self.at :]]
         self.at = 0
@@ -176,18 +177,16 @@ class _Text:
                 self._ended = not chunk
                 parts.append(self._decoder.decode(chunk, final=not chunk))
         except UnicodeDecodeError as error:
-            raise DataError(f"{self._address}: not JSON ({error}).") from error
+            raise DataError(f"{self._uri}: not JSON ({error}).") from error
         self._buffer = "".join(parts)
 
     def _contents(self, digest: Any) -> Iterator[bytes]:
-        """The file's content, gzip undone."""
-        chunks = storage.read_chunks(self._address)
+        """Read the content of the file in chunks, decompressed if it is gzip."""
+        chunks = storage.read_chunks(self._uri)
         first = next(chunks, b"")
         for magic, form in _ARCHIVES.items():
             if first.startswith(magic):
-                raise DataError(
-                    f"{self._address}: a {form} file: unpack it, and give the JSON that is in it."
-                )
+                raise DataError(f"{self._uri}: this is a {form} file: unpack it and give the JSON in it.")
         gzip = zlib.decompressobj(wbits=31) if first.startswith(_GZIP) else None
         for chunk in chain([first], chunks):
             if digest is not None:
@@ -197,12 +196,12 @@ class _Text:
                 continue
             try:
                 while chunk:
-                    # In parts: little in a file can be much in memory.
+                    # In parts, since a few compressed bytes can expand to very many.
                     yield gzip.decompress(chunk, _PART)
                     chunk = gzip.unconsumed_tail or gzip.unused_data
-                    if gzip.eof and chunk:
+                    if gzip.eof and chunk:  # another gzip member follows
                         gzip = zlib.decompressobj(wbits=31)
             except zlib.error as error:
-                raise DataError(f"{self._address}: not gzip that can be read ({error}).") from error
+                raise DataError(f"{self._uri}: the gzip file is damaged ({error}): copy it again.") from error
         if gzip is not None and not gzip.eof:
-            raise DataError(f"{self._address}: the gzip file is cut short: copy it again.")
+            raise DataError(f"{self._uri}: the gzip file is truncated: copy it again.")

@@ -1,4 +1,4 @@
-"""COCO panoptic annotations of an image, checked against their PNG."""
+"""Check the COCO panoptic annotation of an image against its PNG."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from raydetr.data.ingest.faults import Problem, as_int, as_numbers
 from raydetr.data.schema import worst
 
 BOX_TOLERANCE = 1.0
-"""Pixels by which a segment's box may differ from its pixels' unreported."""
+"""Maximum difference in pixels between a segment's box and the extent of its pixels that is not reported."""
 
 
 @dataclass(frozen=True)
 class Panoptic:
     """The annotation of an image in a panoptic JSON.
 
-    position: in the JSON's `annotations`.
-    file_name: of the PNG, relative to the folder of the panoptic masks.
-    segments: `segments_info`, without those of dropped classes.
-    dropped: ids of these, which the PNG has all the same.
+    position: position in `annotations`.
+    file_name: name of the PNG, relative to the folder of panoptic masks.
+    segments: `segments_info` without segments of dropped classes.
+    dropped: ids of the segments of dropped classes, which are still in the PNG.
     """
 
     position: int
@@ -36,21 +36,21 @@ class Panoptic:
 def inspect_panoptic(
     panoptic: Panoptic, png: bytes | None, frame: tuple[int, int] | None, category_ids: frozenset[int]
 ) -> tuple[list[dict[str, Any]], list[Problem], list[tuple[int | None, str, str]]]:
-    """The segments of an image as columns, and what is wrong with them.
+    """Convert the segments of an image to column values, and check them.
 
     Args:
         panoptic: the annotation.
-        png: the encoded PNG of segment ids; None where there is no file.
-        frame: (height, width) of the image; None where it is not known.
-        category_ids: of the data set.
+        png: the encoded PNG of segment ids; None if there is no file.
+        frame: (height, width) of the image; None if unknown.
+        category_ids: category ids of the data set.
 
     Returns:
-        Elements of the column `segments`; faults of the PNG; faults of segments as (segment id, code, reason).
+        The elements of the column `segments`; faults of the PNG; faults of segments as (segment id, code, reason).
     """
     rows: list[dict[str, Any]] = []
     of_segments: list[tuple[int | None, str, str]] = []
     ids, problem = _decode(png, frame)
-    found = [] if problem is None else [problem]
+    of_png = [] if problem is None else [problem]
     pixels = {} if ids is None else _measure(ids)
     seen: set[int] = set()
     for number, fields in enumerate(panoptic.segments):
@@ -66,11 +66,9 @@ def inspect_panoptic(
         row["fault"] = worst([code for code, _ in problems])
         rows.append(row)
         of_segments += [(row["id"], code, reason) for code, reason in problems]
-    if unnamed := sorted(set(pixels) - seen - panoptic.dropped):
-        found.append(
-            ("unlabelled-segment", f"ids in the PNG that segments_info does not have: {unnamed[:5]}")
-        )
-    return rows, found, of_segments
+    if unlabeled := sorted(set(pixels) - seen - panoptic.dropped):
+        of_png.append(("unlabelled-segment", f"ids in the PNG that segments_info lacks: {unlabeled[:5]}"))
+    return rows, of_png, of_segments
 
 
 def _segment_problems(
@@ -83,22 +81,22 @@ def _segment_problems(
     where = f"segments_info[{number}]"
     if row["id"] is None or row["category_id"] is None:
         return [("malformed-segment", f"{where}: id {row['id']}, category_id {row['category_id']}")]
-    found: list[Problem] = []
+    problems: list[Problem] = []
     if row["id"] in seen:
-        found.append(("duplicate-segment-id", f"{where}: id {row['id']} again"))
+        problems.append(("duplicate-segment-id", f"{where}: id {row['id']} is repeated"))
     seen.add(row["id"])
     if row["category_id"] not in category_ids:
-        found.append(("unknown-segment-category", f"{where}: category_id {row['category_id']}"))
+        problems.append(("unknown-segment-category", f"{where}: category_id {row['category_id']}"))
     if pixels is None:
-        return found
+        return problems
     if row["id"] not in pixels:
-        return [*found, ("segment-not-in-png", f"{where}: no pixel of the PNG has id {row['id']}")]
+        return [*problems, ("segment-not-in-png", f"{where}: no pixel of the PNG has id {row['id']}")]
     area, box = pixels[row["id"]]
     if row["area"] is not None and row["area"] != area:
-        found.append(("segment-area", f"{where}: area {row['area']:g}, but {area} pixels"))
+        problems.append(("segment-area", f"{where}: area {row['area']:g}, but {area} pixels"))
     if row["bbox"] is not None and max(abs(a - b) for a, b in zip(row["bbox"], box)) > BOX_TOLERANCE:
-        found.append(("segment-box", f"{where}: bbox {row['bbox']}, but its pixels span {list(box)}"))
-    return found
+        problems.append(("segment-box", f"{where}: bbox {row['bbox']}, but its pixels span {list(box)}"))
+    return problems
 
 
 def _decode(
@@ -109,7 +107,7 @@ def _decode(
     try:
         ids = read_panoptic_png(png).astype(np.int64)
     except ImageError as error:
-        return None, ("unreadable-panoptic", f"not a PNG that can be read: {error}")
+        return None, ("unreadable-panoptic", f"not a readable PNG: {error}")
     if frame is not None and ids.shape != frame:
         return ids, (
             "panoptic-size",
@@ -119,7 +117,7 @@ def _decode(
 
 
 def _measure(ids: npt.NDArray[np.int64]) -> dict[int, tuple[int, tuple[int, int, int, int]]]:
-    """Segment id → pixels and x, y, width, height; without 0, the unlabelled pixels."""
+    """Return segment id → (number of pixels, (x, y, width, height)), without id 0, the unlabeled pixels."""
     values, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     slices = ndimage.find_objects(inverse.reshape(ids.shape).astype(np.int32) + 1)
     return {

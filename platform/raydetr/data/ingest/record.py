@@ -1,4 +1,4 @@
-"""One image entry of a COCO file, with its image, as a record of a shard; and an object back as COCO annotation."""
+"""Convert an image entry of a COCO file to a record of a shard, and an object of a record back to an annotation."""
 
 import json
 import math
@@ -9,29 +9,32 @@ from typing import Any
 from raydetr.data.ingest import faults
 from raydetr.data.ingest.faults import Orientation, as_int, as_numbers
 from raydetr.data.ingest.panoptic import Panoptic, inspect_panoptic
-from raydetr.data.ingest.repairs import is_usual, repair_annotation
+from raydetr.data.ingest.repairs import is_standard, repair_annotation
 from raydetr.data.schema import Fault, worst
 
 USUAL_QUERIES = 100
-"""Object queries of the published models: more objects in an image cannot all be found."""
+"""Number of object queries of the published models, which cannot detect more objects in an image."""
 
 _COLUMNS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "keypoints")
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """An annotation as the JSON has it, with its position there and the faults that only the whole file shows."""
+    """An annotation of the JSON, its position there, and the faults that only the whole file shows.
+
+    fields: the annotation as it is in the JSON.
+    """
 
     position: int
     fields: dict[str, Any]
     problems: tuple[faults.Problem, ...] = ()
     fresh_id: int = -1
-    """Its id where the JSON has none that is an integer."""
+    """Id to use if the JSON has no integer id."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How records are read.
+    """How to read records.
 
     orientation: see `faults.inspect_image`.
     crowds_as_objects: read iscrowd 1 as 0.
@@ -41,23 +44,23 @@ class Reading:
     crowds_as_objects: bool = False
 
 
-AS_USUAL = Reading()
+DEFAULT_READING = Reading()
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An image entry of the JSON with its annotations in the JSON's order."""
+    """An image entry of the JSON with its annotations, in the order of the JSON."""
 
     image_id: int
     file_name: str
     height: int | None
-    """As the JSON says; None where it does not."""
+    """Height and width in the JSON; None if absent."""
     width: int | None
     extra: dict[str, Any]
     annotations: tuple[Annotation, ...]
     panoptic: Panoptic | None = None
     problems: tuple[faults.Problem, ...] = ()
-    """What only the whole file and the folder show."""
+    """Faults that only the whole file or the folder shows."""
 
 
 def make_record(
@@ -65,29 +68,29 @@ def make_record(
     data: bytes | None,
     category_ids: frozenset[int],
     panoptic_png: bytes | None = None,
-    reading: Reading = AS_USUAL,
+    reading: Reading = DEFAULT_READING,
 ) -> tuple[dict[str, Any], list[Fault]]:
-    """The record of an image entry, and everything that is wrong with it. The image is decoded once, to check it.
+    """Convert an image entry to a record and list its faults. The image is decoded once, to check it.
 
     Args:
-        entry: of the COCO file.
-        data: the encoded image; None where there is no file.
-        category_ids: ids of the data set's categories.
-        panoptic_png: the encoded PNG of `entry.panoptic`; None where there is no file.
-        reading: how.
+        entry: entry of the COCO file.
+        data: the encoded image; None if there is no file.
+        category_ids: category ids of the data set.
+        panoptic_png: the encoded PNG of `entry.panoptic`; None if there is no file.
+        reading: how to read the record.
 
     Returns:
-        A mapping with the columns of `schema.SCHEMA`, and its faults: the image's, then the objects' in order.
+        A mapping with the columns of `schema.SCHEMA`, and the faults: of the image first, then of the objects in order.
     """
     facts = faults.inspect_image(data, entry.height, entry.width, entry.file_name, reading.orientation)
-    of_image = [*_more_exact(facts.faults, entry.problems), *entry.problems]
-    found = [Fault(code, entry.file_name, entry.image_id, None, reason) for code, reason in of_image]
+    of_image = [*_without_explained(facts.faults, entry.problems), *entry.problems]
+    reported = [Fault(code, entry.file_name, entry.image_id, None, reason) for code, reason in of_image]
     objects = []
     for annotation in entry.annotations:
         fields = annotation.fields
         repaired: list[faults.Problem] = []
         item, unread = _object(fields)
-        if _is_unusual(fields, item, reading):
+        if _may_need_repair(fields, item, reading):
             fields, repaired = repair_annotation(fields, annotation.fresh_id, reading.crowds_as_objects)
             item, unread = _object(fields)
             unread |= {
@@ -103,7 +106,7 @@ def make_record(
         for code, reason in problems:
             if item["id"] is None:
                 reason = f"annotations[{annotation.position}]: {reason}"
-            found.append(Fault(code, entry.file_name, entry.image_id, item["id"], reason))
+            reported.append(Fault(code, entry.file_name, entry.image_id, item["id"], reason))
     segments: list[dict[str, Any]] | None = None
     of_png: list[faults.Problem] = []
     if entry.panoptic is not None:
@@ -111,12 +114,16 @@ def make_record(
             entry.panoptic, panoptic_png, facts.frame, category_ids
         )
         name = entry.panoptic.file_name
-        found += [Fault(code, name, entry.image_id, None, reason) for code, reason in of_png]
-        found += [Fault(code, name, entry.image_id, number, reason) for number, code, reason in of_segments]
+        reported += [Fault(code, name, entry.image_id, None, reason) for code, reason in of_png]
+        reported += [
+            Fault(code, name, entry.image_id, number, reason) for number, code, reason in of_segments
+        ]
     if not objects and not segments:
-        found.append(Fault("no-objects", entry.file_name, entry.image_id, None, "no annotation"))
+        reported.append(Fault("no-objects", entry.file_name, entry.image_id, None, "no annotation"))
     if len(objects) > USUAL_QUERIES:
-        found.append(Fault("many-objects", entry.file_name, entry.image_id, None, f"{len(objects)} objects"))
+        reported.append(
+            Fault("many-objects", entry.file_name, entry.image_id, None, f"{len(objects)} objects")
+        )
     record = {
         "image_id": entry.image_id,
         "file_name": entry.file_name,
@@ -130,15 +137,15 @@ def make_record(
         "extra": _json(entry.extra),
         "image_hash": facts.hash,
     }
-    return record, found
+    return record, reported
 
 
 def to_annotation(item: Mapping[str, Any], image_id: int) -> dict[str, Any]:
-    """The COCO annotation that an object of a record was made of.
+    """Convert an object of a record back to the original COCO annotation.
 
     Args:
-        item: an element of the column `objects`, all fields.
-        image_id: of its record.
+        item: an element of the column `objects`, with all fields.
+        image_id: image id of its record.
     """
     fields = {name: item[name] for name in _COLUMNS if item.get(name) is not None}
     if segmentation := item["segmentation"]:
@@ -152,7 +159,7 @@ def to_annotation(item: Mapping[str, Any], image_id: int) -> dict[str, Any]:
 
 
 def _object(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The columns of an object, and the fields that no column took as they are."""
+    """Convert annotation fields to the columns of an object. Also returns the fields that no column can store."""
     box = as_numbers(fields.get("bbox"))
     area = as_numbers([fields.get("area")])
     keypoints = as_numbers(fields.get("keypoints"))
@@ -171,8 +178,8 @@ def _object(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return item, unread
 
 
-def _is_unusual(fields: Mapping[str, Any], item: Mapping[str, Any], reading: Reading) -> bool:
-    """Whether a look at the form of an annotation is worth its time: most are as COCO's."""
+def _may_need_repair(fields: Mapping[str, Any], item: Mapping[str, Any], reading: Reading) -> bool:
+    """Whether an annotation may need repairs. Most do not, and this check is cheaper than `repair_annotation`."""
     box, area, segmentation = item["bbox"], item["area"], item["segmentation"]
     if item["id"] is None or item["category_id"] is None or not box or not any(box):
         return True
@@ -182,15 +189,15 @@ def _is_unusual(fields: Mapping[str, Any], item: Mapping[str, Any], reading: Rea
         return True
     if item["iscrowd"] is None and fields.get("iscrowd") is not None:
         return True
-    return fields.get("segmentation") is not None and not is_usual(segmentation)
+    return fields.get("segmentation") is not None and not is_standard(segmentation)
 
 
-def _more_exact(
-    found: tuple[faults.Problem, ...], known: tuple[faults.Problem, ...]
+def _without_explained(
+    problems: tuple[faults.Problem, ...], known: tuple[faults.Problem, ...]
 ) -> tuple[faults.Problem, ...]:
-    """What an image is found to be, without a missing file that is explained by what is known of its name."""
+    """Remove "missing-file" if `known` has the same code or "file-outside", which give a more specific reason."""
     explained = {code for code, _ in known} & {"missing-file", "file-outside"}
-    return tuple(problem for problem in found if problem[0] != "missing-file" or not explained)
+    return tuple(problem for problem in problems if problem[0] != "missing-file" or not explained)
 
 
 def _json(value: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,6 @@
-"""Annotations whose meaning is plain although their form is not COCO's: read as the annotator saw them.
+"""Repair annotations that deviate from the COCO format but have only one possible meaning.
 
-Only what has exactly one reading is changed, and each change is a fault with a `repaired-…` code. What could mean two
-things stays as it is, for `faults` to report.
+Each repair is reported as a fault with a `repaired-…` code. Ambiguous values are not changed; `faults` reports them.
 """
 
 import json
@@ -16,12 +15,12 @@ from raydetr.data.ingest.faults import Problem, as_int, as_numbers, read_segment
 _INTEGER = re.compile(r"[+-]?\d{1,19}(\.0*)?")
 _BOOLEANS = {"true": 1, "false": 0}
 _DEPTH = 4
-"""Lists of lists that are looked into for polygons."""
+"""Maximum nesting of lists that are searched for polygons or values."""
 
 
 def read_int(value: Any) -> int | None:
-    """An integer, also as text or as the only element of a list; None for anything else."""
-    value = _plain(value)
+    """Convert an integer, also one written as text or as the only element of a list; None for anything else."""
+    value = _unwrap(value)
     if isinstance(value, str) and _INTEGER.fullmatch(value):
         value = int(value.partition(".")[0])
     return as_int(value)
@@ -30,46 +29,46 @@ def read_int(value: Any) -> int | None:
 def repair_annotation(
     fields: Mapping[str, Any], fresh_id: int, crowds_as_objects: bool = False
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """An annotation in COCO's form, as far as its meaning is plain.
+    """Convert an annotation to the COCO format as far as its meaning is unambiguous.
 
     Args:
-        fields: the annotation as the JSON has it.
-        fresh_id: id of an annotation that has none that is an integer: nothing refers to it.
+        fields: the annotation as it is in the JSON.
+        fresh_id: id to use if the annotation has no integer id; nothing else refers to it.
         crowds_as_objects: read iscrowd 1 as 0.
 
     Returns:
-        The fields, those that were changed replaced; what was changed, as (code, reason).
+        The fields with the repaired values, and the repairs as (code, reason).
     """
     made = dict(fields)
     words = []
-    for key, value in _plain_fields(fields, fresh_id).items():
+    for key, value in _repaired_fields(fields, fresh_id).items():
         words.append(f"{_shown(fields, key)}, read as {value}")
         if value is None:
             made.pop(key, None)
         else:
             made[key] = value
-    found: list[Problem] = [("repaired-field", ", ".join(words))] if words else []
+    repairs: list[Problem] = [("repaired-field", ", ".join(words))] if words else []
     crowd = made.get("iscrowd")
     if crowds_as_objects and (crowd is True or as_int(crowd) == 1):
         made["iscrowd"] = 0
-        found.append(("crowd-as-object", f"iscrowd {json.dumps(crowd)}, read as 0"))
-    if (form := _segmentation(made.get("segmentation"))) is not None:
-        value, what = form
-        found.append(("repaired-segmentation", what))
+        repairs.append(("crowd-as-object", f"iscrowd {json.dumps(crowd)}, read as 0"))
+    if (repair := _repair_segmentation(made.get("segmentation"))) is not None:
+        value, reason = repair
+        repairs.append(("repaired-segmentation", reason))
         if value is None:
             made.pop("segmentation", None)
         else:
             made["segmentation"] = value
-    if _has_no_box(made.get("bbox")) and (box := box_of(read_segmentation(made.get("segmentation")))):
-        found.append(
-            ("repaired-box", f"{_shown(fields, 'bbox')}: the segmentation spans {box}, which is used")
+    if _is_missing_box(made.get("bbox")) and (box := box_of(read_segmentation(made.get("segmentation")))):
+        repairs.append(
+            ("repaired-box", f"{_shown(fields, 'bbox')}: the extent of the segmentation, {box}, is used")
         )
         made["bbox"] = box
-    return made, found
+    return made, repairs
 
 
 def box_of(segmentation: Mapping[str, Any] | None) -> list[float] | None:
-    """The box [x, y, width, height] that a readable segmentation spans; None where it has no extent."""
+    """Compute the bounding box [x, y, width, height] of a readable segmentation; None if it has no area."""
     if segmentation is None:
         return None
     if (polygons := segmentation["polygons"]) is not None:
@@ -92,8 +91,8 @@ def box_of(segmentation: Mapping[str, Any] | None) -> list[float] | None:
     return box if min(box[2:]) > 0 else None
 
 
-def _plain_fields(fields: Mapping[str, Any], fresh_id: int) -> dict[str, Any]:
-    """The fields that training or evaluation uses and that are written in another form, with their values."""
+def _repaired_fields(fields: Mapping[str, Any], fresh_id: int) -> dict[str, Any]:
+    """Return the new values of fields in a nonstandard form, without the segmentation. None: remove the field."""
     changed: dict[str, Any] = {}
     if as_int(fields.get("id")) is None:
         given = read_int(fields.get("id"))
@@ -103,20 +102,20 @@ def _plain_fields(fields: Mapping[str, Any], fresh_id: int) -> dict[str, Any]:
             changed[key] = number
     crowd = fields.get("iscrowd")
     if crowd is not None and not isinstance(crowd, bool) and as_int(crowd) is None:
-        crowd = _plain(crowd)
+        crowd = _unwrap(crowd)
         value = _BOOLEANS.get(crowd.lower()) if isinstance(crowd, str) else crowd
         value = read_int(crowd) if value is None else int(value) if isinstance(value, bool) else as_int(value)
         if value in (0, 1):
             changed["iscrowd"] = value
     if fields.get("bbox") is not None and as_numbers(fields["bbox"]) is None:
-        box = _numbers(_plain(fields["bbox"]))
+        box = _numbers(_unwrap(fields["bbox"]))
         if box is not None and len(box) == 4:
             changed["bbox"] = box
     area = fields.get("area")
     if area is not None:
-        read = as_numbers([area]) or _numbers([_plain(area)])
+        read = as_numbers([area]) or _numbers([_unwrap(area)])
         if read is not None and (not math.isfinite(read[0]) or read[0] < 0):
-            changed["area"] = None  # evaluation takes the box's
+            changed["area"] = None  # evaluation then uses the area of the box
         elif read is not None and as_numbers([area]) is None:
             changed["area"] = read[0]
     return changed
@@ -126,8 +125,11 @@ def _shown(fields: Mapping[str, Any], key: str) -> str:
     return f"{key} {fields[key]!r:.80}" if key in fields else f"no {key}"
 
 
-def _plain(value: Any) -> Any:
-    """The only element of a list, the list that a text holds, a text without blanks around it; anything else as it is."""
+def _unwrap(value: Any) -> Any:
+    """Unwrap a value: a one-element list to its element, JSON text to its list or object, text to stripped text.
+
+    Repeated up to `_DEPTH` times. Any other value is returned unchanged.
+    """
     for _ in range(_DEPTH):
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
@@ -145,7 +147,7 @@ def _plain(value: Any) -> Any:
 
 
 def _numbers(value: Any) -> list[float] | None:
-    """Numbers, also as texts; None for anything else."""
+    """Convert a list of numbers, also written as texts, to floats; None for anything else."""
     if not isinstance(value, list):
         return None
     try:
@@ -154,17 +156,22 @@ def _numbers(value: Any) -> list[float] | None:
         return None
 
 
-def _has_no_box(box: Any) -> bool:
+def _is_missing_box(box: Any) -> bool:
     return box is None or box == [] or (isinstance(box, list) and len(box) == 4 and not any(box))
 
 
-def _segmentation(value: Any) -> tuple[Any, str] | None:
-    """A segmentation in COCO's form (None: there is none) and what was changed; None where nothing is to be changed."""
-    if value is None or is_usual(read_segmentation(value)):
+def _repair_segmentation(value: Any) -> tuple[Any, str] | None:
+    """Convert a segmentation to the COCO format.
+
+    Returns:
+        The segmentation (None: it is empty) and the reason; None instead of both if there is nothing to repair or the
+        value cannot be repaired.
+    """
+    if value is None or is_standard(read_segmentation(value)):
         return None
-    read = _plain(value) if isinstance(value, str) else value
+    read = _unwrap(value) if isinstance(value, str) else value
     if read in ({}, "", []):
-        return None, f"segmentation {value!r:.20}: there is none"
+        return None, f"segmentation {value!r:.20} is empty"
     if isinstance(read, list) and len(read) == 1 and isinstance(read[0], dict):
         read = read[0]
     if isinstance(read, dict):
@@ -173,18 +180,18 @@ def _segmentation(value: Any) -> tuple[Any, str] | None:
     polygons = _polygons(read, _DEPTH)
     if polygons is None:
         return None
-    kept = [polygon for polygon in polygons if polygon]
-    if not kept:
-        return None, f"segmentation {value!r:.20}: there is none"
-    # Points and lines next to polygons enclose nothing.
-    kept = [polygon for polygon in kept if len(polygon) not in (2, 4)]
-    if not kept or any(len(polygon) % 2 or not all(map(math.isfinite, polygon)) for polygon in kept):
+    polygons = [polygon for polygon in polygons if polygon]
+    if not polygons:
+        return None, f"segmentation {value!r:.20} is empty"
+    # Drop points and lines next to polygons: they enclose no area.
+    polygons = [polygon for polygon in polygons if len(polygon) not in (2, 4)]
+    if not polygons or any(len(polygon) % 2 or not all(map(math.isfinite, polygon)) for polygon in polygons):
         return None
-    return kept, f"polygons written as {value!r:.80}"
+    return polygons, f"polygons written as {value!r:.80}"
 
 
-def is_usual(read: Mapping[str, Any] | None) -> bool:
-    """Whether what `read_segmentation` gives is one of COCO's forms, without polygons that enclose nothing."""
+def is_standard(read: Mapping[str, Any] | None) -> bool:
+    """Whether a result of `read_segmentation` is in a COCO format and has no polygon of fewer than 3 points."""
     if read is None:
         return False
     if read["polygons"] is not None:
@@ -193,7 +200,7 @@ def is_usual(read: Mapping[str, Any] | None) -> bool:
 
 
 def _rle(fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """An RLE with further keys, or numbers in another form; None where it does not cover its size."""
+    """Convert an RLE with extra keys or numbers in a nonstandard form; None if it does not cover its size."""
     size = _numbers(fields.get("size"))
     counts = fields.get("counts")
     if size is None or len(size) != 2 or not all(value.is_integer() for value in size):
@@ -204,7 +211,7 @@ def _rle(fields: Mapping[str, Any]) -> dict[str, Any] | None:
             return None
         counts = [int(value) for value in runs]
     elif isinstance(counts, str) and re.fullmatch(r"b(['\"]).*\1", counts, re.DOTALL):
-        # Python's bytes, printed: no RLE has quotation marks.
+        # The printed form of Python bytes, such as b'…'. An RLE never contains quotation marks.
         counts = counts[2:-1].replace("\\\\", "\\")
     made = {"size": [int(value) for value in size], "counts": counts}
     read = read_segmentation(made)
@@ -212,7 +219,7 @@ def _rle(fields: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _polygons(value: Any, depth: int) -> list[list[float]] | None:
-    """All polygons in lists of lists: coordinates in a row, or points [x, y]; None for anything else."""
+    """Collect the polygons in nested lists, as flat coordinates or as points [x, y]; None for anything else."""
     if not isinstance(value, list) or not depth:
         return None
     if (flat := _numbers(value)) is not None:
@@ -220,9 +227,9 @@ def _polygons(value: Any, depth: int) -> list[list[float]] | None:
     points = [_numbers(each) for each in value]
     if len(points) >= 3 and all(point is not None and len(point) == 2 for point in points):
         return [[coordinate for point in points if point for coordinate in point]]
-    found = []
+    polygons = []
     for each in value:
         if (inner := _polygons(each, depth - 1)) is None:
             return None
-        found += inner
-    return found
+        polygons += inner
+    return polygons

@@ -1,4 +1,4 @@
-"""The work of an ingest on the cluster: a task a shard, which reads images, checks them and writes the shard."""
+"""The tasks of an ingest on the cluster: one task per shard reads the images, checks them and writes the shard."""
 
 import hashlib
 import pickle
@@ -17,7 +17,7 @@ from raydetr.data.ingest.index import read_entry
 from raydetr.data.ingest.json_stream import read_elements
 from raydetr.data.ingest.record import Reading, make_record
 from raydetr.data.ingest.shard_writer import ShardSummary, write_shard
-from raydetr.data.names import normal
+from raydetr.data.names import normalize_name
 from raydetr.data.schema import Fault, without_notes
 from raydetr.data.shards import ROW_GROUP_SIZE, Shard
 from raydetr.data.usable import Usable
@@ -27,12 +27,20 @@ from raydetr.lease import Held
 Item = TypeVar("Item")
 
 WORK = ".ingest"
-"""Folder, beside the shards, of what each is made of and what was found in each finished one."""
+"""Folder next to the shards with the input of each shard and the result of each finished one."""
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What became of a shard; no summary: no record was left for it."""
+    """The result of a task.
+
+    summary: the written shard; None if all its images were skipped, or if there is an error.
+    faults: faults found in its images.
+    num_images: number of images read.
+    boxes: statistics of their boxes.
+    usable: counts of trainable images and objects.
+    error: why the task failed.
+    """
 
     summary: ShardSummary | None
     faults: list[Fault]
@@ -43,14 +51,14 @@ class ShardResult:
 
 
 def plan_shards(items: Iterable[tuple[Item, int]], shard_bytes: int) -> Iterator[tuple[int, list[Item]]]:
-    """Cut what is to be written into shards, which are closed after whole row groups only.
+    """Divide items into shards. A shard is closed only after a complete row group.
 
     Args:
-        items: each with the bytes of its image file, in the order of the records.
-        shard_bytes: a shard is closed when its image files have as many bytes.
+        items: each item with the bytes of its image file, in record order.
+        shard_bytes: a shard is closed when its image files reach this number of bytes.
 
     Yields:
-        The row groups: which shard it is of, from 0, and its items.
+        (number of the shard, from 0; items) of each row group.
     """
     remaining = iter(items)
     number = filled = 0
@@ -62,43 +70,45 @@ def plan_shards(items: Iterable[tuple[Item, int]], shard_bytes: int) -> Iterator
 
 
 def record_order(seed: int) -> Callable[[int], bytes]:
-    """What image ids are sorted by: a keyed hash, so the order is random and the same however the JSON is sorted."""
+    """Return the sort key of image ids: a keyed hash, so the order is random and independent of the JSON's order."""
     return lambda image_id: hashlib.blake2b(f"{seed}:{image_id}".encode(), digest_size=16).digest()
 
 
-def write_work(output: str, items: Iterable[tuple[str, int]], shard_bytes: int, first: int) -> range:
-    """Write what each task has to do, beside the shards: a driver that held it would grow with the data set.
+def write_task_inputs(output: str, items: Iterable[tuple[str, int]], shard_bytes: int, first: int) -> range:
+    """Write the input of each task to a file, so that the driver's memory does not grow with the data set.
 
     Args:
-        output: address of the folder of shards.
-        items: texts of `Index.texts`, in the order of the records.
+        output: URI of the folder of shards.
+        items: texts of `Index.texts`, in record order.
         shard_bytes: see `plan_shards`.
         first: number of the first shard.
 
     Returns:
         The numbers of the shards.
     """
-    there = set(storage.list_names(storage.join(output, WORK)))
+    existing = set(storage.list_names(storage.join(output, WORK)))
     number = first - 1
     for number, groups in groupby(plan_shards(items, shard_bytes), lambda each: first + each[0]):
-        if there.isdisjoint((_entries_file(number), _result_file(number))):
+        if existing.isdisjoint((_entries_file(number), _result_file(number))):
             with storage.open_output(storage.join(output, WORK, _entries_file(number))) as stream:
                 stream.write(b'{"images": [')
-                for place, (_, texts) in enumerate(groups):
-                    stream.write((",\n" if place else "").encode() + ",\n".join(texts).encode())
+                for index, (_, texts) in enumerate(groups):
+                    stream.write((",\n" if index else "").encode() + ",\n".join(texts).encode())
                 stream.write(b"]}")
     return range(first, number + 1)
 
 
-def read_found(output: str, numbers: Iterable[int]) -> Iterator[Fault]:
-    """The faults that were found in finished shards."""
+def read_shard_faults(output: str, numbers: Iterable[int]) -> Iterator[Fault]:
+    """Iterate over the faults of finished shards."""
     for number in numbers:
         content = storage.read_json(storage.join(output, WORK, _result_file(number)))
         yield from (Fault(**fault) for fault in content["faults"])
 
 
-def run(work: Callable[[int], ShardResult], numbers: Sequence[int]) -> Iterator[tuple[int, ShardResult]]:
-    """Do the work of each shard in a Ray Data task of its own; results come as they are ready."""
+def run_tasks(
+    work: Callable[[int], ShardResult], numbers: Sequence[int]
+) -> Iterator[tuple[int, ShardResult]]:
+    """Run one Ray Data task per shard, and yield the results as they are ready."""
     rows = [{"shard": number} for number in numbers]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset.context.enable_progress_bars = False
@@ -123,23 +133,24 @@ def write_checked(
     reading: Reading,
     held: Held,
 ) -> ShardResult:
-    """Read, check and write one shard, unless `.ingest/` says that it was.
+    """Read, check and write one shard, unless `.ingest/` has its result.
 
-    An error is returned: raised in a task it would arrive as Ray's.
+    Errors are returned and not raised: the driver would get an exception from a task wrapped in one of Ray's.
 
-    A task can outlive a killed driver by some seconds. Once another ingest has taken the lease it writes nothing, or
-    its files would appear next to a finished data set.
+    A task can outlive a killed driver by a few seconds. Once another ingest has taken the lease, the task must not
+    write anything, or its files would appear next to a finished data set. So the lease is verified before and after the
+    records are read, and before the result is written.
 
     Args:
-        number: of the shard.
-        images: addresses of the folders of images.
-        masks: address of the folder of panoptic PNGs.
-        output: address of the folder of shards.
-        category_ids: of the data set.
-        class_map: what becomes of the categories.
-        skip: leave out images with a fault that is not repaired.
-        reading: how records are read.
-        held: the lease of the output.
+        number: number of the shard.
+        images: URIs of the image folders.
+        masks: URI of the folder of panoptic PNGs.
+        output: URI of the folder of shards.
+        category_ids: category ids of the data set.
+        class_map: map of the categories; None: they are unchanged.
+        skip: skip images with a fault that is not repaired.
+        reading: how to read the records.
+        held: the lease of the output folder.
     """
     faults: list[Fault] = []
     boxes = BoxStatistics()
@@ -156,13 +167,13 @@ def write_checked(
                 data = storage.read_bytes(storage.join(images[work.file[0]], work.file[1]))
             png = None
             if work.has_mask and panoptic:
-                png = storage.read_bytes(storage.join(masks, normal(panoptic.file_name)))
-            record, found = make_record(entry, data, category_ids, png, reading)
+                png = storage.read_bytes(storage.join(masks, normalize_name(panoptic.file_name)))
+            record, record_faults = make_record(entry, data, category_ids, png, reading)
             count += 1
-            faults.extend(found)
+            faults.extend(record_faults)
             boxes = boxes.add(record)
             usable = usable.add(record)
-            if not (skip and any(not fault.is_repaired for fault in without_notes(found))):
+            if not (skip and any(not fault.is_repaired for fault in without_notes(record_faults))):
                 yield record
         held.verify()
 

@@ -1,4 +1,4 @@
-"""Writing shards and the manifest that completes them."""
+"""Write shards and the manifest that completes them."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ _FAULT_ROWS = 8192
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """A written shard and what the manifest adds up over all of them."""
+    """A written shard, and its counts for the manifest."""
 
     shard: Shard
     num_objects: int
@@ -30,15 +30,15 @@ class ShardSummary:
 
 
 def write_shard(root: str, index: int, records: Iterable[Mapping[str, Any]]) -> ShardSummary | None:
-    """Write records as shard number `index` of the folder `root`; one row group is in memory at a time.
+    """Write records as shard number `index` of a folder, with one row group in memory at a time.
 
     Args:
-        root: address of the folder.
+        root: URI of the folder.
         index: position of the shard in the data set.
         records: mappings with the columns of `schema.SCHEMA`; absent columns are null.
 
     Returns:
-        The written shard; None, and no file, without any record.
+        The written shard; None, and no file, if there are no records.
 
     Raises:
         StorageError: the shard cannot be written.
@@ -51,7 +51,7 @@ def write_shard(root: str, index: int, records: Iterable[Mapping[str, Any]]) -> 
         return None
     with storage.open_output(storage.join(root, file)) as stream:
         sink = _HashingSink(stream)
-        # Image bytes are compressed already; dictionaries and statistics of them would only cost space.
+        # Image bytes are already compressed, and dictionaries and statistics for them would only need space.
         with pq.ParquetWriter(
             sink,
             SCHEMA,
@@ -92,13 +92,13 @@ def write_manifest(
     """Complete a folder of shards: write faults.parquet, then manifest.json.
 
     Args:
-        root: address of the folder.
-        shards: what `write_shard` returned, in the order of the data set.
+        root: URI of the folder.
+        shards: results of `write_shard`, in the order of the data set.
         categories: COCO categories.
         faults: rows of faults.parquet.
-        seed: what ordered the records.
+        seed: seed of the record order.
         source: fingerprint of the input.
-        base: the data set that the shards are added to.
+        base: the data set to which the shards are appended.
     """
     codes: Counter[str] = Counter()
     remaining = iter(faults)
@@ -153,7 +153,7 @@ def _digest(categories: Sequence[Mapping[str, Any]], shards: Sequence[Shard]) ->
 
 
 def _leaf_paths(field: pa.Field, prefix: str = "") -> Iterator[str]:
-    """Parquet's paths of the leaf columns of a field."""
+    """Iterate over the Parquet paths of a field's leaf columns."""
     path = prefix + field.name
     if pa.types.is_struct(field.type):
         for child in field.type:
@@ -172,7 +172,7 @@ _COMPRESSION = {
 
 
 class _HashingSink:
-    """A writable file that knows the SHA-256 and the length of what went through it."""
+    """A writable file that computes the SHA-256 and the length of what is written through it."""
 
     closed = False
 
@@ -191,7 +191,7 @@ class _HashingSink:
         return self.num_bytes
 
     def flush(self) -> None:
-        """Nothing is held back here; the stream is flushed when its owner closes it."""
+        """Do nothing: this sink has no buffer, and the stream is flushed when its owner closes it."""
 
     def close(self) -> None:
-        """The owner of the stream closes it."""
+        """Do nothing: the owner of the stream closes it."""

@@ -1,4 +1,4 @@
-"""Cutting a data set into training, validation and test parts, the same way every time; images in two of them."""
+"""Split a data set reproducibly into training, validation and test parts, and find images that occur in two of them."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,12 @@ PARTS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """How to cut.
+    """How to split.
 
-    fractions: of the parts train, val and, where there are three, test; they sum to 1.
-    group_by: field of the JSON's image entries; images with the same value stay together. Empty: each by itself.
-    seed: another one cuts otherwise.
+    fractions: shares of train, val and, if there are three, test; they sum to 1.
+    group_by: field of the image entries in the JSON; images with the same value stay in the same part. Empty: images
+        are assigned independently.
+    seed: seed of the assignment.
     """
 
     fractions: tuple[float, ...]
@@ -43,10 +44,10 @@ class Split:
 
 
 def split_images(index: Index, split: Split) -> dict[str, int]:
-    """Put each image into one part, by a hash of its id or its group: images that come later change no other's part.
+    """Assign each image to a part by a hash of its id or its group, so that adding images moves no other image.
 
     Returns:
-        Part → its number of images.
+        Part → number of images.
 
     Raises:
         DataError: an image lacks the field to group by, or a part is empty.
@@ -57,7 +58,7 @@ def split_images(index: Index, split: Split) -> dict[str, int]:
     for name, count in counts.items():
         if not count:
             raise DataError(
-                f"--split leaves no image for {name}: there are only {index.count()} images (or groups)."
+                f"--split assigns no image to {name}: there are only {index.count()} images (or groups)."
             )
     return counts
 
@@ -70,25 +71,25 @@ def _part(entry: Entry, split: Split) -> int:
         )
     key = entry.extra[split.group_by] if split.group_by else entry.image_id
     digest = hashlib.blake2b(f"{split.seed}/split/{key!r}".encode(), digest_size=8).digest()
-    place = int.from_bytes(digest, "big") / 2**64
+    position = int.from_bytes(digest, "big") / 2**64  # uniform in [0, 1)
     for number, fraction in enumerate(split.fractions):
-        place -= fraction
-        if place < 0:
+        position -= fraction
+        if position < 0:
             return number
     return len(split.fractions) - 1
 
 
-def near_duplicates_of(output: str, shards: Sequence[Shard], other: Manifest) -> Iterator[Fault]:
-    """Images of `shards` that are nearly the same as one of another part of the data set: a fault each."""
+def find_near_duplicates(output: str, shards: Sequence[Shard], other: Manifest) -> Iterator[Fault]:
+    """Report each image of `shards` that is nearly the same as an image of another part of the data set."""
     ours, theirs = _Hashes(output, shards), _Hashes(other.root, other.shards)
-    for mine, its in first_near_duplicates(ours.values, theirs.values).tolist():
-        (image_id, file), (its_id, its_file) = ours.image(mine), theirs.image(its)
-        reason = f"nearly the same picture as {its_file} (image {its_id}) of {other.root}"
+    for our_index, their_index in first_near_duplicates(ours.values, theirs.values).tolist():
+        (image_id, file), (other_id, other_file) = ours.image(our_index), theirs.image(their_index)
+        reason = f"nearly the same image as {other_file} (image {other_id}) of {other.root}"
         yield Fault("near-duplicate", file, image_id, None, reason)
 
 
 class _Hashes:
-    """The perceptual hashes of the records that have one; which image it is, is read again where it is asked."""
+    """The perceptual hashes of all records that have one. Ids and file names are read from the shards when needed."""
 
     def __init__(self, root: str, shards: Sequence[Shard]) -> None:
         self._root, self._shards = root, shards
@@ -97,11 +98,12 @@ class _Hashes:
         self._ends = np.cumsum([len(each) for each in values])
         self._rows = lru_cache(maxsize=2)(lambda number: _with_hash(root, shards[number]))
 
-    def image(self, place: int) -> tuple[int, str]:
-        """Image id and file name at a place of `values`."""
-        number = int(np.searchsorted(self._ends, place, side="right"))
+    def image(self, index: int) -> tuple[int, str]:
+        """Return image id and file name of the hash `values[index]`."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
         rows = self._rows(number)
-        image_id, file, _ = rows[place - int(self._ends[number])]
+        # The index is negative: it counts from the end of the shard's rows.
+        image_id, file, _ = rows[index - int(self._ends[number])]
         return image_id, file
 
 

@@ -1,1 +1,1 @@
-"""Shards to batches: the plan of an epoch, and the Ray Data execution that follows it."""
+"""From shards to batches: the plan of an epoch, and the Ray Data execution that follows it."""

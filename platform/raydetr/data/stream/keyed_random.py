@@ -1,4 +1,4 @@
-"""Random numbers that are a function of what they are for, so that nothing depends on the order in which they are made."""
+"""Random numbers keyed by their purpose, so that no result depends on the order in which they are drawn."""
 
 import hashlib
 
@@ -9,7 +9,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def generator(seed: int, purpose: str, epoch: int, item: int) -> np.random.Generator:
-    """A generator of its own for each random choice."""
+    """Create the generator of one random choice, which depends only on the arguments."""
     return np.random.Generator(
         np.random.Philox(key=int.from_bytes(_digest(seed, purpose, epoch, item), "little"))
     )
@@ -23,10 +23,10 @@ def uniforms(
     repetitions: npt.NDArray[np.int64],
     count: int,
 ) -> npt.NDArray[np.float64]:
-    """`count` uniform numbers in [0, 1) for each item's repetition, float64 [items, count].
+    """Draw `count` uniform numbers in [0, 1) for each (item, repetition): float64 [items, count].
 
-    SplitMix64 (Steele, Lea, Flood 2014) in counter mode: a generator object for each item would take a hundred
-    times as long.
+    Uses SplitMix64 (Steele, Lea, Flood 2014) in counter mode. A generator object per item would take a hundred times
+    as long.
     """
     key = np.frombuffer(_digest(seed, purpose, epoch, 0), dtype=np.uint64)
     state = _mix(_mix(items.astype(np.uint64) ^ key[0]) + repetitions.astype(np.uint64) * _GOLDEN + key[1])

@@ -1,4 +1,4 @@
-"""What training learns of a record when it learns masks: instances, or all segments of a panoptic image."""
+"""Training targets with masks: the instances of a record, or all segments of its panoptic image."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from raydetr.data.schema import FAULTS, is_trained
 from raydetr.data.shards import is_target, training_targets
 
 MaskKind = Literal["none", "instance", "panoptic", "panoptic-boxes"]
-"""Which masks a stream carries; panoptic-boxes: none, but the boxes of all panoptic segments."""
+"""Which masks a stream carries. panoptic-boxes: no masks, but the boxes of all panoptic segments."""
 
 MASK_COLUMNS: dict[MaskKind, list[str]] = {
     "none": [],
@@ -21,7 +21,7 @@ MASK_COLUMNS: dict[MaskKind, list[str]] = {
     "panoptic": ["panoptic_image", "segments"],
     "panoptic-boxes": ["panoptic_image", "segments"],
 }
-"""Columns that each kind needs besides those of `training_targets`."""
+"""Columns that each kind needs in addition to those of `training_targets`."""
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -29,13 +29,13 @@ UInt8Array = npt.NDArray[np.uint8]
 def mask_targets(
     record: Mapping[str, Any], labels: Mapping[int, int], kind: MaskKind
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], UInt8Array]:
-    """The objects of a record that training learns with a mask.
+    """Select the training targets of a record that have a mask.
 
     Args:
         record: a row with the columns of `training_targets` and of `MASK_COLUMNS`.
         labels: category id → contiguous label.
-        kind: instance: the objects that have a mask, without crowds; panoptic and panoptic-boxes: the segments of
-            things and stuff, with the boxes of their pixels.
+        kind: instance: the objects with a mask, without crowds. panoptic, panoptic-boxes: the segments of things and
+            stuff, with the boxes of their pixels.
 
     Returns:
         boxes_xyxy float64 [n, 4] in pixels; labels int64 [n]; masks uint8 [n, height, width], 0 or 1.
@@ -43,28 +43,28 @@ def mask_targets(
     size = record["height"], record["width"]
     if kind in ("panoptic", "panoptic-boxes"):
         return _segments(record, labels, size)
-    kept = [item for item in record["objects"] or () if is_target(item) and _has_mask(item)]
-    boxes, class_labels = training_targets({**record, "objects": kept}, labels)
-    masks = np.zeros((len(kept), *size), dtype=np.uint8)
-    for target, item in zip(masks, kept, strict=True):
+    objects = [item for item in record["objects"] or () if is_target(item) and _has_trained_mask(item)]
+    boxes, class_labels = training_targets({**record, "objects": objects}, labels)
+    masks = np.zeros((len(objects), *size), dtype=np.uint8)
+    for target, item in zip(masks, objects, strict=True):
         target[:] = decode_mask(item["segmentation"], *size)
     return boxes, class_labels, masks
 
 
-def _has_mask(item: Mapping[str, Any]) -> bool:
+def _has_trained_mask(item: Mapping[str, Any]) -> bool:
     fault = item.get("fault")
     return has_mask(item["segmentation"]) and (fault is None or FAULTS[fault].effect != "box-only")
 
 
 def has_mask(segmentation: Mapping[str, Any] | None) -> bool:
-    """Whether the `segmentation` of an object of a record is a mask."""
+    """Whether the `segmentation` of an object in a record holds a mask: an RLE or at least one polygon."""
     if not segmentation:
         return False
     return segmentation["rle"] is not None or bool(segmentation["polygons"])
 
 
 def decode_mask(segmentation: Mapping[str, Any], height: int, width: int) -> UInt8Array:
-    """The mask of an object of a record: uint8 [height, width], 0 or 1; it has polygons or run lengths."""
+    """Decode the mask of an object in a record, see `has_mask`: uint8 [height, width], 0 or 1."""
     original = segmentation["polygons"]
     if original is None:
         rle = segmentation["rle"]
@@ -78,17 +78,19 @@ def _segments(
     ids = _panoptic_map(record["panoptic_image"], size)
     if ids is None:
         return np.zeros((0, 4)), np.zeros(0, dtype=np.int64), np.zeros((0, *size), dtype=np.uint8)
-    kept = [segment for segment in record["segments"] or () if is_trained(segment["fault"])]
-    masks = np.array([ids == segment["id"] for segment in kept], dtype=np.uint8).reshape(len(kept), *size)
-    boxes = np.zeros((len(kept), 4))
+    segments = [segment for segment in record["segments"] or () if is_trained(segment["fault"])]
+    masks = np.array([ids == segment["id"] for segment in segments], dtype=np.uint8).reshape(
+        len(segments), *size
+    )
+    boxes = np.zeros((len(segments), 4))
     for box, mask in zip(boxes, masks, strict=True):
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    return boxes, np.array([labels[segment["category_id"]] for segment in kept], dtype=np.int64), masks
+    return boxes, np.array([labels[segment["category_id"]] for segment in segments], dtype=np.int64), masks
 
 
 def _panoptic_map(png: bytes | None, size: tuple[int, int]) -> npt.NDArray[np.int32] | None:
-    """Ids int32 [height, width]; None where there is no PNG of this size: ingest has reported it."""
+    """Decode segment ids int32 [height, width]. None without a readable PNG of this size, which ingest has reported."""
     if png is None:
         return None
     try:

@@ -1,9 +1,9 @@
-"""Micro-batches as rows of a Ray Data stream: how they are packed, and what a training worker unpacks.
+"""Pack micro-batches into rows of a Ray Data stream, and unpack them in a training worker.
 
-A row is one worker's micro-batches of a few consecutive steps: what a row costs on its way, whatever its size, is
-then shared by several. Images stay uint8 and without padding until they are on the worker's device, an eighth or so of
-the bytes through the object store, and interleaved (channels last) as the decoder wrote them; the worker sees them
-where they lie in the object store, without a copy.
+A row holds one worker's micro-batches of a few consecutive steps, so that they share the fixed cost of a row. Images
+stay uint8 and unpadded until they are on the worker's device: about an eighth of the bytes pass through the object
+store. They are interleaved (channels last), as the decoder wrote them. The worker reads them in place in the object
+store, without a copy.
 """
 
 import itertools
@@ -35,7 +35,10 @@ SCHEMA = pa.schema(
         ("class_labels", pa.list_(pa.int64())),
         ("skipped", pa.list_(pa.string())),
         ("node", pa.string()),
-        ("masks", pa.large_binary()),  # a bit a pixel, object after object; null where none are wanted
+        (
+            "masks",
+            pa.large_binary(),
+        ),  # one bit per pixel, object after object; null if masks are not requested
         ("pixels", pa.large_binary()),  # image after image
     ]
 )
@@ -43,14 +46,15 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Example:
-    """One filled slot.
+    """The content of one slot.
 
-    image_id: of the record.
-    pixels: uint8 [3, height, width], augmented; None when the image could not be decoded.
+    image_id: image id of the record.
+    pixels: uint8 [3, height, width], augmented; None if there is no image or it could not be decoded.
     boxes: float32 [objects, 4], cxcywh relative to the augmented image.
     class_labels: int64 [objects], contiguous.
-    skipped: why there are no pixels; empty when there are.
-    masks: 0 or 1 [objects, height, width] of the augmented image; None where no masks are wanted, or no image is there.
+    skipped: why the image could not be decoded; empty otherwise.
+    masks: uint8 [objects, height, width], 0 or 1, of the augmented image; None without an image or if masks are not
+        requested.
     """
 
     image_id: int
@@ -63,17 +67,17 @@ class Example:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """What a worker trains on: B slots, of which those with weight 0 must not change anything.
+    """A micro-batch as a worker trains on it: B slots. Slots with weight 0 must not influence the training.
 
-    step, position, epoch: its place in the plan; position ≥ M marks the filler of a worker without a micro-batch.
-    shape: (height, width) that its images are to be padded to, the same for all micro-batches of a step.
-    images: per slot uint8 [3, height, width], interleaved in memory, read only; None for an empty slot.
+    step, position, epoch: its place in the plan; position ≥ M means an empty micro-batch for a worker that has none.
+    shape: (height, width) to pad its images to, the same for all micro-batches of a step.
+    images: per slot uint8 [3, height, width], interleaved in memory, read-only; None for an empty slot.
     weights: float32 [B], 1 for an image, 0 for an empty slot.
-    labels: per slot `image_id` int64 [1], `class_labels` int64 [n], `boxes` float32 [n, 4] cxcywh; where masks are
-        wanted `masks` bool [n, *shape] too, False where the image is padded: mask losses take them for the whole canvas.
-    image_ids: of all records of the batch, the undecodable ones included.
-    skipped: "image id: reason" of records whose image could not be decoded.
-    node: Ray's id of the node on which it was decoded; empty outside a cluster.
+    labels: per slot `image_id` int64 [1], `class_labels` int64 [n], `boxes` float32 [n, 4] cxcywh and, if masks are
+        requested, `masks` bool [n, *shape]. Masks are False on padding, because mask losses cover the whole canvas.
+    image_ids: ids of all records in the batch, including those that could not be decoded.
+    skipped: "image id: reason" of each record whose image could not be decoded.
+    node: Ray id of the node that decoded it; empty outside a cluster.
     """
 
     step: int
@@ -89,16 +93,16 @@ class TrainingBatch:
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) of the image in each slot; that of the batch for an empty one.
+        """(height, width) of the image in each slot; the shape of the batch for an empty slot.
 
-        An empty slot is an image without padding: attention over nothing but padding is a case apart.
+        An empty slot counts as an image without padding: an image of padding only would be a special case in attention.
         """
         return tuple(
             self.shape if image is None else (image.shape[1], image.shape[2]) for image in self.images
         )
 
     def pixel_mask(self) -> Tensor:
-        """bool [B, height, width], true on the pixels of an image, false on padding."""
+        """Return bool [B, height, width]: True on pixels of an image, False on padding."""
         height, width = self.shape
         heights, widths = torch.tensor(self.sizes).T
         return (torch.arange(height) < heights[:, None])[:, :, None] & (
@@ -109,14 +113,14 @@ class TrainingBatch:
 def pack(
     micro_batches: Sequence[tuple[MicroBatch, Sequence[Example]]], node: str = "", masks: bool = False
 ) -> pa.Table:
-    """Micro-batches, each with its examples, as a table of one row.
+    """Pack micro-batches, each with its examples, into a table of one row.
 
     Args:
-        micro_batches: as they are to be trained on.
-        node: on which this is done.
-        masks: whether masks are wanted: of examples that have none, of fillers too.
+        micro_batches: the micro-batches in the order in which they are trained on.
+        node: Ray id of this node.
+        masks: whether to include masks. If so, examples and micro-batches without any get empty ones.
     """
-    # One copy for the row: joining micro-batches that were packed apart would copy their pixels again.
+    # All pixels of the row are copied once. Packing each micro-batch and joining them would copy the pixels twice.
     images = [
         [e.pixels.permute(1, 2, 0).reshape(-1).numpy() for e in examples if e.pixels is not None]
         for _, examples in micro_batches
@@ -154,11 +158,11 @@ def pack(
 
 
 def unpack(table: pa.Table, size: int) -> Iterator[TrainingBatch]:
-    """The batches of `size` slots in rows made by `pack`."""
+    """Unpack the rows of a table made by `pack` into batches of `size` slots."""
     for chunk in table["micro_batches"].chunks:
         rows = pa.RecordBatch.from_struct_array(chunk.flatten())
         pixels = rows.column("pixels")
-        # Arrow's own way from an element to its bytes copies them.
+        # Read Arrow's buffers directly: its conversion of an element to bytes copies them.
         _, offsets, values = pixels.buffers()
         bounds = np.frombuffer(offsets, dtype=np.int64)[pixels.offset :]
         for row, start, stop in zip(
@@ -168,12 +172,12 @@ def unpack(table: pa.Table, size: int) -> Iterator[TrainingBatch]:
 
 
 def _pack_masks(examples: Sequence[Example]) -> bytes:
-    """A bit a pixel, each example's padded to whole bytes."""
+    """Pack masks as one bit per pixel, with the bits of each example padded to whole bytes."""
     return b"".join(np.packbits(e.masks).tobytes() for e in examples if e.masks is not None)
 
 
 def _unpack_masks(row: dict[str, Any]) -> dict[int, Tensor] | None:
-    """Slot → bool [objects, *shape of the step], False beside the image."""
+    """Unpack masks as slot → bool [objects, *shape of the step], False on padding."""
     if row["masks"] is None:
         return None
     packed = np.frombuffer(row["masks"], dtype=np.uint8)
@@ -193,11 +197,11 @@ def _no_masks(height: int, width: int) -> Tensor:
 
 
 def _images(row: dict[str, Any], data: npt.NDArray[np.uint8]) -> list[Tensor | None]:
-    """The images of a micro-batch, where they lie."""
+    """Return views of the images of a micro-batch, without a copy."""
     if not data.size:
         return [None] * len(row["heights"])
     with warnings.catch_warnings():
-        # The object store's memory cannot be written: nobody does.
+        # torch warns that the object store's memory is read-only. Nothing writes to these tensors.
         warnings.simplefilter("ignore", UserWarning)
         pixels = torch.from_numpy(data)
     sizes = list(zip(row["heights"], row["widths"], strict=True))

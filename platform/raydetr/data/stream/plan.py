@@ -1,18 +1,19 @@
-"""Which record is used when, and how it is augmented: a pure function of (data set, seed, epoch).
+"""The plan: which record is used when, and how it is augmented, as a pure function of (data set, seed, epoch).
 
-Nothing here knows Ray, workers or pixels. The order of an epoch has four levels:
+Nothing in this module depends on Ray, workers or pixels. The order of an epoch has four levels:
 
 - A **window** is a few consecutive row groups of one shard: what one task reads, once per epoch. Ingest wrote
   the records in random order, so a window is a random sample of the data set.
-- An epoch visits the shards in an order permuted by (seed, epoch), 64 at a time, and the windows of these in an
-  order permuted by (seed, epoch, bundle): no list of all windows exists, so a million shards cost a few numbers each.
-- The records of a window, permuted by (seed, epoch, window), are cut into **micro-batches** of B slots. The last one
-  may have empty slots, which weigh nothing.
-- A **step** is M consecutive micro-batches. The last step of an epoch is filled up with empty micro-batches: no
-  record is dropped, none is borrowed from the next epoch, and the number of steps follows from the manifest.
+- An epoch visits the shards in an order permuted by (seed, epoch), in bundles of 64, and the windows of a bundle in
+  an order permuted by (seed, epoch, bundle). No list of all windows exists: a million shards cost a few numbers each.
+- The records of a window, permuted by (seed, epoch, window), are cut into **micro-batches** of B slots. The last
+  micro-batch of a window may have empty slots, which have weight 0.
+- A **step** is M consecutive micro-batches, possibly of several windows. The last step of an epoch is filled up with
+  empty micro-batches. No record is dropped or borrowed from the next epoch, and the number of steps follows from the
+  manifest.
 
-So step n holds the same records, augmented alike and padded to the same shape, whoever computes it: worker r of
-any W ≤ M takes the micro-batches r, r + W, … of each step (`data/stream/ray_stream.py` deals them out).
+So step n holds the same records, with the same augmentation and padded shape, for any number of workers: worker r of
+W ≤ M gets the micro-batches r, r + W, … of each step (`ray_stream.assign_to_ranks`).
 """
 
 from collections.abc import Callable, Iterator
@@ -33,15 +34,15 @@ SHARDS_MIXED = 64
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSpec:
-    """What, besides the data set, decides the order.
+    """The settings that determine the order, together with the data set.
 
-    seed: of every random choice.
-    micro_batch_size: B, slots of a micro-batch.
-    micro_batches: M, micro-batches of a step; the global batch is B · M images.
-    augmentation: what each use of a record draws from.
-    window_row_groups: row groups of a window; larger shuffles better and takes more memory.
-    size_multiple: padded heights and widths are multiples of it, so that few shapes occur.
-    group_sizes: put images of like size into the same step, as far as a window has them, to save padding.
+    seed: seed of every random choice.
+    micro_batch_size: B, slots per micro-batch.
+    micro_batches: M, micro-batches per step; the global batch is B · M images.
+    augmentation: distribution from which each use of a record draws its augmentation.
+    window_row_groups: row groups per window. A larger window shuffles better and takes more memory.
+    size_multiple: padded heights and widths are multiples of this, so that few shapes occur.
+    group_sizes: put images of similar size of a window into the same step, to reduce padding.
     """
 
     seed: int
@@ -62,7 +63,7 @@ class PlanSpec:
 
 @dataclass(frozen=True)
 class Slot:
-    """One use of a record: its row in the window, its id and how it is augmented."""
+    """One use of a record: its row in the window, its image id and its augmentation."""
 
     row: int
     image_id: int
@@ -73,10 +74,10 @@ class Slot:
 class MicroBatch:
     """One micro-batch of the plan.
 
-    step, position: it is number `position` (0 … M − 1) of step `step`, counted over all epochs.
-    epoch: it belongs to.
-    window: index of its window; −1 for an empty one that fills up the last step of an epoch.
-    slots: at most B; the missing ones weigh nothing.
+    step, position: number `position` (0 … M − 1) of step `step`; steps are counted over all epochs.
+    epoch: epoch of the step.
+    window: index of its window; −1 for an empty micro-batch that fills up the last step of an epoch.
+    slots: at most B; missing slots have weight 0.
     shape: (height, width) that its images are padded to, the same for all micro-batches of a step.
     """
 
@@ -90,13 +91,13 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class WindowTask:
-    """What one data task does: the micro-batches of one window, with the empty ones that follow it.
+    """The work of one data task: the micro-batches of one window, and the empty ones that follow it.
 
-    epoch, window: which window of which epoch.
-    first: number, within the epoch, of the window's first micro-batch.
-    skip: micro-batches at the start that are already done (the task after a resume).
-    trailing: empty micro-batches to add after the window's own: the end of an epoch.
-    shapes: padded (height, width) of each micro-batch from `skip` on, trailing ones included.
+    epoch, window: the epoch, and the index of the window.
+    first: number of the window's first micro-batch within the epoch.
+    skip: number of micro-batches at the start that were trained on before a resume.
+    trailing: number of empty micro-batches to append, which fill up the last step of the epoch.
+    shapes: padded (height, width) of each micro-batch from `skip` on, including the trailing ones.
     """
 
     epoch: int
@@ -109,7 +110,12 @@ class WindowTask:
 
 @dataclass(frozen=True)
 class Visit:
-    """A window's turn in an epoch: its index, the number within the epoch of its first micro-batch, how many it has."""
+    """A window in the order of an epoch.
+
+    window: index of the window.
+    first: number of its first micro-batch within the epoch.
+    count: number of its micro-batches.
+    """
 
     window: int
     first: int
@@ -120,8 +126,8 @@ class Visit:
 class Plan:
     """The order of a training run.
 
-    repeats: float64 [records], at least 1, in storage order: how often each record is used in an epoch on average;
-        None: exactly once. How often a record is used in a certain epoch is one of the two integers next to it.
+    repeats: average number of uses of each record in an epoch, float64 [records], at least 1, in storage order. In a
+        given epoch the number is one of the two nearest integers. None: each record is used exactly once.
     """
 
     layout: Layout
@@ -139,29 +145,30 @@ class Plan:
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch: the same for all epochs, a function of the layout, the repeats, B, M and the window."""
-        return -(-int(self._shard_counts.sum()) // self.spec.micro_batches)
+        """Steps per epoch: the same for all epochs, a function of the layout, the repeats, B, M and the window size."""
+        return -(-int(self._micro_batches_per_shard.sum()) // self.spec.micro_batches)
 
     def visits(self, epoch: int, start: int = 0) -> Iterator[Visit]:
-        """The windows of an epoch in order, from the one that holds micro-batch number `start` on."""
+        """Iterate over the windows of an epoch in order, starting with the one that holds micro-batch `start`."""
         shards = generator(self.spec.seed, "shards", epoch, 0).permutation(len(self.layout.shard_sizes))
-        ends = np.cumsum(self._shard_counts[shards])
-        first_shard = int(np.searchsorted(ends, start, side="right")) // SHARDS_MIXED * SHARDS_MIXED
-        for begin in range(first_shard, len(shards), SHARDS_MIXED):
-            windows = self.windows.of_shards(shards[begin : begin + SHARDS_MIXED])
-            order = generator(self.spec.seed, "windows", epoch, begin).permutation(windows)
-            counts = self._counts(order)
-            firsts = np.cumsum(counts) - counts + (int(ends[begin - 1]) if begin else 0)
+        ends = np.cumsum(self._micro_batches_per_shard[shards])
+        # Windows change places only within a bundle of shards, so a resume can skip whole bundles by their counts.
+        first_bundle = int(np.searchsorted(ends, start, side="right")) // SHARDS_MIXED * SHARDS_MIXED
+        for bundle in range(first_bundle, len(shards), SHARDS_MIXED):
+            windows = self.windows.of_shards(shards[bundle : bundle + SHARDS_MIXED])
+            order = generator(self.spec.seed, "windows", epoch, bundle).permutation(windows)
+            counts = self._count_micro_batches(order)
+            firsts = np.cumsum(counts) - counts + (int(ends[bundle - 1]) if bundle else 0)
             for window, first, count in zip(order.tolist(), firsts.tolist(), counts.tolist(), strict=True):
                 if first + count > start:
                     yield Visit(window, first, count)
 
     def explain(self, step: int, read: Callable[[Window], Sizes]) -> list[MicroBatch]:
-        """The micro-batches of a step: which images it holds, how each is augmented, what they are padded to.
+        """Return the micro-batches of a step: its images, how each is augmented, and the shape they are padded to.
 
         Args:
-            step: counted over all epochs.
-            read: looks up ids and sizes of a window's records.
+            step: number of the step, counted over all epochs.
+            read: returns ids and sizes of a window's records.
         """
         return [
             batch
@@ -170,15 +177,15 @@ class Plan:
         ]
 
     def tasks(self, first_step: int, last_step: int, read: Callable[[Window], Sizes]) -> Iterator[WindowTask]:
-        """The tasks that yield steps `first_step` to `last_step` − 1, in order, across epochs.
+        """Iterate over the tasks that yield steps `first_step` to `last_step` − 1, in order, across epochs.
 
         Args:
-            first_step: first step wanted, counted over all epochs.
-            last_step: one past the last step wanted.
-            read: looks up ids and sizes of a window's records; called for windows in the order of use.
+            first_step: first step, counted over all epochs.
+            last_step: one past the last step.
+            read: returns ids and sizes of a window's records; called for windows in the order of use.
         """
         per_step = self.spec.micro_batches
-        total = int(self._shard_counts.sum())
+        total = int(self._micro_batches_per_shard.sum())
         step = first_step
         while step < last_step:
             epoch, within = divmod(step, self.steps_per_epoch)
@@ -203,7 +210,7 @@ class Plan:
             step += self.steps_per_epoch - within
 
     def run(self, task: WindowTask, sizes: Sizes) -> list[MicroBatch]:
-        """The micro-batches of a task, ready to be filled: those skipped left out, shapes those of their steps."""
+        """Return the micro-batches of a task without the skipped ones, each with its slots and padded shape."""
         arranged = _arrange(self, task.epoch, task.window, task.first, sizes)
         batches: list[MicroBatch] = []
         for number, shape in enumerate(task.shapes, task.skip):
@@ -222,28 +229,35 @@ class Plan:
             )
         return batches
 
-    def slots_of(self, windows: Int64Array) -> Int64Array:
-        """How many slots the records of each window fill in an epoch."""
-        return self.windows.sizes(windows) if self._window_slots is None else self._window_slots[windows]
+    def count_slots(self, windows: Int64Array) -> Int64Array:
+        """Return the number of slots that the records of each window fill in an epoch."""
+        return (
+            self.windows.sizes(windows) if self._slots_per_window is None else self._slots_per_window[windows]
+        )
 
     @cached_property
-    def _window_slots(self) -> Int64Array | None:
+    def _slots_per_window(self) -> Int64Array | None:
+        """Slots of each window in any epoch: its repeat factors summed and rounded up; None without repeats."""
         if self.repeats is None:
             return None
+        # Rounded per window and not per epoch. So every window fills the same number of slots in all epochs, only the
+        # records that get the extra uses change, and the number of steps is a constant of the plan. 1e-6 absorbs the
+        # float error of the sum, which could otherwise push a whole number up to the next one.
         sums = [self.repeats[self.windows.records(window)].sum() for window in range(len(self.windows))]
         return np.ceil(np.array(sums) - 1e-6).astype(np.int64)
 
-    def _counts(self, windows: Int64Array) -> Int64Array:
-        """Micro-batches of windows."""
-        return -(-self.slots_of(windows) // self.spec.micro_batch_size)
+    def _count_micro_batches(self, windows: Int64Array) -> Int64Array:
+        """Return the number of micro-batches of each window. A micro-batch never spans two windows."""
+        return -(-self.count_slots(windows) // self.spec.micro_batch_size)
 
     @cached_property
-    def _shard_counts(self) -> Int64Array:
-        """Micro-batches of each shard."""
+    def _micro_batches_per_shard(self) -> Int64Array:
+        """Number of micro-batches of each shard, int64 [shards]."""
         first, batch = self.windows.first, self.spec.micro_batch_size
-        if self._window_slots is not None:
-            sums = np.concatenate([[0], np.cumsum(self._counts(np.arange(len(self.windows))))])
+        if self._slots_per_window is not None:
+            sums = np.concatenate([[0], np.cumsum(self._count_micro_batches(np.arange(len(self.windows))))])
             return sums[first[1:]] - sums[first[:-1]]
+        # Without repeats no pass over the windows is needed: all windows of a shard but the last are full.
         full = self.windows.full_size
         per_shard = first[1:] - first[:-1]
         last = np.asarray(self.layout.shard_sizes) - (per_shard - 1) * full
@@ -252,45 +266,60 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class _Arranged:
-    """A window in an epoch: uses of its records, and which of them each micro-batch holds."""
+    """A window in an epoch: the uses of its records, and how micro-batches divide them.
+
+    rows: int64 [uses], row in the window of each use.
+    draws: augmentation of each use.
+    batches: indices of the uses in each micro-batch.
+    """
 
     rows: Int64Array
     draws: Draws
     batches: list[Int64Array]
 
     def slots(self, batch: int, sizes: Sizes) -> tuple[Slot, ...]:
-        """The slots of a micro-batch."""
+        """Return the slots of a micro-batch."""
         uses = self.batches[batch].tolist()
         return tuple(
             Slot(int(self.rows[use]), int(sizes.image_ids[self.rows[use]]), self.draws[use]) for use in uses
         )
 
     def shapes(self) -> Int64Array:
-        """The largest height and the largest width of each micro-batch, int64 [micro-batches, 2]."""
+        """Return the maximum height and the maximum width in each micro-batch, int64 [micro-batches, 2]."""
         return np.array([self.draws.output_sizes[uses].max(axis=0) for uses in self.batches])
 
 
 def _arrange(plan: Plan, epoch: int, window: int, first: int, sizes: Sizes) -> _Arranged:
-    """The micro-batches of a window whose first one has number `first` within the epoch."""
+    """Divide the uses of a window's records into micro-batches, the first of which is number `first` in the epoch."""
     spec = plan.spec
     random = generator(spec.seed, "rows", epoch, window)
     rows = np.arange(len(sizes.image_ids))
     repetitions = np.zeros_like(rows)
     if plan.repeats is not None:
-        total = int(plan.slots_of(np.array([window]))[0])
-        counts = _whole(plan.repeats[plan.windows.records(window)], total, random.random())
+        total = int(plan.count_slots(np.array([window]))[0])
+        counts = _round_repeats(plan.repeats[plan.windows.records(window)], total, random.random())
+        # Number the uses of each record 0, 1, …, so that each gets its own augmentation.
         repetitions = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
         rows = np.repeat(rows, counts)
-    # Keyed by the image, so that an image is augmented alike wherever the order puts it.
+    # Keyed by the image id, so that the augmentation of an image does not depend on its place in the order.
     numbers = uniforms(spec.seed, "augment", epoch, sizes.image_ids[rows], repetitions, RANDOM_NUMBERS)
     draws = draw(numbers, sizes.heights[rows], sizes.widths[rows], spec.augmentation)
     order = random.permutation(len(rows))
     if not spec.group_sizes:
         return _Arranged(rows, draws, _cut(order, spec.micro_batch_size))
+    # Group by size: sort landscape before portrait and each by area, then cut, so that neighbors have similar sizes.
     heights, widths = draws.output_sizes[order].T
     order = order[np.lexsort((heights * widths, heights > widths))]
     batches = _cut(order, spec.micro_batch_size)
-    # Steps that are whole in this window change places; what shares a step with a neighbour stays at the ends.
+    # Step arrangement. Micro-batches are numbered through the epoch, and each M of them are a step. The numbers of this
+    # window start at `first`, so its micro-batches are divided into:
+    #
+    #     [ head ][ M ][ M ] … [ M ][ tail ]
+    #
+    # The head (-first mod M micro-batches) completes a step that an earlier window started, and the tail starts a step
+    # that later windows complete. Between them are `whole` steps that lie entirely in this window. These are shuffled
+    # as units: the images of a step stay similar in size, but the steps of a window do not all go from small landscape
+    # to large portrait images. The head and the tail are only parts of steps, so they stay in place.
     head = min(-first % spec.micro_batches, len(batches))
     whole = (len(batches) - head) // spec.micro_batches
     steps = [
@@ -305,49 +334,64 @@ def _cut(order: Int64Array, size: int) -> list[Int64Array]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _whole(repeats: npt.NDArray[np.float64], total: int, offset: float) -> Int64Array:
-    """Repeats rounded to integers that sum to `total`, their sum rounded up; each is one of the two next to it.
+def _round_repeats(repeats: npt.NDArray[np.float64], total: int, offset: float) -> Int64Array:
+    """Round repeat factors at random to integers that sum to `total`: each to one of its two neighboring integers.
 
-    Systematic sampling (Madow 1949) of the fractions, which are raised in proportion until they sum to a whole number.
+    Systematic sampling (Madow 1949): factor r_i becomes floor(r_i), plus 1 with a probability p_i near its fraction.
+
+    Args:
+        repeats: float64 [records], at least 1.
+        total: sum of `repeats`, rounded up.
+        offset: uniform random number in [0, 1); the only source of randomness.
+
+    Returns:
+        int64 [records].
     """
     whole = np.floor(repeats + 1e-9)
     chances = np.clip(repeats - whole, 0, 1)
+    # p_i starts as the fraction of r_i. Because `total` is rounded up, the fractions sum to up to 1 less than `wanted`,
+    # the number of extra uses. Raise them in proportion until the sums agree. A p_i that would exceed 1 is capped, and
+    # the next pass raises the others further. Each pass reaches the sum or caps one more, so the loop terminates.
     wanted = total - whole.sum()
     while abs(chances.sum() - wanted) > 1e-9:
         open_ = chances < 1
         factor = (wanted - np.count_nonzero(~open_)) / chances[open_].sum()
         chances[open_] = np.minimum(chances[open_] * factor, 1)
+    # With c_i = p_1 + … + p_i, record i gets floor(c_i + u) - floor(c_(i-1) + u) extra uses: 0 or 1, and 1 with
+    # probability p_i over the offset u. The sum telescopes to `wanted` for every u. 1e-9 absorbs the float error of
+    # the cumulative sum, and 0.999999 keeps u + 1e-9 below 1, where floor(u) would no longer be 0.
     ends = np.cumsum(chances)
     return (whole + np.diff(np.floor(ends + offset * 0.999999 + 1e-9), prepend=0)).astype(np.int64)
 
 
 class _StepShapes:
-    """Padded shapes of an epoch's steps; looks at each window once, in order, and forgets it."""
+    """Compute the padded shapes of an epoch's steps in order. Scans each window once and does not retain it."""
 
     def __init__(self, plan: Plan, epoch: int, start: int, read: Callable[[Window], Sizes]) -> None:
         self.plan, self.epoch, self.read = plan, epoch, read
         self.known: dict[int, tuple[int, int]] = {}
         self.visits = plan.visits(epoch, start)
-        self.looked = start
+        self.scanned = start
 
     def __call__(self, step: int) -> tuple[int, int]:
-        """(height, width) of step number `step` within the epoch."""
-        while self.looked < (step + 1) * self.plan.spec.micro_batches:
+        """Return the padded (height, width) of step number `step` within the epoch."""
+        # A step can span several windows: scan ahead until all of its micro-batches are known.
+        while self.scanned < (step + 1) * self.plan.spec.micro_batches:
             visit = next(self.visits, None)
             if visit is None:
                 break
-            self._look_at(visit)
+            self._scan(visit)
         if len(self.known) > 2 * self.plan.spec.micro_batches:
             self.known = {number: shape for number, shape in self.known.items() if number >= step}
         multiple = self.plan.spec.size_multiple
         height, width = self.known[step]
         return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
-    def _look_at(self, visit: Visit) -> None:
+    def _scan(self, visit: Visit) -> None:
         sizes = self.read(self.plan.windows[visit.window])
         arranged = _arrange(self.plan, self.epoch, visit.window, visit.first, sizes)
         for number, shape in enumerate(arranged.shapes().tolist(), visit.first):
             step = number // self.plan.spec.micro_batches
             height, width = self.known.get(step, (0, 0))
             self.known[step] = (max(height, shape[0]), max(width, shape[1]))
-        self.looked = visit.first + visit.count
+        self.scanned = visit.first + visit.count

@@ -1,11 +1,11 @@
-"""The plan as one Ray Data execution for the whole job: windows in, ready micro-batches out, dealt to W workers.
+"""Run the plan as one Ray Data execution for the whole job, from windows to micro-batches for W workers.
 
-A generator task walks the plan and yields one small row per window; map tasks read, decode, augment and pad, and
-yield rows of a few micro-batches (see `assign_to_ranks`). `preserve_order` keeps the rows in the plan's order and makes the
-split of Ray Train deal them out strictly in turn: row i goes to rank i mod W.
+A generator task iterates over the plan and yields one small row per window. Map tasks read, decode and augment, and
+yield rows of a few micro-batches (see `assign_to_ranks`). `preserve_order` keeps the rows in the plan's order and makes
+Ray Train's split assign them round-robin: row i goes to rank i mod W.
 
-Ray Train calls `PlanDataConfig.configure` whenever a worker group starts, so that a restart with another number of
-workers streams on from the last committed step.
+Ray Train calls `PlanDataConfig.configure` whenever a worker group starts, so a restart with a different number of
+workers continues the stream from the last committed step.
 """
 
 import itertools
@@ -44,12 +44,12 @@ from raydetr.ray_internals.data import (
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """What is streamed.
+    """The input of a training job.
 
     source: the records.
     plan: their order.
     last_step: one past the last step of the job.
-    first_step: looked up whenever workers start: the step after the last committed one.
+    first_step: returns the step after the last committed one; called whenever workers start.
     masks: which masks the labels have, see `mask_targets`.
     """
 
@@ -61,19 +61,19 @@ class Stream:
 
 
 def build_plan(manifest: Manifest, spec: PlanSpec, repeat_threshold: float = 0.0) -> Plan:
-    """The plan of a data set.
+    """Create the plan of a data set.
 
     Args:
-        manifest: of its shards.
-        spec: what decides the order.
-        repeat_threshold: of `balance.repeat_factors`; 0: every record exactly once per epoch.
+        manifest: manifest of its shards.
+        spec: settings that determine the order.
+        repeat_threshold: threshold of `balance.repeat_factors`. 0: use every record exactly once per epoch.
     """
     repeats = repeat_factors(manifest, repeat_threshold) if repeat_threshold else None
     return Plan(layout(manifest), spec, repeats)
 
 
 def dataset(stream: Stream, world_size: int, first_step: int) -> Dataset:
-    """The lazy Ray Data set of steps `first_step` to `last_step` − 1 for `world_size` workers.
+    """Create the lazy Ray Dataset of steps `first_step` to `last_step` − 1 for `world_size` workers.
 
     Raises:
         ConfigError: there are more workers than micro-batches in a step.
@@ -84,12 +84,13 @@ def dataset(stream: Stream, world_size: int, first_step: int) -> Dataset:
             "raise --micro-batches or lower --workers."
         )
     context = DataContext.get_current().copy()
-    # One row a block, so that rows leave a task as they are made and are dealt out one by one.
+    # One row per block, so that rows leave a task as soon as they are built and are assigned to ranks one by one.
     context.target_max_block_size = 1
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # They report what is meant so: one generator task for the whole job, which importing torch makes large.
+    # The detectors would warn about the generator task, which runs for the whole job and is large because it imports
+    # torch. Both are intended.
     context.issue_detectors_config.detectors = []
     context.custom_execution_callback_classes = [_ThrottleScheduler]
     context.set_config(
@@ -99,7 +100,7 @@ def dataset(stream: Stream, world_size: int, first_step: int) -> Dataset:
     DataContext._set_current(context)
     try:
         in_flight = fit_cluster(stream.plan.spec, world_size)
-        # No CPU for it: it lives as long as the run, and would keep a task of the map from the CPU it has a part of.
+        # num_cpus=0: this task runs as long as the job. With a fraction of a CPU it would keep map tasks off that CPU.
         source = ray.data.read_datasource(_Windows(stream, first_step), override_num_blocks=1, num_cpus=0)
         return source.map_batches(
             build_micro_batches,
@@ -114,7 +115,7 @@ def dataset(stream: Stream, world_size: int, first_step: int) -> Dataset:
 
 
 class PlanDataConfig(DataConfig):
-    """Gives Ray Train's workers their shares of a `Stream` passed as `datasets={"train": stream}`."""
+    """Split a `Stream`, passed as `datasets={"train": stream}`, among the workers of Ray Train."""
 
     def configure(  # type: ignore[override]  # a Stream instead of a Dataset
         self,
@@ -123,16 +124,16 @@ class PlanDataConfig(DataConfig):
         *args: Any,  # noqa: ARG002  # handles and nodes of the workers: the order must not depend on them
         **kwargs: Any,  # noqa: ARG002
     ) -> list[dict[str, DataIterator]]:
-        """Build the execution for this number of workers, from the last committed step on.
+        """Build the execution for this number of workers, starting after the last committed step.
 
         Raises:
-            ClusterError: the workers have all CPUs, so that the stream would wait for ever.
+            ClusterError: the workers reserve all CPUs, so that the stream would wait forever.
         """
         cpus = ray.cluster_resources().get("CPU", 0)
         if cpus <= world_size:
             raise ClusterError(
-                f"The {world_size} training workers hold all {cpus:g} CPUs of the cluster and leave none to the data "
-                "stream: add a node with CPUs, or lower --workers."
+                f"The {world_size} training workers reserve all {cpus:g} CPUs of the cluster and leave none for the "
+                "data stream: add a node with CPUs, or lower --workers."
             )
         shares: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
         for name, stream in datasets.items():
@@ -145,16 +146,16 @@ class PlanDataConfig(DataConfig):
 def steps(
     shard: DataIterator, micro_batch_size: int, per_step: int, prefetch: int = 2
 ) -> Iterator[list[TrainingBatch]]:
-    """This worker's micro-batches, step by step.
+    """Iterate over this worker's micro-batches, one list per step.
 
     Args:
-        shard: its share, from `ray.train.get_dataset_shard`.
+        shard: this worker's split, from `ray.train.get_dataset_shard`.
         micro_batch_size: B.
-        per_step: its micro-batches of each step, ⌈M / W⌉.
-        prefetch: micro-batches to fetch ahead.
+        per_step: number of this worker's micro-batches in each step, ⌈M / W⌉.
+        prefetch: number of rows to prefetch.
 
     Raises:
-        DataError: the rows are not those of one step after the other.
+        DataError: the rows do not contain one complete step after the other.
     """
     gathered: list[TrainingBatch] = []
     for table in shard.iter_batches(
@@ -165,7 +166,7 @@ def steps(
         for batch in unpack(table, micro_batch_size):
             if gathered and batch.step != gathered[0].step:
                 raise DataError(
-                    f"The stream broke its order: a micro-batch of step {batch.step} within step "
+                    f"The stream is out of order: it has a micro-batch of step {batch.step} within step "
                     f"{gathered[0].step}."
                 )
             gathered.append(batch)
@@ -179,18 +180,23 @@ def steps(
 def assign_to_ranks(
     micro_batches: Sequence[MicroBatch], spec: PlanSpec, world_size: int, row_bytes: int = ROW_BYTES
 ) -> Iterator[list[MicroBatch]]:
-    """Rows of micro-batches such that row i is for rank i mod W, and each rank finds its own in order.
+    """Group micro-batches into rows such that row i belongs to rank i mod W, and each rank gets its own in order.
 
-    A step is ⌈M / W⌉ · W micro-batches for W workers, the surplus being empty; micro-batch p of it is for rank
-    p mod W. Steps that are whole in `micro_batches` are dealt out several at a time, a row a rank; a step of which
-    there is only a part is dealt out by single micro-batches.
+    With W workers a step has ⌈M / W⌉ · W micro-batches, of which those beyond M are empty. Micro-batch p of a step
+    belongs to rank p mod W. Steps that are complete in `micro_batches` are packed several at a time, one row per rank.
+    Each micro-batch of a partial step gets a row of its own.
 
     Args:
-        micro_batches: consecutive ones of the plan, such as those of a window.
-        spec: of the plan.
+        micro_batches: consecutive micro-batches of the plan, such as those of a window.
+        spec: spec of the plan.
         world_size: W.
-        row_bytes: pixels of a row, about.
+        row_bytes: approximate bytes of pixels in a row.
     """
+    # Row i goes to rank i mod W, counted over the whole run and over all tasks. Each task sees only its own window, so
+    # the assignment relies on an invariant: at every step boundary the number of rows so far is a multiple of W.
+    # - Complete steps, however many are packed together, are W rows: row r has the positions r, r + W, … of each step.
+    # - The parts of a step that spans windows come from several tasks. With one row per micro-batch they add up to
+    #   ⌈M / W⌉ · W rows, and the row of position p is number p after the boundary, so it goes to rank p mod W too.
     share = -(-spec.micro_batches // world_size)
     whole: list[list[MicroBatch]] = []
 
@@ -218,25 +224,28 @@ def assign_to_ranks(
 
 
 def _pixels(step: Sequence[MicroBatch]) -> int:
-    """Bytes of the images of micro-batches."""
+    """Return the bytes of pixels in micro-batches."""
     sizes = (slot.augmentation.output_size for batch in step for slot in batch.slots)
     return sum(3 * height * width for height, width in sizes)
 
 
 class _ThrottleScheduler(ExecutionCallback):
-    """A pause in Ray Data's scheduling loop.
+    """Throttle Ray Data's scheduling loop.
 
-    While the workers are slower than the data tasks, as they should be, output is always ready and held back; the
-    loop of Ray 2.60 then spins without a pause and takes 0.4 of a core from the workers.
+    As long as the workers are slower than the data tasks, which is the normal case, output is always ready and held
+    back by backpressure. The loop of Ray 2.60 then spins without a pause and takes 0.4 of a core from the workers.
     """
 
     def on_execution_step(self, executor: Any) -> None:  # noqa: ARG002
-        """Sleep 10 ms; one step deals out all rows that are ready."""
+        """Sleep for 10 ms. One iteration of the loop hands out all rows that are ready."""
         time.sleep(0.01)
 
 
 class _Windows(Datasource):
-    """One read task that walks the plan. An ordinary read would put every task of the job in the store first."""
+    """A datasource with one read task that iterates over the plan.
+
+    An ordinary read would put all tasks of the job into the object store first.
+    """
 
     def __init__(self, stream: Stream, first_step: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -244,18 +253,18 @@ class _Windows(Datasource):
         self.first_step = first_step
 
     def estimate_inmemory_data_size(self) -> None:
-        """Unknown, and not needed: the parallelism is fixed."""
+        """Return None: the size is unknown, and is not needed since the parallelism is fixed."""
         return
 
     def get_read_tasks(self, *args: Any, **kwargs: Any) -> list[ReadTask]:  # noqa: ARG002
-        """The one task."""
+        """Return the only task."""
         stream, first_step = self.stream, self.first_step
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [ReadTask(lambda: list_windows(stream, first_step), metadata)]
 
 
 def list_windows(stream: Stream, first_step: int) -> Iterator[pa.Table]:
-    """The windows of the plan from a step on, one small table each."""
+    """Iterate over the windows of the plan from `first_step` on, as one small table each."""
     for task in stream.plan.tasks(first_step, stream.last_step, stream.source.sizes):
         yield pa.table(
             {
@@ -272,13 +281,13 @@ def list_windows(stream: Stream, first_step: int) -> Iterator[pa.Table]:
 def build_micro_batches(
     table: pa.Table, stream: Stream, world_size: int, row_bytes: int = ROW_BYTES
 ) -> Iterator[pa.Table]:
-    """The micro-batches of the window that `table`'s one row names, in rows as `assign_to_ranks` makes them."""
-    named = table.to_pylist()[0]
-    task = WindowTask(**{**named, "shapes": tuple(map(tuple, named["shapes"]))})
+    """Build the micro-batches of the window in the only row of `table`, grouped into rows by `assign_to_ranks`."""
+    fields = table.to_pylist()[0]
+    task = WindowTask(**{**fields, "shapes": tuple(map(tuple, fields["shapes"]))})
     plan, labels = stream.plan, stream.source.labels
     records = stream.source.records(plan.windows[task.window], [*RECORD_COLUMNS, *MASK_COLUMNS[stream.masks]])
 
-    def filled(batch: MicroBatch) -> tuple[MicroBatch, list[Example]]:
+    def fill_slots(batch: MicroBatch) -> tuple[MicroBatch, list[Example]]:
         rows = (records.slice(slot.row, 1).to_pylist()[0] for slot in batch.slots)
         return batch, [
             _example(row, slot, labels, stream.masks) for row, slot in zip(rows, batch.slots, strict=True)
@@ -286,24 +295,24 @@ def build_micro_batches(
 
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
     for row in assign_to_ranks(plan.run(task, to_sizes(records)), plan.spec, world_size, row_bytes):
-        yield pack([filled(batch) for batch in row], node, masks=stream.masks in ("instance", "panoptic"))
+        yield pack([fill_slots(batch) for batch in row], node, masks=stream.masks in ("instance", "panoptic"))
 
 
 def _example(record: dict[str, Any], slot: Slot, labels: dict[int, int], kind: MaskKind = "none") -> Example:
-    nothing = np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)
-    if not is_trained(record["fault"]):  # ingest found and reported it
-        return Example(slot.image_id, None, *nothing)
+    no_targets = np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)
+    if not is_trained(record["fault"]):  # ingest has reported this fault, so it is not counted as skipped
+        return Example(slot.image_id, None, *no_targets)
     try:
         image = decode_record(record)
     except ImageError as error:
-        return Example(slot.image_id, None, *nothing, skipped=str(error))
+        return Example(slot.image_id, None, *no_targets, skipped=str(error))
     if kind == "none":
         boxes_xyxy, class_labels = training_targets(record, labels)
-        pixels, boxes, kept = apply(image, boxes_xyxy, slot.augmentation)
-        return Example(slot.image_id, pixels, boxes, class_labels[kept])
+        pixels, boxes, remaining = apply(image, boxes_xyxy, slot.augmentation)
+        return Example(slot.image_id, pixels, boxes, class_labels[remaining])
     boxes_xyxy, class_labels, masks = mask_targets(record, labels, kind)
-    pixels, boxes, kept = apply(image, boxes_xyxy, slot.augmentation)
+    pixels, boxes, remaining = apply(image, boxes_xyxy, slot.augmentation)
     if kind == "panoptic-boxes":
-        return Example(slot.image_id, pixels, boxes, class_labels[kept])
-    augmented = apply_masks(torch.from_numpy(masks[kept]), slot.augmentation).numpy()
-    return Example(slot.image_id, pixels, boxes, class_labels[kept], masks=augmented)
+        return Example(slot.image_id, pixels, boxes, class_labels[remaining])
+    augmented = apply_masks(torch.from_numpy(masks[remaining]), slot.augmentation).numpy()
+    return Example(slot.image_id, pixels, boxes, class_labels[remaining], masks=augmented)

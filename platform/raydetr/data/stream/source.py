@@ -1,4 +1,4 @@
-"""Where a stream's records come from: the shards of a data set, read window by window."""
+"""The source of a stream's records: the shards of a data set, read window by window."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,25 +17,27 @@ RECORD_COLUMNS = [*TARGET_COLUMNS, "image_id", "image", "fault"]
 
 
 class Source(Protocol):
-    """What a stream reads."""
+    """The interface from which a stream reads."""
 
     @property
     def labels(self) -> dict[int, int]:
         """Category id → contiguous label."""
 
     def sizes(self, window: Window) -> Sizes:
-        """Ids and image sizes of a window's records, without their pixels."""
+        """Read ids and image sizes of a window's records, without their images."""
 
     def records(self, window: Window, columns: Sequence[str] = RECORD_COLUMNS) -> pa.Table:
-        """The records of a window, with these columns."""
+        """Read these columns of a window's records."""
 
 
 @dataclass(frozen=True, eq=False)
 class ShardSource:
     """The shards of a data set.
 
-    root: address of their folder.
-    files: of the shards, within it.
+    root: URI of their folder.
+    files: names of the shards in it.
+    row_group_size: records in a full row group.
+    labels: category id → contiguous label.
     """
 
     root: str
@@ -44,7 +46,7 @@ class ShardSource:
     labels: dict[int, int]
 
     def sizes(self, window: Window) -> Sizes:
-        """See `Source`; the index of a shard is read once."""
+        """See `Source`. The index columns of a shard are read once and cached."""
         index = _shard_index(self.root, self.files[window.shard])
         return to_sizes(index.slice(window.row_groups[0] * self.row_group_size, window.size))
 
@@ -54,21 +56,21 @@ class ShardSource:
 
 
 def shard_source(manifest: Manifest) -> ShardSource:
-    """The shards that a manifest names."""
+    """Create the source of the shards that a manifest lists."""
     files = [shard.file for shard in manifest.shards]
     return ShardSource(manifest.root, files, manifest.row_group_size, manifest.labels)
 
 
 def layout(manifest: Manifest) -> Layout:
-    """What the plan needs to know of a data set."""
+    """Return the layout of a data set, which the plan needs."""
     return Layout(
         np.array([shard.num_images for shard in manifest.shards], np.int64), manifest.row_group_size
     )
 
 
 def to_sizes(records: pa.Table) -> Sizes:
-    """Ids and image sizes of records with `INDEX_COLUMNS`."""
-    # An image that could not be read has no size; its slot has weight 0 whatever it is.
+    """Convert records with `INDEX_COLUMNS` to ids and image sizes."""
+    # An image that could not be read has no size. 1 x 1 is as good as any other, since its slot has weight 0.
     image_ids, heights, widths = (
         compute.fill_null(records[name], 1).to_numpy().astype(np.int64) for name in INDEX_COLUMNS
     )

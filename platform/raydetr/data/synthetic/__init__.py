@@ -1,1 +1,1 @@
-"""Generated scenes, for the demo and the tests."""
+"""Generated scenes for the demo and the tests."""

@@ -1,4 +1,4 @@
-"""Generated COCO folders, and the embedded data set: what a first run trains on without any download."""
+"""Generate COCO folders of synthetic scenes, such as the demo scenes on which a first run trains without a download."""
 
 import io
 import json
@@ -13,21 +13,21 @@ from PIL import Image
 from raydetr import cluster, storage
 from raydetr.data.ingest.console import print_progress
 from raydetr.data.ingest.ingest import Options, ingest
-from raydetr.data.ingest.inputs import Addresses
+from raydetr.data.ingest.inputs import InputPaths
 from raydetr.data.synthetic.scenes import STUFF, THINGS, make_scene, panoptic_map, polygons
 from raydetr.errors import ConfigError, DataError
 from raydetr.lease import WAIT_S, lease
 
 GENERATOR_VERSION = 2
-"""Raised with every change of the images, annotations or shards: embedded data of another version is made anew."""
+"""Incremented whenever images, annotations or shards change. Demo scenes of another version are generated again."""
 
 EMBEDDED = {"train": (4000, 0), "val": (500, 1)}
 """Split → number of images, seed."""
 
 EMBEDDED_ROOT = "runs/embedded"
-"""Folder of the embedded data set: not runs/data, which holds the user's own."""
+"""Folder of the demo scenes. Not runs/data, which is for the user's own data."""
 
-_SHARD_BYTES = 4 * 1024 * 1024  # several shards even of this small set: ingest and stream run in parallel
+_SHARD_BYTES = 4 * 1024 * 1024  # small, so that even this data set has several shards to process in parallel
 _CHUNK = 250
 _MARKER = "generated.json"
 
@@ -37,7 +37,7 @@ Run = Callable[[Callable[[Chunk], Scenes], Iterable[Chunk]], Iterable[Scenes]]
 
 
 def generate(folder: str, num_images: int, seed: int, size: int = 128, run: Run = map) -> None:
-    """Write a COCO folder of generated scenes, the same bytes for the same arguments.
+    """Write a COCO folder of generated scenes. The same arguments give the same bytes.
 
     ::
 
@@ -47,11 +47,11 @@ def generate(folder: str, num_images: int, seed: int, size: int = 128, run: Run 
         generated.json                          the arguments; written last
 
     Args:
-        folder: files in it are overwritten.
+        folder: URI of the folder; existing files are overwritten.
         num_images: 1 or more.
-        seed: different seeds, different scenes.
+        seed: seed of the scenes.
         size: height and width of the images in pixels, at least 32.
-        run: applies a function to chunks of images, in order; `map` does so here and now.
+        run: applies a function to chunks of images and returns the results in order. `map` runs in this process.
 
     Raises:
         ConfigError: num_images or size is too small.
@@ -92,20 +92,20 @@ def generate(folder: str, num_images: int, seed: int, size: int = 128, run: Run 
 
 
 def embedded(split: Literal["train", "val"], root: str = EMBEDDED_ROOT) -> str:
-    """The embedded data set's shards, made on first use: scenes of other seeds for train and val.
+    """Generate and ingest the demo scenes on first use. Train and val have different seeds.
 
-    The COCO folder that they are ingested from stays beside them, in `coco/<split>`. Connects to Ray when there is
-    something to do (a job that needs more CPUs later has to connect before).
+    The COCO folder from which they are ingested is stored next to them, in `coco/<split>`. Connects to Ray if there is
+    work to do, with 1 CPU: a job that needs more CPUs has to connect first.
 
     Args:
         split: train (4,000 images) or val (500).
-        root: folder of both; on a cluster of several nodes one that they share.
+        root: folder of both splits; on a cluster of several nodes, one that all nodes share.
 
     Returns:
-        Address of the shards: `<root>/<split>`, absolute.
+        Absolute URI of the shards: `<root>/<split>`.
 
     Raises:
-        DataError: a data set that was not generated is there.
+        DataError: the folder already has a data set that was not generated.
     """
     num_images, seed = EMBEDDED[split]
     root = storage.absolute(root)
@@ -118,34 +118,34 @@ def embedded(split: Literal["train", "val"], root: str = EMBEDDED_ROOT) -> str:
     if not is_generated():
         if storage.is_folder(shards) and not storage.is_folder(folder):
             raise DataError(
-                f"{shards}: a data set that is not the embedded one: move it, or give its address by --train-data or --data."
+                f"{shards}: holds a data set other than the demo scenes: move it, or pass it as --train-data or --data."
             )
         cluster.connect(cpus=1)
         cluster.require_shared(train_data=root)
         with lease(storage.join(root, "coco"), wait_s=WAIT_S) as held:
-            if not is_generated():  # by the process that held the lease
+            if not is_generated():  # the process that held the lease may have generated them
                 storage.delete_folder(folder)
                 storage.delete_folder(shards)
-                print(f"generating {num_images:,} images of the embedded {split} set in {folder}", flush=True)
+                print(f"generating {num_images:,} demo scenes ({split}) in {folder}", flush=True)
                 generate(folder, num_images, seed, run=_run_on_ray)
                 held.verify()
     ingest(
-        Addresses(storage.join(folder, "annotations/instances.json"), storage.join(folder, "images")),
+        InputPaths(storage.join(folder, "annotations/instances.json"), storage.join(folder, "images")),
         shards,
         Options(shard_bytes=_SHARD_BYTES),
-        progress=print_progress(f"ingest of the embedded {split} set"),
+        progress=print_progress(f"ingest of the demo scenes ({split})"),
     )
     return shards
 
 
 def write_scenes(chunk: Chunk) -> Scenes:
-    """Write the images and panoptic PNGs of some scenes.
+    """Write the images and panoptic PNGs of a chunk of scenes.
 
     Args:
         chunk: folder, indices of the scenes, seed, size.
 
     Returns:
-        For each scene its entries for the JSON files: image, instances (a list), panoptic.
+        The JSON entries of each scene: image, instances (a list), panoptic.
     """
     folder, indices, seed, size = chunk
     return [_write_scene(folder, index, seed, size) for index in indices]
@@ -153,11 +153,13 @@ def write_scenes(chunk: Chunk) -> Scenes:
 
 def _write_scene(folder: str, index: int, seed: int, size: int) -> dict[str, Any]:
     scene = make_scene(seed, index, size)
-    colours, segments = panoptic_map(scene)
-    image_id = index + 1  # from 1: pycocotools takes a match with annotation 0 for none
+    colors, segments = panoptic_map(scene)
+    image_id = (
+        index + 1
+    )  # from 1, so that annotation ids are over 0: pycocotools takes a match with id 0 for no match
     name, png = f"{image_id:06d}.jpg", f"{image_id:06d}.png"
     _write_image(folder, f"images/{name}", scene.pixels, format="JPEG", quality=92)
-    _write_image(folder, f"annotations/panoptic/{png}", colours, format="PNG", compress_level=1)
+    _write_image(folder, f"annotations/panoptic/{png}", colors, format="PNG", compress_level=1)
     return {
         "image": {"id": image_id, "file_name": name, "height": size, "width": size},
         "instances": [
@@ -181,7 +183,7 @@ R = TypeVar("R")
 
 
 def _run_on_ray(function: Callable[[T], R], arguments: Iterable[T]) -> Sequence[R]:
-    """As `map`, one Ray task each."""
+    """Like `map`, with one Ray task per argument."""
     task = ray.remote(num_cpus=1)(function)
     results: list[R] = ray.get([task.remote(argument) for argument in arguments])
     return results

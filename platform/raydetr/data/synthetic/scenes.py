@@ -1,7 +1,7 @@
-"""Scenes made of numbers: shapes that partly hide each other in front of sky, water and ground, with exact truth.
+"""Generate scenes with exact ground truth: shapes that partly occlude each other in front of sky, water and ground.
 
-Classes differ in shape only: colour, texture, size, rotation and place are drawn independently of the class. Every
-mask is of the visible pixels; boxes, polygons and the panoptic map come from those same pixels, so they agree
+Classes differ only in shape: color, texture, size, rotation and position are drawn independently of the class. Every
+mask contains the visible pixels. Boxes, polygons and the panoptic map are computed from the masks, so they agree
 exactly.
 """
 
@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 THINGS = {"circle": 1, "square": 3, "triangle": 4, "star": 7}
-"""Name → category id. With gaps, as COCO has them: a category id is not a label."""
+"""Name → category id. The ids have gaps, as in COCO, so a category id is not a label."""
 STUFF = {"sky": 21, "water": 22, "ground": 25}
 
 MAX_SHAPES = 4
 RADIUS = (0.11, 0.25)
-"""Of a shape's circumscribed circle, relative to the image's side: shapes are 15 to 50 % of it."""
+"""Radius of a shape's circumscribed circle, relative to the image's side: shapes span 15 to 50 % of it."""
 MIN_VISIBLE = 0.6
-"""Share of a shape that stays visible, whatever comes in front of it."""
+"""Minimum share of a shape that stays visible."""
 MIN_CONTRAST = 70.0
-"""Distance in RGB between a shape's colour and the mean of what is under it."""
+"""Minimum RGB distance between a shape's color and the mean color of the pixels under it."""
 
 _SUPERSAMPLING = 4
 
@@ -35,7 +35,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Region:
-    """A visible thing or stuff region."""
+    """The visible part of a thing or of stuff."""
 
     category_id: int
     mask: NDArray[np.bool_]
@@ -43,7 +43,7 @@ class Region:
 
     @cached_property
     def area(self) -> int:
-        """Visible pixels."""
+        """Number of visible pixels."""
         return int(np.count_nonzero(self.mask))
 
     @cached_property
@@ -56,21 +56,21 @@ class Region:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and what is in it."""
+    """An image and its ground truth."""
 
     pixels: NDArray[np.uint8]
     """[size, size, 3] RGB."""
     things: tuple[Region, ...]
-    """From back to front."""
+    """Ordered from back to front."""
     stuff: tuple[Region, ...]
-    """Together with the things, every pixel exactly once."""
+    """Things and stuff together cover every pixel exactly once."""
 
 
 def make_scene(seed: int, index: int, size: int = 128) -> Scene:
-    """Scene number `index` of a seed; a function of its arguments alone.
+    """Generate scene number `index` of a seed. The result depends only on the arguments.
 
     Args:
-        seed: of the data set.
+        seed: seed of the data set.
         index: 0 or more.
         size: height and width in pixels, at least 32.
     """
@@ -101,10 +101,10 @@ def make_scene(seed: int, index: int, size: int = 128) -> Scene:
 
 
 def polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
-    """Outlines of a mask as COCO polygons; pycocotools rasterises them to exactly this mask.
+    """Trace a mask as COCO polygons, which pycocotools rasterizes to exactly this mask.
 
-    A polygon runs through the middles of the pixels' edges. A hole is joined to its outline by a cut of no width,
-    as COCO has no holes.
+    A polygon runs through the midpoints of pixel edges. COCO has no holes, so a hole is joined to its outline by a cut
+    of zero width.
 
     Args:
         mask: bool [height, width].
@@ -114,7 +114,7 @@ def polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
     crop = np.pad(mask[y : rows[-1] + 1, x : columns[-1] + 1], 1).astype(np.float64)
     outlines = contourpy.contour_generator(z=crop, fill_type=contourpy.FillType.OuterOffset).filled(0.5, 2.0)
     result = []
-    # contourpy's coordinates are of pixel centres; one pixel of padding, half a pixel to the corner.
+    # contourpy's coordinates refer to pixel centers. Subtract one pixel of padding, add half a pixel to the corner.
     origin = np.array([x - 0.5, y - 0.5])
     for points, offsets in zip(*outlines):
         loops = [_corners(points[a : b - 1]) for a, b in pairwise(offsets)]
@@ -126,7 +126,7 @@ def polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
 
 
 def _background(rng: np.random.Generator, size: int) -> tuple[Floats, list[tuple[int, NDArray[np.bool_]]]]:
-    """Canvas float32 [3, size, size] in 0..255 and the bands of stuff on it: sky, often water, ground."""
+    """Paint a canvas float32 [3, size, size] in 0..255 with bands of stuff: sky, often water, and ground."""
     rows = np.arange(size, dtype=np.float32)[:, None]
     horizon = size * rng.uniform(0.25, 0.6)
     shore = horizon + size * rng.uniform(0.1, 0.25) if rng.random() < 0.6 else horizon
@@ -139,9 +139,9 @@ def _background(rng: np.random.Generator, size: int) -> tuple[Floats, list[tuple
         band = rows >= _wave(rng, size) + np.float32(top)
         bands = [(category_id, earlier & ~band) for category_id, earlier in bands]
         below = slice(int(band.any(1).argmax()), size)
-        colour = np.clip(np.array(_STUFF_COLOURS[name]) + rng.uniform(-45, 45, 3), 0, 255)
+        color = np.clip(np.array(_STUFF_COLORS[name]) + rng.uniform(-45, 45, 3), 0, 255)
         texture = _STUFF_TEXTURES[name](rng, *_grid(below, slice(0, size)))
-        np.copyto(canvas[:, below], _shade(rng, texture, colour), where=band[below])
+        np.copyto(canvas[:, below], _shade(rng, texture, color), where=band[below])
         bands.append((STUFF[name], band))
     return canvas, bands
 
@@ -153,9 +153,10 @@ def _place(
     visible: list[tuple[int, NDArray[np.bool_]]],
     full_areas: list[int],
 ) -> tuple[tuple[slice, slice], Floats] | None:
-    """A place for a shape where all shapes behind it stay visible enough: its window and opacity 0..1 there.
+    """Find a position for a shape where all shapes behind it stay visible enough.
 
-    None after ten attempts.
+    Returns:
+        The window of the shape and its opacity 0..1 there; None after ten failed attempts.
     """
     radius = size * rng.uniform(*RADIUS)
     angle = rng.uniform(0, 2 * math.pi)
@@ -176,13 +177,13 @@ def _place(
 
 
 def _shape(name: str, x: float, y: float, radius: float, angle: float, side: int) -> Floats:
-    """Opacity float32 [side, side] in 0..1 of a shape around (x, y)."""
+    """Draw a shape around (x, y): its opacity, float32 [side, side] in 0..1."""
     image = Image.new("L", (side * _SUPERSAMPLING,) * 2)
     draw = ImageDraw.Draw(image)
     if name == "circle":
-        # 0.9: about the mean extent of the others in the same circle.
+        # 0.9: about the mean extent of the other shapes in a circle of this radius.
         radius *= 0.9
-        box = [(centre + sign * radius) * _SUPERSAMPLING for sign in (-1, 1) for centre in (x, y)]
+        box = [(center + sign * radius) * _SUPERSAMPLING for sign in (-1, 1) for center in (x, y)]
         draw.ellipse(box, fill=255)
     else:
         corners = {"square": 4, "triangle": 3, "star": 10}[name]
@@ -199,20 +200,20 @@ def _shape(name: str, x: float, y: float, radius: float, angle: float, side: int
 
 
 def _paint(rng: np.random.Generator, canvas: Floats, window: tuple[slice, slice], alpha: Floats) -> None:
-    """Blend a shape of random colour and texture into the canvas, in place."""
+    """Blend a shape with a random color and texture into the canvas, in place."""
     under = canvas[:, *window]
     mean = under[:, alpha >= 0.5].mean(1)
     for _ in range(20):
-        colour = rng.uniform(0, 255, 3)
-        if np.linalg.norm(colour - mean) >= MIN_CONTRAST:
+        color = rng.uniform(0, 255, 3)
+        if np.linalg.norm(color - mean) >= MIN_CONTRAST:
             break
     yy, xx = _grid(*window)
     texture = _TEXTURES[int(rng.integers(len(_TEXTURES)))](rng, yy, xx)
-    canvas[:, *window] = under + alpha * (_shade(rng, texture, colour) - under)
+    canvas[:, *window] = under + alpha * (_shade(rng, texture, color) - under)
 
 
 def _photograph(rng: np.random.Generator, canvas: Floats) -> NDArray[np.uint8]:
-    """Light from one side and sensor noise; uint8 [size, size, 3]."""
+    """Add light from one side and sensor noise: uint8 [size, size, 3]."""
     size = canvas.shape[1]
     yy, xx = _grid(slice(0, size), slice(0, size))
     light = 0.9 + _gradient(rng, yy, xx) * np.float32(rng.uniform(0, 0.25))
@@ -221,14 +222,14 @@ def _photograph(rng: np.random.Generator, canvas: Floats) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
-def _shade(rng: np.random.Generator, texture: Floats, colour: NDArray[Any]) -> Floats:
-    """A texture in 0..1 as colours around one colour; float32 [3, height, width]."""
+def _shade(rng: np.random.Generator, texture: Floats, color: NDArray[Any]) -> Floats:
+    """Map a texture in 0..1 to colors around a base color: float32 [3, height, width]."""
     contrast = rng.uniform(-45, 45, (3, 1, 1)).astype(np.float32)
-    return colour.astype(np.float32)[:, None, None] + (texture - np.float32(0.5)) * contrast
+    return color.astype(np.float32)[:, None, None] + (texture - np.float32(0.5)) * contrast
 
 
 def _grid(rows: slice, columns: slice) -> tuple[Floats, Floats]:
-    """Row and column numbers, float32 [height, 1] and [1, width]."""
+    """Return row and column numbers, float32 [height, 1] and [1, width]."""
     return (
         np.arange(rows.start, rows.stop, dtype=np.float32)[:, None],
         np.arange(columns.start, columns.stop, dtype=np.float32)[None, :],
@@ -236,7 +237,7 @@ def _grid(rows: slice, columns: slice) -> tuple[Floats, Floats]:
 
 
 def _wave(rng: np.random.Generator, size: int) -> Floats:
-    """A gentle curve float32 [size] around 0, in pixels."""
+    """Return a smooth random curve around 0 in pixels, float32 [size]."""
     x = np.arange(size, dtype=np.float32) * np.float32(2 * math.pi / size)
     curve = np.zeros(size, dtype=np.float32)
     for frequency in (1, 2, 5):
@@ -245,7 +246,7 @@ def _wave(rng: np.random.Generator, size: int) -> Floats:
     return curve
 
 
-# Textures: float32 [height, width] in 0..1 at the rows and columns of `_grid`.
+# Textures take the rows and columns of `_grid` and return float32 [height, width] in 0..1.
 
 
 def _direction(rng: np.random.Generator, yy: Floats, xx: Floats) -> Floats:
@@ -276,7 +277,7 @@ def _dots(rng: np.random.Generator, yy: Floats, xx: Floats) -> Floats:
 
 
 def _noise(cells: float, stretch: float = 1.0) -> Any:
-    """Smooth noise with about `cells` cells along 128 pixels, `stretch` times as wide as high."""
+    """Create a texture of smooth noise with about `cells` cells per 128 pixels, `stretch` times as wide as high."""
 
     def texture(rng: np.random.Generator, yy: Floats, xx: Floats) -> Floats:
         height, width = yy.shape[0], xx.shape[1]
@@ -289,34 +290,34 @@ def _noise(cells: float, stretch: float = 1.0) -> Any:
 
 _TEXTURES = (_gradient, _stripes, _checks, _dots, _noise(24))
 _STUFF_TEXTURES = {"sky": _noise(5), "water": _noise(40, stretch=6), "ground": _noise(48)}
-_STUFF_COLOURS = {"sky": (150, 185, 215), "water": (60, 110, 150), "ground": (120, 115, 75)}
+_STUFF_COLORS = {"sky": (150, 185, 215), "water": (60, 110, 150), "ground": (120, 115, 75)}
 
 
 def _corners(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A closed loop [n, 2] without the points that lie straight between their neighbours."""
+    """Remove from a closed loop [n, 2] the points that lie on a straight line between their neighbors."""
     before, after = points - np.roll(points, 1, 0), np.roll(points, -1, 0) - points
     turns = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
     return points[turns]
 
 
 def _cut(outline: NDArray[np.float64], hole: NDArray[np.float64]) -> NDArray[np.float64]:
-    """One loop of an outline and a hole in it, joined where they are nearest."""
+    """Join an outline and a hole in it into one loop, where they are nearest to each other."""
     distances = np.square(outline[:, None] - hole[None]).sum(-1)
     i, j = np.unravel_index(distances.argmin(), distances.shape)
     return np.concatenate([outline[: i + 1], hole[j:], hole[: j + 1], outline[i:]])
 
 
 def panoptic_map(scene: Scene) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
-    """A scene in COCO's panoptic format.
+    """Convert a scene to COCO's panoptic format.
 
     Returns:
-        colours uint8 [size, size, 3], whose R + 256 G + 65536 B is the segment's id; segments_info.
+        Colors uint8 [size, size, 3], where R + 256 G + 65536 B is the id of the segment; and segments_info.
     """
-    coloured = [(_STUFF_SEGMENTS[region.category_id], region) for region in scene.stuff]
-    coloured += zip(_THING_SEGMENTS, scene.things)
+    colored = [(_STUFF_SEGMENTS[region.category_id], region) for region in scene.stuff]
+    colored += zip(_THING_SEGMENTS, scene.things)
     number = np.zeros(scene.pixels.shape[:2], dtype=np.uint8)
     segments = []
-    for position, ((red, green, blue), region) in enumerate(coloured):
+    for position, ((red, green, blue), region) in enumerate(colored):
         number[region.mask] = position
         segments.append(
             {
@@ -327,11 +328,11 @@ def panoptic_map(scene: Scene) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]
                 "iscrowd": 0,
             }
         )
-    palette = np.array([colour for colour, _ in coloured], dtype=np.uint8)
+    palette = np.array([color for color, _ in colored], dtype=np.uint8)
     return palette[number], segments
 
 
-# Of the panoptic map: easy to tell apart for a person who opens the PNG.
+# Segment colors of the panoptic map, easy to tell apart when the PNG is opened.
 _STUFF_SEGMENTS = {
     STUFF["sky"]: (135, 190, 235),
     STUFF["water"]: (60, 100, 200),

@@ -33,7 +33,7 @@ def encoded(
 
 
 def annotation(**fields: Any) -> dict[str, Any]:
-    """A correct annotation with some fields changed; None deletes one."""
+    """Create a correct annotation with some fields changed; None deletes a field."""
     base = {
         "id": 1,
         "image_id": 5,
@@ -57,7 +57,7 @@ def coco(*annotations: dict[str, Any], **image: Any) -> dict[str, Any]:
 def record_of(content: dict[str, Any], data: bytes | None) -> tuple[dict[str, Any], list[Fault]]:
     index = read_content(content)
     record, faults = make_record(index.entries[0], data, frozenset({3, 8}))
-    # Through Arrow: what the schema cannot hold shows here.
+    # Through Arrow, to detect values that the schema cannot store.
     return pa.Table.from_pylist([record], schema=SCHEMA).to_pylist()[0], without_notes(faults)
 
 
@@ -67,7 +67,7 @@ def object_of(*annotations: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]
 
 
 def as_text(value: Any) -> str:
-    """JSON with every number as a float: equal texts, equal values, NaN included."""
+    """Convert to JSON with every number as a float, so that values can be compared, including NaN."""
     whole = json.loads(json.dumps(value, sort_keys=True), parse_int=lambda digits: float(digits))
     return json.dumps(whole)
 
@@ -76,7 +76,7 @@ def codes(faults: list[Fault]) -> list[str]:
     return [fault.code for fault in faults]
 
 
-def test_a_correct_record_keeps_everything_and_has_no_fault() -> None:
+def test_a_correct_record_stores_every_field_and_has_no_fault() -> None:
     data = encoded()
     extra = {"attributes": {"b": [1, 2]}, "score": 0.5}
     keypoints = [1, 2, 2, 3, 4.5, 1]
@@ -115,7 +115,7 @@ UNCOMPRESSED = [
     ids=["polygon", "polygons", "empty", "compressed", "uncompressed"],
 )
 @pytest.mark.parametrize("iscrowd", [0, 1])
-def test_a_segmentation_comes_back_in_the_form_it_had(segmentation: Any, iscrowd: int) -> None:
+def test_a_segmentation_reads_back_in_its_original_form(segmentation: Any, iscrowd: int) -> None:
     box = [1, 2, 12, 12] if isinstance(segmentation, list) else [4, 3, 26, 17]
     if segmentation == [[1.25, 2, 3, 4, 5, 6.5]]:
         box = [1.25, 2, 3.75, 4.5]
@@ -127,7 +127,7 @@ def test_a_segmentation_comes_back_in_the_form_it_had(segmentation: Any, iscrowd
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_compressed_run_lengths_are_those_of_pycocotools(seed: int) -> None:
+def test_compressed_run_lengths_equal_those_of_pycocotools(seed: int) -> None:
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 60, 2)
     mask = np.asfortranarray(rng.random((height, width)) < rng.random(), dtype=np.uint8)
@@ -157,7 +157,7 @@ def test_compressed_run_lengths_are_those_of_pycocotools(seed: int) -> None:
         ({"size": [HEIGHT, WIDTH], "counts": "o"}, "damaged: it ends within a number"),
     ],
 )
-def test_a_segmentation_that_is_no_mask_is_reported_kept_and_its_box_trained(
+def test_an_invalid_segmentation_is_reported_and_stored_and_its_box_is_trained_on(
     segmentation: Any, reason: str
 ) -> None:
     original = annotation(segmentation=segmentation)
@@ -190,7 +190,7 @@ def test_a_segmentation_that_is_no_mask_is_reported_kept_and_its_box_trained(
         ([1, 2, 3, 10**400], "malformed-annotation"),
     ],
 )
-def test_a_wrong_box_is_named_and_kept(bbox: Any, code: str) -> None:
+def test_an_invalid_box_is_reported_and_stored(bbox: Any, code: str) -> None:
     original = annotation(bbox=bbox, segmentation=[[1, 2, 3, 4, 5, 6]])
     item, faults = object_of(annotation(id=9), original)
     assert codes(faults) == [code]
@@ -208,7 +208,7 @@ def test_a_box_on_the_edge_is_not_a_fault(bbox: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "what"),
+    ("fields", "reason"),
     [
         ({"category_id": None}, "no category_id"),
         ({"category_id": 3.5}, "category_id 3.5"),
@@ -217,22 +217,22 @@ def test_a_box_on_the_edge_is_not_a_fault(bbox: list[float]) -> None:
         ({"iscrowd": 2}, "iscrowd 2"),
     ],
 )
-def test_a_field_that_cannot_be_read_is_named_and_kept(fields: dict[str, Any], what: str) -> None:
+def test_an_unreadable_field_is_reported_and_stored(fields: dict[str, Any], reason: str) -> None:
     original = annotation(**fields)
     item, faults = object_of(annotation(id=9), original)
     assert codes(faults) == ["malformed-annotation"]
-    assert what in faults[0].reason
+    assert reason in faults[0].reason
     assert to_annotation(item, 5) == original
 
 
-def test_absent_area_and_iscrowd_are_not_faults() -> None:
+def test_missing_area_and_iscrowd_are_not_faults() -> None:
     original = annotation(area=None, iscrowd=None)
     item, faults = object_of(original)
     assert faults == []
     assert to_annotation(item, 5) == original
 
 
-def test_whole_floats_and_booleans_are_taken_as_the_integers_they_mean() -> None:
+def test_whole_floats_and_booleans_are_read_as_integers() -> None:
     item, faults = object_of(annotation(id=1.0, image_id=5.0, category_id=3.0, iscrowd=True))
     assert faults == []
     assert (item["id"], item["category_id"], item["iscrowd"]) == (1, 3, 1)
@@ -251,7 +251,7 @@ def test_several_faults_of_one_object_are_all_reported() -> None:
     assert item["fault"] == "unknown-category"
 
 
-def test_an_annotation_that_repeats_an_id_is_told_from_one_that_repeats_an_annotation() -> None:
+def test_a_repeated_annotation_and_a_repeated_id_are_different_faults() -> None:
     content = coco(annotation(), annotation(), annotation(bbox=[3, 3, 3, 3]))
     record, faults = record_of(content, encoded())
     assert [item["fault"] for item in record["objects"]] == [
@@ -262,7 +262,7 @@ def test_an_annotation_that_repeats_an_id_is_told_from_one_that_repeats_an_annot
     assert codes(faults) == ["repeated-annotation", "duplicate-annotation-id"]
 
 
-def test_an_annotation_of_no_image_is_reported_and_in_no_record() -> None:
+def test_an_annotation_without_an_image_is_reported_and_in_no_record() -> None:
     content = coco(
         annotation(),
         annotation(id=2, image_id=6),
@@ -278,7 +278,7 @@ def test_an_annotation_of_no_image_is_reported_and_in_no_record() -> None:
     assert len(index.entries[0].annotations) == 1
 
 
-def test_of_image_entries_with_one_id_the_last_is_used() -> None:
+def test_the_last_of_several_image_entries_with_the_same_id_is_used() -> None:
     content = coco(annotation())
     content["images"].append({"id": 5, "file_name": "b.jpg"})
     index = read_content(content)
@@ -289,7 +289,7 @@ def test_of_image_entries_with_one_id_the_last_is_used() -> None:
     assert "images[1] (b.jpg)" in fault.reason
 
 
-def test_a_missing_file_keeps_its_place_with_the_size_of_the_json() -> None:
+def test_a_missing_file_has_a_record_with_the_size_in_the_json() -> None:
     record, faults = record_of(coco(annotation()), None)
     assert codes(faults) == ["missing-file"]
     assert record["fault"] == "missing-file"
@@ -308,7 +308,7 @@ def test_a_missing_file_keeps_its_place_with_the_size_of_the_json() -> None:
     ],
 )
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_a_damaged_image_is_unreadable_and_its_bytes_stay(
+def test_a_damaged_image_is_unreadable_and_its_bytes_are_stored(
     damage: Callable[[bytes], bytes], format: str
 ) -> None:
     data = damage(encoded(format=format))
@@ -324,7 +324,7 @@ def test_an_unreadable_image_of_unknown_size_has_size_zero() -> None:
         assert (record["height"], record["width"]) == (0, 0)
 
 
-def test_pixels_without_a_way_to_rgb_are_unconvertible() -> None:
+def test_pixels_that_cannot_be_converted_to_rgb_are_reported() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.full((HEIGHT, WIDTH), 0.5, dtype=np.float32)).save(buffer, "TIFF")
     _, faults = record_of(coco(annotation()), buffer.getvalue())
@@ -338,7 +338,7 @@ def test_other_modes_convert_without_a_fault(mode: str) -> None:
 
 
 @pytest.mark.parametrize("side", [12_000, 60_000])
-def test_a_decompression_bomb_is_refused_by_its_header(side: int) -> None:
+def test_a_decompression_bomb_is_detected_by_its_header(side: int) -> None:
     png = bytearray(encoded(format="PNG"))
     png[16:24] = side.to_bytes(4, "big") * 2
     png[29:33] = zlib.crc32(bytes(png[12:29])).to_bytes(4, "big")
@@ -349,7 +349,9 @@ def test_a_decompression_bomb_is_refused_by_its_header(side: int) -> None:
 @pytest.mark.parametrize(
     "claim", [{"height": WIDTH, "width": HEIGHT}, {"width": WIDTH + 1}, {"height": None, "width": 3}]
 )
-def test_a_size_unlike_the_images_is_reported_and_the_images_is_recorded(claim: dict[str, Any]) -> None:
+def test_a_wrong_size_in_the_json_is_reported_and_the_size_of_the_image_is_stored(
+    claim: dict[str, Any],
+) -> None:
     record, faults = record_of(coco(annotation(), **claim), encoded())
     assert codes(faults) == ["size-mismatch"]
     assert "the image is 30 x 40" in faults[0].reason
@@ -357,7 +359,7 @@ def test_a_size_unlike_the_images_is_reported_and_the_images_is_recorded(claim: 
 
 
 @pytest.mark.parametrize("claim", [{"height": None, "width": None}, {"height": 30.0, "width": 40.0}])
-def test_a_json_without_sizes_or_with_whole_floats_is_fine(claim: dict[str, Any]) -> None:
+def test_a_json_without_sizes_or_with_whole_floats_has_no_faults(claim: dict[str, Any]) -> None:
     record, faults = record_of(coco(annotation(), **claim), encoded())
     assert faults == []
     assert (record["height"], record["width"]) == (HEIGHT, WIDTH)
@@ -377,15 +379,15 @@ def test_an_exif_rotation_is_reported_and_not_applied(format: str, orientation: 
     ("content", "message"),
     [
         ([], "the file holds a list"),
-        ("text", "holds a text"),
+        ("text", "holds a string"),
         (None, "holds a null"),
         ({"annotations": [annotation()], "categories": CATEGORIES}, "no key 'images'"),
         ({"images": coco()["images"], "info": {}}, "no key 'annotations'.*'images', 'info'"),
         (coco(annotation()) | {"images": []}, "'images' is empty"),
         (coco(annotation()) | {"categories": []}, "'categories' is empty"),
-        (coco(annotation()) | {"images": {}}, "'images' is a object"),
-        (coco(annotation()) | {"annotations": 3}, "'annotations' is a number"),
-        (coco(annotation()) | {"annotations": [annotation(), 3]}, r"annotations\[1\] is a number"),
+        (coco(annotation()) | {"images": {}}, "'images' is of type object"),
+        (coco(annotation()) | {"annotations": 3}, "'annotations' is of type number"),
+        (coco(annotation()) | {"annotations": [annotation(), 3]}, r"annotations\[1\] is of type number"),
         (coco(annotation()) | {"images": [{"id": 1}]}, r"images\[0\] has no 'file_name'"),
         (coco(annotation()) | {"images": [{"file_name": "a"}]}, r"images\[0\] has no 'id'"),
         (coco(annotation()) | {"images": [{"id": "a", "file_name": "a"}]}, "must be integers"),
@@ -393,18 +395,18 @@ def test_an_exif_rotation_is_reported_and_not_applied(format: str, orientation: 
         (coco(annotation()) | {"categories": [{"id": 1}]}, r"categories\[0\] has no 'name'"),
         (coco(annotation()) | {"categories": [{"id": "x", "name": "x"}]}, "must be integers"),
         (coco(annotation()) | {"categories": [{"id": 1, "name": 5}]}, "name is 5"),
-        (coco(annotation()) | {"categories": CATEGORIES + CATEGORIES}, "id 3 is taken by 'cat'"),
+        (coco(annotation()) | {"categories": CATEGORIES + CATEGORIES}, "id 3 is already used by 'cat'"),
         (coco({"id": 1, "image_id": 5, "caption": "a cat"}), "no annotation has 'category_id'"),
         (coco(annotation(bbox=None)), "no annotation has 'bbox'"),
         (coco({"image_id": 5, "id": 1, "category_id": 1, "segments_info": []}), "panoptic file"),
     ],
 )
-def test_a_file_that_is_not_coco_detection_is_refused_with_what_is_wrong(content: Any, message: str) -> None:
+def test_a_file_that_is_not_coco_detection_is_refused_with_the_reason(content: Any, message: str) -> None:
     with pytest.raises(DataError, match=r"^x\.json: .*" + message):
         read_content(content)
 
 
-def test_text_that_is_not_json_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_text_that_is_not_json_is_refused_with_the_line(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{\n'a'}")
     with pytest.raises(DataError, match=r"x\.json: not JSON .*line 2"):
         read_file(str(tmp_path / "x.json"))
@@ -423,7 +425,7 @@ def test_text_that_is_not_json_is_refused_with_its_line(tmp_path: Path) -> None:
         "coco_cats/instances.json",
     ],
 )
-def test_real_annotations_come_back_as_they_were(shared_data: Path, name: str) -> None:
+def test_real_annotations_read_back_unchanged(shared_data: Path, name: str) -> None:
     content = json.loads((shared_data / name).read_bytes())
     index = read_file(str(shared_data / name))
     assert index.faults == []

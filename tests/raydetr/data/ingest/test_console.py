@@ -6,7 +6,7 @@ from raydetr.data.ingest.console import fault_lines, print_progress
 from raydetr.data.schema import Fault
 
 
-def test_faults_are_counted_by_code_with_their_first_places() -> None:
+def test_the_summary_counts_faults_by_code_and_shows_the_first_ones() -> None:
     faults = [Fault("empty-box", f"{n}.jpg", n, 10 + n, f"bbox {n}") for n in range(5)]
     faults.insert(2, Fault("missing-file", "x.jpg", 7, None, "no such file"))
     faults.append(Fault("unknown-image", "a.json", None, None, "no image_id"))
@@ -24,7 +24,7 @@ def test_faults_are_counted_by_code_with_their_first_places() -> None:
     assert fault_lines([]) == []
 
 
-def test_progress_prints_the_first_and_the_last_line_and_few_between(
+def test_progress_prints_the_first_and_last_line_and_few_in_between(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     show = print_progress("ingest")
@@ -36,10 +36,10 @@ def test_progress_prints_the_first_and_the_last_line_and_few_between(
     assert len(lines) < 100
 
 
-def test_progress_says_the_rate_and_the_time_left(
+def test_progress_shows_the_rate_and_the_remaining_time(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([0.0, 20.0, 22.0, 30.0])  # the start of the workers takes 20 seconds, which no rate counts
+    clock = iter([0.0, 20.0, 22.0, 30.0])  # the workers take 20 seconds to start
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     show = print_progress("ingest")
     for done in (100, 300, 1000):

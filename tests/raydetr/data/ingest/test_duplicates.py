@@ -1,4 +1,4 @@
-"""Perceptual hashes, and the search for pairs of them."""
+"""Perceptual hashes, and the search for near-duplicates."""
 
 import io
 
@@ -12,7 +12,7 @@ from raydetr.data.ingest import duplicates
 from raydetr.data.ingest.duplicates import first_near_duplicates, image_hash, near_duplicates
 
 
-def picture(seed: int) -> Image.Image:
+def random_image(seed: int) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 10, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((320, 240), Image.Resampling.BICUBIC)
 
@@ -28,26 +28,26 @@ def distance(first: int, second: int) -> int:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_same_picture_compressed_or_scaled_keeps_its_hash_and_others_are_far(seed: int) -> None:
-    image = picture(seed)
+def test_a_compressed_or_scaled_image_has_nearly_the_same_hash_and_another_image_has_not(seed: int) -> None:
+    image = random_image(seed)
     original = hash_of(image)
     assert original is not None
     assert distance(original, hash_of(image, quality=50) or 0) <= 3
     assert distance(original, hash_of(image.resize((500, 375))) or 0) <= 3
-    assert distance(original, hash_of(picture(seed + 1000)) or 0) > 8
+    assert distance(original, hash_of(random_image(seed + 1000)) or 0) > 8
 
 
-def test_pictures_without_contrast_have_no_hash() -> None:
+def test_images_without_contrast_and_tiny_images_have_no_hash() -> None:
     assert image_hash(torch.full((3, 100, 100), 7, dtype=torch.uint8)) is None
     assert image_hash(torch.zeros((3, 8, 100), dtype=torch.uint8)) is None
 
 
 @pytest.mark.parametrize("max_distance", [0, 1, 2, 3])
-@pytest.mark.parametrize("at_once", [7, 2**22])
-def test_pairs_are_those_of_a_comparison_of_all_with_all(
-    max_distance: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("chunk", [7, 2**22])
+def test_pairs_equal_those_of_an_exhaustive_comparison(
+    max_distance: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duplicates, "_PAIRS_AT_ONCE", at_once)
+    monkeypatch.setattr(duplicates, "_PAIRS_PER_CHUNK", chunk)
     rng = np.random.default_rng(max_distance)
     first = rng.integers(-(2**63), 2**63 - 1, 300)
     second = rng.integers(-(2**63), 2**63 - 1, 200)
@@ -73,9 +73,9 @@ def test_pairs_are_those_of_a_comparison_of_all_with_all(
     assert dict(first_near_duplicates(first, second).tolist()) == firsts
 
 
-def test_very_many_pictures_that_are_alike_are_a_row_each() -> None:
+def test_each_of_very_many_similar_images_has_one_row() -> None:
     rng = np.random.default_rng(0)
-    alike = 0x0F0F_1234_5678_0000 + rng.integers(0, 4, 60_000)  # two bits flicker
+    alike = 0x0F0F_1234_5678_0000 + rng.integers(0, 4, 60_000)  # differ in at most two bits
     rows = first_near_duplicates(alike[:50_000], alike[50_000:])
     assert rows[:, 0].tolist() == list(range(50_000))
     assert rows[:, 1].max() < 100

@@ -1,7 +1,7 @@
-"""Real data sets, broken in every way that the fault table knows: each fault is found in its file and record.
+"""Copies of real data, broken in every way in the fault table: each fault is reported for its file and record.
 
-A breaker changes one image of a copy of coco128, in its file, its annotations or its panoptic PNG, and says what is to
-be found. Images that none touched must be clean.
+A breaker changes the file, the annotations or the panoptic PNG of one image in a copy of coco128, and returns the
+expected faults. All other images must have no faults.
 """
 
 import io
@@ -22,7 +22,7 @@ from PIL import Image
 
 from raydetr.data.ingest.console import fault_lines
 from raydetr.data.ingest.ingest import Options, ingest, ingest_split
-from raydetr.data.ingest.inputs import Addresses
+from raydetr.data.ingest.inputs import InputPaths
 from raydetr.data.ingest.split import Split
 from raydetr.data.schema import FAULTS, without_notes
 from raydetr.data.shards import Manifest, read_faults, read_records
@@ -35,72 +35,72 @@ pytestmark = [
 
 NUM_IMAGES = 60
 NEW_ID = 10**9
-"""More than any id of the data."""
+"""Larger than any id of the data."""
 
-Found = tuple[str, str, int | None, int | None]
+Reported = tuple[str, str, int | None, int | None]
 """Code, file, image id and annotation (or segment) id of a fault."""
 
 
 @dataclass
 class Corpus:
-    """A copy of some images of coco128 with detection and panoptic annotations, in a folder of its own."""
+    """A copy of some images of coco128 with detection and panoptic annotations, in a separate folder."""
 
     folder: Path
     coco: dict[str, Any]
     panoptic: dict[str, Any]
-    expected: set[Found] = field(default_factory=set)
+    expected: set[Reported] = field(default_factory=set)
 
     def image(self, place: int) -> dict[str, Any]:
-        """An image entry."""
+        """Return an image entry."""
         entry: dict[str, Any] = self.coco["images"][place]
         return entry
 
     def file(self, place: int) -> Path:
-        """Its file."""
+        """Return its file."""
         return self.folder / "images" / str(self.image(place)["file_name"])
 
     def objects(self, place: int) -> list[dict[str, Any]]:
-        """Its annotations, crowds left out."""
+        """Return its annotations without crowds."""
         image_id = self.image(place)["id"]
         return [a for a in self.coco["annotations"] if a["image_id"] == image_id and not a["iscrowd"]]
 
     def segments(self, place: int) -> tuple[dict[str, Any], Path]:
-        """Its panoptic annotation and PNG."""
+        """Return its panoptic annotation and PNG."""
         image_id = self.image(place)["id"]
-        found = next(item for item in self.panoptic["annotations"] if item["image_id"] == image_id)
-        return found, self.folder / "masks" / found["file_name"]
+        annotation = next(item for item in self.panoptic["annotations"] if item["image_id"] == image_id)
+        return annotation, self.folder / "masks" / annotation["file_name"]
 
     def rename(self, place: int, ending: str, data: bytes) -> None:
-        """Give the image another file."""
+        """Replace the file of the image by one with another name."""
         self.file(place).unlink()
         self.image(place)["file_name"] = f"{self.image(place)['id']}.{ending}"
         self.file(place).write_bytes(data)
 
-    def without_panoptic(self, place: int) -> None:
-        """Take the panoptic annotation away."""
-        found, file = self.segments(place)
-        self.panoptic["annotations"].remove(found)
+    def remove_panoptic(self, place: int) -> None:
+        """Remove the panoptic annotation and its PNG."""
+        annotation, file = self.segments(place)
+        self.panoptic["annotations"].remove(annotation)
         file.unlink()
 
     def apply(self, code: str, place: int) -> None:
-        """Break an image and note what is to be found."""
+        """Break an image and add the faults to expect."""
         image = self.image(place)
         self.expected |= {
             (
-                found,
+                reported,
                 file or self.image(place)["file_name"],
                 image["id"] if image_id is ... else image_id,
-                other,
+                annotation_id,
             )
-            for found, file, image_id, other in BREAKERS[code](self, place)
+            for reported, file, image_id, annotation_id in BREAKERS[code](self, place)
         }
 
-    def write(self) -> Addresses:
+    def write(self) -> InputPaths:
         """Write the JSON files."""
         (self.folder / "coco.json").write_text(json.dumps(self.coco))
         (self.folder / "panoptic.json").write_text(json.dumps(self.panoptic))
         names = ("coco.json", "images", "panoptic.json", "masks")
-        return Addresses(*(str(self.folder / name) for name in names))
+        return InputPaths(*(str(self.folder / name) for name in names))
 
 
 Change = list[tuple[str, str, Any, int | None]]
@@ -114,7 +114,7 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
 
 
 def png16(height: int, width: int) -> bytes:
-    """An RGB PNG of 16 bits a channel, which Pillow cannot write."""
+    """Encode an RGB PNG with 16 bits per channel, which Pillow cannot write."""
     rows = np.random.default_rng(0).integers(0, 65536, (height, width, 3)).astype(">u2")
     content = b"".join(b"\0" + row.tobytes() for row in rows)
 
@@ -129,7 +129,7 @@ def png16(height: int, width: int) -> bytes:
 def of_file(
     code: str, change: Callable[[Corpus, int, Image.Image], object]
 ) -> Callable[[Corpus, int], Change]:
-    """A breaker of the image's file."""
+    """Create a breaker that changes the image file."""
 
     def apply(corpus: Corpus, place: int) -> Change:
         with Image.open(corpus.file(place)) as image:
@@ -143,7 +143,7 @@ def of_file(
 def of_object(
     code: str, change: Callable[[Corpus, int, dict[str, Any]], object]
 ) -> Callable[[Corpus, int], Change]:
-    """A breaker of the image's first annotation."""
+    """Create a breaker that changes the first annotation of the image."""
 
     def apply(corpus: Corpus, place: int) -> Change:
         item = corpus.objects(place)[0]
@@ -156,7 +156,7 @@ def of_object(
 def of_segment(
     code: str, change: Callable[[dict[str, Any], dict[str, Any]], object], *also: str
 ) -> Callable[[Corpus, int], Change]:
-    """A breaker of the first segment; `also`: faults of the PNG that follow."""
+    """Create a breaker that changes the first segment. `also`: resulting faults of the PNG."""
 
     def apply(corpus: Corpus, place: int) -> Change:
         item, file = corpus.segments(place)
@@ -169,7 +169,7 @@ def of_segment(
 
 
 def of_png(code: str, change: Callable[[Path], object]) -> Callable[[Corpus, int], Change]:
-    """A breaker of the panoptic PNG."""
+    """Create a breaker that changes the panoptic PNG."""
 
     def apply(corpus: Corpus, place: int) -> Change:
         file = corpus.segments(place)[1]
@@ -179,9 +179,9 @@ def of_png(code: str, change: Callable[[Path], object]) -> Callable[[Corpus, int
     return apply
 
 
-def unlike_json(corpus: Corpus, place: int) -> Change:
-    # Masks and the PNG have the size of the image, not of the JSON: without them it is one fault.
-    corpus.without_panoptic(place)
+def with_wrong_height(corpus: Corpus, place: int) -> Change:
+    # Masks and the PNG have the size of the image, not of the JSON. Without them there is only one fault.
+    corpus.remove_panoptic(place)
     corpus.image(place)["height"] += 1
     return [("size-mismatch", "", ..., None)]
 
@@ -214,13 +214,13 @@ def image_twice(corpus: Corpus, place: int) -> Change:
 
 
 def unreadable_segments(corpus: Corpus, place: int) -> Change:
-    found, file = corpus.segments(place)
-    found["segments_info"] = "none"
-    file.unlink()  # which nothing names now
+    annotation, file = corpus.segments(place)
+    annotation["segments_info"] = "none"
+    file.unlink()  # otherwise it would be a surplus file
     return [("malformed-panoptic", "panoptic.json", ..., None)]
 
 
-def of_no_image(corpus: Corpus, place: int) -> Change:
+def add_orphan(corpus: Corpus, place: int) -> Change:
     new = {**corpus.objects(place)[0], "id": NEW_ID + place, "image_id": NEW_ID + place}
     corpus.coco["annotations"].append(new)
     return [("unknown-image", "coco.json", NEW_ID + place, NEW_ID + place)]
@@ -232,14 +232,14 @@ def other_of_same_id(corpus: Corpus, place: int) -> Change:
     return [("duplicate-annotation-id", "", ..., first["id"])]
 
 
-def unlabelled(corpus: Corpus, place: int) -> Change:
+def unlabeled(corpus: Corpus, place: int) -> Change:
     item, file = corpus.segments(place)
     item["segments_info"].pop()
     return [("unlabelled-segment", file.name, ..., None)]
 
 
-def nothing(corpus: Corpus, place: int) -> Change:
-    corpus.without_panoptic(place)
+def without_objects(corpus: Corpus, place: int) -> Change:
+    corpus.remove_panoptic(place)
     for item in corpus.objects(place):
         corpus.coco["annotations"].remove(item)
     return [("no-objects", "", ..., None)]
@@ -251,8 +251,8 @@ def crowded(corpus: Corpus, place: int) -> Change:
     return [("many-objects", "", ..., None)]
 
 
-def unnamed(corpus: Corpus, place: int) -> Change:
-    name = f"000000-unnamed-{place}.jpg"
+def with_unlisted_copy(corpus: Corpus, place: int) -> Change:
+    name = f"000000-with_unlisted_copy-{place}.jpg"
     shutil.copyfile(corpus.file(place), corpus.folder / "images" / name)
     return [("surplus-files", name, None, None)]
 
@@ -272,9 +272,9 @@ def resized(file: Path) -> None:
     small.save(file)
 
 
-def no_numbers(corpus: Corpus, place: int) -> Change:
+def with_resized_png(corpus: Corpus, place: int) -> Change:
     for segment in corpus.segments(place)[0]["segments_info"]:
-        # What a PNG of another size has as areas and boxes is beside the point.
+        # Otherwise the areas and boxes would be faulty too, since the PNG gets another size.
         segment.pop("area")
         segment.pop("bbox")
     return of_png("panoptic-size", resized)(corpus, place)
@@ -294,7 +294,7 @@ def turned(corpus: Corpus, place: int, image: Image.Image) -> None:
 
 
 def another_image(corpus: Corpus, place: int, **fields: Any) -> str:
-    """Add an image, with a file of its own unless `fields` say otherwise; its name."""
+    """Add an image with a new file, unless `fields` has an existing file_name; return its file name."""
     new = {**corpus.image(place), "id": NEW_ID + place, "file_name": f"another-{place}.jpg", **fields}
     corpus.coco["images"].append(new)
     file = corpus.folder / "images" / str(new["file_name"])
@@ -315,8 +315,8 @@ def file_of_two(corpus: Corpus, place: int) -> Change:
 
 def png_of_two(corpus: Corpus, place: int) -> Change:
     name = another_image(corpus, place)
-    found, _ = corpus.segments(place)
-    corpus.panoptic["annotations"].append({**found, "image_id": NEW_ID + place})
+    annotation, _ = corpus.segments(place)
+    corpus.panoptic["annotations"].append({**annotation, "image_id": NEW_ID + place})
     return [("shared-panoptic", "", ..., None), ("shared-panoptic", name, NEW_ID + place, None)]
 
 
@@ -351,7 +351,7 @@ FILE_BREAKERS = {
 }
 OBJECT_BREAKERS = {
     "duplicate-image-id": image_twice,
-    "unknown-image": of_no_image,
+    "unknown-image": add_orphan,
     "malformed-annotation": of_object("malformed-annotation", lambda _, __, item: item.update(bbox="big")),
     "non-finite-box": of_object("non-finite-box", set_box(lambda box, _: [*box[:3], float("nan")])),
     "negative-box": of_object(
@@ -380,8 +380,8 @@ PANOPTIC_BREAKERS = {
     "unreadable-panoptic": of_png(
         "unreadable-panoptic", lambda file: file.write_bytes(file.read_bytes()[:300])
     ),
-    "panoptic-size": no_numbers,
-    "unlabelled-segment": unlabelled,
+    "panoptic-size": with_resized_png,
+    "unlabelled-segment": unlabeled,
     "malformed-panoptic": unreadable_segments,
     "malformed-segment": of_segment(
         "malformed-segment", lambda _, segment: segment.pop("id"), "unlabelled-segment"
@@ -400,7 +400,11 @@ PANOPTIC_BREAKERS = {
         "segment-box", lambda _, segment: segment.update(bbox=[segment["bbox"][0] + 9, *segment["bbox"][1:]])
     ),
 }
-ALONE = {"size-mismatch": unlike_json, "no-objects": nothing, "surplus-files": unnamed}
+STANDALONE = {
+    "size-mismatch": with_wrong_height,
+    "no-objects": without_objects,
+    "surplus-files": with_unlisted_copy,
+}
 CONTRADICTIONS = {
     "file-outside": of_file("file-outside", moved_out),
     "shared-file": file_of_two,
@@ -428,19 +432,19 @@ BREAKERS: dict[str, Callable[[Corpus, int], Change]] = {
     **FILE_BREAKERS,
     **OBJECT_BREAKERS,
     **PANOPTIC_BREAKERS,
-    **ALONE,
+    **STANDALONE,
     **CONTRADICTIONS,
     **REPAIRED,
 }
 OF_WHOLE_SETS = {"boxes-normalised", "boxes-as-corners", "near-duplicate"}
 ELSEWHERE = {"crowd-as-object", "crowds", "renumbered", "repaired-category", "unreadable-folder"}
-"""Tested in test_readings.py: they need flags, other files or links."""
+"""Codes that are tested in test_readings.py, since they need flags, other files or links."""
 ANY_SHARE = Options(max_fault_share=1.0)
 
 
 @pytest.fixture
 def corpus(shared_data: Path, tmp_path: Path) -> Corpus:
-    """Clean: images of which each has panoptic annotations, and two objects of some size, none of them a crowd."""
+    """Images without faults, each with panoptic annotations and at least two objects, no crowd, the first not small."""
     source = shared_data / "coco128"
     coco = json.loads((source / "annotations/instances_train2017.json").read_text())
     panoptic = json.loads((source / "annotations/panoptic_train2017.json").read_text())
@@ -476,60 +480,62 @@ def corpus(shared_data: Path, tmp_path: Path) -> Corpus:
     )
 
 
-def found_in(manifest: Manifest) -> set[Found]:
+def reported_in(manifest: Manifest) -> set[Reported]:
     return {(f.code, f.file, f.image_id, f.annotation_id) for f in read_faults(manifest.root)}
 
 
-def test_the_corpus_has_every_fault_of_the_table() -> None:
+def test_the_corpus_covers_every_fault_of_the_table() -> None:
     assert BREAKERS.keys() | OF_WHOLE_SETS | ELSEWHERE == FAULTS.keys()
 
 
 @pytest.mark.slow
-def test_each_fault_is_found_in_its_file_and_record_and_nothing_else(corpus: Corpus, tmp_path: Path) -> None:
+def test_each_fault_is_reported_for_its_file_and_record_and_nothing_else(
+    corpus: Corpus, tmp_path: Path
+) -> None:
     clean = ingest(corpus.write(), str(tmp_path / "clean")).manifest
-    assert found_in(clean) == set()
+    assert reported_in(clean) == set()
     for place, code in enumerate(BREAKERS):
         corpus.apply(code, place)
     addresses = corpus.write()
     manifest = ingest(addresses, str(tmp_path / "kept"), ANY_SHARE).manifest
-    assert found_in(manifest) == corpus.expected
+    assert reported_in(manifest) == corpus.expected
     text = "\n".join(fault_lines(read_faults(manifest.root)))
     for code, file, image_id, _ in corpus.expected:
         assert f"{code}: " in text
-        if code != "unlabelled-segment":  # of which there are more than are printed
+        if code != "unlabelled-segment":  # not all of these are printed
             assert f"{file}, image {image_id}" in text or image_id is None
-    # What concerns no record of the data set, or was read as it was meant, leaves none out.
-    nowhere = {"unknown-image", "duplicate-image-id", "malformed-panoptic"}
-    faults = [f for f in without_notes(read_faults(manifest.root)) if f.code not in nowhere]
+    # Faults that belong to no record, and repaired ones, do not cause an image to be skipped.
+    without_record = {"unknown-image", "duplicate-image-id", "malformed-panoptic"}
+    faults = [f for f in without_notes(read_faults(manifest.root)) if f.code not in without_record]
     faulty = {f.image_id for f in faults if not f.is_repaired}
     skip = replace(ANY_SHARE, on_fault="skip-image")
     skipped = ingest(addresses, str(tmp_path / "skipped"), skip).manifest
-    left = {row["image_id"] for row in read_records(skipped, ["image_id"])}
-    assert found_in(skipped) == corpus.expected
-    assert left == {image["id"] for image in corpus.coco["images"]} - faulty
+    remaining = {row["image_id"] for row in read_records(skipped, ["image_id"])}
+    assert reported_in(skipped) == corpus.expected
+    assert remaining == {image["id"] for image in corpus.coco["images"]} - faulty
     with pytest.raises(DataError, match="--on-fault fail"):
         ingest(addresses, str(tmp_path / "failed"), Options(on_fault="fail"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_faults_in_random_combinations_are_all_found(corpus: Corpus, tmp_path: Path, seed: int) -> None:
+def test_random_combinations_of_faults_are_all_reported(corpus: Corpus, tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     for place in rng.sample(range(len(corpus.coco["images"])), 30):
         kinds = rng.sample([FILE_BREAKERS, OBJECT_BREAKERS, PANOPTIC_BREAKERS], rng.randint(1, 3))
-        # The file first: it may get another name.
+        # Break the file first, since its name can change.
         for kind in sorted(kinds, key=lambda kind: kind is not FILE_BREAKERS):
             corpus.apply(rng.choice(sorted(kind)), place)
     manifest = ingest(
         corpus.write(), str(tmp_path / "out"), replace(ANY_SHARE, seed=seed, shard_bytes=1)
     ).manifest
-    found = found_in(manifest)
-    assert found == corpus.expected
+    reported = reported_in(manifest)
+    assert reported == corpus.expected
 
 
 @pytest.mark.parametrize("code", sorted(OF_WHOLE_SETS))
 @pytest.mark.slow
-def test_what_only_the_whole_set_shows_is_found(corpus: Corpus, tmp_path: Path, code: str) -> None:
+def test_faults_of_the_whole_data_set_are_reported(corpus: Corpus, tmp_path: Path, code: str) -> None:
     sizes = {image["id"]: (image["width"], image["height"]) for image in corpus.coco["images"]}
     for item in corpus.coco["annotations"]:
         x, y, w, h = item["bbox"]
@@ -539,9 +545,9 @@ def test_what_only_the_whole_set_shows_is_found(corpus: Corpus, tmp_path: Path, 
         elif code == "boxes-as-corners":
             item["bbox"] = [x, y, x + w, y + h]
     if code != "near-duplicate":
-        addresses = Addresses(*itertools.islice(vars(corpus.write()).values(), 2))
-        found = found_in(ingest(addresses, str(tmp_path / "out")).manifest)
-        assert (code, "coco.json", None, None) in found
+        addresses = InputPaths(*itertools.islice(vars(corpus.write()).values(), 2))
+        reported = reported_in(ingest(addresses, str(tmp_path / "out")).manifest)
+        assert (code, "coco.json", None, None) in reported
         return
     copies = []
     for place in range(20):
@@ -560,6 +566,6 @@ def test_what_only_the_whole_set_shows_is_found(corpus: Corpus, tmp_path: Path, 
     expected = {
         pair[pair[1] in ids["val"]] for pair in pairs if (pair[0] in ids["val"]) != (pair[1] in ids["val"])
     }
-    found_ids = {i for found, _, i, _ in found_in(results["val"].manifest) if found == code}
+    reported_ids = {i for reported, _, i, _ in reported_in(results["val"].manifest) if reported == code}
     assert len(expected) > 3
-    assert found_ids == expected
+    assert reported_ids == expected

@@ -14,12 +14,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from raydetr.data.ingest.ingest import IngestResult, Options, ingest
-from raydetr.data.ingest.inputs import Addresses
+from raydetr.data.ingest.inputs import InputPaths
 from raydetr.data.ingest.record import Entry, make_record
 from raydetr.data.ingest.shard_tasks import plan_shards, record_order
 from raydetr.data.ingest.shard_writer import write_manifest, write_shard
 from raydetr.data.schema import Fault, without_notes
-from raydetr.data.shards import Manifest, coco_truth, read_faults, read_records, training_targets
+from raydetr.data.shards import Manifest, read_faults, read_records, to_coco_ground_truth, training_targets
 from raydetr.errors import ConfigError, DataError, StorageError
 from tests.raydetr.data.coco_files import read_file
 
@@ -34,9 +34,9 @@ NUM_IMAGES = 101
 
 @pytest.fixture(scope="module")
 def awkward(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A COCO folder of images of many sizes, some without objects, with one of each kind of trouble.
+    """A COCO folder of images of many sizes, some without objects, with one fault of each kind.
 
-    Images 3, 4 and 5 are at fault (missing, damaged, of another size), as is an object of each of 10, 11 and 12.
+    Images 3, 4 and 5 are faulty (missing, damaged, wrong size), and so is one object in each of the images 10, 11, 12.
     """
     folder = tmp_path_factory.mktemp("awkward")
     (folder / "images" / "sub").mkdir(parents=True)
@@ -89,7 +89,7 @@ AWKWARD_CODES = [
 def ingest_awkward(folder: Path, output: Path, **options: Any) -> IngestResult:
     progress = options.pop("progress", None)
     settings = Options(**{"shard_bytes": 200_000} | options)
-    addresses = Addresses(str(folder / "train.json"), str(folder / "images"))
+    addresses = InputPaths(str(folder / "train.json"), str(folder / "images"))
     return ingest(addresses, str(output), settings, progress)
 
 
@@ -102,7 +102,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def edited(folder: Path, target: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a COCO folder with its JSON edited."""
+    """Copy a COCO folder and edit its JSON."""
     shutil.copytree(folder, target)
     content = json.loads((target / "train.json").read_text())
     edit(content)
@@ -115,7 +115,7 @@ def ingested(awkward: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifes
     return ingest_awkward(awkward, tmp_path_factory.mktemp("out") / "shards").manifest
 
 
-def test_every_image_is_there_once_with_its_bytes(awkward: Path, ingested: Manifest) -> None:
+def test_every_image_is_stored_once_with_its_bytes(awkward: Path, ingested: Manifest) -> None:
     rows = list(read_records(ingested, ["image_id", "file_name", "image"]))
     assert len(ingested.shards) > 2
     assert sorted(row["image_id"] for row in rows) == list(range(1, NUM_IMAGES + 1))
@@ -124,22 +124,22 @@ def test_every_image_is_there_once_with_its_bytes(awkward: Path, ingested: Manif
         assert row["image"] == (path.read_bytes() if path.exists() else None)
 
 
-def test_every_fault_is_found_and_named_and_nothing_else(ingested: Manifest) -> None:
+def test_all_faults_are_reported_and_nothing_else(ingested: Manifest) -> None:
     assert sorted(fault.code for fault in faults_of(ingested)) == AWKWARD_CODES
     assert ingested.faults.keys() - set(AWKWARD_CODES) <= {"no-objects"}
-    found = {fault.code: fault for fault in read_faults(ingested.root)}
-    assert found["missing-file"].file == "3.png"
-    assert found["unreadable-image"].image_id == 4
-    assert found["size-mismatch"].image_id == 5
-    assert (found["empty-box"].file, found["empty-box"].annotation_id) == ("sub/10.png", 100)
-    assert (found["unknown-category"].image_id, found["unknown-category"].annotation_id) == (11, 110)
-    assert found["box-outside"].annotation_id == 120
-    assert (found["unknown-image"].image_id, found["unknown-image"].annotation_id) == (5000, 5000)
+    faults = {fault.code: fault for fault in read_faults(ingested.root)}
+    assert faults["missing-file"].file == "3.png"
+    assert faults["unreadable-image"].image_id == 4
+    assert faults["size-mismatch"].image_id == 5
+    assert (faults["empty-box"].file, faults["empty-box"].annotation_id) == ("sub/10.png", 100)
+    assert (faults["unknown-category"].image_id, faults["unknown-category"].annotation_id) == (11, 110)
+    assert faults["box-outside"].annotation_id == 120
+    assert (faults["unknown-image"].image_id, faults["unknown-image"].annotation_id) == (5000, 5000)
     assert ingested.num_faulty_images == 3
     assert ingested.num_faulty_objects == 3
 
 
-def test_the_same_input_gives_the_same_bytes_as_plain_calls_in_another_order(
+def test_an_ingest_gives_the_same_bytes_as_calls_without_ray_in_another_order(
     awkward: Path, ingested: Manifest, tmp_path: Path
 ) -> None:
     index = read_file(str(awkward / "train.json"))
@@ -161,7 +161,7 @@ def test_the_same_input_gives_the_same_bytes_as_plain_calls_in_another_order(
             for entry in shards[number]
         ]
         written[number] = write_shard(str(tmp_path), number, [record for record, _ in made])
-        faults[number] = [fault for _, found in made for fault in found]
+        faults[number] = [fault for _, of_record in made for fault in of_record]
     in_order = [written[number] for number in sorted(written)]
     all_faults = [*index.faults, *(fault for number in sorted(faults) for fault in faults[number])]
     write_manifest(
@@ -175,13 +175,15 @@ def test_the_same_input_gives_the_same_bytes_as_plain_calls_in_another_order(
     assert files(tmp_path) == files(Path(ingested.root))
 
 
-def test_the_order_is_random_and_of_the_seed_alone(awkward: Path, ingested: Manifest, tmp_path: Path) -> None:
+def test_the_order_is_random_and_depends_only_on_the_seed(
+    awkward: Path, ingested: Manifest, tmp_path: Path
+) -> None:
     def ids(manifest: Manifest) -> list[int]:
         return [row["image_id"] for row in read_records(manifest, ["image_id"])]
 
     order = np.array(ids(ingested))
     assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.3
-    # The images in another order in the JSON.
+    # The same images in another order in the JSON.
     other = edited(awkward, tmp_path / "reversed", lambda content: content["images"].reverse())
     assert ids(ingest_awkward(other, tmp_path / "same").manifest) == ids(ingested)
     reseeded = ingest_awkward(awkward, tmp_path / "seed", seed=1).manifest
@@ -194,7 +196,7 @@ def test_the_order_is_random_and_of_the_seed_alone(awkward: Path, ingested: Mani
     ("size", "shard_bytes", "expected"),
     [(10, 321, [64, 37]), (10, 320, [32, 32, 32, 5]), (0, 1, [101]), (1, 1, [32, 32, 32, 5])],
 )
-def test_shards_are_closed_at_their_size_after_whole_row_groups(
+def test_shards_are_closed_at_their_size_after_complete_row_groups(
     size: int, shard_bytes: int, expected: list[int]
 ) -> None:
     groups = list(plan_shards([(number, size) for number in range(101)], shard_bytes))
@@ -206,20 +208,20 @@ def test_shards_are_closed_at_their_size_after_whole_row_groups(
     assert [counts[shard] for shard in range(len(counts))] == expected
 
 
-def test_a_name_may_go_a_roundabout_way(awkward: Path, tmp_path: Path) -> None:
-    def around(content: dict[str, Any]) -> None:
+def test_file_names_may_contain_dots(awkward: Path, tmp_path: Path) -> None:
+    def add_dots(content: dict[str, Any]) -> None:
         content["images"][0]["file_name"] = "./1.png"
         content["images"][1]["file_name"] = "sub/../2.png"
 
-    manifest = ingest_awkward(edited(awkward, tmp_path / "data", around), tmp_path / "out").manifest
+    manifest = ingest_awkward(edited(awkward, tmp_path / "data", add_dots), tmp_path / "out").manifest
     assert sorted(fault.code for fault in faults_of(manifest)) == AWKWARD_CODES
     assert {"./1.png", "sub/../2.png"} < {row["file_name"] for row in read_records(manifest, ["file_name"])}
 
 
-def test_a_second_run_finds_the_output_complete_and_writes_nothing(awkward: Path, tmp_path: Path) -> None:
+def test_a_second_run_on_a_complete_output_writes_nothing(awkward: Path, tmp_path: Path) -> None:
     first = ingest_awkward(awkward, tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    # Elsewhere, the same input is the same.
+    # The same input in another folder counts as the same.
     shutil.copytree(awkward, tmp_path / "moved")
     second = ingest_awkward(tmp_path / "moved", tmp_path / "out")
     assert first.written
@@ -228,7 +230,7 @@ def test_a_second_run_finds_the_output_complete_and_writes_nothing(awkward: Path
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_an_output_of_other_input_or_flags_is_not_touched(awkward: Path, tmp_path: Path) -> None:
+def test_an_output_of_another_input_or_other_flags_is_not_changed(awkward: Path, tmp_path: Path) -> None:
     ingest_awkward(awkward, tmp_path / "out")
     before = files(tmp_path / "out")
     other = edited(awkward, tmp_path / "other", lambda content: content["annotations"].pop())
@@ -242,26 +244,26 @@ def test_an_output_of_other_input_or_flags_is_not_touched(awkward: Path, tmp_pat
         (awkward, {"seed": 3}),
         (awkward, {"shard_bytes": 1}),
     ):
-        with pytest.raises(DataError, match="other input"):
+        with pytest.raises(DataError, match="another input"):
             ingest_awkward(folder, tmp_path / "out", **options)
     assert files(tmp_path / "out") == before
 
 
-def test_a_complete_output_whose_shard_is_gone_is_an_error(awkward: Path, tmp_path: Path) -> None:
+def test_a_missing_shard_in_a_complete_output_is_an_error(awkward: Path, tmp_path: Path) -> None:
     ingest_awkward(awkward, tmp_path / "out")
     (tmp_path / "out" / "shard-000001.parquet").unlink()
     with pytest.raises(DataError, match=r"shard-000001\.parquet has 0 bytes"):
         ingest_awkward(awkward, tmp_path / "out")
 
 
-def test_a_complete_output_whose_fault_table_is_gone_is_an_error(awkward: Path, tmp_path: Path) -> None:
+def test_a_missing_fault_table_in_a_complete_output_is_an_error(awkward: Path, tmp_path: Path) -> None:
     ingest_awkward(awkward, tmp_path / "out")
     (tmp_path / "out" / "faults.parquet").unlink()
-    with pytest.raises(DataError, match=r"faults\.parquet is gone: delete"):
+    with pytest.raises(DataError, match=r"faults\.parquet is missing: delete"):
         ingest_awkward(awkward, tmp_path / "out")
 
 
-def test_what_a_killed_run_left_is_replaced_and_other_files_stay(
+def test_files_of_a_killed_run_are_replaced_and_other_files_stay(
     awkward: Path, ingested: Manifest, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -275,7 +277,7 @@ def test_what_a_killed_run_left_is_replaced_and_other_files_stay(
     assert files(out) == files(Path(ingested.root))
 
 
-def test_skip_image_leaves_images_with_faults_out_and_reports_them(awkward: Path, tmp_path: Path) -> None:
+def test_skip_image_skips_images_with_faults_and_reports_them(awkward: Path, tmp_path: Path) -> None:
     result = ingest_awkward(awkward, tmp_path / "out", on_fault="skip-image")
     ids = {row["image_id"] for row in read_records(result.manifest, ["image_id"])}
     assert set(range(1, NUM_IMAGES + 1)) - ids == {3, 4, 5, 10, 11, 12}
@@ -284,7 +286,7 @@ def test_skip_image_leaves_images_with_faults_out_and_reports_them(awkward: Path
     assert sorted({fault.code for fault in faults_of(result.manifest)}) == AWKWARD_CODES
 
 
-def test_skip_image_of_every_image_is_an_error(awkward: Path, tmp_path: Path) -> None:
+def test_skipping_every_image_is_an_error(awkward: Path, tmp_path: Path) -> None:
     def break_all(content: dict[str, Any]) -> None:
         for image in content["images"]:
             image["height"] += 1
@@ -294,17 +296,17 @@ def test_skip_image_of_every_image_is_an_error(awkward: Path, tmp_path: Path) ->
         ingest_awkward(folder, tmp_path / "out", on_fault="skip-image")
 
 
-def test_fail_stops_with_the_fault_and_leaves_no_manifest(awkward: Path, tmp_path: Path) -> None:
+def test_on_fault_fail_stops_with_the_fault_and_writes_no_manifest(awkward: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"unknown-image: 1 .*\n.*image 5000, annotation 5000"):
         ingest_awkward(awkward, tmp_path / "out", on_fault="fail")
-    # Without the fault that the JSON alone shows: one that a task finds.
+    # Remove the fault that is visible in the JSON alone. The next one is found by a task.
     folder = edited(awkward, tmp_path / "edited", lambda content: content["annotations"].pop())
     with pytest.raises(DataError, match="--on-fault fail"):
         ingest_awkward(folder, tmp_path / "out", on_fault="fail")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_too_much_that_cannot_be_trained_on_is_an_error_until_it_is_accepted(
+def test_too_many_unusable_images_are_an_error_unless_max_fault_share_allows_them(
     awkward: Path, tmp_path: Path
 ) -> None:
     def break_a_third(content: dict[str, Any]) -> None:
@@ -318,7 +320,7 @@ def test_too_much_that_cannot_be_trained_on_is_an_error_until_it_is_accepted(
     assert ingest_awkward(folder, tmp_path / "out", max_fault_share=0.5).written
 
 
-def test_images_without_objects_are_a_data_set_alone_and_appended(awkward: Path, tmp_path: Path) -> None:
+def test_images_without_objects_can_be_ingested_alone_and_appended(awkward: Path, tmp_path: Path) -> None:
     def negatives(content: dict[str, Any]) -> None:
         content["images"] = [{**each, "id": 1 + n} for n, each in enumerate(content["images"][50:60])]
         content["annotations"] = []
@@ -334,16 +336,16 @@ def test_images_without_objects_are_a_data_set_alone_and_appended(awkward: Path,
     first = edited(
         awkward, tmp_path / "first", lambda content: content["images"].__delitem__(slice(50, None))
     )
-    kept = ingest_awkward(first, tmp_path / "out", max_fault_share=1.0).manifest
-    # Their ids are 1 to 10, as those of other images: they get ids of their own.
+    base = ingest_awkward(first, tmp_path / "out", max_fault_share=1.0).manifest
+    # Their ids, 1 to 10, collide with those of other images, so they get new ids.
     added = ingest_awkward(folder, tmp_path / "out", append=True).manifest
-    assert (added.num_images, added.num_objects) == (60, kept.num_objects)
+    assert (added.num_images, added.num_objects) == (60, base.num_objects)
     ids = [row["image_id"] for row in read_records(added, ["image_id"])]
     assert len(set(ids)) == 60
-    again = edited(awkward, tmp_path / "more", without_categories)
-    assert ingest_awkward(again, tmp_path / "out", append=True).manifest.categories == kept.categories
+    more = edited(awkward, tmp_path / "more", without_categories)
+    assert ingest_awkward(more, tmp_path / "out", append=True).manifest.categories == base.categories
     with pytest.raises(DataError, match="'categories' is empty"):
-        ingest_awkward(again, tmp_path / "nothing")
+        ingest_awkward(more, tmp_path / "nothing")
 
 
 def test_progress_counts_up_to_all_images(awkward: Path, tmp_path: Path) -> None:
@@ -353,13 +355,13 @@ def test_progress_counts_up_to_all_images(awkward: Path, tmp_path: Path) -> None
     assert calls[-1] == (NUM_IMAGES, NUM_IMAGES)
 
 
-def test_an_error_in_a_task_arrives_as_its_own(awkward: Path, tmp_path: Path) -> None:
+def test_an_error_in_a_task_keeps_its_type_in_the_driver(awkward: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "shard-000000.parquet" / "in the way").mkdir(parents=True)
     with pytest.raises(StorageError, match=r"out/shard-000000.parquet: cannot be written"):
         ingest_awkward(awkward, tmp_path / "out")
 
 
-def test_an_output_that_cannot_be_a_folder_is_refused_before_the_work(awkward: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_a_folder_is_refused_before_any_work(awkward: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file/out/lease.json: cannot be written"):
         ingest_awkward(awkward, tmp_path / "file" / "out")
@@ -374,7 +376,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused_before_the_work(awkward: P
         ("text.json", "images", DataError, r"not JSON"),
         ("empty.json", "images", DataError, "'categories' is empty"),
         ("train.json", "nowhere", StorageError, "nowhere"),
-        ("train.json", "other", DataError, r"none of the 101 images .* it names '1.png', .*'x.png'"),
+        ("train.json", "other", DataError, r"none of the 101 images .* the JSON lists '1.png', .*'x.png'"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_written(
@@ -389,20 +391,20 @@ def test_wrong_input_is_refused_before_anything_is_written(
     content = json.loads((folder / "train.json").read_text())
     (folder / "empty.json").write_text(json.dumps(content | {"categories": []}))
     with pytest.raises(error, match=message):
-        ingest(Addresses(str(folder / annotations), str(folder / images)), str(tmp_path / "out"))
+        ingest(InputPaths(str(folder / annotations), str(folder / images)), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_shard_size_that_cannot_be_is_refused(awkward: Path, tmp_path: Path) -> None:
+def test_an_invalid_shard_size_is_refused(awkward: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--shard-bytes is 0"):
         ingest_awkward(awkward, tmp_path / "out", shard_bytes=0)
 
 
-def figures(truth: dict[str, Any], results: list[dict[str, Any]]) -> np.ndarray[Any, Any]:
-    """The 12 figures of pycocotools."""
+def coco_metrics(ground_truth: dict[str, Any], results: list[dict[str, Any]]) -> np.ndarray[Any, Any]:
+    """Compute the 12 metrics of pycocotools."""
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = truth
+        coco.dataset = ground_truth
         coco.createIndex()
         evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
         evaluation.evaluate()
@@ -411,10 +413,10 @@ def figures(truth: dict[str, Any], results: list[dict[str, Any]]) -> np.ndarray[
     return np.asarray(evaluation.stats)
 
 
-def noisy_results(truth: dict[str, Any], seed: int) -> list[dict[str, Any]]:
-    """Detections that hit, miss, double and confuse the objects of a COCO file."""
+def noisy_results(ground_truth: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """Create detections of the objects of a COCO file: correct, missed, duplicate, misplaced and misclassified ones."""
     rng = np.random.default_rng(seed)
-    category_ids = [category["id"] for category in truth["categories"]]
+    category_ids = [category["id"] for category in ground_truth["categories"]]
     return [
         {
             "image_id": item["image_id"],
@@ -422,7 +424,7 @@ def noisy_results(truth: dict[str, Any], seed: int) -> list[dict[str, Any]]:
             "bbox": (np.array(item["bbox"]) + rng.normal(0, 4, 4) * rng.random()).clip(0).tolist(),
             "score": float(rng.random()),
         }
-        for item in truth["annotations"]
+        for item in ground_truth["annotations"]
         for _ in range(int(rng.integers(0, 4)))
     ]
 
@@ -442,11 +444,11 @@ def noisy_results(truth: dict[str, Any], seed: int) -> list[dict[str, Any]]:
         ),
     ],
 )
-def test_real_data_comes_out_bit_equal_and_scores_as_the_original(
+def test_real_data_keeps_its_bytes_and_gives_the_same_metrics_as_the_original(
     shared_data: Path, tmp_path: Path, annotations: str, images: str, faults: dict[int, str]
 ) -> None:
     original = json.loads((shared_data / annotations).read_bytes())
-    addresses = Addresses(str(shared_data / annotations), str(shared_data / images))
+    addresses = InputPaths(str(shared_data / annotations), str(shared_data / images))
     manifest = ingest(addresses, str(tmp_path / "out")).manifest
     assert {fault.annotation_id: fault.code for fault in faults_of(manifest)} == faults
     trained = 0
@@ -456,8 +458,8 @@ def test_real_data_comes_out_bit_equal_and_scores_as_the_original(
     crowds = sum(item["iscrowd"] for item in original["annotations"])
     assert trained == len(original["annotations"]) - crowds - len(faults)
     results = noisy_results(original, seed=0)
-    truth = coco_truth(manifest)
-    assert len(truth["annotations"]) == len(original["annotations"])
-    expected = figures(original, results)
+    ground_truth = to_coco_ground_truth(manifest)
+    assert len(ground_truth["annotations"]) == len(original["annotations"])
+    expected = coco_metrics(original, results)
     assert 0.05 < expected[0] < 0.95
-    np.testing.assert_array_equal(figures(truth, results), expected)
+    np.testing.assert_array_equal(coco_metrics(ground_truth, results), expected)

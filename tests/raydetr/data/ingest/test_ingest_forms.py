@@ -1,4 +1,4 @@
-"""Ingest in its other forms: ended and started again, split, appended to, with other classes, panoptic, on S3."""
+"""Further forms of ingest: interrupted and resumed, split, appended, with a class map, panoptic, on S3, concurrent."""
 
 import itertools
 import json
@@ -20,9 +20,9 @@ from raydetr import cluster, storage
 from raydetr.data.ingest import ingest as ingest_module
 from raydetr.data.ingest import shard_tasks
 from raydetr.data.ingest.ingest import Options, ingest, ingest_split
-from raydetr.data.ingest.inputs import Addresses, read_inputs
-from raydetr.data.ingest.record import AS_USUAL
-from raydetr.data.ingest.shard_tasks import WORK, record_order, write_work
+from raydetr.data.ingest.inputs import InputPaths, read_inputs
+from raydetr.data.ingest.record import DEFAULT_READING
+from raydetr.data.ingest.shard_tasks import WORK, record_order, write_task_inputs
 from raydetr.data.ingest.shard_writer import ShardSummary, write_shard
 from raydetr.data.ingest.split import Split
 from raydetr.data.schema import without_notes
@@ -31,7 +31,7 @@ from raydetr.data.synthetic import dataset
 from raydetr.data.synthetic.dataset import embedded, generate
 from raydetr.errors import ClusterError, ConfigError, DataError, LeaseError
 from raydetr.lease import Held
-from tests.at_once import at_once
+from tests.call_concurrently import call_concurrently
 from tests.raydetr.s3 import S3
 
 pytestmark = [
@@ -40,7 +40,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[4]
-SMALL = Options(shard_bytes=1)  # a shard each 32 images
+SMALL = Options(shard_bytes=1)  # one shard per 32 images
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def addresses(folder: Path, **others: str) -> Addresses:
-    return Addresses(str(folder / "annotations" / "instances.json"), str(folder / "images"), **others)
+def addresses(folder: Path, **others: str) -> InputPaths:
+    return InputPaths(str(folder / "annotations" / "instances.json"), str(folder / "images"), **others)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -65,11 +65,11 @@ def ids(manifest: Manifest) -> list[int]:
 @pytest.mark.timeout(1200)
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.nightly)])
-def test_an_ingest_killed_at_any_moment_goes_on_and_gives_the_same_bytes(
+def test_an_ingest_killed_at_any_moment_resumes_and_gives_the_same_bytes(
     generated: Path, tmp_path: Path, kills: int
 ) -> None:
-    undisturbed = tmp_path / "undisturbed"
-    ingest(addresses(generated), str(undisturbed), SMALL)
+    uninterrupted = tmp_path / "uninterrupted"
+    ingest(addresses(generated), str(uninterrupted), SMALL)
     out = tmp_path / "out"
     command = [
         *(sys.executable, str(ROOT / "pipelines" / "ingest.py"), "--shard-bytes", "1"),
@@ -77,26 +77,26 @@ def test_an_ingest_killed_at_any_moment_goes_on_and_gives_the_same_bytes(
         *("--images", str(generated / "images"), "--output", str(out)),
     ]
     rng = random.Random(kills)
-    ended = 0
+    finished_shards = 0
     for _ in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=tmp_path)
         assert process.stdout is not None
-        wanted = rng.randrange(ended, 7) if ended < 7 else 7
-        end = time.monotonic() + 120
-        # From before the first shard to after the last: the moments that differ.
-        while process.poll() is None and time.monotonic() < end:
-            if len(list(out.glob(".ingest/shard-*.json"))) >= wanted:
+        # Kill after a random number of shards, from before the first to after the last.
+        target = rng.randrange(finished_shards, 7) if finished_shards < 7 else 7
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list(out.glob(".ingest/shard-*.json"))) >= target:
                 break
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        ended = len(list(out.glob(".ingest/shard-*.json")))
+        finished_shards = len(list(out.glob(".ingest/shard-*.json")))
     before = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.parquet")}
     finished = {path.stem for path in out.glob(".ingest/shard-*.json")}
     ingest(addresses(generated), str(out), SMALL)
-    assert files(out) == files(undisturbed)
+    assert files(out) == files(uninterrupted)
     untouched = [path for path in before if path.stem in finished]
     assert all(path.stat().st_mtime_ns == before[path] for path in untouched)
 
@@ -108,7 +108,7 @@ def test_a_split_puts_every_image_in_one_part_and_keeps_groups_together(
     for image in content["images"]:
         image["site"] = f"site {image['id'] % 23}"
     (tmp_path / "grouped.json").write_text(json.dumps(content))
-    source = Addresses(str(tmp_path / "grouped.json"), str(generated / "images"))
+    source = InputPaths(str(tmp_path / "grouped.json"), str(generated / "images"))
     results = ingest_split(source, str(tmp_path / "out"), Split((0.6, 0.2, 0.2), "site"), SMALL)
     parts = {name: ids(result.manifest) for name, result in results.items()}
     assert list(parts) == ["train", "val", "test"]
@@ -123,9 +123,7 @@ def test_a_split_puts_every_image_in_one_part_and_keeps_groups_together(
         Split((0.5, 0.6))
 
 
-def test_a_picture_in_two_parts_is_reported_even_when_compressed_anew(
-    generated: Path, tmp_path: Path
-) -> None:
+def test_a_recompressed_image_in_two_parts_is_reported(generated: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     content = json.loads((generated / "annotations" / "instances.json").read_text())
@@ -146,43 +144,47 @@ def test_a_picture_in_two_parts_is_reported_even_when_compressed_anew(
     one.pop("segmentation")
     (tmp_path / "all.json").write_text(json.dumps({**content, "images": images, "annotations": [one]}))
     results = ingest_split(
-        Addresses(str(tmp_path / "all.json"), str(folder)), str(tmp_path / "out"), Split((0.5, 0.5))
+        InputPaths(str(tmp_path / "all.json"), str(folder)), str(tmp_path / "out"), Split((0.5, 0.5))
     )
     parts = {name: set(ids(result.manifest)) for name, result in results.items()}
     expected = {n for n in range(1, 11) if (n in parts["train"]) != (n + 50 in parts["train"])}
-    found = [fault for fault in read_faults(results["val"].manifest.root) if fault.code == "near-duplicate"]
-    assert {fault.image_id % 50 for fault in found if fault.image_id} == expected
+    duplicates = [
+        fault for fault in read_faults(results["val"].manifest.root) if fault.code == "near-duplicate"
+    ]
+    assert {fault.image_id % 50 for fault in duplicates if fault.image_id} == expected
     assert len(expected) > 1
-    assert "of " in found[0].reason
+    assert "of " in duplicates[0].reason
 
-    # The same for sets that come as files of their own, as COCO's training and validation sets do.
-    for name, kept in parts.items():
-        chosen = [image for image in images if image["id"] in kept]
-        own = [one] if 1 in kept else [{**one, "image_id": chosen[0]["id"]}]
+    # The same for data sets with separate JSON files, such as COCO's training and validation sets.
+    for name, members in parts.items():
+        chosen = [image for image in images if image["id"] in members]
+        own = [one] if 1 in members else [{**one, "image_id": chosen[0]["id"]}]
         (tmp_path / f"{name}.json").write_text(json.dumps({**content, "images": chosen, "annotations": own}))
     train = ingest(
-        Addresses(str(tmp_path / "train.json"), str(folder)), str(tmp_path / "apart/train")
+        InputPaths(str(tmp_path / "train.json"), str(folder)), str(tmp_path / "separate/train")
     ).manifest
-    val = Addresses(str(tmp_path / "val.json"), str(folder))
+    val = InputPaths(str(tmp_path / "val.json"), str(folder))
     compared = Options(check_duplicates_against=(train.root,))
-    apart = ingest(val, str(tmp_path / "apart/val"), compared).manifest
-    codes = [fault for fault in read_faults(apart.root) if fault.code == "near-duplicate"]
-    assert {fault.image_id for fault in codes} == {fault.image_id for fault in found}
-    assert not ingest(val, str(tmp_path / "apart/val"), compared).written
+    separate = ingest(val, str(tmp_path / "separate/val"), compared).manifest
+    faults = [fault for fault in read_faults(separate.root) if fault.code == "near-duplicate"]
+    assert {fault.image_id for fault in faults} == {fault.image_id for fault in duplicates}
+    assert not ingest(val, str(tmp_path / "separate/val"), compared).written
     with pytest.raises(DataError, match="manifest"):
         ingest(
-            val, str(tmp_path / "apart/other"), Options(check_duplicates_against=(str(tmp_path / "nowhere"),))
+            val,
+            str(tmp_path / "separate/other"),
+            Options(check_duplicates_against=(str(tmp_path / "nowhere"),)),
         )
 
 
-def test_appended_images_come_in_new_shards_and_the_old_ones_stay(generated: Path, tmp_path: Path) -> None:
+def test_appended_images_are_in_new_shards_and_the_old_shards_stay(generated: Path, tmp_path: Path) -> None:
     content = json.loads((generated / "annotations" / "instances.json").read_text())
 
-    def part(name: str, keep: Any) -> Addresses:
-        images = [image for image in content["images"] if keep(image["id"])]
-        kept = [item for item in content["annotations"] if keep(item["image_id"])]
-        (tmp_path / name).write_text(json.dumps({**content, "images": images, "annotations": kept}))
-        return Addresses(str(tmp_path / name), str(generated / "images"))
+    def part(name: str, includes: Any) -> InputPaths:
+        images = [image for image in content["images"] if includes(image["id"])]
+        annotations = [item for item in content["annotations"] if includes(item["image_id"])]
+        (tmp_path / name).write_text(json.dumps({**content, "images": images, "annotations": annotations}))
+        return InputPaths(str(tmp_path / name), str(generated / "images"))
 
     first = ingest(part("first.json", lambda i: i <= 120), str(tmp_path / "out"), SMALL).manifest
     before = files(tmp_path / "out")
@@ -199,7 +201,7 @@ def test_appended_images_come_in_new_shards_and_the_old_ones_stay(generated: Pat
     changed = {name for name, data in files(tmp_path / "out").items() if before.get(name) != data}
     assert all(name not in before for name in changed - {"manifest.json", "faults.parquet"})
     assert not ingest(rest, str(tmp_path / "out"), append).written
-    with pytest.raises(DataError, match="append already"):
+    with pytest.raises(DataError, match="already has 1 of the images to append"):
         ingest(part("more.json", lambda i: i > 199), str(tmp_path / "out"), append)
     with pytest.raises(DataError, match="nothing to append to"):
         ingest(rest, str(tmp_path / "nowhere"), append)
@@ -234,7 +236,7 @@ PANOPTIC = {
 
 
 @pytest.mark.parametrize("name", PANOPTIC)
-def test_panoptic_annotations_come_out_as_they_went_in(
+def test_panoptic_annotations_read_back_unchanged(
     name: str, generated: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = generated
@@ -242,7 +244,7 @@ def test_panoptic_annotations_come_out_as_they_went_in(
         folder = request.getfixturevalue("shared_data") / name.split("/")[0]
     annotations, masks, images = PANOPTIC[name]
     content = json.loads((folder / annotations).read_text())
-    source = Addresses("", str(folder / images), str(folder / annotations), str(folder / masks))
+    source = InputPaths("", str(folder / images), str(folder / annotations), str(folder / masks))
     manifest = ingest(source, str(tmp_path / "out")).manifest
     assert without_notes(read_faults(manifest.root)) == []
     by_image = {item["image_id"]: item for item in content["annotations"]}
@@ -250,8 +252,8 @@ def test_panoptic_annotations_come_out_as_they_went_in(
     for row in read_records(manifest):
         original = by_image.pop(row["image_id"])
         assert row["panoptic_image"] == (folder / masks / original["file_name"]).read_bytes()
-        kept = [{k: v for k, v in segment.items() if k != "fault"} for segment in row["segments"]]
-        for segment, expected in zip(kept, original["segments_info"], strict=True):
+        segments = [{k: v for k, v in segment.items() if k != "fault"} for segment in row["segments"]]
+        for segment, expected in zip(segments, original["segments_info"], strict=True):
             assert segment == {"iscrowd": 0, **{k: v for k, v in expected.items() if k in segment}}
         assert [item["bbox"] for item in row["objects"]] == [
             s["bbox"] for s in original["segments_info"] if s["category_id"] in things
@@ -259,7 +261,7 @@ def test_panoptic_annotations_come_out_as_they_went_in(
     assert not by_image
 
 
-def test_segments_of_dropped_classes_are_no_fault_of_the_png(generated: Path, tmp_path: Path) -> None:
+def test_segments_of_dropped_classes_are_not_a_fault_of_the_png(generated: Path, tmp_path: Path) -> None:
     content = json.loads((generated / "annotations" / "panoptic.json").read_text())
     names = [category["name"] for category in content["categories"]]
     (tmp_path / "classes.json").write_text(json.dumps({names[0]: None, names[1]: names[2]}))
@@ -283,7 +285,9 @@ def test_segments_of_dropped_classes_are_no_fault_of_the_png(generated: Path, tm
     )
 
 
-def test_a_folder_of_other_pngs_is_refused_and_surplus_ones_are_said(generated: Path, tmp_path: Path) -> None:
+def test_a_folder_of_other_pngs_is_refused_and_surplus_pngs_are_reported(
+    generated: Path, tmp_path: Path
+) -> None:
     masks, annotations = tmp_path / "masks", str(generated / "annotations/panoptic.json")
     shutil.copytree(generated / "annotations/panoptic", masks)
     (masks / "other.png").write_bytes(b"")
@@ -298,7 +302,7 @@ def test_a_folder_of_other_pngs_is_refused_and_surplus_ones_are_said(generated: 
 
 
 @pytest.mark.slow
-def test_on_several_nodes_a_local_address_that_tasks_read_is_refused(
+def test_local_paths_are_refused_on_several_nodes(
     generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: S3
 ) -> None:
     monkeypatch.setattr(cluster, "nodes", lambda: 2)
@@ -309,16 +313,16 @@ def test_on_several_nodes_a_local_address_that_tasks_read_is_refused(
         panoptic_annotations=str(generated / "annotations/panoptic.json"),
         panoptic_masks=str(generated / "annotations/panoptic"),
     )
-    with pytest.raises(ClusterError, match="--images is the local address"):
+    with pytest.raises(ClusterError, match="--images is the local path"):
         ingest(source, s3.address("out"))
     source = replace(source, images=s3.address("images"))
-    with pytest.raises(ClusterError, match="--panoptic-masks is the local address"):
+    with pytest.raises(ClusterError, match="--panoptic-masks is the local path"):
         ingest(source, s3.address("out"))
-    with pytest.raises(ClusterError, match="--output is the local address"):
+    with pytest.raises(ClusterError, match="--output is the local path"):
         ingest(replace(source, panoptic_annotations="", panoptic_masks=""), str(tmp_path / "out"))
 
 
-def test_every_fault_of_a_panoptic_png_is_found(generated: Path, tmp_path: Path) -> None:
+def test_all_faults_of_panoptic_pngs_are_reported(generated: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     content = json.loads((generated / "annotations" / "panoptic.json").read_text())
@@ -346,9 +350,9 @@ def test_every_fault_of_a_panoptic_png_is_found(generated: Path, tmp_path: Path)
         generated, panoptic_annotations=str(tmp_path / "broken.json"), panoptic_masks=str(masks)
     )
     manifest = ingest(source, str(tmp_path / "out"), SMALL).manifest
-    found = {(fault.code, fault.image_id) for fault in without_notes(read_faults(manifest.root))}
+    reported = {(fault.code, fault.image_id) for fault in without_notes(read_faults(manifest.root))}
     image = [item["image_id"] for item in items]
-    assert found >= {
+    assert reported >= {
         ("missing-panoptic", image[0]),
         ("unreadable-panoptic", image[1]),
         ("panoptic-size", image[2]),
@@ -362,22 +366,22 @@ def test_every_fault_of_a_panoptic_png_is_found(generated: Path, tmp_path: Path)
         ("unlabelled-segment", image[8]),
         ("malformed-panoptic", image[9]),
     }
-    assert {image_id for _, image_id in found} == set(image[:10])
+    assert {image_id for _, image_id in reported} == set(image[:10])
 
 
-@pytest.mark.parametrize("wrong", ["normalised", "corners"])
-def test_boxes_in_another_format_are_recognised_and_named(
+@pytest.mark.parametrize("wrong", ["normalized", "corners"])
+def test_boxes_in_another_format_are_recognized_and_reported(
     generated: Path, tmp_path: Path, wrong: str
 ) -> None:
     content = json.loads((generated / "annotations" / "instances.json").read_text())
     for item in content["annotations"]:
         item.pop("segmentation", None)
         x, y, w, h = item["bbox"]
-        item["bbox"] = [x / 48, y / 48, w / 48, h / 48] if wrong == "normalised" else [x, y, x + w, y + h]
+        item["bbox"] = [x / 48, y / 48, w / 48, h / 48] if wrong == "normalized" else [x, y, x + w, y + h]
     (tmp_path / "wrong.json").write_text(json.dumps(content))
-    source = Addresses(str(tmp_path / "wrong.json"), str(generated / "images"))
+    source = InputPaths(str(tmp_path / "wrong.json"), str(generated / "images"))
     manifest = ingest(source, str(tmp_path / "out"), SMALL).manifest
-    code = {"normalised": "boxes-normalised", "corners": "boxes-as-corners"}[wrong]
+    code = {"normalized": "boxes-normalised", "corners": "boxes-as-corners"}[wrong]
     (fault,) = [fault for fault in read_faults(manifest.root) if fault.code.startswith("boxes-")]
     assert fault.code == code
     assert fault.file == "wrong.json"
@@ -387,7 +391,9 @@ def test_boxes_in_another_format_are_recognised_and_named(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_from_and_to_s3_the_bytes_are_those_of_a_folder(generated: Path, tmp_path: Path, s3: S3) -> None:
+def test_an_ingest_from_and_to_s3_gives_the_same_bytes_as_with_folders(
+    generated: Path, tmp_path: Path, s3: S3
+) -> None:
     local = ingest(addresses(generated), str(tmp_path / "out"), SMALL).manifest
     for name in (
         "annotations/instances.json",
@@ -419,29 +425,31 @@ def test_from_and_to_s3_the_bytes_are_those_of_a_folder(generated: Path, tmp_pat
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.nightly)])
-def test_of_two_at_once_one_writes_and_the_other_takes_its_result(
+def test_of_two_concurrent_ingests_one_writes_and_the_other_returns_its_result(
     generated: Path, tmp_path: Path, rounds: int
 ) -> None:
-    whole = tmp_path / "whole"
-    ingest(addresses(generated), str(whole), SMALL)
+    expected = tmp_path / "expected"
+    ingest(addresses(generated), str(expected), SMALL)
     for number in range(rounds):
         out = tmp_path / f"out-{number}"
-        done, refused = at_once(lambda out=out: ingest(addresses(generated), str(out), SMALL), 2)
+        done, refused = call_concurrently(lambda out=out: ingest(addresses(generated), str(out), SMALL), 2)
         assert refused == []
         assert sorted(result.written for result in done) == [False, True]
-        assert files(out) == files(whole), "nothing is left behind either"
+        assert files(out) == files(expected), "the folder has the same files, without leftovers"
 
 
-def test_of_two_at_once_with_other_flags_one_is_refused(generated: Path, tmp_path: Path) -> None:
+def test_of_two_concurrent_ingests_with_different_flags_one_is_refused(
+    generated: Path, tmp_path: Path
+) -> None:
     seeds = iter([1, 2])
-    done, refused = at_once(
+    done, refused = call_concurrently(
         lambda: ingest(addresses(generated), str(tmp_path), replace(SMALL, seed=next(seeds))), 2
     )
     assert len(done) == 1
-    assert "other input or of other flags" in str(refused[0])
+    assert "another input or of other flags" in str(refused[0])
 
 
-def test_shards_that_another_process_changed_get_no_manifest(
+def test_no_manifest_is_written_if_another_process_changed_a_shard(
     generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = ingest_module._check_written
@@ -452,12 +460,14 @@ def test_shards_that_another_process_changed_get_no_manifest(
         check(output, *rest)
 
     monkeypatch.setattr(ingest_module, "_check_written", damage)
-    with pytest.raises(DataError, match=r"1 shards are not as they were written \['shard-000001.parquet'\]"):
+    with pytest.raises(
+        DataError, match=r"1 shards have changed since they were written \['shard-000001.parquet'\]"
+    ):
         ingest(addresses(generated), str(tmp_path), SMALL)
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_an_ingest_whose_lease_was_taken_writes_no_manifest(
+def test_an_ingest_that_lost_its_lease_writes_no_manifest(
     generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = ingest_module._check_written
@@ -475,14 +485,14 @@ def test_an_ingest_whose_lease_was_taken_writes_no_manifest(
 
 
 @pytest.mark.parametrize("moment", ["before", "reading", "written"])
-def test_a_task_whose_driver_was_killed_leaves_nothing_next_to_the_next_ingest(
+def test_a_task_of_a_killed_driver_writes_nothing_after_the_next_ingest_started(
     generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     lease = tmp_path / "lease.json"
     mine, other = ({"owner": owner, "expires": time.time() + 99} for owner in ("mine", "other"))
     storage.write_json(str(lease), other if moment == "before" else mine)
     index = read_inputs(addresses(generated)).index
-    assert list(write_work(str(tmp_path), index.texts("", record_order(0)), 1, 0))
+    assert list(write_task_inputs(str(tmp_path), index.texts("", record_order(0)), 1, 0))
 
     def read_bytes(address: str) -> bytes:
         if "/images/" in address and moment == "reading":
@@ -491,7 +501,7 @@ def test_a_task_whose_driver_was_killed_leaves_nothing_next_to_the_next_ingest(
 
     def written(*arguments: Any) -> ShardSummary | None:
         summary = write_shard(*arguments)
-        if moment == "written":  # the next ingest has finished, and has deleted its notes
+        if moment == "written":  # the next ingest has finished and has deleted its working files
             storage.write_json(str(lease), other)
             storage.delete_folder(str(tmp_path / WORK))
         return summary
@@ -507,7 +517,7 @@ def test_a_task_whose_driver_was_killed_leaves_nothing_next_to_the_next_ingest(
         category_ids=frozenset(range(1, 100)),
         class_map=None,
         skip=False,
-        reading=AS_USUAL,
+        reading=DEFAULT_READING,
         held=Held(str(lease), "mine"),
     )
     assert isinstance(result.error, LeaseError)
@@ -518,16 +528,16 @@ def test_a_task_whose_driver_was_killed_leaves_nothing_next_to_the_next_ingest(
         assert not list(tmp_path.glob("shard-*"))
 
 
-def test_of_two_first_runs_one_makes_the_embedded_data(
+def test_of_two_concurrent_first_runs_one_generates_the_demo_scenes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dataset, "EMBEDDED", {"train": (40, 0), "val": (8, 1)})
-    done, refused = at_once(lambda: embedded("train", str(tmp_path)), 2)
+    done, refused = call_concurrently(lambda: embedded("train", str(tmp_path)), 2)
     assert (done, refused) == ([str(tmp_path / "train")] * 2, [])
     assert Manifest.load(done[0]).num_images == 40
 
 
-def test_relative_addresses_are_under_the_shared_storage_where_that_is_set(
+def test_relative_uris_are_relative_to_the_shared_storage_if_it_is_set(
     generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared, here = tmp_path / "shared", tmp_path / "here"
@@ -535,13 +545,13 @@ def test_relative_addresses_are_under_the_shared_storage_where_that_is_set(
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("RAYDETR_STORAGE", str(shared))
-    first = ingest(Addresses("mine/annotations/instances.json", "mine/images"), "shards").manifest
-    again = ingest(Addresses("mine/annotations/instances.json", "mine/images"), "shards")
+    first = ingest(InputPaths("mine/annotations/instances.json", "mine/images"), "shards").manifest
+    second = ingest(InputPaths("mine/annotations/instances.json", "mine/images"), "shards")
     assert first.root == str(shared / "shards")
-    assert not again.written
-    assert Options(check_duplicates_against=("shards",)).compared()[0].digest == first.digest
+    assert not second.written
+    assert Options(check_duplicates_against=("shards",)).load_compared()[0].digest == first.digest
     parts = ingest_split(
-        Addresses("mine/annotations/instances.json", "mine/images"), "parts", Split((0.5, 0.5))
+        InputPaths("mine/annotations/instances.json", "mine/images"), "parts", Split((0.5, 0.5))
     )
     assert {part.manifest.root for part in parts.values()} == {f"{shared}/parts/train", f"{shared}/parts/val"}
     assert list(here.iterdir()) == []

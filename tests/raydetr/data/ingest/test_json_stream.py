@@ -1,4 +1,4 @@
-"""A JSON file read in pieces is what `json.loads` makes of the whole, wherever the pieces end."""
+"""Reading a JSON file in chunks gives the same result as `json.loads`, wherever the chunks end."""
 
 import gzip
 import hashlib
@@ -34,13 +34,13 @@ def content(rng: random.Random) -> dict[str, Any]:
     return {f"{number} {rng.choice(SCALARS)}": value(rng) for number in range(rng.randrange(5))}
 
 
-def text_of(rng: random.Random, what: Any) -> str:
+def text_of(rng: random.Random, value: Any) -> str:
     indent = rng.choice([None, 0, 1])
-    return json.dumps(what, ensure_ascii=rng.random() < 0.5, indent=indent)
+    return json.dumps(value, ensure_ascii=rng.random() < 0.5, indent=indent)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What the elements make up."""
+    """Assemble the elements into an object."""
     result: dict[str, Any] = {}
     for key, position, item, text in read_elements(str(path)):
         assert repr(json.loads(text)) == repr(item)
@@ -53,7 +53,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_content_is_that_of_the_whole_file(
+def test_random_content_is_read_as_json_loads_reads_it(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(seed)
@@ -71,7 +71,7 @@ def test_random_content_is_that_of_the_whole_file(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_damaged_text_is_refused_at_the_place_where_the_whole_file_is(
+def test_damaged_text_is_refused_at_the_same_position_as_by_json_loads(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(100 + seed)
@@ -103,23 +103,23 @@ def test_damaged_text_is_refused_at_the_place_where_the_whole_file_is(
     ("text", "message"),
     [
         (b"[1, 2]", "the file holds a list"),
-        (b' "images"', "the file holds a text"),
+        (b' "images"', "the file holds a string"),
         (b"12", "the file holds a number"),
-        (b'{"a": 1, "b": [2], "a": 3}', "the key 'a' is there twice"),
+        (b'{"a": 1, "b": [2], "a": 3}', "duplicate key 'a'"),
         (b'{"a": [1, 2\n,, 3]}', r"line 2 column 2 \(char 13\)"),
         (b'{"a": "\xff"}', "can't decode byte 0xff"),
         (b'{"a": ' + b"9" * 5000 + b"}", "integer string conversion"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path: Path, text: bytes, message: str) -> None:
+def test_the_error_says_what_is_wrong(tmp_path: Path, text: bytes, message: str) -> None:
     (tmp_path / "x.json").write_bytes(text)
     with pytest.raises(DataError, match=rf"x\.json: .*{message}"):
         read(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("members", [1, 3])
-def test_a_gzip_file_is_read_as_what_is_in_it(tmp_path: Path, members: int) -> None:
+def test_a_gzip_file_is_read_as_its_content(tmp_path: Path, members: int) -> None:
     text = json.dumps({"images": [{"id": number, "text": "x" * 100} for number in range(1000)]}).encode()
     cuts = [len(text) * part // members for part in range(members + 1)]
     packed = b"".join(gzip.compress(text[a:b]) for a, b in itertools.pairwise(cuts))

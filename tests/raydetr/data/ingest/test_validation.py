@@ -1,4 +1,4 @@
-"""Every code of the fault table is found where it should be; random damage never ends in a traceback."""
+"""Notes, faults of whole data sets, and random damage, which never ends in a traceback."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from raydetr.data.ingest.box_statistics import BoxStatistics
-from raydetr.data.ingest.inputs import Addresses, read_inputs
+from raydetr.data.ingest.inputs import InputPaths, read_inputs
 from raydetr.data.ingest.record import Entry, make_record
 from raydetr.data.schema import FAULT_SCHEMA, FAULTS, SCHEMA, Fault, without_notes
 from raydetr.errors import DataError
@@ -70,20 +70,20 @@ FRAMES = [Image.new("RGB", (40, 30), (n, n, n)) for n in (0, 200)]
         ("a.jpg", encoded("RGB", "JPEG"), 0, "no-objects"),
     ],
 )
-def test_what_is_remarkable_about_an_image_is_said(name: str, data: bytes, objects: int, code: str) -> None:
-    found = faults_of(name, data, objects)
-    assert code in {fault.code for fault in found}
-    assert all(fault.file == name and fault.image_id == 1 for fault in found)
+def test_notable_properties_of_an_image_are_reported(name: str, data: bytes, objects: int, code: str) -> None:
+    faults = faults_of(name, data, objects)
+    assert code in {fault.code for fault in faults}
+    assert all(fault.file == name and fault.image_id == 1 for fault in faults)
     expected = [code] if FAULTS[code].effect != "note" else []
-    assert [fault.code for fault in without_notes(found)] == expected
+    assert [fault.code for fault in without_notes(faults)] == expected
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "A.JPEG", "a", "a.img"])
-def test_an_ordinary_image_is_not_remarkable(name: str) -> None:
+def test_an_ordinary_image_has_no_faults_or_notes(name: str) -> None:
     assert faults_of(name, encoded("RGB", "JPEG")) == []
 
 
-def test_files_that_nobody_names_are_counted(tmp_path: Path) -> None:
+def test_files_that_no_entry_lists_are_counted(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for name in ("1.jpg", "2.jpg", "3.PNG", "notes.txt"):
         (tmp_path / "images" / name).write_bytes(b"x")
@@ -93,13 +93,13 @@ def test_files_that_nobody_names_are_counted(tmp_path: Path) -> None:
         "categories": [{"id": 1, "name": "thing"}],
     }
     (tmp_path / "x.json").write_text(json.dumps(content))
-    (fault,) = read_inputs(Addresses(str(tmp_path / "x.json"), str(tmp_path / "images"))).index.faults()
+    (fault,) = read_inputs(InputPaths(str(tmp_path / "x.json"), str(tmp_path / "images"))).index.faults()
     assert (fault.code, fault.file) == ("surplus-files", "2.jpg")
     assert "2 files, such as ['2.jpg', '3.PNG']" in fault.reason
 
 
 @pytest.mark.slow
-def test_a_full_disk_for_the_tables_is_said(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_the_remedy(tmp_path: Path) -> None:
     content = {
         "images": [{"id": n, "file_name": f"{n:0100}.jpg"} for n in range(20_000)],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}],
@@ -117,7 +117,7 @@ def test_a_full_disk_for_the_tables_is_said(tmp_path: Path) -> None:
     assert re.search(r"StorageError: The tables .* set SQLITE_TMPDIR", done.stderr), done.stderr
 
 
-def test_statistics_of_parts_add_up_and_few_boxes_prove_nothing() -> None:
+def test_box_statistics_add_up_and_few_boxes_give_no_conclusion() -> None:
     rng = np.random.default_rng(0)
     records = [
         {"width": 100, "height": 80, "objects": [{"bbox": rng.uniform(0, 90, 4).tolist()} for _ in range(3)]}
@@ -130,7 +130,7 @@ def test_statistics_of_parts_add_up_and_few_boxes_prove_nothing() -> None:
     assert parts == whole
     assert whole.boxes == 60
     few = BoxStatistics(boxes=5, normalised=5)
-    assert list(few.suspicions("x.json")) == []
+    assert list(few.format_faults("x.json")) == []
 
 
 VALUES = [
@@ -154,7 +154,7 @@ VALUES = [
 
 
 def damaged(rng: random.Random, value: Any, depth: int = 0) -> Any:
-    """The value with something in it replaced, deleted or repeated."""
+    """Replace, delete or repeat a random part of a value."""
     if isinstance(value, dict) and value and (depth < 1 or rng.random() < 0.8):
         key = rng.choice(sorted(value))
         if rng.random() < 0.15:
@@ -169,7 +169,7 @@ def damaged(rng: random.Random, value: Any, depth: int = 0) -> Any:
 
 
 @pytest.mark.parametrize("seed", rest_slow(range(5), fast=2))
-def test_random_damage_is_refused_in_words_or_reported_and_never_crashes(
+def test_random_damage_is_refused_or_reported_and_never_ends_in_a_traceback(
     shared_data: Path, seed: int
 ) -> None:
     rng = random.Random(seed)
@@ -194,13 +194,13 @@ def test_random_damage_is_refused_in_words_or_reported_and_never_crashes(
         except DataError as error:
             outcomes["refused" if str(error).startswith("broken.json: ") else "unclear"] += 1
             continue
-        found = list(index.faults)
+        reported = list(index.faults)
         for entry in index.entries:
             record, faults = make_record(entry, _damaged_file(rng, files, entry), category_ids)
             pa.Table.from_pylist([record], schema=SCHEMA)
-            found += faults
-        pa.Table.from_pylist([fault.row() for fault in found], schema=FAULT_SCHEMA)
-        outcomes["reported" if without_notes(found) else "clean"] += 1
+            reported += faults
+        pa.Table.from_pylist([fault.row() for fault in reported], schema=FAULT_SCHEMA)
+        outcomes["reported" if without_notes(reported) else "clean"] += 1
     assert outcomes["refused"] > 2
     assert not outcomes["unclear"]
     assert outcomes["reported"] > 4

@@ -1,4 +1,4 @@
-"""Every real data set, from a folder and through S3, reads back as pycocotools reads the original."""
+"""Every real data set reads back as pycocotools reads the original, from a folder and through S3."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from raydetr.data.ingest.ingest import ingest
-from raydetr.data.ingest.inputs import Addresses
+from raydetr.data.ingest.inputs import InputPaths
 from raydetr.data.ingest.record import to_annotation
 from raydetr.data.schema import without_notes
 from raydetr.data.shards import Manifest, read_faults, read_records
@@ -28,7 +28,7 @@ pytestmark = [
 
 COCO128 = "coco128/annotations"
 SETS: dict[str, tuple[str, ...]] = {
-    # Annotations, images; where there are panoptic ones, these and their PNGs.
+    # Annotations and images; for panoptic data also the panoptic annotations and their PNGs.
     "bccd/train": ("bccd/train.json", "bccd/images"),
     "bccd/val": ("bccd/val.json", "bccd/images"),
     "bccd/test": ("bccd/test.json", "bccd/images"),
@@ -62,13 +62,13 @@ ON_S3 = (
     *("bccd/val", "balloon/val", "nuts/val", "nuclei/val"),
     *("coco128/train", "coco128/val boxes", "coco_cats", "panopticapi_sample"),
 )
-"""A part of each: all of them take five minutes."""
+"""A part of each data set: all of them take five minutes."""
 
 EMPTY_BOXES = {"bccd/train": [2288], "bccd/val": [3692]}
-"""Ids of annotations that are at fault: the sets' only ones."""
+"""Ids of the faulty annotations: the only faults of these data sets."""
 
 
-def opened(content: dict[str, Any]) -> COCO:
+def open_coco(content: dict[str, Any]) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = content
@@ -77,7 +77,7 @@ def opened(content: dict[str, Any]) -> COCO:
 
 
 def compare(manifest: Manifest, folder: Path, files: tuple[str, ...]) -> None:
-    """Images to the byte; boxes, areas, categories, masks and segments as pycocotools has them."""
+    """Compare a data set with its files: images byte by byte, annotations as pycocotools reads them."""
     content = json.loads((folder / files[0]).read_bytes())
     panoptic = json.loads((folder / files[2]).read_bytes()) if files[2:] else {"annotations": []}
     segments = {item["image_id"]: item for item in panoptic["annotations"]}
@@ -94,8 +94,8 @@ def compare(manifest: Manifest, folder: Path, files: tuple[str, ...]) -> None:
         image["id"]: (image["file_name"], image["height"], image["width"]) for image in content["images"]
     }
     annotations = [to_annotation(item, row["image_id"]) for row in rows for item in row["objects"]]
-    back = opened({"images": content["images"], "annotations": annotations, "categories": []})
-    original = opened(content)
+    back = open_coco({"images": content["images"], "annotations": annotations, "categories": []})
+    original = open_coco(content)
     assert back.anns == original.anns
     ours = {category["id"]: category["name"] for category in manifest.categories}
     assert ours.items() >= {category["id"]: category["name"] for category in content["categories"]}.items()
@@ -107,32 +107,32 @@ def compare(manifest: Manifest, folder: Path, files: tuple[str, ...]) -> None:
     assert masks or files[0].startswith("bccd") or "boxes" in files[0]
 
 
-def addresses(root: str, files: tuple[str, ...]) -> Addresses:
-    return Addresses(*(f"{root}/{name}" for name in files))
+def addresses(root: str, files: tuple[str, ...]) -> InputPaths:
+    return InputPaths(*(f"{root}/{name}" for name in files))
 
 
 @pytest.mark.parametrize(
     "name", rest_slow([*SMALL, *(name for name in SETS if name not in SMALL)], len(SMALL))
 )
-def test_a_real_set_reads_back_as_pycocotools_reads_the_original(
+def test_a_real_data_set_reads_back_as_pycocotools_reads_the_original(
     name: str, shared_data: Path, tmp_path: Path
 ) -> None:
     files = SETS[name]
     manifest = ingest(addresses(str(shared_data), files), str(tmp_path / "out")).manifest
     compare(manifest, shared_data, files)
-    found = [fault.annotation_id for fault in without_notes(read_faults(manifest.root))]
-    assert found == EMPTY_BOXES.get(name, [])
+    faulty = [fault.annotation_id for fault in without_notes(read_faults(manifest.root))]
+    assert faulty == EMPTY_BOXES.get(name, [])
 
 
 def test_every_annotation_file_of_the_real_data_is_compared(shared_data: Path) -> None:
-    named = {name for files in SETS.values() for name in files[::2]}
-    there = {str(file.relative_to(shared_data)) for file in shared_data.rglob("*.json")}
-    # What the panoptic API has beside its annotations.
+    compared = {name for files in SETS.values() for name in files[::2]}
+    existing = {str(file.relative_to(shared_data)) for file in shared_data.rglob("*.json")}
+    # Files of the panoptic API that are not annotations.
     others = {
         "panopticapi_sample/images_info_examples.json",
         "panopticapi_sample/panoptic_coco_categories.json",
     }
-    assert {name for name in there - others if "/via/" not in name} == named
+    assert {name for name in existing - others if "/via/" not in name} == compared
 
 
 INGEST = """
@@ -148,7 +148,7 @@ EPOCH = """
 import sys
 from detr.image_processing.augment import AugmentSpec
 from raydetr import cluster
-from raydetr.data import stream
+from raydetr.data.stream import ray_stream
 from raydetr.data.stream.plan import PlanSpec
 from raydetr.data.shards import Manifest
 from raydetr.data.stream.source import shard_source
@@ -158,17 +158,17 @@ augmentation = AugmentSpec(shortest_edges=(96,), longest_edge=160, crop=False)
 spec = PlanSpec(
     seed=0, micro_batch_size=2, micro_batches=2, augmentation=augmentation, window_row_groups=1, group_sizes=True
 )
-plan = stream.build_plan(manifest, spec)
-job = stream.Stream(
+plan = ray_stream.build_plan(manifest, spec)
+job = ray_stream.Stream(
     source=shard_source(manifest), plan=plan, last_step=plan.steps_per_epoch, first_step=lambda: 0
 )
-(split,) = stream.dataset(job, 1, 0).streaming_split(1, equal=False)
-print("IDS", *(i for step in stream.steps(split, 2, 2) for batch in step for i in batch.image_ids))
+(split,) = ray_stream.dataset(job, 1, 0).streaming_split(1, equal=False)
+print("IDS", *(i for step in ray_stream.steps(split, 2, 2) for batch in step for i in batch.image_ids))
 """
 
 
 def run(code: str, argument: str, folder: Path) -> str:
-    """A process of its own, whose Ray workers have the environment of the S3 at hand."""
+    """Run code in a new process, whose Ray workers inherit the environment variables of the test's S3 server."""
     done = subprocess.run(
         [sys.executable, "-c", code, argument],
         cwd=folder,
@@ -183,7 +183,7 @@ def run(code: str, argument: str, folder: Path) -> str:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
-def test_from_and_to_a_slow_s3_that_fails_the_sets_are_the_same_and_an_epoch_reads_little_more(
+def test_ingest_and_an_epoch_through_a_slow_failing_s3_are_exact_and_read_few_extra_bytes(
     shared_data: Path, tmp_path: Path, s3: S3
 ) -> None:
     def upload(name: str) -> None:

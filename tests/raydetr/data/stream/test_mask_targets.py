@@ -1,4 +1,4 @@
-"""Masks reach the worker as pycocotools decodes them, augmented as the image is."""
+"""Masks reach the worker as pycocotools decodes them, with the augmentation of the image."""
 
 import io
 import itertools
@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from detr.image_processing.augment import AugmentSpec, apply_masks
 from detr.image_processing.panoptic_png import write_panoptic_png
 from detr.image_transforms import rgb_to_id
-from raydetr.data.ingest.inputs import Addresses, read_inputs
+from raydetr.data.ingest.inputs import InputPaths, read_inputs
 from raydetr.data.ingest.panoptic import Panoptic
 from raydetr.data.ingest.record import Entry, make_record
 from raydetr.data.ingest.shard_writer import write_manifest, write_shard
@@ -32,7 +32,7 @@ AUGMENTATION = AugmentSpec(
 )
 
 
-def shards(folder: Path, addresses: Addresses) -> Manifest:
+def shards(folder: Path, addresses: InputPaths) -> Manifest:
     inputs = read_inputs(addresses)
     ids = frozenset(category["id"] for category in inputs.categories)
     records = []
@@ -75,7 +75,7 @@ def slots(manifest: Manifest) -> dict[int, object]:
 
 
 @pytest.mark.parametrize("name", ["coco128", "generated", "nuclei"])
-def test_instance_masks_are_those_of_pycocotools(
+def test_instance_masks_equal_those_of_pycocotools(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if name == "generated":
@@ -87,7 +87,7 @@ def test_instance_masks_are_those_of_pycocotools(
             "coco128": (data / "coco128/annotations/instances_train2017.json", data / "coco128/train2017"),
             "nuclei": (data / "nuclei/val.json", data / "nuclei/images"),
         }[name]
-    manifest = shards(tmp_path / "shards", Addresses(str(file), str(images)))
+    manifest = shards(tmp_path / "shards", InputPaths(str(file), str(images)))
     coco = COCO(str(file))
     augmentations = slots(manifest)
     compared = 0
@@ -103,25 +103,27 @@ def test_instance_masks_are_those_of_pycocotools(
             assert not label["masks"][:, :, width:].any()
             if not weight:
                 continue
-            truth = [
+            ground_truth = [
                 item for item in coco.imgToAnns[image_id] if not item["iscrowd"] and item["segmentation"]
             ]
-            masks = np.array([coco.annToMask(item) for item in truth], dtype=np.uint8)
-            expected = apply_masks(torch.from_numpy(masks), augmentations[image_id]) if truth else masks
-            wanted = [mask for mask in expected if mask.any()]
-            found = [mask for mask in label["masks"] if mask.any()]
-            # A crop can leave a sliver of a box without a pixel of its mask.
-            assert len(found) == len(wanted)
-            for one, other in zip(found, wanted, strict=True):
+            masks = np.array([coco.annToMask(item) for item in ground_truth], dtype=np.uint8)
+            augmented = (
+                apply_masks(torch.from_numpy(masks), augmentations[image_id]) if ground_truth else masks
+            )
+            # Without empty masks: a crop can leave a sliver of a box that has no pixel of its mask.
+            expected = [mask for mask in augmented if mask.any()]
+            actual = [mask for mask in label["masks"] if mask.any()]
+            assert len(actual) == len(expected)
+            for one, other in zip(actual, expected, strict=True):
                 assert torch.equal(one[:height, :width], other.bool())
                 compared += 1
     assert compared > 30
 
 
-def test_panoptic_masks_are_the_segments_of_the_png(tmp_path: Path) -> None:
+def test_panoptic_masks_equal_the_segments_of_the_png(tmp_path: Path) -> None:
     generate(str(tmp_path / "coco"), 30, seed=3, size=48)
     folder = tmp_path / "coco" / "annotations"
-    addresses = Addresses(
+    addresses = InputPaths(
         "", str(tmp_path / "coco/images"), str(folder / "panoptic.json"), str(folder / "panoptic")
     )
     manifest = shards(tmp_path / "shards", addresses)
@@ -129,7 +131,7 @@ def test_panoptic_masks_are_the_segments_of_the_png(tmp_path: Path) -> None:
         item["image_id"]: item for item in json.loads((folder / "panoptic.json").read_text())["annotations"]
     }
     augmentations = slots(manifest)
-    seen = 0
+    compared = 0
     for batch in batches(manifest, "panoptic"):
         for label, (height, width), weight in zip(
             batch.labels, batch.sizes, batch.weights.tolist(), strict=True
@@ -141,27 +143,29 @@ def test_panoptic_masks_are_the_segments_of_the_png(tmp_path: Path) -> None:
             masks = torch.from_numpy(
                 np.array([ids == s["id"] for s in item["segments_info"]], dtype=np.uint8)
             )
-            expected = apply_masks(masks, augmentations[int(label["image_id"])]).bool()
+            augmented = apply_masks(masks, augmentations[int(label["image_id"])]).bool()
             labels = [manifest.labels[s["category_id"]] for s in item["segments_info"]]
-            kept = [(name, mask) for name, mask in zip(labels, expected, strict=True) if mask.any()]
-            found = [
+            expected = [(name, mask) for name, mask in zip(labels, augmented, strict=True) if mask.any()]
+            actual = [
                 (name, mask)
                 for name, mask in zip(label["class_labels"].tolist(), label["masks"], strict=True)
                 if mask.any()
             ]
             assert not label["masks"][:, height:].any()
             assert not label["masks"][:, :, width:].any()
-            assert [name for name, _ in found] == [name for name, _ in kept]
-            assert all(torch.equal(a[:height, :width], b) for (_, a), (_, b) in zip(found, kept, strict=True))
-            # Every pixel of an image of things and stuff is somebody's, once.
+            assert [name for name, _ in actual] == [name for name, _ in expected]
+            assert all(
+                torch.equal(a[:height, :width], b) for (_, a), (_, b) in zip(actual, expected, strict=True)
+            )
+            # Every pixel of an image with things and stuff belongs to exactly one segment.
             assert (label["masks"][:, :height, :width].sum(dim=0) == 1).all()
-            seen += 1
-    assert seen == 30
+            compared += 1
+    assert compared == 30
 
 
-def test_without_masks_the_labels_have_none_and_the_rest_is_the_same(tmp_path: Path) -> None:
+def test_a_stream_without_masks_has_the_same_images_and_boxes(tmp_path: Path) -> None:
     generate(str(tmp_path / "coco"), 20, seed=3, size=48)
-    addresses = Addresses(str(tmp_path / "coco/annotations/instances.json"), str(tmp_path / "coco/images"))
+    addresses = InputPaths(str(tmp_path / "coco/annotations/instances.json"), str(tmp_path / "coco/images"))
     manifest = shards(tmp_path / "shards", addresses)
     for plain, masked in itertools.zip_longest(batches(manifest, "none"), batches(manifest, "instance")):
         for one, other in zip(plain.images, masked.images, strict=True):
@@ -172,7 +176,7 @@ def test_without_masks_the_labels_have_none_and_the_rest_is_the_same(tmp_path: P
 
 
 def jpeg(exif: int = 0) -> bytes:
-    """A photo of 60 x 40 pixels, with an EXIF orientation."""
+    """A photo of 60 x 40 pixels, with an EXIF orientation if it is not 0."""
     file, tags = io.BytesIO(), Image.Exif()
     if exif:
         tags[0x112] = exif
@@ -199,14 +203,14 @@ def segments_png(height: int, width: int) -> bytes:
         ("a.jpg", None, (40, 60), segments_png(40, 60)[:60], ["missing-file", "unreadable-panoptic"]),
     ],
 )
-def test_a_png_that_does_not_fit_its_image_gives_no_mask_whatever_else_is_wrong(
+def test_a_png_that_does_not_fit_its_image_gives_no_masks_also_with_other_faults(
     name: str, image: bytes | None, size: tuple[int | None, int | None], png: bytes, codes: list[str]
 ) -> None:
     segments = ({"id": 1, "category_id": 1, "area": 1}, {"id": 2, "category_id": 2, "area": 2})
     entry = Entry(1, name, *size, {}, (), Panoptic(0, "a.png", segments))
     record, faults = make_record(entry, image, frozenset((1, 2)), png)
     assert {fault.code for fault in faults} >= set(codes)
-    if "repaired-orientation" in codes:  # which decoding needs to know
+    if "repaired-orientation" in codes:  # the record must carry this code for the decoding
         assert record["fault"] == "repaired-orientation"
     elif "missing-file" not in codes:
         assert FAULTS[record["fault"]].effect == "box-only"

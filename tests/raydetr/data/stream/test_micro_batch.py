@@ -1,4 +1,4 @@
-"""A micro-batch comes out of a row as it went in."""
+"""Micro-batches survive packing into rows and unpacking."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def example(rng: np.random.Generator, image_id: int, height: int, width: int, ob
     )
 
 
-def through(
+def pack_and_unpack(
     examples: list[Example],
     shape: tuple[int, int],
     size: int,
@@ -30,10 +30,10 @@ def through(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_pixels_boxes_and_labels_survive(seed: int) -> None:
+def test_pixels_boxes_and_labels_are_unchanged(seed: int) -> None:
     rng = np.random.default_rng(seed)
     examples = [example(rng, 10 + i, *rng.integers(1, 64, 2), objects) for i, objects in enumerate((3, 0, 5))]
-    batch = through(examples, (64, 96), 4, step=7, position=2, epoch=1)
+    batch = pack_and_unpack(examples, (64, 96), 4, step=7, position=2, epoch=1)
     assert (batch.step, batch.position, batch.epoch) == (7, 2, 1)
     assert batch.image_ids == (10, 11, 12)
     assert batch.weights.tolist() == [1, 1, 1, 0]
@@ -51,24 +51,24 @@ def test_pixels_boxes_and_labels_survive(seed: int) -> None:
         assert batch.labels[slot]["image_id"].tolist() == [one.image_id]
 
 
-def test_an_undecodable_image_is_named_and_weighs_nothing() -> None:
-    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+def test_an_undecodable_image_is_reported_and_has_weight_zero() -> None:
+    no_targets = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
     good = example(np.random.default_rng(0), 1, 8, 8, 2)
-    batch = through([Example(5, None, *nothing, skipped="cut short"), good], (8, 8), 2)
-    assert batch.skipped == ("5: cut short",)
+    batch = pack_and_unpack([Example(5, None, *no_targets, skipped="truncated"), good], (8, 8), 2)
+    assert batch.skipped == ("5: truncated",)
     assert batch.weights.tolist() == [0, 1]
     assert batch.image_ids == (5, 1)
     assert batch.labels[0]["boxes"].shape == (0, 4)
     assert batch.labels[1]["boxes"].shape == (2, 4)
 
 
-def test_a_batch_names_the_node_that_decoded_it() -> None:
+def test_a_batch_has_the_id_of_the_node_that_decoded_it() -> None:
     packed = [(MicroBatch(0, position, 0, 0, (), (8, 8)), []) for position in range(2)]
     assert [batch.node for batch in unpack(pack(packed, "0f3a"), 1)] == ["0f3a", "0f3a"]
     assert [batch.node for batch in unpack(pack(packed), 1)] == ["", ""]
 
 
-def test_a_filler_is_small_in_the_row() -> None:
+def test_an_empty_micro_batch_needs_few_bytes() -> None:
     row = pack([(MicroBatch(3, 4, 0, -1, (), (64, 96)), [])])
     assert row.nbytes < 1000
     (batch,) = unpack(row, 4)
@@ -79,7 +79,7 @@ def test_a_filler_is_small_in_the_row() -> None:
     assert [len(label["boxes"]) for label in batch.labels] == [0] * 4
 
 
-def test_micro_batches_of_different_shapes_share_a_row_without_mixing() -> None:
+def test_micro_batches_of_different_shapes_can_share_a_row() -> None:
     rng = np.random.default_rng(0)
     packed = [
         (MicroBatch(0, 0, 0, 0, (), (32, 64)), [example(rng, 1, 32, 50, 2), example(rng, 2, 20, 64, 1)]),
@@ -93,11 +93,11 @@ def test_micro_batches_of_different_shapes_share_a_row_without_mixing() -> None:
         (1, 0, (3,)),
     ]
     for (_, examples), batch in zip(packed, batches, strict=True):
-        alone = through(examples, batch.shape, 2)
-        for together, apart in zip(batch.images, alone.images, strict=True):
-            assert together is apart is None or torch.equal(together, apart)
-        for together, apart in zip(batch.labels, alone.labels, strict=True):
-            assert torch.equal(together["boxes"], apart["boxes"])
+        alone = pack_and_unpack(examples, batch.shape, 2)
+        for together, separate in zip(batch.images, alone.images, strict=True):
+            assert together is separate is None or torch.equal(together, separate)
+        for together, separate in zip(batch.labels, alone.labels, strict=True):
+            assert torch.equal(together["boxes"], separate["boxes"])
 
 
 def test_images_are_interleaved_and_not_copied() -> None:
@@ -110,10 +110,10 @@ def test_images_are_interleaved_and_not_copied() -> None:
         assert values.address <= image.data_ptr() < values.address + values.size
 
 
-def test_whoever_wants_masks_has_them_of_fillers_and_undecodable_images_too() -> None:
-    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+def test_empty_micro_batches_and_undecodable_images_have_empty_masks_if_masks_are_requested() -> None:
+    no_targets = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
     packed = [
-        (MicroBatch(0, 0, 0, 0, (), (8, 16)), [Example(5, None, *nothing, skipped="cut short")]),
+        (MicroBatch(0, 0, 0, 0, (), (8, 16)), [Example(5, None, *no_targets, skipped="truncated")]),
         (MicroBatch(0, 2, 0, -1, (), (8, 16)), []),
     ]
     for batch in unpack(pack(packed, masks=True), 2):

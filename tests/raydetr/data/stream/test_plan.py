@@ -1,4 +1,4 @@
-"""The guarantees of the plan, checked over whole epochs of many layouts."""
+"""The guarantees of the plan, checked over complete epochs of many layouts."""
 
 import itertools
 
@@ -52,7 +52,7 @@ def make_plan(
 
 
 def read(plan: Plan, window: Window) -> Sizes:
-    """Sizes of a window of a made-up data set: record i of the whole has id 3 i + 7, sizes vary."""
+    """Sizes of a window of a made-up data set: record i of the data set has id 3 i + 7, sizes vary."""
     first = sum(plan.layout.shard_sizes[: window.shard]) + window.row_groups[0] * 32
     number = np.arange(first, first + window.size)
     return Sizes(3 * number + 7, 60 + number * 37 % 200, 60 + number * 91 % 200)
@@ -80,37 +80,37 @@ def plan(request: pytest.FixtureRequest) -> Plan:
 
 def test_every_record_occurs_exactly_once_per_epoch(plan: Plan) -> None:
     batches = run(plan, 0, 3 * plan.steps_per_epoch)
-    wanted = [3 * number + 7 for number in range(sum(plan.layout.shard_sizes))]
+    expected = [3 * number + 7 for number in range(sum(plan.layout.shard_sizes))]
     for epoch in range(3):
-        assert sorted(slot.image_id for b in batches if b.epoch == epoch for slot in b.slots) == wanted
+        assert sorted(slot.image_id for b in batches if b.epoch == epoch for slot in b.slots) == expected
 
 
-def test_steps_are_whole_and_in_order(plan: Plan) -> None:
+def test_steps_are_complete_and_in_order(plan: Plan) -> None:
     steps = 2 * plan.steps_per_epoch + 1
     places = [(batch.step, batch.position) for batch in run(plan, 0, steps)]
     assert places == list(itertools.product(range(steps), range(plan.spec.micro_batches)))
 
 
-def test_an_epoch_begins_with_a_step_of_its_own(plan: Plan) -> None:
+def test_no_step_spans_two_epochs(plan: Plan) -> None:
     for batch in run(plan, 0, 2 * plan.steps_per_epoch):
         assert batch.epoch == batch.step // plan.steps_per_epoch
 
 
 def test_resuming_at_any_step_continues_exactly(plan: Plan) -> None:
     end = 2 * plan.steps_per_epoch + 2
-    whole = run(plan, 0, end)
+    all_batches = run(plan, 0, end)
     for first in range(end):
-        assert run(plan, first, end) == whole[first * plan.spec.micro_batches :]
+        assert run(plan, first, end) == all_batches[first * plan.spec.micro_batches :]
 
 
-def test_stopping_at_any_step_changes_nothing_before_it(plan: Plan) -> None:
+def test_the_last_step_does_not_change_the_steps_before_it(plan: Plan) -> None:
     end = plan.steps_per_epoch + 2
-    whole = run(plan, 0, end)
+    all_batches = run(plan, 0, end)
     for last in range(1, end):
-        assert run(plan, 0, last) == whole[: last * plan.spec.micro_batches]
+        assert run(plan, 0, last) == all_batches[: last * plan.spec.micro_batches]
 
 
-def test_all_micro_batches_of_a_step_share_a_shape_that_holds_their_images(plan: Plan) -> None:
+def test_all_micro_batches_of_a_step_have_the_smallest_shape_that_fits_their_images(plan: Plan) -> None:
     for _, group in itertools.groupby(run(plan, 0, 2 * plan.steps_per_epoch), key=lambda batch: batch.step):
         batches = list(group)
         (shape,) = {batch.shape for batch in batches}
@@ -118,24 +118,24 @@ def test_all_micro_batches_of_a_step_share_a_shape_that_holds_their_images(plan:
         assert shape == tuple(-(-max(side) // 32) * 32 for side in zip(*sizes, strict=True))
 
 
-def test_no_micro_batch_is_larger_than_asked(plan: Plan) -> None:
+def test_no_micro_batch_exceeds_the_micro_batch_size(plan: Plan) -> None:
     assert all(len(batch.slots) <= plan.spec.micro_batch_size for batch in run(plan, 0, plan.steps_per_epoch))
 
 
-def test_empty_slots_come_only_from_the_ends_of_windows(plan: Plan) -> None:
+def test_empty_slots_occur_only_at_the_ends_of_windows(plan: Plan) -> None:
     batches = run(plan, 0, plan.steps_per_epoch)
     missing = sum(plan.spec.micro_batch_size - len(b.slots) for b in batches if b.window >= 0)
     assert missing <= len(plan.windows) * (plan.spec.micro_batch_size - 1)
     assert sum(batch.window < 0 for batch in batches) < plan.spec.micro_batches
 
 
-def test_order_and_augmentation_are_a_function_of_the_seed() -> None:
+def test_order_and_augmentation_depend_only_on_the_seed() -> None:
     first, again, other = (make_plan((200,), (4, 4, 1), seed) for seed in (1, 1, 2))
     assert run(first, 0, 20) == run(again, 0, 20)
     assert run(first, 0, 20) != run(other, 0, 20)
 
 
-def test_epochs_differ_in_the_order_of_windows_in_the_records_within_and_in_augmentation() -> None:
+def test_epochs_differ_in_the_order_of_windows_and_of_their_records_and_in_augmentation() -> None:
     plan = make_plan((320,), (4, 4, 1))
     batches = run(plan, 0, 2 * plan.steps_per_epoch)
     epochs = [[b for b in batches if b.epoch == epoch and b.window >= 0] for epoch in (0, 1)]
@@ -148,7 +148,7 @@ def test_epochs_differ_in_the_order_of_windows_in_the_records_within_and_in_augm
     assert sum(drawn[0][i] != drawn[1][i] for i in drawn[0]) > len(drawn[0]) / 2
 
 
-def test_augmentation_of_a_record_depends_on_neither_window_nor_batch_size() -> None:
+def test_the_augmentation_of_a_record_depends_on_neither_window_nor_batch_size() -> None:
     def drawn(spec: tuple[int, int, int]) -> dict[int, object]:
         plan = make_plan((100, 60), spec)
         return {
@@ -160,7 +160,7 @@ def test_augmentation_of_a_record_depends_on_neither_window_nor_batch_size() -> 
     assert drawn((4, 4, 1)) == drawn((7, 3, 3))
 
 
-def test_records_mix_well_between_windows_and_within() -> None:
+def test_records_are_shuffled_between_and_within_windows() -> None:
     plan = make_plan((1000, 1000), (4, 4, 4))
     order = [slot.image_id for batch in run(plan, 0, plan.steps_per_epoch) for slot in batch.slots]
     assert abs(np.corrcoef(order, range(len(order)))[0, 1]) < 0.5
@@ -172,27 +172,27 @@ def test_a_data_set_without_records_is_refused() -> None:
 
 
 @pytest.mark.parametrize("field", ["micro_batch_size", "micro_batches", "window_row_groups", "size_multiple"])
-def test_a_field_below_one_is_named(field: str) -> None:
+def test_the_error_names_a_field_below_one(field: str) -> None:
     fields = {"seed": 0, "micro_batch_size": 1, "micro_batches": 1, "augmentation": AUGMENTATION}
     with pytest.raises(ConfigError, match=field.replace("_", "-")):
         PlanSpec(**{**fields, field: 0})
 
 
-def test_a_plan_of_coco_size_starts_and_resumes_without_walking_through_it() -> None:
+def test_a_plan_of_coco_size_resumes_without_reading_earlier_windows() -> None:
     plan = make_plan((1000,) * 118, (2, 16, 4))
-    looked_at: list[Window] = []
+    windows: list[Window] = []
 
     def look_up(window: Window) -> Sizes:
-        looked_at.append(window)
+        windows.append(window)
         return read(plan, window)
 
     task = next(plan.tasks(123_456, 1_000_000, look_up))
     assert task.epoch == 123_456 // plan.steps_per_epoch
-    assert len(looked_at) <= 3
+    assert len(windows) <= 3
 
 
 @pytest.mark.parametrize("grouped", rest_slow([True, False]))
-def test_repeated_records_occur_as_often_as_their_factor_says(grouped: bool) -> None:
+def test_records_occur_as_often_as_their_repeat_factors(grouped: bool) -> None:
     rng = np.random.default_rng(0)
     repeats = np.where(rng.random(331) < 0.7, 1.0, rng.uniform(1, 4, 331))
     plan = make_plan((100, 37, 1, 64, 129), (3, 5, 1), group_sizes=grouped, repeats=repeats)
@@ -203,7 +203,7 @@ def test_repeated_records_occur_as_often_as_their_factor_says(grouped: bool) -> 
     for batch in batches:
         for slot in batch.slots:
             used[batch.epoch, (slot.image_id - 7) // 3] += 1
-    # A window rounds the sum of its factors up to a whole number of slots: much in a window of one record.
+    # A window rounds the sum of its factors up to a whole number of slots, which is much for a window of one record.
     assert (used >= np.floor(repeats)).all()
     assert (used <= np.ceil(repeats)).all()
     assert np.quantile(np.abs(used.mean(axis=0) - repeats), 0.98) < 0.25
@@ -211,7 +211,7 @@ def test_repeated_records_occur_as_often_as_their_factor_says(grouped: bool) -> 
     assert run(plan, 123, end) == batches[123 * 5 :]
 
 
-def test_repetitions_of_a_record_within_an_epoch_are_augmented_apart() -> None:
+def test_repetitions_of_a_record_within_an_epoch_get_different_augmentations() -> None:
     plan = make_plan((64,), (4, 4, 1), repeats=np.full(64, 3.0))
     drawn: dict[int, list[object]] = {}
     for batch in run(plan, 0, plan.steps_per_epoch):
@@ -221,7 +221,7 @@ def test_repetitions_of_a_record_within_an_epoch_are_augmented_apart() -> None:
     assert sum(len(set(each)) > 1 for each in drawn.values()) > 60
 
 
-def test_grouping_by_size_saves_padding_and_keeps_the_augmentations() -> None:
+def test_grouping_by_size_reduces_padding_and_does_not_change_the_augmentations() -> None:
     def padding(plan: Plan) -> float:
         batches = run(plan, 0, plan.steps_per_epoch)
         padded = sum(batch.shape[0] * batch.shape[1] * len(batch.slots) for batch in batches)
@@ -239,15 +239,15 @@ def test_grouping_by_size_saves_padding_and_keeps_the_augmentations() -> None:
     assert drawn[0] == drawn[1]
 
 
-def test_explain_names_the_images_of_any_step(plan: Plan) -> None:
+def test_explain_returns_the_images_of_any_step(plan: Plan) -> None:
     end = 2 * plan.steps_per_epoch
-    whole = run(plan, 0, end)
+    all_batches = run(plan, 0, end)
     for step in {0, plan.steps_per_epoch - 1, end - 1}:
         explained = plan.explain(step, lambda window: read(plan, window))
-        assert explained == [batch for batch in whole if batch.step == step]
+        assert explained == [batch for batch in all_batches if batch.step == step]
 
 
-def test_a_billion_records_in_a_million_shards_start_at_any_step() -> None:
+def test_a_plan_of_a_billion_records_in_a_million_shards_starts_at_any_step() -> None:
     plan = make_plan((1000,) * 1_000_000, (2, 16, 4))
 
     def look_up(window: Window) -> Sizes:
@@ -262,7 +262,7 @@ def test_a_billion_records_in_a_million_shards_start_at_any_step() -> None:
         )
 
 
-def test_windows_are_those_of_a_plain_walk() -> None:
+def test_windows_equal_those_of_a_simple_loop() -> None:
     layout = Layout(np.array([100, 0, 37, 1, 64, 129]), 32)
     windows = Windows(layout, 2)
     expected, before = [], 0

@@ -1,4 +1,4 @@
-"""How micro-batches are dealt out to workers: over whole epochs of many layouts, without Ray."""
+"""The assignment of micro-batches to workers, over many layouts, and the limits of what is in flight; without Ray."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 
 from detr.image_processing.augment import Augmentation, AugmentSpec
 from raydetr.data.stream import ray_stream
-from raydetr.data.stream.in_flight import ROW_BYTES, InFlight, fit
+from raydetr.data.stream.in_flight import ROW_BYTES, InFlight, bound_concurrency
 from raydetr.data.stream.plan import MicroBatch, PlanSpec, Slot
 from tests.tiers import rest_slow
 
@@ -22,7 +22,7 @@ def run_of(first: int, last: int, per_step: int, shape: tuple[int, int] = (64, 6
 
 @pytest.mark.parametrize(("world_size", "per_step"), [(w, m) for m in (1, 2, 5, 8) for w in range(1, m + 1)])
 @pytest.mark.parametrize("row_bytes", rest_slow([5 * 2 * 64 * 64 * 3, 1, 10**9]))
-def test_every_rank_finds_its_micro_batches_of_each_step_in_order(
+def test_every_rank_gets_its_micro_batches_of_each_step_in_order(
     world_size: int, per_step: int, row_bytes: int
 ) -> None:
     steps = 7
@@ -36,13 +36,13 @@ def test_every_rank_finds_its_micro_batches_of_each_step_in_order(
         ]
         share = -(-per_step // world_size)
         for rank in range(world_size):
-            got = [(b.step, b.position) for row in rows[rank::world_size] for b in row]
-            wanted = [(s, p) for s in range(steps) for p in range(rank, share * world_size, world_size)]
-            assert got == wanted
+            actual = [(b.step, b.position) for row in rows[rank::world_size] for b in row]
+            expected = [(s, p) for s in range(steps) for p in range(rank, share * world_size, world_size)]
+            assert actual == expected
         assert all(b.window == -1 and not b.slots for row in rows for b in row if b.position >= per_step)
 
 
-def test_a_row_holds_steps_up_to_its_size() -> None:
+def test_a_row_packs_steps_up_to_its_maximum_size() -> None:
     shape = (1024, 1024)
     (first, *_, last) = list(ray_stream.assign_to_ranks(run_of(0, 100, 1, shape), spec(1), 1))
     assert len(first) == ROW_BYTES // (2 * 1024 * 1024 * 3)
@@ -63,18 +63,18 @@ GIB = 2**30
         (GIB // 2, 2, 1, InFlight(48 * 2**20, tasks=1)),
     ],
 )
-def test_what_is_in_flight_fits_into_the_object_store(
+def test_rows_and_tasks_are_limited_by_the_object_store(
     store_bytes: int, cpus: int, world_size: int, expected: InFlight
 ) -> None:
-    assert fit(spec(4), world_size, store_bytes, cpus) == expected
+    assert bound_concurrency(spec(4), world_size, store_bytes, cpus) == expected
 
 
 @pytest.mark.parametrize("world_size", [1, 8, 100])
 @pytest.mark.parametrize("store_bytes", [GIB // 4, GIB, 7 * GIB, 100 * GIB])
-def test_rows_and_waiting_windows_together_are_less_than_ray_spills_at(
+def test_rows_and_waiting_windows_stay_below_the_size_at_which_ray_spills(
     world_size: int, store_bytes: int
 ) -> None:
-    got = fit(spec(4), world_size, store_bytes, 10**9)
-    assert got.tasks is not None
-    rows = 4 * world_size * got.row_bytes
-    assert rows + (got.tasks - 1) * 4 * 32 * 640 * 1024 * 3 < 0.8 * store_bytes
+    limits = bound_concurrency(spec(4), world_size, store_bytes, 10**9)
+    assert limits.tasks is not None
+    rows = 4 * world_size * limits.row_bytes
+    assert rows + (limits.tasks - 1) * 4 * 32 * 640 * 1024 * 3 < 0.8 * store_bytes

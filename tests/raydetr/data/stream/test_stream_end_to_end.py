@@ -1,4 +1,4 @@
-"""What workers get from the stream: resumed anywhere with another number of workers, past bad records and bad reads."""
+"""The stream as workers get it: resumed at any step with any number of workers, with bad records and failed reads."""
 
 import contextlib
 import io
@@ -36,7 +36,7 @@ from tests.training_record import checksum
 
 MICRO_BATCHES, BATCH, EPOCHS = 5, 2, 3
 BAD = 1021
-"""Image id of the awkward set's record that is cut short, which nothing on record says."""
+"""Id of the truncated image of the awkward data set, whose record has no fault."""
 
 Images = dict[int, list[tuple[int, str, str]]]
 """Step → image id, checksum of boxes and labels, checksum of pixels; sorted."""
@@ -63,8 +63,8 @@ def job(
 
 
 @dataclass(frozen=True, eq=False)
-class Held(ShardSource):
-    """Shards whose records are held back until a file is there; it notes the windows that are listed."""
+class BlockedSource(ShardSource):
+    """Shards whose records cannot be read until a file exists. Logs the windows that are listed."""
 
     folder: Path
 
@@ -80,7 +80,7 @@ class Held(ShardSource):
 
 
 class Share:
-    """A worker's rows, as Ray Data's iterator hands them out."""
+    """A worker's rows with the interface of Ray Data's iterator."""
 
     def __init__(self, rows: list[pa.Table]) -> None:
         self.rows = rows
@@ -95,7 +95,7 @@ def steps_of(share: Any, world_size: int) -> list[list[TrainingBatch]]:
 
 
 def without_ray(work: ray_stream.Stream, world_size: int) -> list[list[list[TrainingBatch]]]:
-    """What each rank gets: the stream's own functions, its rows dealt out in turn."""
+    """Return the steps of each rank, from the functions of the stream with its rows assigned round-robin."""
     rows = [
         row
         for window in ray_stream.list_windows(work, work.first_step())
@@ -111,14 +111,14 @@ def through_ray(work: ray_stream.Stream, world_size: int) -> list[list[list[Trai
 
 
 def images(ranks: list[list[list[TrainingBatch]]]) -> Images:
-    found: Images = {}
+    by_step: Images = {}
     for batch in itertools.chain.from_iterable(itertools.chain.from_iterable(ranks)):
-        shown = found.setdefault(batch.step, [])
+        of_step = by_step.setdefault(batch.step, [])
         for image, label in zip(batch.images, batch.labels, strict=True):
             if image is not None:
                 targets = torch.cat([label["boxes"].double(), label["class_labels"][:, None].double()], 1)
-                shown.append((int(label["image_id"]), checksum(targets), checksum(image)))
-    return {step: sorted(shown) for step, shown in found.items()}
+                of_step.append((int(label["image_id"]), checksum(targets), checksum(image)))
+    return {step: sorted(of_step) for step, of_step in by_step.items()}
 
 
 @pytest.fixture(scope="module")
@@ -127,58 +127,58 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def whole(manifest: Manifest) -> Images:
-    """What one worker gets from the first step to the last."""
+def uninterrupted(manifest: Manifest) -> Images:
+    """The images of one worker from the first step to the last."""
     return images(without_ray(job(manifest), 1))
 
 
-def test_every_image_with_pixels_occurs_once_an_epoch(manifest: Manifest, whole: Images) -> None:
+def test_every_decodable_image_occurs_once_per_epoch(manifest: Manifest, uninterrupted: Images) -> None:
     per_epoch = job(manifest).plan.steps_per_epoch
-    assert sorted(whole) == list(range(EPOCHS * per_epoch))
+    assert sorted(uninterrupted) == list(range(EPOCHS * per_epoch))
     for epoch in range(EPOCHS):
-        ids = [i for step in range(per_epoch) for i, _, _ in whole[epoch * per_epoch + step]]
+        ids = [i for step in range(per_epoch) for i, _, _ in uninterrupted[epoch * per_epoch + step]]
         assert sorted(ids) == [1000 + 7 * n for n in range(manifest.num_images) if n not in (3, 5)]
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_resumed_at_random_steps_with_any_numbers_of_workers_the_images_are_the_same(
-    manifest: Manifest, whole: Images, seed: int
+def test_runs_resumed_at_random_steps_with_any_number_of_workers_have_the_same_images(
+    manifest: Manifest, uninterrupted: Images, seed: int
 ) -> None:
     rng = random.Random(seed)
-    cuts = sorted(rng.sample(range(1, len(whole)), 2))
+    cuts = sorted(rng.sample(range(1, len(uninterrupted)), 2))
     workers = [4, 3, 4] if seed < 3 else [rng.randint(1, MICRO_BATCHES) for _ in range(3)]
-    got: Images = {}
-    for first, last, world_size in zip([0, *cuts], [*cuts, len(whole)], workers, strict=True):
+    actual: Images = {}
+    for first, last, world_size in zip([0, *cuts], [*cuts, len(uninterrupted)], workers, strict=True):
         part = images(without_ray(job(manifest, first, last), world_size))
         assert sorted(part) == list(range(first, last))
-        got |= part
-    assert got == whole, f"workers {workers} from steps {cuts}"
+        actual |= part
+    assert actual == uninterrupted, f"workers {workers} from steps {cuts}"
 
 
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context", "ignore::ResourceWarning")
 @pytest.mark.parametrize("seed", rest_slow(range(2)))
-def test_through_ray_data_it_is_the_same(manifest: Manifest, whole: Images, seed: int) -> None:
+def test_ray_data_delivers_the_same_images(manifest: Manifest, uninterrupted: Images, seed: int) -> None:
     rng = random.Random(seed)
-    first, world_size = rng.randrange(len(whole)), rng.randint(1, 4)
-    got = images(through_ray(job(manifest, first), world_size))
-    expected = {step: shown for step, shown in whole.items() if step >= first}
-    assert got == expected, f"{world_size} workers from step {first}"
+    first, world_size = rng.randrange(len(uninterrupted)), rng.randint(1, 4)
+    actual = images(through_ray(job(manifest, first), world_size))
+    expected = {step: of_step for step, of_step in uninterrupted.items() if step >= first}
+    assert actual == expected, f"{world_size} workers from step {first}"
 
 
-def test_a_bad_record_costs_itself_only_and_is_named(
-    manifest: Manifest, whole: Images, tmp_path: Path
+def test_a_bad_record_is_reported_and_does_not_change_the_others(
+    manifest: Manifest, uninterrupted: Images, tmp_path: Path
 ) -> None:
     ranks = without_ray(job(manifest), 2)
     batches = [batch for rank in ranks for step in rank for batch in step]
-    named = [reason for batch in batches for reason in batch.skipped]
-    assert len(named) == EPOCHS
-    assert all(reason.startswith(f"{BAD}: ") for reason in named)
+    skipped = [reason for batch in batches for reason in batch.skipped]
+    assert len(skipped) == EPOCHS
+    assert all(reason.startswith(f"{BAD}: ") for reason in skipped)
     for batch in batches:
         for image_id, weight in zip(batch.image_ids, batch.weights.tolist(), strict=False):
-            assert weight == float(image_id not in (BAD, 1035))  # 1035: no file, as ingest said
+            assert weight == float(image_id not in (BAD, 1035))  # 1035: its record has the fault missing-file
 
-    # The same size as before: the plan is that of the other set.
+    # Replace the bad image by a good one of the same size, so that the plan stays the same.
     good = [read_rows(manifest.root, shard.file, None, SCHEMA.names).to_pylist() for shard in manifest.shards]
     row = good[0][3]
     file = io.BytesIO()
@@ -187,29 +187,29 @@ def test_a_bad_record_costs_itself_only_and_is_named(
     summaries = [write_shard(str(tmp_path), number, rows) for number, rows in enumerate(good)]
     other = write_manifest(str(tmp_path), [s for s in summaries if s is not None], CATEGORIES)
     full = images(without_ray(job(other), 1))
-    assert {step: [i for i in shown if i[0] != BAD] for step, shown in full.items()} == whole
-    assert sum(i[0] == BAD for shown in full.values() for i in shown) == EPOCHS
+    assert {step: [i for i in of_step if i[0] != BAD] for step, of_step in full.items()} == uninterrupted
+    assert sum(i[0] == BAD for of_step in full.values() for i in of_step) == EPOCHS
 
 
 @pytest.mark.slow
-def test_reads_that_fail_for_a_while_change_nothing_and_those_that_stay_end_the_run(
-    manifest: Manifest, whole: Images, s3: S3, monkeypatch: pytest.MonkeyPatch
+def test_transient_read_errors_change_nothing_and_permanent_ones_stop_the_run(
+    manifest: Manifest, uninterrupted: Images, s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage.upload_folder(manifest.root, s3.address("shards"))
-    there = Manifest.load(s3.address("shards"))
+    uploaded = Manifest.load(s3.address("shards"))
     s3.faults.fail, s3.faults.cut = 6, 2
-    assert images(without_ray(job(there), 2)) == whole
+    assert images(without_ray(job(uploaded), 2)) == uninterrupted
     assert s3.faults.fail == s3.faults.cut == 0
     monkeypatch.setattr(filesystems, "RETRY_SECONDS", 1.0)
     s3.faults.down = True
     with pytest.raises(StorageError, match=r"shard-00000\d\.parquet: cannot be read"):
-        without_ray(job(there), 2)
+        without_ray(job(uploaded), 2)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_local")
-def test_too_many_bad_records_stop_the_run_with_their_share(
+def test_too_many_bad_records_stop_the_run_with_a_message_that_has_their_share(
     manifest: Manifest, pipeline: RunPipeline, tmp_path: Path
 ) -> None:
     flags = {
@@ -222,7 +222,7 @@ def test_too_many_bad_records_stop_the_run_with_their_share(
         "max-failures": "0",
         "test-edge": "64",
         "longest-edge": "96",
-        # The share counts from a thousand images on: of these, none.
+        # The share is of at least a thousand images, so only 0 stops this short run.
         "max-skipped": "0",
     }
     command = [part for name, value in flags.items() for part in (f"--{name}", value)]
@@ -235,13 +235,13 @@ def test_too_many_bad_records_stop_the_run_with_their_share(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
-def test_windows_are_listed_a_few_ahead_of_those_that_are_worked_on(
+def test_the_listing_of_windows_is_throttled(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of thousands; Ray Data reads what is listed in this process, where the bound can be lowered."""
+    """The run has thousands of windows. Backpressure runs in this process, so the test can lower its limit."""
     monkeypatch.setattr(in_flight, "WINDOWS_AHEAD", 10)
     work = job(manifest, last=10_000)
-    work = replace(work, source=Held(**vars(shard_source(manifest)), folder=tmp_path))
+    work = replace(work, source=BlockedSource(**vars(shard_source(manifest)), folder=tmp_path))
     rows: Any = iter(ray_stream.dataset(work, 1, 0).iter_batches(batch_size=None, batch_format="pyarrow"))
     with contextlib.closing(rows), ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, rows)

@@ -47,7 +47,7 @@ def scenes() -> list[Scene]:
     return [make_scene(3, index) for index in range(COUNT)]
 
 
-def rasterised(polygons: list[list[float]], size: int) -> np.ndarray[Any, Any]:
+def rasterized(polygons: list[list[float]], size: int) -> np.ndarray[Any, Any]:
     parts = coco_mask.decode(coco_mask.frPyObjects(polygons, size, size))
     return parts.any(2)
 
@@ -58,14 +58,14 @@ def test_things_and_stuff_cover_every_pixel_exactly_once(scenes: list[Scene]) ->
         assert (cover == 1).all()
 
 
-def test_polygons_rasterise_to_exactly_the_mask(scenes: list[Scene]) -> None:
+def test_polygons_rasterize_to_exactly_the_mask(scenes: list[Scene]) -> None:
     for scene in scenes:
         for thing in scene.things:
-            assert np.array_equal(rasterised(polygons(thing.mask), len(thing.mask)), thing.mask)
+            assert np.array_equal(rasterized(polygons(thing.mask), len(thing.mask)), thing.mask)
 
 
 @pytest.mark.slow
-def test_a_generated_folder_is_the_same_on_s3(s3: S3, tmp_path: Path) -> None:
+def test_a_folder_generated_on_s3_has_the_same_bytes(s3: S3, tmp_path: Path) -> None:
     generate(str(tmp_path), 5, seed=3, size=48)
     generate(s3.address("coco"), 5, seed=3, size=48)
     keys = s3.keys()
@@ -78,12 +78,12 @@ def test_a_generated_folder_is_the_same_on_s3(s3: S3, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_any_mask_becomes_polygons_that_rasterise_to_it(seed: int) -> None:
+def test_the_polygons_of_any_mask_rasterize_to_it(seed: int) -> None:
     rng = np.random.default_rng(seed)
     mask = rng.random((24, 24)) < rng.uniform(0.05, 0.95)
     mask[5:15, 5:15] = True
     mask[8:11, 9:12] = False
-    assert np.array_equal(rasterised(polygons(mask), 24), mask)
+    assert np.array_equal(rasterized(polygons(mask), 24), mask)
 
 
 def test_a_ring_keeps_its_hole() -> None:
@@ -92,7 +92,7 @@ def test_a_ring_keeps_its_hole() -> None:
     mask = (distance < 15) & (distance > 6)
     outline = polygons(mask)
     assert len(outline) == 1
-    assert np.array_equal(rasterised(outline, 40), mask)
+    assert np.array_equal(rasterized(outline, 40), mask)
 
 
 def test_boxes_are_tight_around_the_visible_pixels(scenes: list[Scene]) -> None:
@@ -107,7 +107,7 @@ def test_boxes_are_tight_around_the_visible_pixels(scenes: list[Scene]) -> None:
             assert inside[:, -1].any()
 
 
-def test_shapes_are_of_the_stated_number_and_size_and_stay_visible(scenes: list[Scene]) -> None:
+def test_shapes_have_the_documented_number_and_size_and_stay_visible(scenes: list[Scene]) -> None:
     counts = [len(scene.things) for scene in scenes]
     assert min(counts) == 1
     assert max(counts) == 4
@@ -115,12 +115,12 @@ def test_shapes_are_of_the_stated_number_and_size_and_stay_visible(scenes: list[
     assert sides.min() > 0.08
     assert sides.max() < 0.53
     assert 0.15 < np.median(sides) < 0.5
-    # An occluded shape keeps its share; compared with the smallest whole one, a triangle of the least radius.
+    # An occluded shape keeps MIN_VISIBLE of its area. The smallest complete shape is a triangle of the minimum radius.
     smallest = MIN_VISIBLE * 3 * np.sqrt(3) / 4 * (0.11 * 128) ** 2
     assert min(thing.area for scene in scenes for thing in scene.things) > 0.9 * smallest
 
 
-def test_some_shapes_partly_hide_others(scenes: list[Scene]) -> None:
+def test_some_shapes_partly_occlude_others(scenes: list[Scene]) -> None:
     touching = 0
     for scene in scenes:
         for behind, front in zip(scene.things, scene.things[1:], strict=False):
@@ -130,13 +130,13 @@ def test_some_shapes_partly_hide_others(scenes: list[Scene]) -> None:
     assert touching > COUNT / 10
 
 
-def test_every_class_occurs_about_as_often(scenes: list[Scene]) -> None:
-    found = [thing.category_id for scene in scenes for thing in scene.things]
-    shares = {name: found.count(category_id) / len(found) for name, category_id in THINGS.items()}
+def test_all_classes_occur_about_equally_often(scenes: list[Scene]) -> None:
+    classes = [thing.category_id for scene in scenes for thing in scene.things]
+    shares = {name: classes.count(category_id) / len(classes) for name, category_id in THINGS.items()}
     assert all(0.15 < share < 0.35 for share in shares.values()), shares
 
 
-def test_colour_does_not_give_the_class_away() -> None:
+def test_color_does_not_predict_the_class() -> None:
     features, labels = [], []
     for index in range(400):
         scene = make_scene(11, index)
@@ -148,27 +148,27 @@ def test_colour_does_not_give_the_class_away() -> None:
     half = len(x) // 2
     weights = np.linalg.lstsq(x[:half], np.eye(len(THINGS))[y[:half]], rcond=None)[0]
     accuracy = ((x[half:] @ weights).argmax(1) == y[half:]).mean()
-    assert accuracy < 0.35, f"mean and spread of the colours find {accuracy:.2f} of the classes"
+    assert accuracy < 0.35, f"mean and spread of the colors predict {accuracy:.2f} of the classes"
 
 
 @pytest.mark.parametrize("size", [32, 64, 200])
-def test_scenes_of_other_sizes_are_consistent_too(size: int) -> None:
+def test_scenes_of_other_sizes_are_consistent(size: int) -> None:
     for index in range(20):
         scene = make_scene(0, index, size)
         assert scene.pixels.shape == (size, size, 3)
         assert (np.sum([region.mask for region in scene.things + scene.stuff], axis=0) == 1).all()
         for thing in scene.things:
-            assert np.array_equal(rasterised(polygons(thing.mask), size), thing.mask)
+            assert np.array_equal(rasterized(polygons(thing.mask), size), thing.mask)
 
 
-def test_the_panoptic_map_has_the_segments_of_its_json_with_their_areas_and_boxes(folder: Path) -> None:
+def test_the_panoptic_map_matches_its_json_in_segments_areas_and_boxes(folder: Path) -> None:
     content = json.loads((folder / "annotations" / "panoptic.json").read_text())
     isthing = {category["id"]: category["isthing"] for category in content["categories"]}
     assert isthing == {**dict.fromkeys(THINGS.values(), 1), **dict.fromkeys(STUFF.values(), 0)}
     instances = json.loads((folder / "annotations" / "instances.json").read_text())["annotations"]
     for annotation in content["annotations"]:
-        colours = np.asarray(Image.open(folder / "annotations" / "panoptic" / annotation["file_name"]))
-        ids = colours.astype(int) @ [1, 256, 65536]
+        colors = np.asarray(Image.open(folder / "annotations" / "panoptic" / annotation["file_name"]))
+        ids = colors.astype(int) @ [1, 256, 65536]
         segments = {segment["id"]: segment for segment in annotation["segments_info"]}
         assert len(segments) == len(annotation["segments_info"])
         assert set(np.unique(ids)) == set(segments)
@@ -185,7 +185,7 @@ def test_the_panoptic_map_has_the_segments_of_its_json_with_their_areas_and_boxe
             )
 
 
-def test_pycocotools_loads_it_and_its_masks_have_the_stated_areas(folder: Path) -> None:
+def test_pycocotools_loads_the_folder_and_its_masks_have_the_stated_areas(folder: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(folder / "annotations" / "instances.json"))
     assert len(coco.getImgIds()) == COUNT
@@ -200,7 +200,7 @@ def test_pycocotools_loads_it_and_its_masks_have_the_stated_areas(folder: Path) 
             assert file.size == (image["width"], image["height"])
 
 
-def test_the_image_shows_the_scene(folder: Path, scenes: list[Scene]) -> None:
+def test_the_image_file_shows_the_scene(folder: Path, scenes: list[Scene]) -> None:
     for index in (0, 1, COUNT - 1):
         pixels = np.asarray(Image.open(folder / "images" / f"{index + 1:06d}.jpg")).astype(int)
         assert np.abs(pixels - scenes[index].pixels).mean() < 12
@@ -210,7 +210,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_same_seed_gives_the_same_bytes_in_whatever_chunks_and_another_seed_others(
+def test_the_bytes_depend_on_the_seed_and_not_on_the_chunk_size(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dataset, "_CHUNK", 7)
@@ -223,13 +223,13 @@ def test_the_same_seed_gives_the_same_bytes_in_whatever_chunks_and_another_seed_
 
 
 @pytest.mark.parametrize(("num_images", "size"), [(0, 128), (1, 31)])
-def test_sizes_that_cannot_be_are_refused(tmp_path: Path, num_images: int, size: int) -> None:
+def test_invalid_sizes_are_refused(tmp_path: Path, num_images: int, size: int) -> None:
     with pytest.raises(ConfigError, match=f"num_images {num_images} and size {size}"):
         generate(str(tmp_path / "x"), num_images, seed=0, size=size)
     assert not (tmp_path / "x").exists()
 
 
-def test_panoptic_segments_come_in_the_order_of_the_regions(scenes: list[Scene]) -> None:
+def test_panoptic_segments_are_in_the_order_of_the_regions(scenes: list[Scene]) -> None:
     for scene in scenes[:10]:
         _, segments = panoptic_map(scene)
         regions = [*scene.stuff, *scene.things]
@@ -239,10 +239,10 @@ def test_panoptic_segments_come_in_the_order_of_the_regions(scenes: list[Scene])
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 @pytest.mark.slow
-def test_the_embedded_set_is_made_once_and_made_anew_after_a_change(
+def test_the_demo_scenes_are_generated_once_and_again_after_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The real thing with fewer images: 4,000 take seconds that a test need not spend.
+    # Fewer images than the demo scenes have, to save time.
     monkeypatch.setattr(dataset, "EMBEDDED", {"train": (80, 0), "val": (40, 1)})
     root = str(tmp_path / "data")
     train, val = embedded("train", root), embedded("val", root)
@@ -263,7 +263,7 @@ def test_the_embedded_set_is_made_once_and_made_anew_after_a_change(
     assert embedded("train", root) == train
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
-    (tmp_path / "data" / "coco" / "train" / "generated.json").unlink()  # as a generation that was killed
+    (tmp_path / "data" / "coco" / "train" / "generated.json").unlink()  # like a generation that was killed
     embedded("train", root)
     assert Manifest.load(train) == manifests[0]
     monkeypatch.setattr(dataset, "GENERATOR_VERSION", 99)
@@ -271,16 +271,16 @@ def test_the_embedded_set_is_made_once_and_made_anew_after_a_change(
     assert Manifest.load(train).digest == manifests[0].digest
 
 
-def test_the_embedded_splits_are_as_large_as_promised_and_of_different_seeds() -> None:
+def test_the_demo_splits_have_the_documented_sizes_and_different_seeds() -> None:
     (train, train_seed), (val, val_seed) = dataset.EMBEDDED["train"], dataset.EMBEDDED["val"]
     assert (train, val) == (4000, 500)
     assert train_seed != val_seed
 
 
-def test_a_data_set_of_the_user_in_the_place_of_the_embedded_one_is_refused_and_kept(tmp_path: Path) -> None:
+def test_a_users_data_set_in_the_folder_of_the_demo_scenes_is_refused_and_not_changed(tmp_path: Path) -> None:
     shards = tmp_path / "train"
     shards.mkdir()
     (shards / "manifest.json").write_text("{}")
-    with pytest.raises(DataError, match=f"{shards}: a data set that is not the embedded one"):
+    with pytest.raises(DataError, match=f"{shards}: holds a data set other than the demo scenes"):
         embedded("train", str(tmp_path))
     assert (shards / "manifest.json").read_text() == "{}"
