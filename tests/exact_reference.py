@@ -1,4 +1,4 @@
-"""Transformers' loss in float64, where its class weights are float32 and fail."""
+"""Transformers' loss in float64, which fails upstream because its class weights are float32."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import nn
 
 @pytest.fixture
 def exact_reference(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`ForObjectDetectionLoss` of transformers, for any dtype."""
+    """Return `ForObjectDetectionLoss` of transformers, patched to accept any dtype."""
     from transformers.loss import loss_for_object_detection as reference
 
     class Float64Loss(reference.ImageLoss):

@@ -1,4 +1,4 @@
-"""What a model received, image by image: the hook that tests put on its forward."""
+"""Record which images a model received: fingerprints that tests take of the arguments of its forward."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import torch
 
 
 def fingerprints(arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """Id, box checksum and pixel checksum of every image with weight in the arguments of a model's forward."""
+    """Return id, box checksum and pixel checksum of every image with nonzero weight in a model's forward arguments."""
     return [
         {
             "image_id": int(label["image_id"]),
@@ -39,7 +39,7 @@ def append(file: Path, row: dict[str, Any]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """Rows of a record; a last line cut short by a kill is left out."""
+    """Read the rows of a record, without a last line truncated by a kill."""
     rows = []
     for line in file.read_text().splitlines():
         try:

@@ -1,4 +1,4 @@
-"""The steps of a run in one process: its real stream without Ray, and its real training step."""
+"""Run training steps in one process, with the real data stream (without Ray) and the real training step."""
 
 import itertools
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from raydetr.training.step import train_step
 
 
 def batches_of_steps(config: TrainConfig, manifest: Manifest) -> Iterator[list[TrainingBatch]]:
-    """The micro-batches of steps 0 to `config.steps` − 1."""
+    """Yield the micro-batches of steps 0 to `config.steps` − 1."""
     plan = ray_stream.build_plan(manifest, plan_spec(config))
-    job = ray_stream.Stream(
+    stream = ray_stream.Stream(
         source=shard_source(manifest),
         plan=plan,
         last_step=config.steps,
@@ -26,8 +26,8 @@ def batches_of_steps(config: TrainConfig, manifest: Manifest) -> Iterator[list[T
     )
     rows = (
         batch
-        for window in ray_stream.list_windows(job, 0)
-        for row in ray_stream.build_micro_batches(window, job, world_size=1)
+        for window in ray_stream.list_windows(stream, 0)
+        for row in ray_stream.build_micro_batches(window, stream, world_size=1)
         for batch in unpack(row, config.micro_batch_size)
     )
     for _, group in itertools.groupby(rows, key=lambda batch: batch.step):
@@ -35,7 +35,7 @@ def batches_of_steps(config: TrainConfig, manifest: Manifest) -> Iterator[list[T
 
 
 def train_here(config: TrainConfig, manifest: Manifest, state: TrainingState) -> list[dict[str, float]]:
-    """Do all steps; their metrics."""
+    """Run all steps, and return their metrics."""
     metrics = []
     for batches in batches_of_steps(config, manifest):
         model = state.model.config

@@ -1,6 +1,6 @@
-"""EC2's metadata service for hosts of `namespaces`: python fake_metadata.py ADDRESS PORT FOLDER
+"""Fake EC2 metadata service for the hosts of `namespaces`: python fake_metadata.py ADDRESS PORT FOLDER
 
-A host has its notice in FOLDER/<its address>.
+The file FOLDER/<address of a host> is the spot notice of that host.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Training runs as processes of their own, to be harmed while they run, and what is read of them afterwards."""
+"""Start training runs as separate processes for fault injection, and read their records afterwards."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ Images = list[tuple[int, str, str]]
 
 @dataclass
 class Run:
-    """A run's folder, its log and the driver that works on it."""
+    """A run: its folder, its log and the process of its driver."""
 
     output: Path
     driver: subprocess.Popen[bytes]
@@ -29,43 +29,43 @@ class Run:
 
     @property
     def records(self) -> Path:
-        """Where its workers write what their models receive."""
+        """Folder in which workers record what their models receive."""
         return self.output / "records"
 
     def wait(self, status: int = 0, seconds: float = 600) -> str:
-        """The log of a driver that ended with `status`."""
-        ended = self.driver.wait(seconds)
+        """Wait for the driver to exit with `status`, and return its log."""
+        actual = self.driver.wait(seconds)
         log = self.log.read_text()
-        assert ended == status, f"exit status {ended}: {log[-6000:]}"
+        assert actual == status, f"exit status {actual}: {log[-6000:]}"
         return log
 
     def until(self, holds: Callable[[], bool], what: str, seconds: float = 900) -> None:
-        """Wait for something while the driver runs."""
+        """Wait for a condition while the driver runs."""
         end = time.monotonic() + seconds
         while not holds():
-            assert self.driver.poll() is None, f"ended before {what}: {self.log.read_text()[-6000:]}"
-            assert time.monotonic() < end, f"never {what}: {self.log.read_text()[-6000:]}"
+            assert self.driver.poll() is None, f"exited before {what}: {self.log.read_text()[-6000:]}"
+            assert time.monotonic() < end, f"timeout waiting for {what}: {self.log.read_text()[-6000:]}"
             time.sleep(0.02)
 
     def alive(self) -> dict[int, tuple[int, int]]:
-        """Process id → (rank, step), of the workers that are alive and have begun a step."""
-        found = {}
+        """Return process id → (rank, step) of the live workers that have started a step."""
+        workers = {}
         for file in self.records.glob("*.jsonl") if self.records.is_dir() else ():
             if Path(f"/proc/{file.stem}").exists() and (rows := training_record.read(file)):
-                found[int(file.stem)] = rows[-1]["rank"], rows[-1]["step"]
-        return found
+                workers[int(file.stem)] = rows[-1]["rank"], rows[-1]["step"]
+        return workers
 
     def step(self) -> int:
-        """The step that the slowest living worker is in; -1 before all of the run are there."""
+        """Return the step of the slowest live worker; -1 without workers."""
         return min((step for _, step in self.alive().values()), default=-1)
 
     def reach(self, step: int, workers: int = 2) -> None:
-        """Wait until all workers are at least in a step."""
+        """Wait until all workers have reached a step."""
         self.until(lambda: len(self.alive()) == workers and self.step() >= step, f"step {step}")
 
 
 def environment(output: Path) -> dict[str, str]:
-    """What a driver, and the Ray it works on, must be started with."""
+    """Return the environment variables for a driver, and for the Ray that it uses."""
     return {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
@@ -74,8 +74,8 @@ def environment(output: Path) -> dict[str, str]:
     }
 
 
-def of_driver(log: str) -> str:
-    """A log without what the processes of the cluster print, Ray's own among them."""
+def driver_lines(log: str) -> str:
+    """Return the lines of a log that the driver printed, without those of Ray and its workers."""
     return "\n".join(line for line in log.splitlines() if not line.startswith(("\x1b[36m(", "(")))
 
 
@@ -83,14 +83,14 @@ def of_driver(log: str) -> str:
 def start(
     train_data: str, output: Path, *flags: str, env: Mapping[str, str] | None = None, log: Path | None = None
 ) -> Iterator[Run]:
-    """A driver at work; it is killed, with the Ray it started, when the block ends.
+    """Run a driver; kill it, and the Ray it started, at the end of the block.
 
     Args:
-        train_data: shards.
-        output: of the run, and of what it records.
-        flags: further ones, the last of equals counts.
-        env: to add to the environment.
-        log: file to append to; None: beside `output`.
+        train_data: shards to train on.
+        output: folder of the run and its records.
+        flags: further flags; the last of repeated flags wins.
+        env: variables to add to the environment.
+        log: file to append the output to; None: a file next to `output`.
     """
     log = log or output.with_name(f"{output.name}.log")
     with log.open("ab") as out:
@@ -108,7 +108,7 @@ def start(
         driver.kill()
         driver.wait()
         end = time.monotonic() + 60
-        while run.alive() and time.monotonic() < end:  # they notice that their Ray is gone
+        while run.alive() and time.monotonic() < end:  # workers exit when their Ray is gone
             time.sleep(0.1)
         for process in run.alive():
             with contextlib.suppress(ProcessLookupError):
@@ -117,25 +117,25 @@ def start(
 
 @dataclass
 class Attempt:
-    """What one group of workers received.
+    """The steps of one group of workers, from one start of Ray Train to the next.
 
     steps: step → (image id, checksum of boxes, checksum of pixels) of its images, unordered.
-    begun: when its first forward pass began, time.time().
+    started: time.time() of its first forward pass.
     processes: rank → process id.
     """
 
     steps: dict[int, Images]
-    begun: float
+    started: float
     processes: dict[int, int]
 
     @property
     def first(self) -> int:
-        """The step it went on from."""
+        """The step from which it continued."""
         return min(self.steps)
 
 
 def attempts(records: Path) -> list[Attempt]:
-    """Attempts in order of time. A worker's process is never used for a second one."""
+    """List the attempts in order of time. A worker process belongs to one attempt only."""
     rows = [(row, int(file.stem)) for file in records.glob("*.jsonl") for row in training_record.read(file)]
     result: list[Attempt] = []
     for row, process in sorted(rows, key=lambda each: each[0]["time"]):
@@ -152,17 +152,19 @@ def attempts(records: Path) -> list[Attempt]:
 
 
 def received(records: Path) -> tuple[dict[int, Images], list[int]]:
-    """Step → its images, sorted, as they counted in the end; and how many steps each new attempt did again.
+    """Return step → its images, sorted, in the last attempt; and how many steps each new attempt repeated.
 
-    A step that was done again must have got the same images: an attempt that was killed within it, a part of them.
+    A repeated step must have received the same images, or a part of them if the earlier attempt was killed within it.
     """
     final: dict[int, Images] = {}
     lost = []
     for attempt in attempts(records):
-        again = [step for step in attempt.steps if step in final]
-        lost.append(len(again))
-        for step in again:
-            assert set(final[step]) <= set(attempt.steps[step]), f"step {step} got other records or pixels"
+        repeated = [step for step in attempt.steps if step in final]
+        lost.append(len(repeated))
+        for step in repeated:
+            assert set(final[step]) <= set(attempt.steps[step]), (
+                f"step {step} received other records or pixels"
+            )
         final |= {step: sorted(images) for step, images in attempt.steps.items()}
     return final, lost[1:]
 
@@ -172,7 +174,7 @@ def run_id(output: Path) -> str:
 
 
 def losses(output: Path, uri: str = "") -> dict[int, float]:
-    """Step → loss in MLflow, which must hold one value a step of one run."""
+    """Return step → loss from MLflow, which must have a single run with one value per step."""
     uri = uri or f"sqlite:///{output}/mlflow.db"
     client = tracking.client(uri)
     experiment = client.get_experiment_by_name("training")
@@ -184,6 +186,6 @@ def losses(output: Path, uri: str = "") -> dict[int, float]:
 
 
 def training_state(output: Path) -> dict[str, bytes]:
-    """Files of the last checkpoint that hold numbers, by name."""
-    folder = Path(checkpoint.address(str(output), checkpoint.last_committed_step(str(output))))
+    """Return the files of weights and optimizer state of the last checkpoint, by name."""
+    folder = Path(checkpoint.uri(str(output), checkpoint.last_committed_step(str(output))))
     return {name: (folder / name).read_bytes() for name in ("training.pt", "model/model.safetensors")}

@@ -1,8 +1,8 @@
-"""What `ray up cluster.yaml` does, on hosts of `namespaces`: files, environment, start commands, in Ray's order.
+"""Do on hosts of `namespaces` what `ray up cluster.yaml` does: files, environment and start commands, in Ray's order.
 
-Only what names the cloud is replaced: the bucket, the role that gives access to it (here keys of a test server), and
-the autoscaler, which would start instances. And the line of cron is left out: it would be one of this machine, whose file
-system the hosts share (`test_schedule.py` runs it).
+Only parts specific to the cloud are replaced: the bucket, the instance role that gives access to it (here: keys of a
+test server), and the autoscaler, which would start instances. The cron line is skipped: it would install a job on this
+machine, whose file system the hosts share (`test_schedule.py` runs it).
 """
 
 import json
@@ -29,7 +29,7 @@ S3_PORT, METADATA_PORT = 5555, 5556
 
 @dataclass
 class Cluster:
-    """A head and two worker hosts with `cpus` CPUs each, on a network with an S3 server, which they share."""
+    """A head and two worker hosts with `cpus` CPUs each, on a network with a shared S3 server."""
 
     network: Network
     head: Host
@@ -37,12 +37,12 @@ class Cluster:
     home: Path
     cpus: int
     s3_log: Path
-    """What the S3 server was asked, a line a request."""
+    """Log of the S3 server, one line per request."""
     notices: Path
-    """A file named after a host's address is EC2's notice that it takes that spot instance back."""
+    """A file named after a host's address is EC2's notice that this spot instance will be reclaimed."""
 
     def boot(self, host: Host) -> None:
-        """Start a host, bring it what `file_mounts` names, run its start commands."""
+        """Boot a host, copy the `file_mounts` to it, and run its start commands."""
         host.boot()
         for target, source in CONFIG["file_mounts"].items():
             path = self.home / source[2:] if source.startswith("~/") else ROOT / source
@@ -59,7 +59,7 @@ class Cluster:
             "AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{self.network.address}:{METADATA_PORT}",
             "GLOO_SOCKET_IFNAME": "eth0",
             "OMP_NUM_THREADS": "1",
-            "RAY_memory_monitor_refresh_ms": "0",  # it would count the memory of the whole machine for this host
+            "RAY_memory_monitor_refresh_ms": "0",  # it would count the memory of the entire machine
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         for command in CONFIG[f"{kind}_start_ray_commands"]:
@@ -73,13 +73,16 @@ class Cluster:
     def submit(
         self, *command: str, log: Path, env: dict[str, str] | None = None
     ) -> "subprocess.Popen[bytes]":
-        """`ray job submit -- COMMAND` at the head's end of the tunnel that `ray dashboard` opens; output to `log`, at once."""
+        """Start `ray job submit -- COMMAND` on the head, with its output unbuffered to `log`.
+
+        Users submit through the tunnel of `ray dashboard`, which ends at the same place.
+        """
         return self.head.start(
             f"ray job submit -- {shlex.join(command)}", log, {"PYTHONUNBUFFERED": "1", **(env or {})}
         )
 
     def job(self, *command: str, log: Path, timeout: float = 600) -> str:
-        """A job that must succeed; its output."""
+        """Run a job that must succeed, and return its output."""
         job = self.submit(*command, log=log)
         try:
             status = job.wait(timeout)
@@ -91,7 +94,7 @@ class Cluster:
         return output
 
     def on_the_switch(self, code: str) -> str:
-        """Output of Python code that runs beside the S3 server."""
+        """Run Python code next to the S3 server, and return its output."""
         done = subprocess.run(
             self.network.command(sys.executable, "-c", code),
             env={
@@ -107,27 +110,27 @@ class Cluster:
         return done.stdout
 
     def keys(self, prefix: str) -> list[str]:
-        """Names of what is stored under an address."""
+        """List the files under a URI."""
         code = f"from raydetr import storage; print(*(n for n, _ in storage.list_files({shared(prefix)!r})), sep='\\n')"
         return self.on_the_switch(code).split()
 
     def nodes(self) -> dict[str, str]:
-        """Address of each living node to its id in Ray."""
+        """Return address → node id of the live nodes."""
         listed = self.head.check("ray list nodes --format json --filter state=ALIVE")
         return {node["node_ip"]: node["node_id"] for node in json.loads(listed[listed.index("[") :])}
 
     def wait_for_nodes(self, count: int, seconds: float = 120) -> dict[str, str]:
-        """`nodes`, once there are so many."""
+        """Wait until the cluster has this many nodes, and return `nodes`."""
         until = time.monotonic() + seconds
-        while len(found := self.nodes()) != count:
-            assert time.monotonic() < until, f"{found} instead of {count} nodes"
+        while len(nodes := self.nodes()) != count:
+            assert time.monotonic() < until, f"{nodes} instead of {count} nodes"
             time.sleep(1)
-        return found
+        return nodes
 
 
 @contextmanager
 def three_hosts(folder: Path, cpus: int) -> Iterator[Cluster]:
-    """A cluster of three hosts; everything is removed at the end."""
+    """Run a cluster of three hosts, and remove everything at the end."""
     home = folder / "operator"
     home.mkdir()
     token = ["ray", "get-auth-token", "--generate"]
@@ -173,18 +176,18 @@ else:
 
 
 def environment() -> dict[str, str]:
-    """The variables that cluster.yaml sets in the container of every node."""
+    """Return the variables that cluster.yaml sets in the container of every node."""
     options = [shlex.split(option) for option in CONFIG["docker"]["run_options"]]
     return dict(option[1].split("=", 1) for option in options if option[0] == "--env")
 
 
-def shared(address: str) -> str:
-    """What a relative address means on the cluster."""
-    return f"{environment()['RAYDETR_STORAGE']}/{address}"
+def shared(path: str) -> str:
+    """Return the URI of a path in the shared storage of the cluster."""
+    return f"{environment()['RAYDETR_STORAGE']}/{path}"
 
 
 def storage_access(network: Network) -> dict[str, Any]:
-    """What stands for the role of an instance."""
+    """Return credentials that replace the instance role."""
     return {
         "AWS_ENDPOINT_URL": f"http://{network.address}:{S3_PORT}",
         "AWS_ACCESS_KEY_ID": "test",

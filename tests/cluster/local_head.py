@@ -1,4 +1,4 @@
-"""A head on loopback, started as cluster.yaml starts it, and jobs submitted to it."""
+"""Start a head on loopback with the command of cluster.yaml, and submit jobs to it."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ PARTS = ["detr", "platform", "pipelines", "pyproject.toml", "cluster.yaml", "run
 
 
 def copy_project(target: Path) -> Path:
-    """The project's code in another folder."""
+    """Copy the project's code to another folder."""
     target.mkdir()
     for name in PARTS:
         source = ROOT / name
@@ -41,9 +41,9 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def start_head(project: Path, more: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """A head by the start command of cluster.yaml, with the project's folder; the environment to submit jobs in.
+    """Run a head with the start command of cluster.yaml in a project's folder; yield the environment to submit jobs in.
 
-    more: of its environment; where HOME is among it, the token is put there too.
+    more: further environment variables. If HOME is one of them, the token is written there too.
     """
     (command,) = [
         line
@@ -51,10 +51,10 @@ def start_head(project: Path, more: Mapping[str, str]) -> Iterator[dict[str, str
         if "ray start" in line
     ]
     port, dashboard = free_port(), free_port()
-    # Only what names the cloud machine is replaced: its folder, its ports, its autoscaler.
+    # Replace only what is specific to the cloud machine: folder, ports, autoscaler.
     command = command.replace("~/raydetr", f"'{project}'").replace("--port=6379", f"--port={port}")
     command = command.replace("--autoscaling-config=~/ray_bootstrap_config.yaml", "")
-    command += f" --node-ip-address=127.0.0.1 --dashboard-port={dashboard} --dashboard-agent-listen-port={free_port()} --num-cpus=8 --temp-dir={_short()}"
+    command += f" --node-ip-address=127.0.0.1 --dashboard-port={dashboard} --dashboard-agent-listen-port={free_port()} --num-cpus=8 --temp-dir={_short_folder()}"
     env = {
         **os.environ,
         "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}",
@@ -74,7 +74,7 @@ def start_head(project: Path, more: Mapping[str, str]) -> Iterator[dict[str, str
         wait_for(f"{address}/api/version")
         yield {**env, "RAY_API_SERVER_ADDRESS": address}
     finally:
-        head.terminate()  # with --block, it stops what it has started
+        head.terminate()  # with --block, it stops the processes it started
         head.wait(60)
 
 
@@ -85,19 +85,19 @@ def wait_for(url: str, seconds: float = 120) -> None:
             urllib.request.urlopen(url, timeout=5)
             return
         except urllib.error.HTTPError:
-            return  # it answers; it wants a token
+            return  # it answers, but requires a token
         except OSError:
             assert time.monotonic() < until, f"{url} does not answer"
             time.sleep(0.5)
 
 
-def _short() -> str:
-    """A folder for Ray's sockets, whose names have a limited length."""
+def _short_folder() -> str:
+    """Create a folder with a short path for Ray's sockets, whose paths have a limited length."""
     return tempfile.mkdtemp(prefix="ray-", dir="/tmp")
 
 
 def submit(head: dict[str, str], folder: Path, *arguments: str, succeeds: bool = True) -> str:
-    """Submit a job and wait for its end; what it printed, errors too."""
+    """Submit a job, wait until it finishes, and return its stdout and stderr."""
     env = {name: value for name, value in head.items() if name != "PYTHONPATH"}
     until = time.monotonic() + 120
     while True:
@@ -109,7 +109,7 @@ def submit(head: dict[str, str], folder: Path, *arguments: str, succeeds: bool =
             text=True,
             check=False,
         )
-        # The head answers some seconds before it can run jobs.
+        # The head answers requests some seconds before it can run jobs.
         if "No available agent" not in done.stderr + done.stdout or time.monotonic() > until:
             break
         time.sleep(2)

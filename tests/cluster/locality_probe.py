@@ -1,8 +1,8 @@
-"""A job that only streams: which micro-batches were decoded on their consumer's node, and which on another.
+"""A job that only streams data, to count the micro-batches that were decoded on their consumer's node and elsewhere.
 
     ray job submit -- python tests/cluster/locality_probe.py TRAIN_DATA STEPS OUTPUT
 
-Each of two workers, one a node, writes OUTPUT/RANK.json: its node and the number of batches by the node they come from.
+Two workers, one per node, each write OUTPUT/RANK.json: their node, and the number of batches by node of origin.
 """
 
 import collections
@@ -37,22 +37,22 @@ def first_step() -> int:
 
 
 def consume(config: dict[str, Any]) -> None:
-    """Count the batches of this worker."""
+    """Count the batches of this worker by the node that decoded them."""
     context = ray.train.get_context()
-    own = ray.get_runtime_context().get_node_id()
-    seen: collections.Counter[str] = collections.Counter()
+    own_node = ray.get_runtime_context().get_node_id()
+    counts: collections.Counter[str] = collections.Counter()
     shard = ray.train.get_dataset_shard("train")
     for batches in ray_stream.steps(shard, SPEC.micro_batch_size, SPEC.micro_batches // WORKERS):
-        seen.update(batch.node for batch in batches)
-        time.sleep(0.02)  # about what a small model's step takes
-    found = {"node": own, "batches": dict(seen)}
-    storage.write_json(storage.join(config["output"], f"{context.get_world_rank()}.json"), found)
+        counts.update(batch.node for batch in batches)
+        time.sleep(0.02)  # about the time of a step of a small model
+    result = {"node": own_node, "batches": dict(counts)}
+    storage.write_json(storage.join(config["output"], f"{context.get_world_rank()}.json"), result)
 
 
 def main(train_data: str, steps: int, output: str) -> None:
     cluster.connect(WORKERS + 1)
     manifest = Manifest.load(train_data)
-    job = ray_stream.Stream(
+    stream = ray_stream.Stream(
         source=shard_source(manifest),
         plan=ray_stream.build_plan(manifest, SPEC),
         last_step=steps,
@@ -63,7 +63,7 @@ def main(train_data: str, steps: int, output: str) -> None:
         train_loop_config={"output": storage.absolute(output)},
         scaling_config=ScalingConfig(num_workers=WORKERS, placement_strategy="SPREAD"),
         run_config=RunConfig(name="locality", storage_path=storage.join(storage.absolute(output), "ray")),
-        datasets={"train": job},  # type: ignore[dict-item]
+        datasets={"train": stream},  # type: ignore[dict-item]
         dataset_config=ray_stream.PlanDataConfig(),
     )
     trainer.fit()

@@ -1,14 +1,14 @@
-"""Hosts on this machine: a network namespace, processes and a /tmp each, on a switch that leads nowhere else.
+"""Simulate hosts on this machine: each has a network namespace, processes and /tmp, on an isolated switch.
 
     with Network() as network:
         head = network.add_host("head")
         head.boot()
         head.run("hostname -I")
-        head.kill()        # as if its plug were pulled: no farewell to its peers
-        head.boot()        # the same address, nothing left of its files
+        head.kill()        # like a power failure: its peers get no notice
+        head.boot()        # the same address, with empty folders
 
-Needs root. What a host has of this machine is the file system without /tmp and /dev/shm; so Ray's folder, its object
-store and the home folder are the host's own.
+Needs root. A host shares the file system of this machine except /tmp and /dev/shm, so it has its own Ray folder, object
+store and home folder.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from types import TracebackType
 
 HOME = "/tmp/home"
 _SUBNET = "10.213.0"
-# The first process of a host; a shell, because it takes leave of what its children leave behind.
+# The first process of a host. A shell, because it reaps orphaned processes.
 _INIT = f"mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm && mkdir -p {HOME} && touch {HOME}/up && while :; do sleep 3600 & wait $!; done"
 
 
 @dataclass
 class Network:
-    """A switch in a namespace of its own, which is where a service runs that all hosts reach at `address`."""
+    """A switch in a separate namespace. Services that run there are reachable from all hosts at `address`."""
 
     address: str = f"{_SUBNET}.1"
     name: str = field(default_factory=lambda: f"rd{os.getpid()}")
@@ -57,7 +57,7 @@ class Network:
         ip("netns", "del", self.name)
 
     def add_host(self, name: str) -> "Host":
-        """A host that is connected, and not booted yet."""
+        """Add a host to the network, without booting it."""
         number = len(self.hosts) + 2
         host = Host(self, f"{self.name}{name}", f"{_SUBNET}.{number}", f"port{number}")
         self.hosts.append(host)
@@ -68,18 +68,18 @@ class Network:
         ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             ip("-n", host.namespace, "link", "set", device, "up")
-        # The switch forwards nothing; but Ray finds its own address by the route to others.
+        # The switch forwards nothing, but Ray determines its own address from the default route.
         ip("-n", host.namespace, "route", "add", "default", "via", self.address)
         return host
 
     def command(self, *command: str) -> list[str]:
-        """A command of this machine that runs on the switch."""
+        """Return a command that runs in the namespace of the switch."""
         return ["ip", "netns", "exec", self.name, *command]
 
 
 @dataclass
 class Host:
-    """One machine of the network; `pid` is that of its first process, seen from here."""
+    """A simulated machine; `pid` is the id of its first process in this machine's namespace."""
 
     network: Network
     namespace: str
@@ -90,7 +90,7 @@ class Host:
     started: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
 
     def boot(self) -> None:
-        """Start it, with an empty home folder."""
+        """Boot the host with an empty home folder."""
         ip("-n", self.network.name, "link", "set", self.port, "up")
         starter = subprocess.Popen(
             ["ip", "netns", "exec", self.namespace, "unshare", "--mount", "--pid", "--fork", "--kill-child"]
@@ -105,7 +105,7 @@ class Host:
             self.pid = int(children[0]) if children else 0
 
     def kill(self) -> None:
-        """Cut it off, then end all its processes at once."""
+        """Cut the network of the host, then kill all its processes."""
         if not self.pid:
             return
         ip("-n", self.network.name, "link", "set", self.port, "down")
@@ -123,7 +123,7 @@ class Host:
     def start(
         self, command: str, log: Path, env: Mapping[str, str] | None = None
     ) -> "subprocess.Popen[bytes]":
-        """Begin a command in a shell on the host; its output goes to `log`, a file of this machine."""
+        """Start a command in a shell on the host, with its output in `log`, a file of this machine."""
         inside = ["nsenter", "--target", str(self.pid), "--mount", "--net", "--pid", "bash", "-c", command]
         with log.open("ab") as out:
             process = subprocess.Popen(
@@ -140,9 +140,9 @@ class Host:
     def run(
         self, command: str, env: Mapping[str, str] | None = None, timeout: float = 600
     ) -> tuple[int, str]:
-        """Exit status and output of a command in a shell on the host."""
+        """Run a command in a shell on the host; return exit status and output."""
         with tempfile.TemporaryDirectory() as folder:
-            log = Path(folder) / "log"  # a file, not a pipe: daemons that it leaves behind would hold that
+            log = Path(folder) / "log"  # not a pipe, which daemons started by the command would keep open
             process = self.start(command, log, env)
             try:
                 status = process.wait(timeout)
@@ -152,9 +152,9 @@ class Host:
             return status, log.read_text(errors="replace")
 
     def check(self, command: str, env: Mapping[str, str] | None = None, timeout: float = 600) -> str:
-        """Output of a command that must succeed."""
+        """Run a command that must succeed, and return its output."""
         status, output = self.run(command, env, timeout)
-        assert status == 0, f"{command!r} on {self.namespace} ended with {status}: {output[-4000:]}"
+        assert status == 0, f"{command!r} on {self.namespace} exited with {status}: {output[-4000:]}"
         return output
 
     def copy(self, source: Path, target: str, exclude: list[str]) -> None:
@@ -178,16 +178,16 @@ def ip(*arguments: str) -> None:
 
 
 def processes(namespace: str) -> list[int]:
-    """Ids of the processes in a network namespace, by which they are known from all others of this machine."""
+    """List the ids of the processes in a network namespace, which only processes of that host share."""
     inode = Path(f"/run/netns/{namespace}").stat().st_ino
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if (folder / "ns" / "net").stat().st_ino == inode:
-                found.append(int(folder.name))
-    return found
+                pids.append(int(folder.name))
+    return pids
 
 
 def search_path() -> str:
-    """PATH, with the tools of this interpreter first."""
+    """Return a PATH with the tools of this interpreter first."""
     return f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -1,7 +1,7 @@
-"""Hold CPUs of every worker host until something else takes the rest: python tests/cluster/occupy.py CPUS
+"""Reserve CPUs on every worker host until another job uses the rest: python tests/cluster/occupy.py CPUS
 
-Ray Train packs its workers on as few nodes as it can. On GPU nodes, of which each has one GPU, that is one worker a
-node; on these hosts without a GPU it would be all on one.
+Ray Train packs its workers on as few nodes as possible. On nodes with one GPU each, that is one worker per node. On
+these hosts without GPUs, all workers would be on one host.
 """
 
 import sys
@@ -30,7 +30,7 @@ def main(cpus: int) -> None:
     print("occupied", flush=True)
     while ray.available_resources().get("CPU", 0) >= 1:
         time.sleep(0.2)
-    print("the rest is taken", flush=True)
+    print("the rest is in use", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
-"""A training run that records what its model receives, and hangs where it is told to.
+"""A training run that records what its model receives, and that can be made to hang.
 
     python -m tests.cluster.recorded_training TRAIN_DATA OUTPUT [flags of pipelines/train.py]
 
-Each worker appends to RECORDS/<process id>.jsonl a row per forward pass: step, rank, node, time, images. A worker that
-finds the file RECORDS/hang-<rank> removes it and sleeps in its forward pass. The environment variable RECORDS is set
-where Ray starts; with ONE_DISK the nodes of the cluster are processes of one machine, which share its disk. PACE_S is
-the least time of a step in seconds, RESIZE_EVERY_S how often an elastic run looks for more nodes. While the file
-RECORDS/slow exists, a step takes two seconds more; while RECORDS/slow-validation does, no validation ends.
+Each worker appends a row per forward pass to RECORDS/<process id>.jsonl: step, rank, node, time, images.
+
+Environment variables:
+    RECORDS         folder of the records; must be set where Ray starts
+    ONE_DISK        the nodes of the cluster are processes of one machine and share its disk
+    PACE_S          minimum time of a step in seconds
+    RESIZE_EVERY_S  seconds between checks of an elastic run for more nodes
+
+Files in RECORDS:
+    hang-<rank>      the worker of this rank deletes the file and sleeps in its forward pass
+    slow             while it exists, a step takes two more seconds
+    slow-validation  while it exists, no validation finishes
 """
 
 import os
@@ -58,26 +65,26 @@ def config(train_data: str, output: str) -> TrainConfig:
 
 
 def recorded_loop(arguments: dict[str, Any]) -> dict[str, str]:
-    """The real loop in a worker, with a hook on the model's forward."""
+    """Run the real loop of a worker, with a hook on the model's forward."""
     from raydetr.training import loop
 
     folder = Path(os.environ["RECORDS"])
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{os.getpid()}.jsonl"
     rank = ray.train.get_context().get_world_rank()
-    now = {"step": -1}
+    current = {"step": -1}
     node = ray.get_runtime_context().get_node_id()
     step, kinds = loop.train_step, (DetrForObjectDetection, QueryGroups)
     forwards = [kind.forward for kind in kinds]
 
     def recorded_step(parallel: Any, state: Any, batches: Any, *rest: Any) -> Any:
-        now["step"] = batches[0].step
+        current["step"] = batches[0].step
         time.sleep(float(os.environ.get("PACE_S", "0")) + 2 * (folder / "slow").exists())
         return step(parallel, state, batches, *rest)
 
     def recorded(forward: Any) -> Any:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            row = {"step": now["step"], "rank": rank, "node": node, "time": time.time()}
+            row = {"step": current["step"], "rank": rank, "node": node, "time": time.time()}
             training_record.append(file, {**row, "images": training_record.fingerprints(kwargs)})
             hang = folder / f"hang-{rank}"
             if hang.exists():
@@ -92,14 +99,14 @@ def recorded_loop(arguments: dict[str, Any]) -> dict[str, str]:
         kind.forward = recorded(forward)
     try:
         return loop.train_worker(loop.Job(**arguments))
-    finally:  # Ray may use the process again
+    finally:  # Ray may reuse the process
         loop.train_step = step
         for kind, forward in zip(kinds, forwards, strict=True):
             kind.forward = forward
 
 
 def slow_validate(checkpoint: ray.train.Checkpoint, **arguments: Any) -> dict[str, float]:
-    """The real validation, which waits for its file to go."""
+    """Run the real validation once its file is deleted."""
     while Path(os.environ["RECORDS"], "slow-validation").exists():
         time.sleep(0.1)
     return worker.validate(checkpoint, **arguments)

@@ -1,4 +1,4 @@
-"""cluster.yaml and the manifests against the models of those who read them: Ray, EC2, KubeRay. No network, no cluster."""
+"""Validate cluster.yaml and the manifests with the schemas of Ray, EC2 and KubeRay, without network or cluster."""
 
 import copy
 import json
@@ -26,27 +26,27 @@ Change = Callable[[dict[str, Any]], Any]
 
 @pytest.fixture(scope="module")
 def run_instances() -> botocore.model.Shape:
-    """What EC2 takes to start an instance."""
+    """Return the input schema of EC2's RunInstances."""
     model = botocore.loaders.Loader().load_service_model("ec2", "service-2")
     return botocore.model.ServiceModel(model, "ec2").operation_model("RunInstances").input_shape
 
 
 def faults(value: Any, shape: botocore.model.Shape) -> list[str]:
-    """What EC2 would not take, values of enumerations included, which botocore leaves to the service."""
+    """List what EC2 would refuse, including invalid enum values, which botocore does not check."""
     report = botocore.validate.ParamValidator().validate(value, shape)
-    return [*([report.generate_report()] if report.has_errors() else []), *wrong_names(value, shape)]
+    return [*([report.generate_report()] if report.has_errors() else []), *invalid_enum_values(value, shape)]
 
 
-def wrong_names(value: Any, shape: botocore.model.Shape) -> Iterator[str]:
+def invalid_enum_values(value: Any, shape: botocore.model.Shape) -> Iterator[str]:
     if shape.type_name == "structure" and isinstance(value, dict):
         for name, member in shape.members.items():
             if name in value:
-                yield from wrong_names(value[name], member)
+                yield from invalid_enum_values(value[name], member)
     elif shape.type_name == "list" and isinstance(value, list):
         for item in value:
-            yield from wrong_names(item, shape.member)
+            yield from invalid_enum_values(item, shape.member)
     elif shape.type_name == "string" and shape.enum and value not in shape.enum:
-        yield f"{value!r} is no {shape.name}"
+        yield f"{value!r} is not a valid {shape.name}"
 
 
 def instance(node_type: str) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def environment() -> dict[str, str]:
     return dict(option[1].split("=", 1) for option in options if option[0] == "--env")
 
 
-def test_ray_takes_the_file() -> None:
+def test_ray_accepts_the_file() -> None:
     validate_config(prepare_config(copy.deepcopy(CONFIG)))
 
 
@@ -93,7 +93,7 @@ def with_min_workers(count: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("node_type", NODE_TYPES)
-def test_ec2_takes_every_node(node_type: str, run_instances: botocore.model.Shape) -> None:
+def test_ec2_accepts_every_node(node_type: str, run_instances: botocore.model.Shape) -> None:
     assert faults(instance(node_type), run_instances) == []
 
 
@@ -116,7 +116,7 @@ def test_ec2_refuses_a_node_with_a_mistake(change: Change, run_instances: botoco
     assert faults(config, run_instances)
 
 
-def test_the_head_does_not_train_and_spot_has_an_equal_on_demand() -> None:
+def test_the_head_has_no_cpus_and_spot_nodes_equal_on_demand_nodes() -> None:
     assert NODE_TYPES[CONFIG["head_node_type"]]["resources"] == {"CPU": 0}
     spot, on_demand = NODE_TYPES["gpu_spot"], NODE_TYPES["gpu_on_demand"]
     market = spot["node_config"].pop("InstanceMarketOptions")
@@ -127,7 +127,7 @@ def test_the_head_does_not_train_and_spot_has_an_equal_on_demand() -> None:
         spot["node_config"]["InstanceMarketOptions"] = market
 
 
-def test_the_autoscaler_has_bounds() -> None:
+def test_the_autoscaler_has_limits() -> None:
     assert CONFIG["idle_timeout_minutes"] > 0
     for name, node_type in NODE_TYPES.items():
         if name != CONFIG["head_node_type"]:
@@ -135,7 +135,7 @@ def test_the_autoscaler_has_bounds() -> None:
 
 
 def test_no_port_is_open_to_the_world() -> None:
-    # Ray opens ssh to the world in every group that it makes, so it must make none.
+    # Ray opens SSH to the world in every security group that it creates, so it must not create one.
     assert all(node_type["node_config"].get("SecurityGroupIds") for node_type in NODE_TYPES.values())
     assert "security_group" not in CONFIG["provider"]
     assert CONFIG["provider"]["use_internal_ips"] is True
@@ -148,13 +148,13 @@ def test_no_port_is_open_to_the_world() -> None:
         assert not any(find(document, "hostPort"))
 
 
-def test_a_token_is_asked_for_everywhere() -> None:
+def test_a_token_is_required_everywhere() -> None:
     assert environment()["RAY_AUTH_MODE"] == "token"
     assert CONFIG["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert [job["rayClusterSpec"]["authOptions"] for job in rayjobs()] == [{"mode": "token"}] * 2
 
 
-def test_no_credentials_are_written_down() -> None:
+def test_no_credentials_are_stored_in_files() -> None:
     text = (ROOT / "cluster.yaml").read_text() + "".join(file.read_text() for file in DEPLOY.glob("*.*"))
     assert all(node_type["node_config"]["IamInstanceProfile"] for node_type in NODE_TYPES.values())
     assert not any(word in text for word in ("AWS_ACCESS_KEY", "AWS_SECRET", "RAY_AUTH_TOKEN="))
@@ -170,20 +170,20 @@ def test_storage_and_tracking_are_shared_on_every_node() -> None:
 
 
 def manifests() -> Iterator[dict[str, Any]]:
-    """The documents for Kubernetes; serve.yaml is for `serve deploy`."""
+    """Yield the Kubernetes documents; serve.yaml is for `serve deploy`."""
     for file in sorted(DEPLOY.glob("*.yaml")):
         if file.name != "serve.yaml":
             yield from yaml.safe_load_all(file.read_text())
 
 
 def rayjobs() -> list[dict[str, Any]]:
-    """The specifications of the training and of the scheduled evaluation."""
+    """Return the job specs of the training and of the scheduled evaluation."""
     kinds = {document["kind"]: document["spec"] for document in manifests()}
     return [kinds["RayJob"], kinds["RayCronJob"]["jobTemplate"]]
 
 
 def find(value: Any, name: str) -> Iterator[Any]:
-    """The values of a key, wherever it is."""
+    """Yield the values of a key at any depth."""
     if isinstance(value, dict):
         if name in value:
             yield value[name]
@@ -194,7 +194,7 @@ def find(value: Any, name: str) -> Iterator[Any]:
             yield from find(item, name)
 
 
-def test_kubernetes_is_told_which_api_the_jobs_are_of() -> None:
+def test_the_jobs_declare_their_kubernetes_api() -> None:
     ours = [each for each in manifests() if each["kind"].startswith("Ray")]
     assert {document["apiVersion"] for document in ours} == {"ray.io/v1"}
     (cron,) = [document for document in ours if document["kind"] == "RayCronJob"]
@@ -216,11 +216,11 @@ def test_the_rayjobs_have_what_kuberay_requires(number: int) -> None:
         environment = {entry["name"]: entry["value"] for entry in container["env"]}
         assert environment["PYTHONPATH"] == ".:platform"
         assert environment["RAYDETR_STORAGE"].startswith("s3://")
-        assert json.dumps(environment)  # all of them strings, as Kubernetes wants them
+        assert json.dumps(environment)  # Kubernetes requires strings
         assert all(isinstance(value, str) for value in environment.values())
 
 
-def test_the_entrypoints_are_there() -> None:
+def test_the_entrypoints_exist() -> None:
     known = (ROOT / "docs" / "interfaces.md").read_text()
     for job in rayjobs():
         python, script, *flags = shlex.split(job["entrypoint"])
@@ -236,7 +236,7 @@ def test_the_entrypoints_are_there() -> None:
                 assert (ROOT / word).is_file(), word
 
 
-def test_the_image_is_made_of_files_that_are_there() -> None:
+def test_the_image_copies_files_that_exist() -> None:
     lines = (DEPLOY / "Dockerfile").read_text().splitlines()
     copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
     assert all((ROOT / name).exists() for name in copied)

@@ -1,4 +1,4 @@
-"""A worker that hangs is named, and the run finishes."""
+"""A worker that hangs is reported, and the run finishes."""
 
 import os
 import signal
@@ -17,20 +17,20 @@ FLAGS = f"--steps {STEPS} --checkpoint-every 4 --hang-timeout-s 30".split()
 
 
 def finished(run: Run, fault: str) -> str:
-    """Its log, once it ended well: all steps once, some done again."""
+    """Wait for the run to finish and return its log. Every step counts once; some were repeated."""
     log = run.wait()
     steps, lost = received(run.records)
     assert sorted(steps) == sorted(losses(run.output)) == list(range(STEPS))
     first, second = attempts(run.records)
     print(
-        f"{fault}: steps lost {lost}, {second.begun - max_time(run, first.processes):.0f} s to the next step"
+        f"{fault}: steps lost {lost}, {second.started - max_time(run, first.processes):.0f} s to the next step"
     )
     assert max(lost) <= 4
     return log
 
 
 def max_time(run: Run, processes: dict[int, int]) -> float:
-    """When the last forward pass of some workers began."""
+    """Return the start time of the last forward pass of some workers."""
     return max(
         row["time"]
         for process in processes.values()
@@ -38,7 +38,7 @@ def max_time(run: Run, processes: dict[int, int]) -> float:
     )
 
 
-def test_a_rank_that_hangs_in_its_forward_pass_is_named_and_the_run_finishes(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_in_its_forward_pass_is_reported_and_the_run_finishes(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     with start(manifest.root, tmp_path / "run", *FLAGS) as run:
         run.reach(5)
@@ -50,13 +50,13 @@ def test_a_rank_that_hangs_in_its_forward_pass_is_named_and_the_run_finishes(tmp
     assert "time.sleep(3600)" in log or "in call" in log, "the log shows where rank 1 was"
 
 
-def test_a_process_that_is_stopped_is_named_and_the_run_finishes(tmp_path: Path) -> None:
+def test_a_stopped_process_is_reported_and_the_run_finishes(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     with start(manifest.root, tmp_path / "run", *FLAGS) as run:
         run.reach(5)
         (stopped,) = (process for process, (rank, _) in run.alive().items() if rank == 1)
         os.kill(stopped, signal.SIGSTOP)
         log = finished(run, "a process is stopped")
-        assert not Path(f"/proc/{stopped}").exists(), "it was ended, and holds no memory"
-    assert "watchdog: nothing was heard of rank 1 for " in log
+        assert not Path(f"/proc/{stopped}").exists(), "it was killed, and its memory freed"
+    assert "watchdog: no heartbeat from rank 1 for " in log
     assert "watchdog: rank 0 (process " not in log, "it only waited"

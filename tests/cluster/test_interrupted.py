@@ -1,4 +1,4 @@
-"""A training run that is interrupted says so at once, does not stay RUNNING in MLflow, and resumes by what it prints."""
+"""An interrupted training run reports it, is not left RUNNING in MLflow, and resumes with the command it prints."""
 
 import os
 import shlex
@@ -26,7 +26,7 @@ TINY = """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_is_killed_in_mlflow_and_resumes_by_the_printed_command(
+def test_an_interrupted_run_is_marked_killed_in_mlflow_and_resumes_by_the_printed_command(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     data, output = write_awkward(tmp_path / "my data").root, tmp_path / "my run"

@@ -1,4 +1,4 @@
-"""`ray job submit`, bare and with an uploaded copy, on a head started as cluster.yaml starts it."""
+"""`ray job submit`, bare and with an uploaded copy, on a head started with the command of cluster.yaml."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ if __name__ == "__main__":
 
 
 def marked_project(target: Path, marker: str) -> Path:
-    """The project's code in another folder, its two packages marked."""
+    """Copy the project's code to another folder, with a marker in both packages."""
     copy_project(target)
     for package in ("detr", "platform/raydetr"):
         with (target / package / "__init__.py").open("a") as file:
@@ -49,35 +49,35 @@ def marked_project(target: Path, marker: str) -> Path:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A head from a copy of the project."""
+    """Run a head from a copy of the project."""
     project = marked_project(tmp_path_factory.mktemp("cluster") / "project", "cluster")
     with start_head(project, {}) as environment:
         yield environment
 
 
-def seen(output: str) -> dict[str, set[str]]:
-    """Who saw which markers."""
+def markers_seen(output: str) -> dict[str, set[str]]:
+    """Return the markers that driver, tasks and workers printed."""
     result: dict[str, set[str]] = {}
     for line in output.splitlines():
-        for who in ("driver", "task", "worker"):
-            if f"{who} " in line and line.split(f"{who} ", 1)[1].split()[:1] in (
+        for role in ("driver", "task", "worker"):
+            if f"{role} " in line and line.split(f"{role} ", 1)[1].split()[:1] in (
                 ["cluster"],
                 ["upload"],
                 ["installed"],
             ):
-                result.setdefault(who, set()).update(line.split(f"{who} ", 1)[1].split()[:2])
+                result.setdefault(role, set()).update(line.split(f"{role} ", 1)[1].split()[:2])
     return result
 
 
 def test_a_bare_submission_runs_the_clusters_copy_everywhere(head: dict[str, str], tmp_path: Path) -> None:
     output = submit(head, tmp_path, "--", "python", "pipelines/probe.py")
-    assert seen(output) == {"driver": {"cluster"}, "task": {"cluster"}, "worker": {"cluster"}}
+    assert markers_seen(output) == {"driver": {"cluster"}, "task": {"cluster"}, "worker": {"cluster"}}
 
 
-def test_an_upload_runs_whole_everywhere(head: dict[str, str], tmp_path: Path) -> None:
+def test_an_uploaded_copy_runs_everywhere(head: dict[str, str], tmp_path: Path) -> None:
     project = marked_project(tmp_path / "upload", "upload")
     output = submit(head, project, "--working-dir", ".", "--", "python", "pipelines/probe.py")
-    assert seen(output) == {"driver": {"upload"}, "task": {"upload"}, "worker": {"upload"}}
+    assert markers_seen(output) == {"driver": {"upload"}, "task": {"upload"}, "worker": {"upload"}}
 
 
 def test_training_runs_as_a_bare_job(head: dict[str, str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Processes killed with SIGKILL at random moments: the run finishes; no record is lost, repeated or changed."""
+"""Processes are killed with SIGKILL at random moments: the run finishes, and no record is lost, repeated or changed."""
 
 import os
 import random
@@ -17,14 +17,14 @@ from tests.cluster.fault_runs import losses, received, start
 from tests.cluster.recorded_training import config
 
 SEED = random.SystemRandom().randrange(10**6)
-STEPS_A_KILL = 20
+STEPS_PER_KILL = 20
 DRIVER_KILLS = 10
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-def check(manifest: Manifest, output: Path, steps: int) -> list[int]:
-    """The run is whole; the steps that each new group of workers did again."""
+def check_complete(manifest: Manifest, output: Path, steps: int) -> list[int]:
+    """Check that the run is complete; return the number of steps that each new group of workers repeated."""
     final, lost = received(output / "records")
     assert sorted(final) == sorted(losses(output)) == list(range(steps))
     assert checkpoint.last_committed_step(str(output)) == steps
@@ -37,10 +37,10 @@ def check(manifest: Manifest, output: Path, steps: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.nightly)])
-def test_workers_are_killed(kills: int, tmp_path: Path) -> None:
+def test_a_run_survives_killed_workers(kills: int, tmp_path: Path) -> None:
     print(f"seed {SEED}")
     rng = random.Random(SEED)
-    manifest, output, steps = write_awkward(tmp_path / "data"), tmp_path / "run", STEPS_A_KILL * kills
+    manifest, output, steps = write_awkward(tmp_path / "data"), tmp_path / "run", STEPS_PER_KILL * kills
     killed = []
     with start(manifest.root, output, "--steps", str(steps)) as run:
         for number in range(kills):
@@ -49,16 +49,16 @@ def test_workers_are_killed(kills: int, tmp_path: Path) -> None:
             victim = rng.choice(sorted(run.alive()))
             killed.append(run.alive()[victim])
             os.kill(victim, signal.SIGKILL)
-            run.until(lambda gone=victim: gone not in run.alive(), "without the worker")  # type: ignore[misc]
+            run.until(lambda gone=victim: gone not in run.alive(), "the worker to be gone")  # type: ignore[misc]
         run.wait()
-    lost = check(manifest, output, steps)
+    lost = check_complete(manifest, output, steps)
     assert len(lost) == kills
-    print(f"workers (rank, step) killed: {killed}; steps lost {lost}, {sum(lost)} in all")
+    print(f"workers (rank, step) killed: {killed}; steps lost {lost}, {sum(lost)} in total")
 
 
 @pytest.mark.nightly
-def test_drivers_are_killed(tmp_path: Path) -> None:
-    """At a random step, or at a random moment of the start; with each its Ray goes too."""
+def test_a_run_survives_killed_drivers(tmp_path: Path) -> None:
+    """Kill drivers at a random step or a random moment of the start; Ray is killed with them."""
     print(f"seed {SEED}")
     rng = random.Random(SEED)
     manifest, output, steps = write_awkward(tmp_path / "data"), tmp_path / "run", 100
@@ -73,9 +73,9 @@ def test_drivers_are_killed(tmp_path: Path) -> None:
                 done = checkpoint.last_committed_step(str(output)) if output.exists() else 0
                 run.reach(done + rng.randrange(steps // DRIVER_KILLS))
                 moments.append(f"in step {run.step()}")
-            assert run.driver.poll() is None, f"it ended before kill {number}"
+            assert run.driver.poll() is None, f"it exited before kill {number}"
             run.driver.send_signal(signal.SIGKILL)
             run.driver.wait()
     with start(manifest.root, output, "--steps", str(steps)) as run:
         run.wait()
-    print(f"drivers killed {', '.join(moments)}; steps lost {check(manifest, output, steps)}")
+    print(f"drivers killed {', '.join(moments)}; steps lost {check_complete(manifest, output, steps)}")

@@ -1,4 +1,4 @@
-"""A real MLflow server that is killed when an evaluation or a promotion is about to be recorded, and comes back."""
+"""A real MLflow server is killed before an evaluation or a promotion is recorded, and restarted later."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ import pytest
 from pipelines.promote import main
 from raydetr.config import EvaluateConfig, PromoteConfig
 from raydetr.data.shards import Manifest
-from raydetr.errors import BelowBoundError, RegistryError
+from raydetr.errors import BelowMinimumError, RegistryError
 from raydetr.evaluation import evaluate as evaluation
 from raydetr.promotion import promote
 from raydetr.promotion import records as moves
@@ -30,7 +30,7 @@ from tests.tiny_detr import save_tiny_detr
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
-AWAY_S = 65.0
+OUTAGE_S = 65.0
 BLUR = 0.16
 RECORDED_AT = {
     "the decision's run": (promote, "open_decision"),
@@ -38,11 +38,11 @@ RECORDED_AT = {
     "the entry of the ledger": (promote, "move"),
     "the versions' tags": (Ledger, "note"),
 }
-"""What of a promotion is written next when the server dies, and what writes it."""
+"""The part of a promotion that is written next when the server dies → the function that writes it."""
 
 
 class Server:
-    """One MLflow server after the other at one port, with one store."""
+    """MLflow servers, one after another, on one port and with one store."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -50,7 +50,7 @@ class Server:
         self.uri = f"http://127.0.0.1:{self.port}"
         self.kills: list[float] = []
         self._stack = contextlib.ExitStack()
-        self._return: threading.Thread | None = None
+        self._restart: threading.Thread | None = None
         self.start()
 
     def start(self) -> None:
@@ -61,14 +61,14 @@ class Server:
         self.kills.append(time.monotonic())
 
     def kill_for(self, seconds: float) -> None:
-        """Kill it; a thread starts it again."""
+        """Kill the server; a thread restarts it later."""
         self.kill()
-        self._return = threading.Timer(seconds, self.start)
-        self._return.start()
+        self._restart = threading.Timer(seconds, self.start)
+        self._restart.start()
 
     def close(self) -> None:
-        if self._return is not None:
-            self._return.join()
+        if self._restart is not None:
+            self._restart.join()
         self._stack.close()
 
 
@@ -78,21 +78,21 @@ def server(tmp_path: Path) -> Iterator[Server]:
         yield running
 
 
-def before(patch: pytest.MonkeyPatch, owner: Any, name: str, happens: Callable[[], None]) -> None:
-    """Let something happen before the first call of a function."""
+def call_before(patch: pytest.MonkeyPatch, owner: Any, name: str, action: Callable[[], None]) -> None:
+    """Run an action before the first call of a function."""
     original = getattr(owner, name)
 
     def call(*arguments: Any, **rest: Any) -> Any:
         patch.setattr(owner, name, original)
-        happens()
+        action()
         return original(*arguments, **rest)
 
     patch.setattr(owner, name, call)
 
 
 def runs(uri: str, experiment: str) -> list[Any]:
-    found = client(uri).get_experiment_by_name(experiment)
-    return [] if found is None else list(client(uri).search_runs([found.experiment_id]))
+    known = client(uri).get_experiment_by_name(experiment)
+    return [] if known is None else list(client(uri).search_runs([known.experiment_id]))
 
 
 def artifact(uri: str, run_id: str, name: str) -> bytes:
@@ -100,7 +100,7 @@ def artifact(uri: str, run_id: str, name: str) -> bytes:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_an_evaluation_waits_a_minute_for_the_server_and_is_recorded_whole_and_once(
+def test_an_evaluation_waits_a_minute_for_the_server_and_is_recorded_completely_and_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -112,11 +112,11 @@ def test_an_evaluation_waits_a_minute_for_the_server_and_is_recorded_whole_and_o
     config = EvaluateConfig(
         model="models:/raydetr/1", data=manifest.root, output=str(output), tracking_uri=uri, min_metric=0.99
     )
-    before(monkeypatch, evaluation, "keep", lambda: server.kill_for(AWAY_S))
-    with pytest.raises(BelowBoundError) as error:
+    call_before(monkeypatch, evaluation, "keep", lambda: server.kill_for(OUTAGE_S))
+    with pytest.raises(BelowMinimumError) as error:
         evaluation.evaluate(config)
     waited = time.monotonic() - server.kills[0]
-    assert AWAY_S < waited < 240
+    assert OUTAGE_S < waited < 240
 
     summary = error.value.summary
     assert summary is not None
@@ -139,14 +139,14 @@ def test_an_evaluation_waits_a_minute_for_the_server_and_is_recorded_whole_and_o
     assert record["run_id"] == run.info.run_id
     assert version.tags[f"report.{manifest.digest[:12]}"] == summary["report"]
     assert "is below 0.99" in version.tags[f"below.{manifest.digest[:12]}"]
-    (kept,) = client(uri).list_logged_model_artifacts(version.tags[MODEL_ID_TAG], "reports")
-    assert kept.path == f"reports/{manifest.digest[:12]}.html"
+    (stored,) = client(uri).list_logged_model_artifacts(version.tags[MODEL_ID_TAG], "reports")
+    assert stored.path == f"reports/{manifest.digest[:12]}.html"
     assert evaluation.evaluate(replace(config, min_metric=0.0))["already_scored"]
-    print(f"server away for {AWAY_S:g} s: recorded after {waited:.0f} s")
+    print(f"server down for {OUTAGE_S:g} s: recorded after {waited:.0f} s")
 
 
-def judged(server: Server, tmp_path: Path, count: int) -> PromoteConfig:
-    """Versions each better than the one before, all evaluated; the first one is champion."""
+def evaluated_versions(server: Server, tmp_path: Path, count: int) -> PromoteConfig:
+    """Register evaluated versions, each better than the one before; the first is the champion."""
     uri = server.uri
     data: Manifest = write_awkward(tmp_path / "shards", shards=(50, 31))
     bare_versions(uri, count, evaluated=False)
@@ -157,7 +157,7 @@ def judged(server: Server, tmp_path: Path, count: int) -> PromoteConfig:
 
 
 def check_promoted(uri: str, number: int, version: int) -> None:
-    """The alias is at a version by its promotion of this number, whose record is whole."""
+    """Check that promotion `number` moved the alias to a version, and that its record is complete."""
     ledger = Ledger(uri, "raydetr", "champion")
     assert ledger.position() == version
     assert [entry.number for entry in ledger.entries()] == list(range(1, number + 1))
@@ -174,35 +174,35 @@ def check_promoted(uri: str, number: int, version: int) -> None:
 
 
 @pytest.mark.parametrize("what", ["the decision's run", "the versions' tags"])
-def test_a_promotion_waits_a_minute_for_the_server_and_is_recorded_whole_and_once(
+def test_a_promotion_waits_a_minute_for_the_server_and_is_recorded_completely_and_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    config = judged(server, tmp_path, 2)
-    before(monkeypatch, *RECORDED_AT[what], lambda: server.kill_for(AWAY_S))
+    config = evaluated_versions(server, tmp_path, 2)
+    call_before(monkeypatch, *RECORDED_AT[what], lambda: server.kill_for(OUTAGE_S))
     summary = main(config)
     waited = time.monotonic() - server.kills[0]
-    assert AWAY_S < waited < 240
+    assert OUTAGE_S < waited < 240
     assert summary["moved"]
     check_promoted(server.uri, number=1, version=2)
     (run,) = runs(server.uri, experiment_name("raydetr", "champion"))
     assert run.info.run_id == summary["run_id"]
-    print(f"server away for {AWAY_S:g} s before {what}: recorded after {waited:.0f} s")
+    print(f"server down for {OUTAGE_S:g} s before {what}: recorded after {waited:.0f} s")
 
 
-def test_a_promotion_that_gives_up_is_an_error_and_the_same_command_finishes_it(
+def test_a_promotion_that_gives_up_is_an_error_and_rerunning_the_command_finishes_it(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = judged(server, tmp_path, len(RECORDED_AT) + 1)
+    config = evaluated_versions(server, tmp_path, len(RECORDED_AT) + 1)
     for number, (what, (owner, name)) in enumerate(RECORDED_AT.items(), 1):
         command = replace(config, model=f"models:/raydetr/{number + 1}")
         with monkeypatch.context() as patched:
-            patched.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # else it waits for four minutes
-            before(patched, owner, name, server.kill)
+            patched.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # otherwise it waits for four minutes
+            call_before(patched, owner, name, server.kill)
             with pytest.raises(RegistryError, match=f"MLflow at {server.uri}: .*Max retries exceeded"):
                 main(command)
         server.start()
         entries = Ledger(server.uri, "raydetr", "champion").entries()
-        # Written, it is finished by the next command, whichever it is; else nothing has happened.
+        # If the entry was written, the next command finishes the promotion. Otherwise nothing has happened.
         assert len(entries) == (number if what == "the versions' tags" else number - 1)
         assert main(command)["promoted"]
         check_promoted(server.uri, number, version=number + 1)

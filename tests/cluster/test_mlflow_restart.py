@@ -1,4 +1,4 @@
-"""A real MLflow server that is killed while a run reports to it, and comes back."""
+"""A real MLflow server is killed while a run reports to it, and restarted."""
 
 import contextlib
 import socket
@@ -14,7 +14,7 @@ from tests.mlflow_server import kill, mlflow_server
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 
 
-def test_a_server_that_is_killed_and_comes_back_has_every_step_once(tmp_path: Path) -> None:
+def test_a_server_that_is_killed_and_restarted_has_every_step_once(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = int(listener.getsockname()[1])
@@ -28,12 +28,12 @@ def test_a_server_that_is_killed_and_comes_back_has_every_step_once(tmp_path: Pa
         kill(server)
         killed_at = checkpoint.last_committed_step(str(output))
         run.until(
-            lambda: checkpoint.last_committed_step(str(output)) >= killed_at + 8, "two checkpoints later"
+            lambda: checkpoint.last_committed_step(str(output)) >= killed_at + 8, "two more checkpoints"
         )
         stack.enter_context(mlflow_server(port, tmp_path))
         log = run.wait()
-        assert "are kept in the checkpoint until it does" in log
+        assert "are stored in the checkpoint until it does" in log
         steps, lost = received(run.records)
         assert sorted(steps) == sorted(losses(output, uri)) == list(range(40))
         assert lost == []
-        print(f"server away from step {killed_at}: steps lost {lost}")
+        print(f"server down from step {killed_at}: steps lost {lost}")

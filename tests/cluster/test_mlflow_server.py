@@ -1,4 +1,4 @@
-"""The database of the cluster's MLflow server outlives the head."""
+"""The database of the cluster's MLflow server survives the loss of the head node."""
 
 import contextlib
 import importlib.util
@@ -51,33 +51,37 @@ def read(file: Path) -> list[int]:
     return rows
 
 
-def test_a_new_head_goes_on_with_the_copy_and_a_restarted_one_with_its_own(
+def test_a_new_head_restores_the_backup_and_a_restarted_one_uses_its_own_database(
     script: ModuleType, tmp_path: Path
 ) -> None:
-    first, second, copy = tmp_path / "a" / "m.db", tmp_path / "b" / "m.db", str(tmp_path / "shared" / "m.db")
-    script.restore(first, copy)
+    first, second, backup = (
+        tmp_path / "a" / "m.db",
+        tmp_path / "b" / "m.db",
+        str(tmp_path / "shared" / "m.db"),
+    )
+    script.restore(first, backup)
     assert not first.exists()
     write(first, range(3))
-    storage.write_bytes(copy, script.snapshot(first))
-    script.restore(second, copy)
+    storage.write_bytes(backup, script.snapshot(first))
+    script.restore(second, backup)
     assert read(second) == [0, 1, 2]
     write(second, range(3, 5))
-    script.restore(second, copy)
+    script.restore(second, backup)
     assert read(second) == [0, 1, 2, 3, 4]
 
 
-def test_what_is_written_is_copied_and_an_ended_server_is_an_error(
+def test_changes_are_backed_up_and_a_server_that_exits_is_an_error(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(script, "BACKUP_SECONDS", 0.05)
-    database, copy = tmp_path / "a" / "m.db", str(tmp_path / "shared" / "m.db")
+    database, backup = tmp_path / "a" / "m.db", str(tmp_path / "shared" / "m.db")
     write(database, range(1))
     writes: list[tuple[str, int]] = []
-    away = [StorageError("the storage is away")]
+    errors = [StorageError("the storage is unavailable")]
 
     def write_bytes(address: str, data: bytes) -> None:
-        if away:
-            raise away.pop()
+        if errors:
+            raise errors.pop()
         writes.append((address, len(data)))
 
     monkeypatch.setattr(script.storage, "write_bytes", write_bytes)
@@ -85,22 +89,24 @@ def test_what_is_written_is_copied_and_an_ended_server_is_an_error(
     more = threading.Timer(0.5, write, (database, range(1, 100)))
     more.start()
     with pytest.raises(SystemExit, match="exited with status 0"):
-        script.back_up_forever(server, database, copy)
+        script.back_up_forever(server, database, backup)
     more.join()
-    assert [address for address, _ in writes] == [copy, copy], (
-        "once for each time something was written, though not at first"
+    assert [address for address, _ in writes] == [backup, backup], (
+        "one backup per change; the first attempt failed"
     )
 
 
-def test_a_backup_that_fails_at_the_end_is_an_error_that_names_the_database(
+def test_a_failed_last_backup_is_an_error_that_names_the_database(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise StorageError("the storage is away.")
+        raise StorageError("the storage is unavailable.")
 
     monkeypatch.setattr(script.storage, "write_bytes", refuse)
     write(tmp_path / "a" / "m.db", range(1))
-    with pytest.raises(SystemExit, match=rf"last backup failed: .*away\. The database is {tmp_path}/a/m\.db"):
+    with pytest.raises(
+        SystemExit, match=rf"last backup failed: .*unavailable\. The database is {tmp_path}/a/m\.db"
+    ):
         script.back_up_forever(subprocess.Popen(["true"]), tmp_path / "a" / "m.db", str(tmp_path / "copy"))
 
 
@@ -119,7 +125,7 @@ def test_one_instance_supervises_a_database_and_the_next_waits_for_one_that_stop
             pass
         assert second.value.code == 0
         assert f"process {os.getpid()} serves {database} and backs it up already" in capsys.readouterr().out
-        (database.parent / "supervisor.lock").write_text("")  # as in the last moments of the first
+        (database.parent / "supervisor.lock").write_text("")  # as shortly before the first one exits
         waiting = threading.Thread(target=follow)
         waiting.start()
         time.sleep(0.1)
@@ -128,7 +134,7 @@ def test_one_instance_supervises_a_database_and_the_next_waits_for_one_that_stop
     assert order == ["first", "second"]
 
 
-def test_a_server_that_nobody_supervises_is_an_error(
+def test_an_unsupervised_server_is_an_error(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "health").write_text("OK")
@@ -156,7 +162,7 @@ module.main()
 
 @contextlib.contextmanager
 def head(folder: Path, port: int, *before: str) -> Iterator["subprocess.Popen[str]"]:
-    """The script at work, its server answering; killed at the end."""
+    """Run the script until its server answers; kill it at the end."""
     env = environment({"HOME": str(folder / "home"), "RAYDETR_STORAGE": str(folder / "shared")})
     command = [*before, sys.executable, "-c", START, str(port)]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -194,7 +200,7 @@ def port() -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_server_and_backs_up_what_was_written_a_moment_ago(
+def test_a_signal_stops_the_server_and_backs_up_recent_changes(
     number: signal.Signals, tmp_path: Path, port: int
 ) -> None:
     with head(tmp_path, port) as process:

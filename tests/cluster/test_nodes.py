@@ -1,4 +1,4 @@
-"""Nodes that go and come: an elastic run shrinks and grows with them, a notice costs no step."""
+"""Nodes leave and join: an elastic run shrinks and grows with them, and a preemption notice costs no step."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def output(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cluster(output: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head with one CPU; the nodes of a test are processes of this machine, and share its disk."""
+    """Run a head with one CPU. The nodes of a test are processes of this machine and share its disk."""
     for name, value in environment(output).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -41,14 +41,16 @@ def add_nodes(cluster: Cluster, count: int) -> None:
 
 
 def node_of_a_worker(cluster: Cluster, run: Run) -> str:
-    """Id of a node with a worker and without the head."""
+    """Return the id of a node that runs a worker and is not the head."""
     rows = [training_record.read(run.records / f"{process}.jsonl")[-1] for process in run.alive()]
     return next(row["node"] for row in rows if row["node"] != cluster.head_node.node_id)
 
 
 @pytest.mark.nightly
-def test_a_run_goes_on_with_three_workers_of_four_and_grows_again(cluster: Cluster, output: Path) -> None:
-    """Four workers, three, four: the records, and the losses of one that nothing happened to."""
+def test_an_elastic_run_continues_with_three_of_four_workers_and_grows_again(
+    cluster: Cluster, output: Path
+) -> None:
+    """Four workers, three, four: the records and losses are those of an uninterrupted run."""
     manifest = write_awkward(output.with_name("data"))
     flags = [
         *EXACT,
@@ -76,30 +78,30 @@ def test_a_run_goes_on_with_three_workers_of_four_and_grows_again(cluster: Clust
         run.reach(attempts(run.records)[-1].first + 6, workers=3)
         add_nodes(cluster, 1)
         run.wait()
-    tries = attempts(output / "records")
+    starts = attempts(output / "records")
     steps, redone = received(output / "records")
     print(
-        f"workers {[len(each.processes) for each in tries]}, steps lost {redone}, "
-        f"{tries[1].begun - killed:.0f} s from the loss of the node to the next step"
+        f"workers {[len(each.processes) for each in starts]}, steps lost {redone}, "
+        f"{starts[1].started - killed:.0f} s from the loss of the node to the next step"
     )
-    assert [len(each.processes) for each in tries] == [4, 3, 4]
+    assert [len(each.processes) for each in starts] == [4, 3, 4]
     assert sorted(steps) == list(range(90))
 
-    undisturbed = output.with_name("undisturbed")
-    with start(manifest.root, undisturbed, *EXACT, "--steps", "90", "--workers", "2") as run:
+    uninterrupted = output.with_name("uninterrupted")
+    with start(manifest.root, uninterrupted, *EXACT, "--steps", "90", "--workers", "2") as run:
         run.wait()
-    assert received(undisturbed / "records")[0] == steps
-    wanted, got = losses(undisturbed), losses(output)
-    assert sorted(got) == sorted(wanted)
-    largest = max(abs(got[step] / wanted[step] - 1) for step in wanted)
-    print(f"losses differ from those of two undisturbed workers by at most {largest:.1e} of theirs")
+    assert received(uninterrupted / "records")[0] == steps
+    expected, actual = losses(uninterrupted), losses(output)
+    assert sorted(actual) == sorted(expected)
+    largest = max(abs(actual[step] / expected[step] - 1) for step in expected)
+    print(f"losses differ from those of two uninterrupted workers by at most {largest:.1e}, relatively")
     assert largest < 1e-6
 
 
-def test_a_notice_of_preemption_commits_the_step_and_the_run_leaves_the_node(
+def test_a_preemption_notice_causes_a_checkpoint_and_the_run_leaves_the_node(
     cluster: Cluster, output: Path
 ) -> None:
-    """No checkpoint is due at the time, and a validation goes on."""
+    """At that time no checkpoint is due, and a validation is running."""
     manifest = write_awkward(output.with_name("data"))
     add_nodes(cluster, 5)
     env = {"RAY_ADDRESS": cluster.address, "ONE_DISK": "1", "PACE_S": "0.3"}
@@ -113,7 +115,7 @@ def test_a_notice_of_preemption_commits_the_step_and_the_run_leaves_the_node(
         node = node_of_a_worker(cluster, run)
         drain(cluster.address, node, 300)
         noticed = time.time()
-        run.until(lambda: "are about to be preempted" in run.log.read_text(), "the notice is heard")
+        run.until(lambda: "are about to be preempted" in run.log.read_text(), "the notice")
         slow.unlink()
         run.until(lambda: len(attempts(run.records)) > 1, "a second attempt")
         assert not checkpoint.validated_steps(str(output))
@@ -121,7 +123,7 @@ def test_a_notice_of_preemption_commits_the_step_and_the_run_leaves_the_node(
         log = run.wait()
     first, second = attempts(output / "records")
     steps, lost = received(output / "records")
-    print(f"steps lost {lost}, {second.begun - noticed:.0f} s from the notice to the first step elsewhere")
+    print(f"steps lost {lost}, {second.started - noticed:.0f} s from the notice to the first step elsewhere")
     assert f"nodes {node} are about to be preempted" in log
     assert sorted(steps) == list(range(60))
     assert lost == [0]
@@ -132,8 +134,8 @@ def test_a_notice_of_preemption_commits_the_step_and_the_run_leaves_the_node(
     assert "Error in training function" not in log
 
 
-def test_a_run_that_waits_for_nodes_ends_when_its_time_is_up(cluster: Cluster, output: Path) -> None:
-    """Two workers and a CPU for the data, of which one goes for good. So many steps take a minute to be listed."""
+def test_a_run_that_waits_for_nodes_stops_at_its_time_limit(cluster: Cluster, output: Path) -> None:
+    """Two workers and a CPU for data tasks, of which one leaves for good. Listing 10,000 steps takes a minute."""
     manifest = write_awkward(output.with_name("data"))
     add_nodes(cluster, 2)
     env = {"RAY_ADDRESS": cluster.address, "ONE_DISK": "1", "PACE_S": "0.3"}
@@ -147,11 +149,14 @@ def test_a_run_that_waits_for_nodes_ends_when_its_time_is_up(cluster: Cluster, o
         log = run.wait(status=75, seconds=400)
     assert "Waiting for nodes" in log
     step = checkpoint.last_committed_step(str(output))
-    assert f"--max-hours 0.06 are over; step {step} of 10000 is committed. The same command goes on." in log
+    assert (
+        f"stopped after --max-hours 0.06; step {step} of 10000 is committed. Rerun the command to resume."
+        in log
+    )
 
 
 def drain(address: str, node: str, seconds: int) -> None:
-    """What platform/deploy/spot_notice.py does."""
+    """Drain a node as platform/deploy/spot_notice.py does."""
     command = [
         sys.executable,
         "-m",
@@ -162,11 +167,11 @@ def drain(address: str, node: str, seconds: int) -> None:
         "--node-id",
         node,
     ]
-    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "it goes"]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "preempted"]
     subprocess.run([*command, "--deadline-remaining-seconds", str(seconds)], check=True)
 
 
 def nodes(output: Path, processes: Iterable[int]) -> set[str]:
-    """Ids of the nodes that processes ran on."""
+    """Return the ids of the nodes that processes ran on."""
     files = [output / "records" / f"{process}.jsonl" for process in processes]
     return {row["node"] for file in files for row in training_record.read(file)}

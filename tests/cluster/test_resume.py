@@ -1,4 +1,4 @@
-"""A run that was cut off and resumed is, bit by bit, the run that was not."""
+"""A run that was interrupted and resumed is bitwise identical to an uninterrupted one."""
 
 import io
 import signal
@@ -10,7 +10,7 @@ import torch
 
 from raydetr.training import checkpoint
 from tests.awkward import write_awkward
-from tests.cluster.fault_runs import attempts, losses, of_driver, received, start, training_state
+from tests.cluster.fault_runs import attempts, driver_lines, losses, received, start, training_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -33,26 +33,28 @@ def train_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     ids=str,
 )
 def case(request: pytest.FixtureRequest) -> tuple[int, list[str]]:
-    """Number of workers, and all flags."""
+    """Return the number of workers and all flags."""
     workers, flags = request.param
     return workers, [*FLAGS, *flags.split(), "--workers", str(workers)]
 
 
 @pytest.fixture(scope="module")
-def whole(case: tuple[int, list[str]], train_data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing happened to."""
-    output = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(
+    case: tuple[int, list[str]], train_data: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the folder of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
     with start(train_data, output, *case[1]) as run:
         run.wait()
     return output
 
 
 def assert_equal(left: Path, right: Path) -> None:
-    """Weights, moving average, optimiser, query groups and all losses of two finished runs, to the bit."""
-    mine, theirs = training_state(left), training_state(right)
+    """Compare weights, moving average, optimizer, query groups and all losses of two finished runs bit by bit."""
+    first, second = training_state(left), training_state(right)
     name = "model/model.safetensors"
-    assert mine[name] == theirs[name]
-    assert_same(*(torch.load(io.BytesIO(each["training.pt"])) for each in (mine, theirs)), "training.pt")
+    assert first[name] == second[name]
+    assert_same(*(torch.load(io.BytesIO(each["training.pt"])) for each in (first, second)), "training.pt")
     assert losses(left) == losses(right)
     assert sorted(losses(left)) == list(range(STEPS))
 
@@ -71,11 +73,11 @@ def assert_same(left: Any, right: Any, where: str) -> None:
         assert left == right, where
 
 
-def test_a_run_that_is_killed_and_then_has_no_time_left_computes_the_same_to_the_bit(
-    case: tuple[int, list[str]], whole: Path, train_data: str, tmp_path: Path
+def test_a_run_that_was_killed_and_then_stopped_by_its_time_limit_is_bitwise_identical(
+    case: tuple[int, list[str]], uninterrupted: Path, train_data: str, tmp_path: Path
 ) -> None:
-    """Its driver, and with it Ray, is killed; started again, its time is up at once; a third start ends it."""
-    output, undisturbed, (workers, flags) = tmp_path / "run", whole, case
+    """The driver is killed, and Ray with it. The second start reaches its time limit immediately, the third finishes."""
+    output, (workers, flags) = tmp_path / "run", case
     with start(train_data, output, *flags) as run:
         run.reach(10, workers)
         run.driver.send_signal(signal.SIGKILL)
@@ -85,14 +87,14 @@ def test_a_run_that_is_killed_and_then_has_no_time_left_computes_the_same_to_the
         log = run.wait(status=75)
     done = checkpoint.last_committed_step(str(output))
     assert 7 < done < STEPS
-    assert f"step {done} of {STEPS} is committed. The same command goes on." in log
-    assert "Traceback" not in of_driver(log)
+    assert f"step {done} of {STEPS} is committed. Rerun the command to resume." in log
+    assert "Traceback" not in driver_lines(log)
     with start(train_data, output, *flags) as run:
         run.wait()
-    assert_equal(output, undisturbed)
+    assert_equal(output, uninterrupted)
     steps, lost = received(output / "records")
-    assert steps == received(undisturbed / "records")[0]
+    assert steps == received(uninterrupted / "records")[0]
     assert [each.first for each in attempts(output / "records")] == [0, 7, done]
     print(
-        f"{workers} workers, driver killed in step 10, time up at step {done}: {sum(lost)} steps lost in all"
+        f"{workers} workers, driver killed in step 10, time limit at step {done}: {sum(lost)} steps lost in total"
     )

@@ -1,4 +1,4 @@
-"""The scheduled evaluations that are shipped, run as cron and KubeRay would, with what goes wrong meanwhile."""
+"""The shipped schedules of evaluations, run as cron and KubeRay would, with injected failures."""
 
 import contextlib
 import json
@@ -24,14 +24,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def cron_line() -> str:
-    """The command of cluster.yaml's line of cron, as cron hands it to a shell."""
+    """Return the command of the cron line in cluster.yaml, as cron passes it to a shell."""
     commands = yaml.safe_load((ROOT / "cluster.yaml").read_text())["head_start_ray_commands"]
     (installation,) = [command for command in commands if "crontab" in command]
     (line,) = re.findall(r"echo '([^']*)'", installation)
     minute, *rest = line.split(None, 5)
     assert minute.isdigit()
     assert rest[:4] == ["*"] * 4
-    assert "%" not in rest[4], "cron makes it a new line"
+    assert "%" not in rest[4], "cron turns % into a newline"
     return rest[4]
 
 
@@ -40,7 +40,7 @@ def kuberay_entrypoint() -> list[str]:
     return shlex.split(manifest["spec"]["jobTemplate"]["entrypoint"])
 
 
-def test_a_job_of_kuberay_is_not_repeated_and_ends_before_the_next_one_starts() -> None:
+def test_a_kuberay_job_is_not_retried_and_stops_before_the_next_one_starts() -> None:
     spec = yaml.safe_load((ROOT / "platform/deploy/evaluate_cron.yaml").read_text())["spec"]
     job = spec["jobTemplate"]
     assert job["backoffLimit"] == 0
@@ -51,28 +51,28 @@ def test_a_job_of_kuberay_is_not_repeated_and_ends_before_the_next_one_starts() 
 
 
 def drivers() -> list[psutil.Process]:
-    """Of evaluations."""
-    found = []
+    """List the driver processes of evaluations."""
+    processes = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
         if line[1:2] == ["pipelines/evaluate.py"]:
-            found.append(process)
-    return found
+            processes.append(process)
+    return processes
 
 
-def wait_for_lease(output: Path, another_than: str = "", seconds: float = 300) -> str:
-    """Wait until an evaluation is at work in a folder; who it is."""
+def wait_for_lease(output: Path, other_than: str = "", seconds: float = 300) -> str:
+    """Wait until an evaluation holds the lease of a folder, and return its owner."""
     end = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError, ValueError):
             owner = str(json.loads((output / "lease.json").read_text())["owner"])
-            if owner != another_than:
+            if owner != other_than:
                 return owner
-        assert time.monotonic() < end, "no evaluation at work"
+        assert time.monotonic() < end, "no evaluation holds the lease"
         time.sleep(0.05)
 
 
-def test_the_shipped_schedules_evaluate_once_whatever_happens(
+def test_the_shipped_schedules_evaluate_once_despite_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, storage, server = tmp_path / "home", tmp_path / "storage", tmp_path / "server"
@@ -90,7 +90,7 @@ def test_the_shipped_schedules_evaluate_once_whatever_happens(
     output = storage / f"runs/evaluations/raydetr-1-{manifest.digest[:12]}"
     more = {"HOME": str(home), "RAYDETR_STORAGE": str(storage), "MLFLOW_TRACKING_URI": url}
     with start_head(project, more) as environment:
-        # Cron has no more than this; the port of the dashboard is another one here.
+        # Cron sets only these variables. The dashboard has another port here.
         line = cron_line().replace("http://127.0.0.1:8265", environment["RAY_API_SERVER_ADDRESS"])
         cron = {"HOME": str(home), "PATH": environment["PATH"], "LANG": "C.UTF-8"}
 
@@ -98,26 +98,26 @@ def test_the_shipped_schedules_evaluate_once_whatever_happens(
             return subprocess.Popen(["sh", "-c", line], env=cron, cwd="/")
 
         with mlflow_server(port, server):
-            submit(environment, tmp_path, "--", "python", "-c", "print('jobs are taken')")
+            submit(environment, tmp_path, "--", "python", "-c", "print('jobs are accepted')")
             first = tick()
             dead = wait_for_lease(output)
-            assert tick().wait(60) != 0, "while one is at work, no other is submitted"
+            assert tick().wait(60) != 0, "no second one is submitted while one runs"
             (driver,) = drivers()
             driver.kill()
             first.wait(120)
             assert not (output / "metrics.json").exists()
         with mlflow_server(port, server):
             second = tick()
-            wait_for_lease(output, another_than=dead)
-        time.sleep(5)  # MLflow is away while the second one predicts
+            wait_for_lease(output, other_than=dead)
+        time.sleep(5)  # MLflow is down while the second one predicts
         with mlflow_server(port, server):
-            entrypoint = kuberay_entrypoint()  # KubeRay knows nothing of cron's lock
+            entrypoint = kuberay_entrypoint()  # KubeRay does not use the lock of cron
             other = submit(environment, tmp_path, "--", *entrypoint, succeeds=False)
             second.wait(600)
             tick().wait(300)
             log = (home / "evaluate.log").read_text()
             assert "is below 0.2" in log, log[-4000:]
-            assert "is already scored on these data" in log, "by the third"
+            assert "is already scored on this data" in log, "logged by the third"
             assert "is below 0.2" in other, other[-4000:]
 
             experiment = client(url).get_experiment_by_name("evaluation")

@@ -1,4 +1,4 @@
-"""A notice of EC2 that it takes a spot instance back becomes a drained node of Ray."""
+"""EC2's notice that a spot instance will be reclaimed drains the Ray node."""
 
 import datetime
 import importlib.util
@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "platform" / "deploy" / "spot_notice.py"
 
 @dataclass
 class Metadata:
-    """EC2's metadata service, version 2, which wants a token."""
+    """EC2's metadata service, version 2, which requires a token."""
 
     endpoint: str
     notice: str = ""
@@ -43,7 +43,7 @@ def metadata() -> Iterator[Metadata]:
                 self.answer(404)
 
         def log_message(self, *args: object) -> None:
-            """Nothing."""
+            """Suppress the log."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     service = Metadata(f"http://127.0.0.1:{server.server_port}")
@@ -70,7 +70,7 @@ def notice_in(seconds: float) -> str:
     return f'{{"action": "terminate", "time": "{at:%Y-%m-%dT%H:%M:%SZ}"}}'
 
 
-def test_the_time_of_a_notice_is_understood(script: ModuleType, metadata: Metadata) -> None:
+def test_the_time_of_a_notice_is_parsed(script: ModuleType, metadata: Metadata) -> None:
     assert script.seconds_left(metadata.endpoint) is None
     metadata.notice = notice_in(120)
     assert 117 <= script.seconds_left(metadata.endpoint) <= 120
@@ -87,15 +87,15 @@ def test_a_notice_drains_the_node_once(
 ) -> None:
     monkeypatch.setattr(script, "POLL_SECONDS", 0.05)
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", metadata.endpoint)
-    ran: list[list[str]] = []
-    monkeypatch.setattr(script.subprocess, "run", lambda command, check: ran.append(command))
-    given = threading.Timer(0.3, lambda: setattr(metadata, "notice", notice_in(100)))
-    given.start()
+    commands: list[list[str]] = []
+    monkeypatch.setattr(script.subprocess, "run", lambda command, check: commands.append(command))
+    timer = threading.Timer(0.3, lambda: setattr(metadata, "notice", notice_in(100)))
+    timer.start()
     script.main()
-    given.join()
-    (command,) = ran
+    timer.join()
+    (command,) = commands
     assert command[:2] == ["ray", "drain-node"]
 
 
-def test_ray_takes_the_command(script: ModuleType) -> None:
+def test_ray_accepts_the_command(script: ModuleType) -> None:
     drain_node.make_context("drain-node", script.drain_command(100)[2:])

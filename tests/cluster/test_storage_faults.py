@@ -1,4 +1,4 @@
-"""Storage that is full or away: one clear error and the same command goes on, or the run just finishes."""
+"""Storage is full or unavailable: one clear error, and rerunning the command resumes; or the run just finishes."""
 
 import contextlib
 import ctypes
@@ -12,7 +12,7 @@ import pytest
 
 from raydetr.training import checkpoint
 from tests.awkward import write_awkward
-from tests.cluster.fault_runs import losses, of_driver, received, start
+from tests.cluster.fault_runs import driver_lines, losses, received, start
 from tests.raydetr.s3 import S3, s3, s3_server
 
 __all__ = ["s3", "s3_server"]
@@ -21,12 +21,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 16
 FLAGS = f"--steps {STEPS} --checkpoint-every 4 --hang-timeout-s 300".split()
-"""Seconds: far longer than anything here, so that the watchdog is no part of it."""
+"""The hang timeout is far longer than anything here, so that the watchdog does not interfere."""
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """A tmpfs of a size at `folder`, in a mount namespace that this process and its children alone see."""
+    """Mount a tmpfs of this size at `folder`, in a mount namespace of this process and its children."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(0x00020000) != 0:  # CLONE_NEWNS
         pytest.skip("needs the right to mount")
@@ -40,7 +40,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 
 
 @pytest.mark.nightly
-def test_a_full_disk_is_one_clear_error_and_with_room_the_same_command_finishes(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_clear_error_and_rerunning_with_free_space_finishes(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     disk = tmp_path / "disk"
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -50,7 +50,7 @@ def test_a_full_disk_is_one_clear_error_and_with_room_the_same_command_finishes(
         with start(manifest.root, output, *flags, log=tmp_path / "run.log") as run:
             run.reach(5)
             free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-            (disk / "somebody-else").write_bytes(b"\0" * (free - 64 * 1024))
+            (disk / "other-data").write_bytes(b"\0" * (free - 64 * 1024))
             log = run.wait(status=2)
         done = checkpoint.last_committed_step(str(output))
         assert done > 0
@@ -58,10 +58,10 @@ def test_a_full_disk_is_one_clear_error_and_with_room_the_same_command_finishes(
         assert f"The checkpoint of step {done + 4} cannot be written" in error
         assert "No space left on device" in error
         assert (
-            f"complete up to step {done}: make room or mend the storage, and give the same command again"
+            f"complete up to step {done}: free disk space or fix the storage, then rerun the command to resume"
             in error
         )
-        assert "Traceback" not in of_driver(log)
+        assert "Traceback" not in driver_lines(log)
         subprocess.run(["mount", "-o", "remount,size=512M", str(disk)], check=True)
         with start(manifest.root, output, *flags, log=tmp_path / "run.log") as run:
             run.wait()
@@ -71,27 +71,27 @@ def test_a_full_disk_is_one_clear_error_and_with_room_the_same_command_finishes(
 
 
 @pytest.mark.nightly
-def test_an_s3_that_fails_for_a_minute_holds_the_run_up_and_no_more(s3: S3, tmp_path: Path) -> None:
+def test_an_s3_outage_of_a_minute_only_delays_the_run(s3: S3, tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     for file in (tmp_path / "data").iterdir():
         s3.client.upload_file(str(file), s3.bucket, f"data/{file.name}")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     records = tmp_path / "run" / "records"
     records.mkdir(parents=True)
-    address = s3.address("run")
-    flags = [*FLAGS, "--tracking-uri", uri, "--output", address]
+    output = s3.address("run")
+    flags = [*FLAGS, "--tracking-uri", uri, "--output", output]
     with start(s3.address("data"), tmp_path / "run", *flags) as run:
         run.reach(2)
         s3.faults.down = True
         down = time.time()
-        seen = s3.faults.requests
+        before = s3.faults.requests
         time.sleep(60)
         s3.faults.down, up = False, time.time()
-        assert s3.faults.requests > seen, "it was asked while it failed"
+        assert s3.faults.requests > before, "it received requests while it failed"
         run.wait()
     steps, lost = received(records)
     assert sorted(steps) == list(range(STEPS))
     assert lost == []
-    assert checkpoint.last_committed_step(address) == STEPS
+    assert checkpoint.last_committed_step(output) == STEPS
     assert manifest.num_images == 61
-    print(f"S3 away for {up - down:.0f} s: steps lost {lost}")
+    print(f"S3 down for {up - down:.0f} s: steps lost {lost}")

@@ -1,4 +1,4 @@
-"""cluster.yaml for real: a head and two worker hosts that share nothing but a storage address, jobs as in the README."""
+"""cluster.yaml in practice: a head and two worker hosts that share only a storage URI, with jobs as in the README."""
 
 import datetime
 import json
@@ -17,7 +17,7 @@ from tests.cluster.launcher import BUCKET, HOME, Cluster, shared, three_hosts
 
 SEED = random.SystemRandom().randrange(10**6)
 HOST_KILLS = 10
-CPUS = 3  # of a host: one Train worker, and data tasks also where both workers are on it
+CPUS = 3  # per host: enough for both Train workers and a data task
 TINY = [
     *("--workers", "2", "--micro-batches", "4", "--micro-batch-size", "2", "--data-cpus", "1"),
     *("--backbone", "resnet18", "--backbone-out-indices", "1", "2", "3", "4", "--backbone-weights", ""),
@@ -35,7 +35,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three hosts, with shards at data/train on the shared storage."""
+    """Run three hosts, with shards at data/train in the shared storage."""
     folder = tmp_path_factory.mktemp("three")
     with three_hosts(folder, CPUS) as cluster:
         coco = f"s3://{BUCKET}/coco"
@@ -49,12 +49,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def train(output: str, *flags: str) -> list[str]:
-    addresses = ["--train-data", shared("data/train"), "--output", shared(output)]
-    return ["python", "pipelines/train.py", *TINY, *addresses, *flags]
+    locations = ["--train-data", shared("data/train"), "--output", shared(output)]
+    return ["python", "pipelines/train.py", *TINY, *locations, *flags]
 
 
 def spread_workers(cluster: Cluster, folder: Path) -> None:
-    """See to it that the job submitted next gets one Train worker on each host."""
+    """Make Ray place one Train worker of the next job on each host."""
     log = folder / "occupy.log"
     cluster.head.start(f"cd ~/raydetr && python tests/cluster/occupy.py {CPUS - 1}", log)
     until = time.monotonic() + 120
@@ -64,7 +64,7 @@ def spread_workers(cluster: Cluster, folder: Path) -> None:
 
 
 def train_workers(cluster: Cluster) -> dict[str, list[str]]:
-    """Node to the Train workers that ran on it, by the job's id."""
+    """Return job id → nodes of its Train workers, including those that have exited."""
     listed = cluster.head.check(
         "ray list actors --format json --detail --limit 1000 --filter class_name=RayTrainWorker"
     )
@@ -133,13 +133,13 @@ def test_at_least_a_third_of_the_batches_is_decoded_on_another_host(cluster: Clu
 
 
 @pytest.mark.timeout(5400)
-def test_hosts_that_are_lost_at_random_moments_and_come_back_do_not_end_the_run(
+def test_hosts_that_are_killed_and_restarted_at_random_do_not_stop_the_run(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     print(f"seed {SEED}")
     rng = random.Random(SEED)
     between, every = 40, 4
-    # Training goes on after a last kill that leaves both workers alive.
+    # Enough steps that training continues for a while after the last kill.
     steps = between * (HOST_KILLS + 2)
     spread_workers(cluster, tmp_path)
     log = tmp_path / "train.log"
@@ -148,13 +148,13 @@ def test_hosts_that_are_lost_at_random_moments_and_come_back_do_not_end_the_run(
     waited = []
     try:
         for number in range(HOST_KILLS):
-            wanted = int(rng.uniform(number, number + 0.9) * between) + 1
-            before = wait_for_step(cluster, "runs/killed", wanted, 600, job, log)
+            target = int(rng.uniform(number, number + 0.9) * between) + 1
+            before = wait_for_step(cluster, "runs/killed", target, 600, job, log)
             time.sleep(rng.uniform(0, 1))
             victim = rng.choice(cluster.workers)
             killed = time.monotonic()
             victim.kill()
-            time.sleep(15)  # as long as it takes somebody to start another
+            time.sleep(15)  # about the time to start a replacement
             cluster.boot(victim)
             after = wait_for_step(
                 cluster, "runs/killed", committed(cluster, "runs/killed") + 1, 600, job, log
@@ -177,16 +177,16 @@ def test_hosts_that_are_lost_at_random_moments_and_come_back_do_not_end_the_run(
     print(f"seconds from a kill to the next committed step: median {statistics.median(waited):.0f}, {waited}")
 
 
-def test_a_head_that_is_lost_and_a_job_that_is_submitted_again_make_one_run(
+def test_a_resubmitted_job_continues_the_run_after_the_head_was_lost(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    """All hosts go with it; what is left is the shared storage, with a copy of the MLflow database."""
+    """All hosts are lost with the head; only the shared storage remains, with a backup of the MLflow database."""
     steps, log = 300, tmp_path / "train.log"
     command = train("runs/head", "--steps", str(steps), "--checkpoint-every", "4")
     job = cluster.submit(*command, log=log)
     try:
         before = wait_for_step(cluster, "runs/head", 12, 300, job, log)
-        time.sleep(60)  # MLflow's database is copied once a minute
+        time.sleep(60)  # the MLflow database is backed up once a minute
     finally:
         job.kill()
         job.wait()
@@ -199,9 +199,7 @@ def test_a_head_that_is_lost_and_a_job_that_is_submitted_again_make_one_run(
     cluster.job(*command, log=tmp_path / "again.log")
     again = (tmp_path / "again.log").read_text()
     started = int(re.findall(r"from step (\d+)", again)[0])
-    print(
-        f"head lost after step {lost} was committed (at first {before}); the job went on from step {started}"
-    )
+    print(f"head lost after step {lost} was committed (first {before}); the job resumed from step {started}")
     assert started == lost >= before
     code = f"""
 from raydetr import storage
@@ -215,7 +213,7 @@ print(*sorted(metric.step for metric in tracking.client('http://127.0.0.1:5000')
     assert logged.split()[-steps:] == [str(step) for step in range(steps)]
 
 
-def test_a_spot_notice_commits_the_step_and_drains_the_host(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_spot_notice_causes_a_checkpoint_and_drains_the_host(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "train.log"
     spread_workers(cluster, tmp_path)
     # No checkpoint is due before the run's end.
@@ -233,9 +231,9 @@ def test_a_spot_notice_commits_the_step_and_drains_the_host(cluster: Cluster, tm
         noticed = time.monotonic()
         step = wait_for_step(cluster, "runs/notice", 1, 110, job, log)
         print(f"step {step} of 400 was committed {time.monotonic() - noticed:.0f} s after the notice")
-        assert step < 400, "it was not the run's end that was waited for"
+        assert step < 400, "the checkpoint was not the last one"
         until = time.monotonic() + 30
-        while "about to be preempted" not in log.read_text():  # the log comes some seconds later
+        while "about to be preempted" not in log.read_text():  # log lines arrive some seconds later
             assert time.monotonic() < until, log.read_text()[-6000:]
             time.sleep(0.2)
     finally:
@@ -245,13 +243,13 @@ def test_a_spot_notice_commits_the_step_and_drains_the_host(cluster: Cluster, tm
 
 
 def committed(cluster: Cluster, output: str) -> int:
-    """The last step whose checkpoint is complete, by what the storage server was sent."""
+    """Return the last step with a complete checkpoint, from the log of the storage server."""
     sent = re.findall(rf"PUT \S*{output}/checkpoints/step-(\d+)/COMPLETE", cluster.s3_log.read_text())
     return max(map(int, sent), default=0)
 
 
 def wait_for_step(cluster: Cluster, output: str, step: int, seconds: float, job: object, log: Path) -> int:
-    """The last committed step, once it is at least `step`."""
+    """Wait until at least `step` is committed, and return the last committed step."""
     until = time.monotonic() + seconds
     while (last := committed(cluster, output)) < step:
         assert job.poll() is None, log.read_text()[-6000:]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A run under Ray Train that validates while it trains, by tasks of their own and by its workers, and ends early."""
+"""A run under Ray Train that validates during training, in separate tasks or by its workers, and stops early."""
 
 import json
 from pathlib import Path
@@ -34,10 +34,10 @@ FLAGS = [
 
 
 @pytest.mark.parametrize(("cpus", "pauses"), [("0", False), ("9", True)], ids=["background", "between steps"])
-def test_masks_are_validated_while_they_are_trained(
+def test_masks_are_validated_during_training(
     tmp_path: Path, pipeline: RunPipeline, cpus: str, pauses: bool
 ) -> None:
-    """Nothing is learned, so nothing gets better: two validations after the first the run ends, its model the first."""
+    """The learning rate is 0: the run stops two validations after the first, and returns the model of the first."""
     write_whole_masks(tmp_path / "train", 5)
     write_whole_masks(tmp_path / "val", 4)
     flags = ["--train-data", "train", "--val-data", "val", "--validation-cpus", cpus]
@@ -45,13 +45,13 @@ def test_masks_are_validated_while_they_are_trained(
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert ("Training pauses for each validation" in done.stdout) is pauses
     summary = json.loads((tmp_path / "summary.json").read_text())
-    known = {int(file.stem.removeprefix("step-")) for file in (tmp_path / "run/validations").iterdir()}
-    assert known >= {2, 4, 6}
+    validated = {int(file.stem.removeprefix("step-")) for file in (tmp_path / "run/validations").iterdir()}
+    assert validated >= {2, 4, 6}
     assert summary["model_step"] == 2
-    # Rank 0 tells the others with the step after; a task of its own may end still later.
+    # Rank 0 signals the stop with the next step; a background task may finish even later.
     assert summary["steps"] in ((7,) if pauses else (7, 8))
     assert summary["val_mask_AP"] >= 0
     assert summary["mask_AP"] == pytest.approx(summary["val_mask_AP"], abs=0.05)
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
     history = client(uri).get_metric_history(summary["run_id"], "val_mask_AP")
-    assert sorted(point.step for point in history) == sorted(known), "one value a validation"
+    assert sorted(point.step for point in history) == sorted(validated), "one value per validation"

@@ -1,1 +1,1 @@
-"""What is looked at before a training run costs money: cluster, storage, MLflow, data, a batch, a short overfit."""
+"""Preflight checks of a training run: cluster, storage, MLflow, data, a batch, and a short overfit."""

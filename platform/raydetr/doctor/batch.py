@@ -1,4 +1,4 @@
-"""The first batch of a run, made by the functions of its data stream, looked at and drawn."""
+"""Check and draw the first batch of a run, built by the functions of its data stream."""
 
 import time
 from collections.abc import Iterator
@@ -15,23 +15,23 @@ from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.doctor.findings import Finding
 from raydetr.errors import StorageError
 from raydetr.training.config import TrainConfig
-from raydetr.training.preview import stream_of, walk
+from raydetr.training.preview import build_stream, iterate_micro_batches
 
-LONGEST_S = 20.0
-"""How long data is read to see how fast that is, the first step apart."""
+MAX_READ_S = 20.0
+"""Maximum seconds of reading data to measure its speed; the first step is always read."""
 
 _CELL, _COLUMNS, _IMAGES, _CAPTION, _GAP = 360, 4, 16, 24, 10
 _TINY = 4
-"""Pixels of a box, as the model gets the image, below which there is next to nothing to see."""
+"""Boxes with a side below this many pixels in the resized image are too small to detect."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What was read.
+class FirstBatches:
+    """Micro-batches read from the stream of a run.
 
-    batches: the micro-batches of the first step.
-    others: of the steps after it.
-    images_per_second: made ready by one process.
+    batches: micro-batches of the first step.
+    others: micro-batches of later steps.
+    images_per_second: images that one process prepares per second.
     """
 
     batches: list[TrainingBatch]
@@ -40,39 +40,39 @@ class Drawn:
 
     @property
     def all(self) -> list[TrainingBatch]:
-        """Of all steps."""
+        """Micro-batches of all steps."""
         return self.batches + self.others
 
 
-def first_batches(config: TrainConfig, manifest: Manifest) -> Drawn:
-    """Make the first step, and go on for about a window or 20 seconds."""
+def first_batches(config: TrainConfig, manifest: Manifest) -> FirstBatches:
+    """Build the first step, then read on for at most about one window or 20 seconds."""
     per_step = config.micro_batch_size * config.micro_batches
     window = config.window_row_groups * manifest.row_group_size
-    made = stream_of(config, manifest, max(1, min(window, manifest.num_images) // per_step))
+    stream = build_stream(config, manifest, max(1, min(window, manifest.num_images) // per_step))
     batches: list[TrainingBatch] = []
     start = time.perf_counter()
-    for batch in walk(made, config.micro_batch_size):
+    for batch in iterate_micro_batches(stream, config.micro_batch_size):
         batches.append(batch)
-        if batch.step > 0 and time.perf_counter() - start > LONGEST_S:
+        if batch.step > 0 and time.perf_counter() - start > MAX_READ_S:
             break
     seconds = time.perf_counter() - start
     images = sum(len(batch.image_ids) for batch in batches)
     first = [batch for batch in batches if batch.step == 0]
-    return Drawn(first, batches[len(first) :], images / seconds)
+    return FirstBatches(first, batches[len(first) :], images / seconds)
 
 
-def findings(config: TrainConfig, drawn: Drawn) -> Iterator[Finding]:
-    """What is odd about the images and targets that the model would get."""
+def findings(config: TrainConfig, sample: FirstBatches) -> Iterator[Finding]:
+    """Report problems with the images and targets that the model would get."""
     labels = [
-        label for batch in drawn.all for label, image in zip(batch.labels, batch.images) if image is not None
+        label for batch in sample.all for label, image in zip(batch.labels, batch.images) if image is not None
     ]
-    images = sum(len(batch.image_ids) for batch in drawn.all)
-    yield from _damaged(config, drawn.all, images)
+    images = sum(len(batch.image_ids) for batch in sample.all)
+    yield from _damaged(config, sample.all, images)
     with_objects = sum(len(label["boxes"]) > 0 for label in labels)
     sides = np.array(
         [
             side
-            for batch in drawn.all
+            for batch in sample.all
             for label, image in zip(batch.labels, batch.images)
             if image is not None
             for side in (label["boxes"][:, 2:].numpy() * (image.shape[2], image.shape[1])).min(
@@ -83,60 +83,64 @@ def findings(config: TrainConfig, drawn: Drawn) -> Iterator[Finding]:
     outside = sum(_outside(label["boxes"].numpy()) for label in labels)
     if outside:
         yield Finding(
-            "batch", "FAIL", f"{outside} of {len(sides)} boxes are not inside their image.", "see faults."
+            "batch",
+            "FAIL",
+            f"{outside} of {len(sides)} boxes are not inside their image.",
+            "check faults.parquet.",
         )
     share = with_objects / max(len(labels), 1)
-    text = f"{share:.0%} of {len(labels)} images have objects, {len(sides)} in all"
+    text = f"{share:.0%} of {len(labels)} images have objects, {len(sides)} in total"
     if share < 0.25:
         yield Finding(
             "batch",
             "warn" if with_objects else "FAIL",
             f"{text}.",
-            "see whether the annotations belong to these images; DETR learns little from images without objects.",
+            "check that the annotations belong to these images; DETR learns little from images without objects.",
         )
     tiny = (sides < _TINY).mean() if len(sides) else 0.0
     if tiny > 0.2:
         yield Finding(
             "batch",
             "warn",
-            f"{tiny:.0%} of the boxes are less than {_TINY} pixels wide or high when the model gets them.",
-            "raise --shortest-edges and --longest-edge (and --test-edge), or cut the images into tiles.",
+            f"{tiny:.0%} of the boxes are less than {_TINY} pixels wide or high after resizing.",
+            "raise --shortest-edges and --longest-edge (and --test-edge), or split the images into tiles.",
         )
     pixels = sum(
         image.shape[1] * image.shape[2]
-        for each in drawn.batches
+        for each in sample.batches
         for image in each.images
         if image is not None
     )
-    height, width = drawn.batches[0].shape
-    slots = sum(float(each.weights.sum()) for each in drawn.batches)
+    height, width = sample.batches[0].shape
+    slots = sum(float(each.weights.sum()) for each in sample.batches)
     padding = 1 - pixels / max(slots * height * width, 1)
     if not outside and share >= 0.25:
         yield Finding(
             "batch",
             "ok",
-            f"step 0 has {slots:g} images padded to {height} x {width} ({padding:.0%} padding); {text}, all boxes inside.",
+            f"step 0 has {slots:g} images padded to {height} x {width} ({padding:.0%} padding); {text}, "
+            "all boxes inside.",
         )
 
 
-def picture(drawn: Drawn, names: dict[int, str], file: str) -> Iterator[Finding]:
-    """Draw the images of the first step with their targets, into a PNG at an address."""
+def draw_contact_sheet(sample: FirstBatches, names: dict[int, str], file: str) -> Iterator[Finding]:
+    """Draw the images of the first step with their targets, and write the contact sheet as a PNG."""
     cells: list[tuple[Image.Image, str]] = []
-    for batch in drawn.batches:
+    for batch in sample.batches:
         for image, label in zip(batch.images, batch.labels):
             if image is not None and len(cells) < _IMAGES:
-                cells.append(_cell(image.permute(1, 2, 0).numpy(), label, names))
+                cells.append(_draw_cell(image.permute(1, 2, 0).numpy(), label, names))
     if not cells:
         return
     buffer = BytesIO()
-    _page(cells).save(buffer, "PNG")
+    _draw_grid(cells).save(buffer, "PNG")
     try:
         storage.write_bytes(file, buffer.getvalue())
     except StorageError as error:
-        yield Finding("picture", "warn", f"the batch is not drawn: {error}")
+        yield Finding("picture", "warn", f"the contact sheet cannot be written: {error}")
     else:
         yield Finding(
-            "picture", "ok", f"{file}: look whether the boxes are on the objects and the names right."
+            "picture", "ok", f"{file}: check that the boxes are on the objects and the class names are right."
         )
 
 
@@ -144,7 +148,7 @@ def _damaged(config: TrainConfig, batches: list[TrainingBatch], images: int) -> 
     skipped = [reason for batch in batches for reason in batch.skipped]
     if not skipped:
         return
-    text = f"{len(skipped)} of {images} images cannot be decoded, such as image {skipped[0]}."
+    text = f"{len(skipped)} of {images} images cannot be decoded, for example image {skipped[0]}."
     if len(skipped) > config.max_skipped * images and len(skipped) > 1:
         yield Finding(
             "images",
@@ -153,7 +157,7 @@ def _damaged(config: TrainConfig, batches: list[TrainingBatch], images: int) -> 
             "copy or ingest the data again, or raise --max-skipped.",
         )
     else:
-        yield Finding("images", "warn", text, "none: they have no weight in their step.")
+        yield Finding("images", "warn", text, "none needed: training skips these images.")
 
 
 def _outside(boxes_cxcywh: np.ndarray) -> int:
@@ -162,7 +166,7 @@ def _outside(boxes_cxcywh: np.ndarray) -> int:
     return int((~inside).sum())
 
 
-def _cell(pixels: np.ndarray, label: dict, names: dict[int, str]) -> tuple[Image.Image, str]:  # type: ignore[type-arg]
+def _draw_cell(pixels: np.ndarray, label: dict, names: dict[int, str]) -> tuple[Image.Image, str]:  # type: ignore[type-arg]
     height, width = pixels.shape[:2]
     scale = _CELL / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -186,7 +190,7 @@ def _cell(pixels: np.ndarray, label: dict, names: dict[int, str]) -> tuple[Image
     return drawn, f"image {int(label['image_id'])}, {width} x {height}, objects: {len(classes)}"
 
 
-def _page(cells: list[tuple[Image.Image, str]]) -> Image.Image:
+def _draw_grid(cells: list[tuple[Image.Image, str]]) -> Image.Image:
     columns = min(_COLUMNS, len(cells))
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     heights = [max(image.height for image, _ in row) + _CAPTION + _GAP for row in rows]

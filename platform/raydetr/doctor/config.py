@@ -1,4 +1,4 @@
-"""The flags of the doctor: those of the training run that it examines, and a few of its own."""
+"""Flags of the doctor: those of the training run that it checks, and a few of its own."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from raydetr.training.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig(TrainConfig):
-    """Look whether a training run with these flags can work, before it is started."""
+    """Check whether a training run with these flags can work, before it is started."""
 
-    # The doctor's own
+    # Checks
     overfit_steps: int = 300
-    """Most steps of the overfit on eight images; 0: no overfit."""
+    """Maximum steps of the overfit on eight images; 0: no overfit."""
     overfit_minutes: float = 5.0
-    """Longest time of the overfit."""
+    """Time limit of the overfit in minutes."""
     loss_share: float = 0.5
-    """Share of its start that the loss must fall to."""
+    """The overfit passes when the loss has fallen to this fraction of its initial value."""
     check_shards: int = 16
-    """Shards that are read whole and compared with their checksums, drawn at random; 0: all."""
+    """Number of randomly chosen shards to read completely and compare with their checksums; 0: all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""From a trial and a window of data to hours, epochs, memory, and how many CPUs must prepare images."""
+"""Estimate hours, epochs, memory and CPUs for data from a trial run and a window of data."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,26 +10,26 @@ from raydetr.doctor.findings import Finding
 from raydetr.doctor.nodes import Node
 from raydetr.doctor.trial import TrialRun
 from raydetr.training.config import TrainConfig
-from raydetr.training.preview import duration
+from raydetr.training.preview import format_duration
 
 FROM_SCRATCH_EPOCHS = 300
-"""The paper's schedule on COCO's 118,000 images; the longer one is 500 epochs."""
+"""The paper's shorter schedule on COCO's 118,000 images; the longer one has 500 epochs."""
 
-FAR_BELOW = 50
-"""At 50 epochs of COCO, DETR is far from what it can be (Zhu et al. 2021, table 1: AP 35 after 50, 43 after 500)."""
+MIN_EPOCHS = 50
+"""DETR is far from converged after 50 epochs of COCO (Zhu et al. 2021, table 1: AP 35 after 50, 43 after 500)."""
 
 FINE_TUNE_EPOCHS = 5
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a run can be expected to do.
+    """Expected throughput of a run.
 
-    worker_images_per_second: of all workers, if nothing held them up.
-    data_images_per_second_per_cpu: made ready by one CPU.
-    feeding_cpus: CPUs that make ready what the workers train on.
-    images_per_second: of the run.
-    bound_by: what it is that holds it up.
+    worker_images_per_second: of all workers together, if they never wait for data.
+    data_images_per_second_per_cpu: images that one CPU prepares per second.
+    feeding_cpus: CPUs needed to prepare images as fast as the workers train on them.
+    images_per_second: throughput of the run.
+    bound_by: the bottleneck.
     """
 
     worker_images_per_second: float
@@ -42,20 +42,21 @@ class Speed:
 def speed(
     config: TrainConfig, trial: TrialRun, data_rate: float, logical_cpus: float, real_cpus: float
 ) -> Speed:
-    """How fast a run can be.
+    """Estimate the throughput of a run.
 
     Args:
-        config: of the run.
-        trial: what a step takes.
-        data_rate: images that one CPU makes ready in a second.
-        logical_cpus: of the cluster, as Ray counts them.
-        real_cpus: that its nodes have.
+        config: configuration of the run.
+        trial: timings of a step.
+        data_rate: images that one CPU prepares per second.
+        logical_cpus: CPUs of the cluster, as Ray counts them.
+        real_cpus: CPUs that the nodes have.
     """
     per_image = trial.step_seconds / max(trial.images, 1)
-    # A step is as long as its longest share, which is what was measured.
+    # A step takes as long as the slowest worker. The trial measured rank 0, which gets the most micro-batches.
     workers = config.micro_batch_size * config.micro_batches / trial.step_seconds
     free = max(logical_cpus - config.workers, 1)
     trains = per_image if config.accelerator == "cpu" else 0.0
+    # Where workers and data tasks share cores, an image costs the time of both: training (on CPU) and preparation.
     bounds = {
         "the workers": workers,
         "the CPUs that prepare images": free * data_rate,
@@ -66,83 +67,85 @@ def speed(
 
 
 def epochs(config: TrainConfig, manifest: Manifest) -> float:
-    """How often the run sees each image."""
+    """Return how often the run sees each image."""
     return config.steps * config.micro_batch_size * config.micro_batches / max(manifest.num_images, 1)
 
 
 def findings(
-    config: TrainConfig, manifest: Manifest, trial: TrialRun, found: Speed, cpus: float, embedded: bool
+    config: TrainConfig, manifest: Manifest, trial: TrialRun, estimate: Speed, cpus: float, embedded: bool
 ) -> Iterator[Finding]:
-    """Time, data rate and epochs, in words.
+    """Report time, data rate and epochs.
 
     Args:
-        config: of the run.
-        manifest: of the training set.
-        trial: what a step takes.
-        found: `speed` of it.
-        cpus: of the cluster.
-        embedded: the data are the embedded ones, for which the steps of `small` were found to suffice.
+        config: configuration of the run.
+        manifest: manifest of the training set.
+        trial: timings of a step.
+        estimate: result of `speed`.
+        cpus: CPUs of the cluster.
+        embedded: whether the data are the demo scenes, for which the recipes have enough steps.
     """
-    hours = hours_of(config, found)
+    hours = hours_of(config, estimate)
     yield Finding(
         "time",
         "ok",
-        f"{trial.step_seconds:.2f} s a step ({trial.images} images of one worker), about "
-        f"{found.images_per_second:.1f} images/s with {config.workers} workers, bound by {found.bound_by}: "
-        f"{duration(3600 * hours)} for {config.steps:,} steps.",
+        f"{trial.step_seconds:.2f} s per step ({trial.images} images of one worker), about "
+        f"{estimate.images_per_second:.1f} images/s with {config.workers} workers, limited by {estimate.bound_by}: "
+        f"{format_duration(3600 * hours)} for {config.steps:,} steps.",
     )
     left = cpus - config.workers
     rate = (
-        f"one CPU prepares {found.data_images_per_second_per_cpu:.1f} images/s, the workers take "
-        f"{found.worker_images_per_second:.1f}; CPUs that feed them: {found.feeding_cpus}"
+        f"one CPU prepares {estimate.data_images_per_second_per_cpu:.1f} images/s, the workers consume "
+        f"{estimate.worker_images_per_second:.1f}, which takes {estimate.feeding_cpus} CPUs"
     )
-    if found.feeding_cpus > left:
+    if estimate.feeding_cpus > left:
         yield Finding(
             "data rate",
             "warn",
-            f"{rate}, and {left:g} are left to the data.",
-            f"give the cluster {found.feeding_cpus - left:g} more CPUs (--data-cpus {found.feeding_cpus} asks for "
-            "them), or the workers will wait.",
+            f"{rate}; only {left:g} are left for data tasks.",
+            f"add {estimate.feeding_cpus - left:g} more CPUs to the cluster (--data-cpus {estimate.feeding_cpus} "
+            "requests them), or the workers will wait for data.",
         )
     else:
-        yield Finding("data rate", "ok", f"{rate}; {left:g} are left to the data.")
+        yield Finding("data rate", "ok", f"{rate}; {left:g} are left for data tasks.")
     yield from _epochs(config, manifest, embedded)
 
 
 def memory(
     config: TrainConfig, trial: TrialRun, nodes: Sequence[Node], described: Sequence[Any]
 ) -> Iterator[Finding]:
-    """Whether the workers fit into the nodes' memory, and into their GPUs'."""
+    """Check that the workers fit into the memory of the nodes and of their GPUs."""
     if trial.gpu_memory_gib:
-        used, there = trial.gpu_memory_gib
-        status: Any = "ok" if used < 0.9 * there else "warn"
+        used, total = trial.gpu_memory_gib
+        status: Any = "ok" if used < 0.9 * total else "warn"
         remedy = "" if status == "ok" else "lower --micro-batch-size, or give --activation-checkpointing."
-        yield Finding("GPU memory", status, f"{used:.1f} of {there:.0f} GiB.", remedy)
-    places = 0
+        yield Finding("GPU memory", status, f"{used:.1f} of {total:.0f} GiB.", remedy)
+    capacity = 0
     for node, each in zip(nodes, described, strict=True):
         if isinstance(each, dict):
             free = each["memory_bytes"] / 2**30 - node.resources.get("object_store_memory", 0) / 2**30
-            places += int(max(free, 0) / trial.memory_gib)
-    text = f"a worker takes about {trial.memory_gib:.1f} GiB; besides the object store the nodes hold {places} such"
-    if places < config.workers:
+            capacity += int(max(free, 0) / trial.memory_gib)
+    text = f"a worker needs about {trial.memory_gib:.1f} GiB; memory outside the object stores is enough for {capacity}"
+    if capacity < config.workers:
         yield Finding(
             "memory",
             "FAIL",
-            f"{text}, --workers is {config.workers}.",
-            "lower --workers or --micro-batch-size, give --activation-checkpointing, or larger nodes.",
+            f"{text}, but --workers is {config.workers}.",
+            "lower --workers or --micro-batch-size, give --activation-checkpointing, or use nodes with more memory.",
         )
     else:
         yield Finding("memory", "ok", f"{text}.")
 
 
-def figures(config: TrainConfig, manifest: Manifest, trial: TrialRun, found: Speed) -> dict[str, Any]:
-    """For the summary."""
+def summary_fields(
+    config: TrainConfig, manifest: Manifest, trial: TrialRun, estimate: Speed
+) -> dict[str, Any]:
+    """Return the fields for the summary of the doctor."""
     return {
         "step_seconds": trial.step_seconds,
         "memory_gib": trial.memory_gib,
         **({"gpu_memory_gib": trial.gpu_memory_gib[0]} if trial.gpu_memory_gib else {}),
-        **asdict(found),
-        "hours": hours_of(config, found),
+        **asdict(estimate),
+        "hours": hours_of(config, estimate),
         "epochs": epochs(config, manifest),
         "overfit_steps": len(trial.losses),
         **(
@@ -150,29 +153,29 @@ def figures(config: TrainConfig, manifest: Manifest, trial: TrialRun, found: Spe
             if trial.losses
             else {}
         ),
-        **{f"overfit_{name}": value for name, value in trial.figures.items()},
+        **{f"overfit_{name}": value for name, value in trial.metrics.items()},
     }
 
 
-def hours_of(config: TrainConfig, found: Speed) -> float:
-    """Hours that the steps take, without start, validation and checkpoints."""
-    return config.steps * config.micro_batch_size * config.micro_batches / found.images_per_second / 3600
+def hours_of(config: TrainConfig, estimate: Speed) -> float:
+    """Return the hours of all steps, without startup, validation and checkpoints."""
+    return config.steps * config.micro_batch_size * config.micro_batches / estimate.images_per_second / 3600
 
 
 def _epochs(config: TrainConfig, manifest: Manifest, embedded: bool) -> Iterator[Finding]:
     count = epochs(config, manifest)
     text = f"{config.steps:,} steps are {count:.1f} epochs of {manifest.num_images:,} images"
-    least = FINE_TUNE_EPOCHS if config.model else FAR_BELOW
-    if count >= least or config.multi_scale:
+    minimum = FINE_TUNE_EPOCHS if config.model else MIN_EPOCHS
+    if count >= minimum or config.multi_scale:
         yield Finding("epochs", "ok", f"{text}.")
     elif embedded:
-        yield Finding("epochs", "ok", f"{text}, enough for the embedded ones.")
+        yield Finding("epochs", "ok", f"{text}, enough for the demo scenes.")
     else:
-        wanted = math.ceil(config.steps * least / count / 100) * 100
+        wanted = math.ceil(config.steps * minimum / count / 100) * 100
         need = (
-            f"even a fine-tune wants {FINE_TUNE_EPOCHS} or more"
+            f"even fine-tuning needs {FINE_TUNE_EPOCHS} or more"
             if config.model
-            else f"from scratch DETR needs about {FROM_SCRATCH_EPOCHS}, and below {FAR_BELOW} it finds next to nothing"
+            else f"from scratch DETR needs about {FROM_SCRATCH_EPOCHS}; below {MIN_EPOCHS} it detects almost nothing"
         )
-        advice = "" if config.model else ", or start from a trained model: --recipe fine-tune --model ADDRESS"
+        advice = "" if config.model else ", or start from a trained model: --recipe fine-tune --model MODEL"
         yield Finding("epochs", "warn", f"{text}: {need}.", f"give --steps {wanted:,} or more{advice}.")

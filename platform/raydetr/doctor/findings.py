@@ -1,4 +1,4 @@
-"""What the doctor finds: a line each, as it is found, and all of them at the end."""
+"""Findings of the doctor: printed as they occur, and collected in a report."""
 
 import sys
 import traceback
@@ -13,12 +13,12 @@ Status = Literal["ok", "warn", "FAIL"]
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of a check.
+    """Result of a check.
 
-    check: its name.
-    status: ok; warn: the run can work, but look at it; FAIL: it cannot.
-    found: what there is.
-    remedy: what to do about it; empty where nothing is to be done.
+    check: name of the check.
+    status: ok; warn: the run can work, but may need attention; FAIL: the run cannot work.
+    found: what the check found.
+    remedy: what to do about it; empty if nothing is needed.
     """
 
     check: str
@@ -27,27 +27,27 @@ class Finding:
     remedy: str = ""
 
     def line(self) -> str:
-        """As it is printed."""
+        """Format the finding for printing."""
         text = f"{self.status:<4}  {self.check}: {self.found}"
         return f"{text} Remedy: {self.remedy}" if self.remedy else text
 
 
 @dataclass
 class Report:
-    """The findings so far, and the figures that belong to them."""
+    """Findings so far, and measurements for the summary."""
 
     findings: list[Finding] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
+    measurements: dict[str, Any] = field(default_factory=dict)
 
     def run(self, check: str, findings: Callable[[], Iterable[Finding]]) -> bool:
-        """Make a check; what it raises is a finding too, so that the next one can be made.
+        """Run a check and print its findings. An exception becomes a finding too, so that later checks still run.
 
         Args:
-            check: its name, for what it raises.
-            findings: makes it.
+            check: name of the check, used if it raises.
+            findings: the check.
 
         Returns:
-            whether nothing failed.
+            True if no finding is FAIL.
         """
         before = len(self.findings)
         for finding in _guarded(check, findings):
@@ -57,15 +57,15 @@ class Report:
         return not any(finding.status == "FAIL" for finding in self.findings[before:])
 
     def names(self, status: Status) -> list[str]:
-        """The checks with a finding of this status."""
+        """List the checks that have a finding of this status."""
         return list(dict.fromkeys(finding.check for finding in self.findings if finding.status == status))
 
     def summary(self) -> dict[str, Any]:
-        """For a table and for JSON."""
+        """Return the summary, for a table and for JSON."""
         failed, warned = self.names("FAIL"), self.names("warn")
         return {
             "status": "FAIL" if failed else "warn" if warned else "ok",
-            **self.figures,
+            **self.measurements,
             "failed": failed,
             "warned": warned,
             "findings": [asdict(finding) for finding in self.findings],
@@ -77,8 +77,6 @@ def _guarded(check: str, findings: Callable[[], Iterable[Finding]]) -> Iterator[
         yield from findings()
     except RaydetrError as error:
         yield Finding(check, "FAIL", str(error))
-    except (
-        Exception
-    ) as error:  # whatever it is, it is what the run would meet, and the other checks can still help
+    except Exception as error:  # the run would hit the same error, and the other checks can still help
         traceback.print_exc()
-        yield Finding(check, "FAIL", f"the check ended with {type(error).__name__}: {error}")
+        yield Finding(check, "FAIL", f"the check raised {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""The nodes of the cluster, and tasks that run on a certain one of them."""
+"""List the nodes of the cluster, and run functions on each of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydetr.doctor import on_node
 
-PATIENCE_S = 120.0
-"""How long a node has for a check, the start of a process there included."""
+NODE_TIMEOUT_S = 120.0
+"""Time limit for a check on a node, including the start of a worker process."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node that is alive."""
+    """A live node of the cluster."""
 
     node_id: str
     address: str
@@ -25,34 +25,34 @@ class Node:
 
     @property
     def name(self) -> str:
-        """For messages: nodes can share an address."""
+        """Address and short id, since nodes can share an address."""
         return f"{self.address} ({self.node_id[:6]})"
 
 
 def alive() -> list[Node]:
-    """The nodes, this process's first."""
+    """List the live nodes, starting with the one of this process."""
     own = ray.get_runtime_context().get_node_id()
-    found = [
+    nodes = [
         Node(each["NodeID"], each["NodeManagerAddress"], each["Resources"], each["NodeID"] == own)
         for each in ray.nodes()
         if each["Alive"]
     ]
-    return sorted(found, key=lambda node: (not node.is_driver, node.address, node.node_id))
+    return sorted(nodes, key=lambda node: (not node.is_driver, node.address, node.node_id))
 
 
 def on_each(
     nodes: Sequence[Node], action: Callable[..., Any], *arguments: Any, by_value: bool = False
 ) -> list[Any]:
-    """What a function returns on every node, or what went wrong there.
+    """Run a function on every node.
 
     Args:
-        nodes: where to.
-        action: takes no CPU from the scheduler, so it runs on a cluster that is busy.
-        arguments: of it.
-        by_value: send the code of its module along; else each node imports its own.
+        nodes: nodes to run it on.
+        action: the function. It reserves no CPU, so it also runs on a busy cluster.
+        arguments: arguments of the function.
+        by_value: ship the code of `on_node` with the task; otherwise each node imports its own copy.
 
     Returns:
-        for each node what the function returned, or the exception.
+        For each node the result of the function, or the exception.
     """
     if by_value:
         cloudpickle.register_pickle_by_value(on_node)
@@ -68,7 +68,7 @@ def on_each(
             cloudpickle.unregister_pickle_by_value(on_node)
     if not references:
         return []
-    ray.wait(references, num_returns=len(references), timeout=PATIENCE_S)
+    ray.wait(references, num_returns=len(references), timeout=NODE_TIMEOUT_S)
     return [_outcome(reference) for reference in references]
 
 
@@ -77,7 +77,7 @@ def _outcome(reference: Any) -> Any:
         return ray.get(reference, timeout=0.1)
     except ray.exceptions.GetTimeoutError:
         ray.cancel(reference, force=True)
-        return TimeoutError(f"no answer within {PATIENCE_S:.0f} s")
+        return TimeoutError(f"no answer within {NODE_TIMEOUT_S:.0f} s")
     except ray.exceptions.RayTaskError as error:
         return error.cause if isinstance(error.cause, Exception) else error
     except ray.exceptions.RayError as error:

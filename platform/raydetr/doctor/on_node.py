@@ -1,6 +1,6 @@
-"""What runs on every node, whatever code and versions that node has.
+"""Functions that run on every node, independent of the code and versions installed there.
 
-This file is sent there as it is here, so it needs nothing but the standard library.
+Ray ships this module by value, so it imports only the standard library.
 """
 
 import hashlib
@@ -18,33 +18,33 @@ DISTRIBUTIONS = ("torch", "torchvision", "timm", "ray", "pyarrow", "numpy", "mlf
 
 
 def describe() -> dict[str, Any]:
-    """What this node is: versions, checksums of the code that it imports, processors, memory, room for Ray's files."""
+    """Describe this node: versions, checksums of the code that it imports, CPUs, memory, disk space for Ray's files."""
     return {
         "versions": {"python": platform.python_version(), **_installed()},
         "code": {package: _code(package) for package in PACKAGES},
         "cpus": len(os.sched_getaffinity(0)),
         "memory_bytes": _memory_bytes(),
-        "temporary": _room(tempfile.gettempdir()),
+        "temporary": _disk_space(tempfile.gettempdir()),
     }
 
 
-def room(folder: str) -> tuple[int, int]:
-    """(free, all) bytes of the disk on which a folder is, or will be."""
-    return _room(folder)
+def disk_space(folder: str) -> tuple[int, int]:
+    """Return (free, total) bytes of the disk of a folder, which need not exist yet."""
+    return _disk_space(folder)
 
 
 def _installed() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in DISTRIBUTIONS:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def _code(package: str) -> dict[str, Any]:
-    """`root` of a package, and `files`: name to checksum; no files where it cannot be imported."""
+    """Return the `root` of a package and its `files`, name → checksum; no files if it cannot be imported."""
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
@@ -63,7 +63,7 @@ def _code(package: str) -> dict[str, Any]:
 
 
 def _memory_bytes() -> int:
-    """Of the machine, or of the container where that is less."""
+    """Return the memory of the machine, or the limit of the container if that is lower."""
     bounds = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -73,9 +73,9 @@ def _memory_bytes() -> int:
     return min(bounds)
 
 
-def _room(folder: str) -> tuple[int, int]:
-    there = Path(folder)
-    while not there.is_dir():
-        there = there.parent
-    usage = shutil.disk_usage(there)
+def _disk_space(folder: str) -> tuple[int, int]:
+    existing = Path(folder)
+    while not existing.is_dir():
+        existing = existing.parent
+    usage = shutil.disk_usage(existing)
     return usage.free, usage.total

@@ -1,4 +1,4 @@
-"""Whether every node reaches what the run reads and writes: the output, the data, MLflow."""
+"""Check that every node can reach what the run reads and writes: the output, the data, MLflow."""
 
 import uuid
 from collections.abc import Iterator, Sequence
@@ -13,22 +13,22 @@ from raydetr.registry import tracking
 from raydetr.training.config import TrainConfig
 
 EXPERIMENT = "doctor"
-_GIVE_ANOTHER = "give an --output that every node can write to, or mend its permissions."
+_GIVE_ANOTHER = "give an --output that every node can write to, or fix its permissions."
 
 
-def local_addresses(config: TrainConfig) -> Iterator[Finding]:
-    """Addresses that only one of several nodes has."""
+def unshared_paths(config: TrainConfig) -> Iterator[Finding]:
+    """Report local paths that only one of several nodes has."""
     named = {"train_data": config.train_data, "output": config.output, "tracking_uri": config.tracking_uri}
     if config.val_data:
         named["val_data"] = config.val_data
     if config.model and "://" not in config.model and not config.model.startswith(("models:", "hub:")):
         named["model"] = config.model
     failed = False
-    for flag, address in named.items():
-        if not address:
-            continue  # it could not be resolved, which is said where it was tried
+    for flag, uri in named.items():
+        if not uri:
+            continue  # could not be resolved, which is already a finding
         try:
-            cluster.require_shared(**{flag: address})
+            cluster.require_shared(**{flag: uri})
         except ClusterError as error:
             failed = True
             yield Finding("addresses", "FAIL", str(error))
@@ -37,36 +37,36 @@ def local_addresses(config: TrainConfig) -> Iterator[Finding]:
         yield Finding(
             "addresses",
             "ok",
-            "one node, which has them all." if nodes == 1 else f"all are shared by the {nodes} nodes.",
+            "a single node, so local paths work." if nodes == 1 else f"all {nodes} nodes share them.",
         )
 
 
 def output(config: TrainConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
-    """Write a file from every node, read each of them from every node, delete them."""
+    """Write a file from every node, read all of them from every node, then delete them."""
     folder = storage.join(config.output, "doctor", f"probe-{uuid.uuid4().hex[:8]}")
     failed = False
     try:
         written = on_each(nodes, write_probe, folder)
-        for node, found in zip(nodes, written, strict=True):
-            if isinstance(found, Exception):
+        for node, result in zip(nodes, written, strict=True):
+            if isinstance(result, Exception):
                 failed = True
                 yield Finding(
                     "output",
                     "FAIL",
-                    f"node {node.name} cannot write to {config.output}: {found}",
+                    f"node {node.name} cannot write to {config.output}: {result}",
                     _GIVE_ANOTHER,
                 )
-        there = [found for found in written if not isinstance(found, Exception)]
-        for node, found in zip(
-            nodes, on_each(nodes, read_probes, there) if there else [], strict=bool(there)
+        files = [result for result in written if not isinstance(result, Exception)]
+        for node, result in zip(
+            nodes, on_each(nodes, read_probes, files) if files else [], strict=bool(files)
         ):
-            if isinstance(found, Exception):
+            if isinstance(result, Exception):
                 failed = True
                 yield Finding(
                     "output",
                     "FAIL",
-                    f"node {node.name} cannot read what another wrote to {config.output}: {found}",
-                    "give an --output that all nodes share, such as s3://.",
+                    f"node {node.name} cannot read files that another node wrote to {config.output}: {result}",
+                    "give an --output that all nodes share, for example s3://.",
                 )
     finally:
         try:
@@ -77,67 +77,72 @@ def output(config: TrainConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
         pairs = (
             "written and read"
             if len(nodes) == 1
-            else f"written from {len(nodes)} nodes, read from all others"
+            else f"written from {len(nodes)} nodes, read from all of them"
         )
         yield Finding("output", "ok", f"{config.output}: {pairs}.")
 
 
-def data(flag: str, address: str, nodes: Sequence[Node]) -> Iterator[Finding]:
-    """Read the manifest from every node; the shards are read by `shards.examine`, wherever a task runs."""
+def data(flag: str, uri: str, nodes: Sequence[Node]) -> Iterator[Finding]:
+    """Read the manifest from every node. `shards.survey` reads the shards, on any node."""
     failed = False
-    for node, found in zip(nodes, on_each(nodes, read_manifest, address), strict=True):
-        if isinstance(found, Exception):
+    for node, result in zip(nodes, on_each(nodes, read_manifest, uri), strict=True):
+        if isinstance(result, Exception):
             failed = True
             yield Finding(
                 flag,
                 "FAIL",
-                f"node {node.name} cannot read {address}: {found}",
-                f"give a --{flag} that every node can read, and the credentials for it.",
+                f"node {node.name} cannot read {uri}: {result}",
+                f"give a --{flag} that every node can read, and its credentials.",
             )
     if not failed:
-        yield Finding(flag, "ok", f"{address}: readable from {_every(nodes)}.")
+        yield Finding(flag, "ok", f"{uri}: readable from {_every(nodes)}.")
 
 
 def mlflow(uri: str, nodes: Sequence[Node]) -> Iterator[Finding]:
-    """Look up experiments from every node; open a run from here, and delete it."""
+    """Search MLflow experiments from every node; create and delete a run from this one."""
     failed = False
-    # One first: several that find a new database would each make its tables.
-    asked = [found for some in (nodes[:1], nodes[1:]) for found in on_each(some, search_experiments, uri)]
-    for node, found in zip(nodes, asked, strict=True):
-        if isinstance(found, Exception):
+    # One node first: several would create the tables of a new database concurrently.
+    results = [result for some in (nodes[:1], nodes[1:]) for result in on_each(some, search_experiments, uri)]
+    for node, result in zip(nodes, results, strict=True):
+        if isinstance(result, Exception):
             failed = True
             yield Finding(
                 "mlflow",
                 "FAIL",
-                f"node {node.name} does not reach {uri}: {found}",
-                "open the way from that node to the server, or give another --tracking-uri.",
+                f"node {node.name} cannot reach {uri}: {result}",
+                "allow connections from that node to the server, or give another --tracking-uri.",
             )
     if not failed:
         run_id = tracking.start_run(uri, EXPERIMENT, "probe", {}, {})
         tracking.log_metrics(uri, run_id, [(0, {"probe": 1.0})])
         with tracking.registry_errors(uri):
             tracking.client(uri).delete_run(run_id)
-        yield Finding("mlflow", "ok", f"{uri}: reached from {_every(nodes)}, a run opened and deleted.")
+        yield Finding("mlflow", "ok", f"{uri}: reachable from {_every(nodes)}, a run created and deleted.")
 
 
 def free_space(config: TrainConfig, model_bytes: int, nodes: Sequence[Node]) -> Iterator[Finding]:
-    """Whether the checkpoints that are kept fit on the disk of a local output.
+    """Check that the retained checkpoints fit on the disk of a local output.
 
     Args:
-        config: of the run.
-        model_bytes: of the trained model's weights.
-        nodes: the run's.
+        config: configuration of the run.
+        model_bytes: size of the model's weights in bytes.
+        nodes: nodes of the cluster.
     """
     if "://" in config.output:
         return
-    (found,) = on_each(nodes[:1], on_node.room, config.output, by_value=True)
-    if isinstance(found, Exception):
-        raise found
-    # Weights, their average, two moments of the optimiser; the best, and the one being written, besides those kept.
+    (result,) = on_each(nodes[:1], on_node.disk_space, config.output, by_value=True)
+    if isinstance(result, Exception):
+        raise result
+    # A checkpoint has the weights, their average and two optimizer moments. In addition to the latest checkpoints, the
+    # disk holds the best one and the one being written.
     needed = 4 * model_bytes * (config.keep_checkpoints + 2)
-    text = f"{found[0] / 2**30:.1f} GiB free at {config.output}, checkpoints need about {needed / 2**30:.1f}."
-    if found[0] < needed:
-        yield Finding("disk", "FAIL", text, "make room, lower --keep-checkpoints, or give another --output.")
+    text = (
+        f"{result[0] / 2**30:.1f} GiB free at {config.output}, checkpoints need about {needed / 2**30:.1f}."
+    )
+    if result[0] < needed:
+        yield Finding(
+            "disk", "FAIL", text, "free disk space, lower --keep-checkpoints, or give another --output."
+        )
     else:
         yield Finding("disk", "ok", text)
 
@@ -147,33 +152,33 @@ def _every(nodes: Sequence[Node]) -> str:
 
 
 def write_probe(folder: str) -> str:
-    """Write a file of this node's; returns its address."""
-    address = storage.join(folder, uuid.uuid4().hex)
-    storage.write_bytes(address, address.encode())
-    return address
+    """Write a file that contains its own URI; return the URI."""
+    uri = storage.join(folder, uuid.uuid4().hex)
+    storage.write_bytes(uri, uri.encode())
+    return uri
 
 
-def read_probes(addresses: Sequence[str]) -> None:
+def read_probes(uris: Sequence[str]) -> None:
     """Read the files of all nodes.
 
     Raises:
-        StorageError: one of them is not there, or not what was written.
+        StorageError: a file is missing or has other content.
     """
-    for address in addresses:
-        if storage.read_bytes(address) != address.encode():
-            raise StorageError(f"{address}: not what was written to it.")
+    for uri in uris:
+        if storage.read_bytes(uri) != uri.encode():
+            raise StorageError(f"{uri}: its content is not what was written.")
 
 
-def read_manifest(address: str) -> None:
-    """Read the manifest's text."""
-    storage.read_bytes(storage.join(address, MANIFEST))
+def read_manifest(uri: str) -> None:
+    """Read the bytes of a manifest."""
+    storage.read_bytes(storage.join(uri, MANIFEST))
 
 
 def search_experiments(uri: str) -> None:
-    """Ask MLflow for an experiment.
+    """Search for an MLflow experiment.
 
     Raises:
-        RegistryError: it does not answer.
+        RegistryError: MLflow does not answer.
     """
     uri = tracking.resolve_uri(uri)
     with tracking.registry_errors(uri):

@@ -1,4 +1,4 @@
-"""Whether the cluster has what workers, data tasks and validation need."""
+"""Check that the cluster has the resources for workers, data tasks and validation."""
 
 import contextlib
 import io
@@ -12,13 +12,13 @@ from raydetr.doctor.nodes import Node, alive
 from raydetr.errors import ClusterError
 from raydetr.training.config import TrainConfig
 from raydetr.training.run import plan_spec
-from raydetr.training.trainer import connect_for_training, validates_in_background
+from raydetr.training.trainer import can_validate_in_background, connect_for_training
 
 GIB = 2**30
 
 
 def check_cluster(config: TrainConfig) -> Iterator[Finding]:
-    """Connect as the run would, and compare what there is with what it needs."""
+    """Connect as the run would, and compare the cluster's resources with what the run needs."""
     failed = ""
     try:
         connect_for_training(config)
@@ -27,26 +27,26 @@ def check_cluster(config: TrainConfig) -> Iterator[Finding]:
             yield Finding("cluster", "FAIL", f"no cluster to connect to: {error}")
             return
         failed = str(error)
-    nodes, there = alive(), ray.cluster_resources()
-    found = (
-        f"{len(nodes)} node{'s' * (len(nodes) > 1)}, {there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs, "
-        f"{there.get('memory', 0) / GIB:.1f} GiB of memory, "
-        f"{there.get('object_store_memory', 0) / GIB:.2f} GiB of object store"
+    nodes, available = alive(), ray.cluster_resources()
+    resources = (
+        f"{len(nodes)} node{'s' * (len(nodes) > 1)}, {available.get('CPU', 0):g} CPUs, "
+        f"{available.get('GPU', 0):g} GPUs, {available.get('memory', 0) / GIB:.1f} GiB of memory, "
+        f"{available.get('object_store_memory', 0) / GIB:.2f} GiB of object store"
     )
     needed = f"{config.workers} workers and {config.data_cpus} data tasks"
     if failed:
-        yield Finding("cluster", "FAIL", f"{found}. {failed}")
+        yield Finding("cluster", "FAIL", f"{resources}. {failed}")
     else:
-        yield Finding("cluster", "ok", f"{found}; enough for {needed}.")
-    yield from _cpus_for_data(config, there.get("CPU", 0))
-    yield from _places(config, nodes)
+        yield Finding("cluster", "ok", f"{resources}; enough for {needed}.")
+    yield from _cpus_for_data(config, available.get("CPU", 0))
+    yield from _gpus(config, nodes)
     yield from _in_use(config)
-    yield object_store(config, there.get("object_store_memory", 0), there.get("CPU", 1))
+    yield object_store(config, available.get("object_store_memory", 0), available.get("CPU", 1))
     yield from _validation(config)
 
 
 def object_store(config: TrainConfig, store_bytes: float, cpus: float) -> Finding:
-    """Whether the rows of all workers fit into the object stores, and what the data tasks prepare besides."""
+    """Check that the object stores hold the rows of all workers, and those that all data tasks prepare."""
     spec = plan_spec(config)
     bounds = in_flight.bound_concurrency(spec, config.workers, store_bytes, cpus)
     edges = spec.augmentation
@@ -54,7 +54,7 @@ def object_store(config: TrainConfig, store_bytes: float, cpus: float) -> Findin
     batch_bytes = spec.micro_batch_size * 3 * largest * min(1.6 * largest, edges.longest_edge)
     size = f"{store_bytes / GIB:.2f} GiB"
     remedy = (
-        "give Ray a larger one (--object-store-memory of `ray start`, or nodes with more memory), or lower "
+        "give Ray a larger object store (`ray start --object-store-memory`, or nodes with more memory), or lower "
         "--window-row-groups or --micro-batch-size."
     )
     if bounds.row_bytes < batch_bytes:
@@ -69,10 +69,10 @@ def object_store(config: TrainConfig, store_bytes: float, cpus: float) -> Findin
         return Finding(
             "object store",
             "warn",
-            f"{size} holds what {bounds.tasks} of {cpus:g} CPUs prepare; the others wait.",
+            f"{size} is enough for {bounds.tasks} of {cpus:g} CPUs that prepare images; the others wait.",
             remedy,
         )
-    return Finding("object store", "ok", f"{size} holds what all CPUs prepare.")
+    return Finding("object store", "ok", f"{size} is enough for all CPUs that prepare images.")
 
 
 def _cpus_for_data(config: TrainConfig, cpus: float) -> Iterator[Finding]:
@@ -81,33 +81,32 @@ def _cpus_for_data(config: TrainConfig, cpus: float) -> Iterator[Finding]:
         yield Finding(
             "data CPUs",
             "FAIL",
-            f"{config.workers} workers hold all {cpus:g} CPUs and leave none to the data stream, which would wait for "
-            "ever.",
+            f"{config.workers} workers use all {cpus:g} CPUs and leave none for data tasks: the run would hang.",
             "add a node with CPUs, or lower --workers.",
         )
 
 
-def _places(config: TrainConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
-    """GPUs on the nodes on which the workers' CPUs are."""
+def _gpus(config: TrainConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
+    """Check that enough nodes have both a CPU and a GPU for a worker."""
     gpus = sum(node.resources.get("GPU", 0) for node in nodes)
     if config.accelerator == "cpu":
         if gpus:
             yield Finding(
-                "GPUs", "warn", f"the cluster has {gpus:g} and the run uses none.", "give --accelerator gpu."
+                "GPUs", "warn", f"the cluster has {gpus:g}, but the run uses none.", "give --accelerator gpu."
             )
         return
-    places = int(sum(min(node.resources.get("GPU", 0), node.resources.get("CPU", 0)) for node in nodes))
-    if places < config.workers:
+    slots = int(sum(min(node.resources.get("GPU", 0), node.resources.get("CPU", 0)) for node in nodes))
+    if slots < config.workers:
         yield Finding(
             "GPUs",
             "FAIL",
-            f"the nodes have room for {places} workers with a CPU and a GPU each; --workers is {config.workers}.",
-            f"lower --workers to {places} or add GPU nodes."
-            if places
-            else "add GPU nodes, or --accelerator cpu.",
+            f"the nodes have room for {slots} workers with a CPU and a GPU each, but --workers is {config.workers}.",
+            f"lower --workers to {slots} or add GPU nodes."
+            if slots
+            else "add GPU nodes, or give --accelerator cpu.",
         )
     else:
-        yield Finding("GPUs", "ok", f"{gpus:g}, a place for each of {config.workers} workers.")
+        yield Finding("GPUs", "ok", f"{gpus:g}, enough for {config.workers} workers.")
 
 
 def _in_use(config: TrainConfig) -> Iterator[Finding]:
@@ -116,22 +115,22 @@ def _in_use(config: TrainConfig) -> Iterator[Finding]:
         yield Finding(
             "cluster",
             "warn",
-            f"only {free:g} CPUs are free at the moment: the run would wait for other jobs.",
-            "`ray status` shows who holds them.",
+            f"only {free:g} CPUs are free now: the run would wait for other jobs.",
+            "run `ray status` to see what uses them.",
         )
 
 
 def _validation(config: TrainConfig) -> Iterator[Finding]:
     if not config.validate_every:
         return
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        beside = validates_in_background(config)
-    if beside:
-        yield Finding("validation", "ok", "runs beside training, in a task of its own.")
+    with contextlib.redirect_stdout(io.StringIO()) as message:
+        in_background = can_validate_in_background(config)
+    if in_background:
+        yield Finding("validation", "ok", "runs in the background, in a separate task.")
     else:
         yield Finding(
             "validation",
             "warn",
-            said.getvalue().strip(),
-            "add CPUs (GPUs), or lower --validation-cpus, --data-cpus or --workers; or leave it so.",
+            message.getvalue().strip(),
+            "add CPUs (GPUs), or lower --validation-cpus, --data-cpus or --workers; or accept the pauses.",
         )

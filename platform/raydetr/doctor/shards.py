@@ -1,4 +1,4 @@
-"""What shards hold, counted from their columns, and whether their files are those of the manifest."""
+"""Count the contents of shards, and check their files against the manifest."""
 
 import hashlib
 import random
@@ -24,15 +24,15 @@ _COLUMNS = [
 
 @dataclass
 class Contents:
-    """Of a shard, or of several.
+    """Counts over one or more shards.
 
-    problems: what is wrong with a file: each begins with its name.
-    shards: how many were read whole.
-    categories: category id → objects; those at fault too.
-    segment_categories: category id → panoptic segments.
-    masks: objects with a segmentation.
-    panoptic: images with a panoptic PNG.
-    max_segments: most segments of an image.
+    problems: problems with files; each starts with the file name.
+    shards: number of shards that were read completely.
+    categories: category id → number of objects, including faulty ones.
+    segment_categories: category id → number of panoptic segments.
+    masks: number of objects with a segmentation.
+    panoptic: number of images with a panoptic PNG.
+    max_segments: maximum number of segments per image.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Contents:
     max_segments: int = 0
 
     def add(self, other: "Contents") -> None:
-        """Take in another shard's."""
+        """Add the counts of another shard."""
         self.problems += other.problems
         self.shards += other.shards
         self.images += other.images
@@ -57,39 +57,39 @@ class Contents:
 
 
 def survey(manifest: Manifest, count: int) -> Contents:
-    """Look at the files of all shards, and read some of them whole.
+    """Check that all shard files are present with the right size, and read some of them completely.
 
-    Each is read by a task on some node of the cluster; where none has a CPU free, by this process.
+    Each shard is read by a task on any node of the cluster, or by this process if no CPU is free.
 
     Args:
-        manifest: what the files should be.
-        count: shards to read, drawn at random, the same ones each time; 0: all.
+        manifest: manifest to compare with.
+        count: number of shards to read, chosen at random but the same each time; 0: all.
     """
-    whole = Contents(problems=_files(manifest))
-    damaged = {problem.split(" ", 1)[0] for problem in whole.problems}
+    total = Contents(problems=_files(manifest))
+    damaged = {problem.split(" ", 1)[0] for problem in total.problems}
     shards = list(manifest.shards)
     if 0 < count < len(shards):
         shards = random.Random(manifest.digest).sample(shards, count)
     shards = [shard for shard in shards if shard.file not in damaged]
     if ray.is_initialized() and ray.available_resources().get("CPU", 0) >= 1:
         task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(examine_shard)
-        each = ray.get([task.remote(manifest.root, shard) for shard in shards])
+        contents = ray.get([task.remote(manifest.root, shard) for shard in shards])
     else:
-        each = [examine_shard(manifest.root, shard) for shard in shards]
-    for found in each:
-        whole.add(found)
-    return whole
+        contents = [examine_shard(manifest.root, shard) for shard in shards]
+    for each in contents:
+        total.add(each)
+    return total
 
 
 def examine_shard(root: str, shard: Shard) -> Contents:
-    """Compare a shard's file with the manifest, count what is in it."""
+    """Compare a shard file with the manifest, and count its contents."""
     contents = Contents()
     try:
         checksum = hashlib.sha256()
         for chunk in storage.read_chunks(storage.join(root, shard.file)):
             checksum.update(chunk)
         if checksum.hexdigest() != shard.sha256:
-            contents.problems.append(f"{shard.file} has another checksum than the manifest says")
+            contents.problems.append(f"{shard.file} has a checksum that differs from the manifest")
         table = read_rows(root, shard.file, None, _COLUMNS)
         panoptic = read_rows(root, shard.file, None, ["panoptic_image"])
     except RaydetrError as error:
@@ -104,19 +104,19 @@ def examine_shard(root: str, shard: Shard) -> Contents:
     contents.max_segments = compute.max(compute.list_value_length(table["segments"])).as_py() or 0
     if table.num_rows != shard.num_images:
         contents.problems.append(
-            f"{shard.file} has {table.num_rows} images, {shard.num_images} by the manifest"
+            f"{shard.file} has {table.num_rows} images, but {shard.num_images} in the manifest"
         )
     return contents
 
 
 def _files(manifest: Manifest) -> list[str]:
-    """What is wrong with the presence and size of the shards' files: each names one."""
+    """List missing files and files of another size than in the manifest; each entry starts with the file name."""
     names = [shard.file for shard in manifest.shards]
     sizes = storage.file_sizes(manifest.root, names)
     return [
         f"{shard.file} is missing"
         if shard.file not in sizes
-        else f"{shard.file} has {sizes[shard.file]:,} bytes, {shard.num_bytes:,} by the manifest"
+        else f"{shard.file} has {sizes[shard.file]:,} bytes, but {shard.num_bytes:,} in the manifest"
         for shard in manifest.shards
         if sizes.get(shard.file) != shard.num_bytes
     ]
@@ -127,5 +127,5 @@ def _flat(column: pa.ChunkedArray) -> Any:
 
 
 def _counts(values: pa.Array) -> Counter[int]:
-    counted = compute.value_counts(values.drop_null())
-    return Counter({each["values"]: each["counts"] for each in counted.to_pylist()})
+    counts = compute.value_counts(values.drop_null())
+    return Counter({each["values"]: each["counts"] for each in counts.to_pylist()})

@@ -1,4 +1,4 @@
-"""A few steps of the real training: how long one takes, what memory it needs, whether eight images can be learned."""
+"""Trial run: time a few real training steps, measure their memory, and overfit eight images."""
 
 import itertools
 import statistics
@@ -22,26 +22,28 @@ from raydetr.doctor.config import DoctorConfig
 from raydetr.doctor.findings import Finding
 from raydetr.errors import ClusterError, DataError, TrainingError
 from raydetr.evaluation.in_process import figures, predict_share
-from raydetr.training.preview import stream_of, take_step, time_steps, walk
-from raydetr.training.progress import usage
+from raydetr.training.preview import build_stream, iterate_micro_batches, take_step, time_steps
+from raydetr.training.progress import resource_usage
 from raydetr.training.state import create_state
 from raydetr.training.step import is_finite
-from raydetr.training.validation import main_figure
+from raydetr.training.validation import main_metric
 
 IMAGES = 8
-_SEARCHED = 500
+_MAX_SEARCHED = 500
 
 
 @dataclass(frozen=True)
 class TrialRun:
-    """What came of it.
+    """Result of a trial run.
 
-    step_seconds: of one worker's share of the first step.
-    images: of that share.
-    memory_gib: peak of the process; gpu_memory_gib: of the GPU, and how much it has.
-    losses: of the overfit, step by step.
-    ended: why it did.
-    figures: on the images learned.
+    step_seconds: seconds for one worker's share of the first step.
+    images: number of images in that share.
+    memory_gib: peak memory of the process.
+    gpu_memory_gib: peak memory of the GPU, and its total memory; None without a GPU.
+    losses: losses of the overfit, one per step.
+    stop_reason: why the overfit stopped: "fallen", "steps", "time" or "not finite"; empty without an overfit.
+    seconds: duration of the overfit.
+    metrics: metrics on the overfit images.
     """
 
     step_seconds: float
@@ -49,13 +51,13 @@ class TrialRun:
     memory_gib: float
     gpu_memory_gib: tuple[float, float] | None
     losses: list[float]
-    ended: str
+    stop_reason: str
     seconds: float
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
 def run(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBatch]) -> TrialRun:
-    """Make the trial in this process; where it has no GPU and the workers do, in a task that has one.
+    """Run the trial in this process, or in a GPU task if the workers use GPUs and this process has none.
 
     Raises:
         ClusterError: no GPU is free.
@@ -63,32 +65,32 @@ def run(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBatc
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         if not ray.is_initialized() or ray.available_resources().get("GPU", 0) < 1:
             raise ClusterError(
-                "No GPU of the cluster is free for a trial: end what holds them, or wait for it."
+                "No GPU of the cluster is free for a trial run: stop the jobs that use them, or wait."
             )
-        task = ray.remote(num_cpus=1, num_gpus=1)(make)
+        task = ray.remote(num_cpus=1, num_gpus=1)(run_in_process)
         result: TrialRun = ray.get(task.remote(config, manifest, batches))
         return result
-    return make(config, manifest, batches)
+    return run_in_process(config, manifest, batches)
 
 
-def make(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBatch]) -> TrialRun:
+def run_in_process(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBatch]) -> TrialRun:
     """Time steps on the micro-batches of the run's first step, then overfit.
 
     Raises:
-        TrainingError: the memory of the GPU does not suffice.
-        DataError: there is no image to learn.
+        TrainingError: the GPU is out of memory.
+        DataError: no image has trainable objects.
     """
     device = torch.device("cuda" if config.accelerator == "gpu" else "cpu")
     own = [batch for batch in batches[:: config.workers] if batch.weights.sum()]
     try:
         step_seconds = time_steps(config, create_state(config, manifest, device), own or list(batches))
-        memory = usage()
-        losses, ended, seconds, found = (
+        memory = resource_usage()
+        losses, stop_reason, seconds, metrics = (
             overfit(config, manifest, device) if config.overfit_steps else ([], "", 0.0, {})
         )
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"The memory of the GPU does not suffice for a micro-batch of {config.micro_batch_size} images: lower "
+            f"The GPU is out of memory with a micro-batch of {config.micro_batch_size} images: lower "
             f"--micro-batch-size and raise --micro-batches, or give --activation-checkpointing or --precision "
             f"bf16 ({error})."
         ) from error
@@ -101,19 +103,19 @@ def make(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBat
         if gpu is not None and device.type == "cuda"
         else None,
         losses=losses,
-        ended=ended,
+        stop_reason=stop_reason,
         seconds=seconds,
-        figures=found,
+        metrics=metrics,
     )
 
 
 def overfit(
     config: DoctorConfig, manifest: Manifest, device: torch.device
 ) -> tuple[list[float], str, float, dict[str, float]]:
-    """Train on eight images, without augmentation, until the loss has fallen; then score the model on them.
+    """Train on eight images without augmentation until the loss has fallen, then score the model on them.
 
     Returns:
-        losses, why it ended, seconds, figures.
+        Losses, why it stopped, seconds, metrics.
     """
     config = replace(
         config,
@@ -127,32 +129,32 @@ def overfit(
         shortest_edges=(config.test_edge,),
     )
     with tempfile.TemporaryDirectory() as folder:
-        few = eight_images(config, manifest, folder)
-        steps = _epoch(config, few)
-        state = create_state(config, few, device)
-        losses, ended, start = [], "steps", time.perf_counter()
+        subset = select_images(config, manifest, folder)
+        steps = _epoch(config, subset)
+        state = create_state(config, subset, device)
+        losses, stop_reason, start = [], "steps", time.perf_counter()
         for number, batches in zip(range(config.overfit_steps), itertools.cycle(steps), strict=False):
-            metrics = take_step(config, state, batches, number)
-            losses.append(_loss_of_what_is_trained(config, metrics))
-            if not is_finite(metrics):
-                ended = "not finite"
-            elif fallen_to(losses, len(steps)) <= config.loss_share:
-                ended = "fallen"
+            step_metrics = take_step(config, state, batches, number)
+            losses.append(_trained_loss(config, step_metrics))
+            if not is_finite(step_metrics):
+                stop_reason = "not finite"
+            elif relative_loss(losses, len(steps)) <= config.loss_share:
+                stop_reason = "fallen"
             elif time.perf_counter() - start > 60 * config.overfit_minutes:
-                ended = "time"
-            if ended != "steps":
+                stop_reason = "time"
+            if stop_reason != "steps":
                 break
         seconds = time.perf_counter() - start
-        found = {}
-        if ended != "not finite":
+        metrics = {}
+        if stop_reason != "not finite":
             dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
             detector = ObjectDetector(state.model, state.processor, device, dtype)
-            found = figures(predict_share(detector, few, config.masks))
-    return losses, ended, seconds, found
+            metrics = figures(predict_share(detector, subset, config.masks))
+    return losses, stop_reason, seconds, metrics
 
 
-def _loss_of_what_is_trained(config: DoctorConfig, metrics: dict[str, float]) -> float:
-    """The part of a frozen detector cannot fall."""
+def _trained_loss(config: DoctorConfig, metrics: dict[str, float]) -> float:
+    """Return the part of the loss that can fall: without the detector's terms if it is frozen."""
     if not config.freeze_detector:
         return metrics["loss"]
     return (
@@ -161,80 +163,84 @@ def _loss_of_what_is_trained(config: DoctorConfig, metrics: dict[str, float]) ->
     )
 
 
-def eight_images(config: DoctorConfig, manifest: Manifest, folder: str) -> Manifest:
-    """A data set of the first images that have something to learn.
+def select_images(config: DoctorConfig, manifest: Manifest, folder: str) -> Manifest:
+    """Write a data set of the first images that have trainable objects.
 
     Raises:
-        DataError: there is none among the first 500.
+        DataError: none of the first 500 images has any.
     """
-    kept: list[dict[str, Any]] = []
-    for record in itertools.islice(read_records(manifest), _SEARCHED):
-        if len(kept) < IMAGES and _is_of_use(config, manifest, record):
-            kept.append(record)
-    summary = write_shard(folder, 0, kept)
+    selected: list[dict[str, Any]] = []
+    for record in itertools.islice(read_records(manifest), _MAX_SEARCHED):
+        if len(selected) < IMAGES and _has_targets(config, manifest, record):
+            selected.append(record)
+    summary = write_shard(folder, 0, selected)
     if summary is None:
         raise DataError(
-            f"{manifest.root}: none of the first {_SEARCHED} images can be decoded and has objects."
+            f"{manifest.root}: none of the first {_MAX_SEARCHED} images can be decoded and has trainable objects."
         )
     return write_manifest(folder, [summary], manifest.categories)
 
 
-def fallen_to(losses: Sequence[float], window: int) -> float:
-    """The share of its start at which the loss is: the mean of the last steps over that of the first ones."""
+def relative_loss(losses: Sequence[float], window: int) -> float:
+    """Return the mean loss of the last steps divided by that of the first steps; 1 while there are too few steps."""
     last = max(3, window)
     if len(losses) < window + last:
         return 1.0
     return statistics.fmean(losses[-last:]) / statistics.fmean(losses[:window])
 
 
-def finding(config: DoctorConfig, trial: TrialRun, images: int = IMAGES) -> Iterator[Finding]:
-    """Whether the model can learn what it is to learn."""
+def findings(config: DoctorConfig, trial: TrialRun, images: int = IMAGES) -> Iterator[Finding]:
+    """Report whether the model can overfit the images."""
     losses = trial.losses
     if not losses:
         return
-    name = main_figure(config)
+    name = main_metric(config)
     scores = ", ".join(
-        f"{key} {trial.figures[key]:.2f}" for key in dict.fromkeys(["AP50", name]) if key in trial.figures
+        f"{key} {trial.metrics[key]:.2f}" for key in dict.fromkeys(["AP50", name]) if key in trial.metrics
     )
     text = (
         f"{images} images, {len(losses)} steps, {trial.seconds:.0f} s: loss {losses[0]:.2f} → {losses[-1]:.2f}"
         f"{f', {scores} on them' if scores else ''}"
     )
-    if trial.ended == "not finite":
+    if trial.stop_reason == "not finite":
         yield Finding(
             "overfit",
             "FAIL",
-            f"{text}: loss or gradient are not finite.",
+            f"{text}: the loss or gradient is not finite.",
             "lower --learning-rate, give --max-grad-norm 0.1 or --precision float32.",
         )
-    elif trial.ended == "fallen":
-        yield Finding("overfit", "ok", f"{text}; it has fallen to {config.loss_share:g} of its start.")
-    elif trial.ended == "time":
+    elif trial.stop_reason == "fallen":
+        yield Finding(
+            "overfit", "ok", f"{text}; it has fallen to {config.loss_share:g} of its initial value."
+        )
+    elif trial.stop_reason == "time":
         yield Finding(
             "overfit",
             "warn",
-            f"{text}: the time was up before it had fallen to {config.loss_share:g} of its start.",
-            "give --overfit-minutes more, or run the doctor on a faster machine.",
+            f"{text}: the time limit was reached before it had fallen to {config.loss_share:g} of its initial value.",
+            "raise --overfit-minutes, or run the doctor on a faster machine.",
         )
     else:
         yield Finding(
             "overfit",
             "FAIL",
-            f"{text}: it has not fallen to {config.loss_share:g} of its start.",
-            "look at batch.png whether boxes and names are right; try --learning-rate 1e-4 and "
-            "--backbone-learning-rate 1e-5, --backbone-weights; or give --overfit-steps more.",
+            f"{text}: it has not fallen to {config.loss_share:g} of its initial value.",
+            "check in batch.png that boxes and class names are right; try --learning-rate 1e-4 and "
+            "--backbone-learning-rate 1e-5, or --backbone-weights; or raise --overfit-steps.",
         )
 
 
-def _epoch(config: DoctorConfig, few: Manifest) -> list[list[TrainingBatch]]:
-    """The micro-batches of each step of an epoch, without the empty ones."""
-    made = stream_of(config, few, 1)
-    made = replace(made, last_step=made.plan.steps_per_epoch)
-    batches = [batch for batch in walk(made, config.micro_batch_size) if batch.weights.sum()]
+def _epoch(config: DoctorConfig, subset: Manifest) -> list[list[TrainingBatch]]:
+    """Return the non-empty micro-batches of each step of one epoch."""
+    stream = build_stream(config, subset, 1)
+    stream = replace(stream, last_step=stream.plan.steps_per_epoch)
+    batches = [
+        batch for batch in iterate_micro_batches(stream, config.micro_batch_size) if batch.weights.sum()
+    ]
     return [list(step) for _, step in itertools.groupby(batches, key=lambda batch: batch.step)]
 
 
-def _is_of_use(config: DoctorConfig, manifest: Manifest, record: dict[str, Any]) -> bool:
+def _has_targets(config: DoctorConfig, manifest: Manifest, record: dict[str, Any]) -> bool:
     try:
         decode_record(record)
     except ImageError:

@@ -1,4 +1,4 @@
-"""Whether all nodes have the same versions, of the code too."""
+"""Check that all nodes have the same code and package versions."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,72 +8,72 @@ from raydetr.doctor.findings import Finding
 from raydetr.doctor.nodes import Node, on_each
 
 FULL = 0.95
-"""Ray stops writing to a disk that is fuller."""
+"""Ray stops writing to a disk that is fuller than this."""
 
 SAME_CODE = (
-    "start the node's Ray with PYTHONPATH=.:platform in an equal copy of the project, or submit the job with "
-    "--runtime-env runtime_env.yaml, which takes this copy to every node."
+    "start Ray on the node with PYTHONPATH=.:platform in an identical copy of the project, or submit the job with "
+    "--runtime-env runtime_env.yaml, which uploads this copy to every node."
 )
 
 
 def describe_nodes(nodes: Sequence[Node]) -> list[Any]:
-    """`on_node.describe` of every node, or what went wrong there."""
+    """Run `on_node.describe` on every node; return its results or exceptions."""
     return on_each(nodes, on_node.describe, by_value=True)
 
 
 def compare(nodes: Sequence[Node], described: Sequence[Any]) -> Iterator[Finding]:
-    """Each node against the first one, this process's.
+    """Compare each node with the first one, which is the node of this process.
 
     Args:
-        nodes: of the cluster.
-        described: what `describe_nodes` returned.
+        nodes: nodes of the cluster.
+        described: results of `describe_nodes`.
     """
     reference = described[0]
     failed = False
-    for node, found in zip(nodes, described, strict=True):
-        if isinstance(found, Exception):
+    for node, description in zip(nodes, described, strict=True):
+        if isinstance(description, Exception):
             failed = True
             yield Finding(
                 "versions",
                 "FAIL",
-                f"node {node.name} cannot be asked: {found}",
-                "look at that node's Ray logs.",
+                f"node {node.name} did not answer: {description}",
+                "check the Ray logs of that node.",
             )
             continue
-        free, size = found["temporary"]
+        free, size = description["temporary"]
         if free < (1 - FULL) * size:
             yield Finding(
                 "disk",
                 "warn",
-                f"node {node.name}: {free / 2**30:.1f} of {size / 2**30:.0f} GiB are free where Ray keeps its files.",
-                "make room there: past 95 % Ray writes nothing more to it.",
+                f"node {node.name}: {free / 2**30:.1f} of {size / 2**30:.0f} GiB are free on the disk of Ray's files.",
+                "free disk space there: Ray stops writing to a disk that is over 95 % full.",
             )
         if isinstance(reference, Exception):
             continue
-        for finding in _differences(node, found, reference):
+        for finding in _differences(node, description, reference):
             failed = True
             yield finding
     if not failed:
         versions = ", ".join(f"{name} {reference['versions'][name]}" for name in ("python", "torch", "ray"))
         files = sum(len(code["files"]) for code in reference["code"].values())
         where = "this node" if len(nodes) == 1 else f"all {len(nodes)} nodes"
-        yield Finding("versions", "ok", f"{where}: {versions}, the same {files} files of detr and raydetr.")
+        yield Finding("versions", "ok", f"{where}: {versions}, identical {files} files of detr and raydetr.")
 
 
-def _differences(node: Node, found: dict[str, Any], reference: dict[str, Any]) -> Iterator[Finding]:
+def _differences(node: Node, description: dict[str, Any], reference: dict[str, Any]) -> Iterator[Finding]:
     versions = [
-        f"{name} {found['versions'][name]} instead of {version}"
+        f"{name} {description['versions'][name]} instead of {version}"
         for name, version in reference["versions"].items()
-        if found["versions"][name] != version
+        if description["versions"][name] != version
     ]
     if versions:
         yield Finding(
             "versions",
             "FAIL",
             f"node {node.name} has {', '.join(versions)}.",
-            "install the same versions on every node (constraints.txt, or one image for all).",
+            "install the same versions on every node (constraints.txt, or the same container image).",
         )
-    for package, code in found["code"].items():
+    for package, code in description["code"].items():
         if not code["files"]:
             yield Finding("code", "FAIL", f"node {node.name} cannot import {package}.", SAME_CODE)
             continue

@@ -1,1 +1,1 @@
-"""Training: the loop, its optimiser, checkpoints, and the driver that starts it on Ray Train."""
+"""Training: the loop, the optimizer, checkpoints, and the driver that starts them on Ray Train."""

@@ -1,13 +1,13 @@
-"""Checkpoints of a run: `OUTPUT/checkpoints/step-00000200/`, whole or not there.
+"""Checkpoints of a run in `OUTPUT/checkpoints/step-00000200/`, each complete or ignored.
 
-    model/            the model as it would be served: the moving average of the weights where there is one
-    training.pt       what training needs besides: optimiser, raw weights, query groups
-    state.json        step, counts, configuration, data digest, metrics that were not sent long ago
+    model/            the model as it would be served: the moving average of the weights if the run has one
+    training.pt       the rest of the training state: optimizer, raw weights, query groups
+    state.json        step, counts, configuration, data digest, metrics not yet sent to MLflow or sent recently
     COMPLETE          the marker, written last
 
-A checkpoint is written file by file and counts only once its marker is there; a reader never sees half of one. It is
-named by the number of steps done, which is also the step to go on with. The figures of its model, once it was validated,
-are in `OUTPUT/validations/step-00000200.json`, which stay when the checkpoint is removed.
+Files are written one by one. A checkpoint counts only once its marker exists, so a reader never sees half of one. The
+number in its name is the number of completed steps, which is also the step to resume from. The validation metrics of
+its model are in `OUTPUT/validations/step-00000200.json`, which stays when the checkpoint is deleted.
 """
 
 import io
@@ -31,13 +31,13 @@ PREFIX = "step-"
 STATE = "state.json"
 
 
-def address(output: str, step: int) -> str:
-    """Where the checkpoint after `step` steps is."""
+def uri(output: str, step: int) -> str:
+    """Return the URI of the checkpoint after `step` steps."""
     return storage.join(output, "checkpoints", f"{PREFIX}{step:08d}")
 
 
 def committed_steps(output: str) -> list[int]:
-    """Steps of the complete checkpoints of a run, ascending."""
+    """List the steps of the complete checkpoints of a run, ascending."""
     folder = storage.join(output, "checkpoints")
     return [
         int(name.removeprefix(PREFIX))
@@ -47,34 +47,34 @@ def committed_steps(output: str) -> list[int]:
 
 
 def last_committed_step(output: str) -> int:
-    """The step to go on with: that of the last complete checkpoint, 0 without one."""
+    """Return the step to resume from: that of the last complete checkpoint, or 0."""
     return max(committed_steps(output), default=0)
 
 
 def save(output: str, state: TrainingState, metadata: dict[str, Any], held: Held | None = None) -> str:
-    """Write a checkpoint, marker last. Returns its address.
+    """Write a checkpoint, marker last, and return its URI.
 
     Args:
         output: the run's folder.
-        state: after `state.step` steps.
-        metadata: kept as JSON in it.
-        held: the driver's lease of the folder; None: no other process writes there.
+        state: the state after `state.step` steps.
+        metadata: stored in `state.json` next to the counts.
+        held: the driver's lease on the folder; None if no other process writes there.
 
     Raises:
-        StorageError: it cannot be written; earlier checkpoints are untouched.
+        StorageError: the checkpoint cannot be written; earlier ones are untouched.
         LeaseError: another driver has taken the lease; nothing is committed.
     """
-    target = address(output, state.step)
+    target = uri(output, state.step)
     if held:
-        held.verify()  # the folder may be the other driver's complete checkpoint
-    storage.delete_folder(target)  # the rest of an attempt that ended half-way
+        held.verify()  # without the lease, the folder may be another driver's complete checkpoint
+    storage.delete_folder(target)  # files of an earlier attempt that was interrupted
     training: dict[str, Any] = {"optimizer": state.optimizer.state_dict()}
     if isinstance(state.module, QueryGroups):
         training["query_groups"] = state.module.training_state()
     try:
         with tempfile.TemporaryDirectory() as folder:
             if state.average:
-                state.average.swap()  # the model holds the averages, the average the raw weights
+                state.average.swap()  # now the model holds the averages, and `average` the raw weights
                 training["raw"] = [value.clone() for value in state.average.values]
             try:
                 save_model(state.model, os.path.join(folder, "model"))
@@ -91,20 +91,22 @@ def save(output: str, state: TrainingState, metadata: dict[str, Any], held: Held
     counts = {name: getattr(state, name) for name in ("step", "images", "skipped", "non_finite")}
     storage.write_json(storage.join(target, STATE), {**metadata, **counts})
     if held:
-        held.verify()
+        held.verify()  # the upload took time; writing the marker is the commit point
     storage.write_bytes(storage.join(target, MARKER), b"")
     return target
 
 
 def load(output: str, step: int, state: TrainingState) -> dict[str, Any]:
-    """Restore the state of a complete checkpoint in place; returns its metadata.
+    """Restore the state of a complete checkpoint in place, and return its metadata.
 
     Raises:
-        TrainingError: there is no such checkpoint, or it is damaged.
+        TrainingError: the checkpoint is missing, incomplete or damaged.
     """
-    source = address(output, step)
+    source = uri(output, step)
     if not storage.exists(storage.join(source, MARKER)):
-        raise TrainingError(f"{source}: no complete checkpoint, though the data stream starts after it.")
+        raise TrainingError(
+            f"{source}: no complete checkpoint here, but the data stream resumes after this step."
+        )
     try:
         with tempfile.TemporaryDirectory() as folder:
             storage.download_folder(storage.join(source, "model"), folder)
@@ -116,8 +118,8 @@ def load(output: str, step: int, state: TrainingState) -> dict[str, Any]:
         )
     except (SafetensorError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise TrainingError(
-            f"{source}: the checkpoint is damaged ({error}). Delete this folder: the same command goes on from the "
-            "checkpoint before it."
+            f"{source}: the checkpoint is damaged ({error}). Delete this folder and rerun the command to resume from "
+            "the checkpoint before it."
         ) from error
     dtype = next(state.model.parameters()).dtype
     state.model.load_state_dict(saved.to(dtype=dtype).state_dict())
@@ -125,7 +127,7 @@ def load(output: str, step: int, state: TrainingState) -> dict[str, Any]:
     if isinstance(state.module, QueryGroups):
         state.module.load_training_state(training["query_groups"])
     if state.average:
-        # The model now holds the averages, the average the raw weights: as after `swap`.
+        # `model/` holds the averages. Load the raw weights as the average, then swap the two.
         state.average.load_state_dict(training["raw"])
         state.average.swap()
     metadata: dict[str, Any] = read_state(output, step)
@@ -135,27 +137,27 @@ def load(output: str, step: int, state: TrainingState) -> dict[str, Any]:
 
 
 def read_state(output: str, step: int) -> dict[str, Any]:
-    """The metadata and counts of a checkpoint."""
-    state: dict[str, Any] = storage.read_json(storage.join(address(output, step), STATE))
+    """Read the metadata and counts of a checkpoint."""
+    state: dict[str, Any] = storage.read_json(storage.join(uri(output, step), STATE))
     return state
 
 
-def write_validation(output: str, step: int, figures: dict[str, float]) -> None:
-    """Keep the figures of a checkpoint's model; none for a validation that failed."""
-    storage.write_json(_validation(output, step), figures)
+def write_validation(output: str, step: int, metrics: dict[str, float]) -> None:
+    """Store the validation metrics of a checkpoint; an empty dict marks a failed validation."""
+    storage.write_json(_validation(output, step), metrics)
 
 
 def read_validation(output: str, step: int) -> dict[str, float] | None:
-    """The figures of a checkpoint's model; None where it was not validated, or not yet."""
+    """Read the validation metrics of a checkpoint; None if it has not been validated."""
     file = _validation(output, step)
-    figures: dict[str, float] | None = storage.read_json(file) if storage.exists(file) else None
-    return figures
+    metrics: dict[str, float] | None = storage.read_json(file) if storage.exists(file) else None
+    return metrics
 
 
 def validated_steps(output: str) -> list[int]:
-    """Steps whose checkpoints were validated, ascending, those included that were removed since."""
+    """List the steps whose checkpoints were validated, ascending, including those deleted since."""
     names = storage.list_names(storage.join(output, "validations"))
-    # Not those that are being written.
+    # Files that are still being written end in `.partial`.
     return [int(name.removeprefix(PREFIX).removesuffix(".json")) for name in names if name.endswith(".json")]
 
 
@@ -163,22 +165,22 @@ def _validation(output: str, step: int) -> str:
     return storage.join(output, "validations", f"{PREFIX}{step:08d}.json")
 
 
-def remove_surplus(output: str, keep: int, best: int | None, waiting: set[int]) -> None:
-    """Remove all checkpoints but the latest ones, the best one and those that are to be validated.
+def delete_surplus(output: str, keep: int, best: int | None, pending: set[int]) -> None:
+    """Delete all checkpoints except the latest ones, the best one and those waiting for validation.
 
-    What is left of one whose writing was cut off goes too.
+    Incomplete checkpoints are deleted too.
 
     Args:
         output: the run's folder.
-        keep: how many of the latest.
-        best: step of the best one so far.
-        waiting: steps whose validation is under way.
+        keep: number of latest checkpoints to retain.
+        best: step of the best checkpoint so far.
+        pending: steps whose validation has not finished.
     """
     complete = committed_steps(output)
-    kept = {best} | waiting | set(complete[-keep:])
+    retained = {best} | pending | set(complete[-keep:])
     for name in storage.list_names(storage.join(output, "checkpoints")):
-        if name.startswith(PREFIX) and int(name.removeprefix(PREFIX)) not in kept:
+        if name.startswith(PREFIX) and int(name.removeprefix(PREFIX)) not in retained:
             folder = storage.join(output, "checkpoints", name)
-            # The marker goes first: what is left half deleted must not count.
+            # Delete the marker first, so that a half-deleted checkpoint does not count as complete.
             storage.delete_file(storage.join(folder, MARKER))
             storage.delete_folder(folder)

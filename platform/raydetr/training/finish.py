@@ -1,4 +1,4 @@
-"""The end of a run: its model, its last metrics, its version in the registry."""
+"""Finish a run: write its model, send its last metrics, register the model version."""
 
 import math
 import tempfile
@@ -18,17 +18,18 @@ from raydetr.training.config import TrainConfig
 from raydetr.training.progress import Row, log_line, send_rows
 
 MODEL = "model"
-PATIENCE_S = 300.0
-"""How long the end of a run waits for an MLflow server that does not answer."""
+MLFLOW_RETRY_S = 300.0
+"""How long the end of a run retries while the MLflow server does not answer."""
 
 Result = TypeVar("Result")
 
 
 def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float) -> dict[str, Any]:
-    """Write the finished model, register it, end the MLflow run; returns the summary.
+    """Write the final model, register it, end the MLflow run, and return the summary.
 
     Raises:
-        RegistryError: MLflow does not answer for five minutes; the same command does this part again.
+        TrainingError: no image was trained on.
+        RegistryError: MLflow has not answered for five minutes; rerun the command to repeat this part.
     """
     last = checkpoint.last_committed_step(config.output)
     best = validation.best_checkpoint(config) if config.validate_every else None
@@ -36,10 +37,10 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
     state = checkpoint.read_state(config.output, last)
     if not state["images"]:
         raise TrainingError(
-            f"{config.output}: not one image was trained on in {last} steps, so nothing was learned and nothing is "
-            f"registered: see faults.parquet in {config.train_data}."
+            f"{config.output}: no image was trained on in {last} steps, so no model is registered: check "
+            f"faults.parquet in {config.train_data}."
         )
-    retry_mlflow(lambda: send_what_is_missing(config, run_id, last))
+    retry_mlflow(lambda: send_unsent_metrics(config, run_id, last))
     losses = tracking.metric_history(config.tracking_uri, run_id, "loss")
     summary: dict[str, Any] = {
         "run_id": run_id,
@@ -55,16 +56,16 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
         "model_folder": storage.join(config.output, MODEL),
     }
     tags = {TRAINED_ON_TAG: manifest.digest}
-    if figures := checkpoint.read_validation(config.output, chosen):
-        summary |= {f"val_{name}": value for name, value in figures.items()}
+    if metrics := checkpoint.read_validation(config.output, chosen):
+        summary |= {f"val_{name}": value for name, value in metrics.items()}
     if best is not None and (config.keep_best or config.patience):
-        # Whoever judges the model must not take the data that chose its checkpoint or its end: the gate asks.
+        # Data that selected the checkpoint or stopped the run must not decide a promotion: the gate reads this tag.
         tags[CHOSEN_ON_TAG] = Manifest.load(config.val_data).digest
     shown = ("steps", "images", "first_loss", "last_loss")
     known = {name: summary[name] for name in shown if summary[name] is not None}
     known |= {name: value for name, value in summary.items() if name.startswith("val_")}
     with tempfile.TemporaryDirectory() as folder:
-        source = storage.join(checkpoint.address(config.output, chosen), "model")
+        source = storage.join(checkpoint.uri(config.output, chosen), "model")
         storage.download_folder(source, folder)
         kind = DetrForSegmentation if config.segments else DetrForObjectDetection
         save_model(kind.from_pretrained(folder).float(), folder)
@@ -86,36 +87,36 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
     return summary
 
 
-def send_what_is_missing(config: TrainConfig, run_id: str, last: int) -> None:
-    """Send what MLflow did not take while training: it is kept with the run."""
+def send_unsent_metrics(config: TrainConfig, run_id: str, last: int) -> None:
+    """Send the metrics that MLflow has not received during training; they are stored with the run."""
     rows: list[Row] = [
         (int(step), int(at), values)
         for step, at, values in checkpoint.read_state(config.output, last)["metrics"]
     ]
     send_rows(config.tracking_uri, run_id, rows)
-    name = validation.main_figure(config)
+    name = validation.main_metric(config)
     sent = {step for step, _ in tracking.metric_history(config.tracking_uri, run_id, f"val_{name}")}
     for step in checkpoint.validated_steps(config.output):
-        figures = checkpoint.read_validation(config.output, step)
-        if figures and step not in sent:
-            values = {f"val_{key}": value for key, value in figures.items()}
+        metrics = checkpoint.read_validation(config.output, step)
+        if metrics and step not in sent:
+            values = {f"val_{key}": value for key, value in metrics.items()}
             tracking.log_metrics(config.tracking_uri, run_id, [(step, values)])
 
 
 def retry_mlflow(action: Callable[[], Result]) -> Result:
-    """Do something with MLflow; again for `PATIENCE_S` while it does not answer."""
-    end = time.monotonic() + PATIENCE_S
+    """Run an MLflow action; retry it for `MLFLOW_RETRY_S` while MLflow does not answer."""
+    end = time.monotonic() + MLFLOW_RETRY_S
     while True:
         try:
             return action()
         except RegistryError as error:
             if time.monotonic() >= end:
                 raise
-            log_line(f"{error} Trying again in 5 s.")
+            log_line(f"{error} Retrying in 5 s.")
             time.sleep(5)
 
 
 def _mean(values: list[float]) -> float | None:
-    """Of those that are numbers: a step that was left out has none; None where there is none."""
+    """Average the finite values (a skipped step has a non-finite loss); None if there are none."""
     known = [value for value in values if math.isfinite(value)]
     return sum(known) / len(known) if known else None

@@ -1,4 +1,4 @@
-"""The model that a run starts from: new, with or without pretrained backbone weights, or one to fine-tune."""
+"""Build the model that a run starts from: a new one, with or without backbone weights, or one to fine-tune."""
 
 import importlib.util
 from pathlib import Path
@@ -28,14 +28,14 @@ _LOSS_FIELDS = (
 
 
 def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetection | DetrForSegmentation:
-    """The model before the first step: a function of the configuration and its seed alone.
+    """Build the model before the first step, as a function of the configuration and its seed alone.
 
     Args:
-        config: names the architecture, or the model to fine-tune.
-        manifest: gives the classes.
+        config: the architecture, or the model to fine-tune.
+        manifest: the classes.
 
     Raises:
-        ConfigError: the backbone or its weights cannot be had, or a detector that is to be frozen has other classes.
+        ConfigError: the backbone or its weights are not available, or a detector to freeze has other classes.
     """
     torch.manual_seed(config.seed)
     kind = DetrForSegmentation if config.segments else DetrForObjectDetection
@@ -51,7 +51,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetecti
         model = _new_model(kind, config, manifest, chosen)
     if config.freeze_detector and isinstance(model, DetrForSegmentation):
         model.freeze_detector()
-    # config.json keeps it: a panoptic prediction has one segment of each.
+    # Stored in config.json: panoptic post-processing merges all segments of a stuff class into one.
     things = {category["id"]: category.get("isthing", 1) for category in manifest.categories}
     stuff = [label for label, category in enumerate(manifest.category_ids) if not things[category]]
     if stuff or hasattr(model.config, "stuff_label_ids"):
@@ -60,24 +60,24 @@ def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetecti
 
 
 def _match_class_head(
-    model: DetrForObjectDetection | DetrForSegmentation, config: TrainConfig, had: dict[int, str]
+    model: DetrForObjectDetection | DetrForSegmentation, config: TrainConfig, previous: dict[int, str]
 ) -> None:
-    """Start the class head anew where it was learned for other classes, or the same in another order."""
-    wanted = model.config.id2label
-    if had == wanted:
+    """Reinitialize the class head if it was trained for other classes, or for the same ones in another order."""
+    classes = model.config.id2label
+    if previous == classes:
         return
     if config.freeze_detector:
         raise ConfigError(
-            f"--freeze-detector: {config.model} finds {_some(had)}, the data have {_some(wanted)}: train a detector "
-            "on these data first (--recipe panoptic-boxes), or without --freeze-detector."
+            f"--freeze-detector: {config.model} detects {_join(previous)}, but the data have {_join(classes)}: train a "
+            "detector on these data first (--recipe panoptic-boxes), or remove --freeze-detector."
         )
-    # Another number of classes has a new head already.
+    # With another number of classes, `from_pretrained` has already created a new head.
     detector = model.detr if isinstance(model, DetrForSegmentation) else model
-    if len(had) == len(wanted):
+    if len(previous) == len(classes):
         detector.reset_class_head()
 
 
-def _some(names: dict[int, str]) -> str:
+def _join(names: dict[int, str]) -> str:
     listed = ", ".join(names[label] for label in sorted(names)[:5])
     return f"{len(names)} classes ({listed}{', …' if len(names) > 5 else ''})"
 
@@ -114,15 +114,15 @@ def _new_model(
 
 
 def image_processor(config: TrainConfig) -> DetrImageProcessor:
-    """The processor that goes with the model: it resizes as evaluation and serving should."""
+    """Return the image processor of the model, which resizes images for evaluation and serving."""
     return DetrImageProcessor(size={"shortest_edge": config.test_edge, "longest_edge": config.longest_edge})
 
 
 def weights_file(source: str) -> str:
-    """The file of `--backbone-weights`: a path as it is; for package:NAME the .pth file that the package carries.
+    """Return the file of `--backbone-weights`: a path unchanged, or for package:NAME the .pth file in that package.
 
     Raises:
-        ConfigError: the package is not installed or carries none.
+        ConfigError: the package is not installed, or does not contain exactly one .pth file.
     """
     if not source.startswith("package:"):
         return source
@@ -140,6 +140,6 @@ def weights_file(source: str) -> str:
     if len(files) != 1:
         raise ConfigError(
             f"--backbone-weights {source}: Python package {name} "
-            f"{'carries no single .pth file' if package else 'is not installed'}; give a file instead."
+            f"{'does not contain exactly one .pth file' if package else 'is not installed'}; give a file instead."
         )
     return str(files[0])

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate of its own for the backbone, the schedule, and the moving average of the weights."""
+"""AdamW with a separate backbone learning rate, learning-rate schedules, and a moving average of the weights."""
 
 import math
 
@@ -9,7 +9,7 @@ from raydetr.training.config import TrainConfig
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in two groups: the rest and the backbone (DETR, section A.4)."""
+    """Build AdamW over the trainable parameters, in two groups: all but the backbone, and the backbone (DETR, A.4)."""
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     rest = [parameter for name, parameter in named if "backbone" not in name]
     backbone = [parameter for name, parameter in named if "backbone" in name]
@@ -20,7 +20,11 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
 
 
 def schedule(step: int, config: TrainConfig) -> float:
-    """The share of the peak learning rate at a step: a pure function, so that a resumed run needs no state."""
+    """Return the learning rate at a step as a fraction of its peak.
+
+    A pure function of the step, so a resumed run needs no scheduler state.
+    """
+    # Rises in steps of 1 / (warmup_steps + 1), so that step 0 already trains.
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
     done = step / config.steps
     if config.schedule == "cosine":
@@ -31,20 +35,20 @@ def schedule(step: int, config: TrainConfig) -> float:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> dict[str, float]:
-    """Set every group's learning rate for a step.
+    """Set the learning rate of every parameter group for a step.
 
     Returns:
-        `learning_rate` of the transformer and, where it is trained, `backbone_learning_rate`.
+        `learning_rate` of the transformer and, if the backbone is trained, `backbone_learning_rate`.
     """
-    share = schedule(step, config)
+    fraction = schedule(step, config)
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
+        group["lr"] = group["peak"] * fraction
     names = ("learning_rate", "backbone_learning_rate")
     return {name: float(group["lr"]) for name, group in zip(names, optimizer.param_groups, strict=False)}
 
 
 class MovingAverage:
-    """Exponential moving average of a model's trainable parameters (the others do not move)."""
+    """Exponential moving average of a model's trainable parameters; frozen parameters do not change."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -53,24 +57,24 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after a step; early on the decay is smaller, so that the start is forgotten."""
+        """Update the averages after a step; early steps use a smaller decay, so that the initial weights fade out."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.values, list(self.parameters), 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the averages with the model's weights; a second call undoes it."""
+        """Swap the averages with the model's weights; a second call restores them."""
         for parameter, value in zip(self.parameters, self.values, strict=True):
-            held = parameter.detach().clone()
+            raw = parameter.detach().clone()
             parameter.copy_(value)
-            value.copy_(held)
+            value.copy_(raw)
 
     def state_dict(self) -> list[Tensor]:
-        """The averages, in the order of the model's trainable parameters."""
+        """Return the averages, in the order of the model's trainable parameters."""
         return self.values
 
     @torch.no_grad()
     def load_state_dict(self, values: list[Tensor]) -> None:
-        """Restore what `state_dict` returned."""
+        """Load the averages that `state_dict` returned."""
         for own, value in zip(self.values, values, strict=True):
             own.copy_(value)

@@ -1,7 +1,8 @@
-"""Values of `--recipe`: what `TrainConfig` is for each purpose. Every field remains a flag.
+"""Presets of `--recipe`: a `TrainConfig` for each purpose. Flags override single fields.
 
 The settings of detr-r50 are the paper's (Carion et al. 2020, section 4 and appendix A.4) and the original code's:
-AdamW at 1e-4, the backbone at 1e-5, weight decay 1e-4, clipping at 0.1, dropout 0.1, a drop to a tenth at two thirds.
+AdamW at 1e-4, the backbone at 1e-5, weight decay 1e-4, gradient clipping at 0.1, dropout 0.1, and a learning rate that
+drops to a tenth after two thirds of the steps.
 """
 
 from dataclasses import replace
@@ -29,7 +30,7 @@ _MULTI_SCALE = TrainConfig(
     crop_sizes=(144, 240),
 )
 
-# The scenes have at most 4 objects, of 15 to 50 % of the image: stride 4 sees nothing that stride 8 does not.
+# The demo scenes have at most 4 objects, each 15 to 50 % of the image in size, so stride 4 adds nothing to stride 8.
 _SCENES = replace(
     _MULTI_SCALE,
     backbone_out_indices=(2, 3),
@@ -107,27 +108,35 @@ RECIPES = {
         lr_drop_at=0.6,
     ),
 }
-"""multi-scale, the default: your own images, with the multi-scale architecture, which learns from an ImageNet backbone
-within minutes of two cores. scenes: the same on the embedded data set. detr-small: the network of the page on two cores,
-where transformers has to read the model. detr-r50: the paper's detector from an ImageNet backbone
-(500 epochs of COCO are 3.7 million steps of 16 images; the default is 40 epochs). fine-tune: a detector (--model) on
-one's own classes. panoptic: boxes and masks of things and stuff jointly. panoptic-boxes, then masks: the same in two
-steps, 25 epochs of COCO's for the mask head alone (--task instance for instances)."""
+"""Presets by name.
+
+    multi-scale     the default: the multi-scale architecture on your own images; learns from an ImageNet backbone
+                    within minutes on two cores
+    scenes          the same on the demo scenes
+    detr-small      a small DETR on two cores, for models that transformers can load
+    detr-r50        the paper's detector from an ImageNet backbone; 40 epochs of COCO by default (the paper's 500 epochs
+                    are 3.7 million steps of 16 images)
+    fine-tune       fine-tune a detector (--model) on your own classes
+    panoptic        boxes and masks of things and stuff, trained jointly
+    panoptic-boxes  the first of two stages: boxes of things and stuff
+    masks           the second stage: the mask head alone, 25 epochs of COCO (--task instance for instance masks)
+"""
 
 DEFAULT = "multi-scale"
 
 
 def require_model_flags(config: TrainConfig, recipe: str) -> None:
-    """Refuse flags that a recipe cannot go by.
+    """Check that the flags fit the recipe and the model.
 
     Raises:
-        ConfigError: fine-tune without a model, or flags of an architecture beside a model, which has its own.
+        ConfigError: fine-tune without a model, or architecture flags together with a model, which has its own.
     """
     if recipe == "fine-tune" and not config.model:
-        raise ConfigError("--recipe fine-tune trains a model that is there: give its address as --model.")
+        raise ConfigError("--recipe fine-tune starts from an existing model: give it as --model.")
     given = [name for name in ARCHITECTURE if getattr(config, name) != getattr(RECIPES[recipe], name)]
     if config.model and given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(
-            f"{flags}: the architecture is that of --model {config.model}; leave it out, or train a new model."
+            f"{flags}: the architecture is that of --model {config.model}; remove {'it' if len(given) == 1 else 'them'}, "
+            "or train a new model without --model."
         )

@@ -1,4 +1,4 @@
-"""What a run is: its identity, the MLflow run that belongs to it, the order of its data."""
+"""Identity of a run: its settings, its MLflow run, and the order of its data."""
 
 import dataclasses
 import os
@@ -19,11 +19,11 @@ from raydetr.registry import models, tracking
 from raydetr.training import checkpoint
 from raydetr.training.config import ARCHITECTURE, TrainConfig
 
-VALIDATED_ON = {"val_data", "val_digest", "validation_images"}
-"""Fields that may differ until there are figures: those of other images cannot be compared with them."""
+VALIDATION_FIELDS = {"val_data", "val_digest", "validation_images"}
+"""Fields that may change until the first validation: metrics on different images cannot be compared."""
 RUN = "run.json"
 KEY_TAG = "training.key"
-FREE_FIELDS = {
+MUTABLE_FIELDS = {
     "accelerator",
     "checkpoint_every",
     "data_cpus",
@@ -41,24 +41,24 @@ FREE_FIELDS = {
     "on_non_finite",
     "patience",
     "replay",
-    "tracking_uri",  # of a cluster whose head was lost: the server is at the new head's address
+    "tracking_uri",  # after a cluster lost its head node, the MLflow server has the new head's address
     "validate_every",
     "validation_cpus",
     "validation_gpus",
     "workers",
 }
-"""Fields that may differ when a run is resumed: they change how it is computed or followed, not what."""
+"""Fields that may change when a run is resumed: they affect how it runs and is tracked, not what it computes."""
 RENAMED = {
     "cell_loss": "dense_loss_weight",
     "clip_norm": "max_grad_norm",
     "drop_at": "lr_drop_at",
     "local_attention": "locality_init",
 }
-"""Former names of fields, in the run.json of runs that were started with version 0.1."""
+"""Old field name → new name, for the run.json of runs that were started with version 0.1."""
 
 
 def plan_spec(config: TrainConfig) -> PlanSpec:
-    """The order and augmentation that a configuration asks for."""
+    """Build the plan settings of a configuration: data order and augmentation."""
     return PlanSpec(
         seed=config.seed,
         micro_batch_size=config.micro_batch_size,
@@ -77,126 +77,128 @@ def plan_spec(config: TrainConfig) -> PlanSpec:
 
 
 def pinned_model(config: TrainConfig) -> str:
-    """The address of the model to start from, with what an alias meant when the run of this folder was begun.
+    """Return the URI of the model to start from, with an alias resolved to the version it had when the run started.
 
     Raises:
-        ConfigError, RegistryError: there is no such model, version or alias.
+        ConfigError, RegistryError: the model, version or alias does not exist.
     """
     if not config.model.startswith("models:"):
         return config.model
-    address = storage.join(config.output, RUN)
-    begun: dict[str, Any] = storage.read_json(address) if storage.exists(address) else {"identity": {}}
-    pinned = begun["identity"].get("model")
-    if config.model in (pinned, begun.get("asked_model")):
+    file = storage.join(config.output, RUN)
+    started: dict[str, Any] = storage.read_json(file) if storage.exists(file) else {"identity": {}}
+    pinned = started["identity"].get("model")
+    if config.model in (pinned, started.get("asked_model")):
         return str(pinned)
     version = models.registered_version(config.model, tracking.resolve_uri(config.tracking_uri))
     return f"models:/{version.name}/{version.version}"
 
 
 def open_run(config: TrainConfig, manifest: Manifest, asked_model: str = "") -> str:
-    """The MLflow run of this output folder: a new one, or the one it was begun with.
+    """Return the id of the MLflow run of this output folder; start one for a new folder.
 
     Args:
-        config: its model as `pinned_model` has it.
-        manifest: of what is trained on.
-        asked_model: `--model` as it was given.
+        config: configuration of the run, with the model that `pinned_model` returns.
+        manifest: manifest of the training data.
+        asked_model: `--model` as the user gave it.
 
     Raises:
-        TrainingError: the folder belongs to a run with other flags or other data, of which a checkpoint is there.
+        TrainingError: the folder has a checkpoint of a run with other flags or other data.
     """
     identity = _flags(config) | {
         "data_digest": manifest.digest,
         "val_digest": Manifest.load(config.val_data).digest if config.val_data else "",
     }
-    address = storage.join(config.output, RUN)
-    begun: dict[str, Any] = {"run_id": None, "key": uuid.uuid4().hex}
-    now = {"identity": identity, "asked_model": asked_model}
-    if storage.exists(address):
-        begun = storage.read_json(address)
-        differing = _differing(config, identity, begun["identity"])
+    file = storage.join(config.output, RUN)
+    started: dict[str, Any] = {"run_id": None, "key": uuid.uuid4().hex}
+    current = {"identity": identity, "asked_model": asked_model}
+    if storage.exists(file):
+        started = storage.read_json(file)
+        differing = _find_differences(config, identity, started["identity"])
         if differing and checkpoint.last_committed_step(config.output):
             raise TrainingError(
-                f"{config.output} holds a run that was begun with other values of {', '.join(differing)}: give "
-                "the same flags to go on with it, or another --output."
+                f"{config.output} holds a run that was started with other values of {', '.join(differing)}: give "
+                "the same flags to resume it, or another --output."
             )
     else:
-        storage.write_json(address, begun | now)
-    # A driver that is killed in here finds the run by its key when it is started again.
-    key = begun.get("key", "")
-    run_id = begun["run_id"] or tracking.run_of_key(config.tracking_uri, config.experiment, KEY_TAG, key)
+        storage.write_json(file, started | current)
+    # If the driver is killed before it stores the run id, the next one finds the MLflow run by this key.
+    key = started.get("key", "")
+    run_id = started["run_id"] or tracking.find_run_by_tag(
+        config.tracking_uri, config.experiment, KEY_TAG, key
+    )
     run_id = tracking.start_run(
         config.tracking_uri,
         config.experiment,
         os.path.basename(config.output.rstrip("/")),
         _params(config) | {"data_digest": manifest.digest},
-        {"data_digest": manifest.digest, KEY_TAG: key, **environment()},
+        {"data_digest": manifest.digest, KEY_TAG: key, **environment_tags()},
         run_id,
     )
-    storage.write_json(address, begun | now | {"run_id": run_id})
+    storage.write_json(file, started | current | {"run_id": run_id})
     return run_id
 
 
 def require_same_run(config: TrainConfig) -> None:
-    """Check that the finished run in the output folder is the requested one.
+    """Check that the finished run in the output folder has these flags and data.
 
     Args:
-        config: its model as `pinned_model` has it.
+        config: configuration of the run, with the model that `pinned_model` returns.
 
     Raises:
-        TrainingError: it was made with other flags or other data.
+        TrainingError: the finished run had other flags or other data.
     """
-    address = storage.join(config.output, RUN)
-    if not storage.exists(address):
+    file = storage.join(config.output, RUN)
+    if not storage.exists(file):
         return
-    earlier = storage.read_json(address)["identity"]
+    earlier = storage.read_json(file)["identity"]
     identity = _flags(config)
     for name, data in (("data_digest", config.train_data), ("val_digest", config.val_data)):
-        # Data that were deleted since then cannot have changed the run.
+        # Data that were deleted after the run finished cannot be compared, and need not be.
         if data and storage.exists(storage.join(data, MANIFEST)):
             identity[name] = Manifest.load(data).digest
-    if differing := _differing(config, identity, earlier):
+    if differing := _find_differences(config, identity, earlier):
         raise TrainingError(
             f"{config.output} holds a finished run with other values of {', '.join(differing)}: give another --output "
-            "for a new run, or the flags of that one to see its result."
+            "for a new run, or the same flags to see the result of the finished one."
         )
 
 
 def _flags(config: TrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in MUTABLE_FIELDS}
 
 
-def _differing(config: TrainConfig, identity: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
-    """Names of what differs from the run in the output folder and may not, sorted."""
-    # A run that was started before there was a flag had what is its default now. JSON has no tuples.
+def _find_differences(config: TrainConfig, identity: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
+    """List the fields that differ from the run in the output folder and must not, sorted."""
+    # A run that is older than a flag ran with what is now its default. `_as_json`: JSON has lists for tuples.
     earlier = {RENAMED.get(name, name): value for name, value in earlier.items()}
     earlier = dataclasses.asdict(TrainConfig()) | {"val_digest": identity.get("val_digest")} | earlier
-    differing = sorted(name for name in identity if _plain(identity[name]) != _plain(earlier.get(name)))
-    if VALIDATED_ON.issuperset(differing) and not checkpoint.validated_steps(config.output):
+    differing = sorted(name for name in identity if _as_json(identity[name]) != _as_json(earlier.get(name)))
+    if VALIDATION_FIELDS.issuperset(differing) and not checkpoint.validated_steps(config.output):
         return []
     return differing
 
 
-def environment() -> dict[str, str]:
-    """What a run was computed with, as tags."""
+def environment_tags() -> dict[str, str]:
+    """Return tags that describe the software and the cluster."""
     versions = {
         f"environment.{name}": metadata.version(name) for name in ("torch", "ray", "timm", "torchvision")
     }
-    there = ray.cluster_resources()
+    resources = ray.cluster_resources()
     return versions | {
         "environment.code": cluster.code_digest(),
         "environment.python": sys.version.split()[0],
         "environment.cuda": str(torch.version.cuda),
         "environment.nodes": str(len([node for node in ray.nodes() if node["Alive"]])),
-        "environment.cpus": f"{there.get('CPU', 0):g}",
-        "environment.gpus": f"{there.get('GPU', 0):g}",
+        "environment.cpus": f"{resources.get('CPU', 0):g}",
+        "environment.gpus": f"{resources.get('GPU', 0):g}",
     }
 
 
 def _params(config: TrainConfig) -> dict[str, Any]:
-    """The configuration without what a model that training starts from has of its own, in its config.json."""
+    """Return the configuration, without the architecture if it comes from the config.json of `--model`."""
     unused = ARCHITECTURE if config.model else ()
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in unused}
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value

@@ -1,62 +1,65 @@
-"""What rank 0 tells the other workers: it travels with the sums of a step, so that all act on it in the same step."""
+"""Control signals that rank 0 broadcasts with the sums of a step, so that all workers act on them in the same step."""
 
 import time
 from enum import IntFlag
 
 import ray.train
 
-LOOK_EVERY_S = 5.0
-"""Seconds between looks for a preemption notice, each of which costs all workers some milliseconds."""
+POLL_EVERY_S = 5.0
+"""Seconds between checks for a preemption notice. Each check takes all workers some milliseconds."""
 
 
 class PreemptedError(Exception):
-    """Raised by every worker once the step is committed: Ray Train starts them again, on other nodes."""
+    """Raised by every worker after a checkpoint of the step, so that Ray Train restarts them on other nodes."""
 
 
 class Signal(IntFlag):
-    """What to do after the step."""
+    """What all workers do after the step."""
 
-    NOTHING = 0
-    LOOK = 1
-    """Ask Ray Train whether a node is about to be preempted: all workers have to ask together."""
-    TIME_IS_UP = 2
-    """Commit and end: `--max-hours`."""
+    NONE = 0
+    CHECK_PREEMPTION = 1
+    """Ask Ray Train whether a node is about to be preempted. It is a collective call: all workers must make it."""
+    TIME_LIMIT = 2
+    """Write a checkpoint and stop: `--max-hours` is over."""
     NO_PROGRESS = 4
-    """Commit and end: `--patience`."""
+    """Write a checkpoint and stop early: `--patience`."""
 
 
 class Signals:
-    """The clock of rank 0.
+    """Decides on rank 0 which control signal to broadcast with the next step.
 
-    rank: of this worker; only rank 0 has something to say.
-    deadline: time.time() at which the run's time is up; None: never.
+    rank: rank of this worker; only rank 0 sends signals.
+    deadline: time.time() of the time limit; None: no limit.
     """
 
     def __init__(self, rank: int, deadline: float | None) -> None:
         self.rank, self.deadline = rank, deadline
         self.no_progress = False
-        self._looked = time.monotonic()
-        self._answered: set[tuple[str, ...]] = set()
+        self._checked_at = time.monotonic()
+        self._handled: set[tuple[str, ...]] = set()
 
-    def of_step(self) -> Signal:
-        """What this worker says with the step that begins."""
+    def for_step(self) -> Signal:
+        """Return the signal that this worker adds to the sums of the next step; NONE on all ranks but 0."""
         if self.rank:
-            return Signal.NOTHING
-        signal = Signal.NO_PROGRESS if self.no_progress else Signal.NOTHING
+            return Signal.NONE
+        signal = Signal.NO_PROGRESS if self.no_progress else Signal.NONE
         if self.deadline is not None and time.time() >= self.deadline:
-            signal |= Signal.TIME_IS_UP
-        if time.monotonic() - self._looked >= LOOK_EVERY_S:
-            self._looked = time.monotonic()
-            signal |= Signal.LOOK
+            signal |= Signal.TIME_LIMIT
+        if time.monotonic() - self._checked_at >= POLL_EVERY_S:
+            self._checked_at = time.monotonic()
+            signal |= Signal.CHECK_PREEMPTION
         return signal
 
     def preempted_nodes(self) -> tuple[str, ...]:
-        """Ids of nodes that are about to be preempted, once each time there are others; called by all workers alike."""
+        """Return the ids of nodes that are about to be preempted; empty if they are the same as in an earlier call.
+
+        All workers must call this in the same step.
+        """
         notice = ray.train.get_preemption_info()
         if notice is None:
             return ()
         nodes = tuple(notice.preempted_node_ids)
-        if nodes in self._answered:
+        if nodes in self._handled:
             return ()
-        self._answered.add(nodes)
+        self._handled.add(nodes)
         return nodes

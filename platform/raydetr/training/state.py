@@ -1,4 +1,4 @@
-"""What changes while training, and how it begins."""
+"""Training state: model, optimizer, moving average and counters; how they are created."""
 
 import warnings
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ from raydetr.training.optim import MovingAverage, build_optimizer
 
 @dataclass
 class TrainingState:
-    """Everything that changes while training.
+    """Everything that changes during training.
 
-    model: what is saved and served.
-    module: what is trained: the model, or the model with further groups of queries around it.
-    average: None without `--ema-decay`.
-    step: steps done.
-    images, skipped: images trained on, and those that could not be decoded, so far.
-    non_finite: steps that were left out because the loss or the gradient was not finite.
+    model: the model that is saved and served.
+    module: the module that is trained: the model, or `QueryGroups` around it.
+    average: moving average of the weights; None without `--ema-decay`.
+    step: number of completed steps.
+    images, skipped: number of images trained on, and of those that could not be decoded.
+    non_finite: number of steps skipped because of a non-finite loss or gradient.
     """
 
     model: DetrForObjectDetection | DetrForSegmentation
@@ -45,7 +45,7 @@ class TrainingState:
 
 
 def create_state(config: TrainConfig, manifest: Manifest, device: torch.device) -> TrainingState:
-    """A new model and its optimiser on the device, the same on every worker."""
+    """Create the model and its optimizer on the device, identical on every worker."""
     model = build_model(config, manifest)
     module: DetrForObjectDetection | DetrForSegmentation | QueryGroups = model
     if config.query_groups > 1 or config.dense_loss_weight:
@@ -57,7 +57,7 @@ def create_state(config: TrainConfig, manifest: Manifest, device: torch.device) 
         if isinstance(model, DetrForSegmentation):
             init_mask_scales(model)
     if config.channels_last:
-        # 1.3 times the images of a small net per second and core.
+        # Measured: 1.3 times the images per second and core for a small network.
         model = model.to(memory_format=torch.channels_last)
     module.to(device)
     if config.precision == "float64":
@@ -67,9 +67,9 @@ def create_state(config: TrainConfig, manifest: Manifest, device: torch.device) 
     if config.compile:
         detector = model.detr if isinstance(model, DetrForSegmentation) else model
         network: Any = detector.model
-        # Each size on its own, up to torch's limit of eight, then as always: code for all sizes at once is more than
-        # torch 2.11 can do on a GPU, and what is recorded as a CUDA graph has one size. Without graphs a GPU waits for
-        # Python most of the time.
+        # Compile for each batch shape separately, up to torch's limit of eight; further shapes run eagerly. torch 2.11
+        # cannot compile dynamic shapes here on a GPU, and a CUDA graph has one fixed shape. Without CUDA graphs the GPU
+        # waits for Python most of the time.
         network.states = torch.compile(
             network.states, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None
         )
@@ -83,15 +83,15 @@ def create_state(config: TrainConfig, manifest: Manifest, device: torch.device) 
     )
 
 
-def parallelise(module: nn.Module) -> nn.Module:
-    """The module whose gradients are averaged over the workers; itself where there is one."""
+def parallelize(module: nn.Module) -> nn.Module:
+    """Wrap the module in DistributedDataParallel; return it unchanged with a single worker."""
     if world_size() == 1:
         return module
     with warnings.catch_warnings():
-        # torch 2.15 renames the argument; 2.9 knows only this name. There are no buffers to broadcast: batch
+        # torch 2.15 renames this argument; 2.9 has only this name. There are no buffers to broadcast, since batch
         # norm is frozen.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         parallel = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
-    if dist.get_backend() == "gloo":  # NCCL adds up in an order of its own
+    if dist.get_backend() == "gloo":  # NCCL chooses its own order of additions
         parallel.register_comm_hook(None, mean_by_rank)
     return parallel

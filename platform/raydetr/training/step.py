@@ -1,4 +1,4 @@
-"""One optimiser step of one worker. It reads as single-device code; what the others know enters through two sums."""
+"""One optimizer step of one worker. It reads as single-device code; the other workers enter through two sums."""
 
 import hashlib
 import math
@@ -24,23 +24,23 @@ def train_step(
     config: TrainConfig,
     totals: StepTotals,
 ) -> dict[str, float]:
-    """One optimiser step over this worker's micro-batches.
+    """Take one optimizer step over this worker's micro-batches.
 
-    The optimiser does nothing where the loss or the gradient is not finite, which `is_finite` of the metrics says,
-    on every worker alike. The gradients are left for who wants to look at them; `state.step` does not move.
+    With a non-finite loss or gradient (`is_finite(metrics)` is False on every worker) weights and optimizer state stay
+    unchanged, and the gradients remain for inspection. `state.step` never changes here.
 
     Args:
-        parallel: `state.module`, as `parallelise` returns it.
-        state: to be changed.
+        parallel: `state.module` wrapped by `parallelize`.
+        state: training state, changed in place.
         batches: this worker's micro-batches of the step.
-        config: of the run.
-        totals: of all workers' micro-batches, from `step_totals`.
+        config: configuration of the run.
+        totals: sums over all workers' micro-batches, from `step_totals`.
 
     Returns:
-        the metrics of the whole step.
+        The metrics of the whole step.
     """
     losses = compute_gradients(parallel, state, batches, config, totals.num_boxes, totals.class_weight_sum)
-    # Every worker holds its share of the losses times W: their mean is the loss of the global batch.
+    # Each worker has its share of the losses times W, so their mean over workers is the loss of the global batch.
     names = sorted(losses)
     values = all_reduce(torch.stack([losses[name].double() for name in names]).cpu()) / world_size()
     metrics = dict(zip(names, values.tolist(), strict=True))
@@ -57,7 +57,7 @@ def train_step(
 
 
 def is_finite(metrics: dict[str, float]) -> bool:
-    """Whether a step's loss and gradient are numbers to go on with."""
+    """Return whether the loss and the gradient norm of a step are finite."""
     return math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
 
 
@@ -69,15 +69,15 @@ def compute_gradients(
     num_boxes: float,
     class_weight_sum: float,
 ) -> dict[str, Tensor]:
-    """Accumulate the gradients of a step; returns this worker's sums of the loss terms, times W."""
+    """Accumulate the gradients of a step, and return this worker's sums of the loss terms, times W."""
     if config.compile:
-        keep_gradients(state.module)
+        allocate_gradients(state.module)
     sums: dict[str, Tensor] = {}
     for batch in batches:
         seed_dropout(config.seed, batch.step, batch.position)
         arguments = to_arguments(batch, state)
-        synchronise = batch is batches[-1]
-        with accumulate(parallel, synchronise), autocast(config, arguments["pixel_values"].device):
+        synchronize = batch is batches[-1]
+        with accumulate(parallel, synchronize), autocast(config, arguments["pixel_values"].device):
             outputs = parallel(**arguments, num_boxes=num_boxes, class_weight_sum=class_weight_sum)
             outputs.loss.backward()
         for name, value in {"loss": outputs.loss, **outputs.loss_dict}.items():
@@ -85,15 +85,18 @@ def compute_gradients(
     return sums
 
 
-def keep_gradients(module: torch.nn.Module) -> None:
-    """Give every parameter a gradient to add to: that of a recorded backward pass lies where the next one writes."""
+def allocate_gradients(module: torch.nn.Module) -> None:
+    """Allocate the gradient of every parameter before the first backward pass.
+
+    Otherwise `parameter.grad` would be memory of the recorded CUDA graph, which its next replay overwrites.
+    """
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
 
 
 def to_arguments(batch: TrainingBatch, state: TrainingState) -> dict[str, Any]:
-    """What the model is given of a micro-batch, on its device."""
+    """Return the arguments of the model's forward for a micro-batch, on the model's device."""
     pixel_values, pixel_mask = to_device(batch, state)
     device = pixel_values.device
     return {
@@ -105,7 +108,12 @@ def to_arguments(batch: TrainingBatch, state: TrainingState) -> dict[str, Any]:
 
 
 def to_device(batch: TrainingBatch, state: TrainingState) -> tuple[Tensor, Tensor]:
-    """(pixel_values [B, 3, H, W] normalised and zero where padded, pixel_mask bool [B, H, W])."""
+    """Pad and normalize the images of a micro-batch on the model's device.
+
+    Returns:
+        pixel_values: [B, 3, H, W] in the model's dtype, normalized, zero in the padding.
+        pixel_mask: bool [B, H, W], True on pixels of the image.
+    """
     parameter = next(state.model.parameters())
     device, dtype = parameter.device, parameter.dtype
     mean, std = (
@@ -117,24 +125,24 @@ def to_device(batch: TrainingBatch, state: TrainingState) -> tuple[Tensor, Tenso
     for slot, image in zip(pixels, batch.images, strict=True):
         if image is not None:
             _, height, width = image.shape
-            # To the device as bytes: a copy that converts would do so before.
+            # Transfer uint8 first: `copy_` with a dtype conversion would convert before the transfer.
             slot[:, :height, :width].copy_(image.to(device)).sub_(mean * 255).div_(std * 255)
     return pixels, batch.pixel_mask().to(device)
 
 
-def accumulate(parallel: torch.nn.Module, synchronise: bool) -> AbstractContextManager[None]:
-    """Gradients cross the network once a step, with the last micro-batch."""
-    if synchronise or not isinstance(parallel, DistributedDataParallel):
+def accumulate(parallel: torch.nn.Module, synchronize: bool) -> AbstractContextManager[None]:
+    """Return a context that suppresses the gradient all-reduce in all micro-batches of a step but the last."""
+    if synchronize or not isinstance(parallel, DistributedDataParallel):
         return nullcontext()
     return parallel.no_sync()
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 for what tolerates it; the criterion computes in float32 by itself."""
+    """Return the autocast context of `--precision bf16`; the criterion itself computes in float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def seed_dropout(seed: int, step: int, position: int) -> None:
-    """Make dropout a function of (seed, step, micro-batch): no random state is carried over a restart."""
+    """Seed torch as a function of (seed, step, micro-batch), so that a restart needs no random state for dropout."""
     digest = hashlib.blake2b(f"{seed}/dropout/{step}/{position}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little", signed=True))

@@ -1,4 +1,4 @@
-"""The driver of a training run: checks first, then Ray Train, then the finished model and its registration."""
+"""Driver of a training run: preflight checks, Ray Train, then the final model and its registration."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ from raydetr.data.stream.ray_stream import PlanDataConfig, Stream, build_plan
 from raydetr.data.stream.source import shard_source
 from raydetr.data.synthetic.dataset import embedded
 from raydetr.data.usable import require_trainable, require_usable, trainable
-from raydetr.errors import ConfigError, OutOfTimeError, TrainingError
+from raydetr.errors import ConfigError, TimeLimitError, TrainingError
 from raydetr.lease import Held, lease
 from raydetr.prediction.categories import match_categories
 from raydetr.registry import models, tracking
@@ -34,27 +34,27 @@ from raydetr.training.worker import train_loop_per_worker, validate
 
 SUMMARY = "summary.json"
 _ESTIMATED_STEPS = 200
-"""Fewer steps take less time than it takes to estimate it."""
+"""Shorter runs take less time than the estimate itself."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train, or go on with, the run at `config.output`; a finished one returns its summary at once.
+    """Train or resume the run at `config.output`; return the summary of a finished run immediately.
 
     Returns:
-        The summary: run id, model address and folder, steps, losses, images per second, data digest.
+        The summary: run id, model URI and folder, steps, losses, images per second, data digest.
 
     Raises:
-        RaydetrError: what is wrong with the flags, the data or the cluster, before the first step; later a
-            run that cannot go on. `OutOfTimeError` after `--max-hours`.
+        RaydetrError: before the first step, an error in the flags, the data or the cluster; later, an error that stops
+            the run. `TimeLimitError` after `--max-hours`.
     """
     start = time.time()
-    finished = storage.join(storage.absolute(config.output), SUMMARY)
-    if storage.exists(finished):
-        require_same_run(resolve_addresses(config))
-        print(f"{finished} is there: this run is finished. Give another --output for a new one.")
-        return dict(storage.read_json(finished))
+    summary_file = storage.join(storage.absolute(config.output), SUMMARY)
+    if storage.exists(summary_file):
+        require_same_run(resolve_uris(config))
+        print(f"{summary_file} exists: this run is finished. Give another --output for a new run.")
+        return dict(storage.read_json(summary_file))
     connect_for_training(config)
-    asked_model, config = config.model, resolve_addresses(config)
+    asked_model, config = config.model, resolve_uris(config)
     cluster.require_shared(
         train_data=config.train_data,
         output=config.output,
@@ -64,44 +64,44 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     manifest = Manifest.load(config.train_data)
     print(f"checking {config.train_data} ({manifest.num_images:,} images) and building the model", flush=True)
-    check(config, manifest)
+    check_prerequisites(config, manifest)
     with lease(config.output) as held:
-        if storage.exists(finished):  # by the driver that held the lease
+        if storage.exists(summary_file):  # the previous holder of the lease finished the run
             require_same_run(config)
-            return dict(storage.read_json(finished))
+            return dict(storage.read_json(summary_file))
         run_id = open_run(config, manifest, asked_model)
         with tracking.end_on_error(config.tracking_uri, run_id, held.is_held):
-            validation.validate_what_was_lost(config, run_id)
+            validation.validate_missing_checkpoints(config, run_id)
             last = checkpoint.last_committed_step(config.output)
             if last < config.steps and not validation.has_stalled(config, last):
                 deadline = start + 3600 * config.max_hours if config.max_hours else None
                 start_workers(config, manifest, run_id, deadline, held)
-                validation.validate_what_was_lost(config, run_id)
+                validation.validate_missing_checkpoints(config, run_id)
             held.verify()
             summary = finish(config, manifest, run_id, time.time() - start)
             held.verify()
-        storage.write_json(finished, summary)
+        storage.write_json(summary_file, summary)
     return summary
 
 
 def connect_for_training(config: TrainConfig) -> None:
-    """Connect to a cluster on which the run can begin.
+    """Connect to a cluster that has the resources to start the run.
 
     Raises:
-        ClusterError: it has too few CPUs or GPUs, after waiting for nodes where they are started on demand.
+        ClusterError: the cluster has too few CPUs or GPUs, even after waiting for an autoscaler to add nodes.
     """
-    least = config.min_workers or config.workers
+    min_workers = config.min_workers or config.workers
     on_gpu = config.accelerator == "gpu"
     cluster.connect(
         config.workers + config.data_cpus,
-        least + config.data_cpus,
+        min_workers + config.data_cpus,
         gpus=config.workers * on_gpu + config.validation_gpus * bool(config.validate_every),
-        least_gpus=least * on_gpu,
+        min_gpus=min_workers * on_gpu,
     )
 
 
-def resolve_addresses(config: TrainConfig) -> TrainConfig:
-    """The configuration with embedded defaults filled in, every address absolute and an alias as a version."""
+def resolve_uris(config: TrainConfig) -> TrainConfig:
+    """Return the configuration with embedded defaults, absolute URIs, and aliases resolved to versions."""
     return dataclasses.replace(
         config,
         train_data=storage.absolute(config.train_data or embedded("train")),
@@ -112,16 +112,15 @@ def resolve_addresses(config: TrainConfig) -> TrainConfig:
     )
 
 
-def check(config: TrainConfig, manifest: Manifest) -> None:
-    """What can be known to be wrong before workers start.
+def check_prerequisites(config: TrainConfig, manifest: Manifest) -> None:
+    """Check flags, data and model before workers start.
 
     Raises:
-        ConfigError: there are images with more objects than the model has queries, no masks
-            where they are to be learned, nothing to be scored in `--val-data`, no such model or augmentation can be
-            built.
-        DataError: there is nothing to learn, or too much that cannot be; there is no validation set at `--val-data`, or
-            it has categories that the model does not have.
-        RegistryError: there is no model at `--model`.
+        ConfigError: the model or the augmentation cannot be built, images have more objects than the model has queries,
+            masks to train on are missing, or `--val-data` has nothing to score.
+        DataError: the data have no trainable objects or too many unusable ones, or `--val-data` is missing or has
+            categories that the model does not have.
+        RegistryError: `--model` does not exist.
     """
     require_distinct_names(manifest.categories, config.train_data)
     usable = trainable(manifest, config.task)
@@ -132,7 +131,7 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
     try:
         plan_spec(config)
     except ValueError as error:
-        raise ConfigError(f"The augmentation cannot be done: {error}.") from error
+        raise ConfigError(f"The augmentation flags are invalid: {error}.") from error
     try:
         model = build_model(config, manifest)
     except (ValueError, RuntimeError, OSError) as error:
@@ -141,10 +140,11 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
         config.require_multi_scale()
     elif config.multi_scale:
         raise ConfigError(
-            f"--model {config.model} is not a multi-scale model: add --recipe fine-tune or detr-small, which train it as it is."
+            f"--model {config.model} is not a multi-scale model: add --recipe fine-tune or detr-small, which keep its "
+            "architecture."
         )
     for caution in preview.resolution_cautions(config, manifest, model):
-        print(f"warning: {caution.found}: {caution.remedy}.", flush=True)
+        print(f"warning: {caution.problem}: {caution.remedy}.", flush=True)
     if config.task in ("detection", "instance") and manifest.max_objects_per_image > model.config.num_queries:
         remedy = (
             "Start from another --model, or train a new one with --num-queries"
@@ -153,22 +153,24 @@ def check(config: TrainConfig, manifest: Manifest) -> None:
         )
         raise ConfigError(
             f"The model has {model.config.num_queries} queries, but an image of {config.train_data} has "
-            f"{manifest.max_objects_per_image} objects: a model can find at most one object per query. "
+            f"{manifest.max_objects_per_image} objects: a model can detect at most one object per query. "
             f"{remedy} {manifest.max_objects_per_image} or more (with slack)."
         )
     _require_masks(config, config.train_data, manifest)
     if config.val_data:
-        truth = Manifest.load(config.val_data)
-        match_categories(model.config.id2label, truth.categories)
-        if not truth.num_images or (config.task in ("detection", "instance") and not truth.num_objects):
+        val_manifest = Manifest.load(config.val_data)
+        match_categories(model.config.id2label, val_manifest.categories)
+        if not val_manifest.num_images or (
+            config.task in ("detection", "instance") and not val_manifest.num_objects
+        ):
             raise ConfigError(
-                f"--val-data {config.val_data} has {truth.num_images} images with {truth.num_objects} objects: "
-                "there is nothing to score. Give other data, or none."
+                f"--val-data {config.val_data} has {val_manifest.num_images} images with {val_manifest.num_objects} "
+                "objects: there is nothing to score. Give other data, or remove --val-data."
             )
-        _require_masks(config, config.val_data, truth)
+        _require_masks(config, config.val_data, val_manifest)
 
 
-def _require_masks(config: TrainConfig, address: str, manifest: Manifest) -> None:
+def _require_masks(config: TrainConfig, uri: str, manifest: Manifest) -> None:
     if config.task == "detection" or not manifest.shards:
         return
     instances = config.task == "instance"
@@ -182,7 +184,7 @@ def _require_masks(config: TrainConfig, address: str, manifest: Manifest) -> Non
             return
     wanted = "annotations with a segmentation" if instances else "--panoptic-annotations and --panoptic-masks"
     raise ConfigError(
-        f"--task is {config.task}, but no image of the first shard of {address} has "
+        f"--task is {config.task}, but no image in the first shard of {uri} has "
         f"{'a mask' if instances else 'a panoptic PNG'}: ingest the data with {wanted}."
     )
 
@@ -194,11 +196,11 @@ def start_workers(
     deadline: float | None,
     held: Held | None = None,
 ) -> None:
-    """Run the workers until the last step is committed, or the run ends early.
+    """Run the workers until the last step is committed or the run stops early.
 
     Raises:
-        TrainingError: more workers failed than `--max-failures`, or the loop itself raised.
-        OutOfTimeError: the time was up.
+        TrainingError: workers failed more than `--max-failures` times, or the loop itself raised an error.
+        TimeLimitError: `--max-hours` is over.
     """
     stream = Stream(
         source=shard_source(manifest),
@@ -207,30 +209,31 @@ def start_workers(
         first_step=partial(checkpoint.last_committed_step, config.output),
         masks=config.masks,
     )
-    background = validates_in_background(config)
+    background = can_validate_in_background(config)
     print(
-        f"{stream.plan.steps_per_epoch} steps an epoch, {config.steps / stream.plan.steps_per_epoch:.1f} epochs; "
+        f"{stream.plan.steps_per_epoch} steps per epoch, {config.steps / stream.plan.steps_per_epoch:.1f} epochs; "
         f"from step {stream.first_step()}",
         flush=True,
     )
     _print_estimate(config, manifest, config.steps - stream.first_step())
-    print(f"starting {config.workers} workers; the first step takes up to a minute to arrive", flush=True)
+    print(f"starting {config.workers} workers; the first step may take up to a minute", flush=True)
     outcome = _run_workers(config, manifest, stream, run_id, deadline, background, held)
     if outcome["error"]:
         raise TrainingError(outcome["error"])
-    if outcome["ended"] == OUT_OF_TIME:
-        raise OutOfTimeError(
-            f"{config.output}: --max-hours {config.max_hours:g} are over; step "
-            f"{checkpoint.last_committed_step(config.output)} of {config.steps} is committed. The same command goes on."
+    if outcome["stop_reason"] == OUT_OF_TIME:
+        raise TimeLimitError(
+            f"{config.output}: stopped after --max-hours {config.max_hours:g}; step "
+            f"{checkpoint.last_committed_step(config.output)} of {config.steps} is committed. Rerun the command to "
+            "resume."
         )
 
 
 def _print_estimate(config: TrainConfig, manifest: Manifest, steps: int) -> None:
-    """How long the steps will take, where this machine is the one that computes them and there are many."""
+    """Print how long the steps will take, if they run on this machine's CPUs and there are many."""
     if config.accelerator == "cpu" and cluster.nodes() == 1 and steps >= _ESTIMATED_STEPS:
         seconds = preview.estimate_step_seconds(config, manifest)
         print(
-            f"about {seconds:.2g} s a step on this machine, at least {preview.duration(seconds * steps)} for "
+            f"about {seconds:.2g} s per step on this machine, at least {preview.format_duration(seconds * steps)} for "
             f"{steps:,} steps",
             flush=True,
         )
@@ -245,10 +248,10 @@ def _run_workers(
     background: bool,
     held: Held | None,
 ) -> dict[str, str]:
-    """What `train_worker` returned once all workers have ended, however often they were started again."""
-    # The time after which Ray Train ends a worker whose process does not even answer.
+    """Run the workers, including restarts, and return the result of `train_worker`."""
+    # Ray Train kills a worker whose process has not answered for this time.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hang_timeout_s)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     trainer = scaling.Trainer(
         train_loop_per_worker,
         train_loop_config={
@@ -258,9 +261,12 @@ def _run_workers(
             "deadline": deadline,
             "background": background,
             "held": held,
-            "board": ray.remote(HeartbeatBoard).options(num_cpus=0, scheduling_strategy=here).remote(),
+            "board": ray.remote(HeartbeatBoard)
+            .options(num_cpus=0, scheduling_strategy=on_this_node)
+            .remote(),
         },
-        # Longer than the watchdog needs: whoever waits for a worker that hangs must not fail before that is named.
+        # Longer than the watchdog needs: a collective that waits for a hung worker must not time out before the
+        # watchdog reports it.
         torch_config=TorchConfig(timeout_s=int(4 * config.hang_timeout_s) + 600),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=(config.min_workers, config.workers)  # type: ignore[arg-type]
@@ -271,12 +277,12 @@ def _run_workers(
             resources_per_worker={"CPU": 1, **({"GPU": 1} if config.accelerator == "gpu" else {})},
         ),
         run_config=RunConfig(
-            # A name of its own: what to go on from is decided by our checkpoints alone.
+            # Unique for each start, so that Ray Train never restores state of its own: only our checkpoints count.
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{stream.first_step()}",
             storage_path=storage.join(config.output, "ray"),
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
-        datasets={"train": stream},  # what PlanDataConfig takes
+        datasets={"train": stream},  # not a Ray Dataset: PlanDataConfig turns it into one
         dataset_config=PlanDataConfig(),
         validation_config=ValidationConfig(
             partial(validate, config=config, run_id=run_id),
@@ -289,24 +295,25 @@ def _run_workers(
     try:
         outcome: dict[str, str] | None = trainer.fit().return_value  # type: ignore[attr-defined]
     except TrainingFailedError as error:
-        if isinstance(error, ControllerError) and isinstance(error.controller_failure, OutOfTimeError):
-            return {"ended": OUT_OF_TIME, "error": ""}  # while none of them ran
+        if isinstance(error, ControllerError) and isinstance(error.controller_failure, TimeLimitError):
+            # The time limit passed while no worker was running.
+            return {"stop_reason": OUT_OF_TIME, "error": ""}
         raise TrainingError(f"{config.output}: training stopped: {error}") from error
-    return outcome or {"ended": "", "error": "the workers ended without a word"}
+    return outcome or {"stop_reason": "", "error": "the workers exited without returning a result"}
 
 
-def validates_in_background(config: TrainConfig) -> bool:
-    """Whether the cluster has resources for the validation besides those of training; says so where it has not."""
+def can_validate_in_background(config: TrainConfig) -> bool:
+    """Return whether the cluster has free resources for validation next to training; print a message if not."""
     if not config.validate_every:
         return False
-    there = ray.cluster_resources()
+    resources = ray.cluster_resources()
     gpus = config.workers * (config.accelerator == "gpu") + config.validation_gpus
     cpus = config.workers + config.data_cpus + config.validation_cpus
-    if there.get("CPU", 0) >= cpus and there.get("GPU", 0) >= gpus:
+    if resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= gpus:
         return True
     print(
-        f"Training pauses for each validation: beside workers and data the cluster has no {config.validation_cpus:g} "
-        f"CPU and {config.validation_gpus:g} GPU for it.",
+        f"Training pauses for each validation: next to workers and data tasks, the cluster has no "
+        f"{config.validation_cpus:g} CPU and {config.validation_gpus:g} GPU for it.",
         flush=True,
     )
     return False

@@ -1,4 +1,4 @@
-"""Small training runs to be examined, healthy and with one thing wrong."""
+"""Small configurations and data sets for tests of the doctor, healthy or with one problem."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
 
 
 def configure(folder: Path, **changes: Any) -> DoctorConfig:
-    """A run with its output, data and MLflow in a folder."""
+    """Return the configuration of a run with its output, data and MLflow store in a folder."""
     fields = {
         "train_data": str(folder / "data"),
         "output": str(folder / "run"),
@@ -53,7 +53,7 @@ def write_data(
     shards: tuple[int, ...] = (24, 16),
     categories: list[dict[str, Any]] | None = None,
 ) -> Manifest:
-    """Shards of healthy records, each changed by `change(number, record)`, in `folder/data`."""
+    """Write shards of healthy records, each changed by `change(number, record)`, to `folder/data`."""
     rng, number, summaries = np.random.default_rng(0), 0, []
     for index, size in enumerate(shards):
         records = []
@@ -70,7 +70,7 @@ def write_data(
 
 
 def change_manifest(folder: Path, **changes: Any) -> Manifest:
-    """Write other values into the manifest in `folder/data`."""
+    """Change values of the manifest in `folder/data`."""
     file = folder / "data" / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return Manifest.load(str(folder / "data"))

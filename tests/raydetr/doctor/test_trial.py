@@ -1,4 +1,4 @@
-"""The first batch and the overfit: what is drawn, what is noticed, what is learned."""
+"""The first batch and the overfit: the contact sheet, the findings, the losses."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,27 +26,31 @@ def one_thread() -> Iterator[None]:
 
 def test_the_first_batch_is_that_of_the_run(tmp_path: Path) -> None:
     manifest, config = write_data(tmp_path), configure(tmp_path)
-    drawn = batch.first_batches(config, manifest)
-    made = batch.stream_of(config, manifest, 1)
-    expected = [[slot.image_id for slot in each.slots] for each in made.plan.explain(0, made.source.sizes)]
-    assert [list(each.image_ids) for each in drawn.batches] == expected
-    assert {each.step for each in drawn.others} == {1, 2, 3}
-    assert drawn.images_per_second > 0
-    (line,) = lines(batch.findings(config, drawn))
+    sample = batch.first_batches(config, manifest)
+    stream = batch.build_stream(config, manifest, 1)
+    expected = [
+        [slot.image_id for slot in each.slots] for each in stream.plan.explain(0, stream.source.sizes)
+    ]
+    assert [list(each.image_ids) for each in sample.batches] == expected
+    assert {each.step for each in sample.others} == {1, 2, 3}
+    assert sample.images_per_second > 0
+    (line,) = lines(batch.findings(config, sample))
     assert line.startswith("ok    batch: step 0 has 8 images padded to")
 
 
-def test_the_picture_shows_the_boxes_where_the_targets_are(tmp_path: Path) -> None:
-    def grey(_: int, made: dict) -> None:
+def test_the_contact_sheet_shows_the_boxes_of_the_targets(tmp_path: Path) -> None:
+    def gray(_: int, made: dict) -> None:
         file = BytesIO()
         Image.new("RGB", (80, 60), (128, 128, 128)).save(file, "PNG")
         box = {**made["objects"][0], "bbox": [20.0, 15.0, 40.0, 30.0]}
         made |= {"image": file.getvalue(), "height": 60, "width": 80, "objects": [box]}
 
-    manifest = write_data(tmp_path, grey)
+    manifest = write_data(tmp_path, gray)
     config = configure(tmp_path, flip=0.0)
     (line,) = lines(
-        batch.picture(batch.first_batches(config, manifest), manifest.id2label, f"{tmp_path}/batch.png")
+        batch.draw_contact_sheet(
+            batch.first_batches(config, manifest), manifest.id2label, f"{tmp_path}/batch.png"
+        )
     )
     assert line.startswith("ok    picture")
     with Image.open(tmp_path / "batch.png") as image:
@@ -59,7 +63,7 @@ def test_the_picture_shows_the_boxes_where_the_targets_are(tmp_path: Path) -> No
     assert rows[0] == pytest.approx(67, abs=4), "the label is at the left corner"
 
 
-def test_damaged_images_are_named(tmp_path: Path) -> None:
+def test_damaged_images_are_reported(tmp_path: Path) -> None:
     def cut(number: int, made: dict) -> None:
         if number % 3 == 0:
             made["image"] = made["image"][: len(made["image"]) // 2]
@@ -67,12 +71,12 @@ def test_damaged_images_are_named(tmp_path: Path) -> None:
     manifest, config = write_data(tmp_path, cut), configure(tmp_path)
     first, *_ = lines(batch.findings(config, batch.first_batches(config, manifest)))
     assert first.startswith("FAIL  images: ")
-    assert "images cannot be decoded, such as image 1" in first
+    assert "images cannot be decoded, for example image 1" in first
     few = replace(config, max_skipped=0.9)
     assert lines(batch.findings(few, batch.first_batches(few, manifest)))[0].startswith("warn  images: ")
 
 
-def test_images_without_objects_are_noticed(tmp_path: Path) -> None:
+def test_images_without_objects_are_reported(tmp_path: Path) -> None:
     def empty(number: int, made: dict) -> None:
         if number % 10:
             made["objects"] = []
@@ -83,7 +87,7 @@ def test_images_without_objects_are_noticed(tmp_path: Path) -> None:
     assert "of 32 images have objects" in line
 
 
-def test_boxes_of_a_few_pixels_are_noticed(tmp_path: Path) -> None:
+def test_boxes_of_a_few_pixels_are_reported(tmp_path: Path) -> None:
     def tiny(_: int, made: dict) -> None:
         for item in made["objects"]:
             item["bbox"][2:] = [3.0, 3.0]
@@ -94,43 +98,43 @@ def test_boxes_of_a_few_pixels_are_noticed(tmp_path: Path) -> None:
     assert "% of the boxes are less than 4 pixels wide or high" in line
 
 
-def test_eight_images_are_learned_by_the_runs_own_step(tmp_path: Path) -> None:
+def test_the_training_step_of_the_run_overfits_eight_images(tmp_path: Path) -> None:
     manifest, config = write_data(tmp_path), configure(tmp_path)
-    done = trial.make(config, manifest, batch.first_batches(config, manifest).batches)
-    (line,) = lines(trial.finding(config, done))
+    done = trial.run_in_process(config, manifest, batch.first_batches(config, manifest).batches)
+    (line,) = lines(trial.findings(config, done))
     assert line.startswith("ok    overfit: 8 images, "), line
-    assert done.ended == "fallen"
+    assert done.stop_reason == "fallen"
     assert done.losses[-1] < 0.95 * done.losses[0]
-    assert done.images == 4, "half of the step: that of one of two workers"
+    assert done.images == 4, "half of the step: the share of one of two workers"
     assert done.step_seconds > 0
     assert done.memory_gib > 0.1
-    assert 0 <= done.figures["AP50"] <= 1
+    assert 0 <= done.metrics["AP50"] <= 1
 
 
 @pytest.mark.slow
-def test_a_model_that_cannot_learn_is_named(tmp_path: Path) -> None:
+def test_a_model_that_cannot_learn_is_reported(tmp_path: Path) -> None:
     manifest = write_data(tmp_path)
     config = configure(tmp_path, learning_rate=0.0, backbone_learning_rate=0.0, overfit_steps=8)
-    losses, ended, _, _ = trial.overfit(config, manifest, torch.device("cpu"))
-    assert ended == "steps"
+    losses, stop_reason, _, _ = trial.overfit(config, manifest, torch.device("cpu"))
+    assert stop_reason == "steps"
     assert max(losses) < 1.001 * min(losses)
-    done = trial.TrialRun(1.0, 8, 1.0, None, losses, ended, 1.0, {})
-    (line,) = lines(trial.finding(config, done))
+    done = trial.TrialRun(1.0, 8, 1.0, None, losses, stop_reason, 1.0, {})
+    (line,) = lines(trial.findings(config, done))
     assert line.startswith("FAIL  overfit: 8 images, 8 steps")
-    assert "it has not fallen to 0.9 of its start. Remedy: look at batch.png" in line
+    assert "it has not fallen to 0.9 of its initial value. Remedy: check in batch.png" in line
 
 
 @pytest.mark.slow
-def test_a_frozen_detector_is_not_asked_to_learn(tmp_path: Path) -> None:
-    """Its part of the loss cannot fall; that of the masks is judged alone."""
+def test_the_loss_of_a_frozen_detector_need_not_fall(tmp_path: Path) -> None:
+    """Its part of the loss cannot fall, so only the mask losses count."""
 
-    def whole(_: int, made: dict) -> None:
+    def add_masks(_: int, made: dict) -> None:
         for item in made["objects"]:
             x, y, width, height = item["bbox"]
             corners = [x, y, x + width, y, x + width, y + height, x, y + height]
             item["segmentation"] = {"polygons": [corners], "rle": None}
 
-    manifest = write_data(tmp_path, whole)
+    manifest = write_data(tmp_path, add_masks)
     boxes = configure(tmp_path, attention_heads=8)
     folder = str(tmp_path / "detector")
     model = build_model(boxes, manifest)
@@ -146,20 +150,22 @@ def test_a_frozen_detector_is_not_asked_to_learn(tmp_path: Path) -> None:
         attention_heads=8,
     )
     config = replace(config, overfit_steps=150)
-    losses, ended, _, _ = trial.overfit(config, manifest, torch.device("cpu"))
-    assert ended == "fallen", losses
+    losses, stop_reason, _, _ = trial.overfit(config, manifest, torch.device("cpu"))
+    assert stop_reason == "fallen", losses
 
 
-def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+def test_a_non_finite_loss_is_reported(tmp_path: Path) -> None:
     manifest = write_data(tmp_path)
     config = configure(tmp_path, learning_rate=1e30, max_grad_norm=0.0, warmup_steps=0)
-    losses, ended, _, figures = trial.overfit(config, manifest, torch.device("cpu"))
-    assert (ended, figures) == ("not finite", {})
-    done = trial.TrialRun(1.0, 8, 1.0, None, losses, ended, 1.0, figures)
-    assert lines(trial.finding(config, done))[0].startswith("FAIL  overfit: ")
+    losses, stop_reason, _, metrics = trial.overfit(config, manifest, torch.device("cpu"))
+    assert (stop_reason, metrics) == ("not finite", {})
+    done = trial.TrialRun(1.0, 8, 1.0, None, losses, stop_reason, 1.0, metrics)
+    assert lines(trial.findings(config, done))[0].startswith("FAIL  overfit: ")
 
 
-def test_images_without_anything_to_learn_are_an_error(tmp_path: Path) -> None:
+def test_images_without_trainable_objects_are_an_error(tmp_path: Path) -> None:
     manifest = write_data(tmp_path, lambda _, made: made.update(objects=[]))
-    with pytest.raises(DataError, match="none of the first 500 images can be decoded and has objects"):
-        trial.eight_images(configure(tmp_path), manifest, str(tmp_path / "few"))
+    with pytest.raises(
+        DataError, match="none of the first 500 images can be decoded and has trainable objects"
+    ):
+        trial.select_images(configure(tmp_path), manifest, str(tmp_path / "few"))

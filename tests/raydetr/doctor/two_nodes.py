@@ -1,4 +1,4 @@
-"""A cluster of two nodes with much wrong, examined: run as a program, it writes the summary to a file.
+"""Run the doctor on a cluster of two nodes with many problems, and write its summary to a file.
 
     python -m tests.raydetr.doctor.two_nodes FOLDER OTHER_CODE
 
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, env_vars={"PYTHONPATH": other_code})
     os.environ["RAY_ADDRESS"] = cluster.address
     large = {"micro_batch_size": 8, "shortest_edges": (800,), "longest_edge": 1333, "test_edge": 64}
-    # The batch itself is not made: its images would be 800 pixels high.
+    # With a shard missing, the batch is not built: its images would be 800 pixels high.
     (folder / "data" / "shard-000000.parquet").rename(folder / "away")
     summary = examine(configure(folder, overfit_steps=0, **large))
     (folder / "summary.json").write_text(json.dumps(summary))

@@ -1,4 +1,4 @@
-"""Fifty optimiser steps of ours and of transformers' model in a plain loop, from the same weights on the same batches."""
+"""Compare fifty optimizer steps with transformers' model in a plain loop, from the same weights on the same batches."""
 
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,10 @@ def make_config(folder: str, precision: Any) -> TrainConfig:
     )
 
 
-def their_losses(
+def reference_losses(
     config: TrainConfig, manifest: Manifest, state: TrainingState, model: nn.Module
 ) -> list[float]:
-    """A plain loop: what a user of transformers would write, on the images that can be decoded."""
+    """Train in a plain loop, as a user of transformers would write it, on the images that can be decoded."""
     named = list(model.named_parameters())
     groups = [
         {"params": [p for n, p in named if "backbone" not in n and p.requires_grad]},
@@ -61,13 +61,13 @@ def their_losses(
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
     losses = []
     for (batch,) in batches_of_steps(config, manifest):
-        given, keep = to_arguments(batch, state), batch.weights.bool()
-        for label in given["labels"]:
-            label["boxes"] = label["boxes"].to(given["pixel_values"].dtype)
+        inputs, valid = to_arguments(batch, state), batch.weights.bool()
+        for label in inputs["labels"]:
+            label["boxes"] = label["boxes"].to(inputs["pixel_values"].dtype)
         loss = model(
-            pixel_values=given["pixel_values"][keep],
-            pixel_mask=given["pixel_mask"][keep].long(),
-            labels=[label for label, kept in zip(given["labels"], keep, strict=True) if kept],
+            pixel_values=inputs["pixel_values"][valid],
+            pixel_mask=inputs["pixel_mask"][valid].long(),
+            labels=[label for label, is_valid in zip(inputs["labels"], valid, strict=True) if is_valid],
         ).loss
         optimizer.zero_grad()
         loss.backward()
@@ -96,20 +96,18 @@ def test_the_losses_of_fifty_steps_equal_those_of_transformers(
     manifest = write_awkward(tmp_path / "data")
     config = make_config(manifest.root, precision)
     state = create_state(config, manifest, torch.device("cpu"))
-    with (
-        torch.no_grad()
-    ):  # with fresh weights all queries are alike, and the matching is a matter of rounding
+    with torch.no_grad():  # initially all queries are equal, and rounding would decide the matching
         state.model.model.query_position_embeddings.weight.normal_(generator=torch.Generator().manual_seed(0))
     state.model.save_pretrained(tmp_path / "model")
-    theirs = transformers.DetrForObjectDetection.from_pretrained(
+    reference = transformers.DetrForObjectDetection.from_pretrained(
         tmp_path / "model", dtype=getattr(torch, precision)
     ).train()
-    theirs.requires_grad_(True)
-    wanted = their_losses(config, manifest, state, theirs)
-    got = [metrics["loss"] for metrics in train_here(config, manifest, state)]
-    difference = max(abs(ours - reference) for ours, reference in zip(got, wanted, strict=True))
+    reference.requires_grad_(True)
+    expected = reference_losses(config, manifest, state, reference)
+    losses = [metrics["loss"] for metrics in train_here(config, manifest, state)]
+    difference = max(abs(loss - other) for loss, other in zip(losses, expected, strict=True))
     with capsys.disabled():
         print(f"\n{precision}: the largest difference of {STEPS} losses is {difference:.1e}")
-    assert len(got) == STEPS
-    assert max(wanted) - min(wanted) > 0.5, "the losses hardly move"
+    assert len(losses) == STEPS
+    assert max(expected) - min(expected) > 0.5, "the losses hardly move"
     assert difference <= tolerance

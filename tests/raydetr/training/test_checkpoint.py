@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, and a run goes on from it exactly."""
+"""A checkpoint is complete or ignored, and a run resumes from it exactly."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def config(manifest: Manifest, tmp_path: Path) -> TrainConfig:
 
 
 def trained_state(config: TrainConfig, manifest: Manifest, step: int) -> TrainingState:
-    """A state whose weights, optimiser and average all have moved."""
+    """Return a state whose weights, optimizer and average have all changed."""
     state = create_state(config, manifest, torch.device("cpu"))
     generator = torch.Generator().manual_seed(step)
     for parameter in state.model.parameters():
@@ -45,7 +45,7 @@ def trained_state(config: TrainConfig, manifest: Manifest, step: int) -> Trainin
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_weights_optimiser_average_and_counts_come_back_exactly(
+def test_weights_optimizer_average_and_counts_are_restored_exactly(
     precision: str, config: TrainConfig, manifest: Manifest
 ) -> None:
     config = dataclasses.replace(config, precision=precision)
@@ -68,7 +68,7 @@ def test_weights_optimiser_average_and_counts_come_back_exactly(
 
 
 @pytest.mark.parametrize("failing", ["model.safetensors", "training.pt", "state.json", checkpoint.MARKER])
-def test_a_checkpoint_counts_only_when_everything_is_written(
+def test_a_checkpoint_counts_only_when_all_files_are_written(
     failing: str, config: TrainConfig, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.save(config.output, trained_state(config, manifest, 3), {})
@@ -98,12 +98,12 @@ def test_a_driver_whose_lease_was_taken_commits_nothing(
     with lease(config.output, 60.0) as held:
         checkpoint.save(config.output, state, {}, held)
         other = json.dumps({"owner": "other", "expires": time.time() + 9}).encode()
-        whole = checkpoint.read_state(config.output, 3)
+        original = checkpoint.read_state(config.output, 3)
 
-        def take(*_: object) -> None:  # while the second checkpoint is being written
+        def take_lease(*_: object) -> None:  # while the second checkpoint is being written
             storage.write_bytes(held.address, other)
 
-        monkeypatch.setattr(torch, "save", take)
+        monkeypatch.setattr(torch, "save", take_lease)
         state.step = 6
         with pytest.raises(LeaseError, match="another process has taken the lease"):
             checkpoint.save(config.output, state, {}, held)
@@ -113,45 +113,45 @@ def test_a_driver_whose_lease_was_taken_commits_nothing(
         with pytest.raises(LeaseError):  # before it touches the other driver's checkpoint
             checkpoint.save(config.output, state, {"metrics": "of the old driver"}, held)
     assert checkpoint.committed_steps(config.output) == [3]
-    assert checkpoint.read_state(config.output, 3) == whole
+    assert checkpoint.read_state(config.output, 3) == original
     assert storage.read_bytes(held.address) == other
 
 
-def test_only_the_latest_are_kept(config: TrainConfig, manifest: Manifest) -> None:
+def test_only_the_latest_checkpoints_are_retained(config: TrainConfig, manifest: Manifest) -> None:
     state = trained_state(config, manifest, 1)
     for step in (1, 2, 3, 4):
         state.step = step
         checkpoint.save(config.output, state, {})
-        checkpoint.remove_surplus(config.output, keep=2, best=None, waiting=set())
+        checkpoint.delete_surplus(config.output, keep=2, best=None, pending=set())
     assert checkpoint.committed_steps(config.output) == [3, 4]
     assert len(storage.list_names(storage.join(config.output, "checkpoints"))) == 2
 
 
-def test_a_missing_checkpoint_is_named(config: TrainConfig, manifest: Manifest) -> None:
+def test_the_error_for_a_missing_checkpoint_names_it(config: TrainConfig, manifest: Manifest) -> None:
     state = create_state(config, manifest, torch.device("cpu"))
     with pytest.raises(TrainingError, match="step-00000009"):
         checkpoint.load(config.output, 9, state)
 
 
-@pytest.mark.parametrize("kept", [0, 100])
+@pytest.mark.parametrize("size", [0, 100])
 @pytest.mark.parametrize("file", ["training.pt", "model/model.safetensors"])
-def test_a_damaged_checkpoint_is_named_with_what_to_do(
-    file: str, kept: int, config: TrainConfig, manifest: Manifest
+def test_the_error_for_a_damaged_checkpoint_names_it_and_the_remedy(
+    file: str, size: int, config: TrainConfig, manifest: Manifest
 ) -> None:
-    """As a machine that lost power may leave it."""
+    """A truncated file, as a power failure may leave it."""
     state = trained_state(config, manifest, 3)
     damaged = Path(checkpoint.save(config.output, state, {}), file)
-    damaged.write_bytes(damaged.read_bytes()[:kept])
+    damaged.write_bytes(damaged.read_bytes()[:size])
     with pytest.raises(
         TrainingError, match=r"step-00000003: the checkpoint is damaged .* Delete this folder"
     ):
         checkpoint.load(config.output, 3, state)
 
 
-def test_the_model_of_a_checkpoint_loads_on_its_own(config: TrainConfig, manifest: Manifest) -> None:
+def test_the_model_of_a_checkpoint_can_be_loaded_separately(config: TrainConfig, manifest: Manifest) -> None:
     from detr.inference.detector import ObjectDetector
     from tests.tiny_detr import png
 
-    address = checkpoint.save(config.output, trained_state(config, manifest, 2), {})
-    detector = ObjectDetector.from_pretrained(storage.join(address, "model"))
+    uri = checkpoint.save(config.output, trained_state(config, manifest, 2), {})
+    detector = ObjectDetector.from_pretrained(storage.join(uri, "model"))
     assert len(detector.detect([detector.prepare(png(40, 60))])[0].scores) == config.num_queries

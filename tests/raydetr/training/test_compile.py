@@ -1,4 +1,4 @@
-"""`--compile`: the same steps, and a fault in one is still found."""
+"""`--compile`: steps equal eager steps, and a non-finite layer is still found."""
 
 import dataclasses
 from pathlib import Path
@@ -30,7 +30,7 @@ def config(manifest: Manifest, tmp_path: Path) -> TrainConfig:
 
 
 @pytest.mark.slow
-def test_steps_are_those_of_the_plain_network(
+def test_compiled_steps_equal_eager_steps(
     config: TrainConfig, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -38,9 +38,9 @@ def test_steps_are_those_of_the_plain_network(
     expected = train_here(config, manifest, plain)
     compiled_config = dataclasses.replace(config, compile=True)
     compiled = create_state(compiled_config, manifest, DEVICE)
-    got = train_here(compiled_config, manifest, compiled)
+    actual = train_here(compiled_config, manifest, compiled)
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
-    for one, other in zip(got, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         assert one["loss"] == pytest.approx(
             other["loss"], rel=1e-4 if config.precision == "float32" else 1e-9
         )
@@ -51,12 +51,12 @@ def test_steps_are_those_of_the_plain_network(
         for parameter in compiled.model.model.parameters():
             parameter.zero_()
     pixels = torch.zeros(1, 3, 64, 64, dtype=copy.dtype, device=DEVICE)
-    assert copy(pixels).last_hidden_state.abs().max() > 0, "the copy computes with the original's weights"
+    assert copy(pixels).last_hidden_state.abs().max() > 0, "the copy uses the original's weights"
 
     batch = next(batches_of_steps(config, manifest))[0]
     compiled = create_state(compiled_config, manifest, DEVICE)
     layer = compiled.model.model.encoder.layers[0]
     layer.fc1.register_forward_hook(lambda module, arguments, output: output * float("nan"))
-    assert "encoder.layers.0" in non_finite.probe(
+    assert "encoder.layers.0" in non_finite.find_non_finite(
         compiled.module, to_arguments(batch, compiled), compiled_config
     )

@@ -1,4 +1,4 @@
-"""The sums and the mean gradients of a step, computed by real process groups of one to four processes."""
+"""Normalizers and mean gradients of a step, computed by real process groups of one to four processes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.training.distributed import StepTotals, step_totals
-from raydetr.training.state import parallelise
+from raydetr.training.state import parallelize
 from tests.ranks import process_group, run_ranks
 
 QUERIES, EOS = 5, 0.1
@@ -16,7 +16,7 @@ Gradients = tuple[torch.Tensor, ...]
 
 
 def batch(counts: Sequence[int | None]) -> TrainingBatch:
-    """A batch with that many boxes per slot; None is an empty slot."""
+    """Build a batch with this many boxes per slot; None is an empty slot."""
     return TrainingBatch(
         step=0,
         position=0,
@@ -49,7 +49,7 @@ CASES = {
 
 
 def work(rank: int, folder: str) -> None:
-    """All cases one after another, each in a process group of its own of the first processes."""
+    """Run all cases one after another, each in a separate process group of the first processes."""
     for number, share in enumerate(CASES.values()):
         if rank < len(share):
             with process_group(f"{folder}/store-{number}", rank, len(share)):
@@ -62,7 +62,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what each process computes in each case."""
+    """Return a folder with the result of each process in each case."""
     folder = tmp_path_factory.mktemp("results")
     run_ranks(4, work, str(folder))
     return folder
@@ -81,12 +81,12 @@ def test_every_worker_has_the_average_of_the_global_sums(name: str, results: Pat
 
 
 def train(rank: int) -> tuple[Gradients, list[Gradients]]:
-    """The gradients that the worker has alone, and the mean ones of the same loss in three steps."""
+    """Return this worker's own gradients, and the mean gradients of the same loss in three steps."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(7, 50), torch.nn.Tanh(), torch.nn.Linear(50, 11)).double()
     pixels = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
     alone = torch.autograd.grad(model(pixels).square().sum(), list(model.parameters()))
-    parallel, steps = parallelise(model), []
+    parallel, steps = parallelize(model), []
     for _ in range(3):
         parallel(pixels).square().sum().backward()
         steps.append(tuple(p.grad.clone() for p in model.parameters()))
@@ -94,9 +94,9 @@ def train(rank: int) -> tuple[Gradients, list[Gradients]]:
     return alone, steps
 
 
-def test_three_workers_have_the_same_mean_gradient_in_their_first_step_as_later(results: Path) -> None:
+def test_three_workers_compute_the_same_mean_gradient_in_the_first_and_later_steps(results: Path) -> None:
     alone, steps = zip(*(torch.load(results / f"gradients-{rank}") for rank in range(3)), strict=True)
     expected = [(one + two + three) / 3 for one, two, three in zip(*alone, strict=True)]
     for gradients in (each for of_rank in steps for each in of_rank):
-        for got, mean in zip(gradients, expected, strict=True):
-            assert torch.equal(got, mean)
+        for gradient, mean in zip(gradients, expected, strict=True):
+            assert torch.equal(gradient, mean)

@@ -1,4 +1,4 @@
-"""Masks of instances and panoptic segments are learned, jointly or in two steps."""
+"""Training of instance masks and panoptic segments, jointly or in two stages."""
 
 import itertools
 from dataclasses import replace
@@ -13,7 +13,7 @@ from detr import DetrForObjectDetection, DetrForSegmentation
 from detr.inference.detector import ObjectDetector
 from detr.loss.mask_loss import mask_losses
 from raydetr.data.ingest.ingest import ingest
-from raydetr.data.ingest.inputs import Addresses
+from raydetr.data.ingest.inputs import InputPaths
 from raydetr.data.shards import Manifest
 from raydetr.data.synthetic.dataset import generate
 from raydetr.errors import ConfigError
@@ -22,7 +22,7 @@ from raydetr.training.config import TrainConfig
 from raydetr.training.recipes import RECIPES
 from raydetr.training.state import TrainingState, create_state
 from raydetr.training.step import to_arguments
-from raydetr.training.trainer import check
+from raydetr.training.trainer import check_prerequisites
 from tests.awkward import write_awkward, write_whole_masks
 from tests.tiers import rest_slow
 from tests.training_steps import batches_of_steps, train_here
@@ -38,7 +38,7 @@ def manifest(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Manif
     panoptic = [str(folder / "coco" / name) for name in ("annotations/panoptic.json", "annotations/panoptic")]
     if not Path(panoptic[1]).is_dir():
         panoptic[1] = str(folder / "coco" / "panoptic")
-    return ingest(Addresses(*files, *panoptic), str(folder / "shards")).manifest
+    return ingest(InputPaths(*files, *panoptic), str(folder / "shards")).manifest
 
 
 def config(manifest: Manifest, **changes: object) -> TrainConfig:
@@ -66,24 +66,24 @@ def config(manifest: Manifest, **changes: object) -> TrainConfig:
     )
 
 
-def moved(before: dict[str, torch.Tensor], state: TrainingState) -> set[str]:
-    """The first parts of the names of parameters that changed."""
+def changed_parts(before: dict[str, torch.Tensor], state: TrainingState) -> set[str]:
+    """Return the first name parts of the parameters that changed."""
     after = state.model.state_dict()
     return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
 
 
 @pytest.mark.parametrize("task", rest_slow(["instance", "panoptic"]))
-def test_masks_are_learned_jointly(manifest: Manifest, task: str) -> None:
+def test_masks_and_boxes_train_jointly(manifest: Manifest, task: str) -> None:
     chosen = config(manifest, task=task, query_groups=2)
-    check(chosen, manifest)
+    check_prerequisites(chosen, manifest)
     state = create_state(chosen, manifest, CPU)
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     metrics = train_here(chosen, manifest, state)
     assert all(row["loss_mask"] > 0 and row["loss_dice"] > 0 for row in metrics)
-    assert moved(before, state) == {"detr", "mask_head", "bbox_attention"}
+    assert changed_parts(before, state) == {"detr", "mask_head", "bbox_attention"}
 
 
-def test_the_configuration_says_which_classes_are_stuff(manifest: Manifest) -> None:
+def test_the_model_config_lists_the_stuff_classes(manifest: Manifest) -> None:
     model = create_state(config(manifest, task="panoptic"), manifest, CPU).model
     stuff = {category["name"] for category in manifest.categories if not category.get("isthing", 1)}
     assert (
@@ -94,7 +94,7 @@ def test_the_configuration_says_which_classes_are_stuff(manifest: Manifest) -> N
 
 
 @pytest.mark.slow
-def test_masks_are_learned_in_a_second_step_that_leaves_the_detector_alone(
+def test_the_second_stage_trains_masks_and_leaves_the_detector_unchanged(
     manifest: Manifest, tmp_path: Path
 ) -> None:
     first = config(manifest, task="panoptic-boxes")
@@ -110,13 +110,13 @@ def test_masks_are_learned_in_a_second_step_that_leaves_the_detector_alone(
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     for name, value in boxes.model.state_dict().items():
         assert torch.equal(before[f"detr.{name}"], value), (
-            "the second step begins with the detector of the first"
+            "the second stage starts with the detector of the first"
         )
     train_here(second, manifest, state)
-    assert moved(before, state) == {"mask_head", "bbox_attention"}
+    assert changed_parts(before, state) == {"mask_head", "bbox_attention"}
 
 
-def test_boxes_of_things_and_stuff_are_those_of_their_pixels(manifest: Manifest) -> None:
+def test_panoptic_boxes_include_stuff(manifest: Manifest) -> None:
     detection, segments = (
         create_state(config(manifest, task=task), manifest, CPU) for task in ("detection", "panoptic-boxes")
     )
@@ -130,7 +130,7 @@ def test_boxes_of_things_and_stuff_are_those_of_their_pixels(manifest: Manifest)
 
 
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
-def test_the_truth_as_prediction_is_scored_one(manifest: Manifest, task: str) -> None:
+def test_ground_truth_as_prediction_scores_one(manifest: Manifest, task: str) -> None:
     state = create_state(config(manifest, task=task), manifest, CPU)
     share = predict_share(ObjectDetector(state.model, state.processor), manifest, task)  # type: ignore[arg-type]
     assert -1 <= figures(share)["AP"] < 0.9
@@ -147,8 +147,8 @@ def test_the_truth_as_prediction_is_scored_one(manifest: Manifest, task: str) ->
             row |= {"height": image["height"], "width": image["width"]}
         elif image["id"] in share.truth.panoptic:
             png, segments = share.truth.panoptic[image["id"]]
-            found = [{"id": s["id"], "category_id": s["category_id"], "score": 1.0} for s in segments]
-            row |= {"panoptic": png, "segments": found}
+            predicted = [{"id": s["id"], "category_id": s["category_id"], "score": 1.0} for s in segments]
+            row |= {"panoptic": png, "segments": predicted}
     scored = figures(share)
     assert scored["AP"] == pytest.approx(1)
     assert scored["mask_AP" if task == "instance" else "PQ"] == pytest.approx(1)
@@ -159,28 +159,28 @@ def run_lengths(annotation: dict[str, Any], image: dict[str, Any]) -> bytes:
     return coco_mask.merge(polygons)["counts"]
 
 
-def test_target_masks_lie_where_the_mask_head_draws(tmp_path: Path) -> None:
-    """Objects that cover their images: the mask of an image's pixels is right on the canvas that the model sees."""
+def test_target_masks_align_with_the_output_of_the_mask_head(tmp_path: Path) -> None:
+    """Each object covers its image, so the pixel mask of the padded batch is the right mask."""
     shards = write_whole_masks(tmp_path, 12)
     chosen = config(shards, task="instance", steps=3, shortest_edges=(48, 64))
     state = create_state(chosen, shards, CPU)
-    seen, padded = 0, 0
+    masks_seen, padded = 0, 0
     for batch in itertools.chain.from_iterable(batches_of_steps(chosen, shards)):
-        given = to_arguments(batch, state)
-        owners = torch.tensor([slot for slot, label in enumerate(given["labels"]) for _ in label["masks"]])
-        logits = (given["pixel_mask"].float() * 40 - 20)[owners]
-        masks = [label["masks"] for label in given["labels"]]
+        inputs = to_arguments(batch, state)
+        owners = torch.tensor([slot for slot, label in enumerate(inputs["labels"]) for _ in label["masks"]])
+        logits = (inputs["pixel_mask"].float() * 40 - 20)[owners]
+        masks = [label["masks"] for label in inputs["labels"]]
         losses = torch.cat(mask_losses(logits, masks, owners, torch.arange(len(owners))))
         torch.testing.assert_close(losses, torch.zeros_like(losses), atol=1e-3, rtol=0)
-        seen += len(owners)
-        padded += int((~given["pixel_mask"]).any())
-    assert seen == 12
+        masks_seen += len(owners)
+        padded += int((~inputs["pixel_mask"]).any())
+    assert masks_seen == 12
     assert padded
 
 
 @pytest.mark.slow
-def test_an_epoch_may_end_with_a_step_that_is_not_full(tmp_path: Path) -> None:
-    # Three micro-batches of at most two images: two steps, the last with one of them alone.
+def test_an_epoch_can_end_with_a_partial_step(tmp_path: Path) -> None:
+    # Three micro-batches of at most two images make two steps; the last one has a single micro-batch.
     shards = write_whole_masks(tmp_path, 5)
     chosen = config(shards, task="instance", steps=4)
     metrics = train_here(chosen, shards, create_state(chosen, shards, CPU))
@@ -190,11 +190,11 @@ def test_an_epoch_may_end_with_a_step_that_is_not_full(tmp_path: Path) -> None:
 
 def test_data_without_masks_is_refused_before_the_first_step(tmp_path: Path) -> None:
     boxes_only = write_awkward(tmp_path / "data", shards=(8,))
-    with pytest.raises(ConfigError, match="no image of the first shard"):
-        check(config(boxes_only, task="panoptic"), boxes_only)
+    with pytest.raises(ConfigError, match="no image in the first shard"):
+        check_prerequisites(config(boxes_only, task="panoptic"), boxes_only)
 
 
-def test_the_recipes_of_masks_are_whole() -> None:
+def test_the_mask_recipes_are_consistent() -> None:
     assert RECIPES["panoptic"].segments
     assert RECIPES["masks"].freeze_detector
     assert RECIPES["panoptic-boxes"].task == "panoptic-boxes"

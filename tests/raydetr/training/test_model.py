@@ -1,4 +1,4 @@
-"""The model that a run starts from: what a model at --model keeps, what starts anew, what is refused."""
+"""The model that a run starts from: what is reused of --model, what is reinitialized, what is refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from raydetr.errors import ConfigError, DataError
 from raydetr.training.config import TrainConfig
 from raydetr.training.model import build_model, image_processor
 from raydetr.training.recipes import RECIPES, require_model_flags
-from raydetr.training.trainer import check
+from raydetr.training.trainer import check_prerequisites
 from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
 
@@ -24,8 +24,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture(scope="module")
 def base(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A configuration that starts from a model of the manifest's classes."""
-    # Eight heads: the mask head wants multiples of eight channels.
+    """Return a configuration that starts from a model with the manifest's classes."""
+    # Eight heads, because the mask head needs a multiple of eight channels.
     config = replace(make_config(manifest.root, "nowhere"), attention_heads=8, seed=1)
     folder = str(tmp_path_factory.mktemp("model"))
     build_model(config, manifest).save_pretrained(folder)
@@ -33,7 +33,7 @@ def base(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> TrainC
     return replace(config, model=folder, seed=2)
 
 
-def named(manifest: Manifest, *names: str) -> Manifest:
+def with_categories(manifest: Manifest, *names: str) -> Manifest:
     return replace(
         manifest, categories=tuple({"id": number, "name": name} for number, name in enumerate(names))
     )
@@ -43,16 +43,14 @@ def head(config: TrainConfig, manifest: Manifest) -> torch.Tensor:
     return build_model(config, manifest).state_dict()["class_labels_classifier.weight"]
 
 
-def test_the_class_head_of_a_model_is_kept_for_its_own_classes_alone(
-    base: TrainConfig, manifest: Manifest
-) -> None:
-    learned = head(replace(base, model="", seed=1), manifest)
-    assert torch.equal(head(base, manifest), learned)
+def test_the_class_head_is_reused_only_for_the_same_classes(base: TrainConfig, manifest: Manifest) -> None:
+    trained_head = head(replace(base, model="", seed=1), manifest)
+    assert torch.equal(head(base, manifest), trained_head)
     for names in (("bee", "ant", "cat"), ("ant", "bee", "dog"), ("ant", "bee")):
-        model = build_model(base, named(manifest, *names))
+        model = build_model(base, with_categories(manifest, *names))
         weight = model.class_labels_classifier.weight
         assert len(weight) == len(names) + 1
-        assert not any(torch.equal(one, other) for one in weight for other in learned)
+        assert not any(torch.equal(one, other) for one in weight for other in trained_head)
         assert list(model.config.id2label.values()) == list(names)
         assert torch.equal(
             model.state_dict()["bbox_predictor.layers.0.weight"],
@@ -61,16 +59,16 @@ def test_the_class_head_of_a_model_is_kept_for_its_own_classes_alone(
 
 
 @pytest.mark.parametrize("names", [("bee", "ant", "cat"), ("ant", "bee")])
-def test_a_detector_of_other_classes_is_not_frozen(
+def test_freezing_a_detector_with_other_classes_is_refused(
     base: TrainConfig, manifest: Manifest, names: tuple[str, ...]
 ) -> None:
     frozen = replace(base, task="panoptic", freeze_detector=True)
     build_model(frozen, manifest)
-    with pytest.raises(ConfigError, match=r"finds 3 classes \(ant, bee, cat\), the data have"):
-        build_model(frozen, named(manifest, *names))
+    with pytest.raises(ConfigError, match=r"detects 3 classes \(ant, bee, cat\), but the data have"):
+        build_model(frozen, with_categories(manifest, *names))
 
 
-def test_flags_of_an_architecture_are_refused_beside_a_model(base: TrainConfig) -> None:
+def test_architecture_flags_are_refused_with_a_model(base: TrainConfig) -> None:
     for name in ("fine-tune", "masks"):
         recipe = replace(RECIPES[name], model=base.model)
         require_model_flags(recipe, name)
@@ -81,12 +79,14 @@ def test_flags_of_an_architecture_are_refused_beside_a_model(base: TrainConfig) 
         main(RECIPES["fine-tune"], "fine-tune")
 
 
-def test_too_few_queries_of_a_model_are_not_mended_by_a_flag(base: TrainConfig, manifest: Manifest) -> None:
+def test_the_remedy_for_too_few_queries_depends_on_whether_a_model_is_given(
+    base: TrainConfig, manifest: Manifest
+) -> None:
     crowded = replace(manifest, max_objects_per_image=50)
     with pytest.raises(ConfigError, match="Start from another --model"):
-        check(base, crowded)
+        check_prerequisites(base, crowded)
     with pytest.raises(ConfigError, match="Give --num-queries 50"):
-        check(replace(base, model=""), crowded)
+        check_prerequisites(replace(base, model=""), crowded)
 
 
 def test_validation_data_that_cannot_be_scored_are_refused_before_the_first_step(
@@ -94,17 +94,17 @@ def test_validation_data_that_cannot_be_scored_are_refused_before_the_first_step
 ) -> None:
     write_awkward(tmp_path / "empty", empty=1.0)
     with pytest.raises(ConfigError, match="with 0 objects: there is nothing to score"):
-        check(replace(base, val_data=str(tmp_path / "empty")), manifest)
-    with pytest.raises(DataError, match=r"no label of the model is called \['cat'\]"):
-        check(replace(base, val_data=manifest.root), named(manifest, "ant", "bee"))
-    check(replace(base, val_data=manifest.root), manifest)
+        check_prerequisites(replace(base, val_data=str(tmp_path / "empty")), manifest)
+    with pytest.raises(DataError, match=r"the model has no label named \['cat'\]"):
+        check_prerequisites(replace(base, val_data=manifest.root), with_categories(manifest, "ant", "bee"))
+    check_prerequisites(replace(base, val_data=manifest.root), manifest)
 
 
-def test_data_without_anything_to_learn_are_refused_before_the_first_step(
+def test_data_without_trainable_objects_are_refused_before_the_first_step(
     base: TrainConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=r"no object of the 60 images can be trained on.*\n.*no annotations"):
-        check(base, write_awkward(tmp_path / "empty", empty=1.0))
+        check_prerequisites(base, write_awkward(tmp_path / "empty", empty=1.0))
     categories = [{"id": n, "name": "ant"} for n in (3, 7, 90)]
     with pytest.raises(DataError, match="3 and 7 are both named 'ant'"):
-        check(base, replace(write_awkward(tmp_path / "names"), categories=tuple(categories)))
+        check_prerequisites(base, replace(write_awkward(tmp_path / "names"), categories=tuple(categories)))

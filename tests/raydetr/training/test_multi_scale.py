@@ -1,4 +1,4 @@
-"""A run that trains the multi-scale architecture: its steps, what its flags refuse, and starting from its model."""
+"""Training of the multi-scale architecture: its steps, refused flags, and fine-tuning of its models."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ from raydetr.training.model import build_model, image_processor
 from raydetr.training.recipes import DEFAULT, RECIPES
 from raydetr.training.state import TrainingState, create_state
 from raydetr.training.step import compute_gradients, to_device
-from raydetr.training.trainer import check
+from raydetr.training.trainer import check_prerequisites
 from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
 from tests.training_steps import batches_of_steps, train_here
@@ -85,7 +85,7 @@ def test_steps_are_finite_in_bf16(config: TrainConfig, manifest: Manifest) -> No
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_masks_are_learned_on_a_detector_that_stays(
+def test_masks_train_on_a_frozen_detector(
     precision: str, config: TrainConfig, manifest: Manifest, with_masks: Manifest, tmp_path: Path
 ) -> None:
     boxes = build_model(config, manifest)
@@ -119,7 +119,7 @@ def test_the_recipes_build_the_architecture(name: str, strides: list[int], manif
 @pytest.mark.parametrize(
     "changes", [{"query_groups": 2}, {"dense_loss_weight": 1.0}, {"locality_init": True}]
 )
-def test_flags_that_the_architecture_has_no_place_for_are_refused(
+def test_flags_that_the_architecture_does_not_support_are_refused(
     changes: dict[str, object], config: TrainConfig
 ) -> None:
     (name,) = changes
@@ -127,31 +127,31 @@ def test_flags_that_the_architecture_has_no_place_for_are_refused(
         replace(config, **changes)
 
 
-def test_a_model_of_the_architecture_is_tuned_on_other_classes(
+def test_a_multi_scale_model_is_fine_tuned_on_other_classes(
     config: TrainConfig, manifest: Manifest, tmp_path: Path
 ) -> None:
-    learned = build_model(config, manifest)
-    learned.save_pretrained(tmp_path)
+    original = build_model(config, manifest)
+    original.save_pretrained(tmp_path)
     image_processor(config).save_pretrained(tmp_path)
     tuned = replace(config, model=str(tmp_path), multi_scale=False, seed=2)
     name = "multi_scale.dense_head.class_labels_classifier.weight"
-    assert torch.equal(build_model(tuned, manifest).state_dict()[name], learned.state_dict()[name])
+    assert torch.equal(build_model(tuned, manifest).state_dict()[name], original.state_dict()[name])
     for names in (("bee", "ant", "cat"), ("ant", "bee")):
         categories = tuple({"id": i, "name": each} for i, each in enumerate(names))
         model = build_model(tuned, replace(manifest, categories=categories))
         assert model.config.multi_scale is not None
         assert len(model.state_dict()[name]) == len(names)
-        assert not torch.equal(model.state_dict()[name][0], learned.state_dict()[name][0])
+        assert not torch.equal(model.state_dict()[name][0], original.state_dict()[name][0])
 
 
-def test_a_run_is_checked_and_its_recipe_has_to_fit_the_model(config, manifest, tmp_path):
-    check(config, manifest)
+def test_the_recipe_must_fit_the_model(config, manifest, tmp_path):
+    check_prerequisites(config, manifest)
     build_model(config, manifest).save_pretrained(tmp_path / "multi")
     image_processor(config).save_pretrained(tmp_path / "multi")
     plain = make_config(manifest.root, str(tmp_path / "run"))
     build_model(plain, manifest).save_pretrained(tmp_path / "plain")
     image_processor(config).save_pretrained(tmp_path / "plain")
     with pytest.raises(ConfigError, match="use --recipe detr-small"):
-        check(replace(plain, model=str(tmp_path / "multi"), query_groups=2), manifest)
+        check_prerequisites(replace(plain, model=str(tmp_path / "multi"), query_groups=2), manifest)
     with pytest.raises(ConfigError, match="is not a multi-scale model"):
-        check(replace(config, model=str(tmp_path / "plain")), manifest)
+        check_prerequisites(replace(config, model=str(tmp_path / "plain")), manifest)

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: named, kept, replayed; left out without a trace, or the end of the run."""
+"""A step with a non-finite loss or gradient is reported, saved and replayable, and is skipped or stops the run."""
 
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ from raydetr.errors import ConfigError, TrainingError
 from raydetr.training import loop, non_finite
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import step_totals
-from raydetr.training.state import TrainingState, create_state, parallelise
+from raydetr.training.state import TrainingState, create_state, parallelize
 from raydetr.training.step import autocast, is_finite, train_step
 from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
@@ -48,7 +48,7 @@ def batches(config: TrainConfig, manifest: Manifest) -> list[TrainingBatch]:
 
 
 def first_step(config: TrainConfig, manifest: Manifest) -> list[TrainingBatch]:
-    """The micro-batches of step 0."""
+    """Return the micro-batches of step 0."""
     job = build_stream(config, manifest)
     window = next(iter(ray_stream.list_windows(job, 0)))
     first = next(ray_stream.build_micro_batches(window, job, world_size=1))
@@ -56,17 +56,17 @@ def first_step(config: TrainConfig, manifest: Manifest) -> list[TrainingBatch]:
 
 
 def do_step(state: TrainingState, batches: list[TrainingBatch], config: TrainConfig) -> dict[str, float]:
-    """A step as the loop does it."""
+    """Run a step as the training loop does."""
     totals = step_totals(batches, config.num_queries, config.eos_coefficient)
     metrics = train_step(state.module, state, batches, config, totals)
     if not is_finite(metrics):
-        loop.handle_non_finite(state, batches, config, totals, metrics, rank=0)
-    loop.count(state, config, totals, batches[0].step)
+        non_finite.handle_non_finite(state, batches, config, totals, metrics, rank=0)
+    loop.advance(state, config, totals, batches[0].step)
     return metrics
 
 
 class Explodes(nn.Module):
-    """A layer that is not finite forwards, or backwards."""
+    """A layer with a non-finite output or gradient."""
 
     def __init__(self, layer: nn.Module, forwards: float = 1.0, backwards: float = 1.0) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def break_backward(state: TrainingState) -> None:
 
 
 def break_loss(state: TrainingState) -> None:
-    """Finite logits whose loss overflows."""
+    """Make logits finite but so large that the loss overflows."""
     with torch.no_grad():
         state.model.class_labels_classifier.bias[0] = 3e38
         state.model.class_labels_classifier.bias[1] = -3e38
@@ -109,23 +109,23 @@ PLACES: dict[str, tuple[Callable[[TrainingState], None], str]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_first_bad_layer_is_named(
+def test_the_first_non_finite_layer_is_reported(
     place: str,
     state: TrainingState,
     batches: list[TrainingBatch],
     config: TrainConfig,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    do_break, told = PLACES[place]
-    do_break(state)
+    break_state, message = PLACES[place]
+    break_state(state)
     do_step(state, batches, config)
     out = capfd.readouterr().out
-    assert f"First not finite in rank 0: {told}" in out
+    assert f"First non-finite value on rank 0: {message}" in out
     if place != "loss":
         assert "encoder.layers.0.fc1" in out
 
 
-def test_the_kept_batch_replays_to_the_same_place(
+def test_the_saved_batch_replays_to_the_same_layer(
     state: TrainingState, batches: list[TrainingBatch], config: TrainConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     break_weights(state)
@@ -140,33 +140,33 @@ def test_the_kept_batch_replays_to_the_same_place(
     assert first in out
 
 
-def test_a_kept_batch_replays_with_the_loss_that_it_had(
+def test_a_saved_batch_replays_with_the_same_loss(
     state: TrainingState, batches: list[TrainingBatch], config: TrainConfig
 ) -> None:
-    """Weights, query groups, dropout, precision and normalisers are those of the step, whatever flags are given."""
+    """Weights, query groups, dropout, precision and normalizers come from the saved step, not from flags."""
     config = dataclasses.replace(config, seed=5, precision="bf16")
     totals = step_totals(batches, config.num_queries, config.eos_coefficient)
-    file = non_finite.keep(config, 0, state, batches, totals)
+    file = non_finite.save_batch(config, 0, state, batches, totals)
     losses = []
 
-    def note(model: nn.Module, arguments: dict, chosen: TrainConfig) -> str:
+    def record_loss(model: nn.Module, arguments: dict, chosen: TrainConfig) -> str:
         with autocast(chosen, torch.device("cpu")):
             losses.append(float(model(**arguments).loss.detach()))
         return ""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(non_finite, "probe", note)
-        assert non_finite.first_bad_layer(state, batches, config, totals) == ""
+        patch.setattr(non_finite, "find_non_finite", record_loss)
+        assert non_finite.find_non_finite_in_step(state, batches, config, totals) == ""
         non_finite.replay(TrainConfig(replay=file))
     half = len(losses) // 2
     assert half == config.micro_batches
     assert losses[:half] == losses[half:]
 
 
-def test_a_step_left_out_changes_nothing_but_the_count(
+def test_a_skipped_step_changes_only_the_counters(
     state: TrainingState, batches: list[TrainingBatch], config: TrainConfig, manifest: Manifest
 ) -> None:
-    do_step(state, batches, config)  # the optimiser has moments
+    do_step(state, batches, config)  # so that the optimizer has moments
     before = copy.deepcopy(
         (state.module.state_dict(), state.optimizer.state_dict(), state.average.state_dict())
     )
@@ -186,70 +186,70 @@ def test_a_step_left_out_changes_nothing_but_the_count(
     assert all(parameter.grad is None for parameter in state.module.parameters())
 
 
-def test_the_run_stops_with_step_images_layer_and_file(
+def test_the_error_names_step_images_layer_and_file(
     state: TrainingState, batches: list[TrainingBatch], config: TrainConfig
 ) -> None:
     break_forward(state)
     with pytest.raises(TrainingError) as raised:
         do_step(state, batches, dataclasses.replace(config, on_non_finite="stop"))
-    told = str(raised.value)
+    message = str(raised.value)
     ids = sorted(image_id for batch in batches for image_id in batch.image_ids)
-    assert "Step 0: loss nan" in told or "Step 0: loss inf" in told
-    assert f"images {ids}" in told
-    assert "encoder.layers.0.fc1" in told
-    file = told.split("--replay ", 1)[1].split()[0].rstrip(".")
+    assert "Step 0: loss nan" in message or "Step 0: loss inf" in message
+    assert f"images {ids}" in message
+    assert "encoder.layers.0.fc1" in message
+    file = message.split("--replay ", 1)[1].split()[0].rstrip(".")
     assert storage.exists(file)
-    assert "--on-non-finite skip" in told, "the remedy"
+    assert "--on-non-finite skip" in message, "the remedy"
 
 
-def _of_two(rank: int, config: TrainConfig, manifest: Manifest, folder: str) -> None:
-    """A worker's half of step 0, of which the second one's network breaks, by either choice."""
+def run_rank(rank: int, config: TrainConfig, manifest: Manifest, folder: str) -> None:
+    """Run one worker's half of step 0 with both policies; the network of rank 1 is broken."""
     for choice in ("stop", "skip"):
         with process_group(f"{folder}/{choice}", rank, 2):
-            told = _half(rank, dataclasses.replace(config, on_non_finite=choice), manifest)
-        Path(folder, f"{choice}-{rank}.txt").write_text(told)
+            result = run_half_step(rank, dataclasses.replace(config, on_non_finite=choice), manifest)
+        Path(folder, f"{choice}-{rank}.txt").write_text(result)
 
 
-def _half(rank: int, config: TrainConfig, manifest: Manifest) -> str:
+def run_half_step(rank: int, config: TrainConfig, manifest: Manifest) -> str:
     state, batches = (
         create_state(config, manifest, torch.device("cpu")),
         first_step(config, manifest)[rank::2],
     )
     before = copy.deepcopy(state.model.state_dict())
-    parallel = parallelise(state.module)
+    parallel = parallelize(state.module)
     if rank == 1:
         break_forward(state)
     totals = step_totals(batches, config.num_queries, config.eos_coefficient)
     try:
         metrics = train_step(parallel, state, batches, config, totals)
-        assert not is_finite(metrics), "the sum of both gradients"
-        loop.handle_non_finite(state, batches, config, totals, metrics, rank)
+        assert not is_finite(metrics), "both ranks see the sum of the gradients"
+        non_finite.handle_non_finite(state, batches, config, totals, metrics, rank)
         unchanged = all(
             torch.equal(value, state.model.state_dict().get(name, value)) for name, value in before.items()
         )
-        return f"left out, {unchanged}"
+        return f"skipped, unchanged: {unchanged}"
     except TrainingError as error:
         return str(error)
 
 
-def test_of_two_workers_the_one_with_the_bad_layer_is_named_by_both(
+def test_both_workers_report_the_rank_with_the_non_finite_layer(
     manifest: Manifest, config: TrainConfig, tmp_path: Path
 ) -> None:
     both = dataclasses.replace(config, workers=2)
-    run_ranks(2, _of_two, both, manifest, str(tmp_path))
+    run_ranks(2, run_rank, both, manifest, str(tmp_path))
     stop, skip = (
         [(tmp_path / f"{choice}-{rank}.txt").read_text() for rank in range(2)] for choice in ("stop", "skip")
     )
-    assert skip == ["left out, True"] * 2
+    assert skip == ["skipped, unchanged: True"] * 2
     assert stop[0] == stop[1]
     ids = sorted(image_id for batch in first_step(both, manifest) for image_id in batch.image_ids)
-    assert f"images {ids}" in stop[0], "of both"
-    assert "First not finite in rank 1: the forward pass: " in stop[0]
+    assert f"images {ids}" in stop[0], "of both ranks"
+    assert "First non-finite value on rank 1: the forward pass: " in stop[0]
     (file,) = re.findall(r"--replay (\S+rank-1\.pt)", stop[0])
     assert storage.exists(file)
 
 
-def test_too_many_steps_left_out_stop_the_run(
+def test_too_many_skipped_steps_stop_the_run(
     state: TrainingState, batches: list[TrainingBatch], config: TrainConfig
 ) -> None:
     break_forward(state)
@@ -260,7 +260,7 @@ def test_too_many_steps_left_out_stop_the_run(
         do_step(state, [dataclasses.replace(batch, step=2) for batch in batches], few)
 
 
-def test_a_file_that_is_no_kept_batch_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+def test_replay_refuses_a_file_that_is_not_a_saved_batch(config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(b"no batch")
     torch.save({"step": 1}, tmp_path / "y.pt")
     for name in ("x.pt", "y.pt"):
@@ -268,12 +268,12 @@ def test_a_file_that_is_no_kept_batch_is_refused(config: TrainConfig, tmp_path: 
             non_finite.replay(dataclasses.replace(config, replay=str(tmp_path / name)))
 
 
-def test_a_disk_that_is_full_does_not_hide_the_step(
+def test_the_error_is_complete_when_the_batch_cannot_be_saved(
     state: TrainingState, batches: list[TrainingBatch], config: TrainConfig, tmp_path: Path
 ) -> None:
-    """Where the batch cannot be kept the message still has everything else, on every rank alike."""
+    """If the batch cannot be saved, the message still contains everything else."""
     (tmp_path / "file").write_text("")
     break_forward(state)
     nowhere = dataclasses.replace(config, on_non_finite="stop", output=str(tmp_path / "file"))
-    with pytest.raises(TrainingError, match=r"Step 0: .*encoder.layers.0.fc1.*could not be kept"):
+    with pytest.raises(TrainingError, match=r"Step 0: .*encoder.layers.0.fc1.*could not be saved"):
         do_step(state, batches, nowhere)

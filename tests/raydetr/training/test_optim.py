@@ -12,7 +12,7 @@ from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
 
 
-def test_the_cosine_rises_and_falls_to_nothing() -> None:
+def test_the_cosine_schedule_warms_up_and_falls_to_zero() -> None:
     config = TrainConfig(steps=100, warmup_steps=10, schedule="cosine")
     shares = [schedule(step, config) for step in range(101)]
     assert shares[0] == pytest.approx(1 / 11)
@@ -26,14 +26,14 @@ def test_the_step_schedule_drops_to_a_tenth_once() -> None:
     assert [schedule(step, config) for step in (0, 69, 70, 99)] == [1, 1, 0.1, 0.1]
 
 
-def test_the_paper_recipe_has_the_papers_values() -> None:
+def test_the_recipe_of_the_paper_has_its_values() -> None:
     config = RECIPES["detr-r50"]
     assert (config.learning_rate, config.backbone_learning_rate) == (1e-4, 1e-5)
     assert (config.weight_decay, config.max_grad_norm, config.num_queries) == (1e-4, 0.1, 100)
     assert (config.shortest_edges[0], config.shortest_edges[-1], config.longest_edge) == (480, 800, 1333)
 
 
-def test_the_backbone_has_its_own_learning_rate_and_every_trained_parameter_is_in_one_group(
+def test_the_backbone_has_its_own_learning_rate_and_every_trainable_parameter_is_in_one_group(
     tmp_path: pytest.TempPathFactory,
 ) -> None:
     manifest: Manifest = write_awkward(tmp_path, shards=(8,))

@@ -1,4 +1,4 @@
-"""Metrics reach MLflow once, however often a run restarts and whether or not MLflow answers; on a real SQLite store."""
+"""Metrics reach MLflow exactly once despite restarts and outages of MLflow; on a real SQLite store."""
 
 import contextlib
 import dataclasses
@@ -38,15 +38,15 @@ def add(progress: Progress, *steps: int) -> None:
 
 
 def values(run: Run, name: str = "loss") -> list[tuple[int, float]]:
-    """All that MLflow has of a metric, repeated ones included."""
+    """Return all values of a metric in MLflow, including duplicates."""
     config, run_id = run
     history = tracking.client(config.tracking_uri).get_metric_history(run_id, name)
     return sorted((metric.step, metric.value) for metric in history)
 
 
 @contextlib.contextmanager
-def away(run: Run) -> Iterator[None]:
-    """The store lets nobody write."""
+def unavailable(run: Run) -> Iterator[None]:
+    """Make all writes to the store fail."""
     file = run[0].tracking_uri.removeprefix("sqlite:///")
     with contextlib.closing(sqlite3.connect(file)) as database:
         database.execute("ALTER TABLE metrics RENAME TO hidden")
@@ -68,14 +68,14 @@ def test_metrics_are_sent_when_their_checkpoint_is_committed_and_not_before(run:
     assert progress.rows == []
 
 
-def test_metrics_are_kept_while_mlflow_is_away_and_sent_once_afterwards(
+def test_metrics_are_stored_while_mlflow_is_unavailable_and_sent_once_afterwards(
     run: Run, capfd: pytest.CaptureFixture[str]
 ) -> None:
     progress = Progress(*run, rank=0)
     add(progress, 0, 1)
-    with away(run):
+    with unavailable(run):
         progress.send()
-        assert "The metrics of 2 steps are kept in the checkpoint" in capfd.readouterr().out
+        assert "The metrics of 2 steps are stored in the checkpoint" in capfd.readouterr().out
         add(progress, 2)
         assert [row[0] for row in progress.uncommitted()["metrics"]] == [0, 1, 2]
         progress.send()
@@ -84,8 +84,8 @@ def test_metrics_are_kept_while_mlflow_is_away_and_sent_once_afterwards(
     assert values(run) == [(step, 10.0 - step) for step in range(4)]
 
 
-def test_sending_the_same_rows_twice_leaves_one_value_a_step(run: Run) -> None:
-    """A run that was killed between its checkpoint and what it sent goes on from that checkpoint and sends again."""
+def test_sending_the_same_rows_twice_leaves_one_value_per_step(run: Run) -> None:
+    """A run that was killed after sending resumes from the checkpoint before, and sends again."""
     progress = Progress(*run, rank=0)
     add(progress, 0, 1, 2)
     checkpoint = progress.uncommitted()
@@ -96,10 +96,10 @@ def test_sending_the_same_rows_twice_leaves_one_value_a_step(run: Run) -> None:
     assert resumed.rows == []
 
 
-def test_what_a_killed_run_had_not_sent_is_sent_when_it_goes_on(run: Run) -> None:
+def test_metrics_that_a_killed_run_did_not_send_are_sent_on_resume(run: Run) -> None:
     progress = Progress(*run, rank=0)
     add(progress, 0, 1)
-    checkpoint = progress.uncommitted()  # and killed
+    checkpoint = progress.uncommitted()  # then the run is killed
     resumed = Progress(*run, rank=0)
     resumed.restore(checkpoint)
     add(resumed, 2)
@@ -107,29 +107,29 @@ def test_what_a_killed_run_had_not_sent_is_sent_when_it_goes_on(run: Run) -> Non
     assert values(run) == [(0, 10.0), (1, 9.0), (2, 8.0)]
 
 
-def test_what_a_server_lost_of_the_last_minutes_is_sent_again_when_the_run_goes_on(
+def test_metrics_that_the_server_lost_are_sent_again_on_resume(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new head's server goes on from a copy of the database, which is a minute old."""
+    """The server of a new head restores a backup of the database that is a minute old."""
     progress = Progress(*run, rank=0)
     add(progress, 0)
     progress.send()
     file = run[0].tracking_uri.removeprefix("sqlite:///")
-    copy = Path(file).read_bytes()
+    backup = Path(file).read_bytes()
     add(progress, 1, 2)
     checkpoint = progress.uncommitted()
     progress.send()
     later = progress.uncommitted()
-    Path(file).write_bytes(copy)
+    Path(file).write_bytes(backup)
     assert values(run) == [(0, 10.0)]
     Progress(*run, rank=0).restore(later)
     assert values(run) == [(0, 10.0), (1, 9.0), (2, 8.0)]
     assert later["metrics"] == checkpoint["metrics"]
     monkeypatch.setattr("raydetr.training.progress.RESEND_S", -1.0)
-    assert progress.uncommitted()["metrics"] == [], "what is old enough is not kept"
+    assert progress.uncommitted()["metrics"] == [], "old metrics are not stored again"
 
 
-def test_the_time_of_earlier_attempts_counts(run: Run) -> None:
+def test_seconds_include_earlier_attempts(run: Run) -> None:
     progress = Progress(*run, rank=0)
     progress.restore({"metrics": [], "seconds": 1000.0})
     assert 1000 < progress.uncommitted()["seconds"] < 1100
@@ -141,10 +141,10 @@ def test_other_ranks_send_nothing(run: Run) -> None:
     assert values(run) == []
 
 
-def test_a_server_that_is_gone_is_noticed_at_once(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    """MLflow's own client tries again for minutes, in which all workers would wait."""
+def test_an_unreachable_server_is_detected_immediately(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    """MLflow's own client would retry for minutes while all workers wait."""
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # and does not listen
+        closed.bind(("127.0.0.1", 0))  # without listening
         uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
         progress = Progress(dataclasses.replace(run[0], tracking_uri=uri), run[1], rank=0)
         add(progress, 0)
@@ -153,14 +153,14 @@ def test_a_server_that_is_gone_is_noticed_at_once(run: Run, capfd: pytest.Captur
     assert len(progress.uncommitted()["metrics"]) == 1
 
 
-def test_a_line_tells_step_loss_speed_and_time_left(
+def test_a_line_shows_step_loss_speed_and_time_left(
     run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
     monkeypatch.setattr("raydetr.training.progress.time.perf_counter", lambda: now)
     progress = Progress(*run, rank=0)
     add(progress, 0)
-    assert capfd.readouterr().out == "", "the first step pays for starting up"
+    assert capfd.readouterr().out == "", "the first step includes one-time setup"
     now = LINE_EVERY_S
     add(progress, 1)
     line = capfd.readouterr().out
@@ -168,13 +168,13 @@ def test_a_line_tells_step_loss_speed_and_time_left(
     assert " left" in line
 
 
-def test_a_long_run_prints_a_line_a_minute(
+def test_a_long_run_prints_one_line_per_minute(
     run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
     monkeypatch.setattr("raydetr.training.progress.time.perf_counter", lambda: now)
     progress, printed = Progress(*run, rank=0), []
-    for step in range(1200):  # of a second each
+    for step in range(1200):  # of one second each
         add(progress, step)
         now += 1.0
         if capfd.readouterr().out:

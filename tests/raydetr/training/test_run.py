@@ -1,4 +1,4 @@
-"""What belongs to a run at its output folder: the flags that it goes on with, and its run in MLflow."""
+"""Identity of a run in its output folder: the flags it can resume with, and its MLflow run."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from raydetr.registry import models, tracking
 from raydetr.training import checkpoint
 from raydetr.training.config import TrainConfig
 from raydetr.training.run import RENAMED, open_run, pinned_model, require_same_run
-from raydetr.training.trainer import check
+from raydetr.training.trainer import check_prerequisites
 from tests.awkward import write_awkward
 from tests.empty_registry import empty_registry
 from tests.tiny_detr import save_tiny_detr
@@ -21,22 +21,22 @@ from tests.tiny_detr import save_tiny_detr
 
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.slow
-def test_a_run_goes_on_with_what_its_errors_advise_and_at_another_address_of_mlflow(tmp_path: Path) -> None:
+def test_a_run_resumes_with_advised_flags_and_another_mlflow_uri(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     flags = {"train_data": manifest.root, "output": str(tmp_path / "run")}
     first = TrainConfig(**flags, tracking_uri=empty_registry(tmp_path))
     identity = json.loads(json.dumps(asdict(first))) | {"data_digest": manifest.digest, "val_digest": ""}
-    # The driver was killed before it kept the id of the run that it had begun.
+    # The driver was killed before it stored the id of the MLflow run that it had started.
     run_id = open_run(first, manifest)
     file = tmp_path / "run" / "run.json"
-    begun = json.loads(file.read_text())
-    assert begun["run_id"] == run_id
-    file.write_text(json.dumps(begun | {"run_id": None}))
+    started = json.loads(file.read_text())
+    assert started["run_id"] == run_id
+    file.write_text(json.dumps(started | {"run_id": None}))
     assert open_run(first, manifest) == run_id
-    # A field that came later, and a copy of the database elsewhere, as on the new head of a cluster.
+    # A field added in a later version, and a copy of the database elsewhere, as on a new head node.
     file.write_text(
         json.dumps(
-            begun | {"identity": {k: v for k, v in begun["identity"].items() if k != "dense_loss_weight"}}
+            started | {"identity": {k: v for k, v in started["identity"].items() if k != "dense_loss_weight"}}
         )
     )
     shutil.copy(tmp_path / "mlflow.db", tmp_path / "moved.db")
@@ -44,13 +44,13 @@ def test_a_run_goes_on_with_what_its_errors_advise_and_at_another_address_of_mlf
     moved = replace(first, tracking_uri=f"sqlite:///{tmp_path}/moved.db", **changes)
     assert open_run(moved, manifest) == run_id
     assert set(json.loads(file.read_text())["identity"]) < set(identity)
-    storage.write_bytes(storage.join(checkpoint.address(first.output, 5), checkpoint.MARKER), b"")
-    with pytest.raises(TrainingError, match="begun with other values of dense_loss_weight, learning_rate:"):
+    storage.write_bytes(storage.join(checkpoint.uri(first.output, 5), checkpoint.MARKER), b"")
+    with pytest.raises(TrainingError, match="started with other values of dense_loss_weight, learning_rate:"):
         open_run(replace(moved, learning_rate=1.0, dense_loss_weight=2.0), manifest)
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_finished_run_is_that_of_its_flags_and_data_alone(tmp_path: Path) -> None:
+def test_a_finished_run_is_returned_only_for_its_flags_and_data(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     done = TrainConfig(
         train_data=manifest.root, output=str(tmp_path / "run"), tracking_uri=empty_registry(tmp_path)
@@ -82,7 +82,8 @@ def test_a_finished_run_is_that_of_its_flags_and_data_alone(tmp_path: Path) -> N
     require_same_run(done)
 
 
-def test_flags_may_change_as_long_as_nothing_was_done_with_them(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ray_local")
+def test_flags_may_change_before_the_first_checkpoint(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     first = TrainConfig(
         train_data=manifest.root, output=str(tmp_path / "run"), tracking_uri=empty_registry(tmp_path)
@@ -90,47 +91,49 @@ def test_flags_may_change_as_long_as_nothing_was_done_with_them(tmp_path: Path) 
     run_id = open_run(first, manifest)
     smaller = replace(first, micro_batch_size=1)
     assert open_run(smaller, manifest) == run_id
-    storage.write_bytes(storage.join(checkpoint.address(first.output, 5), checkpoint.MARKER), b"")
+    storage.write_bytes(storage.join(checkpoint.uri(first.output, 5), checkpoint.MARKER), b"")
     assert open_run(smaller, manifest) == run_id
     with pytest.raises(TrainingError, match="other values of micro_batch_size"):
         open_run(first, manifest)
 
 
-def test_the_validation_set_stays_once_there_are_figures_on_it(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ray_local")
+def test_the_validation_set_is_fixed_after_the_first_validation(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     first = TrainConfig(
         train_data=manifest.root, output=str(tmp_path / "run"), tracking_uri=empty_registry(tmp_path)
     )
     run_id = open_run(first, manifest)
-    storage.write_bytes(storage.join(checkpoint.address(first.output, 400), checkpoint.MARKER), b"")
+    storage.write_bytes(storage.join(checkpoint.uri(first.output, 400), checkpoint.MARKER), b"")
     validation = write_awkward(tmp_path / "val", shards=(7,))
-    with_figures = replace(first, val_data=validation.root, validate_every=400)
-    assert open_run(with_figures, manifest) == run_id
+    validated = replace(first, val_data=validation.root, validate_every=400)
+    assert open_run(validated, manifest) == run_id
     checkpoint.write_validation(first.output, 400, {"AP": 0.5})
-    assert open_run(replace(with_figures, validate_every=800), manifest) == run_id
+    assert open_run(replace(validated, validate_every=800), manifest) == run_id
     for changes in ({"val_data": manifest.root}, {"validation_images": 5}):
         with pytest.raises(TrainingError, match=f"other values of {next(iter(changes))}"):
-            open_run(replace(with_figures, **changes), manifest)
+            open_run(replace(validated, **changes), manifest)
     write_awkward(tmp_path / "val", shards=(7,), seed=1)
     with pytest.raises(TrainingError, match="other values of val_digest"):
-        open_run(with_figures, manifest)
+        open_run(validated, manifest)
 
 
-def test_a_run_goes_on_with_the_version_that_an_alias_meant_when_it_was_begun(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ray_local")
+def test_a_resumed_run_keeps_the_version_that_its_alias_pointed_to_at_the_start(tmp_path: Path) -> None:
     uri = empty_registry(tmp_path)
     data = write_awkward(tmp_path / "data")
-    given = TrainConfig(
+    config = TrainConfig(
         train_data=data.root, output=str(tmp_path / "run"), tracking_uri=uri, model="models:/ants@best"
     )
     for version in (1, 2):
         run = tracking.start_run(uri, "training", str(version), {}, {})
         folder = save_tiny_detr(tmp_path / str(version), ["ant", "bee", "cat"], seed=version)
         assert models.register(uri, run, str(folder), name="ants", alias="best") == version
-        assert pinned_model(given) == "models:/ants/1"
+        assert pinned_model(config) == "models:/ants/1"
         if version == 1:
-            open_run(replace(given, model=pinned_model(given)), data, given.model)
-    assert pinned_model(replace(given, model="models:/ants/1")) == "models:/ants/1"
-    for changed in (replace(given, output=str(tmp_path / "new")), replace(given, model="models:/ants/2")):
+            open_run(replace(config, model=pinned_model(config)), data, config.model)
+    assert pinned_model(replace(config, model="models:/ants/1")) == "models:/ants/1"
+    for changed in (replace(config, output=str(tmp_path / "new")), replace(config, model="models:/ants/2")):
         assert pinned_model(changed) == "models:/ants/2"
 
 
@@ -147,13 +150,13 @@ def test_a_run_goes_on_with_the_version_that_an_alias_meant_when_it_was_begun(tm
         ("validation_cpus", -1.0),
     ],
 )
-def test_a_value_without_a_meaning_is_refused_by_the_name_of_its_flag(name: str, value: float) -> None:
+def test_the_error_for_an_invalid_value_names_its_flag(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is {value}"):
         replace(TrainConfig(), **{name: value})
 
 
-def test_an_augmentation_that_cannot_be_done_is_refused_before_a_run_is_begun(tmp_path: Path) -> None:
+def test_an_invalid_augmentation_is_refused_before_the_run_starts(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     for changes in ({"flip": 1.5}, {"crop_sizes": (600, 384), "crop": True}):
-        with pytest.raises(ConfigError, match="The augmentation cannot be done"):
-            check(TrainConfig(train_data=manifest.root, **changes), manifest)
+        with pytest.raises(ConfigError, match="The augmentation flags are invalid"):
+            check_prerequisites(TrainConfig(train_data=manifest.root, **changes), manifest)

@@ -1,4 +1,4 @@
-"""What rank 0 has to say with a step, and that it reaches all workers with the step's sums."""
+"""Control signals of rank 0, and how they reach all workers with the sums of a step."""
 
 import time
 from pathlib import Path
@@ -14,36 +14,38 @@ from tests.ranks import process_group, run_ranks
 from tests.raydetr.training.test_distributed import batch
 
 
-def test_the_time_is_up_from_the_deadline_on() -> None:
-    assert Signals(0, None).of_step() == Signal.NOTHING
-    assert Signals(0, time.time() + 3600).of_step() == Signal.NOTHING
+def test_the_time_limit_is_signaled_after_the_deadline() -> None:
+    assert Signals(0, None).for_step() == Signal.NONE
+    assert Signals(0, time.time() + 3600).for_step() == Signal.NONE
     late = Signals(0, time.time() - 1)
-    assert late.of_step() == late.of_step() == Signal.TIME_IS_UP
+    assert late.for_step() == late.for_step() == Signal.TIME_LIMIT
 
 
-def test_other_ranks_say_nothing_so_that_all_act_in_the_same_step() -> None:
+def test_other_ranks_send_no_signal() -> None:
     other = Signals(1, time.time() - 1)
     other.no_progress = True
-    assert other.of_step() == Signal.NOTHING
+    assert other.for_step() == Signal.NONE
 
 
-def test_signals_of_a_step_add_up() -> None:
+def test_signals_of_a_step_are_combined() -> None:
     both = Signals(0, time.time() - 1)
     both.no_progress = True
-    assert both.of_step() == Signal.TIME_IS_UP | Signal.NO_PROGRESS
+    assert both.for_step() == Signal.TIME_LIMIT | Signal.NO_PROGRESS
 
 
-def test_it_looks_for_a_preemption_now_and_then_not_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "LOOK_EVERY_S", 0.5)
+def test_preemption_is_checked_periodically_not_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "POLL_EVERY_S", 0.5)
     rank_0 = Signals(0, None)
-    assert rank_0.of_step() == Signal.NOTHING
+    assert rank_0.for_step() == Signal.NONE
     time.sleep(0.6)
-    assert rank_0.of_step() == Signal.LOOK
-    assert rank_0.of_step() == Signal.NOTHING
+    assert rank_0.for_step() == Signal.CHECK_PREEMPTION
+    assert rank_0.for_step() == Signal.NONE
 
 
-def test_a_notice_is_answered_once_and_a_wider_one_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray Train repeats a notice for as long as the workers run."""
+def test_a_preemption_notice_is_reported_once_and_again_if_it_covers_more_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray Train returns the same notice again as long as the workers run."""
     notices = [
         None,
         PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0]}),
@@ -56,12 +58,12 @@ def test_a_notice_is_answered_once_and_a_wider_one_again(monkeypatch: pytest.Mon
     assert [rank.preempted_nodes() for _ in range(5)] == [(), ("a",), (), ("a", "b"), ()]
 
 
-def said(rank: int, file: str, results: str) -> None:
+def receive_signal(rank: int, file: str, results: str) -> None:
     with process_group(file, rank, 3):
-        signal = Signals(rank, time.time() - 1).of_step()
+        signal = Signals(rank, time.time() - 1).for_step()
         torch.save(step_totals([batch([1])], 5, 0.1, signal).signal, f"{results}/{rank}")
 
 
-def test_all_workers_hear_in_the_same_step_what_rank_0_says(tmp_path: Path) -> None:
-    run_ranks(3, said, str(tmp_path / "store"), str(tmp_path))
-    assert [torch.load(tmp_path / str(rank)) for rank in range(3)] == [Signal.TIME_IS_UP] * 3
+def test_all_workers_receive_the_signal_of_rank_0_in_the_same_step(tmp_path: Path) -> None:
+    run_ranks(3, receive_signal, str(tmp_path / "store"), str(tmp_path))
+    assert [torch.load(tmp_path / str(rank)) for rank in range(3)] == [Signal.TIME_LIMIT] * 3

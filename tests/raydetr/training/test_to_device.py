@@ -1,4 +1,4 @@
-"""What a training worker makes of a micro-batch is what the image processor makes of its images."""
+"""A training worker turns a micro-batch into the same tensors as the image processor."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ NOTHING = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_images_are_normalised_and_padded_as_by_the_image_processor(dtype: torch.dtype) -> None:
+def test_images_are_normalized_and_padded_as_by_the_image_processor(dtype: torch.dtype) -> None:
     rng = np.random.default_rng(0)
     sizes = [(31, 40), (64, 17), (1, 1)]
     images = [torch.from_numpy(rng.integers(0, 256, (3, *size), dtype=np.uint8)) for size in sizes]
@@ -32,6 +32,6 @@ def test_images_are_normalised_and_padded_as_by_the_image_processor(dtype: torch
     assert torch.equal(mask[:3, :height, :width], expected["pixel_mask"].bool())
     assert mask[:3].sum() == sum(h * w for h, w in sizes)
     assert not pixels[~mask[:, None].expand_as(pixels)].any()
-    # The slot without an image: an image of zeros, without padding.
+    # The slot without an image holds zeros and counts as unpadded.
     assert not pixels[3].any()
     assert mask[3].all()

@@ -1,4 +1,4 @@
-"""The worker that hangs names itself; those that wait for it do not. On a real board, each rank a thread."""
+"""The worker that hangs reports itself; those that wait for it do not. With a real board and a thread per rank."""
 
 import os
 import signal
@@ -17,130 +17,132 @@ from torch import nn, zeros
 from raydetr.training.watchdog import EXIT_STATUS, HeartbeatBoard, Watchdog
 from tests.run_pipeline import environment
 
-LIMIT_S = 2.0
+TIMEOUT_S = 2.0
 
 
 @pytest.fixture
 def board(ray_local: None) -> Any:
     actor = ray.remote(HeartbeatBoard).options(num_cpus=0).remote()
-    ray.get(actor.read.remote())  # it runs
+    ray.get(actor.read.remote())  # wait until it runs
     return actor
 
 
 @contextmanager
 def ranks(
-    workers: int, board: Any, limit_s: float = LIMIT_S
+    workers: int, board: Any, timeout_s: float = TIMEOUT_S
 ) -> Iterator[tuple[list[Watchdog], list[threading.Event]]]:
-    """Watchdogs of as many ranks, and for each the event that it would have ended its process."""
-    ended = [threading.Event() for _ in range(workers)]
-    dogs = [Watchdog(rank, limit_s, board, workers, ended[rank].set) for rank in range(workers)]
+    """Yield a watchdog per rank, and for each an event that is set instead of exiting the process."""
+    exited = [threading.Event() for _ in range(workers)]
+    dogs = [Watchdog(rank, timeout_s, board, workers, exited[rank].set) for rank in range(workers)]
     with dogs[0].running():
         if workers == 1:
-            yield dogs, ended
+            yield dogs, exited
             return
         with dogs[1].running():
-            yield dogs, ended
+            yield dogs, exited
 
 
-def test_the_rank_that_is_behind_names_itself_and_its_phase(
+def test_the_rank_that_is_behind_reports_itself_and_its_phase(
     board: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with ranks(2, board) as (dogs, ended):
+    with ranks(2, board) as (dogs, exited):
         for dog in dogs:
             dog.enter("waiting for data", 7)
         dogs[0].enter("in the forward pass")
-        for phase in ("in the forward pass", "in the backward pass or waiting for the others"):
+        for phase in ("in the forward pass", "in the backward pass or waiting for other ranks"):
             dogs[1].enter(phase)
-        assert ended[0].wait(60)
-        assert not ended[1].is_set(), "rank 1 only waits for rank 0"
+        assert exited[0].wait(60)
+        assert not exited[1].is_set(), "rank 1 only waits for rank 0"
         dogs[1].enter("waiting for data", 8)
-    told = capfd.readouterr().err
-    assert f"rank 0 (process {os.getpid()}) hangs in step 7, in the forward pass" in told
-    assert "rank 1" not in told
-    assert "most recent call first" in told, "where it is"
+    output = capfd.readouterr().err
+    assert f"rank 0 (process {os.getpid()}) hangs in step 7, in the forward pass" in output
+    assert "rank 1" not in output
+    assert "most recent call first" in output, "its stack"
 
 
 @pytest.mark.slow
-def test_a_rank_in_an_earlier_step_is_behind_however_many_phases_it_went_through(board: Any) -> None:
-    with ranks(2, board) as (dogs, ended):
-        for _ in range(30):  # as when it looks for what is not finite
+def test_a_rank_in_an_earlier_step_is_behind_after_any_number_of_phases(board: Any) -> None:
+    with ranks(2, board) as (dogs, exited):
+        for _ in range(30):  # as when it searches for non-finite values
             dogs[0].enter("in the forward pass", 3)
         dogs[1].enter("waiting for data", 4)
-        assert ended[0].wait(60)
-        assert not ended[1].is_set()
+        assert exited[0].wait(60)
+        assert not exited[1].is_set()
 
 
 @pytest.mark.slow
-def test_all_name_themselves_when_all_wait_for_data(board: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    with ranks(2, board) as (dogs, ended):
+def test_all_ranks_report_themselves_when_all_wait_for_data(
+    board: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with ranks(2, board) as (dogs, exited):
         for dog in dogs:
             dog.enter("waiting for data", 5)
-        assert all(event.wait(60) for event in ended)
+        assert all(event.wait(60) for event in exited)
     assert capfd.readouterr().err.count("hangs in step 5, waiting for data") == 2
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_not_heard_of_is_named_by_the_one_that_waits(
+def test_a_silent_rank_is_reported_by_the_rank_that_waits(
     board: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ray.get(board.write.remote(1, (9, 2)))  # and no more: its process is stopped
-    ray.get(board.write.remote(2, (3, 2)))  # of an attempt with more workers
-    silent = Watchdog(0, LIMIT_S, board, 2, ended := threading.Event().set)
-    with silent.running():
-        silent.enter("in the backward pass or waiting for the others", 9)
+    ray.get(board.write.remote(1, (9, 2)))  # and never again: its process is stopped
+    ray.get(board.write.remote(2, (3, 2)))  # from an attempt with more workers
+    waiting = Watchdog(0, TIMEOUT_S, board, 2, exited := threading.Event().set)
+    with waiting.running():
+        waiting.enter("in the backward pass or waiting for other ranks", 9)
         until = time.monotonic() + 60
-        told = ""
-        while "rank 1" not in told and time.monotonic() < until:
-            told += capfd.readouterr().err
+        output = ""
+        while "rank 1" not in output and time.monotonic() < until:
+            output += capfd.readouterr().err
             time.sleep(0.05)
-    assert "nothing was heard of rank 1 for" in told
-    assert "rank 2" not in told
-    assert callable(ended)
+    assert "no heartbeat from rank 1 for" in output
+    assert "rank 2" not in output
+    assert callable(exited)
 
 
-def test_a_rank_that_waits_too_long_ends_too(board: Any) -> None:
-    """Such as for one whose process nobody ends."""
-    with ranks(2, board, 0.5) as (dogs, ended):
+def test_a_rank_that_waits_too_long_exits_too(board: Any) -> None:
+    """For example if the process of the other rank is not stopped."""
+    with ranks(2, board, 0.5) as (dogs, exited):
         dogs[0].enter("validating", 1, limited=False)
-        dogs[1].enter("waiting for the others", 2)
-        assert ended[1].wait(60)
-        assert not ended[0].is_set()
+        dogs[1].enter("waiting for other ranks", 2)
+        assert exited[1].wait(60)
+        assert not exited[0].is_set()
 
 
-def test_without_a_board_each_speaks_for_itself(capfd: pytest.CaptureFixture[str]) -> None:
-    with ranks(1, None, 0.2) as (dogs, ended):
+def test_without_a_board_each_rank_reports_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    with ranks(1, None, 0.2) as (dogs, exited):
         dogs[0].enter("loading the checkpoint", 11)
-        assert ended[0].wait(60)
-    assert "rank 0" in (told := capfd.readouterr().err)
-    assert "hangs in step 11, loading the checkpoint" in told
+        assert exited[0].wait(60)
+    assert "rank 0" in (output := capfd.readouterr().err)
+    assert "hangs in step 11, loading the checkpoint" in output
 
 
-def test_a_phase_without_a_limit_may_take_as_long_as_it_likes() -> None:
-    with ranks(1, None, 0.1) as (dogs, ended):
+def test_a_phase_without_a_timeout_can_take_any_time() -> None:
+    with ranks(1, None, 0.1) as (dogs, exited):
         dogs[0].enter("validating", 1, limited=False)
-        assert not ended[0].wait(1)
+        assert not exited[0].wait(1)
 
 
-def test_phases_that_follow_each_other_are_no_hang() -> None:
-    with ranks(1, None, 1.0) as (dogs, ended):
+def test_consecutive_phases_are_not_a_hang() -> None:
+    with ranks(1, None, 1.0) as (dogs, exited):
         for step in range(40):
             dogs[0].enter("waiting for data", step)
             time.sleep(0.05)
-        assert not ended[0].is_set()
+        assert not exited[0].is_set()
 
 
-def test_a_modules_forward_pass_is_a_phase_and_what_comes_after_another() -> None:
+def test_the_forward_pass_is_a_phase_and_the_time_after_it_another() -> None:
     dog, module = Watchdog(0, 60.0), nn.Linear(1, 1)
-    dog.follow(module)
+    dog.watch_module(module)
     seen = []
     module.register_forward_pre_hook(lambda *_: seen.append(dog._phase))
-    dog.enter("waiting for the others", 4)
+    dog.enter("waiting for other ranks", 4)
     module(zeros(1, 1))
     assert seen == ["in the forward pass"]
-    assert (dog._phase, dog._place) == ("in the backward pass or waiting for the others", (4, 2))
+    assert (dog._phase, dog._position) == ("in the backward pass or waiting for other ranks", (4, 2))
 
 
-def test_the_process_of_a_rank_that_hangs_ends_with_a_status_of_its_own() -> None:
+def test_a_hung_process_exits_with_a_distinct_status() -> None:
     code = (
         "import time; from raydetr.training.watchdog import Watchdog\n"
         "with Watchdog(0, 0.2).running(): time.sleep(600)"

@@ -1,4 +1,4 @@
-"""W workers, fed by the real stream, receive and compute what one process does on the global batch."""
+"""W workers with the real data stream receive and compute the same as one process on the global batch."""
 
 import dataclasses
 import itertools
@@ -18,10 +18,10 @@ from raydetr.data.stream.micro_batch import unpack
 from raydetr.data.stream.source import shard_source
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import step_totals
-from raydetr.training.loop import per_worker
+from raydetr.training.loop import micro_batches_per_worker
 from raydetr.training.optim import set_learning_rates
 from raydetr.training.run import plan_spec
-from raydetr.training.state import create_state, parallelise
+from raydetr.training.state import create_state, parallelize
 from raydetr.training.step import to_device, train_step
 from tests import training_record
 from tests.awkward import write_awkward
@@ -59,7 +59,7 @@ CONFIG = TrainConfig(
 
 
 Images = list[tuple[int, str, str]]
-"""Id, checksum of the boxes and checksum of the pixels of each."""
+"""Id, checksum of the boxes and checksum of the pixels of each image."""
 
 
 def first_step(step: int) -> int:
@@ -71,7 +71,7 @@ def gradient(model: torch.nn.Module) -> torch.Tensor:
 
 
 def record_worker(arguments: dict[str, Any]) -> None:
-    """Runs in a Train worker: what the model receives, the loss and the clipped gradient of every step."""
+    """Record, in a Train worker, what the model receives, the loss and the clipped gradient of every step."""
     config, folder = arguments["config"], Path(arguments["folder"])
     state = create_state(config, Manifest.load(config.train_data), torch.device("cpu"))
     rank = ray.train.get_context().get_world_rank()
@@ -81,15 +81,15 @@ def record_worker(arguments: dict[str, Any]) -> None:
         images = training_record.fingerprints(kwargs)
         training_record.append(folder / f"{rank}.jsonl", {"step": step, "images": images})
 
-    def keep_gradient(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def save_gradient(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         torch.save(gradient(state.module), folder / f"gradient-{step}.pt")
 
     state.module.register_forward_pre_hook(hook, with_kwargs=True)
     if rank == 0:
-        state.optimizer.register_step_pre_hook(keep_gradient)
-    parallel = parallelise(state.module)
+        state.optimizer.register_step_pre_hook(save_gradient)
+    parallel = parallelize(state.module)
     for batches in ray_stream.steps(
-        ray.train.get_dataset_shard("train"), config.micro_batch_size, per_worker(config)
+        ray.train.get_dataset_shard("train"), config.micro_batch_size, micro_batches_per_worker(config)
     ):
         step = batches[0].step
         totals = step_totals(batches, config.num_queries, state.model.config.eos_coefficient)
@@ -130,7 +130,7 @@ def sorted_images(rows: list[dict[str, Any]]) -> Images:
 
 
 def received(folder: Path) -> dict[int, Images]:
-    """Step → what the model received in it, sorted, over all ranks."""
+    """Return step → what the model received in it on all ranks, sorted."""
     rows = [row for file in sorted(folder.glob("*.jsonl")) for row in training_record.read(file)]
     rows.sort(key=lambda row: row["step"])
     return {
@@ -141,7 +141,7 @@ def received(folder: Path) -> dict[int, Images]:
 
 @dataclasses.dataclass
 class Reference:
-    """Step → what one process receives and computes, and the number of boxes of each micro-batch."""
+    """By step: what one process receives and computes, and the number of boxes of each micro-batch."""
 
     images: dict[int, Images]
     losses: dict[int, float]
@@ -150,7 +150,7 @@ class Reference:
 
 
 def one_process(config: TrainConfig, manifest: Manifest) -> Reference:
-    """Train on each global batch in one forward pass, with the criterion's own normalisers."""
+    """Train on each global batch in one forward pass, with the normalizers that the criterion computes itself."""
     job = build_stream(config, manifest)
     rows = [
         batch
@@ -163,15 +163,15 @@ def one_process(config: TrainConfig, manifest: Manifest) -> Reference:
     for step, group in itertools.groupby(rows, key=lambda row: row.step):
         batches = list(group)
         pixel_values, pixel_mask = zip(*(to_device(batch, state) for batch in batches), strict=True)
-        keep = torch.cat([batch.weights for batch in batches]).bool()
+        valid = torch.cat([batch.weights for batch in batches]).bool()
         labels = [label for batch in batches for label in batch.labels]
         arguments = {
-            "pixel_values": torch.cat(pixel_values)[keep],
-            "pixel_mask": torch.cat(pixel_mask)[keep],
-            "labels": [label for label, kept in zip(labels, keep, strict=True) if kept],
+            "pixel_values": torch.cat(pixel_values)[valid],
+            "pixel_mask": torch.cat(pixel_mask)[valid],
+            "labels": [label for label, is_valid in zip(labels, valid, strict=True) if is_valid],
         }
         reference.images[step] = sorted_images(
-            training_record.fingerprints(arguments | {"image_weights": torch.ones(int(keep.sum()))})
+            training_record.fingerprints(arguments | {"image_weights": torch.ones(int(valid.sum()))})
         )
         loss = state.module(**arguments).loss
         state.module.zero_grad()
@@ -200,7 +200,7 @@ def reference(config: TrainConfig, manifest: Manifest) -> Reference:
     return one_process(config, manifest)
 
 
-def test_the_data_set_is_awkward(manifest: Manifest, reference: Reference) -> None:
+def test_the_data_set_has_the_difficult_cases(manifest: Manifest, reference: Reference) -> None:
     sizes = {
         (record["height"], record["width"])
         for shard in manifest.shards
@@ -214,7 +214,7 @@ def test_the_data_set_is_awkward(manifest: Manifest, reference: Reference) -> No
     assert any(sum(each) > 4 and 0 in each for each in boxes), "no step in which one rank is without boxes"
 
 
-def test_every_image_is_received_once_an_epoch(
+def test_every_image_is_received_once_per_epoch(
     config: TrainConfig, manifest: Manifest, reference: Reference
 ) -> None:
     per_epoch = build_stream(config, manifest).plan.steps_per_epoch
@@ -225,7 +225,7 @@ def test_every_image_is_received_once_an_epoch(
 @pytest.mark.parametrize(
     "workers", [2, 3, *(pytest.param(workers, marks=pytest.mark.nightly) for workers in (1, 4, 5, 6, 7, 8))]
 )
-def test_any_number_of_workers_receives_the_same_and_trains_as_one_process(
+def test_any_number_of_workers_receives_the_same_images_and_trains_like_one_process(
     workers: int,
     config: TrainConfig,
     manifest: Manifest,
@@ -233,11 +233,13 @@ def test_any_number_of_workers_receives_the_same_and_trains_as_one_process(
     tmp_path: Path,
     ray_local: None,
 ) -> None:
-    assert_trains_alike(dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run")
+    assert_trains_like_one_process(
+        dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run"
+    )
 
 
 @pytest.mark.parametrize("workers", [3, pytest.param(2, marks=pytest.mark.nightly)])
-def test_masks_query_groups_and_cells_are_learned_as_by_one_process(
+def test_masks_query_groups_and_dense_supervision_train_like_one_process(
     workers: int, config: TrainConfig, tmp_path: Path, ray_local: None
 ) -> None:
     manifest = write_awkward(tmp_path / "data", empty=0.85, masks=True)
@@ -245,42 +247,48 @@ def test_masks_query_groups_and_cells_are_learned_as_by_one_process(
         config,
         train_data=manifest.root,
         task="instance",
-        attention_heads=8,  # the mask head wants multiples of eight channels
+        attention_heads=8,  # the mask head needs a multiple of eight channels
         query_groups=2,
         dense_loss_weight=1.0,
     )
     reference = one_process(config, manifest)
-    assert_trains_alike(dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run")
+    assert_trains_like_one_process(
+        dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run"
+    )
 
 
 @pytest.mark.parametrize("workers", [3, pytest.param(2, marks=pytest.mark.nightly)])
-def test_the_multi_scale_architecture_is_learned_as_by_one_process(
+def test_the_multi_scale_architecture_trains_like_one_process(
     workers: int, config: TrainConfig, tmp_path: Path, ray_local: None
 ) -> None:
     manifest = write_awkward(tmp_path / "data", empty=0.85, masks=True)
     config = dataclasses.replace(config, train_data=manifest.root, multi_scale=True, task="instance")
     reference = one_process(config, manifest)
-    assert_trains_alike(dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run")
+    assert_trains_like_one_process(
+        dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run"
+    )
 
 
-def assert_trains_alike(config: TrainConfig, manifest: Manifest, reference: Reference, folder: Path) -> None:
+def assert_trains_like_one_process(
+    config: TrainConfig, manifest: Manifest, reference: Reference, folder: Path
+) -> None:
     run_workers(config, manifest, folder)
     assert received(folder) == reference.images
     losses = {row["step"]: row["loss"] for row in training_record.read(folder / "losses.json")}
     assert sorted(losses) == sorted(reference.losses) == list(range(STEPS))
-    for step, wanted in reference.gradients.items():
+    for step, expected in reference.gradients.items():
         assert losses[step] == pytest.approx(reference.losses[step], rel=1e-9), f"step {step}"
-        got = torch.load(folder / f"gradient-{step}.pt")
-        assert (got - wanted).norm() <= 1e-9 * wanted.norm(), f"step {step}"
+        actual = torch.load(folder / f"gradient-{step}.pt")
+        assert (actual - expected).norm() <= 1e-9 * expected.norm(), f"step {step}"
 
 
-def test_a_run_goes_on_with_other_numbers_of_workers(
+def test_a_run_resumes_with_another_number_of_workers(
     config: TrainConfig, manifest: Manifest, reference: Reference, tmp_path: Path, ray_local: None
 ) -> None:
-    """After seven steps, such as with four workers: three, and four again."""
-    got: dict[int, Images] = {}
+    """After seven steps, for example with four workers, continue with three, then with four."""
+    received_images: dict[int, Images] = {}
     for workers, start, stop in ((3, 7, 15), (4, 15, STEPS)):
         folder = tmp_path / f"from-{start}"
         run_workers(dataclasses.replace(config, workers=workers), manifest, folder, start, stop)
-        got |= received(folder)
-    assert got == {step: images for step, images in reference.images.items() if step >= 7}
+        received_images |= received(folder)
+    assert received_images == {step: images for step, images in reference.images.items() if step >= 7}
