@@ -1,4 +1,4 @@
-"""A registry whose first version is the champion, for tests of the gate."""
+"""A registry with its first version as champion, for tests of the gate."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.raydetr.registry.versions import bare_versions
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three versions without an evaluation."""
+    """Create a registry with three versions without an evaluation."""
     folder = tmp_path_factory.mktemp("mlflow")
     bare_versions(empty_registry(folder), 3, evaluated=False)
     return folder / "mlflow.db"

@@ -1,4 +1,4 @@
-"""What tests of the gate ask after a promotion: where the alias is, and what the versions carry."""
+"""Helpers for tests of promotions: the version behind the alias, the tags of the versions, stored evaluations."""
 
 import json
 from pathlib import Path
@@ -20,21 +20,21 @@ def champion(config: PromoteConfig) -> int:
 
 
 def tags(config: PromoteConfig, version: int) -> dict[str, dict[str, Any]]:
-    """The decisions that a version carries."""
-    of = client(config.tracking_uri).get_model_version("raydetr", str(version)).tags
-    return {key: json.loads(value) for key, value in of.items() if key.startswith("promotion.")}
+    """Return the decisions that are stored as tags of a version."""
+    all_tags = client(config.tracking_uri).get_model_version("raydetr", str(version)).tags
+    return {key: json.loads(value) for key, value in all_tags.items() if key.startswith("promotion.")}
 
 
 def put(
     config: PromoteConfig, tmp_path: Path, version: int, data: Manifest, predictions: pa.Table, **changes: Any
 ) -> dict[str, Any]:
-    """Put predictions on file as an evaluation of a version; its record."""
+    """Store predictions as an evaluation of a version; return the record."""
     folder = tmp_path / f"evaluation-{version}-{data.digest[:8]}"
     return put_on_file(config.tracking_uri, version, data, predictions, folder, **changes)
 
 
 def refused(config: PromoteConfig) -> str:
-    """The reason of a refusal, which has left the alias where it was and is kept on both versions."""
+    """Run a promotion that must be refused, check the alias and the tags of both versions, and return the reason."""
     before = champion(config)
     with pytest.raises(PromotionRefused) as error:
         main(config)
@@ -44,8 +44,8 @@ def refused(config: PromoteConfig) -> str:
     assert f"raydetr@champion stays at version {before}: {reason}" in str(error.value)
     challenger = int(config.model.rpartition("/")[2])
     for version in (before, challenger):
-        (kept,) = tags(config, version).values()
-        assert (kept["promoted"], kept["reason"], kept["old"], kept["new"]) == (
+        (decision,) = tags(config, version).values()
+        assert (decision["promoted"], decision["reason"], decision["old"], decision["new"]) == (
             False,
             reason,
             before,

@@ -1,4 +1,4 @@
-"""pipelines/doctor.py as a user runs it: the flags of train.py, a line for each finding, the exit status."""
+"""pipelines/doctor.py as users run it: the flags of train.py, a line per finding, the exit status."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def manifest(tmp_path: Path) -> Manifest:
     ("flags", "message"),
     [(["--workers", "3"], "--micro-batches"), (["--loss-share", "2"], "--loss-share is 2.0")],
 )
-def test_flags_that_cannot_work_end_it_at_once(
+def test_invalid_flags_are_refused(
     flags: list[str], message: str, tmp_path: Path, pipeline: RunPipeline
 ) -> None:
     done = pipeline("doctor", *flags, cwd=tmp_path)
@@ -37,9 +37,7 @@ def test_flags_that_cannot_work_end_it_at_once(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
-def test_a_healthy_run_is_ok_and_the_summary_says_what_to_expect(
-    tmp_path: Path, manifest: Manifest, pipeline: RunPipeline
-) -> None:
+def test_a_healthy_run_passes_all_checks(tmp_path: Path, manifest: Manifest, pipeline: RunPipeline) -> None:
     flags = ["--train-data", manifest.root, "--output", "run", "--json", "summary.json", *SMALL, *OWN]
     done = pipeline("doctor", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -74,7 +72,7 @@ def test_a_healthy_run_is_ok_and_the_summary_says_what_to_expect(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
-def test_everything_that_is_wrong_is_named_at_once_and_the_status_is_2(
+def test_all_problems_are_named_together_and_the_exit_status_is_2(
     tmp_path: Path, manifest: Manifest, pipeline: RunPipeline
 ) -> None:
     change_manifest(tmp_path, digest="0" * 64)
@@ -100,21 +98,21 @@ def test_everything_that_is_wrong_is_named_at_once_and_the_status_is_2(
     assert "queries" in summary["failed"]
     for failed in summary["failed"]:
         assert f"FAIL  {failed}: " in done.stdout
-    assert "the run cannot work as it is: mlflow, output, train-data, masks" in done.stderr
+    assert "this run cannot work: mlflow, output, train-data, masks" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bucket_is_there", [True, False])
-def test_s3_is_read_and_written_and_a_bucket_that_is_not_there_is_named(
-    bucket_is_there: bool, tmp_path: Path, manifest: Manifest, s3: S3, pipeline_process: RunPipeline
+@pytest.mark.parametrize("bucket_exists", [True, False])
+def test_s3_is_read_and_written_and_a_missing_bucket_is_named(
+    bucket_exists: bool, tmp_path: Path, manifest: Manifest, s3: S3, pipeline_process: RunPipeline
 ) -> None:
     storage.upload_folder(manifest.root, s3.address("train"))
-    output = s3.address("run") if bucket_is_there else "s3://no-such-bucket-of-ours/run"
+    output = s3.address("run") if bucket_exists else "s3://no-such-bucket-of-ours/run"
     flags = ["--train-data", s3.address("train"), "--output", output, *SMALL, "--overfit-steps", "0"]
     done = pipeline_process("doctor", *flags, cwd=tmp_path)
-    assert done.returncode == (0 if bucket_is_there else 2), done.stdout[-3000:] + done.stderr[-3000:]
-    if bucket_is_there:
+    assert done.returncode == (0 if bucket_exists else 2), done.stdout[-3000:] + done.stderr[-3000:]
+    if bucket_exists:
         assert f"ok    output: {output}: written and read" in done.stdout
         assert storage.list_names(storage.join(output, "doctor")) == ["batch.png"]
     else:

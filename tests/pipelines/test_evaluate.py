@@ -8,15 +8,15 @@ from pycocotools.cocoeval import COCOeval
 
 from raydetr import storage
 from raydetr.config import EvaluateConfig
-from raydetr.data.shards import coco_truth
+from raydetr.data.shards import to_coco_ground_truth
 from raydetr.errors import ConfigError, RegistryError
 from raydetr.evaluation.evaluate import evaluate
-from raydetr.promotion.records import promote
 from raydetr.registry.models import register, resolve
 from raydetr.registry.tracking import client, metric_history, start_run
-from tests.at_once import at_once
 from tests.awkward import write_awkward
+from tests.call_concurrently import call_concurrently
 from tests.empty_registry import empty_registry
+from tests.raydetr.promotion.unchecked_move import move_alias_unchecked
 from tests.tiny_detr import save_tiny_detr
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -27,8 +27,8 @@ def test_a_version_is_scored_once_and_can_then_be_promoted(ray_local, pipeline, 
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee", "cat"], edge=64)
     register(uri, start_run(uri, "training", "run", {}, {}), str(model))
     manifest = write_awkward(tmp_path / "shards", shards=(17, 6))
-    with pytest.raises(RegistryError, match="no evaluation on file"):
-        promote(uri, "models:/raydetr@challenger", "champion")
+    with pytest.raises(RegistryError, match="has no evaluation"):
+        move_alias_unchecked(uri, "models:/raydetr@challenger", "champion")
 
     first = pipeline("evaluate", "--data", "shards", "--actors", "2", "--json", "first.json", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
@@ -49,8 +49,8 @@ def test_a_version_is_scored_once_and_can_then_be_promoted(ray_local, pipeline, 
     )
     assert second.returncode == 0, second.stderr
     assert "already scored" in second.stdout
-    again = json.loads((tmp_path / "second.json").read_text())
-    assert again == {**summary, "already_scored": True}
+    repeated = json.loads((tmp_path / "second.json").read_text())
+    assert repeated == {**summary, "already_scored": True}
     page = Path(summary["report"]).read_text()
     assert "raydetr" in page
     assert "</html>" in page
@@ -63,39 +63,39 @@ def test_a_version_is_scored_once_and_can_then_be_promoted(ray_local, pipeline, 
     third = pipeline("evaluate", *flags, cwd=tmp_path)
     assert third.returncode == 4
     assert "is below 0.99" in third.stderr
-    assert json.loads((tmp_path / "third.json").read_text()) == again
+    assert json.loads((tmp_path / "third.json").read_text()) == repeated
     tags = client(uri).get_model_version("raydetr", "1").tags
     assert "is below 0.99" in tags[f"below.{manifest.digest[:12]}"]
     results = json.loads((Path(summary["output"]) / "results.json").read_text())
-    truth = COCO()
-    truth.dataset = coco_truth(manifest)
-    truth.createIndex()
-    oracle = COCOeval(truth, truth.loadRes(results), "bbox")
-    oracle.evaluate()
-    oracle.accumulate()
-    oracle.summarize()
-    np.testing.assert_allclose(list(summary["figures"].values()), oracle.stats, atol=1e-12)
+    ground_truth = COCO()
+    ground_truth.dataset = to_coco_ground_truth(manifest)
+    ground_truth.createIndex()
+    reference = COCOeval(ground_truth, ground_truth.loadRes(results), "bbox")
+    reference.evaluate()
+    reference.accumulate()
+    reference.summarize()
+    np.testing.assert_allclose(list(summary["figures"].values()), reference.stats, atol=1e-12)
 
-    promote(uri, "models:/raydetr@challenger", "champion")
+    move_alias_unchecked(uri, "models:/raydetr@challenger", "champion")
     assert resolve("models:/raydetr@champion", uri).version == 1
 
 
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
-        ({"model": "models:/raydetr@nobody"}, RegistryError, "no registered model 'raydetr'"),
+        ({"model": "models:/raydetr@unknown"}, RegistryError, "no registered model 'raydetr'"),
         ({"model": "nowhere"}, RegistryError, "nowhere: no such folder"),
         ({"tracking_uri": "mlruns"}, ConfigError, "databases only"),
         ({"actors": 0}, ConfigError, "--actors is 0"),
     ],
 )
-def test_what_cannot_be_scored_is_a_clear_error(tmp_path, monkeypatch, flags, error, message):
+def test_invalid_flags_are_clear_errors(tmp_path, monkeypatch, flags, error, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         evaluate(EvaluateConfig(**flags))
 
 
-def test_the_command_ends_an_error_with_its_message_and_status_2(pipeline, tmp_path):
+def test_the_command_reports_an_error_with_its_message_and_status_2(pipeline, tmp_path):
     done = pipeline("evaluate", "--model", "nowhere", cwd=tmp_path)
     assert done.returncode == 2
     assert "nowhere: no such folder" in done.stderr
@@ -104,7 +104,7 @@ def test_the_command_ends_an_error_with_its_message_and_status_2(pipeline, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.nightly)])
-def test_of_two_at_once_one_scores_and_the_other_takes_its_result(ray_local, tmp_path, rounds):
+def test_one_of_two_concurrent_evaluations_scores_and_the_other_reads_its_result(ray_local, tmp_path, rounds):
     model = str(save_tiny_detr(tmp_path / "tiny", ["ant", "bee", "cat"], edge=64))
     data = write_awkward(tmp_path / "shards", shards=(6,)).root
     for number in range(rounds):
@@ -113,7 +113,7 @@ def test_of_two_at_once_one_scores_and_the_other_takes_its_result(ray_local, tmp
         config = EvaluateConfig(
             data=data, model=model, output=str(output), tracking_uri=uri, coco_json=True, actors=1
         )
-        done, refused = at_once(lambda config=config: evaluate(config), 2)
+        done, refused = call_concurrently(lambda config=config: evaluate(config), 2)
         assert refused == []
         first, second = sorted(done, key=lambda summary: summary["already_scored"])
         assert second == {**first, "already_scored": True}

@@ -1,4 +1,4 @@
-"""Each pipeline starts as a program of its own."""
+"""Each pipeline starts as a program."""
 
 import pytest
 
@@ -9,7 +9,7 @@ NAMES = sorted(file.stem for file in (ROOT / "pipelines").glob("*.py"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_pipeline_starts_in_a_new_interpreter_and_lists_its_flags(
+def test_a_pipeline_lists_its_flags_in_a_new_interpreter(
     name: str, pipeline_process: RunPipeline, tmp_path
 ) -> None:
     done = pipeline_process(name, "--help", cwd=tmp_path)

@@ -13,7 +13,7 @@ from tests.run_pipeline import RunPipeline
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_coco_folder_becomes_shards_and_the_same_command_again_changes_nothing(
+def test_a_coco_folder_is_ingested_and_a_rerun_changes_nothing(
     tmp_path: Path, pipeline: RunPipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate(str(tmp_path / "coco"), 70, seed=5)
@@ -44,17 +44,17 @@ def test_a_coco_folder_becomes_shards_and_the_same_command_again_changes_nothing
     assert summary["faults"] == {"empty-box": 1}
     assert summary["shards"] == 1
 
-    again = main(
+    rerun = main(
         IngestConfig(
             **{name: str(tmp_path / value) for name, value in flags.items() if name != "json"}  # type: ignore[arg-type]
         )
     )
     assert "is complete" in capsys.readouterr().out
-    assert again["written"] is False
-    assert again["digest"] == summary["digest"]
+    assert rerun["written"] is False
+    assert rerun["digest"] == summary["digest"]
 
 
-def test_wrong_input_ends_with_its_message_and_no_traceback(tmp_path: Path, pipeline: RunPipeline) -> None:
+def test_invalid_input_prints_an_error_without_a_traceback(tmp_path: Path, pipeline: RunPipeline) -> None:
     (tmp_path / "list.json").write_text("[]")
     done = pipeline("ingest", "--annotations", "list.json", "--images", ".", "--output", "out", cwd=tmp_path)
     assert done.returncode == 2
@@ -76,7 +76,7 @@ def test_a_path_that_does_not_exist_is_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_images_are_appended_by_the_flags_that_the_docstring_shows(tmp_path: Path) -> None:
+def test_images_are_appended_with_the_flags_in_the_docstring(tmp_path: Path) -> None:
     assert "--append " in (pipelines.ingest.__doc__ or "")
     generate(str(tmp_path / "coco"), 6, seed=0, size=32)
     content = json.loads((tmp_path / "coco/annotations/instances.json").read_text())

@@ -1,4 +1,4 @@
-"""What everyone tries first: the demo, then the README's own lines, on one data set and on another, from any folder."""
+"""The first steps of a new user: the demo, then the README's commands on two data sets, from any folder."""
 
 import re
 import shlex
@@ -20,17 +20,17 @@ ALARMING = re.compile(
 
 @pytest.fixture
 def own_data(tmp_path: Path) -> Path:
-    """The folder `my` of the README's lines, that of another data set in `other`."""
+    """Link the folder `my` of the README's commands to a real data set, and `other` to a second one."""
     shared: Path = ROOT.parent / "shared" / "data"
     if not shared.is_dir():
-        pytest.skip("no real data: there is no folder ../shared/data beside the repository")
+        pytest.skip("no real data: there is no folder ../shared/data next to the repository")
     (tmp_path / "my").symlink_to(shared / "bccd")
     (tmp_path / "other").symlink_to(shared / "nuts")
     return tmp_path
 
 
 def readme_lines() -> list[tuple[str, list[str]]]:
-    """Pipeline and flags of each line of the README's section on one's own data."""
+    """Return the pipeline and the flags of each command in the README's section on training on your own data."""
     section = (
         (ROOT / "README.md")
         .read_text()
@@ -38,23 +38,23 @@ def readme_lines() -> list[tuple[str, list[str]]]:
         .partition("\n## ")[0]
     )
     block = section.partition("```sh\n")[2].partition("```")[0]
-    found = [shlex.split(line) for line in block.splitlines() if "pipelines/" in line]
-    return [(Path(words[1]).stem, words[2:]) for words in found]
+    commands = [shlex.split(line) for line in block.splitlines() if "pipelines/" in line]
+    return [(Path(words[1]).stem, words[2:]) for words in commands]
 
 
-def require_calm(done: Done) -> None:
-    """No line of a run that went well reads like an error."""
+def require_success(done: Done) -> None:
+    """Check that a run succeeded and that no line of its output reads like an error."""
     assert done.returncode == 0, f"{done.args}: {done.stdout}{done.stderr}"
     alarming = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if ALARMING.search(line)]
     assert not alarming, f"{done.args}: {alarming}"
 
 
 def for_other_data(flags: list[str]) -> list[str]:
-    """The README's flags for a second data set, whose model has a name of its own."""
+    """Change the README's flags to the second data set."""
     return [flag.replace("my/", "other/").replace("runs/", "runs/other/") for flag in flags]
 
 
-def test_the_demo_and_then_the_readmes_lines_on_two_data_sets_from_any_folder(
+def test_the_demo_and_the_readme_commands_work_on_two_data_sets_from_any_folder(
     own_data: Path, pipeline_process: RunPipeline
 ) -> None:
     with socket.socket() as probe:
@@ -62,21 +62,22 @@ def test_the_demo_and_then_the_readmes_lines_on_two_data_sets_from_any_folder(
         port = probe.getsockname()[1]
     lines = readme_lines()
     assert [name for name, _ in lines] == ["ingest", "ingest", "train", "evaluate", "promote", "predict"]
-    require_calm(pipeline_process("demo", "--steps", "8", "--port", str(port), cwd=own_data))
+    require_success(pipeline_process("demo", "--steps", "8", "--port", str(port), cwd=own_data))
     for name, flags in lines:
-        more = SHORT if name == "train" else ("--threshold", "0.99") if name == "predict" else ()
-        done = pipeline_process(name, *flags, *more, cwd=own_data)
-        require_calm(done)
+        extra = SHORT if name == "train" else ("--threshold", "0.99") if name == "predict" else ()
+        done = pipeline_process(name, *flags, *extra, cwd=own_data)
+        require_success(done)
     assert "No detection reaches --threshold 0.99. The best scores are 0." in done.stdout
 
-    of_name = {
+    extra_flags = {
         "train": ("--name", "nuts", *SHORT),
         "evaluate": ("--model", "models:/nuts@challenger"),
         "promote": ("--model", "models:/nuts@challenger"),
         "predict": ("--model", "models:/nuts@champion"),
     }
     for name, flags in lines:
-        require_calm(pipeline_process(name, *for_other_data(flags), *of_name.get(name, ()), cwd=own_data))
+        flags = [*for_other_data(flags), *extra_flags.get(name, ())]
+        require_success(pipeline_process(name, *flags, cwd=own_data))
 
     uri = f"sqlite:///{own_data}/runs/mlflow.db"
     registered = tracking.client(uri).search_registered_models()
@@ -89,10 +90,10 @@ def test_the_demo_and_then_the_readmes_lines_on_two_data_sets_from_any_folder(
     elsewhere = own_data / "elsewhere"
     elsewhere.mkdir()
     photos = str(own_data / "other" / "images")
-    lost = pipeline_process("predict", "--images", photos, cwd=elsewhere)
-    assert lost.returncode == 2
-    assert f"There is no MLflow database {elsewhere}/runs/mlflow.db" in lost.stderr
-    assert "--tracking-uri" in lost.stderr
+    without_uri = pipeline_process("predict", "--images", photos, cwd=elsewhere)
+    assert without_uri.returncode == 2
+    assert f"There is no MLflow database {elsewhere}/runs/mlflow.db" in without_uri.stderr
+    assert "--tracking-uri" in without_uri.stderr
     assert list(elsewhere.iterdir()) == []
-    found = ("--images", photos, "--model", "models:/nuts@champion", "--tracking-uri", uri)
-    require_calm(pipeline_process("predict", *found, cwd=elsewhere))
+    with_uri = ("--images", photos, "--model", "models:/nuts@champion", "--tracking-uri", uri)
+    require_success(pipeline_process("predict", *with_uri, cwd=elsewhere))

@@ -7,7 +7,7 @@ from pipelines.predict import main
 from raydetr.config import PredictConfig
 from raydetr.errors import ConfigError, LeaseError, RegistryError, ServingError
 from raydetr.lease import lease
-from tests.at_once import at_once
+from tests.call_concurrently import call_concurrently
 from tests.tiny_detr import png, save_tiny_detr
 
 
@@ -19,13 +19,13 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def test_a_model_folder_gives_pictures_and_results(ray_local, photos, tmp_path):
+def test_a_model_folder_predicts_results_and_overlays(ray_local, photos, tmp_path):
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
     output = tmp_path / "out"
-    chosen = PredictConfig(
+    config = PredictConfig(
         images=str(photos), model=str(model), output=str(output), threshold=0.2, visualize=True
     )
-    summary = main(chosen)
+    summary = main(config)
     assert (summary["images"], summary["unreadable"], summary["predicted_by"]) == (2, 0, str(model))
     results = json.loads((output / "results.json").read_text())
     assert len(results) == 2 * 12
@@ -34,7 +34,7 @@ def test_a_model_folder_gives_pictures_and_results(ray_local, photos, tmp_path):
     assert len(list((output / "pictures").iterdir())) == 2
 
 
-def test_without_a_model_the_champion_is_asked_for(photos, tmp_path, monkeypatch):
+def test_the_default_model_is_the_champion(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(RegistryError, match=r"no registered model.*--tracking-uri"):
@@ -43,7 +43,7 @@ def test_without_a_model_the_champion_is_asked_for(photos, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_an_endpoint_that_is_not_there_is_a_clear_error(photos):
+def test_an_endpoint_that_does_not_answer_is_an_error(photos):
     with pytest.raises(ServingError, match="does not answer"):
         main(PredictConfig(images=str(photos), endpoint="http://127.0.0.1:9"))
 
@@ -55,7 +55,7 @@ def test_contradicting_flags_are_refused():
         PredictConfig(images="x", threshold=5)
 
 
-def test_a_second_process_with_the_same_output_is_refused_by_name(photos, tmp_path):
+def test_a_second_process_with_the_same_output_is_refused(photos, tmp_path):
     model = str(save_tiny_detr(tmp_path / "tiny", ["ant"], edge=64))
     with lease(str(tmp_path / "out")):
         with pytest.raises(
@@ -67,11 +67,11 @@ def test_a_second_process_with_the_same_output_is_refused_by_name(photos, tmp_pa
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.nightly)])
 @pytest.mark.slow
-def test_of_two_at_once_there_is_one_complete_result(ray_local, photos, tmp_path, rounds):
+def test_two_concurrent_runs_leave_one_complete_result(ray_local, photos, tmp_path, rounds):
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
     for number in range(rounds):
         config = PredictConfig(images=str(photos), model=str(model), output=str(tmp_path / f"out-{number}"))
-        done, refused = at_once(lambda config=config: main(config), 2)
+        done, refused = call_concurrently(lambda config=config: main(config), 2)
         assert [summary["images"] for summary in done] == [2] * len(done)
         assert len(done) + len(refused) == 2
         assert done

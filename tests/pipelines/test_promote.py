@@ -1,4 +1,4 @@
-"""The gate from the command to the alias, over SQLite, with comparisons computed from predictions."""
+"""Promotions from the command to the alias on SQLite, with comparisons computed from stored predictions."""
 
 import json
 import shutil
@@ -29,26 +29,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write_awkward(tmp_path_factory.mktemp("shards"), shards=(50, 31))
 
 
-def test_a_better_one_becomes_champion_with_page_and_reason_on_both_versions(config, data, tmp_path, capsys):
+def test_a_better_version_becomes_champion_with_page_and_reason_on_both_versions(
+    config, data, tmp_path, capsys
+):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
     page = tmp_path / "page.html"
     summary = main(replace(config, report=str(page), reason="night images"))
     assert champion(config) == 2
     printed = capsys.readouterr().out
-    assert "raydetr@champion: from version 1 to version 2: AP 0." in printed
+    assert "raydetr@champion moved from version 1 to version 2: AP 0." in printed
     assert "ok    AP is better beyond chance: 95 % of resamples between" in printed
     assert summary["reason"].endswith("(night images)")
     assert summary["figures"]["AP"]["delta"] > 0.05
     assert (summary["from_version"], summary["version"], summary["data_digest"]) == (1, 2, data.digest)
     for version in (1, 2):
-        kept = tags(config, version)["promotion.champion.0001"]
-        assert kept["promoted"]
-        assert kept["reason"] == summary["reason"]
-        assert kept["page"] == summary["page"]
-        assert kept["rules"] == summary["rules"]
-        assert (kept["old"], kept["new"], kept["data"]) == (1, 2, data.digest)
-        assert "@" in kept["by"]
+        decision = tags(config, version)["promotion.champion.0001"]
+        assert decision["promoted"]
+        assert decision["reason"] == summary["reason"]
+        assert decision["page"] == summary["page"]
+        assert decision["rules"] == summary["rules"]
+        assert (decision["old"], decision["new"], decision["data"]) == (1, 2, data.digest)
+        assert "@" in decision["by"]
     mlflow = client(config.tracking_uri)
     artifact = mlflow.download_artifacts(summary["run_id"], "comparison.html")
     assert Path(artifact).read_bytes() == page.read_bytes()
@@ -60,7 +62,7 @@ def test_a_better_one_becomes_champion_with_page_and_reason_on_both_versions(con
 
 
 @pytest.mark.slow
-def test_an_equal_one_is_refused(config, data, tmp_path):
+def test_an_equal_version_is_refused(config, data, tmp_path):
     for version in (1, 2):
         put(config, tmp_path, version, data, guesses(data, BLUR))
     reason = refused(config)
@@ -69,7 +71,7 @@ def test_an_equal_one_is_refused(config, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_slightly_worse_one_is_refused_and_passes_where_that_much_is_allowed(config, data, tmp_path):
+def test_a_slightly_worse_version_passes_only_with_a_margin_and_a_tolerance(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     put(config, tmp_path, 2, data, guesses(data, BLUR * 1.02))
     assert "AP is better: -0.0" in refused(config)
@@ -77,7 +79,7 @@ def test_a_slightly_worse_one_is_refused_and_passes_where_that_much_is_allowed(c
     assert champion(config) == 2
 
 
-def test_one_class_much_worse_is_refused_by_name(config, data, tmp_path):
+def test_a_version_with_a_much_worse_class_is_refused_with_its_name(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     put(config, tmp_path, 2, data, guesses(data, {"ant": 0.01, "bee": 0.3, "cat": 0.01}))
     reason = refused(config)
@@ -86,43 +88,42 @@ def test_one_class_much_worse_is_refused_by_name(config, data, tmp_path):
     assert main(replace(config, max_class_drop=1.0))["promoted"]
 
 
-def test_other_data_are_refused(config, data, tmp_path):
+def test_evaluations_on_different_data_are_refused(config, data, tmp_path):
     other = write_awkward(tmp_path / "other", shards=(20,), seed=1)
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     put(config, tmp_path, 2, other, guesses(other, BLUR / 2))
     assert (
-        f"both are evaluated on the same data: version 2 on {other.digest[:12]}; "
-        f"version 1 on {data.digest[:12]}, asked for: the same"
+        f"both versions are evaluated on the same data: version 2 on {other.digest[:12]}; "
+        f"version 1 on {data.digest[:12]}, required: evaluations on the same data"
     ) in refused(config)
     put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
     put(config, tmp_path, 1, other, guesses(other, BLUR))
-    with pytest.raises(ConfigError, match=f"several data sets to judge by: .*{other.digest[:12]}"):
+    with pytest.raises(ConfigError, match=f"several data sets are possible: .*{other.digest[:12]}"):
         main(config)
     assert main(replace(config, data=other.root))["data_digest"] == other.digest
 
 
-def test_a_champion_of_other_classes_is_replaced_for_a_reason_and_comes_back_by_undo(config, data, tmp_path):
+def test_a_champion_with_other_classes_is_replaced_with_a_reason_and_restored_by_undo(config, data, tmp_path):
     other = write_awkward(tmp_path / "other", shards=(20,), seed=1)
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     put(config, tmp_path, 2, other, guesses(other, BLUR))
     assert '--replace-champion --reason "' in refused(config)
-    chosen = replace(config, replace_champion=True, reason="counts nuts now")
-    summary = main(chosen)
+    summary = main(replace(config, replace_champion=True, reason="counts nuts now"))
     assert (summary["promoted"], summary["from_version"], champion(config)) == (True, 1, 2)
     assert summary["rules"][0]["found"] == "version 1"
-    (kept,) = (each for each in tags(config, 2).values() if each["promoted"])
-    assert kept["reason"] == "version 1 is replaced (counts nuts now)"
+    (decision,) = (each for each in tags(config, 2).values() if each["promoted"])
+    assert decision["reason"] == "version 1 is replaced (counts nuts now)"
     main(replace(config, undo=True))
     assert champion(config) == 1
 
 
-def test_a_replacement_needs_an_evaluation_of_its_own(config, data, tmp_path):
+def test_a_replacement_needs_its_own_evaluation(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     reason = refused(replace(config, replace_champion=True, reason="new classes"))
-    assert reason.startswith("it is evaluated: version 2 on nothing")
+    assert reason.startswith("the challenger is evaluated: version 2 on nothing")
 
 
-def test_data_that_changed_on_storage_are_refused(config, data, tmp_path):
+def test_data_that_changed_on_storage_is_refused(config, data, tmp_path):
     shards = tmp_path / "copied"
     shutil.copytree(data.root, shards)
     copied = Manifest.load(str(shards))
@@ -130,27 +131,28 @@ def test_data_that_changed_on_storage_are_refused(config, data, tmp_path):
         put(config, tmp_path, version, copied, guesses(copied, blur))
     shutil.rmtree(shards)
     now = write_awkward(shards, shards=(20,), seed=1)
-    assert f"the data are unchanged: {now.digest} at {shards}" in refused(config)
+    assert f"the evaluation data is unchanged: {now.digest} at {shards}" in refused(config)
 
 
-def test_the_data_that_chose_the_checkpoint_are_refused_unless_allowed(config, data, tmp_path):
+def test_data_that_selected_the_checkpoint_is_refused_unless_allowed(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
     client(config.tracking_uri).set_model_version_tag("raydetr", "2", "chosen_on_digest", data.digest)
     reason = refused(config)
-    assert f"the judge is impartial: {data.digest[:12]}: version 2's checkpoint was chosen by it" in reason
+    rule = "the evaluation data was used neither to train nor to select either model"
+    assert f"{rule}: {data.digest[:12]}: version 2's checkpoint was selected on it" in reason
     assert main(replace(config, allow_contaminated_eval=True))["promoted"]
 
 
 def model_folder_of(config, version):
-    """A copy of the files of a version, to which it is pointed: the registry's own are shared by all tests."""
+    """Copy the files of a version and point the version to the copy, because all tests share the original files."""
     mlflow = client(config.tracking_uri)
     source = mlflow.get_model_version("raydetr", str(version)).source
     copy = Path(config.json).parent / f"files-{version}"
     shutil.copytree(Path(source.removeprefix("file://")), copy)
     database = sqlite3.connect(config.tracking_uri.removeprefix("sqlite:///"))
-    places = "UPDATE model_versions SET source = :uri, storage_location = :uri WHERE version = :version"
-    database.execute(places, {"uri": copy.as_uri(), "version": version})
+    statement = "UPDATE model_versions SET source = :uri, storage_location = :uri WHERE version = :version"
+    database.execute(statement, {"uri": copy.as_uri(), "version": version})
     database.commit()
     database.close()
     return copy
@@ -160,77 +162,79 @@ def test_a_missing_report_is_refused(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     record = put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
     Path(record["report"]).unlink()
-    assert f"the report is there: missing of 2: {record['report']}" in refused(config)
+    assert f"the evaluation reports exist: missing for version 2: {record['report']}" in refused(config)
 
 
-def test_an_evaluation_kept_without_a_report_is_refused(config, data, tmp_path):
+def test_an_evaluation_stored_without_a_report_is_refused(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR), report=None)
     put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
-    assert "missing of 1: its evaluation was kept without one" in refused(config)
+    assert "missing for version 1: its evaluation was stored without a report" in refused(config)
 
 
 @pytest.mark.parametrize("changed", [1, 2])
 @pytest.mark.parametrize("change", ["other weights", "no weights"])
-def test_files_that_changed_since_they_were_registered_are_refused(config, data, tmp_path, changed, change):
+def test_model_files_that_changed_since_registration_are_refused(config, data, tmp_path, changed, change):
     for version, blur in ((1, BLUR), (2, BLUR / 2)):
         put(config, tmp_path, version, data, guesses(data, blur))
     weights = Path(model_folder_of(config, changed), "model.safetensors")
     weights.unlink()
     if change == "other weights":
         weights.write_text("x")
-    assert f"the files are those that were registered: version {changed} has" in refused(config)
+    assert f"the model files are unchanged since registration: version {changed} has" in refused(config)
     assert champion(config) == 1
 
 
-def test_predictions_that_are_not_those_that_were_scored_are_refused(config, data, tmp_path):
+def test_predictions_that_do_not_reproduce_the_recorded_metrics_are_refused(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     record = put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
     shutil.copy(tmp_path / f"evaluation-1-{data.digest[:8]}/predictions.parquet", record["predictions"])
-    assert "the predictions give the figures on file: challenger's AP" in refused(config)
+    assert "the predictions reproduce the recorded metrics: challenger's AP" in refused(config)
 
 
-def test_of_two_promotions_at_once_the_second_is_refused(config, data, tmp_path, monkeypatch):
-    """The third version is promoted while the second one is being compared."""
+def test_the_second_of_two_concurrent_promotions_is_refused(config, data, tmp_path, monkeypatch):
+    """Version 3 is promoted while version 2 is being compared."""
     for version, blur in ((1, BLUR), (2, BLUR / 2), (3, BLUR / 3)):
         put(config, tmp_path, version, data, guesses(data, blur))
     compare = promote.compare
 
-    def meanwhile(*arguments):
+    def promote_version_3_first(*arguments):
         monkeypatch.setattr(promote, "compare", compare)
         assert main(replace(config, model="models:/raydetr/3"))["promoted"]
         return compare(*arguments)
 
-    monkeypatch.setattr(promote, "compare", meanwhile)
+    monkeypatch.setattr(promote, "compare", promote_version_3_first)
     with pytest.raises(PromotionRefused) as error:
         main(config)
     reason = error.value.summary["reason"]
     print("\nREASON", reason)
-    assert reason.startswith("no other promotion meanwhile: version 3 since ")
-    assert reason.endswith("asked for: champion still version 1: promote again")
+    assert reason.startswith("no concurrent promotion: version 3 since ")
+    assert reason.endswith("required: champion still at version 1: promote again")
     assert champion(config) == 3
-    (kept,) = tags(config, 2).values()
-    assert not kept["promoted"]
+    (decision,) = tags(config, 2).values()
+    assert not decision["promoted"]
     page = client(config.tracking_uri).download_artifacts(error.value.summary["run_id"], "comparison.html")
-    assert "no other promotion meanwhile" in Path(page).read_text()
+    assert "no concurrent promotion" in Path(page).read_text()
     with pytest.raises(PromotionRefused, match="stays at version 3: AP is better: -0"):
         main(config)
 
 
-def test_a_first_version_needs_an_evaluation_with_its_report_alone(config, data, tmp_path, capsys):
+def test_a_first_version_needs_only_an_evaluation_with_its_report(config, data, tmp_path, capsys):
     client(config.tracking_uri).delete_registered_model_alias("raydetr", "champion")
-    with pytest.raises(PromotionRefused, match="it is evaluated: version 2 on nothing"):
+    with pytest.raises(PromotionRefused, match="the challenger is evaluated: version 2 on nothing"):
         main(config)
     record = put(config, tmp_path, 2, data, guesses(data, BLUR))
     summary = main(config)
     assert (summary["from_version"], summary["reason"]) == ("none", "there was no champion")
-    assert "raydetr@champion: from nothing to version 2: there was no champion" in capsys.readouterr().out
+    assert (
+        "raydetr@champion moved from nothing to version 2: there was no champion" in capsys.readouterr().out
+    )
     assert summary["evaluations"] == {data.digest: record["figures"]}
-    again = main(config)
-    assert (again["moved"], again["reason"]) == (False, "version 2 is the champion already")
+    repeated = main(config)
+    assert (repeated["moved"], repeated["reason"]) == (False, "version 2 is already the champion")
 
 
 @pytest.mark.slow
-def test_a_dry_run_decides_and_leaves_no_trace(config, data, tmp_path):
+def test_a_dry_run_decides_and_changes_nothing(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
     summary = main(replace(config, dry_run=True, report=str(tmp_path / "page.html")))
@@ -251,7 +255,7 @@ def test_a_promotion_is_undone_with_one_command(config, data, tmp_path, capsys):
     main(config)
     assert main(replace(config, undo=True, reason="it misses cats"))["version"] == 1
     assert (
-        "raydetr@champion: from version 2 to version 1: the last promotion is undone"
+        "raydetr@champion moved from version 2 to version 1: the last promotion is undone"
         in capsys.readouterr().out
     )
     assert champion(config) == 1
@@ -260,7 +264,7 @@ def test_a_promotion_is_undone_with_one_command(config, data, tmp_path, capsys):
         main(replace(config, undo=True))
 
 
-def test_a_figure_that_the_comparison_does_not_have_is_an_error(config, data, tmp_path):
+def test_a_metric_that_the_comparison_does_not_have_is_an_error(config, data, tmp_path):
     for version in (1, 2):
         put(config, tmp_path, version, data, guesses(data, BLUR))
     with pytest.raises(ConfigError, match="--metric PQ: the comparison has AP, AP50"):
@@ -268,7 +272,7 @@ def test_a_figure_that_the_comparison_does_not_have_is_an_error(config, data, tm
 
 
 @pytest.mark.slow
-def test_latency_is_measured_of_both_and_bounds_the_challenger(data, tmp_path):
+def test_latency_is_measured_for_both_versions_and_limits_the_challenger(data, tmp_path):
     uri = empty_registry(tmp_path)
     run_id = start_run(uri, "training", "run", {}, {})
     for seed in (0, 1):
@@ -279,13 +283,14 @@ def test_latency_is_measured_of_both_and_bounds_the_challenger(data, tmp_path):
     client(uri).set_registered_model_alias("raydetr", "champion", "1")
     config = PromoteConfig(tracking_uri=uri, latency_images=8, max_latency_ms=1e-3)
     with pytest.raises(
-        PromotionRefused, match=r"it is fast enough: challenger \d+\.\d ms, champion \d+\.\d ms \(95th"
+        PromotionRefused,
+        match=r"the latency is within the limit: challenger \d+\.\d ms, champion \d+\.\d ms \(95th",
     ):
         main(config)
     assert main(replace(config, max_latency_ms=1e6))["promoted"]
 
 
-def test_the_exit_status_says_what_happened_and_the_json_has_the_decision(config, data, pipeline, tmp_path):
+def test_the_exit_status_shows_the_outcome_and_the_json_has_the_decision(config, data, pipeline, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
     flags = ["--tracking-uri", config.tracking_uri, "--json", config.json, "--model", "models:/raydetr/2"]

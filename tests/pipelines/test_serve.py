@@ -36,7 +36,7 @@ def unused_port() -> int:
 
 @pytest.fixture
 def server(tmp_path: Path, unused_port: int) -> Iterator[subprocess.Popen[str]]:
-    """The pipeline, ready, serving the challenger of the registry in its folder."""
+    """Start the pipeline with the challenger of the registry in its folder; wait until it is ready."""
     uri = empty_registry(tmp_path / "runs")
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
     register(uri, start_run(uri, "training", "run", {}, {}), str(model))
@@ -55,7 +55,7 @@ def server(tmp_path: Path, unused_port: int) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.slow
-def test_the_endpoint_answers_until_it_is_told_to_stop(server, tmp_path, unused_port):
+def test_the_endpoint_answers_until_sigterm(server, tmp_path, unused_port):
     url = json.loads((tmp_path / "serve.json").read_text())["endpoint"]
     assert url == f"http://127.0.0.1:{unused_port}"
     (tmp_path / "photos").mkdir()
@@ -63,14 +63,14 @@ def test_the_endpoint_answers_until_it_is_told_to_stop(server, tmp_path, unused_
     answer = httpx.post(f"{url}/v1/detect?threshold=0", content=png(60, 90), timeout=30).json()
     assert answer["model"] == {"name": "raydetr", "version": 1}
     detector = ObjectDetector.from_pretrained(tmp_path / "tiny")
-    found = detector.detect([detector.prepare(png(60, 90))])[0]
-    assert [d["score"] for d in answer["detections"]] == pytest.approx(found.scores.tolist(), abs=1e-5)
+    expected = detector.detect([detector.prepare(png(60, 90))])[0]
+    assert [d["score"] for d in answer["detections"]] == pytest.approx(expected.scores.tolist(), abs=1e-5)
 
     output = tmp_path / "predicted"
     summary = predict(PredictConfig(images=str(tmp_path / "photos"), endpoint=url, output=str(output)))
     assert summary["images"] == 1
     results = json.loads((output / "results.json").read_text())
-    assert [r["score"] for r in results] == pytest.approx(found.scores.tolist(), abs=1e-5)
+    assert [r["score"] for r in results] == pytest.approx(expected.scores.tolist(), abs=1e-5)
 
     server.send_signal(signal.SIGTERM)
     log, _ = server.communicate(timeout=60)
@@ -82,21 +82,21 @@ def test_the_endpoint_answers_until_it_is_told_to_stop(server, tmp_path, unused_
 
 
 @pytest.mark.slow
-def test_gpus_that_are_not_there_are_an_error_and_never_a_cpu(tmp_path, unused_port):
+def test_missing_gpus_are_an_error_and_never_fall_back_to_cpus(tmp_path, unused_port):
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
     command = [sys.executable, str(ROOT / "pipelines/serve.py"), "--port", str(unused_port)]
     command += ["--model", str(model), "--device", "gpu", "--replicas", "2"]
     without_gpus = environment({"CUDA_VISIBLE_DEVICES": ""})
-    ended = subprocess.run(
+    done = subprocess.run(
         command, cwd=tmp_path, env=without_gpus, capture_output=True, text=True, timeout=300
     )
-    assert ended.returncode == 2, ended.stderr
-    assert "--device gpu needs 2 GPUs for 2 replicas and the cluster has 0" in ended.stderr
+    assert done.returncode == 2, done.stderr
+    assert "--device gpu needs 2 GPUs for 2 replicas and the cluster has 0" in done.stderr
 
 
-def test_another_address_than_this_machines_own_wants_tokens(tmp_path):
+def test_a_host_that_other_machines_can_reach_requires_tokens(tmp_path):
     model = save_tiny_detr(tmp_path / "tiny", ["ant", "bee"], edge=64)
-    with pytest.raises(ConfigError, match="give a file of token hashes with --tokens"):
+    with pytest.raises(ConfigError, match="pass a file of token hashes with --tokens"):
         from_config(ServeConfig(model=str(model), host="0.0.0.0"))
 
 
@@ -108,7 +108,7 @@ def test_an_engine_that_is_not_installed_is_refused(monkeypatch):
             kind(engine="openvino", **given)
 
 
-def test_flags_that_cannot_work_are_refused():
+def test_invalid_flags_are_refused():
     for flags, message in (
         ({"port": 0}, "--port is 0"),
         ({"replicas": 0}, "--replicas is 0"),
@@ -116,7 +116,7 @@ def test_flags_that_cannot_work_are_refused():
         ({"batch_wait_s": -1.0}, "--batch-wait-s is -1.0"),
         ({"deadline_s": 0.0}, "--deadline-s is 0.0"),
         ({"num_gpus": 1.0}, "--num-gpus is 1.0 and --device is cpu"),
-        ({"device": "gpu", "engine": "openvino"}, "--engine openvino computes on CPUs"),
+        ({"device": "gpu", "engine": "openvino"}, "--engine openvino runs on CPUs only"),
         ({"min_replicas": 0}, "--min-replicas is 0 without --max-replicas"),
         ({"min_replicas": 3, "max_replicas": 2}, "--max-replicas is 2, less than"),
     ):

@@ -1,4 +1,4 @@
-"""pipelines/train.py as a user runs it: what it makes, how it goes on, what it refuses."""
+"""pipelines/train.py as users run it: its outputs, resuming, refused flags."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def folder(
     ray_local: None, manifest: Manifest, pipeline: RunPipeline, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Where a tiny run of two workers is finished."""
+    """Finish a tiny run with two workers; return its folder."""
     folder = tmp_path_factory.mktemp("project")
     flags = ["--train-data", manifest.root, "--output", "runs/a", "--json", "summary.json", "--workers", "2"]
     done = pipeline("train", *flags, *SMALL, cwd=folder)
@@ -38,7 +38,7 @@ def folder(
     return folder
 
 
-def test_a_run_leaves_a_model_a_version_and_a_summary(folder: Path) -> None:
+def test_a_run_writes_a_model_a_version_and_a_summary(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["schema_version"] == 1
     assert summary["steps"] == 3
@@ -51,7 +51,9 @@ def test_a_run_leaves_a_model_a_version_and_a_summary(folder: Path) -> None:
     assert (folder / "runs/a/checkpoints/step-00000003/COMPLETE").exists()
 
 
-def test_a_finished_run_returns_at_once(folder: Path, manifest: Manifest, pipeline: RunPipeline) -> None:
+def test_a_rerun_of_a_finished_run_returns_immediately(
+    folder: Path, manifest: Manifest, pipeline: RunPipeline
+) -> None:
     done = pipeline("train", "--train-data", manifest.root, "--output", "runs/a", *SMALL, cwd=folder)
     assert done.returncode == 0
     assert "this run is finished" in done.stdout
@@ -61,19 +63,19 @@ def test_a_finished_run_returns_at_once(folder: Path, manifest: Manifest, pipeli
     assert "finished run with other values of seed, train_data" in refused.stderr
 
 
-def test_other_flags_in_the_folder_of_an_unfinished_run_are_refused(
+def test_changed_flags_for_an_unfinished_run_are_refused(
     folder: Path, manifest: Manifest, pipeline: RunPipeline
 ) -> None:
     (folder / "runs/b").mkdir()
-    begun = json.loads((folder / "runs/a/run.json").read_text())
-    begun["identity"]["output"] = str(folder / "runs/b")
-    (folder / "runs/b/run.json").write_text(json.dumps(begun))
+    run = json.loads((folder / "runs/a/run.json").read_text())
+    run["identity"]["output"] = str(folder / "runs/b")
+    (folder / "runs/b/run.json").write_text(json.dumps(run))
     (folder / "runs/b/checkpoints/step-00000002").mkdir(parents=True)
     (folder / "runs/b/checkpoints/step-00000002/COMPLETE").touch()
     flags = ["--train-data", manifest.root, "--output", "runs/b", "--workers", "2", "--seed", "9"]
     done = pipeline("train", *flags, *SMALL, cwd=folder)
     assert done.returncode == 2
-    assert "begun with other values of seed:" in done.stderr
+    assert "started with other values of seed:" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_other_flags_in_the_folder_of_an_unfinished_run_are_refused(
         (["--train-data", "DATA", "--backbone", "no_such_net"], "no_such_net"),
     ],
 )
-def test_what_cannot_work_is_said_before_the_first_step(
+def test_invalid_settings_are_refused_before_the_first_step(
     flags: list[str], message: str, tmp_path: Path, manifest: Manifest, pipeline: RunPipeline
 ) -> None:
     given = [manifest.root if flag == "DATA" else flag for flag in flags]

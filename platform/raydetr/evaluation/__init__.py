@@ -1,1 +1,1 @@
-"""Scoring a model on shards: predictions (`predict`), figures (`score`), what is kept of them (`record`)."""
+"""Evaluation of a model on a data set: the job (`evaluate`), the metrics (`score`), the stored record (`record`)."""

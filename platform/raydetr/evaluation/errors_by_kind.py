@@ -1,15 +1,15 @@
-"""What goes wrong with detections: TIDE's kinds of errors (Bolya et al. 2020), image by image.
+"""Error breakdown of detections with TIDE's kinds of errors (Bolya et al. 2020), image by image.
 
-A detection that is not true at IoU 0.5 is, the first that fits,
+Each detection that is not a true positive at IoU 0.5 gets the first kind that applies:
 
-- localisation: an object of its class overlaps it by 0.1 to 0.5;
-- classification: an object of another class overlaps it by 0.5 or more;
-- duplicate: an object of its class overlaps it by 0.5 or more, and another detection has it;
-- background: no object overlaps it by more than 0.1;
-- both: what is left, an object of another class at 0.1 to 0.5.
+- localisation: the IoU with an object of its class is 0.1 to 0.5.
+- classification: the IoU with an object of another class is at least 0.5.
+- duplicate: the IoU with an object of its class is at least 0.5, but another detection is matched with the object.
+- background: the IoU with every object is below 0.1.
+- both: none of the above; the IoU with an object of another class is 0.1 to 0.5.
 
-An object that is not found is missed, unless a localisation or classification error is about it. Crowds and detections
-matched with them are left out.
+An unmatched object is missed, unless a localization or classification error refers to it. Crowds and detections matched
+with them are ignored.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,15 +23,15 @@ from detr.metrics.coco_matching import FALSE, IGNORED, Evaluation, Matches, eval
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 OVERLAP, TOUCH = 0.5, 0.1
-"""IoU of a true detection, and of one that is about an object at all."""
+"""Minimum IoU of a true positive, and minimum IoU at which a detection refers to an object."""
 _TIDE = dict(zip(KINDS, ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")))
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Errors of detections of a least score.
+    """Errors of the detections that reach a minimum score.
 
-    image, kind: int64 [n], an error's position in `Evaluation.image_ids` and in `KINDS`.
+    image, kind: int64 [n], index of each error into `Evaluation.image_ids` and into `KINDS`.
     weight: float64 [n], the detection's score; 1 for a missed object.
     """
 
@@ -40,44 +40,44 @@ class Errors:
     weight: np.ndarray
 
     def counts(self) -> dict[str, int]:
-        """How many errors there are of each kind."""
+        """Count the errors of each kind."""
         return dict(zip(KINDS, np.bincount(self.kind, minlength=len(KINDS)).tolist()))
 
-    def worst(self, kind: str, image_ids: np.ndarray, most: int = 12) -> list[int]:
-        """The images with the most errors of a kind, which weigh by their scores, worst first."""
+    def worst(self, kind: str, image_ids: np.ndarray, limit: int = 12) -> list[int]:
+        """Return the ids of the images with the largest sum of weights of a kind, worst first."""
         rows = self.kind == KINDS.index(kind)
         weight = np.bincount(self.image[rows], self.weight[rows], minlength=len(image_ids))
-        order = np.argsort(-weight, kind="stable")[:most]
+        order = np.argsort(-weight, kind="stable")[:limit]
         return [int(image_ids[position]) for position in order if weight[position] > 0]
 
 
 def find_errors(evaluation: Evaluation, matches: Matches, min_score: float) -> Errors:
-    """Name the errors of detections of boxes that have `min_score` or more."""
+    """Classify the errors of box detections with a score of at least `min_score`."""
     wrong = np.flatnonzero((matches.score >= min_score) & (matches.status[0] == FALSE))
     kinds = np.full(len(wrong), KINDS.index("background"))
-    missed = ~found_objects(evaluation, matches, min_score)
-    for found, truth, iou, same in _overlaps(evaluation, matches, wrong):
-        kinds[found], about = _kinds(iou, same)
-        missed[truth[about]] = False
-    lost = np.flatnonzero(missed)
+    is_missed = ~detected_objects(evaluation, matches, min_score)
+    for detections, objects, iou, same in _overlaps(evaluation, matches, wrong):
+        kinds[detections], referred = _kinds(iou, same)
+        is_missed[objects[referred]] = False
+    missed = np.flatnonzero(is_missed)
     return Errors(
-        np.concatenate([matches.image[wrong], matches.object_image[lost]]),
-        np.concatenate([kinds, np.full(len(lost), KINDS.index("missed"))]),
-        np.concatenate([matches.score[wrong], np.ones(len(lost))]),
+        np.concatenate([matches.image[wrong], matches.object_image[missed]]),
+        np.concatenate([kinds, np.full(len(missed), KINDS.index("missed"))]),
+        np.concatenate([matches.score[wrong], np.ones(len(missed))]),
     )
 
 
 def duplicate_share(evaluation: Evaluation, matches: Matches, min_score: float = 0.5) -> float:
-    """Second detections of objects, as a share of the objects; 0 where there are none.
+    """Return the number of second detections divided by the number of objects; 0 without objects.
 
     A second detection has an IoU of at least 0.5 with an object of its class but no match, because detections
-    of higher scores are matched with all such objects. TIDE's kind "duplicate" omits those that overlap an
-    object of another class as well.
+    with higher scores are matched with all such objects. TIDE's kind "duplicate" omits those that also overlap an
+    object of another class.
 
     Args:
-        evaluation: of boxes.
-        matches: of it.
-        min_score: of the detections that count.
+        evaluation: evaluation of boxes.
+        matches: matches of `evaluation`.
+        min_score: minimum score of a second detection.
     """
     wrong = np.flatnonzero((matches.score >= min_score) & (matches.status[0] == FALSE))
     second = sum(
@@ -87,22 +87,26 @@ def duplicate_share(evaluation: Evaluation, matches: Matches, min_score: float =
     return second / max(len(matches.object_row), 1)
 
 
-def found_objects(evaluation: Evaluation, matches: Matches, min_score: float) -> np.ndarray:
-    """Whether a detection with `min_score` or more has the object at IoU 0.5: bool [objects]."""
+def detected_objects(evaluation: Evaluation, matches: Matches, min_score: float) -> np.ndarray:
+    """Return bool [objects]: whether a detection with at least `min_score` is matched with the object at IoU 0.5."""
     found_by = matches.found_by[0]
     scores = np.append(evaluation.found["score"], -np.inf)
     return (found_by >= 0) & (scores[found_by] >= min_score)
 
 
 def _kinds(iou: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Kinds of wrong detections of an image, and the objects that localisation and classification errors are about.
+    """Classify the wrong detections of an image.
 
     Args:
-        iou: float64 [n, objects], objects at least 1.
+        iou: float64 [n, objects], with at least one object.
         same: bool [n, objects], whether the classes are the same.
+
+    Returns:
+        Kinds int64 [n], as indices into `KINDS`, and indices of the objects to which localization and classification
+        errors refer.
     """
-    of_class, of_others = np.where(same, iou, 0), np.where(same, 0, iou)
-    overlap, other_overlap = of_class.max(axis=1), of_others.max(axis=1)
+    same_class, other_class = np.where(same, iou, 0), np.where(same, 0, iou)
+    overlap, other_overlap = same_class.max(axis=1), other_class.max(axis=1)
     tests = (
         ("localisation", (overlap >= TOUCH) & (overlap < OVERLAP)),
         ("classification", other_overlap >= OVERLAP),
@@ -112,67 +116,69 @@ def _kinds(iou: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     kinds = np.select(
         [test for _, test in tests], [KINDS.index(kind) for kind, _ in tests], KINDS.index("both")
     )
-    about = np.concatenate(
+    referred = np.concatenate(
         [
-            of_class.argmax(axis=1)[kinds == KINDS.index("localisation")],
-            of_others.argmax(axis=1)[kinds == KINDS.index("classification")],
+            same_class.argmax(axis=1)[kinds == KINDS.index("localisation")],
+            other_class.argmax(axis=1)[kinds == KINDS.index("classification")],
         ]
     )
-    return kinds, about
+    return kinds, referred
 
 
 def _overlaps(
     evaluation: Evaluation, matches: Matches, rows: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Detections and objects of each image that has both.
+    """Compute the overlaps of the given detections with the objects, for each image that has both.
 
     Args:
-        evaluation: of boxes.
-        matches: of it.
-        rows: int64 [n], of `matches`, the detections.
+        evaluation: evaluation of boxes.
+        matches: matches of `evaluation`.
+        rows: int64 [n], the detections, as rows of `matches`.
 
     Yields:
-        Positions in `rows` [d], objects of `matches` [o], their IoU float64 [d, o], and bool [d, o],
+        For each image: indices into `rows` [d], objects of `matches` [o], their IoU float64 [d, o], and bool [d, o],
         whether they have the same class.
     """
-    detections = _by_image(matches.image[rows], matches.num_images)
-    objects = _by_image(matches.object_image, matches.num_images)
+    by_image = _by_image(matches.image[rows], matches.num_images)
+    objects_by_image = _by_image(matches.object_image, matches.num_images)
     boxes, true_boxes = evaluation.found["bbox"][matches.row], evaluation.objects["bbox"][matches.object_row]
-    for found, truth in zip(detections, objects, strict=True):
-        if len(found) and len(truth):
-            iou = coco_mask.bbox_iou(boxes[rows[found]], true_boxes[truth], np.zeros(len(truth), bool))
-            same = matches.category[rows[found]][:, None] == matches.object_category[truth]
-            yield found, truth, iou, same
+    for detections, objects in zip(by_image, objects_by_image, strict=True):
+        if len(detections) and len(objects):
+            iou = coco_mask.bbox_iou(
+                boxes[rows[detections]], true_boxes[objects], np.zeros(len(objects), bool)
+            )
+            same = matches.category[rows[detections]][:, None] == matches.object_category[objects]
+            yield detections, objects, iou, same
 
 
 def _by_image(image: np.ndarray, num_images: int) -> list[np.ndarray]:
-    """The rows of each image."""
+    """Return the row indices of each image, given the image index of each row."""
     order = np.argsort(image, kind="stable")
     return np.split(order, np.searchsorted(image[order], np.arange(1, num_images)))
 
 
-def confident(
-    truth: Mapping[str, Any], evaluation: Evaluation, matches: Matches, min_score: float
+def filter_by_score(
+    ground_truth: Mapping[str, Any], evaluation: Evaluation, matches: Matches, min_score: float
 ) -> Evaluation:
-    """The same evaluation without crowds, detections matched with them, and detections below `min_score`.
+    """Repeat an evaluation without crowds, detections matched with crowds, and detections below `min_score`.
 
     Args:
-        truth: what `evaluation` was made of.
-        evaluation: of boxes.
-        matches: of it.
-        min_score: of the detections that are kept.
+        ground_truth: ground truth of `evaluation`, as a COCO dict.
+        evaluation: evaluation of boxes.
+        matches: matches of `evaluation`.
+        min_score: minimum score of the remaining detections.
     """
     rows = np.sort(matches.row[(matches.score >= min_score) & (matches.status[0] != IGNORED)])
-    objects = [item for item in truth.get("annotations", ()) if not item.get("iscrowd")]
+    objects = [item for item in ground_truth.get("annotations", ()) if not item.get("iscrowd")]
     found = {name: column[rows] for name, column in evaluation.found.items()}
-    return evaluate_detections({**truth, "annotations": objects}, found)
+    return evaluate_detections({**ground_truth, "annotations": objects}, found)
 
 
-def error_costs(chosen: Evaluation) -> tuple[dict[str, float], float]:
-    """How much higher AP50 would be without the errors of each kind, and AP50.
+def error_costs(filtered: Evaluation) -> tuple[dict[str, float], float]:
+    """Return how much higher AP50 would be without the errors of each kind, and AP50 itself.
 
     Args:
-        chosen: from `confident`.
+        filtered: from `filter_by_score`.
     """
-    tide = chosen.coco.tide_errors(pos_thr=OVERLAP, bg_thr=TOUCH)
+    tide = filtered.coco.tide_errors(pos_thr=OVERLAP, bg_thr=TOUCH)
     return {kind: float(tide["delta_ap"][name]) for kind, name in _TIDE.items()}, float(tide["ap_base"])

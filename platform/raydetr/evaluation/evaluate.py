@@ -1,4 +1,4 @@
-"""One evaluation from addresses to figures; what pipelines/evaluate.py runs."""
+"""The evaluation job of pipelines/evaluate.py: from the URIs of a model and a data set to stored metrics."""
 
 import hashlib
 import json
@@ -15,13 +15,21 @@ from raydetr.cluster import connect, require_shared
 from raydetr.config import EvaluateConfig
 from raydetr.data.ingest.console import print_faults, print_progress
 from raydetr.data.ingest.ingest import Options, ingest
-from raydetr.data.ingest.inputs import Addresses
+from raydetr.data.ingest.inputs import InputPaths
 from raydetr.data.shards import Manifest, read_records
 from raydetr.data.stream.mask_targets import MaskKind, has_mask
 from raydetr.data.synthetic.dataset import embedded
-from raydetr.errors import BelowBoundError, ConfigError, DataError
-from raydetr.evaluation.figures import figure_names
-from raydetr.evaluation.record import ANALYSIS, check_room, evaluation_key, find, keep, make, tag_bound
+from raydetr.errors import BelowMinimumError, ConfigError, DataError
+from raydetr.evaluation.figures import metric_names
+from raydetr.evaluation.record import (
+    ANALYSIS,
+    build_record,
+    check_record_fits,
+    evaluation_key,
+    find_record,
+    keep,
+    tag_below_minimum,
+)
 from raydetr.evaluation.score import score
 from raydetr.lease import WAIT_S, Held, lease
 from raydetr.prediction.actors import ActorOptions
@@ -33,12 +41,15 @@ from raydetr.registry.tracking import resolve_uri
 from raydetr.reports.page import write_page
 
 _SEARCHED = 64
-"""Records that are looked at for masks."""
+"""Number of records in which `_masks_of` looks for masks."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What, besides model and data, the figures depend on. No threshold for boxes: all queries' detections count."""
+    """Everything that the metrics depend on in addition to the model and the data.
+
+    Boxes have no score threshold: the detections of all queries count.
+    """
 
     task: str
     precision: str = "float32"
@@ -48,39 +59,39 @@ class Settings:
 
     @property
     def kind(self) -> MaskKind:
-        """Of the truth."""
+        """Masks of the ground truth."""
         return "none" if self.task == "detection" else self.task  # type: ignore[return-value]
 
     @property
     def masks(self) -> Masks:
-        """What is predicted."""
+        """Masks to predict."""
         return self.task if self.task in ("instance", "panoptic") else "none"  # type: ignore[return-value]
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Score a model on shards, or find the record of the same evaluation.
+    """Score a model on shards, or return the stored record of the same evaluation.
 
     Returns:
-        summary: model, data, data_digest, task, images, undecodable, the figures by name and again together as
-        `figures`, run_id, predictions, report, output, and whether it was `already_scored`.
+        Summary: model, data, data_digest, task, images, undecodable, padding_share, each metric by name and all of them
+        as `figures`, run_id, predictions, report, output, and whether it was `already_scored`.
 
     Raises:
-        BelowBoundError: `metric` is below `min_metric`; with the summary.
+        BelowMinimumError: `metric` is below `min_metric`. The error carries the summary.
     """
     uri = resolve_uri(config.tracking_uri)
     model = resolve(config.model, uri)
-    manifest = _data(config)
+    manifest = _load_data(config)
     settings = _settings(config, model, manifest)
     output = storage.absolute(config.output or _default_output(model, manifest, settings))
-    record = find(model, manifest, asdict(settings), output)
+    record = find_record(model, manifest, asdict(settings), output)
     known = record is not None
     if record is None:
-        check_room(model, manifest, asdict(settings), _figure_names(settings.task), output)
+        check_record_fits(model, manifest, asdict(settings), _metric_names(settings.task), output)
         connect(config.actors + 1, gpus=config.actors * config.num_gpus)
         require_shared(data=manifest.root, output=output, tracking_uri=uri)
     if record is None or config.coco_json:
         with lease(output, wait_s=WAIT_S) as held:
-            record = find(model, manifest, asdict(settings), output)
+            record = find_record(model, manifest, asdict(settings), output)
             known = record is not None
             if record is None:
                 print(
@@ -91,7 +102,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             if config.coco_json:
                 write_coco_files(read_predictions(record["predictions"]), manifest, output)
     if known:
-        print(f"{model.address} is already scored on these data: these are the stored figures.", flush=True)
+        print(f"{model.address} is already scored on this data. Using the stored metrics.", flush=True)
     summary = {
         "model": model.address,
         "data": manifest.root,
@@ -109,7 +120,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "already_scored": known,
     }
     if config.min_metric:
-        _check_bound(config, uri, model, record, summary)
+        _check_minimum(config, uri, model, record, summary)
     return summary
 
 
@@ -123,11 +134,15 @@ def _evaluate(
     held: Held,
 ) -> dict[str, Any]:
     options = ActorOptions(config.actors, config.batch_size, config.num_gpus)
-    of = PredictionSettings(settings.masks, config.precision, config.engine, settings.segment_threshold)
-    predictions = predict(model, manifest, options, output, of)
+    to_predict = PredictionSettings(
+        settings.masks, config.precision, config.engine, settings.segment_threshold
+    )
+    predictions = predict(model, manifest, options, output, to_predict)
     print("computing metrics, intervals and the report", flush=True)
     scored = score(predictions, manifest, settings.kind)
-    record = make(model, manifest, asdict(settings), scored.figures, scored.undecodable, predictions, output)
+    record = build_record(
+        model, manifest, asdict(settings), scored.metrics, scored.undecodable, predictions, output
+    )
     table = read_predictions(predictions)
     record["padding_share"] = _padding_share(model, table)
     storage.write_json(storage.join(output, ANALYSIS), scored.analysis)
@@ -137,23 +152,23 @@ def _evaluate(
 
 
 def _padding_share(model: ResolvedModel, predictions: pa.Table) -> float:
-    """What of the pixels that the model saw was padding; 0 where it saw none."""
+    """Return the share of padding in the pixels of the model's input; 0 if no image could be decoded."""
     processor = DetrImageProcessor.from_pretrained(model.folder)
     sizes = zip(*(predictions[name].to_pylist() for name in ("height", "width")), strict=True)
     resized = [processor.output_size(*size) for size in sizes if None not in size]
     return padding_share(resized) if resized else 0.0
 
 
-def _data(config: EvaluateConfig) -> Manifest:
-    """The shards to score on, made where they are a COCO folder."""
+def _load_data(config: EvaluateConfig) -> Manifest:
+    """Load the manifest to score on. A COCO folder is ingested first."""
     cpus = config.actors + 1
     if config.data:
         return Manifest.load(storage.absolute(config.data))
-    connect(cpus)  # before `embedded`, which asks for less
+    connect(cpus)  # before `embedded`, which requests fewer CPUs
     if not config.images:
         return Manifest.load(embedded("val"))
     panoptic = config.panoptic_annotations, config.panoptic_masks
-    addresses = Addresses(config.annotations, config.images, *panoptic)
+    addresses = InputPaths(config.annotations, config.images, *panoptic)
     name = "-".join([*addresses.images.split("/")[-2:], _digest(addresses)[:8]])
     options = Options(max_fault_share=config.max_fault_share)
     output = storage.absolute(f"runs/data/{name}")
@@ -162,20 +177,20 @@ def _data(config: EvaluateConfig) -> Manifest:
     return manifest
 
 
-def _digest(addresses: Addresses) -> str:
-    """Names a COCO data set by its addresses and annotations, as hexadecimal digits: edited ones are another."""
-    given = {name: value for name, value in asdict(addresses).items() if isinstance(value, str)}
-    digest = hashlib.sha256(json.dumps(given).encode())
+def _digest(addresses: InputPaths) -> str:
+    """Return the hex digest of a COCO data set's URIs and annotation files, so that edited files are ingested again."""
+    uris = {name: value for name, value in asdict(addresses).items() if isinstance(value, str)}
+    digest = hashlib.sha256(json.dumps(uris).encode())
     for file in filter(None, (addresses.annotations, addresses.panoptic_annotations)):
         digest.update(storage.read_bytes(file))
     return digest.hexdigest()
 
 
 def _settings(config: EvaluateConfig, model: ResolvedModel, manifest: Manifest) -> Settings:
-    """The settings, with what `auto` means for this model and these data.
+    """Resolve the settings, including `--task auto` for this model and data set.
 
     Raises:
-        ConfigError: the model has no masks, or it and the data have no figure of this name.
+        ConfigError: the model has no mask head, or the task has no metric of this name.
         DataError: the data set has no masks.
     """
     has_head = "DetrForSegmentation" in (DetrConfig.from_pretrained(model.folder).architectures or ())
@@ -188,21 +203,22 @@ def _settings(config: EvaluateConfig, model: ResolvedModel, manifest: Manifest) 
         elif has_head and has_masks:
             task = "instance"
     if task in ("instance", "panoptic") and not has_head:
-        raise ConfigError(f"--task {task}: {model.address} is a detector without masks.")
+        raise ConfigError(f"--task {task}: {model.address} has no mask head. Use --task detection.")
     if (task == "instance" and not has_masks) or (task.startswith("panoptic") and not has_segments):
-        raise DataError(f"--task {task}: the first {_SEARCHED} records of {manifest.root} have none.")
-    known = _figure_names(task)
+        missing = "object masks" if task == "instance" else "panoptic segments"
+        raise DataError(f"--task {task}: the first {_SEARCHED} records of {manifest.root} have no {missing}.")
+    known = _metric_names(task)
     if config.metric not in known:
-        raise ConfigError(f"--metric {config.metric}: the figures of --task {task} are {', '.join(known)}.")
+        raise ConfigError(f"--metric {config.metric}: the metrics of --task {task} are {', '.join(known)}.")
     return Settings(task, config.precision, config.engine, config.segment_threshold)
 
 
-def _figure_names(task: str) -> list[str]:
-    return list(figure_names(masks=task == "instance", panoptic=task == "panoptic"))
+def _metric_names(task: str) -> list[str]:
+    return list(metric_names(masks=task == "instance", panoptic=task == "panoptic"))
 
 
 def _masks_of(manifest: Manifest) -> tuple[bool, bool]:
-    """Whether objects have masks, and whether there are panoptic segments."""
+    """Return whether the first records have object masks and whether they have panoptic segments."""
     columns = ["objects.list.element.segmentation", "segments"]
     masks = segments = False
     for number, record in enumerate(read_records(manifest, columns)):
@@ -220,16 +236,16 @@ def _default_output(model: ResolvedModel, manifest: Manifest, settings: Settings
     return f"{folder}-{settings.task}-{evaluation_key(model, manifest, asdict(settings))[:8]}"
 
 
-def _check_bound(
+def _check_minimum(
     config: EvaluateConfig, uri: str, model: ResolvedModel, record: dict[str, Any], summary: dict[str, Any]
 ) -> None:
-    figures = record["figures"]
-    below = figures[config.metric] < config.min_metric
-    found = f"{config.metric} {figures[config.metric]:.4f} is below {config.min_metric:g}"
-    tag_bound(uri, model, record, found if below else "")
-    if below:
-        error = BelowBoundError(
-            f"{model.address} on {summary['data']} ({summary['data_digest'][:12]}): {found}. Look at {record['report']}."
+    metrics = record["figures"]
+    is_below = metrics[config.metric] < config.min_metric
+    problem = f"{config.metric} {metrics[config.metric]:.4f} is below {config.min_metric:g}"
+    tag_below_minimum(uri, model, record, problem if is_below else "")
+    if is_below:
+        error = BelowMinimumError(
+            f"{model.address} on {summary['data']} ({summary['data_digest'][:12]}): {problem}. See {record['report']}."
         )
         error.summary = summary
         raise error

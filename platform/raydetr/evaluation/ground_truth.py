@@ -1,21 +1,22 @@
-"""The truth of a data set, in the forms that metrics take: COCO annotations, and panoptic segments image by image."""
+"""Ground truth of a data set in the formats that metrics need: COCO annotations, and panoptic segments per image."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raydetr.data.shards import TRUTH_COLUMNS, Manifest, read_records, truth_annotations
+from raydetr.data.shards import GROUND_TRUTH_COLUMNS, Manifest, ground_truth_annotations, read_records
 from raydetr.data.stream.mask_targets import MASK_COLUMNS, MaskKind, mask_targets
 
 
 @dataclass
-class Truth:
-    """Truth of some images of a data set.
+class GroundTruth:
+    """Ground truth of some images of a data set.
 
-    images, annotations, categories: as in a COCO JSON. Annotations are the objects of the data set, with their
-        `segmentation` for the kind instance; of the kinds panoptic and panoptic-boxes they are its segments, things
-        and stuff, with the boxes of their pixels. Their ids are 1, 2, …
-    panoptic: image id → the truth's PNG and `segments_info`, of the kind panoptic.
+    categories, images: as in a COCO JSON.
+    annotations: as in a COCO JSON, with the ids 1, 2, … For the kinds none and instance they are the objects of the
+        data set, with their `segmentation`. For the kinds panoptic and panoptic-boxes they are its segments, things and
+        stuff, with the boxes of their pixels.
+    panoptic: image id → PNG and `segments_info` of the ground truth; filled for the kind panoptic only.
     """
 
     categories: list[dict[str, Any]]
@@ -24,7 +25,7 @@ class Truth:
     panoptic: dict[int, tuple[bytes, list[dict[str, Any]]]] = field(default_factory=dict)
 
     def add(self, record: Mapping[str, Any], manifest: Manifest, kind: MaskKind) -> None:
-        """Add a record with `truth_columns(kind)`."""
+        """Add a record that has the columns `truth_columns(kind)`."""
         image_id = record["image_id"]
         names = ("file_name", "height", "width")
         self.images.append({"id": image_id, **{name: record[name] for name in names}})
@@ -35,15 +36,15 @@ class Truth:
             segments = [{name: item[name] for name in fields} for item in record["segments"] or ()]
             self.panoptic[image_id] = record["panoptic_image"], segments
 
-    def extend(self, other: "Truth") -> None:
-        """Add the truth of other images."""
+    def extend(self, other: "GroundTruth") -> None:
+        """Add the ground truth of other images."""
         first = len(self.annotations) + 1
         self.images += other.images
         self.annotations += [{**item, "id": n} for n, item in enumerate(other.annotations, first)]
         self.panoptic |= other.panoptic
 
     def coco(self) -> dict[str, Any]:
-        """As a COCO dict."""
+        """Return the ground truth as a COCO dict."""
         return {
             "images": self.images,
             "annotations": self.annotations,
@@ -51,22 +52,22 @@ class Truth:
         }
 
 
-def read_truth(manifest: Manifest, kind: MaskKind) -> Truth:
-    """The truth of a whole data set; no pixels of its images are read."""
-    truth = Truth([dict(category) for category in manifest.categories])
+def read_ground_truth(manifest: Manifest, kind: MaskKind) -> GroundTruth:
+    """Read the ground truth of a whole data set, without the pixels of its images."""
+    ground_truth = GroundTruth([dict(category) for category in manifest.categories])
     for record in read_records(manifest, truth_columns(kind)):
-        truth.add(record, manifest, kind)
-    return truth
+        ground_truth.add(record, manifest, kind)
+    return ground_truth
 
 
 def truth_columns(kind: MaskKind) -> list[str]:
-    """Columns of a record that its truth needs."""
-    return [*TRUTH_COLUMNS, "fault", *MASK_COLUMNS[kind]]
+    """Return the columns that `Truth.add` needs."""
+    return [*GROUND_TRUTH_COLUMNS, "fault", *MASK_COLUMNS[kind]]
 
 
 def _annotations(record: Mapping[str, Any], manifest: Manifest, kind: MaskKind) -> Iterator[dict[str, Any]]:
     if kind in ("none", "instance"):
-        for item in truth_annotations(record):
+        for item in ground_truth_annotations(record):
             yield {**item, "segmentation": _coco_segmentation(item.get("segmentation"))}
         return
     boxes, labels, _ = mask_targets(record, manifest.labels, kind)
@@ -84,7 +85,7 @@ def _annotations(record: Mapping[str, Any], manifest: Manifest, kind: MaskKind) 
 
 
 def _coco_segmentation(segmentation: Mapping[str, Any] | None) -> Any:
-    """A record's mask as COCO writes it: polygons or RLE; None where there is none."""
+    """Convert a record's mask to COCO's format, polygons or RLE; None if it has no mask."""
     if not segmentation:
         return None
     if segmentation["polygons"] is not None:

@@ -1,7 +1,7 @@
-"""Figures of a model on a data set in the process that calls: what training uses to follow itself.
+"""Metrics of a model on a data set, computed in the calling process; training uses them for validation.
 
-`evaluate` scores a registered model with actors and keeps every prediction; here some processes score a share of the
-images each, by the same preparation and the same metrics, and nothing is kept.
+`evaluate` scores a registered model with Ray Data actors and stores every prediction. Here each process scores a share
+of the images with the same preparation and the same metrics, and nothing is stored.
 """
 
 from collections import defaultdict
@@ -14,8 +14,8 @@ from detr.inference.detector import ObjectDetector, PreparedImage
 from raydetr.data.pixels import decode_record
 from raydetr.data.shards import Manifest, read_records
 from raydetr.data.stream.mask_targets import MaskKind
-from raydetr.evaluation.ground_truth import Truth, truth_columns
-from raydetr.evaluation.score import figures_of_table
+from raydetr.evaluation.ground_truth import GroundTruth, truth_columns
+from raydetr.evaluation.score import compute_metrics
 from raydetr.prediction.coco_files import coco_results
 from raydetr.prediction.predictions import PredictionSettings, Predictor, error_row, table
 
@@ -24,16 +24,17 @@ BATCH_SIZE = 8
 
 @dataclass
 class Share:
-    """Truth and predictions of some images; shares of several processes are joined by `join`.
+    """Ground truth and predictions of some images. `join` combines the shares of several processes.
 
-    rows: of `PREDICTION_SCHEMA`.
+    truth: ground truth of the images.
+    rows: predictions as rows of `PREDICTION_SCHEMA`.
     """
 
-    truth: Truth
+    truth: GroundTruth
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def results(self) -> Iterator[dict[str, Any]]:
-        """The detections in COCO's results form."""
+        """Yield the detections in COCO's results format."""
         return coco_results(table(self.rows))
 
 
@@ -45,19 +46,19 @@ def predict_share(
     of: int = 1,
     images: int = 0,
 ) -> Share:
-    """Predict every `of`-th image of a data set, from image `number` on.
+    """Predict every `of`-th image of a data set, starting with image `number`.
 
     Args:
         detector: the model.
-        manifest: of the shards.
-        kind: what is scored.
-        number: of this process.
-        of: how many processes there are.
-        images: of the data set that are scored in all, the first ones; 0: all.
+        manifest: manifest of the data set.
+        kind: masks to score.
+        number: index of this process.
+        of: number of processes.
+        images: number of images that all processes score together, taken from the start of the data set; 0: all.
     """
     masks = kind if kind in ("instance", "panoptic") else "none"
     predictor = Predictor(detector, manifest.categories, PredictionSettings(masks))
-    share = Share(Truth([dict(category) for category in manifest.categories]))
+    share = Share(GroundTruth([dict(category) for category in manifest.categories]))
     waiting: dict[tuple[int, int], list[tuple[int, PreparedImage]]] = defaultdict(list)
     for index, record in enumerate(read_records(manifest, [*truth_columns(kind), "image"])):
         if images and index >= images:
@@ -70,18 +71,18 @@ def predict_share(
         except ImageError as error:
             share.rows.append(error_row(record["image_id"], str(error)))  # its objects count as missed
             continue
-        like = waiting[prepared.shape]
-        like.append((record["image_id"], prepared))
-        if len(like) == BATCH_SIZE:
+        batch = waiting[prepared.shape]
+        batch.append((record["image_id"], prepared))
+        if len(batch) == BATCH_SIZE:
             share.rows += predictor.rows(*zip(*waiting.pop(prepared.shape)))
-    for like in waiting.values():
-        share.rows += predictor.rows(*zip(*like))
+    for batch in waiting.values():
+        share.rows += predictor.rows(*zip(*batch))
     return share
 
 
 def join(shares: Sequence[Share]) -> Share:
-    """Several shares as one."""
-    whole = Share(Truth(shares[0].truth.categories))
+    """Combine the shares of several processes."""
+    whole = Share(GroundTruth(shares[0].truth.categories))
     for share in shares:
         whole.truth.extend(share.truth)
         whole.rows += share.rows
@@ -89,5 +90,5 @@ def join(shares: Sequence[Share]) -> Share:
 
 
 def figures(share: Share) -> dict[str, float]:
-    """AP of boxes (`AP`, `AP50`, …), of masks (`mask_AP`, …) for instances, and PQ, SQ, RQ for panoptic segments."""
-    return figures_of_table(share.truth, table(share.rows))
+    """Compute the metrics of boxes (`AP`, `AP50`, …), instance masks (`mask_AP`, …) and panoptic segments (`PQ`, …)."""
+    return compute_metrics(share.truth, table(share.rows))

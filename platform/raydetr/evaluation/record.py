@@ -1,9 +1,13 @@
-"""What is kept of an evaluation, so that the same one is not done twice.
+"""The stored record of an evaluation, which makes evaluations idempotent.
 
-A run in the MLflow experiment `evaluation`, so that figures can be compared over time, with the report; `metrics.json`
-in the output folder; and, for a registered version, the record on file that a promotion asks for
-(`registry.promote`). They are written in this order, and an evaluation that was ended between two of them writes the
-same ones when it is started again: the run in MLflow is known by the tag `evaluation.key`.
+A record is stored in three places, in this order:
+
+1. a run in the MLflow experiment `evaluation`, with the metrics and the report;
+2. `metrics.json` in the output folder;
+3. for a registered version, a tag of the version (`registry.evaluations`), which a promotion requires.
+
+A rerun of an evaluation that was interrupted between two of these writes completes the same record: it finds the MLflow
+run by the tag `evaluation.key`.
 """
 
 import hashlib
@@ -18,16 +22,16 @@ from raydetr import storage
 from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError
 from raydetr.mlflow_names import class_metric
-from raydetr.registry.evaluations import evaluation_room, evaluations, put_evaluation
+from raydetr.registry.evaluations import evaluations, put_evaluation, remaining_tag_length
 from raydetr.registry.models import ResolvedModel
 from raydetr.registry.tracking import (
     client,
     end_on_error,
     end_run,
+    find_run_by_tag,
     log_artifacts,
     log_metrics,
     registry_errors,
-    run_of_key,
     set_tags,
     start_run,
 )
@@ -40,109 +44,117 @@ KEY_TAG = "evaluation.key"
 BELOW_TAG = "below"
 SCHEMA_VERSION = 2
 MAX_UNDECODABLE = 10
-"""Images that the record names with the reason; the predictions have them all."""
+"""Maximum undecodable images that the record lists with the reason. The predictions contain all of them."""
 
 
 def evaluation_key(model: ResolvedModel, manifest: Manifest, settings: Mapping[str, Any]) -> str:
-    """Names an evaluation, as hexadecimal digits: equal keys, equal figures."""
-    of = json.dumps([model.label, model.digest, manifest.digest, dict(settings)], sort_keys=True)
-    return hashlib.sha256(of.encode()).hexdigest()[:32]
+    """Return the hex digest that identifies an evaluation by model, data and settings."""
+    identity = json.dumps([model.label, model.digest, manifest.digest, dict(settings)], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
-def find(
+def find_record(
     model: ResolvedModel, manifest: Manifest, settings: Mapping[str, Any], output: str
 ) -> dict[str, Any] | None:
-    """The record of this model on this data with these settings; None where there is none yet, or its predictions or
-    its report are gone.
+    """Find the record of this model on this data with these settings.
 
     Args:
         model: from `registry.models.resolve`.
-        manifest: of the shards.
-        settings: what, besides the two, the figures depend on.
-        output: folder where `keep` would put metrics.json.
+        manifest: manifest of the data set.
+        settings: everything else that the metrics depend on.
+        output: folder of the evaluation, which may contain metrics.json.
+
+    Returns:
+        The record; None if there is none, or if its predictions or its report no longer exist.
     """
     key = evaluation_key(model, manifest, settings)
-    on_file = evaluations(model).get(manifest.digest)
-    if on_file is not None and _is_whole(on_file, key):
-        return on_file
+    tagged = evaluations(model).get(manifest.digest)
+    if tagged is not None and _is_complete(tagged, key):
+        return tagged
     file = storage.join(output, METRICS)
     record = storage.read_json(file) if storage.exists(file) else None
-    if not isinstance(record, dict) or not _is_whole(record, key):
+    if not isinstance(record, dict) or not _is_complete(record, key):
         return None
-    if model.version is not None:  # an earlier one ended between metrics.json and here
+    if model.version is not None:  # an earlier process stopped between writing metrics.json and the tag
         put_evaluation(model, manifest.digest, record)
     return record
 
 
-def make(
+def build_record(
     model: ResolvedModel,
     manifest: Manifest,
     settings: Mapping[str, Any],
-    figures: Mapping[str, float],
+    metrics: Mapping[str, float],
     undecodable: Mapping[int, str],
     predictions: str,
     output: str,
 ) -> dict[str, Any]:
-    """The record of an evaluation: schema_version, key, model, data, settings, figures, images, undecodable and their
-    number, addresses of predictions, analysis and report."""
-    named = sorted(undecodable.items())[:MAX_UNDECODABLE]
+    """Build the record of an evaluation.
+
+    Returns:
+        schema_version, key, model, data, settings, figures, images, num_undecodable, undecodable (some of the images
+        with the reason), and the URIs of predictions, analysis and report.
+    """
+    listed = sorted(undecodable.items())[:MAX_UNDECODABLE]
     return {
         "schema_version": SCHEMA_VERSION,
         "key": evaluation_key(model, manifest, settings),
         "model": {key: value for key, value in asdict(model).items() if key not in ("uri", "folder")},
         "data": {"address": manifest.root, "digest": manifest.digest},
         "settings": dict(settings),
-        "figures": dict(figures),
+        "figures": dict(metrics),
         "images": manifest.num_images,
         "num_undecodable": len(undecodable),
-        "undecodable": {str(image_id): reason[:200] for image_id, reason in named},
+        "undecodable": {str(image_id): reason[:200] for image_id, reason in listed},
         "predictions": predictions,
         "analysis": storage.join(output, ANALYSIS),
         "report": storage.join(output, REPORT),
     }
 
 
-def check_room(
-    model: ResolvedModel, manifest: Manifest, settings: Mapping[str, Any], figures: Sequence[str], output: str
+def check_record_fits(
+    model: ResolvedModel, manifest: Manifest, settings: Mapping[str, Any], names: Sequence[str], output: str
 ) -> None:
-    """Check that the record of an evaluation will fit into a tag of the version, before anything is predicted.
+    """Check before prediction that the record of an evaluation will fit into a tag of the version.
 
     Args:
-        model: what is to be scored.
-        manifest: of the shards.
-        settings: as for `make`.
-        figures: their names.
+        model: model to evaluate.
+        manifest: manifest of the data set.
+        settings: as for `build_record`.
+        names: names of the metrics.
         output: folder of the evaluation.
 
     Raises:
-        ConfigError: it will not.
+        ConfigError: the record will be too long.
     """
     if model.version is None:
         return
-    longest = dict.fromkeys(figures, -1.2345678901234567e-10)
-    record = make(model, manifest, settings, longest, {}, storage.join(output, "predictions.parquet"), output)
-    surplus = -evaluation_room(record | {"run_id": "0" * 32, "padding_share": longest[figures[0]]})
-    if surplus > 0:
+    longest = dict.fromkeys(names, -1.2345678901234567e-10)  # as JSON, at least as long as any metric
+    record = build_record(
+        model, manifest, settings, longest, {}, storage.join(output, "predictions.parquet"), output
+    )
+    excess = -remaining_tag_length(record | {"run_id": "0" * 32, "padding_share": longest[names[0]]})
+    if excess > 0:
         raise ConfigError(
-            f"--output {output}: the record of this evaluation would have {surplus} characters more than MLflow keeps "
-            f"in a tag: it names {output} three times and {manifest.root} once. Give shorter addresses."
+            f"--output {output}: the record of this evaluation would exceed MLflow's limit for a tag by {excess} "
+            f"characters. It contains {output} three times and {manifest.root} once: use shorter paths."
         )
 
 
 def keep(
     uri: str, model: ResolvedModel, record: Mapping[str, Any], analysis: Mapping[str, Any], output: str
 ) -> dict[str, Any]:
-    """Write the record of an evaluation, whose report is there, to its places.
+    """Store the record of an evaluation, whose analysis and report exist already.
 
     Args:
-        uri: MLflow address from `tracking.resolve_uri`.
-        model: what was scored.
-        record: from `make`.
-        analysis: its figures of each class are metrics of the run.
+        uri: MLflow URI from `tracking.resolve_uri`.
+        model: model that was evaluated.
+        record: from `build_record`.
+        analysis: its class metrics are logged to the MLflow run.
         output: folder for metrics.json.
 
     Returns:
-        the record with `run_id`.
+        The record with `run_id`.
     """
     digest = record["data"]["digest"]
     params = {
@@ -153,40 +165,41 @@ def keep(
     tags = {"data.digest": digest, KEY_TAG: record["key"]}
     name = f"{model.label} on {digest[:12]}"
     run_id = start_run(
-        uri, EXPERIMENT, name, params, tags, run_id=run_of_key(uri, EXPERIMENT, KEY_TAG, record["key"])
+        uri, EXPERIMENT, name, params, tags, run_id=find_run_by_tag(uri, EXPERIMENT, KEY_TAG, record["key"])
     )
-    values = {**record["figures"], "undecodable": record["num_undecodable"], **_of_classes(analysis)}
+    values = {**record["figures"], "undecodable": record["num_undecodable"], **_class_metrics(analysis)}
     with end_on_error(uri, run_id):
         with registry_errors(uri):
             started = int(client(uri).get_run(run_id).info.start_time)
-        log_metrics(uri, run_id, [(0, values)], [started])  # at one time: sent twice, they are there once
+        # A fixed timestamp makes the call idempotent: MLflow stores equal metric values of equal time once.
+        log_metrics(uri, run_id, [(0, values)], [started])
         with tempfile.TemporaryDirectory() as folder:
-            for address in (record["report"], record["analysis"]):
-                file = os.path.join(folder, os.path.basename(address))
+            for artifact in (record["report"], record["analysis"]):
+                file = os.path.join(folder, os.path.basename(artifact))
                 with open(file, "wb") as stream:
-                    stream.write(storage.read_bytes(address))
+                    stream.write(storage.read_bytes(artifact))
             log_artifacts(uri, run_id, folder)
         end_run(uri, run_id)
-    kept = {**record, "run_id": run_id}
-    storage.write_json(storage.join(output, METRICS), kept)
+    stored = {**record, "run_id": run_id}
+    storage.write_json(storage.join(output, METRICS), stored)
     if model.version is not None:
-        put_evaluation(model, digest, kept)
-    return kept
+        put_evaluation(model, digest, stored)
+    return stored
 
 
-def tag_bound(uri: str, model: ResolvedModel, record: Mapping[str, Any], found: str) -> None:
-    """Tag the run and the version with what is below its bound; an empty text removes what was there."""
-    set_tags(uri, record["run_id"], {BELOW_TAG: found})
+def tag_below_minimum(uri: str, model: ResolvedModel, record: Mapping[str, Any], problem: str) -> None:
+    """Tag the run and the version with the metric that is below its minimum; an empty text clears the tag."""
+    set_tags(uri, record["run_id"], {BELOW_TAG: problem})
     if model.version is None:
         return
     with registry_errors(uri):
         client(uri).set_model_version_tag(
-            str(model.name), str(model.version), f"{BELOW_TAG}.{record['data']['digest'][:12]}", found
+            str(model.name), str(model.version), f"{BELOW_TAG}.{record['data']['digest'][:12]}", problem
         )
 
 
-def _of_classes(analysis: Mapping[str, Any]) -> dict[str, float]:
-    """AP and PQ of each class by a name that MLflow accepts."""
+def _class_metrics(analysis: Mapping[str, Any]) -> dict[str, float]:
+    """Return AP, mask AP and PQ of each class, under names that MLflow accepts."""
     return {
         class_metric(key, str(each["name"])): each[key]
         for each in analysis["classes"]
@@ -195,8 +208,8 @@ def _of_classes(analysis: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _is_whole(record: Mapping[str, Any], key: str) -> bool:
-    """Whether a record is of this evaluation, written by this version, and what it refers to is still there."""
+def _is_complete(record: Mapping[str, Any], key: str) -> bool:
+    """Return whether a record has the current schema and this key, and its predictions and report still exist."""
     if record.get("schema_version") != SCHEMA_VERSION or record.get("key") != key:
         return False
     return all(storage.exists(record[name]) for name in ("predictions", "report"))

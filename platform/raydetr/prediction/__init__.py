@@ -1,1 +1,1 @@
-"""Models over data sets and folders of images."""
+"""Prediction over data sets and over folders of images."""

@@ -1,4 +1,4 @@
-"""The Ray Data execution behind every prediction: windows of images in, tables of `PREDICTION_SCHEMA` out."""
+"""Distributed inference with Ray Data: windows of images in, tables of `PREDICTION_SCHEMA` out."""
 
 import logging
 from collections import defaultdict
@@ -27,26 +27,26 @@ from raydetr.registry.models import ResolvedModel, local_folder
 _BATCH_SCHEMA = pa.schema(
     [
         ("image_id", pa.list_(pa.int64())),
-        ("pixels", pa.large_binary()),  # uint8 [batch, 3, height, width]; null with an error
+        ("pixels", pa.large_binary()),  # uint8 [batch, 3, height, width]; null if `error` is set
         ("shape", pa.list_(pa.int64())),  # canonical height and width
-        ("size", pa.list_(pa.list_(pa.int64()))),  # of each image: resized height and width
+        ("size", pa.list_(pa.list_(pa.int64()))),  # resized height and width of each image
         ("original_size", pa.list_(pa.list_(pa.int64()))),
         ("error", pa.string()),
     ]
 )
-_BLOCK_BYTES = 1024 * 1024  # a batch of large images is a block of its own: actors get them one by one
+_BLOCK_BYTES = 1024 * 1024  # small, so that each batch of large images becomes its own block for one actor
 
 
 @dataclass(frozen=True)
 class ActorOptions:
-    """How the work is divided; it does not change any prediction."""
+    """How the work is divided. These options do not change any prediction."""
 
     actors: int = 1
-    """Copies of the model."""
+    """Number of model replicas."""
     batch_size: int = 8
-    """Most images of one forward pass."""
+    """Maximum images per forward pass."""
     num_gpus: float = 0.0
-    """GPUs of an actor; 0: it runs on one CPU."""
+    """GPUs per actor; 0 runs on one CPU."""
 
 
 def run_actors(
@@ -57,24 +57,26 @@ def run_actors(
     settings: PredictionSettings,
     options: ActorOptions,
 ) -> Iterator[pa.Table]:
-    """Predict the images of windows.
+    """Predict the images of the given windows.
 
     Args:
         model: from `registry.models.resolve`.
-        windows: what one task prepares each: `file` and `groups` of a folder of shards, without the image ids in
-            `skip`; or `image_ids` and the `addresses` of as many encoded images.
-        root: address of the folder of shards; empty with addresses.
-        categories: COCO categories that labels are matched with by name; None: category ids are labels.
-        settings: what is predicted.
+        windows: each is prepared by one task. A window of shards has `file` and `groups` (row groups), and `skip`, the
+            image ids to leave out. A window of image files has `image_ids` and their `addresses` (URIs).
+        root: URI of the folder of shards; empty for image files.
+        categories: COCO categories, matched with the model's labels by name; None uses labels as category ids.
+        settings: what to predict.
         options: actors and batch size.
 
     Yields:
-        tables of `PREDICTION_SCHEMA`, in any order.
+        Tables of `PREDICTION_SCHEMA`, in any order.
 
     Raises:
         RaydetrError: a shard is damaged, or a prediction is not finite.
     """
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
+    logging.getLogger("ray.data").setLevel(
+        logging.ERROR
+    )  # suppress the warning that progress bars are disabled
     context = DataContext.get_current().copy()
     context.target_max_block_size = _BLOCK_BYTES
     context.enable_progress_bars = False
@@ -104,18 +106,18 @@ def run_actors(
         yield from predictions.iter_batches(batch_size=None, batch_format="pyarrow")
     except RayTaskError as error:
         if isinstance(error.cause, RaydetrError):
-            raise error.cause from None  # its message without Ray's traceback of the remote process
+            raise error.cause from None  # omit Ray's traceback of the remote process
         raise
 
 
 def _prepare(
     windows: pa.Table, root: str, model: ResolvedModel, batch_size: int, orientation: Orientation
 ) -> Iterator[pa.Table]:
-    """Read and decode images, and yield them as batches of equal canonical shape."""
+    """Read, decode and resize images, and yield batches in which all images have one canonical shape."""
     image_processor = DetrImageProcessor.from_pretrained(local_folder(model))
     waiting: dict[tuple[int, int], list[tuple[int, PreparedImage]]] = defaultdict(list)
     for window in windows.to_pylist():
-        for image_id, data in _images(window, root):
+        for image_id, data in _read_images(window, root):
             try:
                 if isinstance(data, ImageError):
                     raise data
@@ -123,20 +125,22 @@ def _prepare(
             except ImageError as error:
                 yield _pack_error(image_id, str(error))
                 continue
-            like = waiting[prepared.shape]
-            like.append((image_id, prepared))
-            if len(like) == batch_size:
+            batch = waiting[prepared.shape]
+            batch.append((image_id, prepared))
+            if len(batch) == batch_size:
                 yield _pack(waiting.pop(prepared.shape))
-    for like in waiting.values():
-        yield _pack(like)
+    for batch in waiting.values():
+        yield _pack(batch)
 
 
-def _images(window: Mapping[str, Any], root: str) -> Iterator[tuple[int, bytes | torch.Tensor | ImageError]]:
-    """Image ids with the image, encoded or decoded, or why there is none."""
+def _read_images(
+    window: Mapping[str, Any], root: str
+) -> Iterator[tuple[int, bytes | torch.Tensor | ImageError]]:
+    """Yield each image id with its image (encoded bytes or decoded pixels) or the error that prevented reading it."""
     if not root:
-        for image_id, address in zip(window["image_ids"], window["addresses"], strict=True):
+        for image_id, uri in zip(window["image_ids"], window["addresses"], strict=True):
             try:
-                yield image_id, storage.read_bytes(address)
+                yield image_id, storage.read_bytes(uri)
             except StorageError as error:
                 yield image_id, ImageError(str(error))
         return
@@ -146,7 +150,7 @@ def _images(window: Mapping[str, Any], root: str) -> Iterator[tuple[int, bytes |
             if row["image_id"] in skip:
                 continue
             if row["image"] is None:
-                yield row["image_id"], ImageError(f"there are no bytes ({row['fault']})")
+                yield row["image_id"], ImageError(f"the record has no image bytes ({row['fault']})")
                 continue
             try:
                 decoded: torch.Tensor | ImageError = decode_record(row)
@@ -156,7 +160,7 @@ def _images(window: Mapping[str, Any], root: str) -> Iterator[tuple[int, bytes |
 
 
 class _Actor:
-    """A model actor: batches of prepared images in, rows of `PREDICTION_SCHEMA` out."""
+    """Ray Data actor that holds one model replica: prepared batches in, rows of `PREDICTION_SCHEMA` out."""
 
     def __init__(
         self,
@@ -178,20 +182,20 @@ class _Actor:
 
 
 def load_detector(folder: str, settings: PredictionSettings, device: str = "cpu") -> ObjectDetector:
-    """The detector of a model folder, with what the settings ask for."""
+    """Load the detector of a model folder with the precision, masks and engine of the settings."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     masks = settings.masks != "none"
     return ObjectDetector.from_pretrained(folder, device, dtype, masks=masks, engine=settings.engine)
 
 
-def _pack(like: list[tuple[int, PreparedImage]]) -> pa.Table:
-    """Prepared images of one shape as one row."""
+def _pack(batch: list[tuple[int, PreparedImage]]) -> pa.Table:
+    """Pack prepared images of one canonical shape into one row of `_BATCH_SCHEMA`."""
     row = {
-        "image_id": [image_id for image_id, _ in like],
-        "pixels": np.stack([image.pixels for _, image in like]).tobytes(),
-        "shape": like[0][1].shape,
-        "size": [image.size for _, image in like],
-        "original_size": [image.original_size for _, image in like],
+        "image_id": [image_id for image_id, _ in batch],
+        "pixels": np.stack([image.pixels for _, image in batch]).tobytes(),
+        "shape": batch[0][1].shape,
+        "size": [image.size for _, image in batch],
+        "original_size": [image.original_size for _, image in batch],
     }
     return pa.Table.from_pylist([row], schema=_BATCH_SCHEMA)
 
@@ -201,7 +205,7 @@ def _pack_error(image_id: int, reason: str) -> pa.Table:
 
 
 def _unpack(row: dict[str, Any]) -> list[PreparedImage]:
-    """What `_pack` packed."""
+    """Reverse `_pack`."""
     count = len(row["image_id"])
     pixels = np.frombuffer(row["pixels"], np.uint8).reshape(count, 3, *row["shape"])
     sizes = zip(pixels, row["size"], row["original_size"], strict=True)

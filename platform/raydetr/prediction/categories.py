@@ -1,4 +1,4 @@
-"""A model's labels and a data set's categories, matched by name."""
+"""Matching of a model's labels with a data set's categories, by name."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,24 +7,24 @@ from typing import Any
 from raydetr.errors import DataError
 
 UNKNOWN = -1
-"""Category id of a model's label that the data set does not have."""
+"""Category id of a label that has no category in the data set."""
 
 
 def match_categories(id2label: Mapping[int, str], categories: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The data set's category id of each of the model's labels.
+    """Map each label of a model to the category id of the same name.
 
-    A model may know more classes than the data set has (the 91 labels of the original weights on COCO's 80
-    categories); the surplus labels get `UNKNOWN`. Each category needs exactly one label.
+    A model may have more classes than the data set, such as the 91 labels of the original weights on COCO's 80
+    categories. Labels without a category get `UNKNOWN`. Each category needs exactly one label.
 
     Args:
-        id2label: label → name, of the model's configuration.
+        id2label: label → name, from the model's configuration.
         categories: COCO categories with `id` and `name`.
 
     Returns:
-        label → category id, a list as long as the labels.
+        Category ids, indexed by label.
 
     Raises:
-        DataError: a category has no label of its name, or a name occurs twice; lists both sides.
+        DataError: a category has no label of its name, or a name occurs twice. The message lists labels and categories.
     """
     ids = {str(category["name"]): int(category["id"]) for category in categories}
     names = [id2label[label] for label in sorted(id2label)]
@@ -33,11 +33,13 @@ def match_categories(id2label: Mapping[int, str], categories: Sequence[Mapping[s
     missing = sorted(set(ids) - set(label_counts))
     repeated = sorted(name for name, n in {**category_counts, **label_counts}.items() if n > 1)
     if missing or repeated or category_counts.total() != len(ids):
-        twice = repeated or sorted(name for name, n in category_counts.items() if n > 1)
-        problem = f"no label of the model is called {missing}" if missing else f"{twice} occur more than once"
+        duplicates = repeated or sorted(name for name, n in category_counts.items() if n > 1)
+        problem = (
+            f"the model has no label named {missing}" if missing else f"{duplicates} occur more than once"
+        )
         raise DataError(
             f"The model's labels and the data set's categories do not match by name: {problem}. "
-            f"Labels: {names}. Categories: {sorted(category_counts)}. Score a model that was trained on these "
+            f"Labels: {names}. Categories: {sorted(category_counts)}. Use a model that was trained on these "
             "categories, or correct the names."
         )
     return [ids.get(name, UNKNOWN) for name in names]

@@ -1,4 +1,4 @@
-"""Predictions as the files that COCO's own tools read."""
+"""Export of predictions in COCO's results format, for pycocotools and panopticapi."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,13 +12,14 @@ from raydetr.data.shards import Manifest, read_records
 
 
 def coco_results(predictions: pa.Table) -> Iterator[dict[str, Any]]:
-    """Predictions in COCO's results form.
+    """Convert predictions to COCO's results format.
 
     Args:
-        predictions: of `PREDICTION_SCHEMA`.
+        predictions: table of `PREDICTION_SCHEMA`.
 
     Yields:
-        image_id, category_id, bbox (x, y, width, height), score, and where there are masks segmentation (RLE).
+        One dict per detection: image_id, category_id, bbox (x, y, width, height), score, and segmentation (RLE) if
+        masks were predicted.
     """
     for batch in predictions.select(
         ["image_id", "height", "width", "category_id", "bbox", "score", "mask"]
@@ -40,9 +41,9 @@ def coco_results(predictions: pa.Table) -> Iterator[dict[str, Any]]:
                 yield result
 
 
-def write_results(predictions: pa.Table, address: str) -> None:
-    """Write all detections as COCO results JSON, a few at a time."""
-    with storage.open_output(address) as stream:
+def write_results(predictions: pa.Table, uri: str) -> None:
+    """Stream all detections to a COCO results JSON file."""
+    with storage.open_output(uri) as stream:
         separator = b"["
         for result in coco_results(predictions):
             stream.write(separator + json.dumps(result).encode())
@@ -51,15 +52,15 @@ def write_results(predictions: pa.Table, address: str) -> None:
 
 
 def write_coco_files(predictions: pa.Table, manifest: Manifest, output: str) -> list[str]:
-    """Write results.json, and of panoptic predictions panoptic.json and the folder panoptic.
+    """Write results.json; for panoptic predictions also panoptic.json and the folder panoptic.
 
     Args:
-        predictions: of `PREDICTION_SCHEMA`, of a whole data set.
-        manifest: of the shards.
-        output: address of a folder.
+        predictions: table of `PREDICTION_SCHEMA` for a whole data set.
+        manifest: manifest of the data set.
+        output: URI of the output folder.
 
     Returns:
-        addresses of the JSON files.
+        URIs of the JSON files.
     """
     results = storage.join(output, "results.json")
     write_results(predictions, results)
@@ -77,7 +78,7 @@ def write_coco_files(predictions: pa.Table, manifest: Manifest, output: str) -> 
 
 
 def _write_panoptic(predictions: pa.Table, names: Mapping[int, str], folder: str) -> Iterator[dict[str, Any]]:
-    """Write PNGs, named after the images; yields the entries of COCO's panoptic results."""
+    """Write one PNG per image, named after the image, and yield the entries of COCO's panoptic results."""
     for batch in predictions.select(["image_id", "panoptic", "segments"]).to_batches(256):
         for row in batch.to_pylist():
             if row["panoptic"] is None:

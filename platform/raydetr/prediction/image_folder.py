@@ -1,4 +1,4 @@
-"""Predictions of a model on images that belong to no data set: a folder or a bucket of files."""
+"""Prediction on image files outside a data set: one file, a folder or a bucket."""
 
 import hashlib
 import json
@@ -22,78 +22,78 @@ from raydetr.prediction.predictions import PredictionSettings, error_row, table
 from raydetr.registry.models import ResolvedModel
 
 Detect = Callable[[bytes], list[dict[str, Any]]]
-"""An encoded image to its detections in the form of `detr.inference.detector.Detections.to_dicts`, best first."""
+"""Maps an encoded image to its detections, best first, as returned by `detr.inference.detector.Detections.to_dicts`."""
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
-_IMAGE_AT_FAULT = (400, 413, 415)
-"""Statuses by which an endpoint refuses an image and not the client."""
+_IMAGE_ERRORS = (400, 413, 415)
+"""HTTP statuses with which an endpoint rejects one image. Any other error status ends the prediction."""
 _WINDOW = 32
-"""Images that one task prepares."""
+"""Maximum images that one task prepares."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Files in a folder.
+    """Image files of a folder.
 
-    folder: its address.
-    names: of the images, relative to it, sorted; image i has the id i + 1.
+    folder: URI of the folder.
+    names: sorted file names relative to the folder. The image at index i has the id i + 1.
     """
 
     folder: str
     names: list[str]
 
     def address(self, image_id: int) -> str:
-        """Of an image."""
+        """Return the URI of an image."""
         return storage.join(self.folder, self.names[image_id - 1])
 
 
-def list_images(address: str) -> Images:
-    """The images in a folder and in the folders in it, or the one file.
+def list_images(uri: str) -> Images:
+    """List the images of a folder and its subfolders, or a single file.
 
     Raises:
-        DataError: there are none.
+        DataError: the file or folder does not exist or contains no image.
     """
-    if not storage.exists(address):
-        raise DataError(f"--images {address}: no such file or folder.")
-    folder, _, name = storage.absolute(address).rpartition("/")
+    if not storage.exists(uri):
+        raise DataError(f"--images {uri}: no such file or folder.")
+    folder, _, name = storage.absolute(uri).rpartition("/")
     names = [name]
-    if storage.is_folder(address):
-        folder = storage.absolute(address)
-        names = sorted(name for name, _ in storage.list_files(address))
+    if storage.is_folder(uri):
+        folder = storage.absolute(uri)
+        names = sorted(name for name, _ in storage.list_files(uri))
     chosen = [name for name in names if extension(name) in FORMATS]
     if not chosen:
         raise DataError(
-            f"--images {address}: no image among {len(names)} entries; looked for {', '.join(FORMATS)}."
+            f"--images {uri}: no image among {len(names)} entries. Supported: {', '.join(FORMATS)}."
         )
     return Images(folder, chosen)
 
 
 def extension(name: str) -> str:
-    """Of a file name, with its dot, in small letters."""
+    """Return the extension of a file name, with its dot, in lower case."""
     return "." + name.rpartition(".")[2].lower()
 
 
 def predict_by_model(
     images: Images, model: ResolvedModel, options: ActorOptions, settings: PredictionSettings, output: str
 ) -> pa.Table:
-    """Predict with actors; an interrupted run goes on.
+    """Predict images with Ray Data actors. A rerun resumes an interrupted prediction.
 
     Args:
-        images: what to predict.
+        images: images to predict.
         model: from `registry.models.resolve`.
         options: actors and batch size.
-        settings: what is predicted; category ids are the model's labels.
-        output: folder for the parts of a run that is interrupted.
+        settings: what to predict. Category ids are the model's labels.
+        output: folder for the results of finished images, which a rerun reads.
 
     Returns:
-        a table of `PREDICTION_SCHEMA`, ascending by image id.
+        A table of `PREDICTION_SCHEMA`, ascending by image id.
     """
-    of = json.dumps([model.digest, images.folder, images.names, asdict(settings)])
-    parts = Parts(storage.join(output, f"parts-{hashlib.sha256(of.encode()).hexdigest()[:16]}"))
+    identity = json.dumps([model.digest, images.folder, images.names, asdict(settings)])
+    parts = Parts(storage.join(output, f"parts-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"))
     done = set(parts.image_ids())
-    left = [image_id for image_id in range(1, len(images.names) + 1) if image_id not in done]
-    length = max(min(_WINDOW, len(left) // (4 * options.actors)), 1)
-    chunks = [left[start : start + length] for start in range(0, len(left), length)]
+    remaining = [image_id for image_id in range(1, len(images.names) + 1) if image_id not in done]
+    length = max(min(_WINDOW, len(remaining) // (4 * options.actors)), 1)
+    chunks = [remaining[start : start + length] for start in range(0, len(remaining), length)]
     windows = [{"image_ids": ids, "addresses": [images.address(each) for each in ids]} for ids in chunks]
     if windows:
         for rows in run_actors(model, windows, "", None, settings, options):
@@ -105,92 +105,96 @@ def predict_by_model(
 
 
 def check_complete(predictions: pa.Table, images: Images) -> None:
-    """Prove that each image was predicted once.
+    """Check that each image was predicted exactly once.
 
     Raises:
-        EvaluationError: naming images that are missing or there twice.
+        EvaluationError: an image is missing, duplicate or unknown. The message names up to five of each.
     """
-    found = Counter(predictions.column("image_id").to_pylist())
+    counts = Counter(predictions.column("image_id").to_pylist())
     expected = range(1, len(images.names) + 1)
-    missing = [images.names[image_id - 1] for image_id in expected if image_id not in found]
-    surplus = sorted(image_id for image_id, count in found.items() if count > 1 or image_id not in expected)
+    missing = [images.names[image_id - 1] for image_id in expected if image_id not in counts]
+    surplus = sorted(image_id for image_id, count in counts.items() if count > 1 or image_id not in expected)
     if missing or surplus:
         raise EvaluationError(
-            f"Not every image of {images.folder} was predicted exactly once: {len(missing)} missing {missing[:5]}, image "
-            f"ids there twice or unknown {surplus[:5]}, of {len(images.names)}. No result is written: rerun the command."
+            f"Not every image of {images.folder} was predicted exactly once: {len(missing)} missing {missing[:5]}, "
+            f"duplicate or unknown image ids {surplus[:5]}, of {len(images.names)}. No result was written: rerun the "
+            "command."
         )
 
 
 def predict_by_endpoint(
     images: Images, detect: Detect, orientation: Orientation = "ignore"
 ) -> tuple[pa.Table, dict[int, str]]:
-    """Predict by a running endpoint, one image after the other.
+    """Predict images through a running endpoint, one request at a time.
 
     Args:
-        images: what to predict.
-        detect: asks the endpoint.
-        orientation: sent with each request; see `PredictionSettings`.
+        images: images to predict.
+        detect: sends an image to the endpoint and returns its detections.
+        orientation: orientation that `detect` requests; see `PredictionSettings`.
 
     Returns:
-        a table of `PREDICTION_SCHEMA`, ascending by image id; label → name of what was found.
+        A table of `PREDICTION_SCHEMA`, ascending by image id, and label → name of the detected classes.
 
     Raises:
-        RequestError: the endpoint refuses the client, and not an image.
+        RequestError: the endpoint rejects a request for another reason than its image.
     """
     labels: dict[int, str] = {}
     rows = [
-        _ask(image_id, images, detect, orientation, labels) for image_id in range(1, len(images.names) + 1)
+        _predict_one(image_id, images, detect, orientation, labels)
+        for image_id in range(1, len(images.names) + 1)
     ]
     predictions = table(rows)
     check_complete(predictions, images)
     return predictions, labels
 
 
-def _ask(
+def _predict_one(
     image_id: int, images: Images, detect: Detect, orientation: Orientation, labels: dict[int, str]
 ) -> dict[str, Any]:
+    """Return the row of one image and add the names of its labels to `labels`."""
     data = storage.read_bytes(images.address(image_id))
     try:
-        found = detect(data)
+        detections = detect(data)
         height, width = image_size(data, orientation)
     except (ImageError, RequestError) as error:
-        if isinstance(error, RequestError) and error.status not in _IMAGE_AT_FAULT:
+        if isinstance(error, RequestError) and error.status not in _IMAGE_ERRORS:
             raise
         return error_row(image_id, str(error))
-    labels |= {each["label_id"]: each["label"] for each in found}
-    boxes = [each["box"] for each in found]
+    labels |= {each["label_id"]: each["label"] for each in detections}
+    boxes = [each["box"] for each in detections]
     return {
         "image_id": image_id,
         "height": height,
         "width": width,
-        "category_id": [each["label_id"] for each in found],
-        "score": [each["score"] for each in found],
+        "category_id": [each["label_id"] for each in detections],
+        "score": [each["score"] for each in detections],
         "bbox": [[b["xmin"], b["ymin"], b["xmax"] - b["xmin"], b["ymax"] - b["ymin"]] for b in boxes],
     }
 
 
 def label_names(model: ResolvedModel) -> dict[int, str]:
-    """Label → name."""
+    """Return label → name of a model."""
     return dict(DetrConfig.from_pretrained(model.folder).id2label)
 
 
 def with_names(predictions: pa.Table, images: Images) -> pa.Table:
-    """Predictions with the column `file_name`."""
+    """Append the column `file_name` to predictions."""
     names = [images.names[image_id - 1] for image_id in predictions.column("image_id").to_pylist()]
     return predictions.append_column("file_name", pa.array(names, pa.string()))
 
 
 def write_files(predictions: pa.Table, labels: Mapping[int, str], output: str) -> None:
-    """Write what was predicted into a folder.
+    """Write predictions to a folder.
 
-    - `predictions.parquet`: `PREDICTION_SCHEMA` with `file_name`;
-    - `results.json`: COCO results of all detections;
-    - `images.json`: COCO's `images` and `categories` that the results refer to, and `unreadable` files.
+    - `predictions.parquet`: `PREDICTION_SCHEMA` with `file_name`.
+    - `results.json`: COCO results of all detections.
+    - `images.json`: COCO's `images` and `categories` that the results refer to, and `unreadable`, the files that could
+      not be decoded, with the reason.
 
     Args:
         predictions: from `with_names`.
         labels: label → name.
-        output: address of the folder.
+        output: URI of the folder.
     """
     with storage.open_output(storage.join(output, "predictions.parquet")) as stream:
         pq.write_table(predictions, stream, compression="zstd")
@@ -210,44 +214,44 @@ def write_files(predictions: pa.Table, labels: Mapping[int, str], output: str) -
 
 
 def best_scores(predictions: pa.Table, labels: Mapping[int, str], count: int = 3) -> list[dict[str, Any]]:
-    """The detections with the highest scores, at most one an image, best first: score, label, file_name.
+    """Return the detections with the highest scores, at most one per image, best first: score, label, file_name.
 
     Args:
         predictions: from `with_names`.
         labels: label → name.
-        count: at most so many.
+        count: maximum number of detections.
     """
     columns = ("file_name", "category_id", "score")
     best = []
     for row in predictions.select(columns).to_pylist():
         if row["score"]:
-            place = max(range(len(row["score"])), key=row["score"].__getitem__)
-            label = labels.get(row["category_id"][place], str(row["category_id"][place]))
-            best.append({"score": row["score"][place], "label": label, "file_name": row["file_name"]})
+            index = max(range(len(row["score"])), key=row["score"].__getitem__)
+            label = labels.get(row["category_id"][index], str(row["category_id"][index]))
+            best.append({"score": row["score"][index], "label": label, "file_name": row["file_name"]})
     return sorted(best, key=lambda each: -each["score"])[:count]
 
 
-def hint_on_nothing(predictions: pa.Table, labels: Mapping[int, str], threshold: float) -> str:
-    """What to do where no detection reaches the threshold; empty where one does.
+def no_detections_hint(predictions: pa.Table, labels: Mapping[int, str], threshold: float) -> str:
+    """Return advice if no detection reaches the threshold; an empty string if one does.
 
     Args:
         predictions: from `with_names`.
         labels: label → name.
-        threshold: lowest score that counts.
+        threshold: minimum score.
     """
-    if count_above(predictions, threshold):
+    if count_detections(predictions, threshold):
         return ""
     best = best_scores(predictions, labels)
     if not best:
-        return "The model detected nothing: no image could be read, see images.json."
+        return "The model detected nothing: no image could be read. See images.json."
     listed = ", ".join(f"{each['score']:.3f} ({each['label']}, {each['file_name']})" for each in best)
     return (
-        f"No detection reaches --threshold {threshold:g}. The best scores are {listed}. Lower --threshold, or train longer "
-        "or on images like these; the files hold all detections."
+        f"No detection reaches --threshold {threshold:g}. The best scores are {listed}. Lower --threshold, train "
+        "longer, or train on images like these. The files contain all detections."
     )
 
 
-def count_above(predictions: pa.Table, threshold: float) -> int:
-    """Detections with at least this score."""
+def count_detections(predictions: pa.Table, threshold: float) -> int:
+    """Count the detections with at least this score."""
     scores = predictions.column("score").combine_chunks().flatten()
     return int(pc.sum(pc.greater_equal(scores, threshold)).as_py() or 0)

@@ -1,4 +1,4 @@
-"""Images with what was predicted in them, drawn by tasks beside each other."""
+"""Images with their predictions drawn on them, rendered in parallel by Ray Data tasks."""
 
 import io
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ from detr.output_names import output_name
 from raydetr import storage
 from raydetr.prediction.image_folder import FORMATS, extension
 
-_IMAGES_OF_A_TASK = 32
+_IMAGES_PER_TASK = 32
 
 
-def write_pictures(
+def write_overlays(
     predictions: pa.Table,
     folder: str,
     labels: Mapping[int, str],
@@ -29,23 +29,25 @@ def write_pictures(
     threshold: float,
     orientation: Orientation = "ignore",
 ) -> int:
-    """Write each image with its detections, or its segments, into the folder `pictures`, named by `output_name`.
+    """Write each image with its detections or segments drawn on it into the folder `pictures`.
+
+    `output_name` names the files, so that each one lies inside the folder.
 
     Args:
-        predictions: from `batch.with_names`.
-        folder: address of the images' folder.
+        predictions: from `image_folder.with_names`.
+        folder: URI of the folder of images.
         labels: label → name.
-        output: address of the folder that gets the folder `pictures`.
-        threshold: least score of a detection that is drawn.
-        orientation: in which the images were predicted; see `PredictionSettings`.
+        output: URI of the folder in which `pictures` is created.
+        threshold: minimum score of a detection that is drawn.
+        orientation: orientation in which the images were predicted; see `PredictionSettings`.
 
     Returns:
-        how many were drawn: those that can be decoded.
+        Number of images drawn. Images that cannot be decoded are skipped.
     """
     readable = predictions.filter(predictions.column("error").is_null())
     if not len(readable):
         return 0
-    blocks = -(-len(readable) // _IMAGES_OF_A_TASK)
+    blocks = -(-len(readable) // _IMAGES_PER_TASK)
     drawn = (
         ray.data.from_arrow(readable)
         .repartition(blocks)
@@ -76,8 +78,8 @@ def _draw_all(
     for row in rows.to_pylist():
         name = row["file_name"]
         data = storage.read_bytes(storage.join(folder, name))
-        picture = draw(data, row, labels, threshold, orientation)
-        storage.write_bytes(storage.join(output, output_name(name)), encode(picture, name))
+        overlay = draw(data, row, labels, threshold, orientation)
+        storage.write_bytes(storage.join(output, output_name(name)), encode(overlay, name))
     return rows.select(["image_id"])
 
 
@@ -88,7 +90,7 @@ def draw(
     threshold: float,
     orientation: Orientation = "ignore",
 ) -> Image.Image:
-    """An encoded image with a row of `PREDICTION_SCHEMA`: its segments, masks or boxes, whichever it has first."""
+    """Draw a row of `PREDICTION_SCHEMA` on an encoded image: its segments, else its masks, else its boxes."""
     image = decode_image(data, orientation=orientation)
     if row["panoptic"] is not None:
         segments = [{**each, "label_id": each["category_id"]} for each in row["segments"]]
@@ -114,8 +116,8 @@ def draw(
     )
 
 
-def encode(picture: Image.Image, name: str) -> bytes:
-    """A picture in the format that a file name says."""
+def encode(image: Image.Image, name: str) -> bytes:
+    """Encode an image in the format given by the extension of a file name."""
     file = io.BytesIO()
-    picture.save(file, FORMATS[extension(name)], quality=90)
+    image.save(file, FORMATS[extension(name)], quality=90)
     return file.getvalue()

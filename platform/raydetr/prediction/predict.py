@@ -1,10 +1,10 @@
-"""Predictions of a model on every image of a data set, by Ray Data: tasks prepare images, actors run the model.
+"""Prediction of every image of a data set with Ray Data: tasks prepare images, actors run the model.
 
-One row between the two is one batch of images of equal canonical shape, so that a prediction depends on its image
-alone: not on the batch size, the number of actors or the other images. Where actors have GPUs, the tasks run beside
-them on CPUs; where they have not, Ray Data runs both in the actors, which saves copying the pixels.
+Each row between the two stages is one batch of images of one canonical shape. Therefore a prediction depends on its
+image alone, not on the batch size, the number of actors or the other images. If the actors have GPUs, the tasks run
+concurrently on CPUs. Otherwise Ray Data fuses both stages into the actors, which saves copying the pixels.
 
-What is predicted is kept in parts while the work goes on; a run that was killed goes on from them.
+Finished predictions are written to part files during the run, so that a killed run resumes from them.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ from raydetr.prediction.predictions import PREDICTION_SCHEMA, PredictionSettings
 from raydetr.registry.models import ResolvedModel
 
 MAX_WINDOW = 4
-"""Most row groups that one task reads, and among whose images like shapes are brought together."""
+"""Maximum row groups per task. Images are batched by shape within these row groups."""
 PART_S = 20.0
-"""Seconds between parts: what a kill costs."""
+"""Seconds between part files, which is how much work a kill loses."""
 DETECTION = PredictionSettings()
 _PROGRESS_S = 10.0
 _KEY = "raydetr.prediction"
-"""Key of a file's metadata: what was predicted."""
+"""Key in the Parquet metadata; its value is the `prediction_key`."""
 
 
 def predict(
@@ -49,29 +49,29 @@ def predict(
 
     Args:
         model: from `registry.models.resolve`.
-        manifest: of the shards.
+        manifest: manifest of the data set.
         options: actors and batch size.
-        output: folder of `predictions.parquet`. One of the same work is left as it is, parts of the same work that
-            was interrupted are used.
-        settings: what is predicted.
+        output: folder for `predictions.parquet`. An existing file with the same `prediction_key` is returned as it is.
+            Parts of an interrupted run with the same key are reused.
+        settings: what to predict.
 
     Returns:
-        address of the file.
+        URI of the file.
 
     Raises:
-        DataError: there are no images; labels and categories do not match; a shard is damaged; an image was not
-            predicted exactly once.
+        DataError: the data set has no images, labels and categories do not match, a shard is damaged, or an image was
+            not predicted exactly once.
     """
     if not manifest.num_images:
         raise DataError(f"{manifest.root}: there are no images to predict.")
     match_categories(DetrConfig.from_pretrained(model.folder).id2label, manifest.categories)
-    address, key = storage.join(output, "predictions.parquet"), prediction_key(model, manifest, settings)
-    if _key_of(address) == key:
-        return address
+    uri, key = storage.join(output, "predictions.parquet"), prediction_key(model, manifest, settings)
+    if _key_of(uri) == key:
+        return uri
     parts = Parts(storage.join(output, f"parts-{key[:16]}"))
     done = set(parts.image_ids())
     if done:
-        print(f"  {len(done)} of {manifest.num_images} images were predicted before", flush=True)
+        print(f"  resuming: {len(done)} of {manifest.num_images} images are already predicted", flush=True)
     if windows := windows_of(manifest, options.actors, done):
         started = shown = time.monotonic()
         for rows in run_actors(model, windows, manifest.root, manifest.categories, settings, options):
@@ -79,50 +79,48 @@ def predict(
             if time.monotonic() - shown > _PROGRESS_S:
                 shown = time.monotonic()
                 rate = parts.added / (shown - started)
-                left = (manifest.num_images - len(done) - parts.added) / rate
+                seconds = (manifest.num_images - len(done) - parts.added) / rate
                 print(
-                    f"  {len(done) + parts.added}/{manifest.num_images} images, {rate:.1f}/s, {left / 60:.1f} minutes left",
+                    f"  {len(done) + parts.added}/{manifest.num_images} images, {rate:.1f}/s, "
+                    f"{seconds / 60:.1f} minutes left",
                     flush=True,
                 )
     predictions = parts.read()
     check_complete(predictions.column("image_id").to_pylist(), manifest)
-    with storage.open_output(address) as stream:
+    with storage.open_output(uri) as stream:
         pq.write_table(predictions.replace_schema_metadata({_KEY: key}), stream, compression="zstd")
     parts.delete()
-    return address
+    return uri
 
 
 def check_complete(image_ids: Iterable[int], manifest: Manifest) -> None:
-    """Prove that each image of the data set was predicted once.
+    """Check that each image of the data set was predicted exactly once.
 
     Raises:
-        DataError: naming images that are missing, repeated or unknown.
+        DataError: an image is missing, duplicate or unknown. The message names up to five of each.
     """
     expected = Counter(record["image_id"] for record in read_records(manifest, ["image_id"]))
-    found = Counter(image_ids)
-    if found == expected and found.total() == manifest.num_images:
+    predicted = Counter(image_ids)
+    if predicted == expected and predicted.total() == manifest.num_images:
         return
-    missing, surplus = sorted((expected - found).elements()), sorted((found - expected).elements())
+    missing = sorted((expected - predicted).elements())
+    surplus = sorted((predicted - expected).elements())
     raise DataError(
         f"Not every image of {manifest.root} was predicted exactly once: {len(missing)} missing {missing[:5]}, "
-        f"{len(surplus)} repeated or unknown {surplus[:5]}, of {manifest.num_images}. No figures are computed."
+        f"{len(surplus)} duplicate or unknown {surplus[:5]}, of {manifest.num_images}. No metrics were computed."
     )
 
 
-def read_predictions(address: str) -> pa.Table:
-    """Read what `predict` wrote.
-
-    Returns:
-        a table of `PREDICTION_SCHEMA`.
-    """
-    return storage.read(address, pq.read_table)
+def read_predictions(uri: str) -> pa.Table:
+    """Read a file written by `predict`, as a table of `PREDICTION_SCHEMA`."""
+    return storage.read(uri, pq.read_table)
 
 
 class Parts:
-    """Tables that are kept while the work goes on: files of a folder, each of which appears whole.
+    """Stores the predictions of an unfinished run as part files, each of which appears atomically.
 
     Args:
-        folder: its address; its name tells what the parts are of.
+        folder: URI of the folder. Its name contains a key of the work, so that only the same work reuses the parts.
     """
 
     def __init__(self, folder: str) -> None:
@@ -133,7 +131,7 @@ class Parts:
         self._written = time.monotonic()
 
     def image_ids(self) -> Iterator[int]:
-        """Of the parts that were there."""
+        """Yield the ids of the images in the parts that existed at construction."""
         for name in self._names:
             columns = storage.read(
                 storage.join(self.folder, name), lambda stream: pq.read_table(stream, columns=["image_id"])
@@ -141,14 +139,14 @@ class Parts:
             yield from columns.column("image_id").to_pylist()
 
     def add(self, rows: pa.Table) -> None:
-        """Keep rows; those of the last seconds are in memory only."""
+        """Add rows. They stay in memory until the next part file is due."""
         self.added += len(rows)
         self._waiting.append(rows)
         if time.monotonic() - self._written > PART_S:
             self._write()
 
     def read(self) -> pa.Table:
-        """All rows, ascending by image id."""
+        """Write the pending rows and return all rows, ascending by image id."""
         self._write()
         tables = [read_predictions(storage.join(self.folder, name)) for name in self._names]
         return pa.concat_tables([PREDICTION_SCHEMA.empty_table(), *tables]).sort_by("image_id")
@@ -160,7 +158,7 @@ class Parts:
     def _write(self) -> None:
         if not self._waiting:
             return
-        # A name of its own: a process that works on after its lease was taken must not replace a part.
+        # The random suffix keeps a process that has lost its lease from replacing the parts of the new owner.
         name = f"part-{len(self._names):06d}-{uuid.uuid4().hex[:12]}.parquet"
         with storage.open_output(storage.join(self.folder, name)) as stream:
             pq.write_table(pa.concat_tables(self._waiting), stream, compression="zstd")
@@ -169,22 +167,28 @@ class Parts:
 
 
 def prediction_key(model: ResolvedModel, manifest: Manifest, settings: PredictionSettings) -> str:
-    """Names what is predicted, as hexadecimal digits: other work has another one."""
-    of = json.dumps([model.digest, manifest.digest, asdict(settings)], sort_keys=True)
-    return hashlib.sha256(of.encode()).hexdigest()
+    """Return the hex digest that identifies a prediction by model, data and settings."""
+    identity = json.dumps([model.digest, manifest.digest, asdict(settings)], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()
 
 
-def _key_of(address: str) -> str | None:
-    """The key in a file of predictions; None where there is no such file."""
-    if not storage.exists(address):
+def _key_of(uri: str) -> str | None:
+    """Read the key from a file of predictions; None if the file does not exist."""
+    if not storage.exists(uri):
         return None
-    metadata = storage.read(address, pq.read_schema).metadata or {}
-    found = metadata.get(_KEY.encode())
-    return None if found is None else found.decode()
+    metadata = storage.read(uri, pq.read_schema).metadata or {}
+    key = metadata.get(_KEY.encode())
+    return None if key is None else key.decode()
 
 
 def windows_of(manifest: Manifest, actors: int, done: set[int]) -> list[dict[str, Any]]:
-    """Runs of row groups of one shard, what one task prepares: a few for each actor where there are enough."""
+    """Split a data set into windows: consecutive row groups of one shard, prepared by one task.
+
+    Args:
+        manifest: manifest of the data set.
+        actors: number of actors. Each gets at least four windows if the data set has enough row groups.
+        done: ids of images to skip.
+    """
     size = manifest.row_group_size
     groups = [-(-shard.num_images // size) for shard in manifest.shards]
     length = min(max(sum(groups) // (4 * actors), 1), MAX_WINDOW)
@@ -194,9 +198,9 @@ def windows_of(manifest: Manifest, actors: int, done: set[int]) -> list[dict[str
         if done:
             ids = read_rows(manifest.root, shard.file, None, ["image_id"]).column("image_id").to_pylist()
         for start in range(0, count, length):
-            here = ids[start * size : (start + length) * size]
-            skip = [image_id for image_id in here if image_id in done]
-            if not here or len(skip) < len(here):
+            window_ids = ids[start * size : (start + length) * size]
+            skip = [image_id for image_id in window_ids if image_id in done]
+            if not window_ids or len(skip) < len(window_ids):
                 window = {"file": shard.file, "groups": list(range(start, min(start + length, count)))}
                 windows.append({**window, "skip": skip})
     return windows

@@ -1,4 +1,4 @@
-"""What a model finds in images, as rows of a table: the form in which predictions are kept and scored."""
+"""The table format in which predictions are stored and scored, and the predictor that fills it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ from raydetr.prediction.categories import UNKNOWN, match_categories
 PREDICTION_SCHEMA = pa.schema(
     [
         ("image_id", pa.int64()),
-        ("height", pa.int32()),  # of the decoded image, in pixels; null with an error
+        ("height", pa.int32()),  # of the decoded image, in pixels; null if `error` is set
         ("width", pa.int32()),
-        ("category_id", pa.list_(pa.int64())),  # the data set's own
+        ("category_id", pa.list_(pa.int64())),  # ids of the data set, not the model's labels
         ("score", pa.list_(pa.float32())),  # descending, 0..1
         ("bbox", pa.list_(pa.list_(pa.float32()))),  # x, y, width, height in pixels of the stored image
         (
             "mask",
             pa.list_(pa.binary()),
-        ),  # COCO's compressed run lengths at the image's size; null: not asked for
-        ("panoptic", pa.binary()),  # PNG whose colours encode segment ids as COCO does; null: not asked for
+        ),  # COCO's compressed run lengths at the image's size; null: not requested
+        ("panoptic", pa.binary()),  # PNG whose colors encode segment ids as COCO does; null: not requested
         (
             "segments",
             pa.list_(pa.struct([("id", pa.int64()), ("category_id", pa.int64()), ("score", pa.float32())])),
         ),
-        ("error", pa.string()),  # why the image cannot be decoded, or null; it then has no detections
+        ("error", pa.string()),  # why the image cannot be decoded; such a row has no detections
     ]
 )
 """One row per image of the data set, ascending by id, with the detections of all queries."""
@@ -44,28 +44,28 @@ Masks = Literal["none", "instance", "panoptic"]
 
 @dataclass(frozen=True)
 class PredictionSettings:
-    """What, besides model and image, a prediction depends on."""
+    """Everything that a prediction depends on in addition to the model and the image."""
 
     masks: Masks = "none"
-    """instance: a mask of every detection; panoptic: one map of segments. Both need a model with a mask head."""
+    """instance: one mask per detection; panoptic: one segment map per image. Both need a model with a mask head."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16: bfloat16 but for the heads, with torch on a CPU by autocast."""
+    """bf16: bfloat16 except in the heads; with torch on a CPU through autocast."""
     engine: Literal["torch", "openvino"] = "torch"
-    """What computes the model; see `detr.inference.optimize.optimized`."""
+    """Inference engine; see `detr.inference.optimize.optimized`."""
     segment_threshold: float = 0.5
-    """Least score of a query that becomes a panoptic segment."""
+    """Minimum score of a query that becomes a panoptic segment."""
     orientation: Orientation = "ignore"
-    """apply: images are turned upright by their EXIF orientation. Annotations mostly refer to the stored pixels."""
+    """apply: rotate images upright by their EXIF orientation. Annotations usually refer to the stored pixels."""
 
 
 class Predictor:
-    """A model and the categories of a data set: batches of prepared images in, rows of `PREDICTION_SCHEMA` out.
+    """Predicts batches of prepared images as rows of `PREDICTION_SCHEMA`.
 
     Args:
-        detector: with its mask head, where masks are asked for.
-        categories: of the data set, COCO entries; labels that it does not have are left out. None: there is no data
-            set, category ids are the model's labels, and its configuration says which are stuff.
-        settings: what is predicted.
+        detector: detector to run; it needs a mask head if the settings request masks.
+        categories: COCO categories of the data set; detections of other labels are dropped. None: without a data set,
+            category ids are the model's labels, and its configuration names the stuff classes.
+        settings: what to predict.
 
     Raises:
         DataError: a category has no label of its name.
@@ -88,40 +88,40 @@ class Predictor:
         self._stuff_labels = [label for label, each in enumerate(self.category_ids.tolist()) if each in stuff]
 
     def rows(self, image_ids: Sequence[int], prepared: Sequence[PreparedImage]) -> list[dict[str, Any]]:
-        """The rows of images of one canonical shape.
+        """Predict images of one canonical shape and return one row per image.
 
         Raises:
             DataError: a detection is not finite.
         """
-        # Masks cost the most, and those of less score become no segment.
+        # Masks are the most expensive output, and queries below the threshold never become a segment.
         panoptic = self.settings.masks == "panoptic"
         outputs = self.detector.run(prepared, self.settings.segment_threshold if panoptic else None)
         rows = []
-        for image_id, image, found in zip(
+        for image_id, image, detections in zip(
             image_ids, prepared, self.detector.detections(outputs, prepared), strict=True
         ):
-            if not np.isfinite(found.scores).all() or not np.isfinite(found.boxes_xyxy).all():
+            if not np.isfinite(detections.scores).all() or not np.isfinite(detections.boxes_xyxy).all():
                 raise DataError(f"The model's detections on image {image_id} are not finite numbers.")
-            rows.append(self._row(image_id, image, found))
+            rows.append(self._row(image_id, image, detections))
         if self.settings.masks != "none":
             self._add_masks(rows, outputs, prepared)
         for row in rows:
             del row["queries"]
         return rows
 
-    def _row(self, image_id: int, image: PreparedImage, found: Detections) -> dict[str, Any]:
-        categories = self.category_ids[found.labels]
+    def _row(self, image_id: int, image: PreparedImage, detections: Detections) -> dict[str, Any]:
+        categories = self.category_ids[detections.labels]
         known = categories != UNKNOWN
-        corners = found.boxes_xyxy[known]
+        corners = detections.boxes_xyxy[known]
         height, width = image.original_size
         return {
             "image_id": image_id,
             "height": height,
             "width": width,
             "category_id": categories[known],
-            "score": found.scores[known],
+            "score": detections.scores[known],
             "bbox": list(np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)),
-            "queries": found.queries[known].tolist(),
+            "queries": detections.queries[known].tolist(),
         }
 
     def _add_masks(self, rows: list[dict[str, Any]], outputs: Any, prepared: Sequence[PreparedImage]) -> None:
@@ -129,7 +129,7 @@ class Predictor:
         if self.settings.masks == "instance":
             views = image_views(outputs.pred_masks, sizes, processed, prepared[0].shape)
             for row, view, masks in zip(rows, views, outputs.pred_masks, strict=True):
-                # One after the other: at full size all of them would be gigabytes.
+                # Resize one mask at a time: at full image size, all of them would take gigabytes.
                 rles = [encode_masks(view.resize(masks[query][None]) > 0)[0] for query in row["queries"]]
                 row["mask"] = [rle["counts"].encode() for rle in rles]
             return
@@ -143,16 +143,15 @@ class Predictor:
             integer_maps=True,
             merge_fused=True,
         )
-        for row, found in zip(rows, maps, strict=True):
-            row |= self._segments(found)
+        for row, panoptic in zip(rows, maps, strict=True):
+            row |= self._segments(panoptic)
 
-    def _segments(self, found: Mapping[str, Any]) -> dict[str, Any]:
-        """A panoptic map as PNG, and its segments; those of categories that the data set does not have are void."""
-        ids = np.maximum(
-            found["segmentation"].cpu().numpy().astype(np.int64), VOID
-        )  # -1 where nothing is kept
+    def _segments(self, panoptic: Mapping[str, Any]) -> dict[str, Any]:
+        """Encode a panoptic map as PNG and list its segments; segments of unknown categories become void."""
+        # The map is -1 outside of all segments.
+        ids = np.maximum(panoptic["segmentation"].cpu().numpy().astype(np.int64), VOID)
         segments = []
-        for item in found["segments_info"]:
+        for item in panoptic["segments_info"]:
             category_id = int(self.category_ids[item["label_id"]])
             if category_id == UNKNOWN:
                 ids[ids == item["id"]] = 0
@@ -162,10 +161,10 @@ class Predictor:
 
 
 def error_row(image_id: int, reason: str) -> dict[str, Any]:
-    """The row of an image that cannot be decoded."""
+    """Return the row of an image that cannot be decoded."""
     return {"image_id": image_id, "category_id": [], "score": [], "bbox": [], "error": reason}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Rows as a table of `PREDICTION_SCHEMA`."""
+    """Convert rows to a table of `PREDICTION_SCHEMA`."""
     return pa.Table.from_pylist(list(rows), schema=PREDICTION_SCHEMA)

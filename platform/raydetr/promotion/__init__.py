@@ -1,1 +1,1 @@
-"""From challenger to champion: the gate, and the ledger of alias moves."""
+"""Promotion of a challenger to champion: the gate, and the ledger of alias moves."""

@@ -1,4 +1,4 @@
-"""How long one image takes a model on this machine: two models in turn, so that both meet the same machine."""
+"""Latency of models on this machine, measured alternately so that both models run under the same conditions."""
 
 import itertools
 import time
@@ -13,22 +13,23 @@ from raydetr.data.shards import Manifest, read_records
 from raydetr.errors import DataError
 
 WARM_UP = 2
-"""Images before those that count: first calls choose kernels and allocate."""
+"""Images before the measurement, because the first calls select kernels and allocate memory."""
 
 
 def measure(
     folders: Mapping[str, str], manifest: Manifest, images: int, *, masks: bool = False
 ) -> dict[str, float]:
-    """Milliseconds of one image, from its encoded bytes to detections, alone in its batch.
+    """Measure the latency of one image at a time, from encoded bytes to detections, in milliseconds.
 
     Args:
-        folders: name → model folder. For each image they take turns, and who begins alternates.
-        manifest: of the data; its first images are used, those that cannot be decoded left out.
-        images: how many.
+        folders: name → model folder. Each image goes through all models before the next one, and the order of the
+            models alternates.
+        manifest: manifest of the data set. Its first images are used, without those that cannot be decoded.
+        images: number of images.
         masks: load the models with their mask heads.
 
     Returns:
-        name → 95th percentile.
+        Name → 95th percentile in milliseconds.
 
     Raises:
         DataError: no image can be decoded.
@@ -37,20 +38,20 @@ def measure(
         name: ObjectDetector.from_pretrained(folder, _device(), masks=masks)
         for name, folder in folders.items()
     }
-    taken: dict[str, list[float]] = {name: [] for name in folders}
-    pictures = _decodable(manifest, images, next(iter(detectors.values())))
-    for number, picture in enumerate([*pictures[:1] * WARM_UP, *pictures]):
+    times_ms: dict[str, list[float]] = {name: [] for name in folders}
+    encoded = _decodable(manifest, images, next(iter(detectors.values())))
+    for number, image in enumerate([*encoded[:1] * WARM_UP, *encoded]):
         order = list(detectors.items())
         for name, detector in order if number % 2 else reversed(order):
             start = time.perf_counter()
-            detector.detect([detector.prepare(picture)])  # numpy arrays: a GPU has finished
+            detector.detect([detector.prepare(image)])  # returns numpy arrays, so a GPU has finished
             if number >= WARM_UP:
-                taken[name].append(1000 * (time.perf_counter() - start))
-    return {name: float(np.percentile(times, 95)) for name, times in taken.items()}
+                times_ms[name].append(1000 * (time.perf_counter() - start))
+    return {name: float(np.percentile(times, 95)) for name, times in times_ms.items()}
 
 
-def where(images: int) -> str:
-    """What `measure` measures on, in words."""
+def describe_setup(images: int) -> str:
+    """Describe the images and the device of `measure`."""
     device = torch.cuda.get_device_name() if _device() == "cuda" else f"{torch.get_num_threads()} CPU threads"
     return f"{images} images, {device}"
 
@@ -60,15 +61,15 @@ def _device() -> str:
 
 
 def _decodable(manifest: Manifest, images: int, detector: ObjectDetector) -> list[bytes]:
-    found = []
+    decodable = []
     for record in itertools.islice(read_records(manifest, ["image_id", "image"]), images):
         try:
             detector.prepare(record["image"] or b"")
         except ImageError:
             continue
-        found.append(record["image"])
-    if not found:
+        decodable.append(record["image"])
+    if not decodable:
         raise DataError(
-            f"{manifest.root}: none of the first {images} images can be decoded: no latency is measured."
+            f"{manifest.root}: none of the first {images} images can be decoded, so latency cannot be measured."
         )
-    return found
+    return decodable

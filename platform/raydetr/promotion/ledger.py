@@ -1,17 +1,18 @@
-"""The history of an alias, and why two promotions at once cannot both win.
+"""The ledger: the history of an alias, written with compare-and-set so that concurrent promotions cannot both succeed.
 
-MLflow sets an alias unconditionally: of two that set it, the last wins and the first never knows. But it writes a
-parameter of a run once (the primary key of its table): of two that write different values under one name, exactly one
-succeeds, on SQLite as on a server. So the moves of an alias are numbered parameters of one run, the ledger. A
-promotion reads the ledger first, decides, and then writes the entry after the last one it has read; where that is
-taken, the alias moved meanwhile, and the promotion is refused.
+MLflow sets an alias unconditionally: of two concurrent writers, the last one wins and the first is not notified. But
+MLflow writes a parameter of a run only once, because its name is in the primary key of the table. Of two processes that
+write different values under one name, exactly one succeeds, on SQLite and on a server. So the moves of an alias are
+numbered parameters of one run, the ledger. A promotion reads the ledger, decides, and appends the entry after the last
+one that it has read. If that number is taken, another promotion has moved the alias meanwhile, and this one is refused.
 
-Writing the entry is the deed. Moving the alias, noting it on the versions and ending the decision's run follow from it
-(`settle`): whoever dies in between leaves an entry that is not settled, and the next promotion settles it before
-anything else. So no crash blocks an alias or leaves it where the ledger does not say.
+Appending the entry is the commit point. The remaining steps follow from the entry (`settle`): moving the alias, tagging
+the versions and finishing the decision's run. A process that dies in between leaves an unsettled entry, which the next
+promotion settles first. So a crash neither blocks an alias nor leaves it at a version that contradicts the ledger.
 
-Which run is the ledger must be unique too: it is named by a tag of the experiment `promotion/<model>@<alias>`, written
-with the experiment itself, whose name MLflow gives once. That experiment also has a run for each decision.
+The choice of the ledger's run must be unique too. The run's id is a tag of the experiment `promotion/<model>@<alias>`,
+and MLflow creates an experiment of one name only once, together with its tags. The experiment also has one run per
+decision.
 """
 
 import contextlib
@@ -27,11 +28,11 @@ from raydetr.mlflow_names import require_alias
 from raydetr.registry.tracking import artifact_location, client, registry_errors, start_run
 
 LEDGERS = "promotion"
-"""Experiment of the ledgers."""
+"""Experiment that contains the ledgers."""
 DECISION_TAG = "decision"
-"""Of a decision's run: the JSON that both versions get."""
+"""Tag of a decision's run: the decision as JSON, which is copied to both versions."""
 PROMOTION_TAG = "promotion."
-"""Beginning of the tags of versions: `promotion.<alias>.<number>`, or `….refused.…`."""
+"""Prefix of the tags of versions: `promotion.<alias>.<number>`, or `promotion.<alias>.refused.…`."""
 _LEDGER_TAG = "ledger"
 _SETTLED_TAG = "settled."
 
@@ -41,68 +42,68 @@ class Entry:
     """One move of an alias."""
 
     number: int
-    """From 1 on, without gaps."""
+    """1, 2, … without gaps."""
     kind: Literal["promotion", "undo"]
     previous: int | None
-    """Version that the alias pointed to; None: it did not exist."""
+    """Version that the alias pointed to; None if it did not exist."""
     version: int
-    """Version that it points to since."""
+    """Version that the alias points to after the move."""
     run_id: str
-    """Of the decision; entries of one number differ in it."""
+    """Run of the decision, which distinguishes competing entries of one number."""
     at: str
-    """Time, UTC."""
+    """Time in UTC."""
 
 
 def experiment_name(name: str, alias: str) -> str:
-    """Experiment of the decisions on an alias of a model."""
+    """Return the name of the experiment for the decisions on an alias of a model."""
     return f"{LEDGERS}/{name}@{alias}"
 
 
-def undoable(entries: Sequence[Entry]) -> Entry | None:
-    """The last promotion that no undo has taken back; None where there is none."""
-    standing: list[Entry] = []
+def last_undoable(entries: Sequence[Entry]) -> Entry | None:
+    """Return the last promotion that has not been undone; None if there is none."""
+    effective: list[Entry] = []
     for entry in entries:
         if entry.kind == "promotion":
-            standing.append(entry)
-        elif standing:
-            standing.pop()
-    return standing[-1] if standing else None
+            effective.append(entry)
+        elif effective:
+            effective.pop()
+    return effective[-1] if effective else None
 
 
 class Ledger:
     """The ledger of one alias."""
 
     def __init__(self, uri: str, name: str, alias: str) -> None:
-        """Find it, or begin it.
+        """Find the ledger, or create it.
 
         Raises:
-            ConfigError: no alias can have this name.
-            RegistryError: MLflow refuses, or the ledger's run was deleted.
+            ConfigError: the alias is not valid in MLflow.
+            RegistryError: MLflow returns an error, or the ledger's run was deleted.
         """
         require_alias(alias, "--alias")
         self.uri, self.name, self.alias = uri, name, alias
         self.client = client(uri)
         self.experiment = experiment_name(name, alias)
         with registry_errors(uri):
-            self.run_id = self._find() or self._begin()
+            self.run_id = self._find() or self._create()
 
     def entries(self) -> list[Entry]:
-        """All moves, the first one first."""
+        """Read all moves of the alias, ascending by number."""
         with registry_errors(self.uri):
             params = self.client.get_run(self.run_id).data.params
         return [Entry(number=int(key), **json.loads(params[key])) for key in sorted(params, key=int)]
 
     def position(self) -> int | None:
-        """The version behind the alias now, None where it does not exist."""
+        """Return the version that the alias points to now; None if the alias does not exist."""
         with registry_errors(self.uri):
             version = self.client.get_registered_model(self.name).aliases.get(self.alias)
         return None if version is None else int(version)
 
     def claim(self, entry: Entry) -> bool:
-        """Write an entry; False where its number is taken by another one.
+        """Append an entry; return False if another entry already has its number.
 
         Raises:
-            RegistryError: MLflow does not answer, so that nobody knows; the same command finds out.
+            RegistryError: MLflow does not respond, so the outcome is unknown. Rerun the command to find out.
         """
         from mlflow.exceptions import MlflowException
 
@@ -114,12 +115,12 @@ class Ledger:
             nonlocal refusal
             try:
                 self.client.log_param(self.run_id, f"{number:04d}", json.dumps(content))
-            except MlflowException as error:  # taken, or the answer was lost
+            except MlflowException as error:  # the number is taken, or the response was lost
                 refusal = error
             return refusal is None
 
         def read() -> Entry:
-            written = {known.number: known for known in self.entries()}
+            written = {each.number: each for each in self.entries()}
             if number not in written:
                 raise RegistryError(
                     f"MLflow at {self.uri}: {self.name}@{self.alias}: entry {number} of the ledger (run {self.run_id}) "
@@ -130,9 +131,12 @@ class Ledger:
         return wins(write, read, entry)
 
     def settle(self) -> list[Entry]:
-        """Make the alias and the versions' tags what the last entry says and end its decision's run, unless that was
-        done; all entries."""
-        written = None
+        """Complete the last entry, if that is not done yet, and return all entries.
+
+        This moves the alias, tags both versions and finishes the decision's run. Each step is idempotent, so any
+        process may repeat them.
+        """
+        settled = None
         while True:
             entries = self.entries()
             if not entries:
@@ -141,44 +145,47 @@ class Ledger:
             mark = f"{_SETTLED_TAG}{last.number:04d}"
             with registry_errors(self.uri):
                 ledger = self.client.get_run(self.run_id)
-                if mark in ledger.data.tags and written in (None, last.number):
+                if mark in ledger.data.tags and settled in (None, last.number):
                     return entries
                 with _unless_deleted():
                     self.client.set_registered_model_alias(self.name, self.alias, str(last.version))
                 decision = self.client.get_run(last.run_id)
-                noted = decision.data.tags.get(DECISION_TAG, "{}")
-                self.note(f"{last.number:04d}", noted, last.previous, last.version)
+                content = decision.data.tags.get(DECISION_TAG, "{}")
+                self.note(f"{last.number:04d}", content, last.previous, last.version)
                 if decision.info.lifecycle_stage == "active":
                     self.client.set_terminated(last.run_id)
                 self.client.set_tag(self.run_id, mark, "yes")
-            # Once more: had this process slept before it set the alias, it overwrote that of a later entry.
-            written = last.number
+            # Check again: if this process was suspended before it set the alias, another one may have settled a later
+            # entry meanwhile, whose alias was then overwritten here. Setting it again repairs that.
+            settled = last.number
 
     def note(self, key: str, decision: str, *versions: int | None) -> None:
-        """Keep a decision as a tag of versions; those that were deleted meanwhile are passed over."""
+        """Store a decision as a tag of the versions; skip versions that were deleted meanwhile."""
         for version in {each for each in versions if each is not None}:
             with _unless_deleted():
                 self.client.set_model_version_tag(
                     self.name, str(version), f"{PROMOTION_TAG}{self.alias}.{key}", decision
                 )
 
-    def begin_decision(self, title: str, tags: Mapping[str, str]) -> str:
-        """A run for a decision; its id."""
+    def start_decision(self, title: str, tags: Mapping[str, str]) -> str:
+        """Start the run of a decision and return its id."""
         return start_run(self.uri, self.experiment, title, {}, tags)
 
     def _find(self) -> str | None:
-        found = self.client.get_experiment_by_name(self.experiment)
-        if found is None:
+        """Return the id of the ledger's run; None if the ledger does not exist yet."""
+        experiment = self.client.get_experiment_by_name(self.experiment)
+        if experiment is None:
             return None
-        run_id = found.tags.get(_LEDGER_TAG)
+        run_id = experiment.tags.get(_LEDGER_TAG)
         if run_id is None or self.client.get_run(run_id).info.lifecycle_stage != "active":
             raise RegistryError(
-                f"MLflow at {self.uri}: the experiment {self.experiment!r} has lost its ledger (run {run_id}): restore "
-                "that run, or rename the experiment to begin a new history."
+                f"MLflow at {self.uri}: the ledger of the experiment {self.experiment!r} was deleted (run {run_id}): "
+                "restore that run, or rename the experiment to start a new history."
             )
         return str(run_id)
 
-    def _begin(self) -> str:
+    def _create(self) -> str:
+        """Create the ledger's run and its experiment; if another process created them first, return its run."""
         from mlflow.exceptions import MlflowException
 
         title = f"ledger of {self.name}@{self.alias}"
@@ -191,16 +198,16 @@ class Ledger:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = self._find()
-            if found != run_id:  # another process was first
+            existing = self._find()
+            if existing != run_id:  # another process was first
                 self.client.delete_run(run_id)
-            return str(found)
+            return str(existing)
         return run_id
 
 
 @contextlib.contextmanager
 def _unless_deleted() -> Iterator[None]:
-    """Pass over a version that is no longer there."""
+    """Ignore the error that a version no longer exists."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -210,13 +217,17 @@ def _unless_deleted() -> Iterator[None]:
             raise
 
 
-def now() -> str:
-    """The time as entries have it: UTC, to the second."""
+def utc_now() -> str:
+    """Return the current UTC time in the format of entries, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def text(decision: Mapping[str, Any]) -> str:
-    """A decision as the value of a tag; what is too long for MLflow's 5000 characters loses its passed rules."""
+def to_tag(decision: Mapping[str, Any]) -> str:
+    """Convert a decision to JSON that fits in a tag of 5000 characters.
+
+    A decision that is too long loses its passed rules; if it is still too long, it loses all rules and the end of its
+    reason.
+    """
     full = json.dumps(decision)
     if len(full) > 5000:
         full = json.dumps({**decision, "rules": [r for r in decision["rules"] if not r["passed"]]})

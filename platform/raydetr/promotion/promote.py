@@ -1,8 +1,8 @@
-"""One promotion from addresses to a moved alias, or a refusal; what pipelines/promote.py runs.
+"""The promotion job of pipelines/promote.py: from model URIs to a moved alias or a refusal.
 
-The papers are looked at first (`registry.gate`), then the two versions' stored predictions are compared, then speed is
-measured where a limit is given. The decision is an MLflow run with the comparison page, and a tag of both versions;
-then the alias moves (`registry.promote`, `registry.ledger`).
+It checks the prerequisites (`gate`), compares the stored predictions of the two versions (`compare`), and measures
+latency if a limit is given (`latency`). The decision is recorded as an MLflow run with the comparison page and as a tag
+of both versions (`records`). Then the alias moves (`ledger`).
 """
 
 import os
@@ -18,13 +18,13 @@ from raydetr.config import PromoteConfig
 from raydetr.data.shards import Manifest
 from raydetr.data.stream.mask_targets import MaskKind
 from raydetr.errors import DataError, RegistryError, StorageError
-from raydetr.evaluation.ground_truth import read_truth
+from raydetr.evaluation.ground_truth import read_ground_truth
 from raydetr.prediction.predict import read_predictions
 from raydetr.promotion import gate, latency
 from raydetr.promotion.compare import compare
 from raydetr.promotion.gate import Candidate, Decision, Rule
-from raydetr.promotion.ledger import Entry, Ledger, now
-from raydetr.promotion.records import Promotion, keep_refusal, move, open_decision, read_candidate, undo
+from raydetr.promotion.ledger import Entry, Ledger, utc_now
+from raydetr.promotion.records import Promotion, move, open_decision, read_candidate, record_refusal, undo
 from raydetr.registry.models import files_digest, resolve
 from raydetr.registry.tracking import client, end_run, registry_errors, resolve_uri
 from raydetr.reports.page_comparison import write_comparison
@@ -33,25 +33,26 @@ PAGE = "comparison.html"
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """A decision and what it rests on."""
+class GateResult:
+    """A decision of the gate and what it is based on."""
 
     decision: Decision
     digest: str = ""
-    """Of the data that judged."""
+    """Digest of the evaluation data."""
     comparison: Mapping[str, Any] | None = None
     manifest: Manifest | None = None
 
 
 def promote(config: PromoteConfig) -> dict[str, Any]:
-    """Let the gate decide, keep the decision, and move the alias if it is let through; or undo.
+    """Run the gate, record its decision, and move the alias if all rules pass; or undo the last promotion.
 
     Returns:
-        summary: model, alias, from_version, version, promoted, moved, reason, data_digest, rules, figures, page, run_id.
+        Summary: model, alias, from_version, version, promoted, moved, reason, data_digest, page, run_id, rules,
+        figures, evaluations.
 
     Raises:
-        ConfigError: a flag does not fit what is on file.
-        RegistryError: unknown model, version or alias, nothing to undo.
+        ConfigError: a flag contradicts the stored evaluations.
+        RegistryError: the model, version or alias does not exist, or there is nothing to undo.
     """
     uri = resolve_uri(config.tracking_uri)
     challenger = read_candidate(uri, config.model)
@@ -64,73 +65,75 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
     previous = None if champion is None else champion.version
     done = Promotion(challenger.name, config.alias, previous, challenger.version, challenger.evaluations)
     if previous == challenger.version:
-        return _summary(config, done, Decision(True, (), f"{challenger.label} is the {config.alias} already"))
+        return _summary(config, done, Decision(True, (), f"{challenger.label} is already the {config.alias}"))
     with tempfile.TemporaryDirectory() as folder:
-        judged = evaluate_promotion(config, uri, challenger, champion)
-        decision = judged.decision
-        has_page = _write_page(folder, config, judged, challenger, champion)
+        result = evaluate_promotion(config, uri, challenger, champion)
+        decision = result.decision
+        has_page = _write_page(folder, config, result, challenger, champion)
         if ledger is not None:
             pages = folder if has_page else ""
-            run_id = open_decision(ledger, decision, previous, challenger.version, judged.digest, pages)
+            run_id = open_decision(ledger, decision, previous, challenger.version, result.digest, pages)
             if decision.promoted:
-                entry = Entry(number, "promotion", previous, challenger.version, run_id, now())
+                entry = Entry(number, "promotion", previous, challenger.version, run_id, utc_now())
                 if not move(ledger, entry, previous):
-                    judged = _overtaken(config, ledger, judged, previous)
-                    decision = judged.decision
-                    _write_page(folder, config, judged, challenger, champion)
+                    result = _refuse_overtaken(config, ledger, result, previous)
+                    decision = result.decision
+                    _write_page(folder, config, result, challenger, champion)
                     open_decision(
-                        ledger, decision, previous, challenger.version, judged.digest, pages, run_id
+                        ledger, decision, previous, challenger.version, result.digest, pages, run_id
                     )
             if not decision.promoted:
-                keep_refusal(ledger, run_id, previous, challenger.version, judged.digest)
+                record_refusal(ledger, run_id, previous, challenger.version, result.digest)
                 end_run(uri, run_id)
             done = replace(done, number=number if decision.promoted else 0, run_id=run_id)
         if config.report and has_page:
             storage.write_bytes(storage.absolute(config.report), Path(folder, PAGE).read_bytes())
-    return _summary(config, done, decision, judged, has_page)
+    return _summary(config, done, decision, result, has_page)
 
 
 def evaluate_promotion(
     config: PromoteConfig, uri: str, challenger: Candidate, champion: Candidate | None
-) -> Judgement:
-    """Ask every rule; the comparison only where the papers are in order.
+) -> GateResult:
+    """Check all rules of the gate. The versions are compared only if all prerequisites pass.
 
     Args:
         config: the flags.
-        uri: MLflow address, for the models' files where latency is measured.
-        challenger: to be promoted.
-        champion: behind the alias; None where nothing is.
+        uri: MLflow URI, from which the models' files are read.
+        challenger: version to promote.
+        champion: version that the alias points to; None if the alias does not exist.
     """
     replaced = []
     if config.replace_champion and champion is not None:
-        replaced = [gate.check_replacement(challenger, champion, _asked(config.data))]
+        replaced = [gate.check_replacement(challenger, champion, _requested_digest(config.data))]
         champion = None
-    both = [challenger] if champion is None else [champion, challenger]
-    digest = gate.choose_judge(challenger, champion, _asked(config.data))
-    records = [each.evaluations[digest] for each in both if digest in each.evaluations]
+    versions = [challenger] if champion is None else [champion, challenger]
+    digest = gate.choose_evaluation_data(challenger, champion, _requested_digest(config.data))
+    records = [each.evaluations[digest] for each in versions if digest in each.evaluations]
     rules = replaced + gate.check_prerequisites(
-        config, challenger, champion, digest, _missing_reports(both, digest)
+        config, challenger, champion, digest, _missing_reports(versions, digest)
     )
     if all(rule.passed for rule in rules):
-        rules.append(gate.check_files(both, {each.version: _files_digest(uri, each) for each in both}))
+        rules.append(
+            gate.check_files(versions, {each.version: _files_digest(uri, each) for each in versions})
+        )
     if not all(rule.passed for rule in rules):
-        return Judgement(gate.decide(rules, "", config.reason), digest)
+        return GateResult(gate.decide(rules, "", config.reason), digest)
     manifest = None
     if champion is not None or config.max_latency_ms:
         manifest, rule = _load(records)
         rules.append(rule)
     if not all(rule.passed for rule in rules):
-        return Judgement(gate.decide(rules, "", config.reason), digest)
+        return GateResult(gate.decide(rules, "", config.reason), digest)
     comparison, success = None, replaced[0].found + " is replaced" if replaced else gate.NO_CHAMPION
     if champion is not None and manifest is not None:
         old, new = (read_predictions(record["predictions"]) for record in records)
-        comparison = compare(read_truth(manifest, _kind(records[-1])), old, new)
-        rules.append(gate.check_figures(config, comparison, records[0], records[-1]))
+        comparison = compare(read_ground_truth(manifest, _kind(records[-1])), old, new)
+        rules.append(gate.check_metrics(config, comparison, records[0], records[-1]))
         rules += gate.compare_rules(config, comparison)
         success = gate.describe(config, comparison)
     if config.max_latency_ms and manifest is not None:
-        rules.append(_latency(config, uri, manifest, challenger, champion))
-    return Judgement(gate.decide(rules, success, config.reason), digest, comparison, manifest)
+        rules.append(_check_latency(config, uri, manifest, challenger, champion))
+    return GateResult(gate.decide(rules, success, config.reason), digest, comparison, manifest)
 
 
 def _champion(uri: str, name: str, alias: str) -> Candidate | None:
@@ -143,19 +146,19 @@ def _files_digest(uri: str, version: Candidate) -> str:
     try:
         return files_digest(uri, version.name, version.version)
     except RegistryError as error:
-        return f"no files that can be read ({error})"
+        return f"no readable files ({error})"
 
 
-def _asked(data: str) -> str:
-    """The digest, or its beginning, that `--data` means."""
+def _requested_digest(data: str) -> str:
+    """Return the digest, or digest prefix, that `--data` specifies."""
     if not data or re.fullmatch("[0-9a-f]{8,64}", data):
         return data
     return Manifest.load(data).digest
 
 
-def _missing_reports(both: list[Candidate], digest: str) -> dict[int, str]:
+def _missing_reports(versions: list[Candidate], digest: str) -> dict[int, str]:
     missing = {}
-    for each in both:
+    for each in versions:
         report = str(each.evaluations.get(digest, {}).get("report") or "")
         if not report or not storage.exists(report):
             missing[each.version] = report
@@ -163,60 +166,64 @@ def _missing_reports(both: list[Candidate], digest: str) -> dict[int, str]:
 
 
 def _load(records: list[Mapping[str, Any]]) -> tuple[Manifest | None, Rule]:
-    """The data of the newest record, and the rule that they are still what was scored."""
-    address, recorded = records[-1]["data"]["address"], [record["data"]["digest"] for record in records]
+    """Load the evaluation data of the challenger's record, and check that it is unchanged since it was scored."""
+    uri, recorded = records[-1]["data"]["address"], [record["data"]["digest"] for record in records]
     try:
-        manifest = Manifest.load(address)
+        manifest = Manifest.load(uri)
     except (DataError, StorageError) as error:
-        return None, gate.check_data(recorded, str(error), address)
-    return manifest, gate.check_data(recorded, manifest.digest, address)
+        return None, gate.check_data(recorded, str(error), uri)
+    return manifest, gate.check_data(recorded, manifest.digest, uri)
 
 
 def _kind(record: Mapping[str, Any]) -> MaskKind:
-    """Of the truth that an evaluation was scored with."""
+    """Return the kind of ground truth that an evaluation was scored with."""
     task = record["settings"].get("task", "detection")
     return "none" if task == "detection" else task
 
 
-def _latency(
+def _check_latency(
     config: PromoteConfig, uri: str, manifest: Manifest, challenger: Candidate, champion: Candidate | None
 ) -> Rule:
-    who = {"challenger": challenger} | ({} if champion is None else {"champion": champion})
-    folders = {key: resolve(f"models:/{each.name}/{each.version}", uri).folder for key, each in who.items()}
-    masks = config.metric.startswith(("mask_", "PQ"))  # then the head is what is judged
+    versions = {"challenger": challenger} | ({} if champion is None else {"champion": champion})
+    folders = {
+        key: resolve(f"models:/{each.name}/{each.version}", uri).folder for key, each in versions.items()
+    }
+    masks = config.metric.startswith(("mask_", "PQ"))  # measure with the mask head that the metric evaluates
     measured = latency.measure(folders, manifest, config.latency_images, masks=masks)
-    return gate.check_latency(config, measured, latency.where(config.latency_images))
+    return gate.check_latency(config, measured, latency.describe_setup(config.latency_images))
 
 
-def _overtaken(config: PromoteConfig, ledger: Ledger, judged: Judgement, previous: int | None) -> Judgement:
-    """The decision once the alias turns out to have moved."""
+def _refuse_overtaken(
+    config: PromoteConfig, ledger: Ledger, result: GateResult, previous: int | None
+) -> GateResult:
+    """Turn a positive decision into a refusal because a concurrent promotion has moved the alias."""
     position, entries = ledger.position(), ledger.settle()
     version = "none" if position is None else f"version {position}"
     found = f"{version} since {entries[-1].at}" if entries else version
     rule = gate.check_unmoved(config.alias, previous, found)
-    return replace(judged, decision=gate.decide([*judged.decision.rules, rule], "", config.reason))
+    return replace(result, decision=gate.decide([*result.decision.rules, rule], "", config.reason))
 
 
 def _write_page(
     folder: str,
     config: PromoteConfig,
-    judged: Judgement,
+    result: GateResult,
     challenger: Candidate,
     champion: Candidate | None,
 ) -> bool:
-    """The comparison as a page in a folder, where there was one; whether there was."""
-    if judged.comparison is None or judged.manifest is None or champion is None:
+    """Write the comparison page to a folder; return False if there was no comparison."""
+    if result.comparison is None or result.manifest is None or champion is None:
         return False
-    old, new = champion.evaluations[judged.digest], challenger.evaluations[judged.digest]
+    old, new = champion.evaluations[result.digest], challenger.evaluations[result.digest]
     write_comparison(
         os.path.join(folder, PAGE),
         old,
         new,
-        judged.comparison,
-        judged.manifest,
+        result.comparison,
+        result.manifest,
         read_predictions(old["predictions"]),
         read_predictions(new["predictions"]),
-        judged.decision.to_dict(),
+        result.decision.to_dict(),
         config.metric,
     )
     return True
@@ -226,7 +233,7 @@ def _summary(
     config: PromoteConfig,
     done: Promotion,
     decision: Decision,
-    judged: Judgement | None = None,
+    result: GateResult | None = None,
     has_page: bool = False,
 ) -> dict[str, Any]:
     return {
@@ -237,7 +244,7 @@ def _summary(
         "promoted": decision.promoted,
         "moved": bool(done.number),
         "reason": decision.reason,
-        "data_digest": judged.digest if judged else "",
+        "data_digest": result.digest if result else "",
         "page": f"runs:/{done.run_id}/{PAGE}"
         if has_page and done.run_id
         else config.report
@@ -245,6 +252,6 @@ def _summary(
         else "",
         "run_id": done.run_id,
         "rules": decision.to_dict()["rules"],
-        "figures": dict(judged.comparison["figures"]) if judged and judged.comparison else {},
+        "figures": dict(result.comparison["figures"]) if result and result.comparison else {},
         "evaluations": {digest: record["figures"] for digest, record in done.evaluations.items()},
     }

@@ -1,1 +1,1 @@
-"""MLflow: runs with their history (`tracking`), model versions (`models`), aliases (`promote`)."""
+"""MLflow: runs and metrics (`tracking`), model versions (`models`), evaluations of versions (`evaluations`)."""

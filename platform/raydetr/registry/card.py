@@ -1,4 +1,4 @@
-"""The model card that travels with every registered version."""
+"""The model card of a registered version."""
 
 import json
 import os
@@ -17,23 +17,24 @@ DETR object detector ({backbone}, {queries} queries), trained with raydetr.
 
 - classes: {classes}
 - training data (digest of the shards): {trained_on}
-- data that chose the checkpoint or the end of training: {chosen_on}
+- validation data that selected the checkpoint or stopped training (digest of the shards): {chosen_on}
 - training run: {run_id} ({run_name})
 - code revision: {revision}
 {tags}
-## Figures
+## Metrics
 
-{figures}
+{metrics}
 
-Evaluations come later than this card: they are tags of the registered version (`evaluation.<data digest>`), their
-reports lie in its directory (`reports/`), and each decision to promote it or not is a tag as well (`promotion.…`).
+Evaluations are not part of this card, which is written before them. They are stored as tags of the registered version
+(`evaluation.<data digest>`), with reports in its directory (`reports/`). Each promotion decision is also a tag
+(`promotion.…`).
 
 ## Intended use and limits
 
-Detecting objects of the classes above in images like those it was trained on. It has been tested on nothing else: on
-other cameras, places or subjects its figures do not hold before it is evaluated there. Scores are not probabilities;
-choose a threshold by the report of an evaluation. It knows nothing of classes that it was not trained on, and is not
-meant to identify persons or to decide alone where a mistake can harm someone.
+The model detects objects of the classes above in images similar to its training data. It has not been tested on other
+data: evaluate it before using it with other cameras, places or subjects. Scores are not probabilities; choose a
+threshold from an evaluation report. The model cannot detect classes that it was not trained on. It is not meant to
+identify persons, or to make decisions without human review where a mistake can harm someone.
 
 ## How to load
 
@@ -51,22 +52,22 @@ def model_card(
     name: str,
     run: Any,
     tags: Mapping[str, str],
-    figures: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> str:
-    """Markdown for the README.md of a version.
+    """Write the model card of a version, the Markdown of its README.md.
 
     Args:
-        folder: the model's folder, for its config.json.
+        folder: model folder with config.json.
         name: registered name.
-        run: MLflow's entity of the run that trained it.
-        tags: of the version, listed one a line.
-        figures: what is known of it, e.g. losses and `val_AP`; a table.
+        run: MLflow entity of the training run.
+        tags: tags of the version, listed one per line.
+        metrics: metrics of the training, such as losses and `val_AP`, shown as a table.
     """
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as stream:
         config = json.load(stream)
     labels = config.get("id2label") or {}
     masks = "DetrForSegmentation" in (config.get("architectures") or ())
-    rows = "".join(f"| {key} | {value:.6g} |\n" for key, value in (figures or {}).items())
+    rows = "".join(f"| {key} | {value:.6g} |\n" for key, value in (metrics or {}).items())
     return _TEXT.format(
         name=name,
         backbone=config.get("backbone") or "backbone in config.json",
@@ -82,14 +83,16 @@ def model_card(
             for key, value in sorted(tags.items())
             if key not in (TRAINED_ON_TAG, CHOSEN_ON_TAG)
         ),
-        figures=f"| of training | |\n|---|---|\n{rows}" if rows else "None were known when this was written.",
+        metrics=f"| training | |\n|---|---|\n{rows}"
+        if rows
+        else "No metrics were available at registration.",
         kind="DetrForSegmentation" if masks else "DetrForObjectDetection",
-        also="  # or from transformers" if _is_of_transformers(config) else "",
+        also="  # or from transformers" if _loads_in_transformers(config) else "",
     )
 
 
-def _is_of_transformers(config: Mapping[str, Any]) -> bool:
-    """Whether transformers predicts the same from this folder: see "Loading" in docs/detr.md."""
+def _loads_in_transformers(config: Mapping[str, Any]) -> bool:
+    """Return whether transformers gives the same predictions for this folder; see "Loading" in docs/detr.md."""
     if config.get("multi_scale"):
         return False
     backbone = str((config.get("backbone_config") or {}).get("backbone") or "resnet")

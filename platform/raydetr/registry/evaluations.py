@@ -1,8 +1,8 @@
 """Evaluations of model versions, stored as tags.
 
-A version with an evaluation carries the tag `evaluation.<data digest>`, whose value is the JSON of its record:
-`{"figures": {...}, "settings": {...}, "images": n, "run_id": "..."}`. Its report is stored in the version's directory
-as `reports/<first 12 digits>.html`, and the tag `report.<first 12 digits>` is its address.
+An evaluation of a version is its tag `evaluation.<data digest>`, whose value is a record as JSON:
+`{"figures": {...}, "settings": {...}, "images": n, "run_id": "..."}`. The tag `report.<first 12 digits>` is the URI of
+the report, and a copy of the report is stored in the version's directory as `reports/<first 12 digits>.html`.
 """
 
 import json
@@ -19,47 +19,47 @@ from raydetr.registry.tracking import client, registry_errors
 EVALUATION_TAG = "evaluation."
 REPORT_TAG = "report."
 REPORTS = "reports"
-"""Folder of a version's directory."""
+"""Folder for reports in a version's directory."""
 TAG_LENGTH = 5000
-"""Longest value of a tag of a version in MLflow's database."""
+"""Maximum length of the value of a version's tag in MLflow's database."""
 
 
 def put_evaluation(model: ResolvedModel, data_digest: str, record: Mapping[str, Any]) -> None:
-    """Put an evaluation of a registered version on file, with its report.
+    """Store an evaluation of a registered version, and a copy of its report, in MLflow.
 
     Args:
-        model: of a registered version.
-        data_digest: digest of the manifest that was scored.
-        record: JSON-able; one on file for this digest is replaced.
+        model: a registered version.
+        data_digest: digest of the manifest of the evaluation data.
+        record: JSON-compatible record. It replaces an existing record for this digest.
 
     Raises:
-        RegistryError: the record is too long for MLflow, or MLflow refuses.
+        RegistryError: the record is too long for a tag, or MLflow returns an error.
     """
     value = _as_tag(record)
     if len(value) > TAG_LENGTH:
         sizes = {key: len(json.dumps(part)) for key, part in record.items()}
         longest = max(sizes, key=lambda key: sizes[key])
         raise RegistryError(
-            f"The evaluation of {model.address} on {data_digest[:12]} has {len(value)} characters as JSON, and MLflow "
-            f"keeps {TAG_LENGTH} in a tag: shorten {longest!r}, which has {sizes[longest]}."
+            f"The evaluation of {model.address} on {data_digest[:12]} has {len(value)} characters as JSON, but MLflow "
+            f"limits a tag to {TAG_LENGTH} characters: shorten {longest!r}, which has {sizes[longest]}."
         )
     mlflow_client = client(model.uri)
     tags = {EVALUATION_TAG + data_digest: value}
     with registry_errors(model.uri):
         if report := record.get("report"):
-            _keep_report(model, data_digest, str(report))
+            _store_report(model, data_digest, str(report))
             tags[f"{REPORT_TAG}{data_digest[:12]}"] = str(report)
-        for key, content in reversed(tags.items()):  # the evaluation last: where it is, the report is
+        for key, content in reversed(tags.items()):  # the evaluation last, so that it implies the report
             mlflow_client.set_model_version_tag(str(model.name), str(model.version), key, content)
 
 
-def evaluation_room(record: Mapping[str, Any]) -> int:
-    """Characters that an evaluation leaves of a tag's length; negative: it does not fit."""
+def remaining_tag_length(record: Mapping[str, Any]) -> int:
+    """Return the number of characters that a record leaves unused in a tag; negative if it does not fit."""
     return TAG_LENGTH - len(_as_tag(record))
 
 
 def evaluations(model: ResolvedModel) -> dict[str, dict[str, Any]]:
-    """Evaluations on file of a registered version, data digest → record; none for a folder."""
+    """Read the evaluations of a registered version: data digest → record. A model folder has none."""
     if model.version is None:
         return {}
     mlflow_client = client(model.uri)
@@ -69,7 +69,7 @@ def evaluations(model: ResolvedModel) -> dict[str, dict[str, Any]]:
 
 
 def evaluations_of(tags: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Evaluations in the tags of a version, data digest → record."""
+    """Parse the evaluations in the tags of a version: data digest → record."""
     return {
         key.removeprefix(EVALUATION_TAG): json.loads(value)
         for key, value in tags.items()
@@ -78,19 +78,19 @@ def evaluations_of(tags: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def _as_tag(record: Mapping[str, Any]) -> str:
-    """A record as JSON, with as many of its undecodable images as fit: the predictions have them all."""
-    named = dict(record.get("undecodable") or {})
-    while len(value := json.dumps({**record, "undecodable": named}, sort_keys=True)) > TAG_LENGTH and named:
-        named.popitem()
+    """Convert a record to JSON with as many of its undecodable images as fit. The predictions list all of them."""
+    listed = dict(record.get("undecodable") or {})
+    while len(value := json.dumps({**record, "undecodable": listed}, sort_keys=True)) > TAG_LENGTH and listed:
+        listed.popitem()
     return value if "undecodable" in record else json.dumps(record, sort_keys=True)
 
 
-def _keep_report(model: ResolvedModel, data_digest: str, report: str) -> None:
-    """A copy in the version's directory, which outlives the output folder of the evaluation."""
+def _store_report(model: ResolvedModel, data_digest: str, report: str) -> None:
+    """Copy a report to the version's directory, which outlives the output folder of the evaluation."""
     try:
         page = storage.read_bytes(report)
     except StorageError:
-        return  # the gate says so when it matters
+        return  # a promotion fails with a message about the missing report
     mlflow_client = client(model.uri)
     model_id = mlflow_client.get_model_version(str(model.name), str(model.version)).tags.get(MODEL_ID_TAG)
     if model_id is None:

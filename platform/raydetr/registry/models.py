@@ -1,8 +1,8 @@
-"""Model versions in MLflow's registry, and addresses of models resolved to folders.
+"""Model versions in MLflow's registry, and the resolution of model URIs to local folders.
 
-A version is a directory: `artifacts/model/` with model.safetensors, config.json, preprocessor_config.json and
-the model card README.md (the same folder loads with `DetrForObjectDetection.from_pretrained` and in
-transformers), beside it what MLflow needs to load the version as pyfunc from code. No pickle anywhere.
+A version is a directory. Its `artifacts/model/` contains model.safetensors, config.json, preprocessor_config.json and
+the model card README.md; `DetrForObjectDetection.from_pretrained` and transformers load this folder. The rest is what
+MLflow needs to load the version as a pyfunc model from code. A version contains no pickle.
 """
 
 import hashlib
@@ -38,21 +38,23 @@ MODEL_NAME = "raydetr"
 CHALLENGER = "challenger"
 DIGEST_TAG = "model.digest"
 MODEL_ID_TAG = "model.id"
-"""Of MLflow's entity whose artifacts are the version's directory; its database does not keep it with the version."""
+"""Id of the MLflow logged model whose artifacts are the version's directory; MLflow's database does not keep it with
+the version."""
 _REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "scipy", "timm", "torch", "torchvision")
-_ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
+_MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model address, pinned: what it means cannot change while a job runs."""
+    """A model URI pinned to one version, so that a moving alias does not affect a running job."""
 
     address: str
-    """`models:/NAME/VERSION`, also where an alias was given, an absolute folder, or the address on storage or hub."""
+    """Model URI: `models:/NAME/VERSION` (an alias is resolved to its version), an absolute folder, or a storage or Hub
+    URI."""
     uri: str
-    """MLflow address; empty for a folder."""
+    """MLflow URI; empty for a folder."""
     folder: str
-    """Local folder of the model files on the machine that resolved it."""
+    """Local folder of the model files on the machine that resolved the URI."""
     name: str | None
     """Registered name; None for a folder."""
     version: int | None
@@ -62,7 +64,7 @@ class ResolvedModel:
 
     @property
     def label(self) -> str:
-        """Short name that fits in a file name, e.g. `raydetr-3`, or `last-1a2b3c4d` for a folder."""
+        """Short name for use in file names, e.g. `raydetr-3`, or `last-1a2b3c4d` for a folder."""
         if self.version is not None:
             return f"{self.name}-{self.version}"
         return f"{os.path.basename(self.folder)}-{self.digest[:8]}"
@@ -77,26 +79,27 @@ def register(
     tags: Mapping[str, str] | None = None,
     figures: Mapping[str, float] | None = None,
 ) -> int:
-    """Make a model folder the next version of a registered model and point an alias at it.
+    """Register a model folder as the next version of a registered model and point an alias at it.
 
-    What this run has registered of these files is not registered again: whoever was ended here comes back.
+    The call is idempotent: if this run has already registered the same files, it returns that version. So a driver that
+    was stopped during registration can be rerun.
 
     Args:
-        uri: MLflow address from `tracking.resolve_uri`.
-        run_id: the run that trained the model; it links to the version.
-        folder: model.safetensors, config.json, preprocessor_config.json; a README.md in it is kept as model
-            card, else one is written.
-        name: registered model, made where it does not exist.
-        alias: moved to the new version.
-        tags: of the version, e.g. the data digest.
-        figures: what training found, for the model card.
+        uri: MLflow URI from `tracking.resolve_uri`.
+        run_id: the training run, which is linked to the version.
+        folder: folder with model.safetensors, config.json and preprocessor_config.json. A README.md in it is used as
+            the model card; otherwise one is generated.
+        name: registered model, created if it does not exist.
+        alias: alias to move to the new version.
+        tags: tags of the version, e.g. the data digest.
+        figures: metrics of the training, for the model card.
 
     Returns:
-        the version.
+        The version.
 
     Raises:
-        ConfigError: no registered model can have this name.
-        RegistryError: a file is missing, or MLflow refuses.
+        ConfigError: the name or alias is not valid in MLflow.
+        RegistryError: a file is missing, or MLflow returns an error.
     """
     require_model_name(name, "--name")
     require_alias(alias, "--alias")
@@ -135,27 +138,28 @@ def register(
 
 
 def advance_alias(mlflow_client: "MlflowClient", name: str, alias: str, version: int) -> None:
-    """Point an alias at a version, unless it is at a later one already."""
-    there = mlflow_client.get_registered_model(name).aliases.get(alias, 0)
-    if int(there) < version:
+    """Point an alias at a version, unless it already points to a later one."""
+    current = mlflow_client.get_registered_model(name).aliases.get(alias, 0)
+    if int(current) < version:
         mlflow_client.set_registered_model_alias(name, alias, str(version))
 
 
 def is_path(address: str) -> bool:
-    """Whether a model address is a path: no registered model, model of the hub or URI."""
+    """Return whether a model URI is a path, and not a registered model, a Hub model or a storage URI."""
     return bool(address) and "://" not in address and not address.startswith(("models:", "hub:"))
 
 
 def resolve(address: str, uri: str) -> ResolvedModel:
-    """Find a model and bring its files to this machine.
+    """Resolve a model URI and download the model's files to this machine if necessary.
 
     Args:
-        address: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, a folder, `s3://…` or `hub:ORG/NAME`.
-        uri: MLflow address from `tracking.resolve_uri`; used for the first two only.
+        address: model URI: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, a folder, `s3://…` or `hub:ORG/NAME`.
+        uri: MLflow URI from `tracking.resolve_uri`; used only for registered models.
 
     Raises:
-        ConfigError: the address has none of these forms.
-        RegistryError: no such model, version, alias or folder; the message lists what there is.
+        ConfigError: the model URI has none of these forms.
+        RegistryError: the model, version, alias or folder does not exist. For a registered model, the message lists the
+            existing ones.
     """
     if not address.startswith("models:"):
         return _resolve_folder(address)
@@ -168,35 +172,35 @@ def resolve(address: str, uri: str) -> ResolvedModel:
         folder=folder,
         name=version.name,
         version=int(version.version),
-        digest=_verified(folder, version.tags.get(DIGEST_TAG, ""), pinned),
+        digest=_verify_digest(folder, version.tags.get(DIGEST_TAG, ""), pinned),
     )
 
 
 def local_folder(model: ResolvedModel) -> str:
-    """The model's folder on the machine of the caller, which may be another one than resolved it.
+    """Return the model's folder on this machine, which need not be the machine that resolved the model.
 
     Raises:
-        RegistryError: the files there are not those that were resolved.
+        RegistryError: the files on this machine have another digest.
     """
     folder = model.folder if os.path.isdir(model.folder) else resolve(model.address, model.uri).folder
-    _verified(folder, model.digest, model.address)
+    _verify_digest(folder, model.digest, model.address)
     return folder
 
 
 def files_digest(uri: str, name: str, version: int) -> str:
-    """The digest of the files that a registered version has now; `DIGEST_TAG` has that of the files it was made of.
+    """Compute the digest of the current files of a registered version. `DIGEST_TAG` has the digest at registration.
 
     Raises:
-        RegistryError: there is no such version, or its files are gone.
+        RegistryError: the version or its files do not exist.
     """
     return _digest_once(_files_of(uri, registered_version(f"models:/{name}/{version}", uri)))
 
 
-def _verified(folder: str, expected: str, address: str) -> str:
-    """The digest of a folder's files, which is the expected one; empty: any.
+def _verify_digest(folder: str, expected: str, address: str) -> str:
+    """Return the digest of a folder's files after comparing it with the expected one; an empty one is not compared.
 
     Raises:
-        RegistryError: it is another one.
+        RegistryError: the digests differ.
     """
     found = _digest_once(folder)
     if expected and found != expected:
@@ -208,17 +212,17 @@ def _verified(folder: str, expected: str, address: str) -> str:
 
 
 def registered_version(address: str, uri: str) -> Any:
-    """MLflow's entity of the version at an address; no file is fetched.
+    """Return MLflow's entity of the version at a model URI, without downloading any file.
 
     Raises:
-        ConfigError: it begins with `models:` and goes on wrongly.
-        RegistryError: it is a folder, or there is no such model, version or alias.
+        ConfigError: the URI starts with `models:` but is malformed.
+        RegistryError: the URI is that of a folder, or the model, version or alias does not exist.
     """
     if not address.startswith("models:"):
         raise RegistryError(
             f"{address} is a folder: only a registered version has aliases (models:/NAME@ALIAS, models:/NAME/VERSION)."
         )
-    match = _ADDRESS.fullmatch(address)
+    match = _MODEL_URI.fullmatch(address)
     if match is None:
         raise ConfigError(f"{address!r}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION.")
     require_database(uri, match["name"])
@@ -234,10 +238,10 @@ def find_version(
     alias: str | None = None,
     version: str | None = None,
 ) -> Any:
-    """MLflow's entity of a model version, by alias or by number.
+    """Return MLflow's entity of a model version, by alias or by number.
 
     Raises:
-        RegistryError: listing the models, versions or aliases that exist.
+        RegistryError: the model, version or alias does not exist. The message lists the existing ones.
     """
     from mlflow.exceptions import MlflowException
 
@@ -247,27 +251,29 @@ def find_version(
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         names = sorted(m.name for m in mlflow_client.search_registered_models())
-        there = (
+        existing = (
             f"it has {', '.join(names)}: give one of them as --model models:/{names[0]}@{alias or 'champion'}"
             if names
             else "it has none: pipelines/train.py registers one"
         )
-        raise RegistryError(f"MLflow at {uri} has no registered model {name!r}; {there}. {WHERE}") from error
+        raise RegistryError(
+            f"MLflow at {uri} has no registered model {name!r}; {existing}. {WHERE}"
+        ) from error
     if alias is not None:
         if alias not in model.aliases:
-            there = ", ".join(f"{a} → version {v}" for a, v in sorted(model.aliases.items())) or "none"
-            raise RegistryError(f"MLflow at {uri}: {name!r} has no alias {alias!r}; its aliases: {there}.")
+            existing = ", ".join(f"{a} → version {v}" for a, v in sorted(model.aliases.items())) or "none"
+            raise RegistryError(f"MLflow at {uri}: {name!r} has no alias {alias!r}; its aliases: {existing}.")
         version = str(model.aliases[alias])
     versions = {v.version: v for v in mlflow_client.search_model_versions(f"name='{name}'")}
     by_number = {int(number): entity for number, entity in versions.items()}
     if int(version or 0) not in by_number:
-        there = ", ".join(map(str, sorted(by_number))) or "none"
-        raise RegistryError(f"MLflow at {uri}: {name!r} has no version {version}; its versions: {there}.")
+        existing = ", ".join(map(str, sorted(by_number))) or "none"
+        raise RegistryError(f"MLflow at {uri}: {name!r} has no version {version}; its versions: {existing}.")
     return by_number[int(version or 0)]
 
 
 def _digest_once(folder: str) -> str:
-    """As `folder_digest`, computed once a process for files that do not change."""
+    """Do the same as `folder_digest`, but hash unchanged files only once per process."""
     status = [os.stat(os.path.join(folder, name)) for name in MODEL_FILES]
     return _digest_of(folder, tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in status))
 
@@ -278,7 +284,7 @@ def _digest_of(folder: str, _status: tuple[tuple[int, ...], ...]) -> str:
 
 
 def model_folder(directory: str) -> str:
-    """The folder of the model files: the directory itself, or the one inside an MLflow model directory."""
+    """Return the folder of the model files: the directory itself, or the one inside an MLflow model directory."""
     inside = os.path.join(directory, "artifacts", "model")
     return inside if os.path.isfile(os.path.join(directory, "MLmodel")) else directory
 
@@ -297,17 +303,17 @@ def _build_version(
     name: str,
     run: Any,
     tags: Mapping[str, str],
-    figures: Mapping[str, float],
+    metrics: Mapping[str, float],
 ) -> str:
-    """Write the directory of a version; MLflow's own writer, told everything, so that it infers nothing."""
+    """Write the directory of a version with MLflow's own writer, with all arguments given so that it infers nothing."""
     staged = os.path.join(scratch, "model")
     shutil.copytree(folder, staged)
     card = Path(staged, "README.md")
     if not card.exists():
-        card.write_text(model_card(folder, name, run, tags, figures), encoding="utf-8")
+        card.write_text(model_card(folder, name, run, tags, metrics), encoding="utf-8")
     directory = os.path.join(scratch, "version")
     with warnings.catch_warnings():
-        # MLflow at its first import, about its own types.
+        # MLflow emits this warning about its own types when it is imported.
         warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType")
         import mlflow.pyfunc
         from mlflow.models import Model
@@ -323,7 +329,7 @@ def _build_version(
 
 
 def _files_of(uri: str, version: Any) -> str:
-    """The local folder of a version's model files, unverified."""
+    """Return the local folder of a version's model files, without verifying their digest."""
     with registry_errors(uri):
         folder = model_folder(_version_directory(client(uri), uri, version))
     require_model_files(folder)
@@ -331,7 +337,7 @@ def _files_of(uri: str, version: Any) -> str:
 
 
 def _version_directory(mlflow_client: "MlflowClient", uri: str, version: Any) -> str:
-    """Local directory of a version: in place where the artifacts are local, else downloaded once a machine."""
+    """Return the local directory of a version: local artifacts in place, remote ones downloaded once per machine."""
     import mlflow.artifacts
 
     location = mlflow_client.get_model_version_download_uri(version.name, version.version)
@@ -342,8 +348,8 @@ def _version_directory(mlflow_client: "MlflowClient", uri: str, version: Any) ->
     cache = cache_folder()
     identity = f"{uri} {location} {version.name} {version.version} {version.creation_timestamp}"
     target = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    if target.exists() and not _is_whole(target, version):
-        shutil.rmtree(target, ignore_errors=True)  # damaged on this disk: fetch it again
+    if target.exists() and not _is_intact(target, version):
+        shutil.rmtree(target, ignore_errors=True)  # damaged on this disk: download it again
     if not target.exists():
         partial = cache / f"{target.name}.{uuid.uuid4().hex}.partial"
         try:
@@ -352,15 +358,15 @@ def _version_directory(mlflow_client: "MlflowClient", uri: str, version: Any) ->
             )
             os.rename(downloaded, target)
         except OSError:
-            if not target.exists():  # else another process was first
+            if not target.exists():  # otherwise another process has downloaded it
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return str(target)
 
 
-def _is_whole(directory: Path, version: Any) -> bool:
-    """Whether a cached version has the files that it was registered with."""
+def _is_intact(directory: Path, version: Any) -> bool:
+    """Return whether the files of a cached version have the registered digest."""
     try:
         return version.tags.get(DIGEST_TAG) in (None, _digest_once(model_folder(str(directory))))
     except OSError:

@@ -1,4 +1,4 @@
-"""Model folders that are in no registry, brought to this machine: local ones, those on storage, those of the hub."""
+"""Model folders outside the registry: local folders, object storage and the Hugging Face Hub."""
 
 import contextlib
 import hashlib
@@ -14,49 +14,49 @@ MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps models of elsewhere."""
+    """Return the folder in which this machine caches downloaded models."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raydetr" / "models"
 
 
-def fetch_folder(address: str) -> str:
-    """The local folder of a model address that is no `models:/…`.
+def fetch_folder(uri: str) -> str:
+    """Return the local folder of a model outside the registry; download it if necessary.
 
     Args:
-        address: a folder, `s3://…` or another address of storage, or `hub:ORG/NAME`.
+        uri: a folder, `s3://…` or another storage URI, or `hub:ORG/NAME`.
 
     Raises:
-        ConfigError: the address has none of these forms.
-        RegistryError: there is nothing at the address, or it cannot be fetched.
+        ConfigError: the URI has none of these forms.
+        RegistryError: the model does not exist or cannot be downloaded.
     """
-    if address.startswith("hub:"):
+    if uri.startswith("hub:"):
         from detr.checkpoint.load_save import model_folder
 
         try:
-            return str(model_folder(address.removeprefix("hub:")))
+            return str(model_folder(uri.removeprefix("hub:")))
         except (OSError, ValueError) as error:
-            raise RegistryError(f"--model {address}: {error}") from error
-    if "://" in address:
-        return _download(address)
-    if not address or address.split(":", 1)[0] in ("models", "runs", "http", "https"):
+            raise RegistryError(f"--model {uri}: {error}") from error
+    if "://" in uri:
+        return _download(uri)
+    if not uri or uri.split(":", 1)[0] in ("models", "runs", "http", "https"):
         raise ConfigError(
-            f"{address!r} is not a model address: give models:/NAME@ALIAS, models:/NAME/VERSION, a folder, s3://… or "
+            f"{uri!r} is not a model URI: give models:/NAME@ALIAS, models:/NAME/VERSION, a folder, s3://… or "
             "hub:ORG/NAME."
         )
-    return os.path.abspath(address)
+    return os.path.abspath(uri)
 
 
 def require_model_files(folder: str) -> None:
-    """Raise RegistryError where a folder is not a model's."""
+    """Raise RegistryError unless a folder contains all files of a model."""
     if not os.path.isdir(folder):
         raise RegistryError(f"{folder}: no such folder. A model is a folder with {', '.join(MODEL_FILES)}.")
     missing = [name for name in MODEL_FILES if not os.path.isfile(os.path.join(folder, name))]
     if missing:
-        found = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
-        raise RegistryError(f"{folder}: not a model, {', '.join(missing)} missing; it holds {found}.")
+        listed = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
+        raise RegistryError(f"{folder}: not a model, {', '.join(missing)} missing; it contains {listed}.")
 
 
 def folder_digest(folder: str) -> str:
-    """sha256 over the names and contents of the files that make a model."""
+    """Return the sha256 over the names and contents of a model's files."""
     digest = hashlib.sha256()
     for name in MODEL_FILES:
         with open(os.path.join(folder, name), "rb") as stream:
@@ -64,29 +64,29 @@ def folder_digest(folder: str) -> str:
     return digest.hexdigest()
 
 
-def _download(address: str) -> str:
-    """A copy of a folder on storage, in the cache under the digest of its files: what is there may change."""
+def _download(uri: str) -> str:
+    """Download a model folder to the cache, under the digest of its files because the remote files may change."""
     partial = cache_folder() / f"{uuid.uuid4().hex}.partial"
     try:
         for name in MODEL_FILES:
             with storage.open_output(str(partial / name)) as stream:
-                for chunk in storage.read_chunks(storage.join(address, name)):
+                for chunk in storage.read_chunks(storage.join(uri, name)):
                     stream.write(chunk)
         digest = folder_digest(str(partial))
         target = cache_folder() / digest[:32]
-        if target.exists() and not is_copy(target, digest):
+        if target.exists() and not has_digest(target, digest):
             shutil.rmtree(target)  # damaged on this disk
-        with contextlib.suppress(OSError):  # it is there, or another process was first
+        with contextlib.suppress(OSError):  # the target exists, perhaps created by another process
             partial.rename(target)
     except StorageError as error:
-        raise RegistryError(f"{address}: not a folder with {', '.join(MODEL_FILES)} ({error})") from error
+        raise RegistryError(f"{uri}: not a folder with {', '.join(MODEL_FILES)} ({error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return str(target)
 
 
-def is_copy(folder: Path, digest: str) -> bool:
-    """Whether a folder holds the files of this digest."""
+def has_digest(folder: Path, digest: str) -> bool:
+    """Return whether the files of a folder have this digest."""
     try:
         return folder_digest(str(folder)) == digest
     except OSError:

@@ -1,9 +1,8 @@
-"""MLflow runs: parameters, metrics, artifacts, and one run per training however often it is restarted.
+"""MLflow runs: parameters, metrics, artifacts. A training keeps one run however often it is restarted.
 
-Everything goes through `MlflowClient` with an explicit address, so nothing here reads or sets MLflow's
-global state and every function works the same in a driver, in a Ray worker and beside a user's own MLflow
-code. mlflow is imported by the first call, not by this module: it takes 3 s, and sends usage data to its
-makers unless told otherwise first.
+All calls use `MlflowClient` with an explicit URI. Nothing here reads or changes MLflow's global state, so each function
+works the same in a driver, in a Ray worker and alongside a user's own MLflow code. mlflow is imported by the first call
+instead of by this module: the import takes 3 s, and MLflow sends telemetry unless it is disabled before.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from urllib.parse import quote
 
 import httpx
 
-from raydetr.errors import ConfigError, OutOfTimeError, RegistryError
+from raydetr.errors import ConfigError, RegistryError, TimeLimitError
 from raydetr.mlflow_names import require_experiment
 
 if TYPE_CHECKING:
@@ -31,38 +30,39 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 GIT_TAG = "mlflow.source.git.commit"
 WHERE = (
     "The default is runs/mlflow.db in the current folder: rerun the command in the folder where the model was trained, or "
-    "give its database by --tracking-uri sqlite:////PATH/runs/mlflow.db or MLFLOW_TRACKING_URI."
+    "set --tracking-uri sqlite:////PATH/runs/mlflow.db or MLFLOW_TRACKING_URI."
 )
-"""How to name another registry."""
+"""Advice on how to select another registry, for error messages."""
 _SQLITE = "sqlite:///"
-_METRICS_PER_CALL = 1000  # MLflow's limits of one log_batch
+_METRICS_PER_CALL = 1000  # MLflow's limits per log_batch call
 _PARAMS_PER_CALL = 100
 _PARAM_LENGTH = 6000
 _RUN_NAME_LENGTH = 250
 
 
 def resolve_uri(flag: str) -> str:
-    """The MLflow address to use, absolute, so that it means the same in every process of the job.
+    """Return the MLflow URI to use, with an absolute path so that it is valid in every process of the job.
 
     Args:
-        flag: the `--tracking-uri` flag; empty: the environment variable MLFLOW_TRACKING_URI; neither: an
-            SQLite file `runs/mlflow.db` under the current folder, with artifacts in `runs/mlartifacts`.
+        flag: value of `--tracking-uri`. If it is empty, the environment variable MLFLOW_TRACKING_URI is used; if that
+            is not set either, the SQLite file `runs/mlflow.db` in the current folder, with artifacts in
+            `runs/mlartifacts`.
 
     Raises:
-        ConfigError: the address is a folder, which MLflow no longer accepts as a store, or a database file
-            that cannot be opened.
-        RegistryError: the address is a server and none answers there.
+        ConfigError: the URI is a folder, which MLflow no longer supports as a store, or a database file that cannot be
+            opened.
+        RegistryError: the URI is a server that does not respond.
     """
     uri = flag or os.environ.get("MLFLOW_TRACKING_URI", "") or f"{_SQLITE}runs/mlflow.db"
     if "://" not in uri or uri.startswith("file:"):
         raise ConfigError(
-            f"--tracking-uri: {uri!r} is a folder, and MLflow keeps runs in databases only: "
+            f"--tracking-uri: {uri!r} is a folder, but MLflow stores runs in databases only: "
             "give http://HOST:PORT of an MLflow server, or sqlite:///FILE.db."
         )
     if uri.startswith(_SQLITE):
         return _SQLITE + _database_file(uri)
     if uri.startswith(("http://", "https://")):
-        try:  # MLflow's own client would retry for four minutes before it said so.
+        try:  # MLflow's own client would retry for four minutes before it failed.
             httpx.get(uri.rstrip("/") + "/health", timeout=10)
         except httpx.HTTPError as error:
             raise RegistryError(
@@ -72,11 +72,11 @@ def resolve_uri(flag: str) -> str:
 
 
 def client(uri: str) -> "MlflowClient":
-    """MLflow's client for runs and models at an address from `resolve_uri`."""
+    """Return MLflow's client for runs and models at a URI from `resolve_uri`."""
     client_class = _client_class()
     if uri.startswith(_SQLITE):
         os.makedirs(os.path.dirname(uri.removeprefix(_SQLITE)), exist_ok=True)
-    # "Creating initial MLflow database tables...", "Waiting up to 300 seconds ...": no news for the user.
+    # Suppress "Creating initial MLflow database tables...", "Waiting up to 300 seconds ..." and the like.
     for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return client_class(tracking_uri=uri, registry_uri=uri)
@@ -92,12 +92,12 @@ def _client_class() -> "type[MlflowClient]":
 
 @contextlib.contextmanager
 def connecting(uri: str) -> Iterator[None]:
-    """Open the database in a thread while the block runs: a new one gets its tables, mostly waiting for the disk.
+    """Open the database in a thread while the block runs. Creating the tables of a new one mostly waits for the disk.
 
     Raises:
-        RegistryError: MLflow cannot open it; after the block.
+        RegistryError: MLflow cannot open it. Raised after the block.
     """
-    _client_class()  # not imported by two threads at a time, of which one would see half of it
+    _client_class()  # import mlflow here: with two importing threads, one could see a half-initialized module
     with ThreadPoolExecutor(1) as thread:
         opened = thread.submit(client, uri)
         yield
@@ -107,7 +107,7 @@ def connecting(uri: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def registry_errors(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises into a RegistryError that names the address."""
+    """Convert MLflow exceptions to a RegistryError that names the URI."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -124,22 +124,22 @@ def start_run(
     tags: Mapping[str, str],
     run_id: str | None = None,
 ) -> str:
-    """Start a run, or go on with one.
+    """Start or resume a run.
 
     Args:
-        uri: address from `resolve_uri`.
-        experiment: created where it does not exist.
-        name: the run's name in the UI.
-        params: the resolved configuration. MLflow's parameters cannot change: where a resumed run comes with
-            another value, the tag `resumed.<name>` keeps the new one.
-        tags: e.g. the data digest. The git revision of the code is added where there is one.
-        run_id: of the run to resume; None starts a new one.
+        uri: URI from `resolve_uri`.
+        experiment: experiment name, created if it does not exist.
+        name: name of the run in the UI.
+        params: resolved configuration. MLflow's parameters are immutable: if a resumed run has another value, it is
+            stored in the tag `resumed.<name>`.
+        tags: e.g. the data digest. The git revision of the code is added if available.
+        run_id: run to resume; None starts a new one.
 
     Returns:
-        the run's id.
+        The run's id.
 
     Raises:
-        RegistryError: `run_id` is unknown there, or MLflow refuses.
+        RegistryError: `run_id` does not exist, or MLflow returns an error.
     """
     mlflow_client = client(uri)
     from mlflow.entities import Param, RunTag
@@ -149,7 +149,7 @@ def start_run(
     with registry_errors(uri):
         if run_id is None:
             experiment_id = _experiment_id(mlflow_client, uri, experiment)
-            # With its tags at once: whoever is ended right after it knows it by them when started again.
+            # Create the run with its tags in one call, so that a process killed right after it finds the run by them.
             created = mlflow_client.create_run(experiment_id, tags=all_tags, run_name=name[:_RUN_NAME_LENGTH])
             run_id = str(created.info.run_id)
             known: dict[str, str] = {}
@@ -169,14 +169,14 @@ def start_run(
     return run_id
 
 
-def run_of_key(uri: str, experiment: str, tag: str, key: str) -> str | None:
-    """The run with this value of a tag: one that was begun by somebody who was ended before he kept its id."""
+def find_run_by_tag(uri: str, experiment: str, tag: str, key: str) -> str | None:
+    """Find the run with this value of a tag, which a process started and was killed before it stored the run's id."""
     mlflow_client = client(uri)
     with registry_errors(uri):
-        found = mlflow_client.get_experiment_by_name(experiment)
-        if found is None or not key:
+        entity = mlflow_client.get_experiment_by_name(experiment)
+        if entity is None or not key:
             return None
-        runs = mlflow_client.search_runs([found.experiment_id], f"tags.`{tag}` = '{key}'")
+        runs = mlflow_client.search_runs([entity.experiment_id], f"tags.`{tag}` = '{key}'")
     return str(runs[0].info.run_id) if runs else None
 
 
@@ -189,12 +189,11 @@ def log_metrics(
     """Log metrics of several steps with few calls.
 
     Args:
-        uri: address from `resolve_uri`.
+        uri: URI from `resolve_uri`.
         run_id: the run.
-        rows: (step, {name: value}) pairs. A step that is logged again, because a restarted run redid it,
-            replaces what `metric_history` gives for it.
-        times_ms: when each row was measured, milliseconds since 1970; None: now. Rows that are sent twice with the
-            same times are there once.
+        rows: (step, {name: value}) pairs. For a step that a resumed run repeats, `metric_history` returns the values
+            logged last.
+        times_ms: time of each row in milliseconds since 1970; None: now. Equal rows with equal times are stored once.
     """
     mlflow_client = client(uri)
     from mlflow.entities import Metric
@@ -212,7 +211,7 @@ def log_metrics(
 
 
 def metric_history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
-    """A metric by step, ascending; one value a step, the one logged last."""
+    """Return a metric as (step, value) pairs, ascending, with the value logged last for each step."""
     mlflow_client = client(uri)
     with registry_errors(uri):
         metrics = mlflow_client.get_metric_history(run_id, name)
@@ -221,7 +220,7 @@ def metric_history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
 
 
 def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a run; those of these names are replaced."""
+    """Set tags of a run; existing tags with these names are replaced."""
     mlflow_client = client(uri)
     with registry_errors(uri):
         for key, value in tags.items():
@@ -229,7 +228,7 @@ def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
 
 
 def log_artifacts(uri: str, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
-    """Copy a local file, or what is in a local folder, to the run's artifacts under `artifact_path`."""
+    """Copy a local file, or the contents of a local folder, to the run's artifacts under `artifact_path`."""
     mlflow_client = client(uri)
     with registry_errors(uri):
         if os.path.isdir(local_path):
@@ -239,7 +238,7 @@ def log_artifacts(uri: str, run_id: str, local_path: str, artifact_path: str | N
 
 
 def end_run(uri: str, run_id: str, status: RunStatus = "FINISHED") -> None:
-    """Mark a run as ended."""
+    """Set the final status of a run."""
     mlflow_client = client(uri)
     with registry_errors(uri):
         mlflow_client.set_terminated(run_id, status)
@@ -247,14 +246,14 @@ def end_run(uri: str, run_id: str, status: RunStatus = "FINISHED") -> None:
 
 @contextlib.contextmanager
 def end_on_error(uri: str, run_id: str, is_owner: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """End a run as FAILED or KILLED where the block does not finish, so that none stays RUNNING.
+    """Set a run to FAILED or KILLED if the block raises, so that it does not stay RUNNING.
 
-    KILLED: a signal, or the run's time is up. A server that does not answer is not waited for.
+    KILLED means a signal or the time limit. If the server does not respond, the status is not set.
 
     Args:
-        uri: of the tracking server.
-        run_id: of the run.
-        is_owner: whether the run is still this process's: another driver may have resumed it.
+        uri: MLflow URI.
+        run_id: the run.
+        is_owner: returns whether this process still owns the run; another driver may have resumed it.
     """
     try:
         yield
@@ -263,15 +262,15 @@ def end_on_error(uri: str, run_id: str, is_owner: Callable[[], bool] = lambda: T
             if not is_owner():
                 raise
             resolve_uri(uri)
-            killed = isinstance(error, KeyboardInterrupt | OutOfTimeError)
+            killed = isinstance(error, KeyboardInterrupt | TimeLimitError)
             end_run(uri, run_id, "KILLED" if killed else "FAILED")
         raise
 
 
 def git_revision() -> str | None:
-    """Commit of the project this code runs from, `-dirty` appended with uncommitted changes.
+    """Return the commit of the project's checkout, with `-dirty` appended if there are uncommitted changes.
 
-    None for an installed copy and for one without history, as an uploaded working folder is.
+    None for an installed package and for a copy without git history, such as an uploaded working directory.
     """
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
@@ -285,12 +284,12 @@ def git_revision() -> str | None:
 
 
 def _database_file(uri: str) -> str:
-    """The absolute path of an SQLite address, checked here because MLflow would retry for 100 s before it failed.
+    """Return the absolute path of an SQLite URI after checking that the file can be opened.
 
-    A file that does not exist is not created: `client` does so for writers.
+    Without this check, MLflow would retry for 100 s before it failed. `client` creates a missing file.
     """
     file = os.path.abspath(uri.removeprefix(_SQLITE))
-    if set(file) & set("%?#"):  # SQLAlchemy reads them as parts of a URL
+    if set(file) & set("%?#"):  # SQLAlchemy parses them as parts of a URL
         raise ConfigError(f"--tracking-uri: {file}: the path of the database must not contain %, ? or #.")
     try:
         if os.path.lexists(file):
@@ -299,45 +298,52 @@ def _database_file(uri: str) -> str:
         else:
             folder = next(str(each) for each in Path(file).parents if each.exists())
             if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(f"{folder} is no folder that this user may write to")
+                raise PermissionError(f"{folder} is not a folder that this user can write to")
     except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"--tracking-uri: {file} cannot be opened as SQLite database ({error}).") from error
+        raise ConfigError(
+            f"--tracking-uri: {file} cannot be opened as an SQLite database ({error})."
+        ) from error
     return file
 
 
 def require_database(uri: str, name: str) -> None:
-    """Check that there is a database to read a registered model from, and create none.
+    """Check that the database of a registered model exists, without creating it.
 
     Raises:
-        RegistryError: the address is an SQLite file that does not exist.
+        RegistryError: the URI is an SQLite file that does not exist.
     """
     file = uri.removeprefix(_SQLITE)
     if uri.startswith(_SQLITE) and not os.path.exists(file):
-        raise RegistryError(f"There is no MLflow database {file}, so no registered model {name!r}. {WHERE}")
+        raise RegistryError(
+            f"There is no MLflow database {file}, so there is no registered model {name!r}. {WHERE}"
+        )
 
 
 def _experiment_id(mlflow_client: "MlflowClient", uri: str, name: str) -> str:
-    """The id of an experiment, which is created where it does not exist."""
+    """Return the id of an experiment, creating it if it does not exist."""
     require_experiment(name, "--experiment")
     from mlflow.exceptions import MlflowException
 
-    found = mlflow_client.get_experiment_by_name(name)
-    if found is None:
+    entity = mlflow_client.get_experiment_by_name(name)
+    if entity is None:
         try:
             return str(mlflow_client.create_experiment(name, artifact_location(uri, name)))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = mlflow_client.get_experiment_by_name(name)  # another process was first
-    if found is None or found.lifecycle_stage != "active":
+            entity = mlflow_client.get_experiment_by_name(name)  # another process has created it
+    if entity is None or entity.lifecycle_stage != "active":
         raise RegistryError(
             f"MLflow at {uri}: the experiment {name!r} is deleted: restore it, or use another one."
         )
-    return str(found.experiment_id)
+    return str(entity.experiment_id)
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
-    """Beside the database for SQLite (MLflow's default is the current folder); a server chooses its own."""
+    """Return the artifact URI of a new experiment; None lets a server choose.
+
+    For SQLite it is next to the database, because MLflow's default is the current folder.
+    """
     if not uri.startswith(_SQLITE):
         return None
     folder = Path(uri.removeprefix(_SQLITE)).parent / "mlartifacts"

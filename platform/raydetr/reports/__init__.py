@@ -1,1 +1,1 @@
-"""HTML pages and charts."""
+"""HTML reports, charts and plots."""

@@ -1,21 +1,21 @@
-"""Small charts as inline SVG, without a library on the page: bars and histograms."""
+"""Small charts as inline SVG without a JavaScript library: bars and histograms."""
 
 from collections.abc import Sequence
 from html import escape
 
 
 def bars(rows: Sequence[tuple[str, int]], unit: str = "") -> str:
-    """Horizontal bars, one a row, each with its name and count; a table that a screen reader can read.
+    """Draw horizontal bars with names and counts, as a table that screen readers can read.
 
     Args:
-        rows: (name, count), in the order shown.
-        unit: of the counts.
+        rows: (name, count) of each bar, in the order shown.
+        unit: what is counted.
     """
-    most = max((count for _, count in rows), default=0) or 1
+    maximum = max((count for _, count in rows), default=0) or 1
     body = "".join(
         f"<tr><th scope=row>{escape(name)}</th>"
         f'<td class=bar><svg viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
-        f'<rect width="{100 * count / most:.2f}" height="8"/></svg></td><td class=number>{count:,}</td></tr>'
+        f'<rect width="{100 * count / maximum:.2f}" height="8"/></svg></td><td class=number>{count:,}</td></tr>'
         for name, count in rows
     )
     return f"<table class=bars><caption class=hidden>{escape(unit)}</caption>{body}</table>"
@@ -24,24 +24,24 @@ def bars(rows: Sequence[tuple[str, int]], unit: str = "") -> str:
 def histogram(
     counts: Sequence[int], labels: Sequence[str], title: str, unit: str, mark: tuple[float, str] | None = None
 ) -> str:
-    """A histogram with a title and labels under the bars.
+    """Draw a histogram with a title and labels under the bars.
 
     Args:
-        counts: of each bin.
-        labels: of each bin; empty ones are not written.
-        title: above.
-        unit: what is counted, on the left axis's top.
-        mark: place on the axis, in bins, and text of a vertical line.
+        counts: count of each bin.
+        labels: label of each bin; empty for bins without a label.
+        title: title above the histogram.
+        unit: what is counted, shown at the top of the left axis.
+        mark: position (in bins) and text of a vertical line.
     """
     width, height, left, top = 560, 220, 8, 26
-    most = max(counts, default=0) or 1
+    maximum = max(counts, default=0) or 1
     step = (width - 2 * left) / max(len(counts), 1)
     parts = []
     for index, (count, label) in enumerate(zip(counts, labels, strict=True)):
-        tall = (height - top) * count / most
+        bar = (height - top) * count / maximum
         x = left + index * step
         parts.append(
-            f'<rect x="{x + 1:.1f}" y="{height - tall:.1f}" width="{max(step - 2, 1):.1f}" height="{tall:.1f}">'
+            f'<rect x="{x + 1:.1f}" y="{height - bar:.1f}" width="{max(step - 2, 1):.1f}" height="{bar:.1f}">'
             f"<title>{escape(label)}: {count:,}</title></rect>"
         )
         if label:
@@ -58,6 +58,6 @@ def histogram(
         )
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg class=chart viewBox="0 0 {width} {height + 24}" '
-        f'role="img" aria-label="{escape(title, quote=True)}"><text x="{left}" y="14">{most:,} {escape(unit)}</text>'
+        f'role="img" aria-label="{escape(title, quote=True)}"><text x="{left}" y="14">{maximum:,} {escape(unit)}</text>'
         f'<path d="M{left} {height}H{width - left}"/>{"".join(parts)}</svg></figure>'
     )

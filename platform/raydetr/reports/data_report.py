@@ -1,4 +1,4 @@
-"""The data report: one HTML page, with nothing outside of it, on what a data set holds and what is wrong with it."""
+"""The data report: a self-contained HTML page with the contents of a data set and its faults."""
 
 import base64
 import io
@@ -25,7 +25,8 @@ from raydetr.reports.charts import bars, histogram
 from raydetr.reports.html import document
 
 THUMBNAIL = 320
-SHEET = 12
+CONTACT_SHEET = 12
+"""Maximum images of a contact sheet."""
 _COLUMNS = [
     "image_id",
     "height",
@@ -40,7 +41,7 @@ _EDGES = (0, 128, 256, 384, 512, 640, 800, 1024, 1333, 2048)
 
 @dataclass
 class _Counts:
-    """What one pass over the small columns adds up."""
+    """Statistics collected in one pass over the records without their pixels."""
 
     categories: dict[int, int] = field(default_factory=dict)
     images_of: dict[int, int] = field(default_factory=dict)
@@ -73,13 +74,13 @@ class _Counts:
             self.aspects[np.searchsorted(_ASPECTS, box[2] / box[3], side="right")] += 1
 
 
-def write_report(manifest: Manifest, address: str, num_queries: int = 100) -> None:
-    """Write the report of a folder of shards; of the pixels only those that are shown are read.
+def write_report(manifest: Manifest, uri: str, num_queries: int = 100) -> None:
+    """Write the report of a data set. Only the pixels of the images shown are read.
 
     Args:
-        manifest: the data set.
-        address: of the HTML file.
-        num_queries: object queries of the model that it is for: more objects in an image cannot all be found.
+        manifest: manifest of the data set.
+        uri: URI of the HTML file.
+        num_queries: number of object queries of the model, which limits the objects that it can detect in an image.
     """
     counts = _Counts()
     faulty: list[int] = []
@@ -88,9 +89,9 @@ def write_report(manifest: Manifest, address: str, num_queries: int = 100) -> No
         counts.add(record)
         codes = {code for code in (record["fault"], *(o["fault"] for o in record["objects"] or [])) if code}
         shown = repaired if codes and all(map(is_repaired, codes)) else faulty
-        if codes and len(shown) < SHEET:
+        if codes and len(shown) < CONTACT_SHEET:
             shown.append(number)
-    chosen = generator(manifest.seed, "report", 0, 0).permutation(manifest.num_images)[:SHEET]
+    chosen = generator(manifest.seed, "report", 0, 0).permutation(manifest.num_images)[:CONTACT_SHEET]
     title = f"Data report: {manifest.root.rstrip('/').rsplit('/', 1)[-1]}"
     body = "".join(
         (
@@ -102,13 +103,13 @@ def write_report(manifest: Manifest, address: str, num_queries: int = 100) -> No
             _classes(manifest, counts),
             "<h2>Objects and images</h2>",
             _charts(counts, num_queries),
-            "<h2>Images drawn at random</h2>",
-            _sheet(manifest, sorted(chosen.tolist())),
-            "<h2>Images with a fault</h2>" + _sheet(manifest, faulty) if faulty else "",
-            "<h2>Repaired images</h2>" + _sheet(manifest, repaired) if repaired else "",
+            "<h2>Random images</h2>",
+            _contact_sheet(manifest, sorted(chosen.tolist())),
+            "<h2>Images with a fault</h2>" + _contact_sheet(manifest, faulty) if faulty else "",
+            "<h2>Repaired images</h2>" + _contact_sheet(manifest, repaired) if repaired else "",
         )
     )
-    storage.write_bytes(address, document(title, body))
+    storage.write_bytes(uri, document(title, body))
 
 
 def _summary(manifest: Manifest, counts: _Counts) -> str:
@@ -140,7 +141,7 @@ def _faults(faults: Iterable[Fault]) -> str:
     if not rows:
         return "<p>None.</p>"
     return (
-        "<table><thead><tr><th>code</th><th class=number>count</th><th>what it is, first examples</th>"
+        "<table><thead><tr><th>code</th><th class=number>count</th><th>description and first examples</th>"
         f"<th>effect</th></tr></thead>{''.join(rows)}</table>"
     )
 
@@ -149,51 +150,51 @@ def _classes(manifest: Manifest, counts: _Counts) -> str:
     rows = [(str(c["name"]), counts.categories.get(c["id"], 0)) for c in manifest.categories]
     rows.sort(key=lambda row: -row[1])
     unused = sum(count == 0 for _, count in rows)
-    note = f"<p>{unused} of {len(rows)} classes have no object.</p>" if unused else ""
-    return f"{note}<div class=scroll>{bars(rows, 'objects of each class')}</div>"
+    note = f"<p>{unused} of {len(rows)} classes have no objects.</p>" if unused else ""
+    return f"{note}<div class=scroll>{bars(rows, 'objects per class')}</div>"
 
 
 def _charts(counts: _Counts, num_queries: int) -> str:
-    most = max(counts.per_image)
-    width = max(1, -(-(max(most, num_queries) + 1) // 24))
-    bins = [0] * (max(most, num_queries) // width + 1)
+    maximum = max(max(counts.per_image), num_queries)
+    width = max(1, -(-(maximum + 1) // 24))
+    bins = [0] * (maximum // width + 1)
     for objects, images in counts.per_image.items():
         bins[objects // width] += images
     every = max(1, len(bins) // 8)
     labels = [str(index * width) if index % every == 0 else "" for index in range(len(bins))]
     mark = ((num_queries + 0.5) / width, f"{num_queries} queries")
     charts = [
-        histogram(bins, labels, "Objects of an image", "images", mark),
+        histogram(bins, labels, "Objects per image", "images", mark),
         histogram(
             counts.sides.tolist(),
             ["<2 %", *(f"{100 * side:.0f} %" for side in _SIDES)],
-            "Size of objects: square root of the box's share of the image, from",
+            "Object size: square root of the box's share of the image (lower edge of each bin)",
             "objects",
         ),
         histogram(
             list(counts.coco_sizes.values()),
             ["small", "medium", "large"],
-            "COCO's sizes: boxes under 32² pixels, under 96², above",
+            "COCO size: boxes under 32² pixels, under 96² pixels, larger",
             "objects",
         ),
         histogram(
             counts.aspects.tolist(),
             ["<1:4", "1:4", "1:2", "1:1.25", "1.25:1", "2:1", "4:1"],
-            "Shape of boxes: width to height, from",
+            "Aspect ratio of boxes: width to height (lower edge of each bin)",
             "objects",
         ),
         histogram(
             counts.edges.tolist(),
             [str(edge) for edge in _EDGES],
-            "Shorter side of images, pixels, from",
+            "Shorter side of images in pixels (lower edge of each bin)",
             "images",
         ),
     ]
     return f"<div class=charts>{''.join(charts)}</div>"
 
 
-def _sheet(manifest: Manifest, numbers: Sequence[int]) -> str:
-    """Thumbnails of records, by their number in the data set."""
+def _contact_sheet(manifest: Manifest, numbers: Sequence[int]) -> str:
+    """Draw thumbnails of records, given by their index in the data set."""
     starts = np.concatenate([[0], np.cumsum(layout(manifest).shard_sizes)])
     figures = []
     for number in numbers:
@@ -211,14 +212,14 @@ def _figure(manifest: Manifest, record: dict[str, Any]) -> str:
     caption = f"{record['file_name']}, image {record['image_id']}, {len(record['objects'] or [])} objects"
     caption = escape(caption + "".join(f", {code}" for code in codes))
     try:
-        picture = _draw(manifest, record) if record["image"] else None
+        overlay = _draw(manifest, record) if record["image"] else None
     except (ImageError, ValueError):
-        picture = None
-    if picture is None:
+        overlay = None
+    if overlay is None:
         return f"<figure><figcaption>{caption} (cannot be shown)</figcaption></figure>"
-    picture.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
+    overlay.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
     file = io.BytesIO()
-    picture.convert("RGB").save(file, "JPEG", quality=80)
+    overlay.convert("RGB").save(file, "JPEG", quality=80)
     data = base64.b64encode(file.getvalue()).decode()
     return (
         f'<figure><img loading="lazy" alt="{caption}" src="data:image/jpeg;base64,{data}">'
@@ -227,7 +228,7 @@ def _figure(manifest: Manifest, record: dict[str, Any]) -> str:
 
 
 def _draw(manifest: Manifest, record: dict[str, Any]) -> Image.Image:
-    """The image with its masks, where it has some, and its boxes; crowds and objects at fault say so."""
+    """Draw the boxes and masks of a record on its image. Labels mark crowds; unrepaired faulty objects are skipped."""
     image = decode_record(record)
     _, height, width = image.shape
     names = {category["id"]: str(category["name"]) for category in manifest.categories}
@@ -237,8 +238,8 @@ def _draw(manifest: Manifest, record: dict[str, Any]) -> Image.Image:
     for item in record["objects"] or []:
         box = item["bbox"]
         name = names.get(item["category_id"], f"category {item['category_id']}")
-        drawn = item["fault"] in (None, "box-over-edge") or is_repaired(item["fault"])
-        if not drawn or box is None or not all(map(math.isfinite, box)):
+        is_drawn = item["fault"] in (None, "box-over-edge") or is_repaired(item["fault"])
+        if not is_drawn or box is None or not all(map(math.isfinite, box)):
             continue
         boxes.append([box[0], box[1], box[0] + box[2], box[1] + box[3]])
         labels.append(f"{name} (crowd)" if item["iscrowd"] else name)
@@ -246,11 +247,11 @@ def _draw(manifest: Manifest, record: dict[str, Any]) -> Image.Image:
             region = decode_mask(item["segmentation"], height, width)
             segments.append({"id": len(segments) + 1, "label_id": labels[-1]})
             regions[region.astype(bool)] = len(segments)
-    picture: Any = image
+    overlay: Any = image
     if segments:
         ids = {name: number for number, name in enumerate(sorted(names.values()))}
         infos = [
             {**each, "label_id": ids.get(each["label_id"].removesuffix(" (crowd)"), 0)} for each in segments
         ]
-        picture = draw_segments(image, regions, infos, names=dict.fromkeys(ids.values(), ""), enlarge_below=1)
-    return draw_detections(picture, np.array(boxes).reshape(-1, 4), labels)
+        overlay = draw_segments(image, regions, infos, names=dict.fromkeys(ids.values(), ""), enlarge_below=1)
+    return draw_detections(overlay, np.array(boxes).reshape(-1, 4), labels)

@@ -1,4 +1,4 @@
-"""What the HTML reports share: a page that stands alone, in a browser of any width, in the dark and on paper."""
+"""The frame of the HTML reports: a self-contained page for any window width, dark mode and print."""
 
 from html import escape
 
@@ -23,13 +23,13 @@ ul{margin:.2rem 0;padding-left:1.1rem;color:var(--soft);font-size:.9rem;overflow
 
 
 def document(title: str, body: str, style: str = "", script: str = "") -> bytes:
-    """A whole HTML page, encoded.
+    """Build a complete, encoded HTML page.
 
     Args:
         title: plain text.
         body: HTML.
-        style: CSS after that of all pages.
-        script: JavaScript, run when the body is there.
+        style: CSS, added after the common style.
+        script: JavaScript, run after the body is loaded.
     """
     code = f"<script>{script}</script>" if script else ""
     return (

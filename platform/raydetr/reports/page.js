@@ -2,7 +2,7 @@
 (() => {
   document.documentElement.classList.add("scripted");
 
-  // Tables that sort by their headers; cells without a value (data-v empty) stay at the end.
+  // Sort tables by a click on their headers. Cells without a value (data-v empty) stay at the end.
   const value = (row, column) => row.cells[column].dataset.v ?? row.cells[column].textContent;
   const compare = (a, b) => {
     const [x, y] = [Number(a), Number(b)];
@@ -31,7 +31,7 @@
     });
   }
 
-  // Rows whose first cell holds the text looked for.
+  // Hide the rows whose first cell does not contain the search text.
   for (const input of document.querySelectorAll("input[data-filter]")) {
     const table = document.getElementById(input.dataset.filter);
     input.addEventListener("input", () => {
@@ -42,7 +42,7 @@
     });
   }
 
-  // The curve of one class.
+  // Show the curve of the selected class.
   const choice = document.getElementById("curve-class");
   if (choice) {
     const data = JSON.parse(document.getElementById("curve-data").textContent);
@@ -67,7 +67,7 @@
     });
   }
 
-  // On paper everything is open.
+  // Open all folded sections for printing.
   let closed = [];
   addEventListener("beforeprint", () => {
     closed = [...document.querySelectorAll("details:not([open])")];

@@ -1,4 +1,4 @@
-"""The page of an evaluation: one HTML file, with nothing outside of it, for somebody who has read no manual."""
+"""The evaluation report: a self-contained HTML page that explains its metrics to readers without prior knowledge."""
 
 import datetime
 import json
@@ -15,14 +15,14 @@ from raydetr.reports.html import document
 from raydetr.reports.page_charts import curves, line_path
 from raydetr.reports.page_errors import calibration_section, confusion_section, error_section, findings
 from raydetr.reports.page_gallery import gallery_section
-from raydetr.reports.page_pictures import truth_kind
-from raydetr.reports.page_tables import Cell, Column, figure_cell, name_cell, plain, sortable, words_cell
+from raydetr.reports.page_pictures import ground_truth_kind
+from raydetr.reports.page_tables import Cell, Column, metric_cell, name_cell, plain, sortable, words_cell
 from raydetr.reports.page_text import (
-    BOX_FIGURES,
+    BOX_METRICS,
     IOU,
-    PANOPTIC_FIGURES,
+    PANOPTIC_METRICS,
     data_name,
-    figure_text,
+    metric_text,
     model_name,
     number,
     percent,
@@ -33,7 +33,7 @@ from raydetr.reports.page_text import (
 STYLE = Path(__file__).with_name("page.css")
 SCRIPT = Path(__file__).with_name("page.js")
 _HEADLINES = ("AP", "AP50", "AP75", "mask_AP", "PQ")
-_SIZES = {"small": "under 32 × 32 pixels", "medium": "up to 96 × 96 pixels", "large": "above"}
+_SIZES = {"small": "under 32 × 32 pixels", "medium": "up to 96 × 96 pixels", "large": "over 96 × 96 pixels"}
 _LINES = {
     "loose": ("all classes, IoU 0.50", "0.50"),
     "tight": ("all classes, IoU 0.75", "0.75"),
@@ -42,61 +42,64 @@ _LINES = {
 
 
 def write_page(
-    address: str,
+    uri: str,
     record: Mapping[str, Any],
     analysis: Mapping[str, Any],
     manifest: Manifest,
     predictions: pa.Table,
 ) -> None:
-    """Write the page of an evaluation.
+    """Write the report of an evaluation.
 
     Args:
-        address: of the HTML file.
-        record: as in metrics.json. `date` (ISO 8601) is today where it has none.
-        analysis: as in analysis.json; parts that it does not have are left out of the page.
-        manifest: the data set, for its images and their truth.
-        predictions: a table of `predictions.PREDICTION_SCHEMA`.
+        uri: URI of the HTML file.
+        record: as in metrics.json. `date` (ISO 8601) defaults to today.
+        analysis: as in analysis.json. Sections without data are omitted.
+        manifest: manifest of the data set, from which images and ground truth are read.
+        predictions: table of `predictions.PREDICTION_SCHEMA`.
     """
     sections = {
-        "summary": ("In short", _summary(record, analysis, manifest)),
-        "figures": ("All figures", _figures(analysis)),
+        "summary": ("Summary", _summary(record, analysis, manifest)),
+        "figures": ("All metrics", _metrics(analysis)),
         "classes": ("Classes", _classes(analysis)),
-        "curves": ("Precision and recall", _curves(analysis)),
-        "scores": ("How far scores can be trusted", _part(analysis, "calibration", calibration_section)),
-        "errors": ("What goes wrong", _part(analysis, "errors", error_section)),
-        "confusions": ("Which classes are confused", _part(analysis, "confusion", confusion_section)),
-        "images": ("The worst images", gallery_section(analysis, manifest, predictions, truth_kind(record))),
-        "slices": ("Where it works better and worse", _slices(analysis)),
-        "about": ("How this was measured", _about(record, analysis, manifest)),
+        "curves": ("Precision-recall curves", _curves(analysis)),
+        "scores": ("Calibration of scores", _part(analysis, "calibration", calibration_section)),
+        "errors": ("Error breakdown", _part(analysis, "errors", error_section)),
+        "confusions": ("Confusion matrix", _part(analysis, "confusion", confusion_section)),
+        "images": (
+            "Worst images",
+            gallery_section(analysis, manifest, predictions, ground_truth_kind(record)),
+        ),
+        "slices": ("Metrics by slice", _slices(analysis)),
+        "about": ("Method", _about(record, analysis, manifest)),
     }
     title = f"{model_name(record['model'])} on {data_name(record['data'])}"
-    lead = f"<p class=lead>Evaluation of a detector: what it finds in {plural(analysis['images'], 'image')} that people have labelled, and what it does not.</p>"
-    write_sections(address, f"Evaluation: {title}", lead, sections)
+    lead = f"<p class=lead>Evaluation of a detector on {plural(analysis['images'], 'labeled image')}.</p>"
+    write_sections(uri, f"Evaluation: {title}", lead, sections)
 
 
-def write_sections(address: str, title: str, lead: str, sections: Mapping[str, tuple[str, str]]) -> None:
-    """Write a page of sections with their list on top.
+def write_sections(uri: str, title: str, lead: str, sections: Mapping[str, tuple[str, str]]) -> None:
+    """Write a page of sections, with links to them at the top.
 
     Args:
-        address: of the HTML file.
+        uri: URI of the HTML file.
         title: HTML.
         lead: HTML under the title.
-        sections: id → title and HTML; empty ones are left out, with their title.
+        sections: id → title and HTML. Sections with empty HTML are omitted.
     """
-    there = {name: section for name, section in sections.items() if section[1]}
-    links = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, (heading, _) in there.items())
+    shown = {name: section for name, section in sections.items() if section[1]}
+    links = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, (heading, _) in shown.items())
     body = "".join(
         f'<section id="{name}"><h2>{heading}</h2>{content}</section>'
-        for name, (heading, content) in there.items()
+        for name, (heading, content) in shown.items()
     )
     page = f'<main><h1>{title}</h1>{lead}<nav aria-label="sections"><ul>{links}</ul></nav>{body}</main>'
-    storage.write_bytes(address, document(unescape(title), page, STYLE.read_text(), SCRIPT.read_text()))
+    storage.write_bytes(uri, document(unescape(title), page, STYLE.read_text(), SCRIPT.read_text()))
 
 
 def about_data(
     analysis: Mapping[str, Any], manifest: Manifest, data: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    """What the data set is, as facts, HTML; of `analysis` the classes are needed."""
+    """Return facts about the data set as (name, value), HTML. Only `classes` of the analysis is used."""
     return [
         ("data set", data_name(data)),
         ("objects", f"{sum(each['objects'] for each in analysis.get('classes', ())):,}"),
@@ -105,7 +108,7 @@ def about_data(
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and values, HTML, as a list of short facts."""
+    """Render names and values, both HTML, as a list of facts."""
     return f"<dl class=facts>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in rows)}</dl>"
 
 
@@ -114,20 +117,19 @@ def _part(analysis: Mapping[str, Any], name: str, section: Any) -> str:
 
 
 def _summary(record: Mapping[str, Any], analysis: Mapping[str, Any], manifest: Manifest) -> str:
-    figures, intervals = analysis["figures"], analysis.get("intervals", {})
+    metrics, intervals = analysis["figures"], analysis.get("intervals", {})
     cards = []
     for name in _HEADLINES:
-        if name not in figures:
+        if name not in metrics:
             continue
-        title, words = figure_text(name)
-        value, *rest = with_interval(figures[name], intervals.get(name)).split(" ", 1)
+        title, words = metric_text(name)
+        value, *rest = with_interval(metrics[name], intervals.get(name)).split(" ", 1)
         interval = f" <small>{rest[0]}</small>" if rest else ""
         cards.append(f"<div><dt>{title}</dt><dd>{value}{interval}</dd><dd class=words>{words}</dd></div>")
     items = "".join(f"<li>{sentence}</li>" for sentence in findings(analysis))
     share = percent(analysis.get("confidence", 0.95))
     range_note = (
-        f"In brackets: the range in which the figure lies with {share} confidence, if other images of the same kind "
-        "were taken. "
+        f"The range in parentheses is the {share} confidence interval of the metric on other images of the same kind. "
         if intervals
         else ""
     )
@@ -135,35 +137,35 @@ def _summary(record: Mapping[str, Any], analysis: Mapping[str, Any], manifest: M
         ("model", model_name(record["model"])),
         *about_data(analysis, manifest, record["data"]),
         ("images", f"{analysis['images']:,}"),
-        ("not decodable", f"{analysis.get('undecodable', 0):,}"),
+        ("undecodable", f"{analysis.get('undecodable', 0):,}"),
         ("date", escape(_date(record))),
     ]
     return (
-        f"<dl class=headline>{''.join(cards)}</dl><p class=note>All figures run from 0 (nothing right) to 1 (perfect). "
+        f"<dl class=headline>{''.join(cards)}</dl><p class=note>All metrics range from 0 (worst) to 1 (perfect). "
         f"{range_note}{IOU}</p>{f'<ul class=findings>{items}</ul>' if items else ''}{facts(rows)}"
     )
 
 
-def _figures(analysis: Mapping[str, Any]) -> str:
-    figures, intervals = analysis["figures"], analysis.get("intervals", {})
-    prefixes = ["", "mask_"] if any(f"mask_{name}" in figures for name in BOX_FIGURES) else [""]
-    ranges = f"{percent(analysis.get('confidence', 0.95))} range"
-    heads = [("figure", "")]
+def _metrics(analysis: Mapping[str, Any]) -> str:
+    metrics, intervals = analysis["figures"], analysis.get("intervals", {})
+    prefixes = ["", "mask_"] if any(f"mask_{name}" in metrics for name in BOX_METRICS) else [""]
+    ranges = f"{percent(analysis.get('confidence', 0.95))} interval"
+    heads = [("metric", "")]
     for prefix in prefixes:
         heads += [("masks" if prefix else "boxes", "number"), (ranges, "number")]
     rows = []
-    for name in BOX_FIGURES:
-        if name in figures:
-            row = [words_cell(*figure_text(name), "main" if name == "AP" else "")]
+    for name in BOX_METRICS:
+        if name in metrics:
+            row = [words_cell(*metric_text(name), "main" if name == "AP" else "")]
             rows.append(
-                [*row, *(cell for prefix in prefixes for cell in _value(figures, intervals, prefix + name))]
+                [*row, *(cell for prefix in prefixes for cell in _value(metrics, intervals, prefix + name))]
             )
-    table = plain("figures of boxes and masks", heads, rows)
-    if any(value is not None and value < 0 for value in figures.values()):
-        table += "<p class=note>A dash in place of a figure: the data set has no object of that kind.</p>"
-    if "PQ" in figures:
+    table = plain("metrics of boxes and masks", heads, rows)
+    if any(value is not None and value < 0 for value in metrics.values()):
+        table += "<p class=note>A dash means that the data set has no objects of that kind.</p>"
+    if "PQ" in metrics:
         heads = [
-            ("figure", ""),
+            ("metric", ""),
             ("all", "number"),
             (ranges, "number"),
             ("things", "number"),
@@ -171,27 +173,27 @@ def _figures(analysis: Mapping[str, Any]) -> str:
         ]
         rows = [
             [
-                words_cell(*figure_text(name), "main" if name == "PQ" else ""),
-                *_value(figures, intervals, name),
-                figure_cell(figures.get(f"{name}_things")),
-                figure_cell(figures.get(f"{name}_stuff")),
+                words_cell(*metric_text(name), "main" if name == "PQ" else ""),
+                *_value(metrics, intervals, name),
+                metric_cell(metrics.get(f"{name}_things")),
+                metric_cell(metrics.get(f"{name}_stuff")),
             ]
-            for name in PANOPTIC_FIGURES
+            for name in PANOPTIC_METRICS
         ]
-        table += "<h3>Segments (panoptic)</h3>" + plain("figures of panoptic segments", heads, rows)
+        table += "<h3>Segments (panoptic)</h3>" + plain("metrics of panoptic segments", heads, rows)
         table += "<p class=note>Things can be counted (people, cars), stuff cannot (sky, grass).</p>"
     return table
 
 
-def _value(figures: Mapping[str, Any], intervals: Mapping[str, Any], name: str) -> list[Cell]:
-    value = figure_cell(figures.get(name))
+def _value(metrics: Mapping[str, Any], intervals: Mapping[str, Any], name: str) -> list[Cell]:
+    value = metric_cell(metrics.get(name))
     if name not in intervals or value.value is None:
         return [value, Cell("")]
     low, high = intervals[name]
     return [value, Cell(f"{max(low, 0):.3f} to {high:.3f}", kind="number note")]
 
 
-_CLASS_FIGURES = {
+_CLASS_METRICS = {
     "AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "AP small", "AP_medium": "AP medium",
     "AP_large": "AP large", "AR_100": "recall", "mask_AP": "mask AP", "mask_AP50": "mask AP50", "PQ": "PQ",
     "SQ": "SQ", "RQ": "RQ",
@@ -202,34 +204,36 @@ def _classes(analysis: Mapping[str, Any]) -> str:
     classes = sorted(analysis.get("classes", ()), key=lambda each: (-each["objects"], str(each["name"])))
     if not classes:
         return ""
-    shown = {key: title for key, title in _CLASS_FIGURES.items() if any(key in each for each in classes)}
+    shown = {key: title for key, title in _CLASS_METRICS.items() if any(key in each for each in classes)}
     columns = [Column("class", "name of the class", "", descending=False)]
-    columns += [Column("objects", "in the truth"), Column("images", "with such objects")]
-    columns += [Column(title, figure_text(key)[1] or title) for key, title in shown.items()]
-    columns.append(Column("best threshold", "the least score that gives the best F1"))
-    columns.append(Column("best F1", "the best balance of precision and recall at IoU 0.50"))
+    columns += [Column("objects", "in the ground truth"), Column("images", "with objects of the class")]
+    columns += [Column(title, metric_text(key)[1] or title) for key, title in shown.items()]
+    columns.append(Column("best threshold", "score threshold with the best F1"))
+    columns.append(Column("best F1", "best harmonic mean of precision and recall at IoU 0.50"))
     rows = [
         [
             name_cell(str(each["name"])),
             Cell(f"{each['objects']:,}", each["objects"]),
             Cell(f"{each['images']:,}", each["images"]),
-            *(figure_cell(each.get(key)) for key in shown),
+            *(metric_cell(each.get(key)) for key in shown),
             Cell(number(each.get("best_threshold"), 2), _known(each.get("best_threshold"))),
-            figure_cell(each.get("best_f1")),
+            metric_cell(each.get("best_f1")),
         ]
         for each in classes
     ]
     empty = sum(each["objects"] == 0 for each in classes)
-    note = f" {plural(empty, 'class has', 'classes have')} no object and no figures." if empty else ""
+    note = (
+        f" {plural(empty, 'class has', 'classes have')} no objects and therefore no metrics." if empty else ""
+    )
     search = (
         '<div class="controls script-only"><label>Find a class <input type="search" data-filter="classes-table"></label></div>'
         if len(classes) > 12
         else ""
     )
     return (
-        "<p>A click on a heading sorts. Figures of classes with few objects depend on chance. Best threshold: the score "
-        f"from which detections of the class are worth keeping, if finding and not inventing matter alike.{note}</p>"
-        f"{search}{sortable('classes-table', 'figures of each class', columns, rows, by=1)}"
+        "<p>Click a heading to sort. Metrics of classes with few objects are uncertain. Best threshold: the minimum "
+        f"score to use for the class if missed objects and false positives matter equally.{note}</p>"
+        f"{search}{sortable('classes-table', 'metrics of each class', columns, rows, by=1)}"
     )
 
 
@@ -246,7 +250,7 @@ def _curves(analysis: Mapping[str, Any]) -> str:
         kind: data["all"][key] for kind, (_, key) in _LINES.items() if key in data["all"]
     }
     chart = curves(
-        recall, {**lines, "one": []}, "precision over recall of all classes, and of a class to choose"
+        recall, {**lines, "one": []}, "precision over recall for all classes, and for a selected class"
     )
     legend = "".join(f"<li>{_sample(kind)}{_LINES[kind][0]}</li>" for kind in lines)
     names: dict[str, str] = {str(each["id"]): str(each["name"]) for each in analysis.get("classes", ())}
@@ -262,11 +266,11 @@ def _curves(analysis: Mapping[str, Any]) -> str:
     ]
     heads = [("recall", ""), *((_LINES[kind][0].removeprefix("all classes, "), "number") for kind in lines)]
     return (
-        f"<div class=beside>{chart}<div><p>A detector that is to find more (to the right) has to accept detections that "
-        "are less sure, and more of them are wrong (down). The higher the line, the better; AP is the area under it."
+        f"<div class=side-by-side>{chart}<div><p>To find more objects (right), a detector must accept detections with "
+        "lower scores, of which more are wrong (down). A higher curve is better. AP is the area under the curve."
         f'</p><ul class="legend">{legend}<li id="curve-legend" hidden>{_sample("one")}<span></span></li></ul>'
-        '<div class="controls script-only"><label>Show a class, too, at IoU 0.50: <select id="curve-class"><option '
-        f'value="">none</option>{options}</select></label></div><details><summary>The lines as numbers</summary>'
+        '<div class="controls script-only"><label>Add a class at IoU 0.50: <select id="curve-class"><option '
+        f'value="">none</option>{options}</select></label></div><details><summary>Curves as numbers</summary>'
         f"{plain('precision at steps of recall', heads, rows)}</details></div></div>"
         f'<script type="application/json" id="curve-data">{paths.replace("<", chr(92) + "u003c")}</script>'
     )
@@ -277,31 +281,29 @@ def _sample(kind: str) -> str:
 
 
 def _slices(analysis: Mapping[str, Any]) -> str:
-    figures = analysis["figures"]
+    metrics = analysis["figures"]
     heads = [("", ""), ("images", "number"), ("objects", "number"), ("AP", "number"), ("AP50", "number")]
     parts = []
-    if all(f"AP_{size}" in figures for size in _SIZES):
+    if all(f"AP_{size}" in metrics for size in _SIZES):
         rows = [
-            [words_cell(size, words), figure_cell(figures[f"AP_{size}"]), figure_cell(figures[f"AR_{size}"])]
+            [words_cell(size, words), metric_cell(metrics[f"AP_{size}"]), metric_cell(metrics[f"AR_{size}"])]
             for size, words in _SIZES.items()
         ]
-        table = plain(
-            "figures by size of the object", [("", ""), ("AP", "number"), ("recall", "number")], rows
-        )
-        parts.append(f"<div><h3>By the size of the object</h3>{table}</div>")
+        table = plain("metrics by object size", [("", ""), ("AP", "number"), ("recall", "number")], rows)
+        parts.append(f"<div><h3>By object size</h3>{table}</div>")
     for name, slices in analysis.get("slices", {}).items():
         rows = [
             [
                 name_cell(str(each["name"])),
                 Cell(f"{each['images']:,}"),
                 Cell(f"{each['objects']:,}"),
-                figure_cell(each["AP"]),
-                figure_cell(each["AP50"]),
+                metric_cell(each["AP"]),
+                metric_cell(each["AP50"]),
             ]
             for each in slices
         ]
         if rows:
-            parts.append(f"<div><h3>By {escape(name)}</h3>{plain(f'figures by {name}', heads, rows)}</div>")
+            parts.append(f"<div><h3>By {escape(name)}</h3>{plain(f'metrics by {name}', heads, rows)}</div>")
     return f"<div class=charts>{''.join(parts)}</div>"
 
 
@@ -318,13 +320,14 @@ def _about(record: Mapping[str, Any], analysis: Mapping[str, Any], manifest: Man
         *((f"setting: {name}", value) for name, value in record.get("settings", {}).items()),
     ]
     text = (
-        "<p>Boxes and masks are scored by COCO's rules, as pycocotools does: all detections count, up to 100 in an "
-        "image, without a threshold. Objects of images that cannot be decoded count as missed.</p>"
+        "<p>Boxes and masks are scored by COCO's rules, like pycocotools: all detections count, up to 100 per image, "
+        "without a score threshold. Objects of images that cannot be decoded count as missed.</p>"
     )
     if analysis.get("resamples"):
         text += (
-            f"<p>Ranges: {analysis['resamples']:,} data sets were drawn with replacement from the images of this one "
-            f"(bootstrap), and the middle {percent(analysis.get('confidence', 0.95))} of their figures taken.</p>"
+            f"<p>Confidence intervals are computed by bootstrap: {analysis['resamples']:,} data sets are drawn with "
+            f"replacement from the images, and the interval is the middle {percent(analysis.get('confidence', 0.95))} "
+            "of their metrics.</p>"
         )
     table = "".join(
         f"<tr><th scope=row>{escape(name)}</th><td class=mono>{escape(str(value))}</td></tr>"

@@ -1,4 +1,4 @@
-"""Charts of the evaluation's pages as inline SVG: precision over recall, calibration, differences with intervals."""
+"""Charts of the evaluation reports as inline SVG: precision over recall, calibration, differences with intervals."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -10,29 +10,29 @@ _TICKS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 
 
 def x_of(value: float) -> float:
-    """Place of a value in 0..1 on the horizontal axis."""
+    """Return the horizontal position of a value in 0..1."""
     return LEFT + value * (WIDTH - LEFT - RIGHT)
 
 
 def y_of(value: float) -> float:
-    """Place of a value in 0..1 on the vertical axis."""
+    """Return the vertical position of a value in 0..1."""
     return TOP + (1 - value) * (HEIGHT - TOP - BOTTOM)
 
 
 def line_path(xs: Sequence[float], ys: Sequence[float]) -> str:
-    """The SVG path of a curve, both axes in 0..1; what is negative (nothing measured) is left out."""
+    """Return the SVG path of a curve with both axes in 0..1. Points with a negative (missing) y are omitted."""
     points = [(x, y) for x, y in zip(xs, ys, strict=True) if y >= 0]
     return "M" + "L".join(f"{x_of(x):.1f} {y_of(y):.1f}" for x, y in points) if points else ""
 
 
 def plot(inside: str, horizontal: str, vertical: str, name: str) -> str:
-    """A square from 0 to 1 both ways with its axes.
+    """Draw a plot with both axes from 0 to 1.
 
     Args:
-        inside: SVG, placed by `x_of` and `y_of`.
-        horizontal: title of the axis.
-        vertical: title of the axis.
-        name: what a screen reader says.
+        inside: SVG content, placed with `x_of` and `y_of`.
+        horizontal: title of the horizontal axis.
+        vertical: title of the vertical axis.
+        name: text for screen readers.
     """
     grid = "".join(
         f'<path class=grid d="M{LEFT} {y_of(t):.1f}H{WIDTH - RIGHT}M{x_of(t):.1f} {TOP}V{HEIGHT - BOTTOM}"/>'
@@ -49,24 +49,28 @@ def plot(inside: str, horizontal: str, vertical: str, name: str) -> str:
 
 
 def curves(recall: Sequence[float], lines: Mapping[str, Sequence[float]], name: str) -> str:
-    """Precision over recall.
+    """Draw precision over recall.
 
     Args:
-        recall: of each point, 0..1.
-        lines: CSS class → precision at each recall; -1 where nothing was measured. A line without points can be
-            given its path later.
-        name: what a screen reader says.
+        recall: recall of each point, 0..1.
+        lines: CSS class → precision at each recall; -1: missing. A script may set the path of a line without points.
+        name: text for screen readers.
     """
     paths = "".join(
         f'<path class="curve {kind}" d="{line_path(recall, line) if len(line) else ""}"/>'
         for kind, line in lines.items()
     )
-    return plot(paths, "recall: share of the objects that is found", "precision: share that is right", name)
+    return plot(
+        paths,
+        "recall: share of objects that are found",
+        "precision: share of detections that are correct",
+        name,
+    )
 
 
 def calibration(bins: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Share of right detections over the score that they have; bars where there are detections, and the diagonal."""
-    most = max((each["count"] for each in bins), default=0) or 1
+    """Draw the share of correct detections over the score: a bar for each bin with detections, and the diagonal."""
+    maximum = max((each["count"] for each in bins), default=0) or 1
     bars = []
     for each in bins:
         if not each["count"]:
@@ -74,16 +78,16 @@ def calibration(bins: Sequence[Mapping[str, Any]], name: str) -> str:
         left, right, top = x_of(each["low"]), x_of(each["high"]), y_of(each["accuracy"])
         bars.append(
             f'<rect x="{left + 1:.1f}" y="{top:.1f}" width="{right - left - 2:.1f}" '
-            f'height="{y_of(0) - top:.1f}" opacity="{0.35 + 0.65 * each["count"] / most:.2f}">'
+            f'height="{y_of(0) - top:.1f}" opacity="{0.35 + 0.65 * each["count"] / maximum:.2f}">'
             f"<title>score {each['low']:.2f} to {each['high']:.2f}: {each['accuracy']:.2f} of {each['count']:,} "
-            f"detections are right</title></rect>"
+            f"detections are correct</title></rect>"
         )
     diagonal = f'<path class="curve ideal" d="M{x_of(0)} {y_of(0)}L{x_of(1)} {y_of(1)}"/>'
-    return plot("".join(bars) + diagonal, "score that the model gives", "share that is right", name)
+    return plot("".join(bars) + diagonal, "predicted score", "share of detections that are correct", name)
 
 
 def scale_of(intervals: Sequence[Sequence[float | None]]) -> float:
-    """Half the width of an axis around 0 that holds all intervals: 1, 2 or 5 times a power of ten."""
+    """Return half the width of an axis around 0 that contains all intervals: 1, 2 or 5 times a power of ten."""
     largest = max((abs(end) for ends in intervals for end in ends if end is not None), default=0)
     for power in (0.001, 0.01, 0.1, 1):
         for step in (1, 2, 5):
@@ -93,7 +97,7 @@ def scale_of(intervals: Sequence[Sequence[float | None]]) -> float:
 
 
 def forest_axis(scale: float) -> str:
-    """The head of a column of `forest_row`: the ends of the axis and 0."""
+    """Draw the head of a column of `forest_row`: both ends of the axis and 0."""
     return (
         '<svg class=forest viewBox="0 0 200 16" aria-hidden="true">'
         f'<text x="2" y="12">−{scale:g}</text><text x="100" y="12" text-anchor="middle">0</text>'
@@ -102,17 +106,17 @@ def forest_axis(scale: float) -> str:
 
 
 def forest_row(delta: float, low: float | None, high: float | None, scale: float) -> str:
-    """A difference as a point with its interval; filled where the interval is on one side of 0."""
+    """Draw a difference as a point with its interval; the point is filled if the interval excludes 0."""
 
-    def place(value: float) -> float:
+    def position(value: float) -> float:
         return 100 + 98 * max(-1.0, min(1.0, value / scale))
 
-    sure = low is not None and high is not None and (low > 0 or high < 0)
-    kind = ("up" if delta > 0 else "down") if sure else "open"
+    is_significant = low is not None and high is not None and (low > 0 or high < 0)
+    kind = ("up" if delta > 0 else "down") if is_significant else "open"
     whisker = ""
     if low is not None and high is not None:
-        whisker = f'<path class=whisker d="M{place(low):.1f} 8H{place(high):.1f}"/>'
+        whisker = f'<path class=whisker d="M{position(low):.1f} 8H{position(high):.1f}"/>'
     return (
         f'<svg class="forest {kind}" viewBox="0 0 200 16" aria-hidden="true"><path class=zero d="M100 0V16"/>'
-        f'{whisker}<circle cx="{place(delta):.1f}" cy="8" r="4"/></svg>'
+        f'{whisker}<circle cx="{position(delta):.1f}" cy="8" r="4"/></svg>'
     )

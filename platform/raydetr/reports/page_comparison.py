@@ -1,4 +1,4 @@
-"""The page of a comparison of two models on one data set: the verdict first, then what it rests on."""
+"""The comparison report of two models on one data set: the verdict first, then the metrics that it is based on."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -11,18 +11,18 @@ from raydetr.reports.page import about_data, facts, write_sections
 from raydetr.reports.page_charts import forest_axis, forest_row, scale_of
 from raydetr.reports.page_gallery import CONTROLS, caption_of, not_shown
 from raydetr.reports.page_matching import Item, match_image
-from raydetr.reports.page_pictures import Album, detections, open_album, rows_of, truth_kind
+from raydetr.reports.page_pictures import Album, detections, ground_truth_kind, open_album, rows_of
 from raydetr.reports.page_tables import Cell, Column, name_cell, plain, sortable, words_cell
-from raydetr.reports.page_text import IOU, figure_text, model_name, number, percent, plural, signed
+from raydetr.reports.page_text import IOU, metric_text, model_name, number, percent, plural, signed
 
-MOST = 8
-"""Images that got better, and that got worse."""
+MAX_IMAGES = 8
+"""Maximum improved images, and maximum degraded images."""
 MIN_SCORE = 0.3
-"""Least score of a detection that is drawn."""
+"""Minimum score of a detection that is drawn."""
 
 
 def write_comparison(
-    address: str,
+    uri: str,
     old_record: Mapping[str, Any],
     new_record: Mapping[str, Any],
     comparison: Mapping[str, Any],
@@ -32,45 +32,44 @@ def write_comparison(
     decision: Mapping[str, Any] | None = None,
     metric: str = "AP",
 ) -> None:
-    """Write the page of a comparison.
+    """Write the report of a comparison.
 
     Args:
-        address: of the HTML file.
-        old_record: the record, as in metrics.json, of the model that is there.
-        new_record: of the one that may take its place.
-        comparison: `figures` name → old, new, delta, low, high, probability_better; `classes` name → id, name, objects,
-            old, new, delta, low, high of each; images, resamples, confidence; `changed` with better and worse image ids.
-        manifest: the data set, for its images and their truth.
-        old_predictions: a table of `predictions.PREDICTION_SCHEMA`.
-        new_predictions: the other model's.
-        decision: of the gate: promoted, rules (rule, passed, found, limit), reason; None: nothing was to be decided.
-        metric: the figure that was decided by: the verdict and the classes are of it.
+        uri: URI of the HTML file.
+        old_record: record of the current model, as in metrics.json.
+        new_record: record of the candidate.
+        comparison: from `promotion.compare.compare`.
+        manifest: manifest of the data set, from which images and ground truth are read.
+        old_predictions: predictions of the current model, a table of `predictions.PREDICTION_SCHEMA`.
+        new_predictions: predictions of the candidate.
+        decision: decision of the gate: promoted, rules (rule, passed, found, limit), reason; None without a decision.
+        metric: metric of the verdict and of the class table.
     """
     old, new = model_name(old_record["model"]), model_name(new_record["model"])
     if old == new:
         old, new = f"{old} (old)", f"{new} (new)"
     changed = comparison.get("changed", {})
-    better, worse = (list(changed.get(kind, ()))[:MOST] for kind in ("better", "worse"))
-    album = open_album(manifest, [*better, *worse], truth_kind(new_record))
-    sides = rows_of(old_predictions, {*better, *worse}), rows_of(new_predictions, {*better, *worse})
-    figures = _figures(comparison, old_record, new_record)
+    better, worse = (list(changed.get(kind, ()))[:MAX_IMAGES] for kind in ("better", "worse"))
+    album = open_album(manifest, [*better, *worse], ground_truth_kind(new_record))
+    predictions = rows_of(old_predictions, {*better, *worse}), rows_of(new_predictions, {*better, *worse})
+    metrics = _metrics(comparison, old_record, new_record)
     controls = CONTROLS if better or worse else ""
     sections = {
-        "figures": ("All figures", figures),
+        "figures": ("All metrics", metrics),
         "classes": ("Classes", _classes(comparison, metric)),
-        "worse": ("Images that got worse", _images(worse, album, sides, controls)),
-        "better": ("Images that got better", _images(better, album, sides, "" if worse else controls)),
-        "about": ("How this was compared", _about(old_record, new_record, comparison)),
+        "worse": ("Degraded images", _images(worse, album, predictions, controls)),
+        "better": ("Improved images", _images(better, album, predictions, "" if worse else controls)),
+        "about": ("Method", _about(old_record, new_record, comparison)),
     }
-    counted = {"classes": comparison.get("classes", {}).get(metric, ())}
-    rows = [("old", old), ("new", new), *about_data(counted, manifest, new_record["data"])]
+    of_metric = {"classes": comparison.get("classes", {}).get(metric, ())}
+    rows = [("old", old), ("new", new), *about_data(of_metric, manifest, new_record["data"])]
     rows.append(("images", f"{comparison.get('images', len(new_predictions)):,}"))
     lead = album.pixels() + _decision(decision) + _verdict(comparison, old, new, metric) + facts(rows)
-    write_sections(address, f"{new} against {old}", lead, sections)
+    write_sections(uri, f"{new} compared with {old}", lead, sections)
 
 
 def _decision(decision: Mapping[str, Any] | None) -> str:
-    """What the gate decided, and each of its rules."""
+    """Render the decision of the gate and its rules."""
     if decision is None:
         return ""
     promoted = bool(decision["promoted"])
@@ -88,7 +87,7 @@ def _decision(decision: Mapping[str, Any] | None) -> str:
         ]
         for rule in decision.get("rules", ())
     ]
-    heads = [("rule", ""), ("outcome", ""), ("found", ""), ("asked for", "")]
+    heads = [("rule", ""), ("result", ""), ("found", ""), ("required", "")]
     table = plain("rules of the promotion", heads, rows) if rows else ""
     return (
         f'<div class="verdict {"yes" if promoted else "no"}"><p class=big>{"✓ Promoted" if promoted else "✗ Not promoted"}'
@@ -97,8 +96,8 @@ def _decision(decision: Mapping[str, Any] | None) -> str:
 
 
 def _verdict(comparison: Mapping[str, Any], old: str, new: str, metric: str) -> str:
-    """What changed, in a sentence with its interval and its probability."""
-    known = {name: each for name, each in comparison["figures"].items() if _measured(each)}
+    """Describe the change of the metric with its interval and the probability of an improvement."""
+    known = {name: each for name, each in comparison["figures"].items() if _is_measured(each)}
     if not known:
         return '<div class="verdict"><p class=big>There is nothing to compare</p><p>The data set has no objects.</p></div>'
     name = next((name for name in (metric, "AP", "PQ", "mask_AP") if name in known), next(iter(known)))
@@ -114,53 +113,53 @@ def _verdict(comparison: Mapping[str, Any], old: str, new: str, metric: str) -> 
     text = f"{change}, from {number(each['old'])} ({old}) to {number(each['new'])} ({new})."
     if low is not None and high is not None:
         text += (
-            f" With {percent(comparison.get('confidence', 0.95))} confidence the difference lies between "
-            f"{signed(low)} and {signed(high)}."
+            f" The {percent(comparison.get('confidence', 0.95))} confidence interval of the difference is "
+            f"{signed(low)} to {signed(high)}."
         )
     if each.get("probability_better") is not None:
-        text += f" The probability that {new} is the better one is {percent(each['probability_better'])}."
-    meaning = f"<b>{name}</b>: {figure_text(name)[1]} All figures run from 0 to 1. {IOU}"
+        text += f" The probability that {new} is better is {percent(each['probability_better'])}."
+    meaning = f"<b>{name}</b>: {metric_text(name)[1]} All metrics range from 0 to 1. {IOU}"
     return (
         f'<div class="verdict {kind}"><p class=big>{title}</p><p>{text}</p></div><p class=note>{meaning}</p>'
     )
 
 
-def _figures(comparison: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    without_range = {
+def _metrics(comparison: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    without_interval = {
         name: {"old": old["figures"].get(name), "new": new["figures"].get(name), "delta": delta}
         for name, delta in comparison.get("deltas", {}).items()
     }
-    every = {**without_range, **comparison["figures"]}
-    known = {name: each for name, each in every.items() if _measured(each)}
+    every = {**without_interval, **comparison["figures"]}
+    known = {name: each for name, each in every.items() if _is_measured(each)}
     if not known:
         return ""
     scale = scale_of([(each["delta"], each.get("low"), each.get("high")) for each in known.values()])
     share = percent(comparison.get("confidence", 0.95))
     heads = [
-        ("figure", ""),
+        ("metric", ""),
         ("old", "number"),
         ("new", "number"),
         ("difference", "number"),
-        (f"{share} range", "number"),
+        (f"{share} interval", "number"),
     ]
     heads += [(f"worse | better{forest_axis(scale)}", "axis"), ("probability better", "number")]
     rows = [
         [
-            words_cell(*figure_text(name), "main" if name in ("AP", "PQ") else ""),
+            words_cell(*metric_text(name), "main" if name in ("AP", "PQ") else ""),
             *_change_cells(each, scale),
             Cell("–" if each.get("probability_better") is None else percent(each["probability_better"])),
         ]
         for name, each in known.items()
     ]
     return (
-        "<p>A point is the difference, the line through it its range. Filled: the whole range is on one side of 0, so "
-        f"that chance alone hardly explains it.</p><div class=compact>{plain('figures of both models', heads, rows)}</div>"
+        "<p>The point is the difference, and the line is its confidence interval. A filled point means that the "
+        f"interval excludes 0.</p><div class=compact>{plain('metrics of both models', heads, rows)}</div>"
     )
 
 
 def _classes(comparison: Mapping[str, Any], metric: str) -> str:
     every = comparison.get("classes", {}).get(metric, ())
-    known = [each for each in every if _measured(each)]
+    known = [each for each in every if _is_measured(each)]
     if not known:
         return ""
     known.sort(key=lambda each: each["delta"])
@@ -168,11 +167,11 @@ def _classes(comparison: Mapping[str, Any], metric: str) -> str:
     title = metric.replace("_", " ")
     columns = [
         Column("class", "name of the class", "", descending=False),
-        Column("objects", "in the truth"),
+        Column("objects", "in the ground truth"),
         Column(f"{title} old"),
         Column(f"{title} new"),
         Column("difference", f"of {title}", descending=False),
-        Column("range", "its lower end", descending=False),
+        Column("interval", "sorted by its lower bound", descending=False),
         Column("worse | better", f"of {title}", "axis", descending=False, head=forest_axis(scale)),
     ]
     rows = [
@@ -183,24 +182,28 @@ def _classes(comparison: Mapping[str, Any], metric: str) -> str:
         ]
         for each in known
     ]
-    left_out = len(every) - len(known)
-    note = f" {plural(left_out, 'class has', 'classes have')} no object and no figures." if left_out else ""
+    skipped = len(every) - len(known)
+    note = (
+        f" {plural(skipped, 'class has', 'classes have')} no objects and therefore no metrics."
+        if skipped
+        else ""
+    )
     return (
-        "<p>The largest losses come first; a click on a heading sorts anew. Classes with few objects have wide ranges: "
-        f"there, a large difference may be chance.{note}</p>"
+        "<p>The largest losses come first. Click a heading to sort. Classes with few objects have wide intervals, so a "
+        f"large difference may be due to chance.{note}</p>"
         f"{sortable('classes-table', 'change of each class', columns, rows, by=4)}"
     )
 
 
 def _change_cells(each: Mapping[str, Any], scale: float) -> list[Cell]:
-    """Old, new, difference, range and chart."""
+    """Return the cells for old, new, difference, interval and chart."""
     low, high, delta = each.get("low"), each.get("high"), each["delta"]
-    has_range = low is not None and high is not None
+    has_interval = low is not None and high is not None
     return [
         Cell(number(each["old"]), each["old"]),
         Cell(number(each["new"]), each["new"]),
         Cell(signed(delta), delta),
-        Cell(f"{signed(low)} to {signed(high)}" if has_range else "–", low, "number note"),
+        Cell(f"{signed(low)} to {signed(high)}" if has_interval else "–", low, "number note"),
         Cell(forest_row(delta, low, high, scale), delta, "axis"),
     ]
 
@@ -208,49 +211,51 @@ def _change_cells(each: Mapping[str, Any], scale: float) -> list[Cell]:
 def _images(
     image_ids: Sequence[int],
     album: Album,
-    sides: tuple[Mapping[int, Mapping[str, Any]], Mapping[int, Mapping[str, Any]]],
+    predictions: tuple[Mapping[int, Mapping[str, Any]], Mapping[int, Mapping[str, Any]]],
     controls: str,
 ) -> str:
-    """Images three times: with their truth, and with what each model finds."""
+    """Render each image three times: with the ground truth and with the predictions of each model."""
     if not image_ids:
         return ""
     figures = []
     for image_id in image_ids:
-        if image_id not in album.shots:
-            figures.append(not_shown(image_id, sides[1].get(image_id)))
+        if image_id not in album.entries:
+            figures.append(not_shown(image_id, predictions[1].get(image_id)))
             continue
-        shot = album.shots[image_id]
-        truth = album.picture(image_id, [("truth", shot.objects, [True] * len(shot.objects))])
-        panels = f"<div><p>truth: {plural(len(shot.objects), 'object')}</p>{truth}</div>"
-        for name, rows in zip(("old", "new"), sides, strict=True):
-            items = detections(rows.get(image_id), shot.image.size[::-1], MIN_SCORE)
+        entry = album.entries[image_id]
+        ground_truth = album.overlay(image_id, [("truth", entry.objects, [True] * len(entry.objects))])
+        panels = f"<div><p>ground truth: {plural(len(entry.objects), 'object')}</p>{ground_truth}</div>"
+        for name, rows in zip(("old", "new"), predictions, strict=True):
+            items = detections(rows.get(image_id), entry.image.size[::-1], MIN_SCORE)
             panels += _panel(name, album, image_id, items)
         figures.append(
             f"<figure class=triple><div class=panels>{panels}</div>{caption_of(album, image_id, '')}</figure>"
         )
     return (
-        f"<p>Solid lines are the truth, dashed lines with a score are predictions (from {MIN_SCORE:g} on). Labelled and "
-        "thick are, with the models, detections that are wrong and objects that are missed; what is right is thin.</p>"
+        f"<p>Solid lines are the ground truth. Dashed lines are predictions with a score of at least {MIN_SCORE:g}. In "
+        "the images of the models, wrong detections and missed objects have thick lines and labels. Correct detections "
+        "have thin lines.</p>"
         f"{controls}<div class=gallery>{''.join(figures)}</div>"
     )
 
 
 def _panel(name: str, album: Album, image_id: int, items: Sequence[Item]) -> str:
-    objects = album.shots[image_id].objects
-    verdict = match_image(objects, items)
-    wrong = [kind not in ("right", "crowd") for kind in verdict.detections]
-    missed = [fate == "missed" for fate in verdict.objects]
-    picture = album.picture(image_id, [("truth", objects, missed), ("found", items, wrong)])
-    words = f"{name}: {verdict.detections.count('right')} right, {sum(wrong)} wrong, {sum(missed)} missed"
-    return f"<div><p>{words}</p>{picture}</div>"
+    objects = album.entries[image_id].objects
+    matching = match_image(objects, items)
+    wrong = [kind not in ("right", "crowd") for kind in matching.detections]
+    missed = [status == "missed" for status in matching.objects]
+    overlay = album.overlay(image_id, [("truth", objects, missed), ("found", items, wrong)])
+    words = f"{name}: {matching.detections.count('right')} correct, {sum(wrong)} wrong, {sum(missed)} missed"
+    return f"<div><p>{words}</p>{overlay}</div>"
 
 
 def _about(old: Mapping[str, Any], new: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
     text = (
-        "<p>Both models were scored on the same images by COCO's rules, as pycocotools does. The range of a difference: "
-        f"{comparison.get('resamples', 0):,} data sets were drawn with replacement from the images (bootstrap), both "
-        "models scored on each, and the middle of the differences taken. Being scored on the same images, the models "
-        "can be told apart even where the ranges of their own figures overlap.</p>"
+        "<p>Both models were scored on the same images by COCO's rules, like pycocotools. The confidence interval of a "
+        f"difference is computed by paired bootstrap: {comparison.get('resamples', 0):,} data sets are drawn with "
+        "replacement from the images, both models are scored on each, and the interval is the middle of the "
+        "differences. Because both models are scored on the same images, a difference can be significant even if the "
+        "intervals of their own metrics overlap.</p>"
     )
     rows = []
     for title, path in (
@@ -276,7 +281,7 @@ def _dig(record: Mapping[str, Any], path: Sequence[str]) -> Any:
     return value
 
 
-def _measured(each: Mapping[str, Any]) -> bool:
+def _is_measured(each: Mapping[str, Any]) -> bool:
     return (
         all(each.get(key) is not None for key in ("old", "new", "delta"))
         and min(each["old"], each["new"]) >= 0

@@ -1,4 +1,4 @@
-"""Sections of the evaluation's page on what goes wrong: kinds of error, confusions, scores that promise too much."""
+"""Sections of the evaluation report on errors: error breakdown, confusion matrix, calibration, key findings."""
 
 from collections.abc import Mapping
 from html import escape
@@ -10,30 +10,30 @@ from raydetr.reports.page_charts import calibration
 from raydetr.reports.page_tables import Cell, name_cell, plain, words_cell
 from raydetr.reports.page_text import ERRORS, number, percent, plural
 
-MOST_LISTED = 15
-MOST_IN_MATRIX = 100
+MAX_LISTED = 15
+MAX_IN_MATRIX = 100
 
 
 def error_section(errors: Mapping[str, Any]) -> str:
-    """Kinds of error as bars, each with its number and with what it costs."""
+    """Render the error breakdown: the count and the cost of each kind, with bars."""
     counts, costs = errors["counts"], errors["cost"]
     kinds = sorted(counts, key=lambda kind: (-costs.get(kind, 0), -counts[kind]))
-    most = max([*costs.values(), 1e-9])
+    maximum = max([*costs.values(), 1e-9])
     rows = [
         [
             words_cell(ERRORS[kind][0], ERRORS[kind][1]),
             Cell(f"{counts[kind]:,}"),
-            Cell(_bar(max(costs.get(kind, 0), 0) / most), kind="bar"),
+            Cell(_bar(max(costs.get(kind, 0), 0) / maximum), kind="bar"),
             Cell(number(max(costs.get(kind, 0), 0))),
         ]
         for kind in kinds
         if kind in ERRORS
     ]
-    heads = [("kind", ""), ("number", "number"), ("cost in AP50", ""), ("", "number")]
+    heads = [("kind", ""), ("count", "number"), ("cost in AP50", ""), ("", "number")]
     return (
-        f"<p>AP50 is {number(errors['AP50'])} when only detections with a score of at least {errors['min_score']:g} "
-        "count. The cost of a kind is what AP50 would gain if all errors of this kind were put right and nothing else; "
-        f"the costs do not add up.</p><div class=costs>{plain('kinds of error', heads, rows)}</div>"
+        f"<p>AP50 is {number(errors['AP50'])} for detections with a score of at least {errors['min_score']:g}. The "
+        "cost of a kind is the gain of AP50 if all errors of this kind, and no others, were fixed. Costs do not add up."
+        f"</p><div class=costs>{plain('kinds of error', heads, rows)}</div>"
     )
 
 
@@ -45,7 +45,7 @@ def _bar(share: float) -> str:
 
 
 def confusion_section(confusion: Mapping[str, Any]) -> str:
-    """The most frequent confusions of two classes as a list, and the whole matrix."""
+    """Render the most frequent confusions of two classes as a list, and the whole confusion matrix."""
     names, counts = confusion["names"], np.asarray(confusion["counts"], dtype=np.int64)
     classes = len(names) - 1
     if classes < 1 or not counts.any():
@@ -54,27 +54,32 @@ def confusion_section(confusion: Mapping[str, Any]) -> str:
     rows = [
         [
             name_cell(names[true]),
-            Cell(escape(names[found]), kind=""),
-            Cell(f"{counts[true, found]:,}"),
-            Cell(percent(counts[true, found] / counts[true].sum())),
+            Cell(escape(names[predicted]), kind=""),
+            Cell(f"{counts[true, predicted]:,}"),
+            Cell(percent(counts[true, predicted] / counts[true].sum())),
         ]
-        for true, found in pairs[:MOST_LISTED]
+        for true, predicted in pairs[:MAX_LISTED]
     ]
-    listed = "<p>No object was taken for one of another class.</p>"
+    listed = "<p>No object was confused with another class.</p>"
     if rows:
-        more = len(pairs) - MOST_LISTED
-        heading = f"The {MOST_LISTED} most frequent of {len(pairs)} confusions" if more > 0 else "Confusions"
-        heads = [("an object of", ""), ("was named", ""), ("times", "number"), ("of its objects", "number")]
+        more = len(pairs) - MAX_LISTED
+        heading = f"The {MAX_LISTED} most frequent of {len(pairs)} confusions" if more > 0 else "Confusions"
+        heads = [
+            ("true class", ""),
+            ("predicted class", ""),
+            ("count", "number"),
+            ("share of the class", "number"),
+        ]
         listed = f"<h3>{heading}</h3><div class=narrow>{plain('most frequent confusions', heads, rows)}</div>"
     lead = (
-        f"<p>Each object is paired with the detection that covers it best (IoU of at least {confusion['iou']:g}, score "
-        f"of at least {confusion['min_score']:g}), whatever its class.</p>"
+        f"<p>Objects and detections of any class are matched by IoU (at least {confusion['iou']:g}). Only detections "
+        f"with a score of at least {confusion['min_score']:g} count.</p>"
     )
     return lead + listed + _matrix(names, counts)
 
 
 def calibration_section(data: Mapping[str, Any]) -> str:
-    """How far a score can be taken for a probability."""
+    """Render how well scores agree with the share of correct detections."""
     bins = [each for each in data["bins"] if each["count"]]
     if not bins:
         return "<p>There are no detections.</p>"
@@ -82,56 +87,57 @@ def calibration_section(data: Mapping[str, Any]) -> str:
     gap = sum(each["count"] * (each["accuracy"] - each["confidence"]) for each in bins) / total
     direction = "higher" if gap > 0 else "lower"
     verdict = (
-        "On the whole the scores can be taken for probabilities."
+        "Overall, the scores can be used as probabilities."
         if data["ece"] < 0.05
-        else f"On average the share that is right is {abs(gap):.2f} {direction} than the score says."
+        else f"On average, the share of correct detections is {abs(gap):.2f} {direction} than the score."
         if abs(gap) >= 0.02
-        else "Scores too high in one range and too low in another balance each other."
+        else "Scores are too high in some ranges and too low in others."
     )
     chart = calibration(
-        bins, f"calibration diagram: share of right detections by score; error {data['ece']:.3f}"
+        bins, f"calibration diagram: share of correct detections by score; error {data['ece']:.3f}"
     )
     return (
-        f"<div class=beside>{chart}<div><p>Of detections with a score of 0.8, eight in ten should be right: then the bars reach the dashed "
-        f"line. {verdict}</p><p class=note>Expected calibration error {data['ece']:.3f} (mean distance from the line, "
-        f"weighted by detections), largest {data['mce']:.3f}; {plural(total, 'detection')}. Darker bars hold more "
-        "of them.</p></div></div>"
+        f"<div class=side-by-side>{chart}<div><p>Of all detections with a score of 0.8, 80 % should be correct. Then "
+        f"the bars reach the dashed line. {verdict}</p><p class=note>Expected calibration error: {data['ece']:.3f} "
+        f"(mean distance from the line, weighted by detections). Maximum: {data['mce']:.3f}. "
+        f"{plural(total, 'detection')}. Darker bars contain more detections.</p></div></div>"
     )
 
 
 def findings(analysis: Mapping[str, Any]) -> list[str]:
-    """The few sentences that somebody in a hurry should read; HTML."""
-    found = []
+    """Return the key findings as a few sentences, HTML."""
+    sentences = []
     errors, confusion = analysis.get("errors"), analysis.get("confusion")
     if errors and any(cost > 0.0005 for cost in errors["cost"].values()):
         kind = max(errors["cost"], key=errors["cost"].__getitem__)
-        found.append(
-            f"Most is lost to <b>{ERRORS[kind][2]}</b>: {plural(errors['counts'][kind], 'case')}. Were they put right, "
-            f"AP50 would be {errors['cost'][kind]:.3f} higher."
+        sentences.append(
+            f"Most costly kind of error: <b>{ERRORS[kind][2]}</b> ({plural(errors['counts'][kind], 'case')}). Fixing "
+            f"all of them would raise AP50 by {errors['cost'][kind]:.3f}."
         )
     known = [each for each in analysis.get("classes", ()) if each["objects"] >= 10 and each["AP"] >= 0]
     if len(known) > 2:
         known.sort(key=lambda each: each["AP"])
         weakest = ", ".join(f"<b>{escape(str(each['name']))}</b> ({each['AP']:.2f})" for each in known[:3])
         best = known[-1]
-        found.append(
-            f"Weakest classes by AP, among those with at least ten objects: {weakest}. Strongest: "
+        sentences.append(
+            f"Classes with the lowest AP, among those with at least ten objects: {weakest}. Highest AP: "
             f"<b>{escape(str(best['name']))}</b> ({best['AP']:.2f})."
         )
     if confusion:
         counts = np.asarray(confusion["counts"], dtype=np.int64)
         pairs = _worst_pairs(counts[:-1, :-1])
         if pairs and counts[pairs[0]] > 2:
-            true, found_as = (escape(confusion["names"][index]) for index in pairs[0])
+            true, predicted = (escape(confusion["names"][index]) for index in pairs[0])
             times = counts[pairs[0]]
-            found.append(
-                f"Most frequent confusion: <b>{true}</b> named <b>{found_as}</b> ({plural(int(times), 'time')})."
+            sentences.append(
+                f"Most frequent confusion: <b>{true}</b> predicted as <b>{predicted}</b> "
+                f"({plural(int(times), 'time')})."
             )
-    return found
+    return sentences
 
 
 def _worst_pairs(counts: np.ndarray) -> list[tuple[int, int]]:
-    """(truth, prediction) of different classes, the most frequent first."""
+    """Return (true class, predicted class) of all confusions, the most frequent first."""
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     rows, columns = np.nonzero(wrong)
@@ -141,20 +147,20 @@ def _worst_pairs(counts: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _matrix(names: list[str], counts: np.ndarray) -> str:
-    """The matrix of the classes that occur, background last, tinted by the share of a row."""
+    """Render the confusion matrix of the classes that occur, background last, tinted by the share of a row."""
     classes = len(names) - 1
     used = np.flatnonzero(counts.sum(0)[:classes] + counts.sum(1)[:classes])
     shown, note = used, ""
-    if len(used) > MOST_IN_MATRIX:
+    if len(used) > MAX_IN_MATRIX:
         weight = counts.sum(1)[used] + counts.sum(0)[used]
-        shown = np.sort(used[np.argsort(-weight, kind="stable")[:MOST_IN_MATRIX]])
-        note = f" Of {len(used)} classes the {MOST_IN_MATRIX} with the most objects and detections are shown."
+        shown = np.sort(used[np.argsort(-weight, kind="stable")[:MAX_IN_MATRIX]])
+        note = f" Only the {MAX_IN_MATRIX} of {len(used)} classes with the most objects and detections are shown."
     elif len(used) < classes:
         note = (
-            f" {plural(classes - len(used), 'class', 'classes')} without objects and detections are left out."
+            f" Not shown: {plural(classes - len(used), 'class', 'classes')} without objects and detections."
         )
     chosen = [*shown.tolist(), classes]
-    heads = "".join(f"<th scope=col>{escape(names[c]) if c < classes else 'not found'}</th>" for c in chosen)
+    heads = "".join(f"<th scope=col>{escape(names[c]) if c < classes else 'missed'}</th>" for c in chosen)
     body = []
     for row in chosen:
         total = counts[row].sum() or 1
@@ -169,10 +175,10 @@ def _matrix(names: list[str], counts: np.ndarray) -> str:
         body.append(f"<tr><th scope=row>{name}</th>{cells}</tr>")
     opened = " open" if len(chosen) <= 25 else ""
     return (
-        f"<details{opened}><summary>Whole matrix <small>rows: truth; columns: what it was named</small></summary>"
+        f"<details{opened}><summary>Whole matrix <small>rows: true class; columns: predicted class</small></summary>"
         '<div class="wide-table tall" tabindex="0" role="region" aria-label="confusion matrix"><table class=matrix>'
-        "<caption class=hidden>confusion matrix: rows are the truth, columns the prediction</caption><thead><tr>"
-        f"<th scope=col>truth ↓ named →</th>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        "<p class=note>On the diagonal: named rightly. Last column: objects that were not found. Last row: detections "
-        f"where there is no object. The tint is the share of the row.{note}</p></details>"
+        "<caption class=hidden>confusion matrix: rows are true classes, columns predicted classes</caption><thead><tr>"
+        f"<th scope=col>true ↓ predicted →</th>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        "<p class=note>Diagonal: correct class. Last column: missed objects. Last row: detections without an object. "
+        f"The tint shows the share of the row.{note}</p></details>"
     )

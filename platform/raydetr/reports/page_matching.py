@@ -1,6 +1,6 @@
-"""What is right and what is wrong among the detections of one image, so that a picture can point at it.
+"""Matching of the detections and objects of one image, so that an overlay can mark the errors.
 
-The kinds of error are those of `errors_by_kind`, which counts them in a whole data set.
+The kinds of errors are those of `evaluation.errors_by_kind`, which counts them in a whole data set.
 """
 
 from collections.abc import Sequence
@@ -11,80 +11,80 @@ import numpy as np
 from detr.mask_codec import box_iou_xywh
 
 GOOD, NEAR = 0.5, 0.1
-"""IoU from which a detection fits an object, and from which it is thought to mean it."""
+"""Minimum IoU at which a detection matches an object, and minimum IoU at which it refers to one."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """An object of the truth, or a detection."""
+    """A ground-truth object, or a detection."""
 
     category_id: int
     box: tuple[float, float, float, float]
     """x, y, width, height in pixels."""
     score: float | None = None
-    """Of a detection."""
+    """Score of a detection; None for an object."""
     crowd: bool = False
     mask: np.ndarray | None = None
     """uint8 [height, width], 0 or 1."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What became of the objects and detections of an image, in their order."""
+class ImageMatching:
+    """Statuses of the objects and detections of an image, in their order."""
 
     objects: list[str]
-    """found, missed, near (a detection means it, but is no fit) or crowd (does not count)."""
+    """found, missed, near (a detection refers to it, but does not match) or crowd (ignored)."""
     detections: list[str]
-    """right, one of `page_text.ERRORS` without missed, or crowd (lies in one)."""
-    meant: list[int | None]
-    """For each detection the object that it fits or means."""
+    """right, a key of `page_text.ERRORS` except missed, or crowd (lies in a crowd)."""
+    referred: list[int | None]
+    """For each detection, the index of the object that it matches or refers to."""
 
 
-def match_image(objects: Sequence[Item], detections: Sequence[Item]) -> Verdict:
-    """Match detections with objects of their class, best score first, and name the errors of the others.
+def match_image(objects: Sequence[Item], detections: Sequence[Item]) -> ImageMatching:
+    """Match detections with objects of their class, best score first, and classify the errors of the others.
 
     Args:
-        objects: of the truth.
-        detections: in descending order of score; what is under the least score that counts is left out before.
+        objects: ground-truth objects.
+        detections: detections that reach the minimum score, in descending order of score.
     """
     overlaps = _iou(detections, objects)
     crowd = np.array([each.crowd for each in objects], dtype=bool)
     same = np.array([[d.category_id == o.category_id for o in objects] for d in detections], dtype=bool)
     same = same.reshape(overlaps.shape)
-    fates = ["crowd" if each.crowd else "missed" for each in objects]
-    verdicts, meant = ["background"] * len(detections), [None] * len(detections)  # type: list[str], list[int | None]
+    statuses = ["crowd" if each.crowd else "missed" for each in objects]
+    kinds, referred = ["background"] * len(detections), [None] * len(detections)  # type: list[str], list[int | None]
 
-    def best(row: np.ndarray, allowed: np.ndarray, least: float) -> int | None:
+    def best(row: np.ndarray, allowed: np.ndarray, minimum: float) -> int | None:
         values = np.where(allowed, row, -1)
-        return int(values.argmax()) if values.size and values.max() >= least else None
+        return int(values.argmax()) if values.size and values.max() >= minimum else None
 
     for index, row in enumerate(overlaps):
-        free = same[index] & np.array([fate == "missed" for fate in fates], dtype=bool)
-        if (found := best(row, free, GOOD)) is not None:
-            fates[found], verdicts[index], meant[index] = "found", "right", found
+        free = same[index] & np.array([status == "missed" for status in statuses], dtype=bool)
+        if (match := best(row, free, GOOD)) is not None:
+            statuses[match], kinds[index], referred[index] = "found", "right", match
     for index, row in enumerate(overlaps):
-        if verdicts[index] == "right":
+        if kinds[index] == "right":
             continue
         if best(row, same[index] & crowd, GOOD) is not None:
-            verdicts[index] = "crowd"
+            kinds[index] = "crowd"
             continue
-        ours, others = same[index] & ~crowd, ~same[index] & ~crowd
-        best_ours = row[ours].max(initial=0)
-        for kind, found in (  # in TIDE's order
-            ("localisation", best(row, ours, NEAR) if best_ours < GOOD else None),
-            ("classification", best(row, others, GOOD)),
-            ("duplicate", best(row, ours, GOOD)),
-            ("both", best(row, others, NEAR)),
+        same_class, other_class = same[index] & ~crowd, ~same[index] & ~crowd
+        best_same_class = row[same_class].max(initial=0)
+        for kind, match in (  # in TIDE's order
+            ("localisation", best(row, same_class, NEAR) if best_same_class < GOOD else None),
+            ("classification", best(row, other_class, GOOD)),
+            ("duplicate", best(row, same_class, GOOD)),
+            ("both", best(row, other_class, NEAR)),
         ):
-            if found is not None:
-                verdicts[index], meant[index] = kind, found
-                if kind in ("classification", "localisation") and fates[found] == "missed":
-                    fates[found] = "near"
+            if match is not None:
+                kinds[index], referred[index] = kind, match
+                if kind in ("classification", "localisation") and statuses[match] == "missed":
+                    statuses[match] = "near"
                 break
-    return Verdict(fates, verdicts, meant)
+    return ImageMatching(statuses, kinds, referred)
 
 
 def _iou(detections: Sequence[Item], objects: Sequence[Item]) -> np.ndarray:
-    """float64 [detections, objects]; with a crowd it is the share of the detection that lies in it."""
-    found, truth = ([list(each.box) for each in items] for items in (detections, objects))
-    return box_iou_xywh(found, truth, [each.crowd for each in objects])
+    """Compute the IoU, float64 [detections, objects]; for a crowd, the share of the detection that lies in it."""
+    predicted_boxes, true_boxes = ([list(each.box) for each in items] for items in (detections, objects))
+    return box_iou_xywh(predicted_boxes, true_boxes, [each.crowd for each in objects])

@@ -1,4 +1,4 @@
-"""Objects and detections over an image, as SVG: truth in solid lines, predictions dashed, labels that avoid each other."""
+"""SVG overlays of objects and detections: ground truth solid, predictions dashed, labels placed without overlap."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -11,37 +11,37 @@ from PIL import Image
 from raydetr.reports.page_matching import Item
 
 FONT = 17
-"""Height of labels in the picture's units; pictures are about 512 wide and shown at half to two thirds of that."""
+"""Height of labels in units of the overlay. Overlays are about 512 wide and shown at half to two thirds of that."""
 
-CROWDED = 0.4
-"""Share of a label under others from which on it is left out."""
+MAX_COVERED = 0.4
+"""A label is omitted if other labels cover more than this share of it."""
 
-Place = tuple[float, float, float, float]
+Rectangle = tuple[float, float, float, float]
 
 
 class Overlay:
-    """What is drawn over one image.
+    """The overlay of one image.
 
     Args:
-        size: (width, height) of the drawing.
-        scale: the drawing's units for one pixel of the image.
+        size: (width, height) of the overlay.
+        scale: units of the overlay per pixel of the image.
         names: category id → name.
     """
 
     def __init__(self, size: tuple[int, int], scale: float, names: Mapping[int, str]) -> None:
         self.size, self.scale, self.names = size, scale, names
-        self._taken: list[Place] = []
+        self._taken: list[Rectangle] = []
 
     def draw(self, items: Sequence[Item], kind: str, key: Sequence[bool]) -> tuple[str, str]:
-        """Objects or detections as SVG.
+        """Draw objects or detections as SVG.
 
         Args:
-            items: what to draw.
+            items: objects or detections.
             kind: CSS class, `truth` or `found`.
-            key: which of them the picture is about: these have a label; the others are drawn faintly.
+            key: whether to emphasize each item. Emphasized items have a label, and the others are drawn faintly.
 
         Returns:
-            the shapes, and the labels, which belong above the shapes of all kinds.
+            The shapes, and the labels, which must be placed above the shapes of all kinds.
         """
         order = sorted(range(len(items)), key=lambda index: (key[index], items[index].score or 0))
         shapes = "".join(
@@ -55,9 +55,10 @@ class Overlay:
     def _text(self, item: Item, kind: str) -> str:
         name = self.names.get(item.category_id, f"category {item.category_id}")
         score = "" if item.score is None else f" {item.score:.2f}"
-        return f"{'truth' if kind == 'truth' else 'predicted'}: {escape(name)}{' (crowd)' if item.crowd else ''}{score}"
+        source = "ground truth" if kind == "truth" else "predicted"
+        return f"{source}: {escape(name)}{' (crowd)' if item.crowd else ''}{score}"
 
-    def _box(self, item: Item) -> Place:
+    def _box(self, item: Item) -> Rectangle:
         (x, y, w, h), (width, height) = item.box, self.size
         left, top = max(1.0, x * self.scale), max(1.0, y * self.scale)
         right, bottom = min(width - 1.0, (x + w) * self.scale), min(height - 1.0, (y + h) * self.scale)
@@ -76,28 +77,30 @@ class Overlay:
         if item.score is not None:
             text += f" {item.score:.2f}"
         x, y, w, h = self._box(item)
-        long = 0.62 * FONT * len(text) + 4
-        above = (y, y - FONT, y + FONT, y + h - FONT, y + h, y + h / 2)  # tops, the preferred ones first
-        below = (y + h - FONT - 3, y + h, y + h - 2 * FONT, y, y - FONT, y + h / 2)
-        columns = (x + 3, x + w - long - 2, x + (w - long) / 2)
-        places = []
-        for top, left in product(above if kind == "truth" else below, columns):
-            left = max(1.0, min(left, self.size[0] - long))
+        length = 0.62 * FONT * len(text) + 4
+        # Tops of the candidate positions, in order of preference: near the top edge for ground truth, near the bottom
+        # edge for predictions, so that the labels of a correct detection do not collide.
+        near_top = (y, y - FONT, y + FONT, y + h - FONT, y + h, y + h / 2)
+        near_bottom = (y + h - FONT - 3, y + h, y + h - 2 * FONT, y, y - FONT, y + h / 2)
+        columns = (x + 3, x + w - length - 2, x + (w - length) / 2)
+        candidates = []
+        for top, left in product(near_top if kind == "truth" else near_bottom, columns):
+            left = max(1.0, min(left, self.size[0] - length))
             top = max(0.0, min(top, self.size[1] - FONT - 2))
-            places.append((left, top, left + long, top + FONT))
-        place = min(places, key=lambda each: sum(_overlap(each, other) for other in self._taken))
-        if sum(_overlap(place, other) for other in self._taken) > CROWDED * long * FONT:
-            return ""  # it could not be read; the name is still the drawing's title, and a larger picture has room
-        self._taken.append(place)
-        return f'<text x="{place[0]:.1f}" y="{place[1] + FONT - 3:.1f}">{escape(text)}</text>'
+            candidates.append((left, top, left + length, top + FONT))
+        label = min(candidates, key=lambda each: sum(_overlap(each, other) for other in self._taken))
+        if sum(_overlap(label, other) for other in self._taken) > MAX_COVERED * length * FONT:
+            return ""  # unreadable; the title of the shape still has the name, and an enlarged image has more space
+        self._taken.append(label)
+        return f'<text x="{label[0]:.1f}" y="{label[1] + FONT - 3:.1f}">{escape(text)}</text>'
 
 
 def outlines(mask: np.ndarray, size: tuple[int, int]) -> str:
-    """The SVG path around the parts of a mask.
+    """Return the SVG path around the parts of a mask.
 
     Args:
         mask: uint8 [height, width], 0 or 1.
-        size: (width, height) of the drawing, to which the mask is scaled.
+        size: (width, height) of the overlay, to which the mask is scaled.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
@@ -111,11 +114,11 @@ def outlines(mask: np.ndarray, size: tuple[int, int]) -> str:
     paths = []
     for line in contourpy.contour_generator(z=padded).lines(127.5):
         points = [(x0 + x, y0 + y) for x, y in np.asarray(line)[::2].round().astype(int).tolist()]
-        kept = [a for a, b in pairwise([*points, (-9, -9)]) if a != b]
-        if len(kept) > 2:
-            paths.append("M" + "L".join(f"{x} {y}" for x, y in kept) + "Z")
+        distinct = [a for a, b in pairwise([*points, (-9, -9)]) if a != b]
+        if len(distinct) > 2:
+            paths.append("M" + "L".join(f"{x} {y}" for x, y in distinct) + "Z")
     return "".join(paths)
 
 
-def _overlap(a: Place, b: Place) -> float:
+def _overlap(a: Rectangle, b: Rectangle) -> float:
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))

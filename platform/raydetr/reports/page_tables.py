@@ -1,4 +1,4 @@
-"""Tables of the evaluation's pages: plain ones, and ones that sort by a click or a key on their headers."""
+"""Tables of the evaluation reports: plain ones, and ones that can be sorted by their headers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,20 +9,22 @@ from raydetr.reports.page_text import number
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and what it is sorted by; None stays at the end."""
+    """A table cell."""
 
     html: str
     value: float | str | None = None
+    """Sort key; None sorts last."""
     kind: str = "number"
+    """CSS class."""
     share: float | None = None
-    """0..1: a bar behind the figure."""
+    """Length of a bar behind the number, 0..1; None without a bar."""
 
 
 @dataclass(frozen=True)
 class Column:
     """The head of a column.
 
-    descending: whether the first click on it sorts from the largest to the smallest.
+    descending: whether the first click sorts in descending order.
     """
 
     name: str
@@ -33,33 +35,33 @@ class Column:
     """HTML under the name."""
 
 
-def figure_cell(value: float | None) -> Cell:
-    """A figure in 0..1 with a bar of its size."""
+def metric_cell(value: float | None) -> Cell:
+    """Return the cell of a metric in 0..1, with a bar of its size."""
     known = None if value is None or value < 0 else value
     return Cell(number(value), known, "number meter", known)
 
 
 def name_cell(name: str) -> Cell:
-    """A name, the head of its row."""
+    """Return the cell of a name, the head of a row."""
     return Cell(escape(name), name.lower(), "")
 
 
 def words_cell(title: str, words: str, kind: str = "") -> Cell:
-    """The head of a row with what it means, both HTML."""
+    """Return the cell of a title and its explanation, both HTML, the head of a row."""
     return Cell(f"{title}<br><small class=note>{words}</small>", kind=f"words {kind}".strip())
 
 
 def sortable(
     identity: str, caption: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]], by: int = 0
 ) -> str:
-    """A table that scrolls inside of itself and sorts by its headers.
+    """Render a table with its own scroll bars that can be sorted by its headers.
 
     Args:
-        identity: the table's id.
-        caption: what a screen reader says.
-        columns: heads.
-        rows: cells, the first of each row being its head.
-        by: the column that the rows are sorted by now.
+        identity: id of the table element.
+        caption: text for screen readers.
+        columns: heads of the columns.
+        rows: cells; the first cell of each row is its head.
+        by: index of the column by which the rows are sorted initially.
     """
     heads = "".join(
         f'<th scope=col class="{column.kind}" data-first="{"descending" if column.descending else "ascending"}"'
@@ -78,12 +80,12 @@ def sortable(
 
 
 def plain(caption: str, heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table that does not sort; a wide one scrolls inside of itself.
+    """Render a table that cannot be sorted. A wide table has its own scroll bar.
 
     Args:
-        caption: what a screen reader says.
+        caption: text for screen readers.
         heads: HTML and CSS class of each column.
-        rows: cells, the first of each row being its head.
+        rows: cells; the first cell of each row is its head.
     """
     top = "".join(f'<th scope=col class="{kind}">{text}</th>' for text, kind in heads)
     body = "".join(
@@ -99,7 +101,7 @@ def _sorted(column: Column) -> str:
     return f' aria-sort="{"descending" if column.descending else "ascending"}"'
 
 
-def _cell(cell: Cell, index: int, sorts: bool) -> str:
+def _cell(cell: Cell, index: int, is_sortable: bool) -> str:
     value = (
         ""
         if cell.value is None
@@ -108,7 +110,7 @@ def _cell(cell: Cell, index: int, sorts: bool) -> str:
         else str(cell.value)
     )
     attributes = f' class="{cell.kind}"' if cell.kind else ""
-    attributes += f' data-v="{escape(value)}"' if sorts else ""
+    attributes += f' data-v="{escape(value)}"' if is_sortable else ""
     if cell.share is not None:
         attributes += f' style="--share:{100 * max(0.0, min(cell.share, 1.0)):.0f}%"'
     return (

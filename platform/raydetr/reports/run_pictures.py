@@ -1,4 +1,4 @@
-"""Pictures of a run: the loss curve, and a sheet of images with truth beside prediction."""
+"""Plots and images of a run: the loss curve, and a contact sheet of ground truth next to predictions."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ GAP = 8
 
 
 def loss_curve(losses: Sequence[tuple[int, float]], file: str) -> None:
-    """Write a PNG of the loss by step, and of its mean over the last 25 steps."""
+    """Plot the loss of each step and its moving average over 25 steps as a PNG."""
     steps, values = np.array(losses).T
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -40,21 +40,21 @@ def loss_curve(losses: Sequence[tuple[int, float]], file: str) -> None:
     figure.savefig(file, dpi=120)
 
 
-def sheet(
+def contact_sheet(
     manifest: Manifest,
     results: Iterable[dict[str, Any]],
     file: str,
     count: int = 12,
     threshold: float = THRESHOLD,
 ) -> None:
-    """Write a PNG of images of a data set, each twice: with its annotated and with its predicted boxes.
+    """Write a contact sheet as a PNG: each image twice, with its annotated boxes and with its predicted boxes.
 
     Args:
-        manifest: the data set; its first images are drawn.
-        results: detections in COCO's results form, of these images at least.
-        file: the PNG.
-        count: images.
-        threshold: least score of a box that is drawn.
+        manifest: manifest of the data set, whose first images are drawn.
+        results: detections in COCO's results format for at least these images.
+        file: path of the PNG.
+        count: maximum number of images.
+        threshold: minimum score of a box that is drawn.
     """
     pairs: list[tuple[Image.Image, Image.Image]] = []
     names = {item["id"]: item["name"] for item in manifest.categories}
@@ -69,55 +69,60 @@ def sheet(
             continue
         image = decode_record(record)
         boxes, labels = training_targets(record, manifest.labels)
-        truth = draw_detections(image, boxes, [manifest.id2label[int(label)] for label in labels])
-        found = by_image.get(record["image_id"], [])
-        corners = [[x, y, x + w, y + h] for x, y, w, h in (each["bbox"] for each in found)]
-        prediction = draw_detections(
+        annotated = draw_detections(image, boxes, [manifest.id2label[int(label)] for label in labels])
+        detections = by_image.get(record["image_id"], [])
+        corners = [[x, y, x + w, y + h] for x, y, w, h in (each["bbox"] for each in detections)]
+        predicted = draw_detections(
             image,
             np.array(corners).reshape(-1, 4),
-            [names[each["category_id"]] for each in found],
-            [each["score"] for each in found],
+            [names[each["category_id"]] for each in detections],
+            [each["score"] for each in detections],
         )
-        pairs.append((truth, prediction))
-    _montage(pairs, columns=3).save(_made(file))
+        pairs.append((annotated, predicted))
+    _montage(pairs, columns=3).save(_with_folder(file))
 
 
 def answer(
     image: bytes, detections: Sequence[dict[str, Any]], file: str, threshold: float = THRESHOLD
 ) -> None:
-    """Write a PNG of an image with the detections that the endpoint answered."""
+    """Write a PNG of an image with the detections that the endpoint returned."""
     shown = [each for each in detections if each["score"] >= threshold]
     draw_detections(
         decode_image(image),
         [list(each["box"].values()) for each in shown],
         [each["label"] for each in shown],
         [each["score"] for each in shown],
-    ).save(_made(file))
+    ).save(_with_folder(file))
 
 
 def difference(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]]) -> float:
-    """The largest difference of two answers in score or in pixels; infinite where labels or counts differ."""
+    """Return the maximum difference of two lists of detections in scores or pixels.
+
+    It is infinite if the labels or the numbers of detections differ.
+    """
     if [each["label"] for each in left] != [each["label"] for each in right]:
         return math.inf
-    first, second = (np.array([[e["score"], *e["box"].values()] for e in side]) for side in (left, right))
+    first, second = (np.array([[e["score"], *e["box"].values()] for e in each]) for each in (left, right))
     return float(np.abs(first - second).max(initial=0.0))
 
 
 def _montage(pairs: Sequence[tuple[Image.Image, Image.Image]], columns: int, cell: int = 256) -> Image.Image:
+    """Arrange pairs of images side by side in a grid, with captions."""
     rows = -(-len(pairs) // columns)
     width, height = 2 * cell + GAP, cell + CAPTION + GAP
     page = Image.new("RGB", (columns * (width + 2 * GAP), max(rows, 1) * height + GAP), "white")
     draw = ImageDraw.Draw(page)
     for index, pair in enumerate(pairs):
         left, top = index % columns * (width + 2 * GAP) + GAP, index // columns * height + GAP
-        for side, (picture, caption) in enumerate(zip(pair, ("annotated", "predicted"), strict=True)):
-            x = left + side * (cell + GAP)
+        for position, (image, caption) in enumerate(zip(pair, ("annotated", "predicted"), strict=True)):
+            x = left + position * (cell + GAP)
             draw.text((x, top), caption, fill="#444444", font_size=15)
-            picture.thumbnail((cell, cell))
-            page.paste(picture, (x, top + CAPTION))
+            image.thumbnail((cell, cell))
+            page.paste(image, (x, top + CAPTION))
     return page
 
 
-def _made(file: str) -> str:
+def _with_folder(file: str) -> str:
+    """Create the folder of a file and return the file's path."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     return file

@@ -1,4 +1,4 @@
-"""A COCO folder that is scored becomes shards once, and others once it is edited."""
+"""An evaluation ingests a COCO folder once, and again after its annotations change."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from raydetr.config import EvaluateConfig
 from raydetr.data.synthetic.dataset import generate
-from raydetr.evaluation.evaluate import _data
+from raydetr.evaluation.evaluate import _load_data
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -18,18 +18,18 @@ def test_a_coco_folder_is_ingested_once_and_again_when_its_annotations_change(
     generate(str(tmp_path / "coco"), 4, seed=1, size=48)
     file = tmp_path / "coco/annotations/instances.json"
     config = EvaluateConfig(annotations=str(file), images=str(tmp_path / "coco/images/"))
-    first = _data(config)
+    first = _load_data(config)
     assert first.num_images == 4
     assert Path(first.root).name.startswith("coco-images-")
     written = Path(first.root, "manifest.json").stat().st_mtime_ns
-    assert _data(config).root == first.root
+    assert _load_data(config).root == first.root
     assert Path(first.root, "manifest.json").stat().st_mtime_ns == written
     content = json.loads(file.read_text())
     content["annotations"].pop()
     content["annotations"][0]["bbox"][2] = -1.0
     assert "faults" not in capsys.readouterr().out
     file.write_text(json.dumps(content))
-    edited = _data(config)
+    edited = _load_data(config)
     assert edited.root != first.root
     assert edited.num_objects == first.num_objects - 1
     printed = capsys.readouterr().out

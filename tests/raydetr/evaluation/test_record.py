@@ -1,4 +1,4 @@
-"""What is kept of an evaluation, where, and that it is known again."""
+"""The record of an evaluation: where it is stored, and how a rerun finds it."""
 
 import dataclasses
 import json
@@ -11,18 +11,26 @@ from raydetr import storage
 from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError, RegistryError
 from raydetr.evaluation import record as module
-from raydetr.evaluation.record import EXPERIMENT, KEY_TAG, check_room, find, keep, make, tag_bound
-from raydetr.promotion.records import promote
+from raydetr.evaluation.record import (
+    EXPERIMENT,
+    KEY_TAG,
+    build_record,
+    check_record_fits,
+    find_record,
+    keep,
+    tag_below_minimum,
+)
 from raydetr.registry.evaluations import evaluations, put_evaluation
 from raydetr.registry.models import ResolvedModel, register, resolve
 from raydetr.registry.tracking import client, metric_history, start_run
 from tests.empty_registry import empty_registry
+from tests.raydetr.promotion.unchecked_move import move_alias_unchecked
 from tests.tiers import rest_slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 SETTINGS = {"task": "detection", "precision": "float32"}
-FIGURES = {"AP": 0.25, "AP_large": -1.0}
+METRICS = {"AP": 0.25, "AP_large": -1.0}
 ANALYSIS = {"classes": [{"name": "ant", "AP": 0.5}, {"name": "bee <b>", "AP": -1.0}]}
 
 
@@ -33,10 +41,10 @@ def version(model: ResolvedModel, tmp_path: Path) -> ResolvedModel:
     return resolve("models:/raydetr@challenger", uri)
 
 
-def evaluated(uri: str, model: ResolvedModel, manifest: Manifest, output: Path) -> dict[str, Any]:
-    """The record of an evaluation, kept."""
+def store_evaluation(uri: str, model: ResolvedModel, manifest: Manifest, output: Path) -> dict[str, Any]:
+    """Store the record of an evaluation, and return it."""
     predictions = str(output / "predictions.parquet")
-    record = make(model, manifest, SETTINGS, FIGURES, {1021: "cut short"}, predictions, str(output))
+    record = build_record(model, manifest, SETTINGS, METRICS, {1021: "cut short"}, predictions, str(output))
     storage.write_bytes(predictions, b"rows")
     storage.write_json(record["analysis"], ANALYSIS)
     storage.write_bytes(record["report"], b"<html>")
@@ -48,11 +56,11 @@ def runs(uri: str) -> list[Any]:
     return list(client(uri).search_runs([experiment.experiment_id]))
 
 
-def test_the_record_of_a_version_is_kept_in_three_places_and_lets_it_be_promoted(version, manifest, tmp_path):
+def test_the_record_of_a_version_is_stored_in_three_places_and_allows_promotion(version, manifest, tmp_path):
     output = tmp_path / "out"
-    assert find(version, manifest, SETTINGS, str(output)) is None
-    record = evaluated(version.uri, version, manifest, output)
-    assert record["figures"] == FIGURES
+    assert find_record(version, manifest, SETTINGS, str(output)) is None
+    record = store_evaluation(version.uri, version, manifest, output)
+    assert record["figures"] == METRICS
     assert record["undecodable"] == {"1021": "cut short"}
 
     assert json.loads((output / "metrics.json").read_text()) == record
@@ -68,11 +76,11 @@ def test_the_record_of_a_version_is_kept_in_three_places_and_lets_it_be_promoted
     artifacts = {file.path for file in client(version.uri).list_artifacts(record["run_id"])}
     assert artifacts == {"analysis.json", "report.html"}
 
-    assert find(version, manifest, SETTINGS, str(tmp_path / "elsewhere")) == record
-    assert promote(version.uri, "models:/raydetr@challenger", "champion").version == 1
+    assert find_record(version, manifest, SETTINGS, str(tmp_path / "elsewhere")) == record
+    assert move_alias_unchecked(version.uri, "models:/raydetr@challenger", "champion").version == 1
 
 
-def test_classes_of_any_name_have_a_metric_each(version, manifest, tmp_path):
+def test_each_class_has_its_own_metric_whatever_its_name(version, manifest, tmp_path):
     names = [
         ".",
         "/",
@@ -91,17 +99,17 @@ def test_classes_of_any_name_have_a_metric_each(version, manifest, tmp_path):
         "_x2F_",
     ]
     analysis = {"classes": [{"name": name, "AP": number / 100} for number, name in enumerate(names)]}
-    record = make(version, manifest, SETTINGS, FIGURES, {}, "p", str(tmp_path))
-    for place in ("report", "analysis"):
-        storage.write_bytes(record[place], b"{}")
+    record = build_record(version, manifest, SETTINGS, METRICS, {}, "p", str(tmp_path))
+    for key in ("report", "analysis"):
+        storage.write_bytes(record[key], b"{}")
     run = client(version.uri).get_run(keep(version.uri, version, record, analysis, str(tmp_path))["run_id"])
-    of_classes = {key: value for key, value in run.data.metrics.items() if key.startswith("AP/")}
-    assert sorted(of_classes.values()) == [number / 100 for number in range(len(names))]
+    class_metrics = {key: value for key, value in run.data.metrics.items() if key.startswith("AP/")}
+    assert sorted(class_metrics.values()) == [number / 100 for number in range(len(names))]
 
 
-def test_a_record_with_many_undecodable_images_is_cut_to_fit(version, manifest, tmp_path):
+def test_a_record_with_many_undecodable_images_is_shortened_to_fit_a_tag(version, manifest, tmp_path):
     reasons = dict.fromkeys(range(10), "x" * 200)
-    record = make(
+    record = build_record(
         version,
         manifest,
         SETTINGS,
@@ -111,51 +119,51 @@ def test_a_record_with_many_undecodable_images_is_cut_to_fit(version, manifest, 
         "o" * 700,
     )
     put_evaluation(version, manifest.digest, record)
-    on_file = evaluations(version)[manifest.digest]
-    assert 0 < len(on_file["undecodable"]) < 10
-    assert {**on_file, "undecodable": {}} == {**record, "undecodable": {}}
+    stored = evaluations(version)[manifest.digest]
+    assert 0 < len(stored["undecodable"]) < 10
+    assert {**stored, "undecodable": {}} == {**record, "undecodable": {}}
 
 
-def test_a_record_that_cannot_fit_is_refused_before_anything_is_predicted(version, manifest, model):
-    check_room(version, manifest, SETTINGS, ["AP"], "o" * 500)
-    check_room(model, manifest, SETTINGS, ["AP"], "o" * 5000)  # of a folder none is put on file
-    with pytest.raises(ConfigError, match=r"--output ooo.*characters more than MLflow keeps in a tag"):
-        check_room(version, manifest, SETTINGS, ["AP"], "o" * 1600)
+def test_a_record_that_cannot_fit_a_tag_is_an_error_before_prediction(version, manifest, model):
+    check_record_fits(version, manifest, SETTINGS, ["AP"], "o" * 500)
+    check_record_fits(model, manifest, SETTINGS, ["AP"], "o" * 5000)  # a folder has no tags
+    with pytest.raises(ConfigError, match=r"--output ooo.*exceed MLflow's limit for a tag by \d+ characters"):
+        check_record_fits(version, manifest, SETTINGS, ["AP"], "o" * 1600)
 
 
 def test_other_data_another_model_and_other_settings_have_no_record(version, manifest, tmp_path):
     output = str(tmp_path / "out")
-    evaluated(version.uri, version, manifest, tmp_path / "out")
-    assert find(version, dataclasses.replace(manifest, digest="other"), SETTINGS, output) is None
-    assert find(dataclasses.replace(version, digest="other"), manifest, SETTINGS, output) is None
-    assert find(version, manifest, {**SETTINGS, "precision": "bf16"}, output) is None
+    store_evaluation(version.uri, version, manifest, tmp_path / "out")
+    assert find_record(version, dataclasses.replace(manifest, digest="other"), SETTINGS, output) is None
+    assert find_record(dataclasses.replace(version, digest="other"), manifest, SETTINGS, output) is None
+    assert find_record(version, manifest, {**SETTINGS, "precision": "bf16"}, output) is None
 
 
-def test_a_record_that_did_not_reach_the_version_is_put_on_file_without_scoring_again(
+def test_a_record_that_did_not_reach_the_version_is_completed_without_scoring_again(
     version, manifest, tmp_path
 ):
-    record = evaluated(version.uri, version, manifest, tmp_path / "out")
+    record = store_evaluation(version.uri, version, manifest, tmp_path / "out")
     client(version.uri).delete_model_version_tag("raydetr", "1", f"evaluation.{manifest.digest}")
     assert evaluations(version) == {}
-    assert find(version, manifest, SETTINGS, str(tmp_path / "out")) == record
+    assert find_record(version, manifest, SETTINGS, str(tmp_path / "out")) == record
     assert evaluations(version) == {manifest.digest: record}
 
 
 @pytest.mark.parametrize(
     "before", rest_slow(["log_metrics", "log_artifacts", "end_run", "put_evaluation"], fast=2)
 )
-def test_an_evaluation_that_ends_anywhere_while_it_is_kept_leaves_one_run(
+def test_an_evaluation_that_is_interrupted_while_its_record_is_stored_leaves_one_run(
     version, manifest, tmp_path, monkeypatch, before
 ):
     with monkeypatch.context() as patched:
 
-        def gone(*arguments: Any) -> None:
-            raise RegistryError("away")
+        def fail(*arguments: Any) -> None:
+            raise RegistryError("unavailable")
 
-        patched.setattr(module, before, gone)
-        with pytest.raises(RegistryError, match="away"):
-            evaluated(version.uri, version, manifest, tmp_path / "out")
-    record = evaluated(version.uri, version, manifest, tmp_path / "out")
+        patched.setattr(module, before, fail)
+        with pytest.raises(RegistryError, match="unavailable"):
+            store_evaluation(version.uri, version, manifest, tmp_path / "out")
+    record = store_evaluation(version.uri, version, manifest, tmp_path / "out")
     (run,) = runs(version.uri)
     assert (run.info.run_id, run.info.status) == (record["run_id"], "FINISHED")
     assert run.data.tags[KEY_TAG] == record["key"]
@@ -163,7 +171,7 @@ def test_an_evaluation_that_ends_anywhere_while_it_is_kept_leaves_one_run(
     assert evaluations(version) == {manifest.digest: record}
 
 
-def test_an_evaluation_that_ends_right_after_it_began_its_run_goes_on_with_it(
+def test_an_evaluation_that_is_interrupted_right_after_its_run_started_resumes_that_run(
     version, manifest, tmp_path, monkeypatch
 ):
     from mlflow import MlflowClient
@@ -171,38 +179,40 @@ def test_an_evaluation_that_ends_right_after_it_began_its_run_goes_on_with_it(
 
     with monkeypatch.context() as patched:
 
-        def gone(*arguments: Any, **rest: Any) -> None:
-            raise MlflowException("away")
+        def fail(*arguments: Any, **rest: Any) -> None:
+            raise MlflowException("unavailable")
 
-        patched.setattr(MlflowClient, "log_batch", gone)
-        with pytest.raises(RegistryError, match="away"):
-            evaluated(version.uri, version, manifest, tmp_path / "out")
-    record = evaluated(version.uri, version, manifest, tmp_path / "out")
+        patched.setattr(MlflowClient, "log_batch", fail)
+        with pytest.raises(RegistryError, match="unavailable"):
+            store_evaluation(version.uri, version, manifest, tmp_path / "out")
+    record = store_evaluation(version.uri, version, manifest, tmp_path / "out")
     (run,) = runs(version.uri)
     assert (run.info.run_id, run.info.status) == (record["run_id"], "FINISHED")
     assert run.data.params["model.address"] == "models:/raydetr/1"
 
 
 @pytest.mark.parametrize("name", rest_slow(["report.html", "predictions.parquet"]))
-def test_what_a_record_refers_to_must_be_there(version, manifest, tmp_path, name):
-    evaluated(version.uri, version, manifest, tmp_path / "out")
+def test_a_record_without_its_report_or_predictions_is_not_used(version, manifest, tmp_path, name):
+    store_evaluation(version.uri, version, manifest, tmp_path / "out")
     (tmp_path / "out" / name).unlink()
-    assert find(version, manifest, SETTINGS, str(tmp_path / "out")) is None
+    assert find_record(version, manifest, SETTINGS, str(tmp_path / "out")) is None
 
 
-def test_a_folder_is_known_again_by_its_digest(version, model, manifest, tmp_path):
+def test_the_record_of_a_model_folder_is_found_by_its_digest(version, model, manifest, tmp_path):
     output = str(tmp_path / "out")
-    record = evaluated(version.uri, model, manifest, tmp_path / "out")
+    record = store_evaluation(version.uri, model, manifest, tmp_path / "out")
     assert record["model"]["digest"] == model.digest
-    assert find(model, manifest, SETTINGS, output) == record
+    assert find_record(model, manifest, SETTINGS, output) == record
     (tmp_path / "out/metrics.json").write_text("[]")
-    assert find(model, manifest, SETTINGS, output) is None
+    assert find_record(model, manifest, SETTINGS, output) is None
 
 
-def test_a_figure_below_its_bound_is_tagged_on_run_and_version_until_it_is_not(version, manifest, tmp_path):
-    record = evaluated(version.uri, version, manifest, tmp_path / "out")
-    for found in ("AP 0.25 is below 0.3", ""):
-        tag_bound(version.uri, version, record, found)
-        assert client(version.uri).get_run(record["run_id"]).data.tags["below"] == found
+def test_a_metric_below_its_minimum_is_tagged_on_run_and_version_until_it_recovers(
+    version, manifest, tmp_path
+):
+    record = store_evaluation(version.uri, version, manifest, tmp_path / "out")
+    for problem in ("AP 0.25 is below 0.3", ""):
+        tag_below_minimum(version.uri, version, record, problem)
+        assert client(version.uri).get_run(record["run_id"]).data.tags["below"] == problem
         tags = client(version.uri).get_model_version("raydetr", "1").tags
-        assert tags[f"below.{manifest.digest[:12]}"] == found
+        assert tags[f"below.{manifest.digest[:12]}"] == problem

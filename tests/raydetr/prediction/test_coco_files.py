@@ -1,4 +1,4 @@
-"""COCO files of predictions: in the output folder, one map for each image, whatever the images are called."""
+"""COCO files of predictions: one panoptic map per image, inside the output folder, for any file name of an image."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def png(number: int) -> bytes:
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_maps_stay_in_the_output_and_are_one_for_each_image(tmp_path: Path, repeats: int) -> None:
+def test_each_image_has_one_map_inside_the_output_folder(tmp_path: Path, repeats: int) -> None:
     records = [
         {"image_id": number, "file_name": name, "height": 4, "width": 4, "image": png(0), "objects": []}
         for number, name in enumerate(NAMES, 1)

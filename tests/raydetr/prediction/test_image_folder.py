@@ -1,4 +1,4 @@
-"""Predictions of files that belong to no data set."""
+"""Prediction on image files outside a data set."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from detr.model.segmentation import NO_MASK
 from raydetr.errors import DataError, EvaluationError, RequestError
 from raydetr.prediction import image_folder, pictures, predict
 from raydetr.prediction.actors import ActorOptions, _prepare
-from raydetr.prediction.pictures import draw, write_pictures
+from raydetr.prediction.pictures import draw, write_overlays
 from raydetr.prediction.predictions import PredictionSettings, Predictor, error_row, table
 from raydetr.registry.models import resolve
 from tests.raydetr.serving.oriented import oriented
@@ -32,7 +32,7 @@ def photos(tmp_path: Path) -> Path:
     (folder / "b.png").write_bytes(png(60, 90, seed=1))
     (folder / "deep/a.JPG").write_bytes(png(80, 50, seed=2))
     (folder / "c.png").write_bytes(b"no image")
-    (folder / "notes.txt").write_text("not looked at")
+    (folder / "notes.txt").write_text("ignored")
     return folder
 
 
@@ -43,7 +43,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> ObjectDetector:
 
 
 @pytest.mark.slow
-def test_a_folder_gives_a_table_coco_results_and_pictures(ray_local, photos, model, tmp_path):
+def test_a_folder_becomes_a_table_coco_results_and_overlays(ray_local, photos, model, tmp_path):
     output = tmp_path / "out"
     images = image_folder.list_images(str(photos))
     assert images.names == ["b.png", "c.png", "deep/a.JPG"]
@@ -53,11 +53,11 @@ def test_a_folder_gives_a_table_coco_results_and_pictures(ray_local, photos, mod
         images,
     )
     image_folder.write_files(predictions, labels, str(output))
-    assert write_pictures(predictions, images.folder, labels, str(output), 0.3) == 2
+    assert write_overlays(predictions, images.folder, labels, str(output), 0.3) == 2
 
-    kept = pq.read_table(output / "predictions.parquet")
-    assert kept["file_name"].to_pylist() == images.names
-    assert [bool(error) for error in kept["error"].to_pylist()] == [False, True, False]
+    stored = pq.read_table(output / "predictions.parquet")
+    assert stored["file_name"].to_pylist() == images.names
+    assert [bool(error) for error in stored["error"].to_pylist()] == [False, True, False]
     listed = json.loads((output / "images.json").read_text())
     assert listed["images"] == [
         {"id": 1, "file_name": "b.png", "height": 60, "width": 90},
@@ -67,16 +67,18 @@ def test_a_folder_gives_a_table_coco_results_and_pictures(ray_local, photos, mod
     assert listed["categories"] == [{"id": label, "name": labels[label]} for label in sorted(labels)]
 
     detector = ObjectDetector.from_pretrained(model.folder)
-    found = detector.detect([detector.prepare((photos / "b.png").read_bytes())])[0]
+    detections = detector.detect([detector.prepare((photos / "b.png").read_bytes())])[0]
     results = json.loads((output / "results.json").read_text())
-    of_b = [result for result in results if result["image_id"] == 1]
-    np.testing.assert_allclose([result["score"] for result in of_b], found.scores, atol=1e-5)
-    assert [result["category_id"] for result in of_b] == found.labels.tolist()
-    boxes = np.array([result["bbox"] for result in of_b])
-    np.testing.assert_allclose(boxes[:, :2] + boxes[:, 2:], found.boxes_xyxy[:, 2:], atol=1e-3)
-    assert image_folder.count_above(predictions, 0.3) == sum(result["score"] >= 0.3 for result in results)
-    with Image.open(output / "pictures/deep/a.JPG") as picture:
-        assert picture.format == "JPEG"
+    results_of_b = [result for result in results if result["image_id"] == 1]
+    np.testing.assert_allclose([result["score"] for result in results_of_b], detections.scores, atol=1e-5)
+    assert [result["category_id"] for result in results_of_b] == detections.labels.tolist()
+    boxes = np.array([result["bbox"] for result in results_of_b])
+    np.testing.assert_allclose(boxes[:, :2] + boxes[:, 2:], detections.boxes_xyxy[:, 2:], atol=1e-3)
+    assert image_folder.count_detections(predictions, 0.3) == sum(
+        result["score"] >= 0.3 for result in results
+    )
+    with Image.open(output / "pictures/deep/a.JPG") as overlay:
+        assert overlay.format == "JPEG"
     assert {file.name for file in output.iterdir()} == {
         "predictions.parquet",
         "results.json",
@@ -86,7 +88,7 @@ def test_a_folder_gives_a_table_coco_results_and_pictures(ray_local, photos, mod
 
 
 @pytest.mark.parametrize("masks", ["instance", "panoptic"])
-def test_masks_and_segments_are_predicted_at_the_size_of_the_image_and_drawn(segmenter, masks):
+def test_masks_and_segments_are_predicted_at_image_size_and_drawn(segmenter, masks):
     data = png(60, 90, seed=4)
     prepared = segmenter.prepare(data)
     predictor = Predictor(segmenter, None, PredictionSettings(masks, segment_threshold=0.1))
@@ -104,39 +106,41 @@ def test_masks_and_segments_are_predicted_at_the_size_of_the_image_and_drawn(seg
     names = {0: "sky", 1: "dog"}
     plain, drawn = (np.asarray(draw(data, row, names, threshold)) for threshold in (1.0, 0.0))
     assert plain.shape == drawn.shape
-    assert (masks == "panoptic") == np.array_equal(plain, drawn), "segments have had their threshold"
+    assert (masks == "panoptic") == np.array_equal(plain, drawn), (
+        "segments ignore the threshold of the overlay"
+    )
 
 
-def test_masks_that_become_no_segment_are_not_computed(segmenter, monkeypatch):
-    """They would cost the most, and the rows are the same."""
+def test_masks_below_the_segment_threshold_are_not_computed(segmenter, monkeypatch):
+    """Masks are the most expensive output. The rows are the same without the skipped ones."""
     prepared = [segmenter.prepare(png(60, 90, seed=seed)) for seed in range(3)]
     half = segmenter.run(prepared).logits.softmax(-1).amax(-1).median().item()
     settings = PredictionSettings("panoptic", segment_threshold=half)
     outputs = []
 
-    def noted(images, min_score=None, *, run=segmenter.run):
+    def recorded(images, min_score=None, *, run=segmenter.run):
         outputs.append(run(images, min_score))
         return outputs[-1]
 
-    monkeypatch.setattr(segmenter, "run", noted)
+    monkeypatch.setattr(segmenter, "run", recorded)
     rows = Predictor(segmenter, None, settings).rows([1, 2, 3], prepared)
     computed = (outputs[-1].pred_masks != NO_MASK).any(dim=(2, 3)).sum()
     assert 0 < computed < outputs[-1].logits[..., 0].numel()
-    monkeypatch.setattr(segmenter, "run", lambda images, _: noted(images))
-    of_all = Predictor(segmenter, None, settings).rows([1, 2, 3], prepared)
+    monkeypatch.setattr(segmenter, "run", lambda images, _: recorded(images))
+    with_all_masks = Predictor(segmenter, None, settings).rows([1, 2, 3], prepared)
     assert (outputs[-1].pred_masks != NO_MASK).all()
-    assert [row["panoptic"] for row in rows] == [row["panoptic"] for row in of_all]
-    assert [row["segments"] for row in rows] == [row["segments"] for row in of_all]
+    assert [row["panoptic"] for row in rows] == [row["panoptic"] for row in with_all_masks]
+    assert [row["segments"] for row in rows] == [row["segments"] for row in with_all_masks]
 
 
-def test_an_image_without_a_segment_is_void(segmenter):
+def test_the_map_of_an_image_without_segments_is_void(segmenter):
     predictor = Predictor(segmenter, None, PredictionSettings("panoptic", segment_threshold=0.999))
     (row,) = predictor.rows([1], [segmenter.prepare(png(60, 90, seed=4))])
     assert row["segments"] == []
     assert not read_panoptic_png(row["panoptic"]).any()
 
 
-def test_boxes_are_drawn_from_the_threshold_on(segmenter):
+def test_only_boxes_that_reach_the_threshold_are_drawn(segmenter):
     data = png(60, 90, seed=4)
     row = table(
         Predictor(segmenter, None, PredictionSettings()).rows([1], [segmenter.prepare(data)])
@@ -145,7 +149,7 @@ def test_boxes_are_drawn_from_the_threshold_on(segmenter):
     assert not np.array_equal(plain, drawn)
 
 
-def test_an_endpoint_gives_the_same_table_and_refusals_of_an_image_are_passed_over(photos):
+def test_an_endpoint_fills_the_same_table_and_rejected_images_become_error_rows(photos):
     images = image_folder.list_images(str(photos))
 
     def answer(data: bytes) -> list[dict]:
@@ -168,13 +172,15 @@ def test_an_endpoint_gives_the_same_table_and_refusals_of_an_image_are_passed_ov
 
 
 @pytest.mark.parametrize(("orientation", "size"), [("ignore", (120, 180)), ("apply", (180, 120))])
-def test_photos_are_predicted_and_drawn_as_stored_or_upright(model, tmp_path, orientation, size):
+def test_orientation_controls_whether_photos_are_predicted_and_drawn_upright(
+    model, tmp_path, orientation, size
+):
     (tmp_path / "photo.png").write_bytes(oriented("PNG"))
     images = image_folder.list_images(str(tmp_path))
     predictions, labels = image_folder.predict_by_endpoint(images, lambda _: [], orientation)
     (row,) = predictions.to_pylist()
     assert (row["height"], row["width"]) == size
-    drawn = draw(oriented("PNG"), row, labels, 0.5, orientation)  # enlarged
+    drawn = draw(oriented("PNG"), row, labels, 0.5, orientation)  # enlarges small images
     assert drawn.height * size[1] == drawn.width * size[0]
     windows = pa.Table.from_pylist([{"image_ids": [1], "addresses": [images.address(1)]}])
     (prepared,) = _prepare(windows, "", model, 8, orientation)
@@ -189,13 +195,13 @@ def test_a_folder_without_images_and_a_missing_folder_are_errors(tmp_path):
         image_folder.list_images(str(tmp_path / "nowhere"))
 
 
-def test_one_file_is_a_folder_of_one(photos):
+def test_a_single_file_is_a_valid_input(photos):
     images = image_folder.list_images(str(photos / "b.png"))
     assert images.address(1) == str(photos / "b.png")
 
 
-def test_the_labels_of_a_model_are_its_categories(tmp_path):
-    """The original weights have several labels of one name, which no data set can have."""
+def test_without_a_data_set_category_ids_are_the_labels_of_the_model(tmp_path):
+    """The original weights have several labels with the same name, which a data set cannot have."""
     folder = save_tiny_detr(tmp_path / "tiny", ["N/A", "ant", "N/A"], edge=64)
     assert image_folder.label_names(resolve(str(folder), "")) == {0: "N/A", 1: "ant", 2: "N/A"}
     with torch.no_grad():
@@ -203,7 +209,7 @@ def test_the_labels_of_a_model_are_its_categories(tmp_path):
     assert predictor.category_ids.tolist() == [0, 1, 2]
 
 
-def test_images_are_predicted_exactly_once_or_nothing_is_written() -> None:
+def test_missing_duplicate_and_unknown_images_are_errors() -> None:
     images = image_folder.Images("photos", ["a.jpg", "b.jpg", "c.jpg"])
 
     def rows(*ids: int) -> pa.Table:
@@ -212,8 +218,8 @@ def test_images_are_predicted_exactly_once_or_nothing_is_written() -> None:
     image_folder.check_complete(rows(1, 2, 3), images)
     for ids, message in (
         ((1, 2), r"1 missing \['c.jpg'\]"),
-        ((1, 2, 2, 3), r"there twice or unknown \[2\]"),
-        ((1, 2, 3, 4), r"there twice or unknown \[4\]"),
+        ((1, 2, 2, 3), r"duplicate or unknown image ids \[2\]"),
+        ((1, 2, 3, 4), r"duplicate or unknown image ids \[4\]"),
     ):
         with pytest.raises(EvaluationError, match=message):
             image_folder.check_complete(rows(*ids), images)
@@ -228,8 +234,8 @@ def test_parts_of_two_processes_never_replace_each_other(tmp_path, monkeypatch):
     assert second.read().column("image_id").to_pylist() == [1, 2, 3]
 
 
-def test_pictures_of_keys_that_lead_out_stay_in_the_output(tmp_path):
-    """As an object store may have them."""
+def test_overlays_of_keys_with_parent_folders_stay_inside_the_output_folder(tmp_path):
+    """An object store may contain such keys."""
     names = ["../escape.png", "a/../../b.png", "a//c.png", "d.png"]
     (tmp_path / "photos" / "a").mkdir(parents=True)
     for name in names:
@@ -253,13 +259,13 @@ def test_pictures_of_keys_that_lead_out_stay_in_the_output(tmp_path):
     )
     output = tmp_path / "out" / "pictures"
     pictures._draw_all(rows, str(tmp_path / "photos"), {}, str(output), 0.5, "ignore")
-    made = [path for path in tmp_path.rglob("*") if path.is_file() and path not in before]
-    assert len(made) == 4
-    assert all(path.is_relative_to(output) for path in made)
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path not in before]
+    assert len(written) == 4
+    assert all(path.is_relative_to(output) for path in written)
 
 
-def rows(*scores: list[float]) -> pa.Table:
-    made = [
+def named_predictions(*scores: list[float]) -> pa.Table:
+    rows = [
         {
             "image_id": number + 1,
             "category_id": [number % 2] * len(each),
@@ -269,17 +275,17 @@ def rows(*scores: list[float]) -> pa.Table:
         for number, each in enumerate(scores)
     ]
     names = [f"{number}.png" for number in range(len(scores))]
-    return table(made).append_column("file_name", pa.array(names))
+    return table(rows).append_column("file_name", pa.array(names))
 
 
-def test_nothing_above_the_threshold_names_the_best_scores_and_what_to_do() -> None:
-    found = rows([0.1, 0.31], [0.4], [], [0.02])
-    hint = image_folder.hint_on_nothing(found, {0: "ant", 1: "bee"}, 0.5)
+def test_the_hint_without_detections_above_the_threshold_lists_the_best_scores_and_a_remedy() -> None:
+    predictions = named_predictions([0.1, 0.31], [0.4], [], [0.02])
+    hint = image_folder.no_detections_hint(predictions, {0: "ant", 1: "bee"}, 0.5)
     assert "No detection reaches --threshold 0.5" in hint
     assert "0.400 (bee, 1.png), 0.310 (ant, 0.png), 0.020 (bee, 3.png)" in hint
     assert "Lower --threshold" in hint
-    assert image_folder.hint_on_nothing(found, {0: "ant"}, 0.4) == ""
+    assert image_folder.no_detections_hint(predictions, {0: "ant"}, 0.4) == ""
 
 
-def test_without_a_readable_image_the_hint_says_so() -> None:
-    assert "no image could be read" in image_folder.hint_on_nothing(rows([]), {}, 0.5)
+def test_the_hint_mentions_that_no_image_could_be_read() -> None:
+    assert "no image could be read" in image_folder.no_detections_hint(named_predictions([]), {}, 0.5)

@@ -15,15 +15,16 @@ from detr.image_processing.decode import ImageError
 from detr.inference.detector import ObjectDetector
 from raydetr.data.shards import Manifest, read_records, read_rows
 from raydetr.errors import DataError
-from raydetr.evaluation.ground_truth import Truth
-from raydetr.evaluation.score import figures_of_table
+from raydetr.evaluation.ground_truth import GroundTruth
+from raydetr.evaluation.score import compute_metrics
 from raydetr.prediction import predict as module
 from raydetr.prediction.actors import ActorOptions, run_actors
 from raydetr.prediction.predict import check_complete, predict, read_predictions
 from raydetr.prediction.predictions import PREDICTION_SCHEMA, PredictionSettings, Predictor, table
 from tests.tiny_detr import png, save_tiny_detr
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # its copy of itself
+# Ray Data warns when its context is copied.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 
 ROOT = Path(__file__).parents[3]
 COCO128 = ROOT.parent / "shared/data/coco128/annotations/instances_train2017.json"
@@ -36,7 +37,7 @@ def predictions(ray_local, model, manifest, tmp_path_factory) -> pa.Table:
     return read_predictions(predict(model, manifest, ActorOptions(actors=1, batch_size=8), str(output)))
 
 
-def test_every_image_has_the_detections_that_the_detector_finds_in_it_alone(predictions, model, manifest):
+def test_each_image_has_the_same_detections_as_in_a_batch_of_its_own(predictions, model, manifest):
     assert predictions.schema.equals(PREDICTION_SCHEMA)
     assert predictions["mask"].null_count == predictions["panoptic"].null_count == len(predictions)
     detector = ObjectDetector.from_pretrained(model.folder)
@@ -51,14 +52,14 @@ def test_every_image_has_the_detections_that_the_detector_finds_in_it_alone(pred
             assert row["error"]
             assert row["score"] == row["category_id"] == row["bbox"] == []
             continue
-        found = detector.detect([prepared])[0]
-        known = found.labels != 1
-        compared += len(found.scores[known])
-        np.testing.assert_allclose(row["score"], found.scores[known], atol=1e-5)
-        assert row["category_id"] == [CATEGORY_IDS[label] for label in found.labels[known]]
+        expected = detector.detect([prepared])[0]
+        known = expected.labels != 1
+        compared += len(expected.scores[known])
+        np.testing.assert_allclose(row["score"], expected.scores[known], atol=1e-5)
+        assert row["category_id"] == [CATEGORY_IDS[label] for label in expected.labels[known]]
         boxes = np.array(row["bbox"]).reshape(-1, 4)
-        np.testing.assert_allclose(boxes[:, :2], found.boxes_xyxy[known][:, :2], atol=1e-3)
-        np.testing.assert_allclose(boxes[:, :2] + boxes[:, 2:], found.boxes_xyxy[known][:, 2:], atol=1e-3)
+        np.testing.assert_allclose(boxes[:, :2], expected.boxes_xyxy[known][:, :2], atol=1e-3)
+        np.testing.assert_allclose(boxes[:, :2] + boxes[:, 2:], expected.boxes_xyxy[known][:, 2:], atol=1e-3)
     assert compared > 300
 
 
@@ -69,13 +70,13 @@ def test_images_that_cannot_be_decoded_are_listed_with_the_reason(predictions):
     assert "missing-file" in errors[1035]
 
 
-def assert_same(others: pa.Table, predictions: pa.Table) -> None:
+def assert_same(actual: pa.Table, expected: pa.Table) -> None:
     for name in ("image_id", "category_id", "error", "height", "width"):
-        assert others[name].to_pylist() == predictions[name].to_pylist()
+        assert actual[name].to_pylist() == expected[name].to_pylist()
     for name in ("score", "bbox"):
-        ours, theirs = (table[name].combine_chunks().flatten() for table in (predictions, others))
-        ours, theirs = (x.flatten() if pa.types.is_list(x.type) else x for x in (ours, theirs))
-        np.testing.assert_allclose(theirs, ours, atol=1e-3 if name == "bbox" else 1e-5)
+        wanted, got = (table[name].combine_chunks().flatten() for table in (expected, actual))
+        wanted, got = (x.flatten() if pa.types.is_list(x.type) else x for x in (wanted, got))
+        np.testing.assert_allclose(got, wanted, atol=1e-3 if name == "bbox" else 1e-5)
 
 
 @pytest.mark.slow
@@ -91,17 +92,17 @@ def test_detections_do_not_depend_on_actors_or_batch_size(
 
 
 def actor_processes() -> dict[int, float]:
-    """Id → time of start, of the processes that predict."""
-    found = {}
+    """Return process id → start time of the model actors."""
+    start_times = {}
     for process in psutil.process_iter(["cmdline", "create_time"]):
         if "_Actor" in "".join(process.info["cmdline"] or ()):
-            found[process.pid] = process.info["create_time"]
-    return found
+            start_times[process.pid] = process.info["create_time"]
+    return start_times
 
 
 @pytest.mark.slow
-def test_an_actor_that_is_killed_costs_no_image(ray_local, predictions, model, manifest):
-    windows = []  # of four images each, so that most are still to come when the first is there
+def test_no_image_is_lost_when_an_actor_is_killed(ray_local, predictions, model, manifest):
+    windows = []  # four images each, so that most are not predicted yet when the first result arrives
     for shard in manifest.shards:
         for group in range(-(-shard.num_images // manifest.row_group_size)):
             ids = read_rows(manifest.root, shard.file, [group], ["image_id"])["image_id"].to_pylist()
@@ -120,19 +121,19 @@ def test_an_actor_that_is_killed_costs_no_image(ray_local, predictions, model, m
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_and_a_finished_one_is_left_alone(
+def test_an_interrupted_run_resumes_and_a_finished_one_is_not_repeated(
     ray_local, predictions, model, manifest, tmp_path, monkeypatch
 ):
     predicted: list[int] = []
 
-    def counted(*arguments):
+    def interruptible(*arguments):
         for rows in run_actors(*arguments):
             predicted.append(len(rows))
             yield rows
             if interrupt and sum(predicted) > 20:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "run_actors", counted)
+    monkeypatch.setattr(module, "run_actors", interruptible)
     monkeypatch.setattr(module, "PART_S", 0.0)
     interrupt = True
     with pytest.raises(KeyboardInterrupt):
@@ -142,7 +143,7 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_is_left_alone(
     assert not (tmp_path / "predictions.parquet").exists()
     interrupt = False
     assert_same(read_predictions(predict(model, manifest, ActorOptions(2, 3), str(tmp_path))), predictions)
-    assert sum(predicted) <= manifest.num_images + 8, "only what was not written is done again"
+    assert sum(predicted) <= manifest.num_images + 8, "only images that were not written are repeated"
     assert [file.name for file in tmp_path.iterdir()] == ["predictions.parquet"]
 
     count = len(predicted)
@@ -150,17 +151,17 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_is_left_alone(
     assert len(predicted) == count
     settings = PredictionSettings(precision="bf16", engine="openvino")
     others = read_predictions(predict(model, manifest, ActorOptions(), str(tmp_path), settings))
-    assert len(predicted) > count, "other settings are other work"
+    assert len(predicted) > count, "other settings need a new prediction"
     assert others["image_id"].to_pylist() == predictions["image_id"].to_pylist()
-    best, wanted = (
+    best, expected = (
         [row["score"][0] for row in each.to_pylist() if not row["error"]] for each in (others, predictions)
     )
-    np.testing.assert_allclose(best, wanted, atol=0.1)
+    np.testing.assert_allclose(best, expected, atol=0.1)
 
 
-@pytest.mark.skipif(not COCO128.is_file(), reason="the photos of COCO are not there")
+@pytest.mark.skipif(not COCO128.is_file(), reason="the COCO128 images are not available")
 def test_a_model_of_91_labels_is_scored_on_80_categories_by_their_names(tmp_path):
-    """The original weights have a label for each of COCO's ids, of which eleven are no category."""
+    """The original weights have a label for each of COCO's 91 ids, eleven of which are not categories."""
     categories = json.loads(COCO128.read_text())["categories"]
     assert (len(categories), max(category["id"] for category in categories)) == (80, 90)
     names = {category["id"]: category["name"] for category in categories}
@@ -168,14 +169,16 @@ def test_a_model_of_91_labels_is_scored_on_80_categories_by_their_names(tmp_path
     detector = ObjectDetector.from_pretrained(folder)
     prepared = detector.prepare(png(60, 90))
     (row,) = Predictor(detector, categories, PredictionSettings()).rows([7], [prepared])
-    found = detector.detect([prepared])[0]
-    kept = [label for label in found.labels.tolist() if label in names]
-    assert row["category_id"].tolist() == kept, "its labels are COCO's ids"
-    truth = Truth(categories, images=[{"id": 7, "height": 60, "width": 90, "file_name": "7.png"}])
+    detections = detector.detect([prepared])[0]
+    known = [label for label in detections.labels.tolist() if label in names]
+    assert row["category_id"].tolist() == known, "its labels are COCO's ids"
+    ground_truth = GroundTruth(
+        categories, images=[{"id": 7, "height": 60, "width": 90, "file_name": "7.png"}]
+    )
     for number, (category_id, box) in enumerate(zip(row["category_id"].tolist(), row["bbox"], strict=True)):
         box = [float(side) for side in box]
         area = box[2] * box[3]
-        truth.annotations.append(
+        ground_truth.annotations.append(
             {
                 "id": number + 1,
                 "image_id": 7,
@@ -185,7 +188,7 @@ def test_a_model_of_91_labels_is_scored_on_80_categories_by_their_names(tmp_path
                 "iscrowd": 0,
             }
         )
-    assert figures_of_table(truth, table([row]))["AP"] == pytest.approx(1)
+    assert compute_metrics(ground_truth, table([row]))["AP"] == pytest.approx(1)
 
 
 @pytest.mark.slow
@@ -201,7 +204,7 @@ def test_a_damaged_shard_is_an_error_that_names_it(ray_local, model, manifest, t
     assert not (tmp_path / "output/predictions.parquet").exists()
 
 
-def test_a_data_set_of_other_categories_or_without_images_is_refused_before_anything_runs(
+def test_a_data_set_with_other_categories_or_without_images_is_rejected_before_prediction(
     model, manifest, tmp_path
 ):
     with pytest.raises(DataError, match="no images"):
@@ -214,12 +217,12 @@ def test_a_data_set_of_other_categories_or_without_images_is_refused_before_anyt
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda ids: ids[1:], r"1 missing \[1000\], 0 repeated"),
-        (lambda ids: [*ids, ids[4]], r"0 missing \[\], 1 repeated or unknown \[1028\]"),
-        (lambda ids: [*ids[:-1], 5], r"1 missing \[1420\], 1 repeated or unknown \[5\]"),
+        (lambda ids: ids[1:], r"1 missing \[1000\], 0 duplicate"),
+        (lambda ids: [*ids, ids[4]], r"0 missing \[\], 1 duplicate or unknown \[1028\]"),
+        (lambda ids: [*ids[:-1], 5], r"1 missing \[1420\], 1 duplicate or unknown \[5\]"),
     ],
 )
-def test_a_missing_a_repeated_and_an_unknown_image_are_found(manifest: Manifest, change, message):
+def test_a_missing_a_duplicate_or_an_unknown_image_is_an_error(manifest: Manifest, change, message):
     ids = sorted(record["image_id"] for record in read_records(manifest, ["image_id"]))
     check_complete(ids, manifest)
     with pytest.raises(DataError, match=message):

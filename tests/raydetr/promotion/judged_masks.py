@@ -1,4 +1,4 @@
-"""Predicted masks and segments made from the truth: as well placed, class by class, as a test wants."""
+"""Predicted masks and segments derived from the ground truth, with a given displacement per class."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,8 +10,8 @@ from scipy import ndimage
 
 from detr.image_processing.panoptic_png import read_panoptic_png, write_panoptic_png
 from detr.metrics.masks import encode_masks
-from raydetr.data.ingest.inputs import Addresses
-from raydetr.data.shards import Manifest, read_records, truth_annotations
+from raydetr.data.ingest.inputs import InputPaths
+from raydetr.data.shards import Manifest, ground_truth_annotations, read_records
 from raydetr.data.stream.mask_targets import decode_mask
 from raydetr.data.synthetic.dataset import generate
 from tests.raydetr.data.stream.test_mask_targets import shards
@@ -21,23 +21,26 @@ Blur = float | Mapping[str, float]
 
 
 def scenes(folder: Path) -> Manifest:
-    """Shards of 40 generated images: four classes of things with masks, three of stuff."""
+    """Write shards of 40 generated images, with four thing classes (with masks) and three stuff classes."""
     generate(str(folder / "coco"), 40, seed=2, size=96)
-    notes = folder / "coco/annotations"
-    panoptic = str(notes / "panoptic.json"), str(notes / "panoptic")
-    addresses = Addresses(str(notes / "instances.json"), str(folder / "coco/images"), *panoptic)
+    annotations = folder / "coco/annotations"
+    panoptic = str(annotations / "panoptic.json"), str(annotations / "panoptic")
+    addresses = InputPaths(str(annotations / "instances.json"), str(folder / "coco/images"), *panoptic)
     return shards(folder / "shards", addresses)
 
 
 def outlines(manifest: Manifest, blur: Blur, boxes: float, seed: int = 0) -> pa.Table:
-    """A detection for each object: its mask moved by about `blur` of its size, of all classes or by name, and its box by
-    about `boxes`."""
+    """Predict one detection per object with a displaced mask and a displaced box.
+
+    blur: displacement of the mask as a share of the object's size, for all classes or by class name.
+    boxes: displacement of the box, in the same unit.
+    """
     rng = np.random.default_rng(seed)
     results = []
     for record in read_records(manifest):
-        for item in truth_annotations(record):
+        for item in ground_truth_annotations(record):
             mask = decode_mask(item["segmentation"], record["height"], record["width"])
-            moved = _moved(mask, item, _blur(manifest, blur, item), rng.normal(size=2))
+            moved = _move(mask, item, _blur(manifest, blur, item), rng.normal(size=2))
             results.append(
                 _detection(record, item, boxes, rng) | {"segmentation": encode_masks(moved[None])[0]}
             )
@@ -45,23 +48,23 @@ def outlines(manifest: Manifest, blur: Blur, boxes: float, seed: int = 0) -> pa.
 
 
 def segmented(manifest: Manifest, blur: Blur, boxes: float, seed: int = 0) -> pa.Table:
-    """A map of the segments of each image, moved by about `blur` of their size, and their boxes by about `boxes`."""
+    """Predict a panoptic map per image with displaced segments, and their displaced boxes; see `outlines`."""
     rng = np.random.default_rng(seed)
     results, panoptic = [], {}
     for record in read_records(manifest):
-        truth = read_panoptic_png(record["panoptic_image"])
-        found = np.zeros_like(truth)
-        for item in record["segments"]:  # stuff before things, which lie on it
-            moved = _moved(truth == item["id"], item, _blur(manifest, blur, item), rng.normal(size=2))
-            found[moved] = item["id"]
+        true_map = read_panoptic_png(record["panoptic_image"])
+        predicted_map = np.zeros_like(true_map)
+        for item in record["segments"]:  # stuff comes before the things that cover it
+            moved = _move(true_map == item["id"], item, _blur(manifest, blur, item), rng.normal(size=2))
+            predicted_map[moved] = item["id"]
             results.append(_detection(record, item, boxes, rng))
-        there = set(np.unique(found).tolist())
+        visible = set(np.unique(predicted_map).tolist())
         segments = [
             {"id": item["id"], "category_id": item["category_id"], "score": 0.9}
             for item in record["segments"]
-            if item["id"] in there
+            if item["id"] in visible
         ]
-        panoptic[record["image_id"]] = write_panoptic_png(found), segments
+        panoptic[record["image_id"]] = write_panoptic_png(predicted_map), segments
     return table_of({"images": list(_images(manifest))}, results, panoptic)
 
 
@@ -76,17 +79,17 @@ def _blur(manifest: Manifest, blur: Blur, item: Mapping[str, Any]) -> float:
     return blur[next(each["name"] for each in manifest.categories if each["id"] == item["category_id"])]
 
 
-def _moved(mask: np.ndarray, item: Mapping[str, Any], blur: float, direction: np.ndarray) -> np.ndarray:
-    """A mask moved by so much of its object's height and width, without its pixels that leave the image."""
+def _move(mask: np.ndarray, item: Mapping[str, Any], blur: float, direction: np.ndarray) -> np.ndarray:
+    """Move a mask by a share of its object's height and width; pixels that leave the image are cut off."""
     _, _, width, height = item["bbox"]
     return ndimage.shift(mask.astype(np.uint8), direction * blur * (height, width), order=0) > 0
 
 
 def _detection(
-    record: Mapping[str, Any], item: Mapping[str, Any], off: float, rng: np.random.Generator
+    record: Mapping[str, Any], item: Mapping[str, Any], blur: float, rng: np.random.Generator
 ) -> dict[str, Any]:
     _, _, width, height = item["bbox"]
-    box = np.array(item["bbox"]) + rng.normal(size=4) * off * np.array([width, height, width, height])
+    box = np.array(item["bbox"]) + rng.normal(size=4) * blur * np.array([width, height, width, height])
     return {
         "image_id": record["image_id"],
         "category_id": item["category_id"],

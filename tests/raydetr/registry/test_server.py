@@ -1,4 +1,4 @@
-"""The registry through a real MLflow server instead of SQLite."""
+"""The registry on a real MLflow server instead of SQLite."""
 
 import shutil
 import threading
@@ -13,7 +13,6 @@ from detr.inference.detector import ObjectDetector
 from detr.model.detection import DetrForObjectDetection
 from raydetr.errors import RegistryError
 from raydetr.promotion.ledger import Ledger
-from raydetr.promotion.records import promote
 from raydetr.registry.evaluations import evaluations, put_evaluation
 from raydetr.registry.models import folder_digest, register, resolve
 from raydetr.registry.tracking import (
@@ -25,6 +24,7 @@ from raydetr.registry.tracking import (
     start_run,
 )
 from tests.mlflow_server import mlflow_server
+from tests.raydetr.promotion.unchecked_move import move_alias_unchecked
 from tests.tiny_detr import png, save_tiny_detr
 
 
@@ -35,7 +35,7 @@ def server(tmp_path: Path, unused_port: int) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_server_keeps_runs_and_versions_as_sqlite_does(server, tmp_path, monkeypatch):
+def test_a_server_stores_runs_and_versions_like_sqlite(server, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     uri = resolve_uri(server)
     run_id = start_run(uri, "training", "run", {"steps": 2}, {"data.digest": "abc"})
@@ -52,7 +52,7 @@ def test_a_server_keeps_runs_and_versions_as_sqlite_does(server, tmp_path, monke
     assert folder_digest(model.folder) == folder_digest(str(tmp_path / "tiny")) == model.digest
 
     put_evaluation(model, "d1", {"figures": {"AP": 0.5}})
-    assert promote(uri, "models:/raydetr@challenger", "champion").version == 1
+    assert move_alias_unchecked(uri, "models:/raydetr@challenger", "champion").version == 1
     downloaded = Path(model.folder, "model.safetensors").stat().st_mtime_ns
     again = resolve("models:/raydetr@champion", uri)
     assert again.folder == model.folder
@@ -60,8 +60,10 @@ def test_a_server_keeps_runs_and_versions_as_sqlite_does(server, tmp_path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("proxied", [True, False], ids=["through the server", "past the server"])
-def test_a_version_whose_files_lie_in_s3_loads_everywhere(s3, tmp_path, unused_port, monkeypatch, proxied):
+@pytest.mark.parametrize("proxied", [True, False], ids=["through the server", "direct"])
+def test_a_version_with_files_in_s3_loads_in_raydetr_mlflow_and_transformers(
+    s3, tmp_path, unused_port, monkeypatch, proxied
+):
     transformers = pytest.importorskip("transformers")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", s3.endpoint)
@@ -77,21 +79,19 @@ def test_a_version_whose_files_lie_in_s3_loads_everywhere(s3, tmp_path, unused_p
         assert folder_digest(model.folder) == folder_digest(str(folder))
         weights = Path(model.folder, "model.safetensors")
         weights.write_bytes(bytes(len(weights.read_bytes())))
-        assert resolve("models:/raydetr/1", uri) == model, (
-            "a copy that was damaged on this disk is fetched again"
-        )
+        assert resolve("models:/raydetr/1", uri) == model, "a cached copy that is damaged is downloaded again"
         (key,) = filter(lambda key: key.endswith("artifacts/model/model.safetensors"), s3.keys())
         s3.client.put_object(Bucket=s3.bucket, Key=key, Body=bytes(len(weights.read_bytes())))
-        assert resolve("models:/raydetr/1", uri) == model, "the cache has what was verified"
-        whole = weights.read_bytes()
+        assert resolve("models:/raydetr/1", uri) == model, "the verified cached copy is used"
+        original = weights.read_bytes()
         shutil.rmtree(tmp_path / "cache")
         with pytest.raises(
             RegistryError, match=r"models:/raydetr/1: the files in .* are not those of this model"
         ):
             resolve("models:/raydetr/1", uri)
-        s3.client.put_object(Bucket=s3.bucket, Key=key, Body=whole)
+        s3.client.put_object(Bucket=s3.bucket, Key=key, Body=original)
         assert resolve("models:/raydetr/1", uri) == model
-        (tmp_path / "report.html").write_text("<p>figures</p>")
+        (tmp_path / "report.html").write_text("<p>metrics</p>")
         put_evaluation(model, "d1", {"figures": {"AP": 0.5}, "report": str(tmp_path / "report.html")})
         assert list(filter(lambda key: key.endswith("reports/d1.html"), s3.keys()))
 
@@ -110,8 +110,8 @@ def test_a_version_whose_files_lie_in_s3_loads_everywhere(s3, tmp_path, unused_p
 
 
 @pytest.mark.slow
-def test_a_server_that_is_away_for_a_while_loses_nothing(tmp_path, unused_port, monkeypatch):
-    """Registering, putting an evaluation on file and promoting begin while nobody answers, and end well."""
+def test_nothing_is_lost_while_the_server_is_temporarily_unavailable(tmp_path, unused_port, monkeypatch):
+    """Registration, evaluation storage and promotion start while the server is down, and succeed after it returns."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = str(save_tiny_detr(tmp_path / "tiny", ["disc"], edge=64))
     uri = f"http://127.0.0.1:{unused_port}"
@@ -124,17 +124,17 @@ def test_a_server_that_is_away_for_a_while_loses_nothing(tmp_path, unused_port, 
     actions = [
         lambda: register(uri, other, folder, alias="second"),
         lambda: put_evaluation(model, "d1", {"figures": {"AP": 0.5}}),
-        lambda: promote(uri, "models:/raydetr/1", "champion"),
+        lambda: move_alias_unchecked(uri, "models:/raydetr/1", "champion"),
     ]
     errors: list[Exception] = []
 
-    def attempt(action):
+    def run_and_collect_error(action):
         try:
             action()
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=attempt, args=(action,)) for action in actions]
+    threads = [threading.Thread(target=run_and_collect_error, args=(action,)) for action in actions]
     for thread in threads:
         thread.start()
     time.sleep(10)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raydetr.errors import ConfigError, OutOfTimeError, RegistryError
+from raydetr.errors import ConfigError, RegistryError, TimeLimitError
 from raydetr.registry.models import registered_version
 from raydetr.registry.tracking import (
     GIT_TAG,
@@ -32,19 +32,19 @@ def test_the_default_is_sqlite_under_runs_with_an_absolute_path(tmp_path, monkey
     assert resolve_uri("") == f"sqlite:///{tmp_path}/runs/mlflow.db"
 
 
-def test_the_flag_goes_before_the_environment(tmp_path, monkeypatch):
+def test_the_flag_takes_precedence_over_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/environment.db")
     assert resolve_uri("") == f"sqlite:///{tmp_path}/environment.db"
     assert resolve_uri(f"sqlite:///{tmp_path}/flag.db") == f"sqlite:///{tmp_path}/flag.db"
 
 
 @pytest.mark.parametrize("folder", ["runs/mlruns", "file:///tmp/mlruns"])
-def test_a_folder_is_refused_with_the_remedy(folder):
+def test_a_folder_is_an_error_with_the_remedy(folder):
     with pytest.raises(ConfigError, match=r"databases only.*sqlite:///"):
         resolve_uri(folder)
 
 
-def test_a_database_that_cannot_be_opened_is_refused_at_once(tmp_path):
+def test_a_database_that_cannot_be_opened_is_an_immediate_error(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ConfigError, match="cannot be opened"):
         resolve_uri(f"sqlite:///{tmp_path}/file/mlflow.db")
@@ -52,19 +52,19 @@ def test_a_database_that_cannot_be_opened_is_refused_at_once(tmp_path):
         resolve_uri(f"sqlite:///{tmp_path}/a%20b.db")
 
 
-def test_a_database_gets_its_tables_while_something_else_is_done(tmp_path):
+def test_the_tables_of_a_new_database_are_created_in_the_background(tmp_path):
     with connecting(f"sqlite:///{tmp_path}/new.db"):
         pass
     with sqlite3.connect(tmp_path / "new.db") as database:
         assert database.execute("select count(*) from runs").fetchone() == (0,)
 
 
-def test_a_server_that_does_not_answer_is_reported_at_once(unused_port):
+def test_a_server_that_does_not_respond_is_an_immediate_error(unused_port):
     with pytest.raises(RegistryError, match=f"No MLflow server answers at http://127.0.0.1:{unused_port}"):
         resolve_uri(f"http://127.0.0.1:{unused_port}")
 
 
-def test_a_run_keeps_parameters_tags_revision_metrics_and_artifacts(tracking_uri, tmp_path):
+def test_a_run_stores_parameters_tags_revision_metrics_and_artifacts(tracking_uri, tmp_path):
     long = "x" * 7000
     run_id = start_run(tracking_uri, "training", "first", {"steps": 3, "long": long}, {"data.digest": "abc"})
     log_metrics(tracking_uri, run_id, [(step, {"loss": 1 / (step + 1), "lr": 0.1}) for step in range(1200)])
@@ -84,13 +84,15 @@ def test_a_run_keeps_parameters_tags_revision_metrics_and_artifacts(tracking_uri
     assert [f.path for f in client(tracking_uri).list_artifacts(run_id, "plots")] == ["plots/plot.txt"]
 
 
-def test_a_resumed_run_is_the_same_run_and_a_step_done_again_replaces_the_first(tracking_uri):
+def test_a_resumed_run_keeps_its_id_and_a_repeated_step_replaces_the_first(tracking_uri):
     run_id = start_run(tracking_uri, "training", "run", {"workers": 2, "seed": 0}, {})
     log_metrics(tracking_uri, run_id, [(step, {"loss": 9.0}) for step in range(4)])
     end_run(tracking_uri, run_id, "FAILED")
 
-    again = start_run(tracking_uri, "training", "run", {"workers": 3, "seed": 0, "new": 1}, {}, run_id=run_id)
-    assert again == run_id
+    resumed = start_run(
+        tracking_uri, "training", "run", {"workers": 3, "seed": 0, "new": 1}, {}, run_id=run_id
+    )
+    assert resumed == run_id
     assert client(tracking_uri).get_run(run_id).info.status == "RUNNING"
     log_metrics(tracking_uri, run_id, [(step, {"loss": 1.0}) for step in range(2, 6)])
     end_run(tracking_uri, run_id)
@@ -112,7 +114,7 @@ def test_an_unknown_run_and_a_deleted_experiment_are_clear_errors(tracking_uri):
         start_run(tracking_uri, "gone", "run", {}, {})
 
 
-def test_artifacts_lie_beside_the_database_also_in_a_path_with_spaces(tmp_path):
+def test_artifacts_are_stored_next_to_the_database_even_if_its_path_has_spaces(tmp_path):
     folder = tmp_path / "a folder"
     uri = resolve_uri(f"sqlite:///{folder}/mlflow.db")
     run_id = start_run(uri, "with space/slash", "run", {}, {})
@@ -131,7 +133,7 @@ def test_importing_the_registry_does_not_import_mlflow():
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": f"{root}:{root}/platform"})
 
 
-def test_reading_creates_no_database_and_says_which_one_is_missing(tmp_path, monkeypatch):
+def test_reading_from_a_missing_database_is_an_error_and_does_not_create_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(RegistryError) as error:
@@ -142,8 +144,8 @@ def test_reading_creates_no_database_and_says_which_one_is_missing(tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_created(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+def test_a_read_only_folder_is_an_error_before_anything_is_created(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root can write everywhere
     with pytest.raises(ConfigError, match=r"new/mlflow\.db cannot be opened"):
         resolve_uri(f"sqlite:///{tmp_path}/new/mlflow.db")
     assert list(tmp_path.iterdir()) == []
@@ -153,19 +155,19 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_create
     ("error", "status"),
     [
         (KeyboardInterrupt(), "KILLED"),
-        (OutOfTimeError("--max-hours"), "KILLED"),
+        (TimeLimitError("--max-hours"), "KILLED"),
         (ValueError("a bug"), "FAILED"),
         (SystemExit(1), "FAILED"),
     ],
 )
-def test_a_run_whose_block_does_not_finish_is_not_left_running(tracking_uri, error, status):
+def test_a_run_whose_block_raises_does_not_stay_running(tracking_uri, error, status):
     run_id = start_run(tracking_uri, "training", "first", {}, {})
     with pytest.raises(type(error)), end_on_error(tracking_uri, run_id):
         raise error
     assert client(tracking_uri).get_run(run_id).info.status == status
 
 
-def test_a_run_whose_block_finishes_is_left_as_it_is(tracking_uri):
+def test_a_run_whose_block_finishes_is_unchanged(tracking_uri):
     run_id = start_run(tracking_uri, "training", "first", {}, {})
     with end_on_error(tracking_uri, run_id):
         pass

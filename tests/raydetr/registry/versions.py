@@ -1,4 +1,4 @@
-"""Registered versions for tests of promotions, made quickly: their files are a few bytes."""
+"""Registered versions for tests of promotions, created quickly because their files have only a few bytes."""
 
 import hashlib
 import tempfile
@@ -12,7 +12,7 @@ from raydetr.registry.tracking import client, start_run
 def bare_versions(
     uri: str, count: int, name: str = "raydetr", evaluated: bool = True, tags: dict[str, str] | None = None
 ) -> None:
-    """Versions 1 to `count`, with an evaluation on the data `d1` where they are to have one."""
+    """Register versions 1 to `count`, with an evaluation on the data `d1` if `evaluated`."""
     run_id = start_run(uri, "training", "run", {}, {})
     mlflow = client(uri)
     artifacts = mlflow.get_run(run_id).info.artifact_uri
@@ -32,6 +32,6 @@ def bare_versions(
 
 
 def digest_of(number: int) -> str:
-    """The digest of the files of a version that `bare_versions` made."""
+    """Return the digest of the files of a version registered by `bare_versions`."""
     content = hashlib.sha256(str(number).encode()).digest()
     return hashlib.sha256(b"".join(f"{file}\n".encode() + content for file in MODEL_FILES)).hexdigest()

@@ -1,4 +1,4 @@
-"""What the pages of an evaluation are made of: predictions that are the truth, spoilt, and their analysis."""
+"""Example data of the evaluation reports: predictions derived from the ground truth with errors, and an analysis."""
 
 from typing import Any
 
@@ -8,27 +8,27 @@ import pyarrow as pa
 from detr.image_processing.panoptic_png import read_panoptic_png, write_panoptic_png
 from detr.metrics.coco import METRIC_NAMES, coco_detection_metrics
 from detr.metrics.masks import encode_masks
-from raydetr.data.shards import Manifest, coco_truth, read_records, truth_annotations
+from raydetr.data.shards import Manifest, ground_truth_annotations, read_records, to_coco_ground_truth
 from raydetr.data.stream.mask_targets import decode_mask, has_mask
 from raydetr.prediction.predictions import error_row, table
-from raydetr.reports.page_matching import Item, judge
+from raydetr.reports.page_matching import Item, match_image
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 MIN_SCORE = 0.3
 
 
 def spoilt_predictions(manifest: Manifest, seed: int, masks: bool = False, harm: float = 1.0) -> pa.Table:
-    """The truth with objects left out, shifted, renamed, doubled and invented; a row per image, ascending by id."""
+    """Predict the ground truth with missed, shifted, misclassified, duplicate and false detections."""
     rng = np.random.default_rng(seed)
     ids = manifest.category_ids
     rows = []
     for record in read_records(manifest):
         if record["image"] is None:
-            rows.append(error_row(record["image_id"], "there are no bytes"))
+            rows.append(error_row(record["image_id"], "the record has no image bytes"))
             continue
         height, width = record["height"], record["width"]
-        found: list[tuple[float, int, list[float], Any]] = []
-        for item in truth_annotations(record):
+        detections: list[tuple[float, int, list[float], Any]] = []
+        for item in ground_truth_annotations(record):
             chance = rng.random() / harm
             if item["iscrowd"] or chance < 0.12:
                 continue
@@ -38,22 +38,22 @@ def spoilt_predictions(manifest: Manifest, seed: int, masks: bool = False, harm:
             score = float(np.clip(rng.normal(0.85 if chance > 0.35 else 0.6, 0.15), 0.02, 1))
             mask = _mask(item, record) if masks else None
             moved = [*(box[:2] + shift[:2]), *np.maximum(box[2:] + shift[2:], 1)]
-            found.append((score, category, moved, mask))
+            detections.append((score, category, moved, mask))
             if rng.random() < 0.1 * harm:
-                found.append((score * 0.7, category, [*(box[:2] + 2), *box[2:]], mask))
+                detections.append((score * 0.7, category, [*(box[:2] + 2), *box[2:]], mask))
         for _ in range(rng.poisson(0.7 * harm)):
             x, y = rng.uniform(0, 0.7, 2) * (width, height)
             size = rng.uniform(0.05, 0.3, 2) * (width, height)
             box = [x, y, *size]
             mask = _mask({"bbox": box, "segmentation": None}, record) if masks else None
-            found.append((float(rng.beta(1.5, 3)), int(rng.choice(ids)), box, mask))
-        found.sort(key=lambda each: -each[0])
+            detections.append((float(rng.beta(1.5, 3)), int(rng.choice(ids)), box, mask))
+        detections.sort(key=lambda each: -each[0])
         row: dict[str, Any] = {"image_id": record["image_id"], "height": height, "width": width}
-        row["score"] = [each[0] for each in found]
-        row["category_id"] = [each[1] for each in found]
-        row["bbox"] = [[float(value) for value in each[2]] for each in found]
+        row["score"] = [each[0] for each in detections]
+        row["category_id"] = [each[1] for each in detections]
+        row["bbox"] = [[float(value) for value in each[2]] for each in detections]
         if masks:
-            row["mask"] = [each[3] for each in found]
+            row["mask"] = [each[3] for each in detections]
         if masks and record["panoptic_image"] is not None:
             row |= _panoptic(record)
         rows.append(row)
@@ -61,7 +61,7 @@ def spoilt_predictions(manifest: Manifest, seed: int, masks: bool = False, harm:
 
 
 def _mask(item: dict[str, Any], record: dict[str, Any]) -> bytes:
-    """The object's mask moved by four pixels, or its box filled."""
+    """Return the object's mask, or its filled box, moved by four pixels."""
     height, width = record["height"], record["width"]
     if has_mask(item["segmentation"]):
         decoded = decode_mask(item["segmentation"], height, width)
@@ -73,32 +73,32 @@ def _mask(item: dict[str, Any], record: dict[str, Any]) -> bytes:
 
 
 def _panoptic(record: dict[str, Any]) -> dict[str, Any]:
-    """The truth's segments, every fifth left out, moved by six pixels."""
+    """Return the ground-truth segments without every fifth one, moved by six pixels."""
     ids = read_panoptic_png(record["panoptic_image"])
     segments = [each for index, each in enumerate(record["segments"]) if index % 5 != 1]
     ids = np.roll(np.where(np.isin(ids, [each["id"] for each in segments]), ids, 0), 6, axis=1)
-    kept = [{"id": each["id"], "category_id": each["category_id"], "score": 0.9} for each in segments]
-    return {"panoptic": write_panoptic_png(ids), "segments": kept}
+    infos = [{"id": each["id"], "category_id": each["category_id"], "score": 0.9} for each in segments]
+    return {"panoptic": write_panoptic_png(ids), "segments": infos}
 
 
 def make_analysis(manifest: Manifest, predictions: pa.Table) -> dict[str, Any]:
-    """An analysis in the form of analysis.json; figures and verdicts are measured, what is derived is plausible."""
-    truth = coco_truth(manifest)
-    figures = coco_detection_metrics(truth, _results(predictions))
+    """Build an analysis in the format of analysis.json. Metrics and errors are computed; the rest is plausible."""
+    ground_truth = to_coco_ground_truth(manifest)
+    metrics = coco_detection_metrics(ground_truth, _results(predictions))
     recall = np.linspace(0, 1, 101)
     names = {int(each["id"]): str(each["name"]) for each in manifest.categories}
     position = {category_id: index for index, category_id in enumerate(names)}
     confusion = np.zeros((len(names) + 1, len(names) + 1), int)
     counts, per_image = dict.fromkeys(KINDS, 0), {}
     bins = [[0, 0.0, 0] for _ in range(10)]
-    found = {row["image_id"]: row for row in predictions.to_pylist()}
+    rows_by_image = {row["image_id"]: row for row in predictions.to_pylist()}
     objects_of: dict[int, list[int]] = {category_id: [] for category_id in names}
     for record in read_records(manifest):
         objects = [
             Item(each["category_id"], tuple(each["bbox"]), crowd=bool(each["iscrowd"]))
-            for each in truth_annotations(record)
+            for each in ground_truth_annotations(record)
         ]
-        row = found[record["image_id"]]
+        row = rows_by_image[record["image_id"]]
         items = [
             Item(category, tuple(box), score)
             for category, box, score in zip(row["category_id"], row["bbox"], row["score"], strict=True)
@@ -106,23 +106,23 @@ def make_analysis(manifest: Manifest, predictions: pa.Table) -> dict[str, Any]:
         ]
         for each in objects:
             objects_of[each.category_id].append(record["image_id"])
-        verdict = judge(objects, items)
-        here = dict.fromkeys(KINDS, 0) | {"missed": verdict.objects.count("missed")}
-        for item, kind, meant in zip(items, verdict.detections, verdict.meant, strict=True):
-            here[kind] = here.get(kind, 0) + 1
-            row_of = len(names) if meant is None else position[objects[meant].category_id]
-            confusion[row_of, position[item.category_id]] += 1
-            place = bins[min(int((item.score or 0) * 10), 9)]
-            place[0] += 1
-            place[1] += item.score or 0
-            place[2] += kind == "right"
-        for each, fate in zip(objects, verdict.objects, strict=True):
-            confusion[position[each.category_id], -1] += fate == "missed"
-        per_image[record["image_id"]] = here
+        matching = match_image(objects, items)
+        image_counts = dict.fromkeys(KINDS, 0) | {"missed": matching.objects.count("missed")}
+        for item, kind, referred in zip(items, matching.detections, matching.referred, strict=True):
+            image_counts[kind] = image_counts.get(kind, 0) + 1
+            true_class = len(names) if referred is None else position[objects[referred].category_id]
+            confusion[true_class, position[item.category_id]] += 1
+            score_bin = bins[min(int((item.score or 0) * 10), 9)]
+            score_bin[0] += 1
+            score_bin[1] += item.score or 0
+            score_bin[2] += kind == "right"
+        for each, status in zip(objects, matching.objects, strict=True):
+            confusion[position[each.category_id], -1] += status == "missed"
+        per_image[record["image_id"]] = image_counts
         for kind in KINDS:
-            counts[kind] += here[kind]
+            counts[kind] += image_counts[kind]
     total = max(sum(counts.values()), 1)
-    ap50 = max(figures["AP50"], 0)
+    ap50 = max(metrics["AP50"], 0)
     rows = []
     for index, (category_id, name) in enumerate(names.items()):
         quality = max(ap50 - 0.3 + 0.6 * ((index * 7) % 10) / 10, 0.02)
@@ -130,12 +130,12 @@ def make_analysis(manifest: Manifest, predictions: pa.Table) -> dict[str, Any]:
         measured = {
             key: min(quality * factor, 1) for key, factor in zip(METRIC_NAMES, np.linspace(0.8, 1.1, 12))
         }
-        figures_of = measured if images else dict.fromkeys(METRIC_NAMES, -1.0)
+        class_metrics = measured if images else dict.fromkeys(METRIC_NAMES, -1.0)
         rows.append(
             {
                 "id": category_id, "name": name, "isthing": True, "objects": len(images),
-                "images": len(set(images)), **{key: figures_of[key] for key in (*METRIC_NAMES[:6], "AR_100")},
-                "best_threshold": 0.2 + 0.05 * (index % 9) if images else -1.0, "best_f1": figures_of["AP50"],
+                "images": len(set(images)), **{key: class_metrics[key] for key in (*METRIC_NAMES[:6], "AR_100")},
+                "best_threshold": 0.2 + 0.05 * (index % 9) if images else -1.0, "best_f1": class_metrics["AP50"],
             }
         )  # fmt: skip
 
@@ -143,14 +143,14 @@ def make_analysis(manifest: Manifest, predictions: pa.Table) -> dict[str, Any]:
         return np.clip(1.05 - (recall / max(height, 0.05)) ** 4 * 0.6, 0, 1).round(4).tolist()
 
     return {
-        "figures": figures,
-        "intervals": {key: [max(figures[key], 0) - 0.03, figures[key] + 0.03] for key in ("AP", "AP50", "AP75")},
+        "figures": metrics,
+        "intervals": {key: [max(metrics[key], 0) - 0.03, metrics[key] + 0.03] for key in ("AP", "AP50", "AP75")},
         "confidence": 0.95,
         "resamples": 1000,
         "classes": rows,
         "curves": {
             "recall": recall.tolist(),
-            "all": {"0.50": curve(ap50), "0.75": curve(figures["AP75"]), "mean": curve(figures["AP"])},
+            "all": {"0.50": curve(ap50), "0.75": curve(metrics["AP75"]), "mean": curve(metrics["AP"])},
             "classes": {str(row["id"]): curve(row["AP50"]) if row["objects"] else [-1.0] * 101 for row in rows},
         },
         "confusion": {
@@ -167,7 +167,7 @@ def make_analysis(manifest: Manifest, predictions: pa.Table) -> dict[str, Any]:
         },
         "errors": {
             "counts": counts, "cost": {kind: 0.3 * count / total for kind, count in counts.items()},
-            "AP50": figures["AP50"], "min_score": MIN_SCORE,
+            "AP50": metrics["AP50"], "min_score": MIN_SCORE,
         },
         "slices": {
             "objects per image": [
@@ -181,7 +181,7 @@ def make_analysis(manifest: Manifest, predictions: pa.Table) -> dict[str, Any]:
             for kind in KINDS if kind != "both"
         },
         "images": len(predictions),
-        "undecodable": sum(row["error"] is not None for row in found.values()),
+        "undecodable": sum(row["error"] is not None for row in rows_by_image.values()),
     }  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def _results(predictions: pa.Table) -> list[dict[str, Any]]:
 def make_record(
     manifest: Manifest, analysis: dict[str, Any], version: int | None = 3, task: str = "detection"
 ) -> dict[str, Any]:
-    """A record in the form of metrics.json."""
+    """Build a record in the format of metrics.json."""
     return {
         "schema_version": 2,
         "model": {
@@ -217,13 +217,13 @@ def make_record(
 
 
 def make_comparison(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A comparison of two analyses, with plausible ranges."""
+    """Compare two analyses, with plausible intervals."""
 
     def change(before: float, after: float, width: float) -> dict[str, Any]:
         delta = after - before
         return {"old": before, "new": after, "delta": delta, "low": delta - width, "high": delta + width}
 
-    figures = {
+    changes = {
         name: change(old["figures"][name], new["figures"][name], 0.02) | {"probability_better": 0.98}
         for name in old["figures"]
     }
@@ -233,6 +233,6 @@ def make_comparison(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         for index, (before, after) in enumerate(zip(old["classes"], new["classes"], strict=True))
     ]
     return {
-        "figures": figures, "classes": {"AP": classes}, "images": old["images"], "resamples": 1000, "confidence": 0.95,
+        "figures": changes, "classes": {"AP": classes}, "images": old["images"], "resamples": 1000, "confidence": 0.95,
         "changed": {"better": old["worst"]["missed"][:4], "worse": new["worst"]["localisation"][:4]},
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The data report's numbers are those of the original JSON, and the page stands alone."""
+"""The data report: its numbers equal those of the original JSON, and the page is self-contained."""
 
 import json
 import re
@@ -19,7 +19,7 @@ VOID = {"meta", "img", "rect", "path", "line", "br"}
 
 
 class Page(HTMLParser):
-    """Checks that tags are closed, and collects text and references."""
+    """Parses a page, checks that its tags are closed, and collects text and references."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag in VOID:
             return
-        # What HTML lets stay open is not left open here, but for paragraphs.
+        # Of the tags that HTML allows to stay open, the reports leave only paragraphs open.
         while self.open[-1] == "p" != tag:
             self.open.pop()
         if tag == "p" and "p" not in self.open:
@@ -55,7 +55,7 @@ def report(manifest: Manifest, file: Path) -> Page:
     return Page(text)
 
 
-def test_counts_are_those_of_the_original(shared_data: Path, tmp_path: Path) -> None:
+def test_counts_equal_those_of_the_original_json(shared_data: Path, tmp_path: Path) -> None:
     file = shared_data / "coco128/annotations/instances_train2017.json"
     index = read_file(str(file))
     category_ids = frozenset(category["id"] for category in index.categories)
@@ -89,7 +89,7 @@ def test_counts_are_those_of_the_original(shared_data: Path, tmp_path: Path) -> 
     assert all(reference.startswith("data:image/jpeg;base64,") for reference in page.references)
 
 
-def test_an_awkward_set_is_shown_with_its_faults_and_the_same_bytes_each_time(tmp_path: Path) -> None:
+def test_the_report_lists_faults_and_is_deterministic(tmp_path: Path) -> None:
     manifest = write_awkward(tmp_path / "data")
     report(manifest, tmp_path / "first.html")
     page = report(manifest, tmp_path / "second.html")
@@ -100,7 +100,7 @@ def test_an_awkward_set_is_shown_with_its_faults_and_the_same_bytes_each_time(tm
     assert "cannot be shown" in text
 
 
-def test_names_of_the_data_cannot_become_markup(tmp_path: Path) -> None:
+def test_names_in_the_data_are_escaped(tmp_path: Path) -> None:
     import numpy as np
 
     row = record(np.random.default_rng(0), 1, 0.0) | {"file_name": "<script>alert(1)</script>.jpg"}
@@ -113,6 +113,6 @@ def test_names_of_the_data_cannot_become_markup(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("counts", [[], [0], [3, 0, 9]])
-def test_charts_of_nothing_and_of_something_are_well_formed(counts: list[int]) -> None:
-    Page(histogram(counts, ["<a>"] * len(counts), "A & B", "things", (0.5, "here")))
-    Page(bars([("<a>", count) for count in counts], "things"))
+def test_charts_are_well_formed_with_and_without_data(counts: list[int]) -> None:
+    Page(histogram(counts, ["<a>"] * len(counts), "A & B", "objects", (0.5, "mark")))
+    Page(bars([("<a>", count) for count in counts], "objects"))

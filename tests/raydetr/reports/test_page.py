@@ -1,4 +1,4 @@
-"""The page of an evaluation stands alone, shows what the analysis says, and leaves out what it does not have."""
+"""The evaluation report: it is self-contained, shows the analysis, and omits sections without data."""
 
 import re
 from html.parser import HTMLParser
@@ -11,11 +11,11 @@ import pytest
 
 from raydetr.data.ingest.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest, read_records
-from raydetr.evaluation.analysis import analyse
-from raydetr.evaluation.ground_truth import read_truth
+from raydetr.evaluation.analysis import analyze
+from raydetr.evaluation.ground_truth import read_ground_truth
 from raydetr.prediction.predictions import table
 from raydetr.reports.page import write_page
-from raydetr.reports.page_matching import Item, judge
+from raydetr.reports.page_matching import Item, match_image
 from raydetr.reports.page_overlay import outlines
 from raydetr.reports.page_pictures import detections, jpeg, open_album, rows_of
 from raydetr.reports.page_text import percent, with_interval
@@ -29,7 +29,7 @@ SECTIONS = (
 
 
 class Page(HTMLParser):
-    """Checks that tags are closed, and collects words, references and ids."""
+    """Parses a page, checks that its tags are closed, and collects words, references and ids."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """`<rect/>`, which SVG has."""
+        """Handle self-closing tags such as `<rect/>` in SVG."""
         self.handle_starttag(tag, attrs)
         if tag not in VOID:
             self.open.pop()
@@ -61,7 +61,7 @@ class Page(HTMLParser):
         self.words += data + " "
 
 
-def written(
+def write_and_parse(
     tmp_path: Path, manifest: Manifest, predictions: pa.Table, analysis: dict[str, Any], **of: Any
 ) -> Page:
     file = tmp_path / "page.html"
@@ -75,10 +75,10 @@ def written(
     return page
 
 
-def test_every_section_is_there_and_says_what_was_measured(manifest: Manifest, tmp_path: Path) -> None:
+def test_each_section_is_present_and_shows_the_analysis(manifest: Manifest, tmp_path: Path) -> None:
     predictions = spoilt_predictions(manifest, seed=0)
-    analysis = analyse(read_truth(manifest, "none"), predictions, resamples=50)
-    page = written(tmp_path, manifest, predictions, analysis)
+    analysis = analyze(read_ground_truth(manifest, "none"), predictions, resamples=50)
+    page = write_and_parse(tmp_path, manifest, predictions, analysis)
     assert set(SECTIONS) <= set(page.ids)
     for text in ("raydetr version 3", "25 November 2026", manifest.digest, "cut short <b>", "95 %"):
         assert text in page.words
@@ -91,28 +91,28 @@ def test_every_section_is_there_and_says_what_was_measured(manifest: Manifest, t
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_pictures_errors_are_those_that_the_analysis_counts(manifest: Manifest, seed: int) -> None:
+def test_the_errors_in_the_overlays_are_those_that_the_analysis_counts(manifest: Manifest, seed: int) -> None:
     predictions = spoilt_predictions(manifest, seed)
-    analysis = analyse(read_truth(manifest, "none"), predictions, resamples=1)
+    analysis = analyze(read_ground_truth(manifest, "none"), predictions, resamples=1)
     min_score = analysis["errors"]["min_score"]
     every = [each["image_id"] for each in read_records(manifest, ["image_id"])]
     rows, counts = rows_of(predictions, every), dict.fromkeys(analysis["errors"]["counts"], 0)
     album = open_album(manifest, every, "none")
-    for image_id, shot in album.shots.items():
-        verdict = judge(shot.objects, detections(rows[image_id], shot.image.size[::-1], min_score))
-        counts["missed"] += verdict.objects.count("missed")
+    for image_id, entry in album.entries.items():
+        matching = match_image(entry.objects, detections(rows[image_id], entry.image.size[::-1], min_score))
+        counts["missed"] += matching.objects.count("missed")
         for kind in counts.keys() - {"missed"}:
-            counts[kind] += verdict.detections.count(kind)
-    hidden = set(every) - set(album.shots)
-    lost = [each for each in read_records(manifest) if each["image_id"] in hidden]
+            counts[kind] += matching.detections.count(kind)
+    hidden_ids = set(every) - set(album.entries)
+    hidden = [each for each in read_records(manifest) if each["image_id"] in hidden_ids]
     difference = sum(analysis["errors"]["counts"].values()) - sum(counts.values())
-    most = sum(len(each["objects"]) + len(rows[each["image_id"]]["score"]) for each in lost)
-    assert 0 <= difference <= most
+    maximum = sum(len(each["objects"]) + len(rows[each["image_id"]]["score"]) for each in hidden)
+    assert 0 <= difference <= maximum
     for kind, count in analysis["errors"]["counts"].items():
-        assert 0 <= count - counts[kind] <= most, kind
+        assert 0 <= count - counts[kind] <= maximum, kind
 
 
-def test_names_of_classes_and_files_cannot_become_markup(tmp_path: Path) -> None:
+def test_names_of_classes_and_files_are_escaped(tmp_path: Path) -> None:
     rows = [record(np.random.default_rng(seed), seed, 0.0) for seed in range(6)]
     rows = [row | {"file_name": f"<script>alert({i})</script>.jpg"} for i, row in enumerate(rows)]
     summary = write_shard(str(tmp_path), 0, rows)
@@ -121,7 +121,7 @@ def test_names_of_classes_and_files_cannot_become_markup(tmp_path: Path) -> None
     categories = [{"id": i, "name": name} for i, name in zip((3, 7, 90), names, strict=True)]
     manifest = write_manifest(str(tmp_path), [summary], categories)
     predictions = spoilt_predictions(manifest, seed=3)
-    page = written(tmp_path, manifest, predictions, make_analysis(manifest, predictions))
+    page = write_and_parse(tmp_path, manifest, predictions, make_analysis(manifest, predictions))
     assert page.html.count("<script") == 2  # the page's own
     assert "alert" in page.words
     assert "<b>ant" in page.words
@@ -130,53 +130,53 @@ def test_names_of_classes_and_files_cannot_become_markup(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "missing", ["curves", "confusion", "calibration", "errors", "slices", "classes", "worst", "intervals"]
 )
-def test_a_part_that_the_analysis_does_not_have_is_left_out(
+def test_a_part_that_the_analysis_does_not_have_is_omitted(
     manifest: Manifest, tmp_path: Path, missing: str
 ) -> None:
     predictions = spoilt_predictions(manifest, seed=1)
     analysis = make_analysis(manifest, predictions)
     del analysis[missing]
-    written(tmp_path, manifest, predictions, analysis)
+    write_and_parse(tmp_path, manifest, predictions, analysis)
 
 
-def test_masks_and_segments_are_shown_where_there_are_some(manifest: Manifest, tmp_path: Path) -> None:
+def test_masks_and_segments_are_shown_if_present(manifest: Manifest, tmp_path: Path) -> None:
     predictions = spoilt_predictions(manifest, seed=1, masks=True)
     analysis = make_analysis(manifest, predictions)
-    plain = written(tmp_path, manifest, predictions, analysis)
+    plain = write_and_parse(tmp_path, manifest, predictions, analysis)
     assert "Segments (panoptic)" not in plain.words
     analysis["figures"] |= {f"mask_{name}": 0.123 for name in list(analysis["figures"])}
     analysis["figures"] |= {
         f"{q}{part}": 0.456 for q in ("PQ", "SQ", "RQ") for part in ("", "_things", "_stuff")
     }
     analysis["intervals"] |= {"mask_AP": [0.1, 0.15], "PQ": [0.4, 0.5]}
-    page = written(tmp_path, manifest, predictions, analysis, task="instance")
+    page = write_and_parse(tmp_path, manifest, predictions, analysis, task="instance")
     assert "Segments (panoptic)" in page.words
     assert "0.12  (0.10 to 0.15)" in page.words
     assert "class=mask" in page.html
 
 
-def test_a_model_that_finds_nothing_has_a_page(manifest: Manifest, tmp_path: Path) -> None:
+def test_a_model_without_detections_has_a_report(manifest: Manifest, tmp_path: Path) -> None:
     ids = sorted(each["image_id"] for each in read_records(manifest, ["image_id"]))
-    nothing = table(
+    empty = table(
         [{"image_id": i, "height": 1, "width": 1, "category_id": [], "score": [], "bbox": []} for i in ids]
     )
-    analysis = analyse(read_truth(manifest, "none"), nothing, resamples=10)
-    page = written(tmp_path, manifest, nothing, analysis)
+    analysis = analyze(read_ground_truth(manifest, "none"), empty, resamples=10)
+    page = write_and_parse(tmp_path, manifest, empty, analysis)
     assert "0.000" in page.words
 
 
-def test_one_class_without_any_object_has_a_page(tmp_path: Path) -> None:
+def test_a_data_set_without_objects_has_a_report(tmp_path: Path) -> None:
     summary = write_shard(str(tmp_path), 0, [record(np.random.default_rng(0), 1, 0.0) | {"objects": []}])
     assert summary is not None
     manifest = write_manifest(str(tmp_path), [summary], [{"id": 3, "name": "ant"}])
     predictions = spoilt_predictions(manifest, seed=0, harm=0.0001)
-    analysis = analyse(read_truth(manifest, "none"), predictions, resamples=10)
-    page = written(tmp_path, manifest, predictions, analysis, version=None)
+    analysis = analyze(read_ground_truth(manifest, "none"), predictions, resamples=10)
+    page = write_and_parse(tmp_path, manifest, predictions, analysis, version=None)
     assert "–" in page.words
     assert "last on" in page.words
 
 
-def test_pictures_keep_to_their_size_and_weight() -> None:
+def test_embedded_images_stay_below_their_maximum_size() -> None:
     from PIL import Image
 
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 1400, 3), dtype=np.uint8))
@@ -184,7 +184,7 @@ def test_pictures_keep_to_their_size_and_weight() -> None:
     assert len(data) * 3 / 4 < 20_100
 
 
-def test_an_outline_goes_around_the_mask_and_nothing_around_none() -> None:
+def test_the_outline_encloses_the_mask_and_is_empty_for_an_empty_mask() -> None:
     mask = np.zeros((100, 200), np.uint8)
     assert outlines(mask, (200, 100)) == ""
     mask[20:60, 50:150] = 1
@@ -193,17 +193,21 @@ def test_an_outline_goes_around_the_mask_and_nothing_around_none() -> None:
     assert numbers.max(0) == pytest.approx([150, 60], abs=2)
 
 
-def test_the_same_box_of_another_class_is_a_wrong_class_and_its_object_is_not_missed() -> None:
+def test_a_misclassified_object_is_not_missed() -> None:
     objects = [Item(1, (0, 0, 10, 10)), Item(1, (50, 50, 10, 10)), Item(3, (0, 0, 90, 90), crowd=True)]
-    found = [Item(2, (0, 0, 10, 10), 0.9), Item(1, (50, 50, 10, 10), 0.8), Item(1, (50, 50, 10, 10), 0.7)]
-    verdict = judge(objects, found)
-    assert verdict.objects == ["near", "found", "crowd"]
-    assert verdict.detections == ["classification", "right", "duplicate"]
-    assert judge([], found).detections == ["background"] * 3
-    assert judge(objects, []).objects == ["missed", "missed", "crowd"]
+    predicted = [
+        Item(2, (0, 0, 10, 10), 0.9),
+        Item(1, (50, 50, 10, 10), 0.8),
+        Item(1, (50, 50, 10, 10), 0.7),
+    ]
+    matching = match_image(objects, predicted)
+    assert matching.objects == ["near", "found", "crowd"]
+    assert matching.detections == ["classification", "right", "duplicate"]
+    assert match_image([], predicted).detections == ["background"] * 3
+    assert match_image(objects, []).objects == ["missed", "missed", "crowd"]
 
 
-def test_figures_read_as_sentences() -> None:
+def test_number_formats() -> None:
     assert with_interval(0.4123, [0.3811, 0.4402]) == "0.41 (0.38 to 0.44)"
     assert with_interval(0.4123, [0.4101, 0.4142]) == "0.412 (0.410 to 0.414)"
     assert with_interval(-1, [-1, -1]) == "–"

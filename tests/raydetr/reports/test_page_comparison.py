@@ -1,4 +1,4 @@
-"""The page of a comparison says first what changed, and how sure that is."""
+"""The comparison report: it shows the decision first, then the change and its uncertainty."""
 
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ DECISION = {
     "reason": "AP fell <i>",
     "rules": [
         {"rule": "AP is better", "passed": False, "found": -0.0123, "limit": "more than 0"},
-        {"rule": "the data are unchanged", "passed": True, "found": "abc", "limit": None},
+        {"rule": "the evaluation data is unchanged", "passed": True, "found": "abc", "limit": None},
     ],
 }
 
 
-def written(
+def write_and_parse(
     tmp_path: Path, manifest: Manifest, comparison: dict[str, Any] | None = None, decision: Any = None
 ) -> Page:
     old, new = spoilt_predictions(manifest, seed=0), spoilt_predictions(manifest, seed=1, harm=0.5)
@@ -45,13 +45,13 @@ def written(
 
 
 def test_the_decision_comes_before_everything_else(manifest: Manifest, tmp_path: Path) -> None:
-    page = written(tmp_path, manifest, decision=DECISION)
-    assert page.words.index("Not promoted") < page.words.index("AP rose by") < page.words.index("All figures")
+    page = write_and_parse(tmp_path, manifest, decision=DECISION)
+    assert page.words.index("Not promoted") < page.words.index("AP rose by") < page.words.index("All metrics")
     for text in ("AP fell <i>", "✗ failed", "✓ passed", "−0.0123", "raydetr version 4 is better", "98 %"):
         assert text in page.words
     assert {"figures", "classes", "better", "worse", "about"} <= set(page.ids)
-    assert "Not promoted" not in written(tmp_path, manifest).words
-    assert "✓ Promoted" in written(tmp_path, manifest, decision={**DECISION, "promoted": True}).words
+    assert "Not promoted" not in write_and_parse(tmp_path, manifest).words
+    assert "✓ Promoted" in write_and_parse(tmp_path, manifest, decision={**DECISION, "promoted": True}).words
 
 
 @pytest.mark.parametrize(
@@ -63,20 +63,18 @@ def test_the_decision_comes_before_everything_else(manifest: Manifest, tmp_path:
         (0.0, 0.0, "No clear"),
     ],
 )
-def test_only_a_range_on_one_side_of_zero_is_a_difference(
+def test_only_an_interval_that_excludes_zero_is_a_difference(
     manifest: Manifest, tmp_path: Path, delta: float, width: float, verdict: str
 ) -> None:
     change = {"old": 0.4, "new": 0.4 + delta, "delta": delta, "low": delta - width, "high": delta + width}
-    page = written(
+    page = write_and_parse(
         tmp_path, manifest, {"figures": {"AP": change | {"probability_better": None}}, "classes": {}}
     )
     assert verdict in page.words
 
 
-def test_images_are_drawn_three_times_and_their_pixels_written_once(
-    manifest: Manifest, tmp_path: Path
-) -> None:
-    page = written(tmp_path, manifest)
+def test_images_are_shown_three_times_and_embedded_once(manifest: Manifest, tmp_path: Path) -> None:
+    page = write_and_parse(tmp_path, manifest)
     images = {reference for reference in page.references if reference.startswith("#image-")}
     assert images
     for image in images:
@@ -86,12 +84,12 @@ def test_images_are_drawn_three_times_and_their_pixels_written_once(
 
 def test_a_data_set_without_objects_has_nothing_to_compare(manifest: Manifest, tmp_path: Path) -> None:
     nothing = {"old": -1.0, "new": -1.0, "delta": 0.0, "low": 0.0, "high": 0.0, "probability_better": 0.0}
-    page = written(tmp_path, manifest, {"figures": {"AP": nothing}, "classes": {}, "changed": {}})
+    page = write_and_parse(tmp_path, manifest, {"figures": {"AP": nothing}, "classes": {}, "changed": {}})
     assert "nothing to compare" in page.words
 
 
-def test_images_that_cannot_be_decoded_say_so(manifest: Manifest, tmp_path: Path) -> None:
+def test_undecodable_and_missing_images_have_a_placeholder(manifest: Manifest, tmp_path: Path) -> None:
     change = {"old": 0.4, "new": 0.5, "delta": 0.1, "low": 0.0, "high": 0.2, "probability_better": 0.9}
-    changed = {"better": [1035], "worse": [999999]}  # one has no bytes, one is not there
-    page = written(tmp_path, manifest, {"figures": {"AP": change}, "classes": {}, "changed": changed})
+    changed = {"better": [1035], "worse": [999999]}  # one has no bytes, one does not exist
+    page = write_and_parse(tmp_path, manifest, {"figures": {"AP": change}, "classes": {}, "changed": changed})
     assert page.words.count("cannot be shown") == 2
