@@ -1,4 +1,4 @@
-"""A real browser, Debian's chromium; and the endpoint's page, with a real model behind it, without Ray."""
+"""Fixtures: a real browser (chromium), and the endpoint's page with a real model behind it, without Ray."""
 
 import shutil
 import threading
@@ -16,7 +16,7 @@ from tests.tiny_detr import add_mask_head, save_tiny_detr
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """It ends with its module: while playwright runs, no other test can have an event loop."""
+    """Start a browser for one module: while playwright runs, no other test can use an event loop."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium: install one (Debian: apt-get install chromium)")
@@ -50,24 +50,24 @@ def server(detector: ObjectDetector) -> Iterator[Server]:
 
 @pytest.fixture
 def visit(browser: Browser, server: Server) -> Iterator[Open]:
-    """Opens the page; at the end it must have asked nobody else, and logged nothing but the refusals that are meant."""
+    """Open the page. At the end it must have sent requests to this server only, and logged only the expected errors."""
     visits: list[tuple[Visit, tuple[int, ...]]] = []
 
-    def open_one(width: int = 1280, dark: bool = False, refusals: tuple[int, ...] = ()) -> Visit:
-        visits.append((Visit(browser, server.url, width, dark), refusals))
+    def open_one(width: int = 1280, dark: bool = False, errors: tuple[int, ...] = ()) -> Visit:
+        visits.append((Visit(browser, server.url, width, dark), errors))
         return visits[-1][0]
 
     yield open_one
     for context in browser.contexts:
         context.close()
-    for each, refusals in visits:
-        meant = [
+    for each, errors in visits:
+        expected = [
             message
             for message in each.messages
-            if any(f"status of {status} " in message for status in refusals)
-            or (0 in refusals and "net::ERR_" in message)
+            if any(f"status of {status} " in message for status in errors)
+            or (0 in errors and "net::ERR_" in message)
         ]
-        assert each.messages == meant
+        assert each.messages == expected
         foreign = [
             url for url in each.requests if not url.startswith((server.url, "data:", f"blob:{server.url}"))
         ]

@@ -1,4 +1,4 @@
-"""What the tests of the endpoint's page share: a server that answers by the contract, and a look at the page."""
+"""Helpers of the tests of the endpoint's page: a server that follows the API contract, and an open page."""
 
 from collections import deque
 from collections.abc import Callable
@@ -21,15 +21,15 @@ TIMES = {"prepare_ms": 1.0, "model_ms": 2.0, "total_ms": 4.0}
 
 @dataclass
 class Server:
-    """What the page talks to.
+    """State of the server behind the page.
 
-    replies: given to the next posts instead of an answer: status, message, headers.
-    tasks: of the model.
-    token: asked for, unless None.
-    asked: paths and queries of the posts.
-    bodies: of the posts.
-    answered: (height, width) of the images that were answered.
-    turns: whether `orientation=apply` is heard.
+    replies: error responses to the next POST requests: status, message, headers.
+    tasks: tasks of the model.
+    token: required token; None requires none.
+    posts: paths and queries of the POST requests.
+    bodies: bodies of the POST requests.
+    sizes: (height, width) of the decoded images.
+    applies_orientation: whether `orientation=apply` has an effect.
     """
 
     url: str
@@ -37,16 +37,16 @@ class Server:
     replies: deque[tuple[int, str, dict[str, str]]] = field(default_factory=deque)
     tasks: list[str] = field(default_factory=lambda: ["detect", "segment"])
     token: str | None = None
-    asked: list[str] = field(default_factory=list)
+    posts: list[str] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
-    answered: list[tuple[int, int]] = field(default_factory=list)
-    turns: bool = True
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    applies_orientation: bool = True
 
     def detections(self, image: bytes) -> list[dict[str, Any]]:
         return self.detector.detect_image(image)
 
 
-def refused(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     answer = {"error": {"status": status, "message": message}}
     return JSONResponse(answer, status, {"X-Request-Id": "abc-123", **(headers or {})})
 
@@ -58,14 +58,14 @@ def application(server: Server) -> FastAPI:
     @app.middleware("http")
     async def guard(request: Request, call: Callable[[Request], Any]) -> Response:
         if request.method == "POST":
-            server.asked.append(f"{request.url.path}?{request.url.query}")
+            server.posts.append(f"{request.url.path}?{request.url.query}")
             server.bodies.append(await request.body())
         if request.url.path.startswith("/v1/"):
             given = request.headers.get("authorization", "")
             if server.token is not None and given != f"Bearer {server.token}":
-                return refused(401, "A token is missing or wrong.", {"WWW-Authenticate": "Bearer"})
+                return error_response(401, "A token is missing or wrong.", {"WWW-Authenticate": "Bearer"})
             if request.method == "POST" and server.replies:
-                return refused(*server.replies.popleft())
+                return error_response(*server.replies.popleft())
         response: Response = await call(request)
         return response
 
@@ -83,16 +83,16 @@ def application(server: Server) -> FastAPI:
     ) -> dict[str, Any] | JSONResponse:
         data = await request.body()
         try:
-            turned = orientation if server.turns else "ignore"
-            prepared = prepare_image(data, server.detector.image_processor, orientation=turned)
+            applied = orientation if server.applies_orientation else "ignore"
+            prepared = prepare_image(data, server.detector.image_processor, orientation=applied)
         except ImageError as error:
-            return refused(415, f"The body is not an image that can be read: {error}.")
+            return error_response(415, f"The body is not a readable image: {error}.")
         height, width = prepared.original_size
-        server.answered.append((height, width))
-        answered = server.detector.detect([prepared])[0].to_dicts(id2label)
-        found = [each for each in answered if each["score"] >= threshold]
+        server.sizes.append((height, width))
+        detections = server.detector.detect([prepared])[0].to_dicts(id2label)
+        selected = [each for each in detections if each["score"] >= threshold]
         image = {"height": height, "width": width}
-        return {"model": MODEL, "image": image, "detections": found, "times": TIMES}
+        return {"model": MODEL, "image": image, "detections": selected, "times": TIMES}
 
     @app.post("/v1/segment")
     async def segment(
@@ -105,16 +105,16 @@ def application(server: Server) -> FastAPI:
         data = await request.body()
         prepared = prepare_image(data, server.detector.image_processor, orientation=orientation)
         height, width = prepared.original_size
-        asked = SegmentRequest(kind, threshold, format)  # type: ignore[arg-type]
+        options = SegmentRequest(kind, threshold, format)  # type: ignore[arg-type]
         outputs = server.detector.run([prepared])
-        found = segments(outputs, prepared, asked, id2label)
-        return {"model": MODEL, "image": {"height": height, "width": width}, **found, "times": TIMES}
+        fields = segments(outputs, prepared, options, id2label)
+        return {"model": MODEL, "image": {"height": height, "width": width}, **fields, "times": TIMES}
 
     return app
 
 
 class Visit:
-    """The page, open; and what it logged and asked for."""
+    """The open page, with its console messages and requests."""
 
     def __init__(self, browser: Browser, url: str, width: int = 1280, dark: bool = False) -> None:
         context = browser.new_context(
@@ -156,14 +156,14 @@ const data = context.getImageData(0, 0, canvas.width, canvas.height).data;
 
 
 def pixels(page: Page) -> int:
-    """A hash of what the canvas shows."""
+    """Return a hash of the pixels of the canvas."""
     return page.evaluate(
         f"() => {{{PIXELS} return data.reduce((sum, each) => (sum * 31 + each) % 1000003, 7); }}"
     )
 
 
-def changed(page: Page) -> list[float] | None:
-    """Bounds, in pixels of the picture (180 × 120, grey), of what is drawn on it."""
+def drawn_bounds(page: Page) -> list[float] | None:
+    """Return the bounds of what is drawn on the gray 180 × 120 image, in pixels of the image."""
     return page.evaluate(
         f"""() => {{{PIXELS}
           let [left, top, right, bottom] = [Infinity, Infinity, -1, -1];

@@ -1,4 +1,4 @@
-"""The endpoint's page in a real browser: pictures go in, boxes and a list come out, by pointer and keyboard."""
+"""The endpoint's page in a real browser: choose images, see boxes and a list, by pointer and keyboard."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from detr.image_processing.decode import decode_image
-from tests.browser.endpoint import NAMES, PIXELS, Open, Server, changed, pixels
+from tests.browser.endpoint import NAMES, PIXELS, Open, Server, drawn_bounds, pixels
 from tests.raydetr.serving.oriented import oriented
 from tests.tiers import rest_slow
 from tests.tiny_detr import png
@@ -30,23 +30,23 @@ RED = f"""() => {{{PIXELS}
   }}
   return [x / count, y / count];
 }}"""
-"""Center of what is red on the canvas."""
+"""Center of the red pixels of the canvas."""
 
 
 def scores(server: Server, image: bytes) -> list[float]:
     return [each["score"] for each in server.detections(image)]
 
 
-def test_a_chosen_picture_is_sent_as_it_is_and_its_detections_are_listed(server: Server, visit: Open) -> None:
+def test_a_chosen_image_is_sent_unchanged_and_its_detections_are_listed(server: Server, visit: Open) -> None:
     opened = visit()
     expect(opened.page.locator("#model")).to_have_text(
-        f"The model raydetr, version 3, knows {', '.join(NAMES)}."
+        f"The model raydetr, version 3, detects {', '.join(NAMES)}."
     )
     image = png(120, 180)
     opened.choose(image)
     opened.until_answered()
     assert server.bodies == [image]
-    assert server.asked == ["/v1/detect?threshold=0&orientation=apply"]
+    assert server.posts == ["/v1/detect?threshold=0&orientation=apply"]
     expected = server.detections(image)
     opened.slide(0)
     assert opened.page.locator("#list .score").all_inner_texts() == [f"{d['score']:.2f}" for d in expected]
@@ -58,46 +58,50 @@ def test_a_chosen_picture_is_sent_as_it_is_and_its_detections_are_listed(server:
     assert name.startswith(f"photo.png: {len(expected)} objects: ")
 
 
-def test_boxes_are_drawn_where_they_were_found(server: Server, visit: Open) -> None:
-    grey = io.BytesIO()
-    Image.new("RGB", (180, 120), (128, 128, 128)).save(grey, "PNG")
-    found = server.detections(grey.getvalue())
+def test_boxes_are_drawn_at_their_positions(server: Server, visit: Open) -> None:
+    gray = io.BytesIO()
+    Image.new("RGB", (180, 120), (128, 128, 128)).save(gray, "PNG")
+    detections = server.detections(gray.getvalue())
     opened = visit()
-    opened.choose(grey.getvalue())
+    opened.choose(gray.getvalue())
     opened.until_answered()
     opened.slide(1)
-    assert changed(opened.page) is None
+    assert drawn_bounds(opened.page) is None
     opened.slide(0)
-    drawn = changed(opened.page)
+    drawn = drawn_bounds(opened.page)
     assert drawn is not None
     scale = opened.page.evaluate("document.getElementById('canvas').clientWidth") / 180
     line, name = (
         3 / scale,
         24 / scale,
-    )  # in pixels of the picture; names lie above their boxes, or below the edge
+    )  # in pixels of the image; a label is above its box, or below the upper edge of the image
     for side, low, high in ((0, "xmin", "xmax"), (1, "ymin", "ymax")):
         edge = (180, 120)[side]
-        assert drawn[side] <= max(min(each["box"][low] for each in found), 0) + line
-        assert drawn[side] >= max(min(each["box"][low] for each in found) - line - 3 * side * name, 0) - 1
-        assert drawn[side + 2] >= min(max(each["box"][high] for each in found), edge) - line
+        assert drawn[side] <= max(min(each["box"][low] for each in detections), 0) + line
+        assert (
+            drawn[side] >= max(min(each["box"][low] for each in detections) - line - 3 * side * name, 0) - 1
+        )
+        assert drawn[side + 2] >= min(max(each["box"][high] for each in detections), edge) - line
         assert drawn[side + 2] <= edge
 
 
-def test_the_slider_acts_without_asking_again(server: Server, visit: Open) -> None:
+def test_the_slider_filters_without_a_new_request(server: Server, visit: Open) -> None:
     image = png(120, 180, seed=3)
-    found = scores(server, image)
+    all_scores = scores(server, image)
     opened = visit()
     opened.choose(image)
     opened.until_answered()
     drawn = set()
     for threshold in (0, 0.2, 0.35, 1):
         opened.slide(threshold)
-        assert opened.page.locator("#list li").count() == sum(score >= threshold for score in found)
+        assert opened.page.locator("#list li").count() == sum(score >= threshold for score in all_scores)
         assert opened.page.locator("#threshold-text").inner_text() == f"{threshold:.2f}"
         drawn.add(pixels(opened.page))
-    assert len(drawn) == len({sum(score >= threshold for score in found) for threshold in (0, 0.2, 0.35, 1)})
-    assert len(server.asked) == 1
-    expect(opened.page.locator("#status")).to_have_text("The model is not that sure of any object.")
+    assert len(drawn) == len(
+        {sum(score >= threshold for score in all_scores) for threshold in (0, 0.2, 0.35, 1)}
+    )
+    assert len(server.posts) == 1
+    expect(opened.page.locator("#status")).to_have_text("No object reaches this score.")
     opened.page.locator("#lower").click()
     assert opened.page.locator("#list li").count() >= 1
     opened.slide(0.4)
@@ -123,10 +127,10 @@ def test_a_class_can_be_hidden_and_shown(server: Server, visit: Open) -> None:
     expect(box).to_be_focused()
     opened.page.keyboard.press("Space")
     assert opened.page.locator("#list li").count() == len(labels)
-    assert len(server.asked) == 1
+    assert len(server.posts) == 1
 
 
-def test_a_row_brings_its_box_forward_by_pointer_and_keyboard(server: Server, visit: Open) -> None:
+def test_a_row_highlights_its_box_by_pointer_and_keyboard(server: Server, visit: Open) -> None:
     opened = visit()
     opened.choose(png(120, 180))
     opened.until_answered()
@@ -148,7 +152,7 @@ def test_a_row_brings_its_box_forward_by_pointer_and_keyboard(server: Server, vi
 
 
 @pytest.mark.slow
-def test_an_example_is_asked_for_by_keyboard_alone(server: Server, visit: Open) -> None:
+def test_an_example_can_be_chosen_by_keyboard(server: Server, visit: Open) -> None:
     opened = visit()
     expect(opened.page.locator(".thumbs button")).to_have_text(["street", "table", "shapes"])
     for _ in range(10):
@@ -168,7 +172,7 @@ def test_an_example_is_asked_for_by_keyboard_alone(server: Server, visit: Open) 
     assert opened.page.locator("#list li").count() == 12
 
 
-def test_a_dropped_picture_is_taken(server: Server, visit: Open) -> None:
+def test_a_dropped_image_is_sent(server: Server, visit: Open) -> None:
     opened = visit()
     image = png(60, 90)
     opened.page.evaluate(
@@ -201,7 +205,7 @@ def test_a_dropped_picture_is_taken(server: Server, visit: Open) -> None:
         fast=2,
     ),
 )
-def test_boxes_of_a_photo_that_lies_on_its_side_are_of_what_is_shown(
+def test_boxes_of_a_rotated_photo_match_the_displayed_image(
     server: Server, visit: Open, file: tuple[str, str, str]
 ) -> None:
     form, name, kind = file
@@ -209,15 +213,15 @@ def test_boxes_of_a_photo_that_lies_on_its_side_are_of_what_is_shown(
     opened = visit()
     opened.choose(photo, name, kind)
     opened.until_answered()
-    height, width = server.answered[-1]
+    height, width = server.sizes[-1]
     assert f"{width} × {height} pixels" in opened.page.locator("#caption").inner_text()
-    if form != "WEBP":  # whose orientation not every browser applies
+    if form != "WEBP":  # not every browser applies the orientation of WebP
         assert (height, width) == (180, 120)
-        assert server.bodies == [photo]  # as it is: the server turns it
+        assert server.bodies == [photo]  # unchanged: the server rotates it
 
 
 @pytest.mark.parametrize("orientation", rest_slow([7, 1, 2, 3, 4, 5, 6, 8]))
-def test_the_browser_and_the_server_turn_a_picture_alike(
+def test_the_browser_and_the_server_apply_the_same_orientation(
     server: Server, visit: Open, orientation: int
 ) -> None:
     photo = oriented("PNG", orientation)
@@ -225,16 +229,18 @@ def test_the_browser_and_the_server_turn_a_picture_alike(
     opened.choose(photo, "photo.png")
     opened.until_answered()
     opened.slide(1)  # no box is drawn
-    where = opened.page.evaluate(RED)
+    center = opened.page.evaluate(RED)
     upright = decode_image(photo, orientation="apply").numpy().astype(int)
     rows, columns = np.nonzero((upright[0] > 150) & (upright[1] < 100))
     scale = opened.page.evaluate("document.getElementById('canvas').width") / upright.shape[2]
-    assert where == pytest.approx([columns.mean() * scale, rows.mean() * scale], abs=2 * scale)
+    assert center == pytest.approx([columns.mean() * scale, rows.mean() * scale], abs=2 * scale)
 
 
-def test_where_browser_and_server_disagree_the_page_sends_what_it_shows(server: Server, visit: Open) -> None:
+def test_if_browser_and_server_disagree_the_page_sends_the_displayed_image(
+    server: Server, visit: Open
+) -> None:
     photo = oriented("PNG")
-    server.turns = False
+    server.applies_orientation = False
     opened = visit()
     opened.choose(photo, "photo.png")
     opened.until_answered()
@@ -243,11 +249,11 @@ def test_where_browser_and_server_disagree_the_page_sends_what_it_shows(server: 
         (120, 180),
     ]
     assert "sent upright · 120 × 180 pixels" in opened.page.locator("#caption").inner_text()
-    assert server.answered[-1] == (180, 120)
+    assert server.sizes[-1] == (180, 120)
 
 
 @pytest.mark.slow
-def test_another_format_is_sent_as_png(server: Server, visit: Open) -> None:
+def test_an_unsupported_format_is_sent_as_png(server: Server, visit: Open) -> None:
     gif = io.BytesIO()
     Image.open(io.BytesIO(png(60, 90))).save(gif, "GIF")
     opened = visit()
@@ -258,7 +264,7 @@ def test_another_format_is_sent_as_png(server: Server, visit: Open) -> None:
 
 
 @pytest.mark.slow
-def test_the_copied_commands_do_what_the_page_does(
+def test_the_copied_commands_send_the_request_of_the_page(
     server: Server, visit: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = png(60, 90)
@@ -289,9 +295,9 @@ def test_the_copied_commands_do_what_the_page_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window_and_dark_is_dark(server: Server, visit: Open, width: int) -> None:
+def test_the_page_fits_the_window_and_supports_dark_mode(server: Server, visit: Open, width: int) -> None:
     server.replies.append((429, "busy " * 40 + "x" * 200, {"Retry-After": "100"}))
-    opened = visit(width, dark=True, refusals=(429,))
+    opened = visit(width, dark=True, errors=(429,))
     page = opened.page
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     opened.choose(png(300, 900), "a-very-long-name-" * 12 + ".png")
@@ -310,7 +316,7 @@ def test_nothing_is_wider_than_the_window_and_dark_is_dark(server: Server, visit
 
 
 @pytest.mark.slow
-def test_everything_that_can_be_used_has_a_name(server: Server, visit: Open) -> None:
+def test_all_controls_have_an_accessible_name(server: Server, visit: Open) -> None:
     opened = visit()
     opened.choose(png(120, 180))
     opened.until_answered()

@@ -1,4 +1,4 @@
-"""What the endpoint's page does, in a real browser, where the server refuses, wants a token or is not there."""
+"""Error handling of the endpoint's page, in a real browser: error responses, tokens, an unreachable server."""
 
 import io
 
@@ -15,26 +15,26 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "title", "button"),
     [
-        (400, "not a picture that can be read", None),
-        (415, "not a picture that can be read", None),
-        (409, "cannot do that", "Try again"),
+        (400, "not a readable image", None),
+        (415, "not a readable image", None),
+        (409, "has no masks", "Try again"),
         (413, "too large for this server", "Send a smaller copy"),
         (422, "does not understand", "Try again"),
         (429, "The server is busy", "Try now"),
         (500, "The server failed", "Try again"),
         (503, "No model is ready yet", "Try now"),
-        (504, "It took too long", "Try again"),
+        (504, "The request timed out", "Try again"),
     ],
 )
-def test_each_refusal_is_explained_and_can_be_got_over(
+def test_each_error_is_explained_and_recoverable(
     server: Server, visit: Open, status: int, title: str, button: str | None
 ) -> None:
     server.replies.append((status, "the reason", {"Retry-After": "100"} if status in (429, 503) else {}))
-    opened = visit(refusals=(status,))
+    opened = visit(errors=(status,))
     opened.choose(png(60, 90))
     message = opened.page.locator("#message")
     expect(message).to_contain_text(title)
-    expect(message).to_contain_text("The server says: the reason (request abc-123)")
+    expect(message).to_contain_text("Message of the server: the reason (request abc-123)")
     assert message.get_attribute("role") == "alert"
     if button is None:
         assert message.locator("button").count() == 0
@@ -43,23 +43,23 @@ def test_each_refusal_is_explained_and_can_be_got_over(
         message.locator("button", has_text=button).click()
     opened.until_answered()
     expect(message).to_be_hidden()
-    assert len(server.asked) == 2
+    assert len(server.posts) == 2
 
 
-def test_a_busy_server_is_asked_again_after_the_time_it_names(server: Server, visit: Open) -> None:
+def test_a_busy_server_is_retried_after_its_retry_after(server: Server, visit: Open) -> None:
     server.replies.extend([(429, "busy", {"Retry-After": "1"})] * 2)
-    opened = visit(refusals=(429,))
+    opened = visit(errors=(429,))
     opened.choose(png(60, 90))
     opened.until_answered()
     expect(opened.page.locator("#list, #lower").first).to_be_attached()
     expect(opened.page.locator("#message")).to_be_hidden(timeout=30_000)
     expect(opened.page.locator("#caption")).to_contain_text("answered in", timeout=30_000)
-    assert len(server.asked) == 3
+    assert len(server.posts) == 3
 
 
-def test_a_smaller_copy_is_smaller(server: Server, visit: Open) -> None:
+def test_a_smaller_copy_is_sent_after_413(server: Server, visit: Open) -> None:
     server.replies.append((413, "The image has too many pixels.", {}))
-    opened = visit(refusals=(413,))
+    opened = visit(errors=(413,))
     opened.choose(png(900, 2400))
     opened.page.locator("#message button").click()
     opened.until_answered()
@@ -67,18 +67,18 @@ def test_a_smaller_copy_is_smaller(server: Server, visit: Open) -> None:
     assert "sent as a smaller copy" in opened.page.locator("#caption").inner_text()
 
 
-def test_a_file_that_is_no_picture_is_not_sent(server: Server, visit: Open) -> None:
+def test_a_file_that_is_not_an_image_is_not_sent(server: Server, visit: Open) -> None:
     opened = visit()
     opened.choose(b"just text", "notes.txt", "text/plain")
     expect(opened.page.locator("#message")).to_contain_text("“notes.txt” cannot be opened")
-    assert server.asked == []
+    assert server.posts == []
     opened.choose(png(60, 90))
     opened.until_answered()
     assert not opened.page.locator("#message").is_visible()
 
 
-def test_a_network_that_is_down_is_said_and_got_over(server: Server, visit: Open) -> None:
-    opened = visit(refusals=(0,))
+def test_a_network_failure_is_reported_and_recoverable(server: Server, visit: Open) -> None:
+    opened = visit(errors=(0,))
     expect(opened.page.locator("#model")).to_contain_text("raydetr")
     opened.page.context.set_offline(True)
     opened.choose(png(60, 90))
@@ -89,11 +89,11 @@ def test_a_network_that_is_down_is_said_and_got_over(server: Server, visit: Open
     expect(opened.page.locator("#message")).to_be_hidden()
 
 
-def test_a_token_is_asked_for_kept_for_the_tab_and_sent(server: Server, visit: Open) -> None:
+def test_a_token_is_requested_stored_for_the_tab_and_sent(server: Server, visit: Open) -> None:
     server.token = "secret"
-    opened = visit(refusals=(401,))
+    opened = visit(errors=(401,))
     page = opened.page
-    expect(page.locator("#token-form")).to_contain_text("This server asks for a token.")
+    expect(page.locator("#token-form")).to_contain_text("This server requires a token.")
     expect(page.get_by_label("Token")).to_be_focused()
     page.keyboard.type("wrong")
     page.keyboard.press("Enter")
@@ -113,15 +113,13 @@ def test_a_token_is_asked_for_kept_for_the_tab_and_sent(server: Server, visit: O
     assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
 
 
-def test_a_token_that_is_taken_back_is_asked_for_again_and_the_picture_stays(
-    server: Server, visit: Open
-) -> None:
-    opened = visit(refusals=(401,))
+def test_a_revoked_token_is_requested_again_and_the_image_stays(server: Server, visit: Open) -> None:
+    opened = visit(errors=(401,))
     expect(opened.page.locator("#model")).to_contain_text("raydetr")
     server.token = "new"
     opened.choose(png(60, 90))
     opened.page.get_by_label("Token").fill("new")
     opened.page.keyboard.press("Enter")
     opened.until_answered()
-    assert len(server.asked) == 2
+    assert len(server.posts) == 2
     expect(opened.page.locator("#caption")).to_contain_text("answered in")

@@ -1,4 +1,4 @@
-"""Segments on the endpoint's page, in a real browser, are those of the model."""
+"""The endpoint's page, in a real browser, shows the segments of the model."""
 
 import random
 from importlib import resources
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("kind", ["instance", "panoptic", "semantic"])
-def test_segments_are_those_of_the_model(server: Server, visit: Open, kind: str) -> None:
+def test_the_page_shows_the_segments_of_the_model(server: Server, visit: Open, kind: str) -> None:
     image = png(120, 180)
     opened = visit()
     opened.choose(image)
@@ -28,8 +28,8 @@ def test_segments_are_those_of_the_model(server: Server, visit: Open, kind: str)
     opened.until_answered()
     prepared = server.detector.prepare(image)
     outputs = server.detector.run([prepared])
-    asked = SegmentRequest(kind, 0.1, "rle")  # type: ignore[arg-type]
-    expected = segments(outputs, prepared, asked, server.detector.model.config.id2label)["segments"]
+    options = SegmentRequest(kind, 0.1, "rle")  # type: ignore[arg-type]
+    expected = segments(outputs, prepared, options, server.detector.model.config.id2label)["segments"]
     assert expected
     labels = opened.page.locator("#list button > span:nth-child(2)").all_inner_texts()
     assert sorted(labels) == sorted(each["label"] for each in expected)
@@ -38,14 +38,14 @@ def test_segments_are_those_of_the_model(server: Server, visit: Open, kind: str)
     shown = opened.page.locator("#list small").all_inner_texts()
     assert sorted(0 if "under" in each else int(each.split(" %")[0]) for each in shown) == areas
     assert opened.page.locator("#slider").is_visible() == (kind != "semantic")
-    count = len(server.asked)
+    count = len(server.posts)
     opened.page.check("#modes input[value=boxes]")
     opened.page.check(f"#modes input[value={kind}]")
     opened.until_answered()
-    assert len(server.asked) == count  # what is known is not asked for again
+    assert len(server.posts) == count  # a known answer is not requested again
 
 
-def test_run_lengths_are_read_as_pycocotools_writes_them(browser: Browser) -> None:
+def test_run_lengths_are_decoded_like_pycocotools(browser: Browser) -> None:
     seed = random.randrange(10**6)
     print("seed", seed)
     rng = np.random.default_rng(seed)
@@ -77,7 +77,7 @@ def test_run_lengths_are_read_as_pycocotools_writes_them(browser: Browser) -> No
     page.context.close()
 
 
-def test_a_panoptic_map_is_asked_for_again_when_the_slider_is_let_go(server: Server, visit: Open) -> None:
+def test_a_panoptic_map_is_requested_again_when_the_slider_is_released(server: Server, visit: Open) -> None:
     opened = visit()
     opened.choose(png(120, 180))
     opened.until_answered()
@@ -86,7 +86,7 @@ def test_a_panoptic_map_is_asked_for_again_when_the_slider_is_let_go(server: Ser
     opened.slide(0.2)
     opened.page.locator("#threshold").dispatch_event("change")
     opened.until_answered()
-    assert server.asked[-1] == "/v1/segment?threshold=0.2&orientation=apply&kind=panoptic&format=rle"
+    assert server.posts[-1] == "/v1/segment?threshold=0.2&orientation=apply&kind=panoptic&format=rle"
 
 
 def test_a_model_without_masks_offers_boxes_only(server: Server, visit: Open) -> None:

@@ -1,4 +1,4 @@
-"""The evaluation's pages in a real browser: they sort, they choose, they fit a phone, and they ask nobody for anything."""
+"""The evaluation's pages in a real browser: sorting, selection, small screens, no external requests."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page
 
 from raydetr.data.shards import Manifest
-from raydetr.evaluation.analysis import analyse
-from raydetr.evaluation.ground_truth import read_truth
+from raydetr.evaluation.analysis import analyze
+from raydetr.evaluation.ground_truth import read_ground_truth
 from raydetr.promotion.compare import compare
 from raydetr.reports.page import write_page
 from raydetr.reports.page_comparison import write_comparison
@@ -22,16 +22,16 @@ Open = Callable[..., Page]
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both pages of the same data."""
+    """Write the evaluation and comparison pages of the same data."""
     folder = tmp_path_factory.mktemp("pages")
     manifest: Manifest = write_awkward(folder / "data")
     old, new = (spoilt_predictions(manifest, seed, harm=harm) for seed, harm in ((0, 1.0), (1, 0.5)))
-    truth = read_truth(manifest, "none")
-    before, after = (analyse(truth, each, resamples=50) for each in (old, new))
+    ground_truth = read_ground_truth(manifest, "none")
+    before, after = (analyze(ground_truth, each, resamples=50) for each in (old, new))
     records = make_record(manifest, before), make_record(manifest, after, 4)
     files = {"evaluation": folder / "evaluation.html", "comparison": folder / "comparison.html"}
     write_page(str(files["evaluation"]), records[0], before, manifest, old)
-    comparison = compare(truth, old, new, resamples=50)
+    comparison = compare(ground_truth, old, new, resamples=50)
     rules = [{"rule": "AP is better", "passed": True, "found": "+0.1", "limit": "more than 0"}]
     decision = {"promoted": True, "reason": "AP is better", "rules": rules}
     write_comparison(str(files["comparison"]), *records, comparison, manifest, old, new, decision)
@@ -40,7 +40,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def open_page(browser: Browser, pages: dict[str, Path]) -> Iterator[Open]:
-    """Opens a page by its name; at the end it must have logged nothing and asked for no other address."""
+    """Open a page by its name. At the end it must have logged nothing and loaded nothing else."""
     opened, messages, requests = [], [], []
 
     def open_one(name: str, width: int = 1280, dark: bool = False) -> Page:
@@ -66,7 +66,7 @@ def column(table: Locator, index: int) -> list[str]:
     return table.evaluate("(t, i) => [...t.tBodies[0].rows].map((row) => row.cells[i].dataset.v)", index)
 
 
-def test_a_click_on_a_header_sorts_and_another_one_turns_it_around(open_page: Open) -> None:
+def test_a_click_on_a_header_sorts_and_a_second_click_reverses_the_order(open_page: Open) -> None:
     table = open_page("evaluation").locator("#classes-table")
     header = table.locator("thead th").nth(3)
     header.locator("button").click()
@@ -80,7 +80,7 @@ def test_a_click_on_a_header_sorts_and_another_one_turns_it_around(open_page: Op
 
 
 @pytest.mark.parametrize("key", ["Enter", "Space"])
-def test_a_header_sorts_by_the_keyboard_alone(open_page: Open, key: str) -> None:
+def test_a_header_sorts_by_keyboard(open_page: Open, key: str) -> None:
     page = open_page("evaluation")
     table = page.locator("#classes-table")
     table.locator("thead button").first.focus()
@@ -92,7 +92,7 @@ def test_a_header_sorts_by_the_keyboard_alone(open_page: Open, key: str) -> None
     assert table.locator("thead th").nth(1).get_attribute("aria-sort") == "descending"
 
 
-def test_choosing_a_class_draws_its_curve_and_choosing_none_takes_it_away(open_page: Open) -> None:
+def test_choosing_a_class_draws_its_curve_and_choosing_none_removes_it(open_page: Open) -> None:
     page = open_page("evaluation")
     curve, legend = page.locator(".chart .curve.one"), page.locator("#curve-legend")
     assert curve.get_attribute("d") == ""
@@ -109,7 +109,7 @@ def test_choosing_a_class_draws_its_curve_and_choosing_none_takes_it_away(open_p
 
 @pytest.mark.parametrize("name", ["evaluation", "comparison"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window(open_page: Open, name: str, width: int) -> None:
+def test_the_pages_fit_the_window(open_page: Open, name: str, width: int) -> None:
     page = open_page(name, width, dark=True)
     page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -117,9 +117,9 @@ def test_nothing_is_wider_than_the_window(open_page: Open, name: str, width: int
     assert sum(int(part) for part in paper[4:-1].split(",")) < 150  # dark
 
 
-def test_truth_and_prediction_can_be_hidden(open_page: Open) -> None:
+def test_ground_truth_can_be_hidden(open_page: Open) -> None:
     page = open_page("evaluation")
-    truth, found = (
+    ground_truth, detections = (
         page.locator(".shot .truth:has(.line)").first,
         page.locator(".shot .found:has(.line)").first,
     )
@@ -130,27 +130,27 @@ def test_truth_and_prediction_can_be_hidden(open_page: Open) -> None:
     page.check("#show-truth")
     assert shown.is_visible()
     line = "(e) => getComputedStyle(e.querySelector('.line')).strokeDasharray"
-    assert truth.evaluate(line) == "none"
-    assert found.evaluate(line) != "none"  # dashed: told apart without colour
+    assert ground_truth.evaluate(line) == "none"
+    assert detections.evaluate(line) != "none"  # dashed: distinguishable without color
 
 
-def test_a_picture_grows_and_shrinks(open_page: Open) -> None:
+def test_an_image_can_be_enlarged_and_reduced(open_page: Open) -> None:
     page = open_page("evaluation")
-    picture, button = page.locator("#images .shot").first, page.locator("#images button").first
-    narrow = picture.bounding_box()
+    image, button = page.locator("#images .shot").first, page.locator("#images button").first
+    narrow = image.bounding_box()
     button.click()
-    wide = picture.bounding_box()
+    wide = image.bounding_box()
     assert narrow is not None
     assert wide is not None
     assert wide["width"] > 1.5 * narrow["width"]
     assert button.get_attribute("aria-pressed") == "true"
     button.click()
-    again = picture.bounding_box()
-    assert again is not None
-    assert again["width"] == narrow["width"]
+    reduced = image.bounding_box()
+    assert reduced is not None
+    assert reduced["width"] == narrow["width"]
 
 
-def test_every_chart_and_picture_has_a_name(open_page: Open) -> None:
+def test_every_chart_and_image_has_an_accessible_name(open_page: Open) -> None:
     for name in ("evaluation", "comparison"):
         page = open_page(name)
         images = page.locator("svg:not([aria-hidden]), img")
@@ -159,7 +159,7 @@ def test_every_chart_and_picture_has_a_name(open_page: Open) -> None:
         assert all(names)
 
 
-def test_paper_shows_what_is_folded_away(open_page: Open) -> None:
+def test_printing_expands_collapsed_sections(open_page: Open) -> None:
     page = open_page("evaluation")
     assert page.locator("details:not([open])").count() > 0
     page.evaluate("dispatchEvent(new Event('beforeprint'))")

@@ -1,4 +1,4 @@
-"""What a client of the endpoint can ask for, as exchanges; whoever drives them, see `client`."""
+"""The API calls as exchanges, without I/O. `client.Client` and `client.AsyncClient` run them."""
 
 import io
 import os
@@ -22,24 +22,24 @@ ImageSource: TypeAlias = "bytes | str | os.PathLike[str] | PillowImage"
 
 IMAGES_PER_REQUEST = 8
 BYTES_PER_REQUEST = 16 * 1024 * 1024
-"""Of `detect_many`, unless one image alone is larger."""
+"""Maximum body of a `detect_many` request, in bytes, unless a single image is larger."""
 PROBE_TIMEOUT_S = 10.0
-"""Of `ready`."""
+"""Maximum timeout of `ready`, in seconds."""
 
 
-class Calls:
-    """What both clients ask for, as exchanges that they drive."""
+class BaseClient:
+    """Build the exchanges that both clients run."""
 
     def __init__(self, endpoint: str, token: str | None, timeout_s: float, retries: int) -> None:
         """
         Args:
-            endpoint: e.g. `http://127.0.0.1:8000`.
-            token: where the endpoint asks for one.
-            timeout_s: for a call with all its repeats, in seconds.
-            retries: most repeats of a request that is turned away (429, 503) or does not reach the endpoint.
+            endpoint: URL, e.g. `http://127.0.0.1:8000`.
+            token: bearer token, if the endpoint requires one.
+            timeout_s: time limit of a call including its retries, in seconds.
+            retries: maximum number of retries of a request that gets 429 or 503, or does not reach the endpoint.
 
         Raises:
-            ServingError: the endpoint or the token cannot be one.
+            ServingError: the endpoint is not an HTTP URL, or a header cannot hold the token.
         """
         try:
             url = httpx.URL(endpoint.rstrip("/"))
@@ -51,7 +51,7 @@ class Calls:
         if token is not None:
             if not (token.isascii() and token.isprintable() and token == token.strip() and token):
                 raise ServingError(
-                    "The token is empty, or has spaces, line ends or letters that no header can have."
+                    "The token is empty, or contains spaces, line breaks or characters that a header cannot hold."
                 )
             self._headers["Authorization"] = f"Bearer {token}"
         self._endpoint = str(url)
@@ -63,47 +63,47 @@ class Calls:
         return httpx.Request(method, self._endpoint + path, headers=headers, **content)
 
     def get_call(self, path: str, read: Callable[[Any], T]) -> Exchange[T]:
-        """A GET, with its repeats."""
+        """Build a GET request with retries."""
         return exchange(self._request("GET", path), read, self._timeout_s, self._retries)
 
     def post_image_call(
         self, path: str, image: bytes, params: Sequence[tuple[str, Any]], read: Callable[[Any], T]
     ) -> Exchange[T]:
-        """A POST of one image, with its repeats."""
-        headers = {"Content-Type": "application/octet-stream"}  # the server looks at the bytes
-        request = self._request("POST", path, content=image, params=_given(params), headers=headers)
+        """Build a POST request of one image with retries."""
+        headers = {"Content-Type": "application/octet-stream"}  # the server detects the format from the bytes
+        request = self._request("POST", path, content=image, params=_drop_none(params), headers=headers)
         return exchange(request, read, self._timeout_s, self._retries)
 
     def _post_images(
         self, first: int, images: Sequence[bytes], params: Sequence[tuple[str, Any]]
     ) -> Exchange[list[DetectResult]]:
-        """Ask for several images in one request; the first one's number is for messages."""
+        """Send several images in one request; `first` is the index of the first one, for messages."""
 
         def read(answer: Any) -> list[DetectResult]:
-            found = results.detect_results(answer)
-            if len(found) != len(images):
-                raise ValueError(f"{len(found)} results for {len(images)} images")
-            return found
+            detected = results.parse_detect_results(answer)
+            if len(detected) != len(images):
+                raise ValueError(f"{len(detected)} results for {len(images)} images")
+            return detected
 
         parts = [
             ("images", (f"image-{first + place + 1}", image, "application/octet-stream"))
             for place, image in enumerate(images)
         ]
-        request = self._request("POST", "/v1/detect", files=parts, params=_given(params))
+        request = self._request("POST", "/v1/detect", files=parts, params=_drop_none(params))
         try:
             return (yield from exchange(request, read, self._timeout_s, self._retries))
         except RequestError as error:
-            which = f"images {first + 1} to {first + len(images)} of those given, sent together"
+            which = f"images {first + 1} to {first + len(images)}, sent in one request"
             raise RequestError(error.status, f"{which}: {error}") from error
 
     def many_call(
         self, images: Iterable[ImageSource], params: Sequence[tuple[str, Any]]
     ) -> Iterator[Exchange[list[DetectResult]]]:
-        """One exchange for a few images each; reads them as it goes."""
+        """Yield one exchange per request of a few images. `images` is read lazily."""
         first, size = 0, 0
         chunk: list[bytes] = []
         for image in images:
-            data = encoded(image)
+            data = encode_image(image)
             if chunk and (len(chunk) == IMAGES_PER_REQUEST or size + len(data) > BYTES_PER_REQUEST):
                 yield self._post_images(first, chunk, params)
                 first, chunk, size = first + len(chunk), [], 0
@@ -113,25 +113,25 @@ class Calls:
             yield self._post_images(first, chunk, params)
 
     def ready_call(self) -> Exchange[bool]:
-        """Of `ready`, asked once."""
+        """Build the single request of `ready`."""
         return probe(self._request("GET", "/ready"), min(self._timeout_s, PROBE_TIMEOUT_S))
 
 
-def encoded(image: ImageSource) -> bytes:
-    """The bytes to send.
+def encode_image(image: ImageSource) -> bytes:
+    """Return the bytes to send.
 
     Raises:
         OSError: the file cannot be read.
-        TypeError: it is neither bytes, nor a path, nor a Pillow image.
+        TypeError: it is not bytes, a path or a Pillow image.
     """
     if isinstance(image, bytes):
         return image
     if isinstance(image, (str, os.PathLike)):
         return Path(image).read_bytes()
-    if not callable(getattr(image, "save", None)):  # of Pillow's images, without importing it
+    if not callable(getattr(image, "save", None)):  # Pillow's images have it; Pillow is not imported here
         raise TypeError(f"image is a {type(image).__name__}: expected bytes, a path or a Pillow image.")
     if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        image = image.convert("RGB")  # PNG has no other modes
+        image = image.convert("RGB")  # PNG supports no other mode
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
@@ -140,7 +140,7 @@ def encoded(image: ImageSource) -> bytes:
 def detect_params(
     threshold: float, top_k: int | None, classes: Sequence[str] | None, orientation: str | None
 ) -> list[tuple[str, Any]]:
-    """The query of `/v1/detect`; see `Client.detect`."""
+    """Build the query of `/v1/detect`, see `Client.detect`."""
     if isinstance(classes, str):
         raise TypeError(f"classes is {classes!r}: expected a list of names.")
     return [
@@ -151,5 +151,5 @@ def detect_params(
     ]
 
 
-def _given(params: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+def _drop_none(params: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in params if value is not None]

@@ -1,13 +1,13 @@
-"""A client of the endpoint, blocking and asynchronous; needs httpx alone.
+"""Blocking and asynchronous clients of the endpoint. They only need httpx.
 
 ::
 
     with Client("http://127.0.0.1:8000") as client:
-        for found in client.detect("photo.jpg").detections:
-            print(found.label, found.score, found.box)
+        for detection in client.detect("photo.jpg").detections:
+            print(detection.label, detection.score, detection.box)
 
-A client keeps its connections: make one and use it for all requests, from several threads if need be. Requests that a
-busy server turns away, or that do not reach it, are repeated, see `exchange`.
+A client reuses its connections: create one and use it for all requests, from several threads if you like. Requests
+that a busy server rejects, or that do not reach it, are retried, see `exchange`.
 """
 
 import time
@@ -15,13 +15,13 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Literal, Self, TypeVar
 
-import anyio  # which httpx brings
+import anyio  # a dependency of httpx
 import httpx
 from anyio import to_thread
 
 from raydetr.client import results
-from raydetr.client.calls import Calls, ImageSource, detect_params, encoded
-from raydetr.client.exchange import Answer, Exchange, Lost, Send, Wait
+from raydetr.client.calls import BaseClient, ImageSource, detect_params, encode_image
+from raydetr.client.exchange import Answer, Exchange, NoResponse, Send, Wait
 from raydetr.client.results import DetectResult, Health, SegmentResult, ServedModel
 
 T = TypeVar("T")
@@ -29,8 +29,8 @@ Kind = Literal["instance", "panoptic", "semantic"]
 Orientation = Literal["apply", "ignore"]
 
 
-class Client(Calls):
-    """Asks an endpoint and waits for its answer. Safe to use from several threads."""
+class Client(BaseClient):
+    """Blocking client. Thread-safe."""
 
     def __init__(
         self, endpoint: str, token: str | None = None, timeout_s: float = 60.0, retries: int = 5
@@ -50,19 +50,21 @@ class Client(Calls):
 
         Args:
             image: an encoded image, a file's path, or a Pillow image.
-            threshold: least score, 0..1.
-            top_k: most detections, by score; all where None.
-            classes: names of labels to look for; all where there are none.
-            orientation: "apply" turns the image upright by its EXIF orientation, "ignore" answers for the stored pixels;
-                the endpoint's own ("ignore") where None.
+            threshold: minimum score, 0..1.
+            top_k: maximum number of detections, by score; None returns all.
+            classes: label names to detect; None or empty detects all.
+            orientation: "apply" turns the image upright by its EXIF orientation, "ignore" uses the stored pixels; None
+                uses the endpoint's default ("ignore").
 
         Raises:
-            RequestError: the endpoint refuses the request (4xx), with its status; 429 once the repeats are used up.
-            ServingError: it does not answer, or not as it should.
+            RequestError: the endpoint rejects the request (4xx); 429 only after the last retry.
+            ServingError: the endpoint does not answer, or its response is not valid.
             OSError: the file cannot be read.
         """
         params = detect_params(threshold, top_k, classes, orientation)
-        return self._run(self.post_image_call("/v1/detect", encoded(image), params, results.detect_result))
+        return self._run(
+            self.post_image_call("/v1/detect", encode_image(image), params, results.parse_detect_result)
+        )
 
     def detect_many(
         self,
@@ -72,12 +74,12 @@ class Client(Calls):
         classes: Sequence[str] | None = None,
         orientation: Orientation | None = None,
     ) -> list[DetectResult]:
-        """Detect objects in several images, a few in each request; results in the order of the images.
+        """Detect objects in several images, a few in each request. Results are in the order of the images.
 
-        One image that cannot be read fails the call; the message says which ones were sent with it.
+        One image that cannot be read fails the call; the message names the images that were sent with it.
 
         Args:
-            images: each as in `detect`; read as the requests go out.
+            images: each as in `detect`; read lazily, as the requests are sent.
             threshold: see `detect`.
             top_k: see `detect`.
             classes: see `detect`.
@@ -89,7 +91,7 @@ class Client(Calls):
             OSError: see `detect`.
         """
         params = detect_params(threshold, top_k, classes, orientation)
-        return [found for each in self.many_call(images, params) for found in self._run(each)]
+        return [result for call in self.many_call(images, params) for result in self._run(call)]
 
     def segment(
         self,
@@ -103,41 +105,44 @@ class Client(Calls):
 
         Args:
             image: as in `detect`.
-            kind: instance (a mask for each object), panoptic (every pixel once), semantic (classes only).
-            threshold: least score, 0..1; the endpoint's own where None.
-            format: rle gives each segment its mask, png one map of all of them.
+            kind: instance (a mask for each object), panoptic (a segment for each pixel), semantic (a class for each
+                pixel).
+            threshold: minimum score, 0..1; None uses the endpoint's default.
+            format: rle returns a mask for each segment, png one map of all segments.
             orientation: see `detect`.
 
         Raises:
-            RequestError: as in `detect`; 409 where the model has no masks.
+            RequestError: as in `detect`; 409 if the model has no mask head.
             ServingError: see `detect`.
             OSError: see `detect`.
         """
         params = [("kind", kind), ("threshold", threshold), ("format", format), ("orientation", orientation)]
-        return self._run(self.post_image_call("/v1/segment", encoded(image), params, results.segment_result))
+        return self._run(
+            self.post_image_call("/v1/segment", encode_image(image), params, results.parse_segment_result)
+        )
 
     def models(self) -> list[ServedModel]:
-        """The models that the endpoint has, with their labels and tasks.
+        """List the models that the endpoint serves, with their labels and tasks.
 
         Raises:
-            RequestError: it asks for another token.
-            ServingError: it does not answer, or not as it should.
+            RequestError: the endpoint does not accept the token.
+            ServingError: see `detect`.
         """
-        return self._run(self.get_call("/v1/models", results.served_models))
+        return self._run(self.get_call("/v1/models", results.parse_served_models))
 
     def health(self) -> Health:
-        """Whether the endpoint is live, and with which model.
+        """Return the endpoint's liveness and its model.
 
         Raises:
-            ServingError: it does not answer, or not as it should.
+            ServingError: see `detect`.
         """
-        return self._run(self.get_call("/health", results.health_result))
+        return self._run(self.get_call("/health", results.parse_health))
 
     def ready(self) -> bool:
-        """Whether requests are answered now, asked once: False also where nothing answers (yet).
+        """Check readiness with a single request. Returns False also if nothing answers.
 
         Raises:
-            ServingError: something else than the endpoint answers.
+            ServingError: something other than the endpoint answers.
         """
         return self._run(self.ready_call())
 
@@ -157,7 +162,7 @@ class Client(Calls):
         self.close()
 
     def _run(self, call: Exchange[T]) -> T:
-        outcome: Answer | Lost | None = None
+        outcome: Answer | NoResponse | None = None
         while True:
             try:
                 step = call.send(outcome)
@@ -169,7 +174,7 @@ class Client(Calls):
             else:
                 outcome = self._send(step)
 
-    def _send(self, step: Send) -> Answer | Lost:
+    def _send(self, step: Send) -> Answer | NoResponse:
         response = None
         try:
             response = self._http.send(step.request, stream=True)
@@ -179,14 +184,14 @@ class Client(Calls):
                 step.check_time()
             return Answer(response.status_code, response.headers, bytes(body))
         except httpx.HTTPError as error:
-            return Lost(error, begun=response is not None)
+            return NoResponse(error, started=response is not None)
         finally:
             if response is not None:
                 response.close()
 
 
-class AsyncClient(Calls):
-    """As `Client`, with methods to await."""
+class AsyncClient(BaseClient):
+    """Asynchronous client with the methods of `Client`."""
 
     def __init__(
         self, endpoint: str, token: str | None = None, timeout_s: float = 60.0, retries: int = 5
@@ -203,9 +208,9 @@ class AsyncClient(Calls):
         orientation: Orientation | None = None,
     ) -> DetectResult:
         """See `Client.detect`."""
-        data = await to_thread.run_sync(encoded, image)
+        data = await to_thread.run_sync(encode_image, image)
         params = detect_params(threshold, top_k, classes, orientation)
-        return await self._run(self.post_image_call("/v1/detect", data, params, results.detect_result))
+        return await self._run(self.post_image_call("/v1/detect", data, params, results.parse_detect_result))
 
     async def detect_many(
         self,
@@ -217,10 +222,10 @@ class AsyncClient(Calls):
     ) -> list[DetectResult]:
         """See `Client.detect_many`."""
         calls = self.many_call(images, detect_params(threshold, top_k, classes, orientation))
-        found: list[DetectResult] = []
+        detected: list[DetectResult] = []
         while call := await to_thread.run_sync(next, calls, None):
-            found += await self._run(call)
-        return found
+            detected += await self._run(call)
+        return detected
 
     async def segment(
         self,
@@ -231,17 +236,19 @@ class AsyncClient(Calls):
         orientation: Orientation | None = None,
     ) -> SegmentResult:
         """See `Client.segment`."""
-        data = await to_thread.run_sync(encoded, image)
+        data = await to_thread.run_sync(encode_image, image)
         params = [("kind", kind), ("threshold", threshold), ("format", format), ("orientation", orientation)]
-        return await self._run(self.post_image_call("/v1/segment", data, params, results.segment_result))
+        return await self._run(
+            self.post_image_call("/v1/segment", data, params, results.parse_segment_result)
+        )
 
     async def models(self) -> list[ServedModel]:
         """See `Client.models`."""
-        return await self._run(self.get_call("/v1/models", results.served_models))
+        return await self._run(self.get_call("/v1/models", results.parse_served_models))
 
     async def health(self) -> Health:
         """See `Client.health`."""
-        return await self._run(self.get_call("/health", results.health_result))
+        return await self._run(self.get_call("/health", results.parse_health))
 
     async def ready(self) -> bool:
         """See `Client.ready`."""
@@ -263,7 +270,7 @@ class AsyncClient(Calls):
         await self.close()
 
     async def _run(self, call: Exchange[T]) -> T:
-        outcome: Answer | Lost | None = None
+        outcome: Answer | NoResponse | None = None
         while True:
             try:
                 step = call.send(outcome)
@@ -275,7 +282,7 @@ class AsyncClient(Calls):
             else:
                 outcome = await self._send(step)
 
-    async def _send(self, step: Send) -> Answer | Lost:
+    async def _send(self, step: Send) -> Answer | NoResponse:
         response = None
         try:
             response = await self._http.send(step.request, stream=True)
@@ -285,7 +292,7 @@ class AsyncClient(Calls):
                 step.check_time()
             return Answer(response.status_code, response.headers, bytes(body))
         except httpx.HTTPError as error:
-            return Lost(error, begun=response is not None)
+            return NoResponse(error, started=response is not None)
         finally:
             if response is not None:
                 await response.aclose()

@@ -1,7 +1,7 @@
-"""One call of the endpoint, with its repeats, as a generator: the same for the client that blocks and the one that awaits.
+"""One API call with its retries, as a generator that the blocking and the asynchronous client share.
 
-As in httpx's own authentication, the generator decides and its driver does: it yields what to do next, a request to
-send or seconds to wait, and is sent what came of it.
+As in httpx's authentication flow, the generator decides and its caller does the I/O: it yields a request to send or a
+time to wait, and receives the outcome.
 """
 
 import json
@@ -18,15 +18,15 @@ from raydetr.errors import RequestError, ServingError
 
 T = TypeVar("T")
 
-FIRST_WAIT_S = 0.25
-"""Before the first repeat; doubled before each one more."""
-LONGEST_WAIT_S = 8.0
-"""Of those waits; a server that asks for more (Retry-After) gets it."""
+INITIAL_BACKOFF_S = 0.25
+"""Backoff before the first retry, in seconds; doubled before each further one."""
+MAX_BACKOFF_S = 8.0
+"""Maximum backoff, in seconds. A `Retry-After` of the server is added to it."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole response."""
+    """A complete response."""
 
     status: int
     headers: httpx.Headers
@@ -34,101 +34,101 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Lost:
-    """No whole response: what happened, and whether the server had begun to answer."""
+class NoResponse:
+    """The error that prevented a complete response, and whether the response had started."""
 
     error: httpx.HTTPError
-    begun: bool = False
+    started: bool = False
 
 
 @dataclass(frozen=True)
 class Send:
-    """What to do next: send a request, until a time of `time.monotonic`."""
+    """Next step: send a request. `deadline` is a time of `time.monotonic`."""
 
     request: httpx.Request
-    until: float
+    deadline: float
 
     def check_time(self) -> None:
-        """httpx's own timeouts are for each chunk of an answer; this one is for all of it.
+        """Enforce the deadline for the whole response; httpx's own timeouts apply to each chunk.
 
         Raises:
-            httpx.ReadTimeout: the time is over.
+            httpx.ReadTimeout: the deadline has passed.
         """
-        if time.monotonic() > self.until:
-            raise httpx.ReadTimeout("the answer comes too slowly", request=self.request)
+        if time.monotonic() > self.deadline:
+            raise httpx.ReadTimeout("the response is too slow", request=self.request)
 
 
 @dataclass(frozen=True)
 class Wait:
-    """What to do next: nothing, for some seconds."""
+    """Next step: wait for some seconds."""
 
     seconds: float
 
 
-Exchange = Generator[Send | Wait, Answer | Lost | None, T]
-"""Yields what to do, is sent what came of it (None after a wait), returns the result."""
+Exchange = Generator[Send | Wait, Answer | NoResponse | None, T]
+"""Yields steps, receives the outcome of each (None after a wait), and returns the result."""
 
 
 def exchange(request: httpx.Request, read: Callable[[Any], T], timeout_s: float, retries: int) -> Exchange[T]:
-    """Send a request until it is answered, with more and more time between, and read the answer.
+    """Send a request, retry transient errors with backoff, and parse the response.
 
-    Repeated are 429, 503, connections that are refused or lost before an answer begins, and 500 in another form than
-    the endpoint's: nothing else would come out differently.
+    Transient are 429, 503, connections that are refused or lost before the response starts, and a 500 that is not the
+    endpoint's JSON. Any other error would only repeat.
 
     Args:
         request: its `timeout` extension is set here.
-        read: the answer's JSON to the result.
-        timeout_s: for all of it, waits included.
-        retries: most repeats.
+        read: converts the JSON of a response to the result.
+        timeout_s: time limit of the call, waits included, in seconds.
+        retries: maximum number of retries.
 
     Raises:
         RequestError: the endpoint answered 4xx.
-        ServingError: it does not answer, or not as it should.
+        ServingError: the endpoint does not answer, or its response is not valid.
     """
-    until = time.monotonic() + timeout_s
-    repeat = 0
+    deadline = time.monotonic() + timeout_s
+    retry = 0
     while True:
-        left = max(until - time.monotonic(), 0.001)
+        left = max(deadline - time.monotonic(), 0.001)
         request.extensions["timeout"] = httpx.Timeout(left).as_dict()
-        outcome = yield Send(request, until)
+        outcome = yield Send(request, deadline)
         assert outcome is not None
-        pause = _pause(outcome, repeat)
-        if pause is None or repeat >= retries or time.monotonic() + pause >= until:
-            return _result(outcome, request, read, timeout_s)
-        yield Wait(pause)
-        repeat += 1
+        delay = _retry_delay(outcome, retry)
+        if delay is None or retry >= retries or time.monotonic() + delay >= deadline:
+            return _parse_response(outcome, request, read, timeout_s)
+        yield Wait(delay)
+        retry += 1
 
 
 def probe(request: httpx.Request, timeout_s: float) -> Exchange[bool]:
-    """Ask once; False where nothing answers, or 503.
+    """Send one request. Returns False if nothing answers, or on 503.
 
     Raises:
-        ServingError: something else answers.
+        ServingError: something other than the endpoint answers.
     """
     request.extensions["timeout"] = httpx.Timeout(timeout_s).as_dict()
     outcome = yield Send(request, time.monotonic() + timeout_s)
     assert outcome is not None
-    if isinstance(outcome, Lost) or outcome.status == 503:
+    if isinstance(outcome, NoResponse) or outcome.status == 503:
         return False
-    return _result(outcome, request, lambda _: True, timeout_s)
+    return _parse_response(outcome, request, lambda _: True, timeout_s)
 
 
-def _pause(outcome: Answer | Lost, repeat: int) -> float | None:
-    """Seconds before the next try; None where there should be none.
+def _retry_delay(outcome: Answer | NoResponse, retry: int) -> float | None:
+    """Return the seconds to wait before the next attempt, or None if the error is not transient.
 
-    Half of each wait is random, so that clients that were turned away together do not come back together.
+    Half of each backoff is random, so that clients that were rejected together do not retry together.
     """
-    backoff = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0**repeat) * random.uniform(0.5, 1.0)
-    if isinstance(outcome, Lost):
-        again = isinstance(outcome.error, (httpx.NetworkError, httpx.RemoteProtocolError))
-        return backoff if again and not outcome.begun else None
-    if outcome.status not in (429, 503) and not _died(outcome):
+    backoff = min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2.0**retry) * random.uniform(0.5, 1.0)
+    if isinstance(outcome, NoResponse):
+        transient = isinstance(outcome.error, (httpx.NetworkError, httpx.RemoteProtocolError))
+        return backoff if transient and not outcome.started else None
+    if outcome.status not in (429, 503) and not _is_process_death(outcome):
         return None
     return _retry_after(outcome.headers.get("retry-after", "")) + backoff
 
 
-def _died(answer: Answer) -> bool:
-    """Whether the process that worked on the request died: Ray Serve's proxy answers 500 for it, in plain text."""
+def _is_process_death(answer: Answer) -> bool:
+    """Check for the 500 in plain text that Ray Serve's proxy sends when the process of a request died."""
     if answer.status != 500:
         return False
     try:
@@ -139,7 +139,7 @@ def _died(answer: Answer) -> bool:
 
 
 def _retry_after(value: str) -> float:
-    """Seconds from now; the header holds seconds or a date, or is not there."""
+    """Parse a Retry-After header, seconds or a date, to seconds from now; 0 if missing or not valid."""
     if value.strip().isdecimal():
         return float(value)
     try:
@@ -148,40 +148,42 @@ def _retry_after(value: str) -> float:
         return 0.0
 
 
-def _result(outcome: Answer | Lost, request: httpx.Request, read: Callable[[Any], T], timeout_s: float) -> T:
+def _parse_response(
+    outcome: Answer | NoResponse, request: httpx.Request, read: Callable[[Any], T], timeout_s: float
+) -> T:
     where = f"{request.method} {request.url.copy_with(query=None, userinfo=b'')}"
-    if isinstance(outcome, Lost):
+    if isinstance(outcome, NoResponse):
         if isinstance(outcome.error, httpx.TimeoutException):
             raise ServingError(f"{where}: no answer within {timeout_s:g} s.") from outcome.error
         reason = f"{type(outcome.error).__name__}: {outcome.error}"
-        what = "broke off its answer" if outcome.begun else "does not answer"
+        what = "did not finish its response" if outcome.started else "does not answer"
         raise ServingError(f"{where} {what} ({reason}).") from outcome.error
     try:
         content = json.loads(outcome.body)
     except ValueError as error:
-        raise _error(
+        raise _make_error(
             outcome, f"{where} answered {outcome.status} without JSON: is it a raydetr endpoint?"
         ) from error
     if not 200 <= outcome.status < 300:
-        raise _error(outcome, f"{where} answered {outcome.status}: {_message(content)}")
+        raise _make_error(outcome, f"{where} answered {outcome.status}: {_error_message(content)}")
     try:
         return read(content)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ServingError(
-            f"{where} answered in another form ({type(error).__name__}: {error}): is it a raydetr endpoint of "
+            f"{where} sent an unexpected response ({type(error).__name__}: {error}): is it a raydetr endpoint of "
             "this version?"
         ) from error
 
 
-def _error(answer: Answer, message: str) -> ServingError:
-    """RequestError where the request is at fault."""
+def _make_error(answer: Answer, message: str) -> ServingError:
+    """Build a RequestError for a 4xx status, else a ServingError."""
     if identifier := answer.headers.get("x-request-id"):
         message += f" (request {identifier[:64]})"
     return RequestError(answer.status, message) if 400 <= answer.status < 500 else ServingError(message)
 
 
-def _message(content: Any) -> str:
-    """Of an error's JSON, whoever wrote it: we, or what stands before us."""
+def _error_message(content: Any) -> str:
+    """Extract the message from the JSON of an error, of the endpoint or of a proxy in front of it."""
     if isinstance(content, dict):
         error = content.get("error", content)
         return str(error.get("message", error) if isinstance(error, dict) else error)

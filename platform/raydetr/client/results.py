@@ -1,4 +1,4 @@
-"""What the endpoint answers, as frozen dataclasses; read from its JSON with nothing but the standard library."""
+"""Responses of the endpoint as frozen dataclasses, parsed from JSON with the standard library only."""
 
 import base64
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Box:
-    """Corners in pixels of the image that was sent; they may lie beyond its edges."""
+    """Corners in pixels of the image that was sent; they may lie outside of it."""
 
     xmin: float
     ymin: float
@@ -23,8 +23,8 @@ class Detection:
     """One object.
 
     score: 0..1.
-    label: name of its class.
-    label_id: the model's index of the class.
+    label: class name.
+    label_id: class index of the model.
     """
 
     score: float
@@ -35,7 +35,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Model:
-    """Which model answered; version is None for a model from a folder."""
+    """The model that answered; `version` is None for a model from a folder."""
 
     name: str
     version: int | None
@@ -43,10 +43,10 @@ class Model:
 
 @dataclass(frozen=True)
 class ImageSize:
-    """Of the image as it was decoded, in pixels.
+    """Size of the decoded image, in pixels.
 
-    orientation: "apply" where it was turned upright by its EXIF orientation, "ignore" where its stored pixels count; None
-        where the server does not tell.
+    orientation: "apply" if the image was turned upright by its EXIF orientation, "ignore" if the stored pixels were
+        used, None if the server does not report it.
     """
 
     height: int
@@ -56,7 +56,7 @@ class ImageSize:
 
 @dataclass(frozen=True)
 class Times:
-    """Where a request's time went on the server, in milliseconds."""
+    """Time that a request spent on the server, in milliseconds."""
 
     prepare_ms: float
     model_ms: float
@@ -65,9 +65,9 @@ class Times:
 
 @dataclass(frozen=True)
 class DetectResult:
-    """Answer for one image; detections by descending score.
+    """Result for one image, with detections by descending score.
 
-    times: of the request; None where the server does not tell.
+    times: of the whole request; None if the server does not report them.
     """
 
     model: Model
@@ -78,7 +78,7 @@ class DetectResult:
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask as COCO's compressed run lengths, the form that `pycocotools.mask.decode` takes (with `asdict`).
+    """A mask in COCO's compressed run-length encoding; its `asdict` is the input of `pycocotools.mask.decode`.
 
     size: (height, width) in pixels.
     """
@@ -89,7 +89,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Segment:
-    """One segment; `score` is None where the kind has none, `mask` where a map was asked for."""
+    """One segment. `score` is None in semantic segmentation, `mask` is None if a map was requested."""
 
     id: int
     label: str
@@ -100,10 +100,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class SegmentResult:
-    """Answer for one image.
+    """Result for one image.
 
-    map: a PNG file, where it was asked for: id = R + 256 G + 65536 B is a segment's `id`, for semantic maps
-        `label_id` + 1.
+    map: a PNG file, if requested: id = R + 256 G + 65536 B is a segment's `id`, in semantic maps `label_id` + 1.
     """
 
     model: Model
@@ -115,10 +114,10 @@ class SegmentResult:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that the endpoint has.
+    """A model that the endpoint serves.
 
-    labels: names of its classes.
-    tasks: `detect`, and `segment` where it has a mask head.
+    labels: class names.
+    tasks: `detect`, and `segment` if it has a mask head.
     """
 
     name: str
@@ -129,24 +128,24 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Health:
-    """Answer of a live endpoint."""
+    """Response of `/health`."""
 
     status: str
     model: Model
 
 
-def detect_result(answer: Json) -> DetectResult:
-    """From the answer to one raw image."""
-    return _detected(answer, answer)
+def parse_detect_result(answer: Json) -> DetectResult:
+    """Parse the response to one raw image."""
+    return _detect_result(answer, answer)
 
 
-def detect_results(answer: Json) -> list[DetectResult]:
-    """From the answer to several images."""
-    return [_detected(answer, one) for one in answer["results"]]
+def parse_detect_results(answer: Json) -> list[DetectResult]:
+    """Parse the response to several images."""
+    return [_detect_result(answer, result) for result in answer["results"]]
 
 
-def segment_result(answer: Json) -> SegmentResult:
-    """From the answer of `/v1/segment`."""
+def parse_segment_result(answer: Json) -> SegmentResult:
+    """Parse the response of `/v1/segment`."""
     return SegmentResult(
         _model(answer["model"]),
         _image(answer["image"]),
@@ -156,25 +155,25 @@ def segment_result(answer: Json) -> SegmentResult:
     )
 
 
-def served_models(answer: Json) -> list[ServedModel]:
-    """From the answer of `/v1/models`."""
+def parse_served_models(answer: Json) -> list[ServedModel]:
+    """Parse the response of `/v1/models`."""
     return [
         ServedModel(each["name"], each["version"], tuple(each["labels"]), tuple(each["tasks"]))
         for each in answer["models"]
     ]
 
 
-def health_result(answer: Json) -> Health:
-    """From the answer of `/health`."""
+def parse_health(answer: Json) -> Health:
+    """Parse the response of `/health`."""
     return Health(answer["status"], _model(answer["model"]))
 
 
-def _detected(answer: Json, one: Json) -> DetectResult:
+def _detect_result(answer: Json, result: Json) -> DetectResult:
     detections = tuple(
         Detection(each["score"], each["label"], each["label_id"], _box(each["box"]))
-        for each in one["detections"]
+        for each in result["detections"]
     )
-    return DetectResult(_model(answer["model"]), _image(one["image"]), detections, _times(answer))
+    return DetectResult(_model(answer["model"]), _image(result["image"]), detections, _times(answer))
 
 
 def _segment(each: Json) -> Segment:

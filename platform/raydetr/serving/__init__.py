@@ -1,3 +1,4 @@
-"""The endpoint, from the outside in: `middleware` and `auth`, `routes`, `bodies` and `images`, `ingress`, `detector`; `app`
-puts them together, `versions` follows an alias, `client` asks.
+"""The HTTP endpoint. From the outside in: `middleware`, `auth`, `routes`, `bodies`, `images`, `ingress`, `detector`.
+
+`app` assembles them, `versions` follows an alias. The Python client is `raydetr.client`.
 """

@@ -1,10 +1,10 @@
-"""Who may ask: bearer tokens, of which a file holds the hashes.
+"""Authentication with bearer tokens, whose hashes are in a file.
 
-One token a line of the file, `sha256hex  name`; the name goes into the log. `#` begins a comment. `add_token` makes one
-(`pipelines/token_file.py --tokens FILE --name alice`).
+The file has one token per line, `sha256hex  name`. The name is written to the log. `#` starts a comment. `add_token`
+creates a token (`pipelines/token_file.py --tokens FILE --name alice`).
 
-The client sends `Authorization: Bearer TOKEN`. To rotate: add a line, hand the new token out, remove the old line.
-A plain SHA-256 is enough for a random token of 256 bits, and not for a password that a person made up.
+The client sends `Authorization: Bearer TOKEN`. To rotate a token, add a line, distribute the new token and remove the
+old line. An unsalted SHA-256 is enough for a random token of 256 bits, but not for a password that a person chose.
 """
 
 import hashlib
@@ -32,28 +32,28 @@ OPEN_PATHS = frozenset(
     {"/", "/health", "/ready", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"}
     | {f"/docs-assets/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")}
 )
-"""What needs no token: the page, the documentation, and the questions of load balancers."""
+"""Paths that need no token: the demo page, the API documentation and the health checks."""
 
 _LOG = logging.getLogger(__name__)
 _LINE = re.compile(r"([0-9A-Fa-f]{64})\s+(\S.{0,99})", re.ASCII)
-_LONGEST_FILE = 1024 * 1024
-_LONGEST_TOKEN = 1024
+_MAX_FILE_BYTES = 1024 * 1024
+_MAX_TOKEN_CHARS = 1024
 
 
 class Tokens:
-    """The tokens of a file, read again when it changes.
+    """Tokens of a file, which is reloaded when it changes.
 
-    What counts is what the file says now: a line that is removed lets nobody in a second later, and a file that is
-    removed or cannot be read lets nobody in until it is back.
+    A removed line stops working within `recheck_s`. While the file is missing or cannot be read, all tokens are
+    rejected.
 
     Args:
-        path: a file on this machine; see the module for its lines.
-        recheck_s: how long what was read is used before the file is looked at again, in seconds.
-        clock: seconds; for tests.
+        path: a local file; the module docstring describes its lines.
+        recheck_s: interval at which the file is checked for changes, in seconds.
+        clock: returns seconds; for tests.
 
     Raises:
-        ConfigError: the file cannot be read, or has no token, or a line that is none. Only here: later on such a
-            line is skipped and logged.
+        ConfigError: the file cannot be read, has no token or has an invalid line. Invalid lines that are added later
+            are skipped and logged.
     """
 
     def __init__(
@@ -70,26 +70,26 @@ class Tokens:
         if bad:
             raise ConfigError(
                 f"--tokens {self.path}: line {bad[0]} is not `sha256hex  name`: 64 hexadecimal digits, a space, a "
-                "name. The token itself does not belong into the file."
+                "name. Do not put the token itself into the file."
             )
         if not self._names:
             raise ConfigError(f"--tokens {self.path} has no token: add a line `sha256hex  name`.")
         self._checked = self._clock()
 
     def name_of(self, token: str) -> str | None:
-        """The name beside a token's hash, or None for a token that is not in the file now."""
-        self._look_again()
-        if len(token) > _LONGEST_TOKEN:
+        """Return the name of a token, or None if the token is not in the file."""
+        self._reload_if_due()
+        if len(token) > _MAX_TOKEN_CHARS:
             return None
         digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
-        found = None
+        client = None
         for known, name in self._names.items():
-            # All are compared, each in constant time: the time tells nothing about which one is near.
+            # Compare with all hashes, each in constant time, so that the response time reveals nothing about them.
             if hmac.compare_digest(known, digest):
-                found = name
-        return found
+                client = name
+        return client
 
-    def _look_again(self) -> None:
+    def _reload_if_due(self) -> None:
         now = self._clock()
         if now - self._checked < self.recheck_s:
             return
@@ -98,21 +98,23 @@ class Tokens:
             content = _read(self.path)
         except OSError as error:
             if self._names:
-                _LOG.error("%s cannot be read (%s): nobody is let in", self.path, error.strerror or error)
+                _LOG.error(
+                    "%s cannot be read (%s): all tokens are rejected", self.path, error.strerror or error
+                )
             self._content, self._names = b"", {}
             return
         if content == self._content:
             return
         self._content = content
         self._names, bad = parse_tokens(content)
-        _LOG.warning("%s has changed: it has %d tokens now", self.path, len(self._names))
+        _LOG.warning("%s has changed: it now has %d tokens", self.path, len(self._names))
         if bad:
-            # the number alone: the line may be a token that somebody forgot to hash
+            # only the line numbers: the line may be a token that was not hashed
             _LOG.error("%s: skipped lines that are not `sha256hex  name`: %s", self.path, bad[:20])
 
 
 def parse_tokens(content: bytes) -> tuple[Mapping[bytes, str], list[int]]:
-    """Names by SHA-256 digest (32 bytes), and the numbers (from 1) of the lines that are no token."""
+    """Return the names by SHA-256 digest (32 bytes), and the numbers (from 1) of the invalid lines."""
     names: dict[bytes, str] = {}
     bad = []
     for number, line in enumerate(content.decode("utf-8", "replace").split("\n"), 1):
@@ -128,24 +130,24 @@ def parse_tokens(content: bytes) -> tuple[Mapping[bytes, str], list[int]]:
 
 
 def add_token(path: str | Path, name: str) -> str:
-    """Make a new token, and add its hash to a file, which is created for its owner alone where there is none.
+    """Create a token and append its hash to a file. A new file is readable by its owner only.
 
     Args:
         path: the file.
-        name: of the client, for the log; one to 100 characters without `#`. It may have other tokens, as while one is
-            being replaced.
+        name: client name for the log, 1 to 100 characters without `#`. A client may have several tokens, e.g. during
+            a rotation.
 
     Returns:
-        the token, which is stored nowhere.
+        the token, which is not stored anywhere.
 
     Raises:
-        ConfigError: the name cannot be one, or the file cannot be written.
+        ConfigError: the name is not valid, or the file cannot be written.
     """
     token = secrets.token_urlsafe(32)
     line = f"{hashlib.sha256(token.encode()).hexdigest()}  {name}\n".encode()
     if list(parse_tokens(line)[0].values()) != [name]:
         raise ConfigError(
-            f"--name is {name!r}: give 1 to 100 printable characters, without # and outer spaces."
+            f"--name is {name!r}: give 1 to 100 printable characters, without # and without leading or trailing spaces."
         )
     try:
         with open(path, "ab", opener=lambda file, flags: os.open(file, flags, 0o600)) as file:
@@ -158,11 +160,11 @@ def add_token(path: str | Path, name: str) -> str:
 
 
 def curl_command(url: str, tokens: str) -> str:
-    """What asks an endpoint, for a shell.
+    """Return a curl command that sends an image to an endpoint.
 
     Args:
-        url: of the endpoint.
-        tokens: its file of tokens; empty: it wants none.
+        url: URL of the endpoint.
+        tokens: the endpoint's token file; empty if it requires no token.
     """
     header = '-H "Authorization: Bearer $TOKEN" ' if tokens else ""
     return f"curl {header}--data-binary @photo.jpg {shlex.quote(f'{url}/v1/detect?threshold=0.5')}"
@@ -170,14 +172,14 @@ def curl_command(url: str, tokens: str) -> str:
 
 def _read(path: Path) -> bytes:
     with path.open("rb") as file:
-        content = file.read(_LONGEST_FILE + 1)
-    if len(content) > _LONGEST_FILE:
-        raise OSError(f"it is larger than {_LONGEST_FILE} bytes")
+        content = file.read(_MAX_FILE_BYTES + 1)
+    if len(content) > _MAX_FILE_BYTES:
+        raise OSError(f"it is larger than {_MAX_FILE_BYTES} bytes")
     return content
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to bind to is reached from this machine alone."""
+    """Check whether an address to bind to can be reached from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -187,31 +189,31 @@ def is_loopback(host: str) -> bool:
 
 
 def require_tokens(host: str, tokens: str | Path | None) -> None:
-    """Refuse to serve other machines without tokens.
+    """Require a token file if the endpoint can be reached from other machines.
 
     Raises:
-        ConfigError: the host is not a loopback address and there is no file of tokens.
+        ConfigError: the host is not a loopback address and no token file is given.
     """
     if tokens is None and not is_loopback(host):
         raise ConfigError(
-            f"--host {host} can be reached from other machines: give a file of token hashes with --tokens, or "
+            f"--host {host} can be reached from other machines: pass a file of token hashes with --tokens, or "
             "bind to 127.0.0.1."
         )
 
 
 class BearerAuth:
-    """ASGI middleware: a request without a token of the file gets no further. Belongs inside `RequestContext`.
+    """ASGI middleware that rejects requests without a valid token. Must be inside `RequestContext`.
 
-    Every path but the open ones needs a token, so that a new route cannot be forgotten. Paths are compared whole, as
-    the router will see them.
+    All paths except the open ones need a token, so a new route is protected by default. Paths must match exactly, as
+    the router sees them.
 
     Args:
-        app: what is protected.
-        tokens: who may ask.
-        open_paths: what needs no token.
+        app: the protected app.
+        tokens: the accepted tokens.
+        open_paths: paths that need no token.
 
     Raises:
-        HTTPException: 401 with WWW-Authenticate; the middleware outside makes the answer.
+        HTTPException: 401 with WWW-Authenticate; the outer middleware turns it into a response.
     """
 
     def __init__(self, app: "ASGIApp", tokens: Tokens, open_paths: frozenset[str] = OPEN_PATHS) -> None:
@@ -220,12 +222,12 @@ class BearerAuth:
         self.open_paths = open_paths
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        """Let one request through, or not."""
+        """Authenticate one request."""
         if scope["type"] == "http" and not self._is_open(scope):
             name = self._client(Headers(scope=scope))
             scope.setdefault("state", {})["client"] = name
         elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})  # nothing here speaks it
+            await send({"type": "websocket.close", "code": 1008})  # no route uses WebSocket
             return
         await self.app(scope, receive, send)
 
@@ -243,7 +245,7 @@ class BearerAuth:
                 name = self.tokens.name_of(token.strip(" "))
                 if name is not None:
                     return name
-            message = "The token in the Authorization header is not one that this endpoint knows."
+            message = "The token in the Authorization header is not valid for this endpoint."
             challenge = 'Bearer error="invalid_token"'
         else:
             message, challenge = "Send a token in the header `Authorization: Bearer TOKEN`.", "Bearer"

@@ -1,4 +1,4 @@
-"""A second version on live traffic: it answers a share of requests (canary), or behind the client's back (`shadow`)."""
+"""A second version on live traffic: it answers a share of the requests (canary) or is only compared (`shadow`)."""
 
 import asyncio
 import logging
@@ -19,33 +19,37 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ChallengerConfig:
-    """What is tried on live traffic."""
+    """Settings of a challenger on live traffic."""
 
     alias: Alias
-    """`models:/NAME@ALIAS`, `models:/NAME/VERSION` or a folder; where it is the version that answers, or cannot be
-    served, nothing is tried."""
+    """`models:/NAME@ALIAS`, `models:/NAME/VERSION` or a folder. It is ignored while it is the champion's version or
+    cannot be served."""
     canary: float = 0.0
-    """Share of requests that it answers, 0..1."""
+    """Share of requests that the challenger answers, 0..1."""
     shadow: float = 0.0
-    """Share of detections that it makes too, for comparison, 0..1."""
-    most_shadows: int = 16
-    """Images that are compared at a time; those beyond are dropped."""
+    """Share of images that the challenger also detects, for comparison, 0..1."""
+    max_shadows: int = 16
+    """Maximum number of concurrent comparisons; further images are dropped."""
 
 
 class Challenger:
-    """The version that is tried.
+    """A challenger that all replicas have loaded and checked.
 
     Args:
-        trial: what is tried.
-        current: the version; loaded and checked by every replica.
+        config: its settings.
+        version: its model version.
         shadow: compares it with the champion.
-        fell_back: called for each request that the champion answers since the challenger could not.
+        on_fallback: called for each request that the champion answers because the challenger failed.
     """
 
     def __init__(
-        self, trial: ChallengerConfig, current: ServedVersion, shadow: Shadow, fell_back: Callable[[], None]
+        self,
+        config: ChallengerConfig,
+        version: ServedVersion,
+        shadow: Shadow,
+        on_fallback: Callable[[], None],
     ) -> None:
-        self.trial, self.current, self.shadow, self._fell_back = trial, current, shadow, fell_back
+        self.config, self.version, self.shadow, self._on_fallback = config, version, shadow, on_fallback
 
     async def answer(
         self,
@@ -54,40 +58,40 @@ class Challenger:
         run: Callable[[ServedVersion], Awaitable[T]],
         within_s: float,
     ) -> T | None:
-        """The challenger's answer, if this request is one of its share and it has one.
+        """Return the challenger's answer if this request is drawn for the canary.
 
-        A canary must not cost a client its answer: what the challenger fails at is the champion's to answer.
+        A canary must not cost a client its answer, so the champion answers if the challenger fails.
 
         Args:
             task: detect or segment.
             champion: the version that answers otherwise.
             run: computes the answer of a version.
-            within_s: seconds that the challenger has; what is left must do for the champion.
+            within_s: time limit of the challenger, in seconds; the champion has the rest of the deadline.
 
         Returns:
-            None where the champion is to answer.
+            None if the champion has to answer.
 
         Raises:
-            Unavailable: 429, since it is as full for the champion.
+            Unavailable: 429, because the champion's queue is full as well.
         """
         if (
-            not self.is_other_than(champion)
-            or task not in self.current.tasks
-            or random.random() >= self.trial.canary
+            not self.differs_from(champion)
+            or task not in self.version.tasks
+            or random.random() >= self.config.canary
         ):
             return None
         try:
             async with asyncio.timeout(within_s):
-                return await run(self.current)
+                return await run(self.version)
         except RequestError:
-            return None  # such as a class that only the champion has; a fault of the image is the champion's to say
+            return None  # e.g. a class that only the champion has; the champion reports a faulty image
         except Exception as error:
             if isinstance(error, Unavailable) and error.status == 429:
                 raise
-            logger.exception("%s failed, the champion answers", self.current.model.label)
-            self._fell_back()
+            logger.exception("%s failed: the champion answers instead", self.version.model.label)
+            self._on_fallback()
             return None
 
-    def is_other_than(self, champion: ServedVersion) -> bool:
-        """Whether there is something to try: the alias may be at the champion's own version."""
-        return self.current.model.address != champion.model.address
+    def differs_from(self, champion: ServedVersion) -> bool:
+        """Check whether the challenger is another version; its alias may point to the champion's."""
+        return self.version.model.address != champion.model.address

@@ -1,4 +1,4 @@
-"""Awaiting several things of which none is of use without the others."""
+"""Await several coroutines whose results are only useful together."""
 
 import asyncio
 from collections.abc import Coroutine, Iterable
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order; where one fails, or the caller is cancelled, the others are cancelled and awaited."""
+    """Return the results in order. If one fails or the caller is cancelled, cancel and await the others."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)

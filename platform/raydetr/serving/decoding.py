@@ -1,4 +1,4 @@
-"""Processes that decode images, in lanes: within bounds on memory, fair to clients, and replaced where one is lost."""
+"""Lanes of worker processes that decode images, with bounded memory and fair queueing. Lost workers are replaced."""
 
 import heapq
 import json
@@ -23,18 +23,18 @@ from raydetr.serving.decode_worker import READY, Task
 from raydetr.serving.images import Inspected
 
 START_S = 120.0
-"""Longest time for the first worker to start, in seconds: it imports torch, on a machine that may be busy."""
-_SPARE_S = 5.0
-"""Beyond a task's time, after which the operating system ends a worker, until it is given up for lost."""
-_LONGEST_HEAD = 64 * 1024
-Answer: TypeAlias = Inspected | PreparedImage
+"""Timeout for the first worker to start, in seconds: it imports torch, possibly on a busy machine."""
+_GRACE_S = 5.0
+"""Grace period after a task's time limit, at which the operating system kills the worker, in seconds."""
+_MAX_HEADER_BYTES = 64 * 1024
+TaskResult: TypeAlias = Inspected | PreparedImage
 
 
 class WorkerLost(Exception):
-    """A worker ended before it answered.
+    """A worker exited before it answered.
 
     Args:
-        out_of_time: whether it used all the processor time that its task had.
+        out_of_time: whether it used up the CPU time of its task.
     """
 
     def __init__(self, out_of_time: bool) -> None:
@@ -43,7 +43,7 @@ class WorkerLost(Exception):
 
 
 class WorkerProgram:
-    """The process that forks workers, see `decode_worker`; started with the first one, and again if it is lost."""
+    """The process that forks workers, see `decode_worker`. Started with the first worker, restarted if it is lost."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -51,13 +51,13 @@ class WorkerProgram:
         self._control: socket.socket | None = None
 
     def new_worker(self, idle_priority: bool) -> Connection:
-        """A connection to a new worker.
+        """Start a worker and return a connection to it.
 
         Args:
             idle_priority: whether the worker runs only while a core is idle.
 
         Raises:
-            ServingError: it does not start.
+            ServingError: the worker does not start.
         """
         ours, theirs = multiprocessing.Pipe()
         try:
@@ -68,7 +68,7 @@ class WorkerProgram:
         except (OSError, EOFError):
             pass
         ours.close()
-        raise ServingError("A process that decodes images does not start; the log has the reason.")
+        raise ServingError("A process that decodes images does not start: see the log.")
 
     def _fork(self, theirs: Connection, idle_priority: bool) -> None:
         if self._process is None or self._process.poll() is not None:
@@ -76,7 +76,7 @@ class WorkerProgram:
         assert self._control is not None
         try:
             socket.send_fds(self._control, [bytes([idle_priority])], [theirs.fileno()])
-        except OSError:  # it has just ended
+        except OSError:  # the process has just exited
             self._start()
             socket.send_fds(self._control, [bytes([idle_priority])], [theirs.fileno()])
 
@@ -84,7 +84,7 @@ class WorkerProgram:
         self._close()
         self._control, theirs = socket.socketpair()
         with theirs:
-            # One thread each: the workers share the cores. sys.path: a job's working directory is not in PYTHONPATH.
+            # One thread per worker: they share the cores. sys.path: a Ray job's working directory is not in PYTHONPATH.
             one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "raydetr.serving.decode_worker", str(theirs.fileno())],
@@ -94,7 +94,7 @@ class WorkerProgram:
             )
 
     def close(self) -> None:
-        """End the process; workers end once their connections are closed."""
+        """Stop the process. Workers exit once their connections are closed."""
         with self._lock:
             self._close()
 
@@ -103,7 +103,7 @@ class WorkerProgram:
             self._control.close()
         if self._process is not None:
             try:
-                self._process.wait(_SPARE_S)
+                self._process.wait(_GRACE_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -112,17 +112,17 @@ class WorkerProgram:
 
 @dataclass(eq=False)
 class Job:
-    """One image that waits for a worker, or is in work."""
+    """One image that waits for a worker or is in progress."""
 
     task: Task
     data: bytes | bytearray | memoryview | None
-    """Encoded; None once it is not needed."""
+    """Encoded image; None once it is no longer needed."""
     client: str
     pixels: int
-    """That count against the lane's bound."""
+    """Pixels that count toward the lane's limit."""
     seconds: float
-    """Estimated processor time, which decides whose turn it is."""
-    future: "Future[Answer]" = field(default_factory=Future)
+    """Estimated CPU time, which determines the order of jobs."""
+    future: "Future[TaskResult]" = field(default_factory=Future)
 
     def __post_init__(self) -> None:
         self.future.add_done_callback(lambda _: self._forget())
@@ -132,17 +132,17 @@ class Job:
 
 
 class Lane:
-    """Workers for jobs of one kind, each with a thread that waits for it.
+    """Workers for one kind of job, each with a thread that waits for it.
 
-    Turns are given by start-time fair queueing (Goyal, Vin and Cheng, 1996): the processor time of busy clients is
-    equal, whatever number of images and whatever images they send. A job that waits for memory is not overtaken.
+    Jobs are scheduled by start-time fair queueing (Goyal, Vin and Cheng, 1996): busy clients get equal CPU time,
+    regardless of how many images they send and of what kind. A job that waits for memory is not overtaken.
 
     Args:
-        program: starts workers.
-        name: of the threads.
-        workers: most jobs at a time.
-        idle_priority: of the workers, see `WorkerProgram.new_worker`.
-        pixels: most pixels in work at a time. One job may have more, alone.
+        program: starts the workers.
+        name: name of the threads.
+        workers: maximum number of concurrent jobs.
+        idle_priority: priority of the workers, see `WorkerProgram.new_worker`.
+        max_pixels: maximum number of pixels in progress. A job with more runs alone.
     """
 
     def __init__(
@@ -151,14 +151,14 @@ class Lane:
         name: str,
         workers: int,
         idle_priority: bool,
-        pixels: float = math.inf,
+        max_pixels: float = math.inf,
     ) -> None:
         self._program, self._idle_priority = program, idle_priority
-        self._pixels, self._in_work = pixels, 0
+        self._max_pixels, self._in_progress = max_pixels, 0  # pixels
         self._changed = threading.Condition()
         self._waiting: list[tuple[float, int, Job]] = []
-        self._now = 0.0  # virtual time: of the job that was taken last
-        self._free_at: dict[str, float] = {}  # client: virtual time at which its jobs so far are done
+        self._now = 0.0  # virtual time: start of the job that was taken last
+        self._free_at: dict[str, float] = {}  # client: virtual finish time of its jobs so far
         self._count = 0
         self._closed = False
         self._threads = [
@@ -167,18 +167,20 @@ class Lane:
         ]
         self._started = False
 
-    def submit(self, job: Job) -> "Future[Answer]":
-        """Have a job done in its turn.
+    def submit(self, job: Job) -> "Future[TaskResult]":
+        """Queue a job.
 
         Returns:
-            what raises RequestError where the image is at fault, `WorkerLost` where its worker was lost twice or ran
-            out of processor time, ServingError where there is no worker. Cancelling it drops a job that waits.
+            a future. It raises RequestError if the image is faulty, `WorkerLost` if the worker was lost twice or ran
+            out of CPU time, ServingError if no worker starts. Cancelling it drops a waiting job.
         """
         with self._changed:
             if not self._started:
                 self._started = True
                 for thread in self._threads:
                     thread.start()
+            # Start tag of the job: the client's last finish tag, but not before the virtual time, so that a client
+            # cannot save up its share while it is idle.
             start = max(self._now, self._free_at.get(job.client, 0.0))
             self._free_at[job.client] = start + job.seconds
             self._count += 1
@@ -187,7 +189,7 @@ class Lane:
         return job.future
 
     def close(self) -> None:
-        """End the threads once they have answered what they are at; jobs that wait are cancelled."""
+        """Finish the jobs in progress, cancel the waiting ones and stop the threads."""
         with self._changed:
             self._closed = True
             for _, _, job in self._waiting:
@@ -199,30 +201,30 @@ class Lane:
                 thread.join()
 
     def _next(self) -> Job | None:
-        """The job whose turn it is, its pixels taken; None once the lane is closed."""
+        """Wait for the next job and reserve its pixels; None once the lane is closed."""
         with self._changed:
             while not self._closed:
                 while self._waiting and self._waiting[0][2].future.cancelled():
                     heapq.heappop(self._waiting)
-                if not self._waiting or (self._in_work and not self._fits(self._waiting[0][2])):
+                if not self._waiting or (self._in_progress and not self._fits(self._waiting[0][2])):
                     self._changed.wait()
                     continue
                 start, _, job = heapq.heappop(self._waiting)
                 if job.future.set_running_or_notify_cancel():
-                    self._now, self._in_work = start, self._in_work + job.pixels
-                    if not self._waiting:  # all are equal again
+                    self._now, self._in_progress = start, self._in_progress + job.pixels
+                    if not self._waiting:  # the lane is drained: all clients are equal again
                         self._now = max(self._free_at.values())
                         self._free_at.clear()
                     return job
         return None
 
     def _fits(self, job: Job) -> bool:
-        return self._in_work + job.pixels <= self._pixels
+        return self._in_progress + job.pixels <= self._max_pixels
 
     def _work(self) -> None:
         worker = _Worker(self._program, self._idle_priority)
         while (job := self._next()) is not None:
-            begun = time.monotonic()
+            started = time.monotonic()
             try:
                 answer = worker.answer(job)
             except Exception as error:
@@ -231,33 +233,33 @@ class Lane:
                 job.future.set_result(answer)
                 del answer
             with self._changed:
-                self._in_work -= job.pixels
-                if (beyond := time.monotonic() - begun - job.seconds) > 0:  # an estimate can be wrong
+                self._in_progress -= job.pixels
+                if (overrun := time.monotonic() - started - job.seconds) > 0:  # the estimate was too low
                     free_at = max(self._now, self._free_at.get(job.client, 0.0))
-                    self._free_at[job.client] = free_at + beyond
+                    self._free_at[job.client] = free_at + overrun
                 self._changed.notify_all()
-            del job  # or the thread would keep its image until the next one comes
+            del job  # or the thread would hold its image until the next job
         worker.close()
 
 
 class _Worker:
-    """The worker of one thread, replaced where it is lost."""
+    """The worker of one thread, replaced if it is lost."""
 
     def __init__(self, program: WorkerProgram, idle_priority: bool) -> None:
         self._program, self._idle_priority = program, idle_priority
         self._connection: Connection | None = None
 
-    def answer(self, job: Job) -> Answer:
-        """Have the worker do a job; a second one, where the first is lost before its time is up."""
+    def answer(self, job: Job) -> TaskResult:
+        """Run a job. If the worker is lost before the job's time is up, retry once with a new worker."""
         for _ in range(2):
             if self._connection is None:
                 self._connection = self._program.new_worker(self._idle_priority)
-            begun = time.monotonic()
+            started = time.monotonic()
             try:
-                return _answer(self._connection, job)
+                return _run_task(self._connection, job)
             except (EOFError, OSError):
                 self.close()
-                if time.monotonic() - begun >= job.task.cpu_s:
+                if time.monotonic() - started >= job.task.cpu_s:
                     raise WorkerLost(out_of_time=True) from None
         raise WorkerLost(out_of_time=False)
 
@@ -267,17 +269,17 @@ class _Worker:
         self._connection = None
 
 
-def _answer(connection: Connection, job: Job) -> Answer:
+def _run_task(connection: Connection, job: Job) -> TaskResult:
     assert job.data is not None
     connection.send(job.task)
     connection.send_bytes(job.data)
-    if not connection.poll(job.task.real_s + _SPARE_S):
+    if not connection.poll(job.task.real_s + _GRACE_S):
         raise EOFError
-    head = json.loads(connection.recv_bytes(_LONGEST_HEAD))
-    if "status" in head:
-        raise RequestError(head["status"], head["message"])
-    if "seconds" in head:
-        return Inspected(**head)
-    pixels = np.empty(head["shape"], np.uint8)
+    header = json.loads(connection.recv_bytes(_MAX_HEADER_BYTES))
+    if "status" in header:
+        raise RequestError(header["status"], header["message"])
+    if "seconds" in header:
+        return Inspected(**header)
+    pixels = np.empty(header["shape"], np.uint8)
     connection.recv_bytes_into(pixels.data.cast("B"))
-    return PreparedImage(pixels, tuple(head["size"]), tuple(head["original_size"]))
+    return PreparedImage(pixels, tuple(header["size"]), tuple(header["original_size"]))

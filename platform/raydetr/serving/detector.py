@@ -1,4 +1,4 @@
-"""The model replica: prepared images in, detections or segments out, in batches of equal canonical shape."""
+"""The model replica: prepared images to detections or segments, in batches of one canonical shape."""
 
 import asyncio
 import contextlib
@@ -22,42 +22,42 @@ from raydetr.errors import RaydetrError
 from raydetr.registry.models import ResolvedModel
 from raydetr.serving.images import CostlyImage
 from raydetr.serving.loaded import Failure, LoadedModel, Precision
-from raydetr.serving.memory import give_back_memory
+from raydetr.serving.memory import trim_memory
 from raydetr.serving.metrics import ReplicaMetrics
 from raydetr.serving.segments import SegmentRequest
 
 logger = logging.getLogger("ray.serve")
 Priority: TypeAlias = Literal["client", "costly", "shadow"]
-"""Of an image: for a client, for a client that sent a costly image, for nobody who waits."""
+"""Priority of an image: of a client, of a client but costly, or of a shadow comparison that no client waits for."""
 COSTLY_WAIT_S = 5.0
-"""Longest time without a pause until a costly image is computed before the others or continued, in seconds."""
-KEPT_VERSIONS = 2
-"""Versions that a replica holds: the one that answers, and the one before or next; with a challenger one more."""
+"""Maximum time that clients' batches may delay a costly image, in seconds; then it is computed or resumed anyway."""
+MAX_VERSIONS = 2
+"""Maximum number of versions in a replica: the served one and the previous or next one. A challenger adds one."""
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How a replica forms batches; it does not change any answer."""
+    """Batching of a replica. It does not change any result."""
 
     max_size: int = 8
-    """Most images of a batch."""
+    """Maximum number of images of a batch."""
     wait_s: float = 0.01
-    """Longest time that an image waits for others of its shape, in seconds."""
+    """Maximum time that an image waits for others of its shape, in seconds."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one image."""
+    """Result for one image."""
 
     value: Any
-    """`detr.inference.detector.Detections`, what `segments.segments` gives, or a `Failure`."""
+    """`detr.inference.detector.Detections`, the output of `segments.segments`, or a `Failure`."""
     model_ms: float
-    """Time of its batch on the device, in milliseconds."""
+    """Time that the batch took on the device, in milliseconds."""
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What a job is about."""
+    """Input of a job."""
 
     version: LoadedModel
     image: PreparedImage
@@ -66,25 +66,27 @@ class _Work:
 
 @dataclass(eq=False)
 class _Job:
-    """One image in a queue of Serve, which keeps its last batch, with arguments and results, until the next one of
-    that shape comes. So a job holds nothing once it is over: neither the image, nor the result, nor the version.
+    """One image in a queue of Serve.
+
+    A queue of Serve holds the arguments and results of its last batch until the next batch of that shape. A finished
+    job must therefore hold nothing: no image, no result and no version.
     """
 
     work: _Work | None
-    """Taken out by the batch."""
+    """Removed by the batch."""
     outcome: Result | Exception | None = None
-    """Taken out by the client, for whom the batch puts it here. An exception would hold the whole batch by its frames."""
+    """Set by the batch, removed by the waiting client. An exception would hold the whole batch through its frames."""
     priority: Priority = "client"
     since: float = field(default_factory=time.monotonic)
-    gone: bool = False
-    """Its client does not wait any more."""
+    cancelled: bool = False
+    """Whether the client has stopped waiting."""
 
 
 class _Interruptible(TorchFunctionMode):
-    """Has this thread wait before each function of torch while clients' batches are computed.
+    """Pause this thread before each torch function while batches of clients are computed.
 
     Args:
-        no_client: set while there are none.
+        no_client: set while no batch of a client is in flight.
     """
 
     def __init__(self, no_client: threading.Event) -> None:
@@ -92,7 +94,7 @@ class _Interruptible(TorchFunctionMode):
         self._no_client, self._until = no_client, time.monotonic() + COSTLY_WAIT_S
         self._waited_s = 0.0
         self.is_forced = False
-        """Whether it went on next to a client."""
+        """Whether it resumed after `COSTLY_WAIT_S` although a client was being served."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._no_client.is_set() and not self.is_forced:
@@ -102,31 +104,31 @@ class _Interruptible(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def clock(self) -> float:
-        """Monotonic time without that in which this thread waited, in seconds."""
+        """Return the monotonic time minus the time that this thread was paused, in seconds."""
         return time.monotonic() - self._waited_s
 
 
 class Detector:
     """Model versions on one device, with one `serve.batch` queue for each canonical shape.
 
-    Only equal shapes share a forward pass, so an answer never depends on who else is in the batch. A request says
-    which version it was prepared for; one that is not here yet is loaded beside the others.
+    Only equal shapes share a forward pass, so a result never depends on the other images of the batch. A request names
+    the version that it was prepared for; a version that is not loaded yet is loaded next to the others.
+
+    Background work (shadow comparisons) never shares a batch with images of clients, and is computed while no client's
+    batch is in flight. Costly images are computed in the same way, one at a time; if clients leave no idle time, one of
+    them is computed every `COSTLY_WAIT_S` anyway. A client's batch that arrives meanwhile interrupts such a batch if
+    torch computes on the CPU, for at most `COSTLY_WAIT_S`. On a GPU or with OpenVINO it waits for at most one of them.
 
     Args:
-        model: the version to begin with: loaded, checked and warm before the replica counts as ready.
-        batching: of the queues.
-        device: torch's name of it.
-        precision: what the model computes in.
-        engine: what computes it; see `detr.inference.optimize.optimized`.
-        kept_versions: that it holds, those that were asked for last.
-
-    What is asked in the background never shares a batch with what clients wait for, and is computed in their pauses.
-    Costly images are computed in the same way, one by one, and every `COSTLY_WAIT_S` one of them like any other image
-    where there is no pause. A client that comes meanwhile interrupts such a batch where torch computes on the CPU (for
-    `COSTLY_WAIT_S` at most); elsewhere it waits for one of them at most.
+        model: the first version; loaded, checked and warmed up before the replica is ready.
+        batching: batching of the queues.
+        device: torch device.
+        precision: precision of the model.
+        engine: inference engine, see `detr.inference.optimize.optimized`.
+        max_versions: maximum number of loaded versions; the least recently used one is dropped.
 
     Raises:
-        ServingError: the version does not answer its reference image as it should.
+        ServingError: the version fails the check on its reference image.
     """
 
     def __init__(
@@ -136,50 +138,50 @@ class Detector:
         device: str,
         precision: Precision = "float32",
         engine: Engine = "torch",
-        kept_versions: int = KEPT_VERSIONS,
+        max_versions: int = MAX_VERSIONS,
     ) -> None:
         self.batching, self.device, self.precision, self.engine = batching, device, precision, engine
-        self.kept_versions = kept_versions
+        self.max_versions = max_versions
         self.metrics = ReplicaMetrics()
         self.versions: OrderedDict[str, LoadedModel] = OrderedDict([(_key(model), self._load(model))])
         self.loading: dict[str, asyncio.Task[LoadedModel]] = {}
         self.queues: dict[tuple[str, tuple[int, int], Priority], Callable[[_Job], Awaitable[None]]] = {}
-        self._batches = 0  # of clients, on the device or waiting for it
-        self._pause = asyncio.Event()
-        self._pause.set()
-        self._no_client = threading.Event()  # the same for threads
+        self._client_batches = 0  # on the device or waiting for it
+        self._idle = asyncio.Event()  # set while no client's batch is in flight
+        self._idle.set()
+        self._no_client = threading.Event()  # the same as `_idle`, for threads
         self._no_client.set()
         self._background = asyncio.Lock()
-        self._forced_at = -math.inf
-        # One thread: one batch at a time is on the device, and the event loop is free to fill the next.
+        self._last_forced_at = -math.inf
+        # One thread: one batch at a time is on the device, while the event loop fills the next one.
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="detect")
-        # A second one for what can be interrupted: what a GPU or OpenVINO has started cannot.
+        # A second thread for batches that can be interrupted. A GPU or OpenVINO finishes what it has started.
         self.background_executor = self.executor
         if device == "cpu" and engine == "torch":
             self.background_executor = ThreadPoolExecutor(1, "detect-background")
-        # Always the same one: what a thread has freed stays with it, and each new one would add to that.
+        # Always the same thread: glibc retains what a thread has freed, and each new thread would add to that.
         self.loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
 
     async def detect(self, model: ResolvedModel, image: PreparedImage, in_background: bool = False) -> Result:
-        """Detections of one image, computed together with others of its shape that wait."""
+        """Detect objects in one image, batched with waiting images of its shape."""
         work = _Work(await self._version(model), image, None)
         priority = "shadow" if in_background else _priority(image)
         return await self._answer(_Job(work, priority=priority), "detect", image.shape)
 
     async def segment(self, model: ResolvedModel, image: PreparedImage, request: SegmentRequest) -> Result:
-        """Segments of one image, computed together with others of its shape that wait."""
+        """Segment one image, batched with waiting images of its shape."""
         work = _Work(await self._version(model), image, request)
         return await self._answer(_Job(work, priority=_priority(image)), "segment", image.shape)
 
     async def load(self, model: ResolvedModel, in_use: Sequence[ResolvedModel] = ()) -> str | None:
-        """Have a version loaded, checked and warm; the one that answers now goes on answering meanwhile.
+        """Load, check and warm up a version while the served one continues to answer.
 
         Args:
             model: the version.
-            in_use: versions that do not make room for it, asked for lately or not.
+            in_use: versions that must not be dropped to make room for it, even if they are the least recently used.
 
         Returns:
-            None, or why the version cannot be served.
+            None, or the reason why the version cannot be served.
         """
         for used in in_use:
             if _key(used) in self.versions:
@@ -192,34 +194,34 @@ class Detector:
         return None
 
     async def check_health(self) -> None:
-        """Serve asks this every few seconds, and replaces the replica where it fails: the device must still compute.
+        """Check that the device still computes. Serve calls this every few seconds and replaces a replica that fails.
 
-        What was freed meanwhile is given back: a few milliseconds, without which the memory between the blocks that are
-        in use fills up again after each version that was loaded.
+        Freed memory is returned to the operating system as well, which takes a few milliseconds. Without it, the gaps
+        between used blocks grow with each version that is loaded.
         """
         newest = next(reversed(self.versions.values()))
-        await asyncio.get_running_loop().run_in_executor(None, _touch, newest)
-        await asyncio.get_running_loop().run_in_executor(None, give_back_memory)
+        await asyncio.get_running_loop().run_in_executor(None, _check_device, newest)
+        await asyncio.get_running_loop().run_in_executor(None, trim_memory)
 
     async def _version(self, model: ResolvedModel) -> LoadedModel:
         key = _key(model)
         if (version := self.versions.get(key)) is not None:
-            self.versions.move_to_end(key)  # what is asked for is the last to go
+            self.versions.move_to_end(key)  # least recently used first
             return version
         task = self.loading.get(key)
         if task is None:
             task = self.loading[key] = asyncio.create_task(self._add(key, model))
             task.add_done_callback(lambda _: self.loading.pop(key))
-        # A client that goes away must not end what others wait for.
+        # A client that disconnects must not cancel a load that others wait for.
         return await asyncio.shield(task)
 
     async def _add(self, key: str, model: ResolvedModel) -> LoadedModel:
         version = await asyncio.get_running_loop().run_in_executor(self.loader, self._load, model)
         self.versions[key] = version
-        while len(self.versions) > self.kept_versions:
+        while len(self.versions) > self.max_versions:
             self.versions.popitem(last=False)
         await asyncio.get_running_loop().run_in_executor(self.loader, gc.collect)
-        await asyncio.get_running_loop().run_in_executor(self.loader, give_back_memory)
+        await asyncio.get_running_loop().run_in_executor(self.loader, trim_memory)
         return version
 
     def _load(self, model: ResolvedModel) -> LoadedModel:
@@ -235,7 +237,7 @@ class Detector:
         try:
             await queue(job)
         except asyncio.CancelledError:
-            job.gone, job.work, job.outcome = True, None, None
+            job.cancelled, job.work, job.outcome = True, None, None
             raise
         outcome, job.outcome = job.outcome, None
         if isinstance(outcome, Result):
@@ -244,7 +246,7 @@ class Detector:
         raise outcome
 
     def _new_queue(self, task: str, priority: Priority) -> Callable[[_Job], Awaitable[None]]:
-        # A client that comes meanwhile waits for at most one costly image.
+        # A client that arrives meanwhile waits for at most one costly image.
         max_size = 1 if priority == "costly" else self.batching.max_size
 
         @serve.batch(max_batch_size=max_size, batch_wait_timeout_s=self.batching.wait_s)
@@ -252,60 +254,64 @@ class Detector:
             outcomes: Sequence[Result | Exception | None]
             try:
                 if priority == "client":
-                    outcomes = await self._at_once(task, jobs)
+                    outcomes = await self._run_now(task, jobs)
                 else:
                     wait_s = COSTLY_WAIT_S if priority == "costly" else math.inf
-                    outcomes = await self._in_a_pause(task, jobs, wait_s)
+                    outcomes = await self._run_when_idle(task, jobs, wait_s)
             except Exception as error:
                 outcomes = [error] * len(jobs)
             for job, outcome in zip(jobs, outcomes, strict=True):
-                if not job.gone:
+                if not job.cancelled:
                     job.outcome = outcome
             return [None] * len(jobs)
 
         return run_batch
 
-    async def _at_once(self, task: str, jobs: list[_Job]) -> list[Result | None]:
-        self._batches += 1
-        self._pause.clear()
+    async def _run_now(self, task: str, jobs: list[_Job]) -> list[Result | None]:
+        self._client_batches += 1
+        self._idle.clear()
         self._no_client.clear()
         try:
             return await asyncio.get_running_loop().run_in_executor(self.executor, self._run, task, jobs)
         finally:
-            self._batches -= 1
-            if not self._batches:
-                self._pause.set()
+            self._client_batches -= 1
+            if not self._client_batches:
+                self._idle.set()
                 self._no_client.set()
 
-    async def _in_a_pause(self, task: str, jobs: list[_Job], wait_s: float = math.inf) -> list[Result | None]:
-        """Run a batch while no client's batch is there; or once, every `wait_s`, where there always is one."""
+    async def _run_when_idle(
+        self, task: str, jobs: list[_Job], wait_s: float = math.inf
+    ) -> list[Result | None]:
+        """Run a batch while no client's batch is in flight. If clients leave no idle time, run one every `wait_s`."""
         since = time.monotonic()
         while True:
             with contextlib.suppress(TimeoutError):
-                left_s = max(since, self._forced_at) + wait_s - time.monotonic()
-                await asyncio.wait_for(self._pause.wait(), None if math.isinf(left_s) else max(left_s, 0.0))
+                left_s = max(since, self._last_forced_at) + wait_s - time.monotonic()
+                await asyncio.wait_for(self._idle.wait(), None if math.isinf(left_s) else max(left_s, 0.0))
             async with self._background:
-                is_forced = time.monotonic() >= max(since, self._forced_at) + wait_s
-                if self._batches and is_forced:
-                    self._forced_at = time.monotonic()
-                if is_forced or not self._batches:
-                    executor, run = self.background_executor, self._run_in_pauses
-                    if self._batches or executor is self.executor:
+                # Check again: while this batch waited, a client's batch may have arrived or another one been forced.
+                is_forced = time.monotonic() >= max(since, self._last_forced_at) + wait_s
+                if self._client_batches and is_forced:
+                    self._last_forced_at = time.monotonic()
+                if is_forced or not self._client_batches:
+                    executor, run = self.background_executor, self._run_interruptible
+                    if self._client_batches or executor is self.executor:
                         executor, run = self.executor, self._run
                     return await asyncio.get_running_loop().run_in_executor(executor, run, task, jobs)
 
-    def _run_in_pauses(self, task: str, jobs: list[_Job]) -> list[Result | None]:
+    def _run_interruptible(self, task: str, jobs: list[_Job]) -> list[Result | None]:
         with _Interruptible(self._no_client) as interruptible:
             results = self._run(task, jobs, interruptible.clock)
         if interruptible.is_forced:
-            self._forced_at = time.monotonic()
+            self._last_forced_at = time.monotonic()
         return results
 
     def _run(
         self, task: str, jobs: list[_Job], clock: Callable[[], float] = time.monotonic
     ) -> list[Result | None]:
-        """Results of a batch, in order, None where the client has gone; while an alias moves the jobs may be of two
-        versions.
+        """Return the results of a batch in order, None for cancelled jobs.
+
+        While an alias moves, a batch may contain jobs of two versions.
         """
         started = time.monotonic()
         results: list[Result | None] = [None] * len(jobs)
@@ -345,6 +351,6 @@ def _key(model: ResolvedModel) -> str:
     return f"{model.address} {model.digest}"
 
 
-def _touch(version: LoadedModel) -> None:
-    """A calculation on the model's device: after an error in a kernel CUDA fails every one."""
+def _check_device(version: LoadedModel) -> None:
+    """Compute something on the model's device: after an error in a kernel, every CUDA call fails."""
     next(version.detector.model.parameters()).sum().item()

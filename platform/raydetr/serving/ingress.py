@@ -1,4 +1,4 @@
-"""The deployment that answers HTTP: the routes on a `Service`, what is around them, and the alias that it follows."""
+"""The deployment that answers HTTP: routes on a `Service`, middlewares, and the followers of aliases."""
 
 import threading
 import time
@@ -19,9 +19,9 @@ from raydetr.serving import open_inference, routes
 from raydetr.serving.auth import Tokens
 from raydetr.serving.challenger import Challenger, ChallengerConfig
 from raydetr.serving.images import Limits
-from raydetr.serving.memory import give_back_memory
+from raydetr.serving.memory import trim_memory
 from raydetr.serving.methods import HeadAndOptions
-from raydetr.serving.metrics import Measured, RequestMetrics, ShadowMetrics
+from raydetr.serving.metrics import MeasureRequests, RequestMetrics, ShadowMetrics
 from raydetr.serving.middleware import log_requests, protect
 from raydetr.serving.openapi import documented_api
 from raydetr.serving.preparer import Preparer
@@ -36,36 +36,36 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 DETECTOR = "Detector"
-"""Name of the model replicas' deployment."""
+"""Name of the deployment of model replicas."""
 _LOAD_TIMEOUT_S = 600.0
-_FIRST_LOOK_S = 30.0
-"""Longest that a new process waits for the registry and the replicas before it answers with its first version."""
-_LOOK_S = 0.5
+_FIRST_POLL_S = 30.0
+"""Maximum time that a new process waits for the alias's version before it serves its initial version, in seconds."""
+_REPLICA_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of the HTTP side."""
+    """Options of the HTTP ingress."""
 
     limits: Limits = field(default_factory=Limits)
-    """On one request."""
-    most_requests: int = 128
-    """Worked on or waiting at a time in one process; beyond it is 429."""
+    """Limits of one request."""
+    max_requests: int = 128
+    """Maximum number of requests in progress or waiting in one process; further ones get 429."""
     tokens: str = ""
-    """File of token hashes, see `auth`; empty: everybody may ask."""
+    """File of token hashes, see `auth`; empty requires no token."""
     alias: Alias | None = None
-    """Followed, where there is one."""
-    trial: ChallengerConfig | None = None
-    """A challenger, where one is tried."""
+    """Alias to follow, if any."""
+    challenger: ChallengerConfig | None = None
+    """Challenger on live traffic, if any."""
     scales_to_zero: bool = False
-    """Whether no replica is a state in which requests may come."""
+    """Whether the endpoint is ready even without a running replica, because a request starts one."""
 
 
 def new_api(*, secured: bool = False) -> FastAPI:
-    """The routes, with what their errors answer; they need a `Service` in `api.state.service`.
+    """Create the app with the routes and error handlers. It needs a `Service` in `api.state.service`.
 
     Args:
-        secured: whether tokens are required, for the documentation.
+        secured: whether tokens are required, for the OpenAPI document.
     """
     api = documented_api(secured=secured)
     add_handlers(api)
@@ -75,12 +75,12 @@ def new_api(*, secured: bool = False) -> FastAPI:
     return api
 
 
-class BehindServe:
-    """ASGI middleware, the outermost: what Serve's proxy does otherwise than an HTTP server.
+class ServeProxyAdapter:
+    """Outermost ASGI middleware: adapts to Serve's proxy where it differs from an HTTP server.
 
-    The proxy adds `X-Request-Id` with the id that the request came with (it gives one to a request without), so the same
-    id of our own would be in the answer twice. And where a client goes away while its body arrives, what receives is
-    cancelled.
+    The proxy adds the request's `X-Request-Id` to the response (and creates one if the request has none), so the
+    app's own header is dropped if it has the same id. If a client disconnects while its body arrives, the proxy cancels
+    `receive`; the app gets a disconnect message instead.
     """
 
     def __init__(self, app: "ASGIApp") -> None:
@@ -89,124 +89,127 @@ class BehindServe:
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Answer one request."""
 
-        async def received() -> "Message":
+        async def receive_or_disconnect() -> "Message":
             try:
                 return await receive()
             except TaskCancelledError:
                 return {"type": "http.disconnect"}
 
-        async def once(message: "Message") -> None:
+        async def send_without_duplicate_id(message: "Message") -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 if headers.get("x-request-id") == Headers(scope=scope).get("x-request-id"):
                     del headers["x-request-id"]
             await send(message)
 
-        await self.app(scope, received, once if scope["type"] == "http" else send)
+        http_send = send_without_duplicate_id if scope["type"] == "http" else send
+        await self.app(scope, receive_or_disconnect, http_send)
 
 
 @serve.ingress()
 class Ingress:
-    """HTTP: reads and prepares images on CPU threads, asks a model replica, writes JSON."""
+    """HTTP ingress: reads requests, prepares images in worker processes, calls a model replica, responds with JSON."""
 
     def __init__(self, model: ResolvedModel, options: Options, detector: DeploymentHandle[Any]) -> None:
         self.options, self.detector = options, detector
         self.metrics = RequestMetrics()
         self.app_name = serve.get_replica_context().app_name
-        preparer = Preparer(options.limits, max(1, options.most_requests // 2))
+        preparer = Preparer(options.limits, max(1, options.max_requests // 2))
         if not preparer.start():
-            raise ServingError("No process that decodes images starts; the log has the reason.")
+            raise ServingError("No process that decodes images starts: see the log.")
         self.service = Service(
-            ServedVersion.of(model), detector, preparer, options.most_requests, self._is_ready
+            ServedVersion.of(model), detector, preparer, options.max_requests, self._is_ready
         )
-        # Champion and challenger may move at once, and replicas have room for one version besides those in use.
+        # Load one version at a time: champion and challenger may move concurrently, and replicas have room for only one
+        # version in addition to those in use.
         self._loading = threading.Lock()
-        self._show_version()
+        self._export_version()
         if options.alias is not None:
-            # A process that replaces another one must not go back to the version that the application began with.
-            Follower(options.alias, model.address, self._take).start(within_s=_FIRST_LOOK_S)
-        if options.trial is not None:
+            # A process that replaces another one must not serve the version that the application started with.
+            Follower(options.alias, model.address, self._serve_version).start(wait_s=_FIRST_POLL_S)
+        if options.challenger is not None:
             self.shadow = Shadow(
-                options.trial.shadow,
-                options.trial.most_shadows,
+                options.challenger.shadow,
+                options.challenger.max_shadows,
                 preparer.prepare,
                 partial(self.service.detect, in_background=True),
                 ShadowMetrics(),
             )
-            Follower(options.trial.alias, "", self._try).start()
+            Follower(options.challenger.alias, "", self._serve_challenger).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Serve calls this after the constructor."""
+        """Build the ASGI app. Serve calls this after the constructor."""
         log_requests()
         api = new_api(secured=bool(self.options.tokens))
         api.state.service = self.service
         protect(api, self.options.limits, Tokens(self.options.tokens) if self.options.tokens else None)
-        api.add_middleware(Measured, metrics=self.metrics)
-        api.add_middleware(BehindServe)
+        api.add_middleware(MeasureRequests, metrics=self.metrics)
+        api.add_middleware(ServeProxyAdapter)
         return api
 
-    def _take(self, model: ResolvedModel) -> str | None:
-        """Have all replicas load and check a version beside the one that answers; then requests use it."""
-        current = ServedVersion.of(model)
+    def _serve_version(self, model: ResolvedModel) -> str | None:
+        """Load and check a version on all replicas, then serve it. Returns None, or why it cannot be served."""
+        version = ServedVersion.of(model)
         with self._loading:
-            refused = self._load(model)
+            refused = self._load_on_replicas(model)
             if refused is None:
-                self.service.current = current
+                self.service.version = version
         self.metrics.swaps.inc(tags={"outcome": "refused" if refused else "served"})
-        self._show_version()
+        self._export_version()
         return refused
 
-    def _try(self, model: ResolvedModel) -> str | None:
-        """Have all replicas load and check a challenger; then it gets its share."""
-        assert self.options.trial is not None
-        current = ServedVersion.of(model)
-        until = time.monotonic() + _LOAD_TIMEOUT_S
-        while (replicas := self._replicas()) is None or replicas.status == "UPDATING":
-            if time.monotonic() > until:
+    def _serve_challenger(self, model: ResolvedModel) -> str | None:
+        """Load and check a challenger on all replicas, then use it. Returns None, or why it cannot be served."""
+        assert self.options.challenger is not None
+        version = ServedVersion.of(model)
+        deadline = time.monotonic() + _LOAD_TIMEOUT_S
+        while (replicas := self._replica_status()) is None or replicas.status == "UPDATING":
+            if time.monotonic() > deadline:
                 return "the model replicas have not all started"
-            time.sleep(_LOOK_S)  # those that are not there yet would not be asked
+            time.sleep(_REPLICA_POLL_S)  # a broadcast would miss replicas that are still starting
         with self._loading:
-            refused = self._load(model)
+            refused = self._load_on_replicas(model)
             if refused is None:
                 self.service.challenger = Challenger(
-                    self.options.trial, current, self.shadow, self.metrics.canary_fallbacks.inc
+                    self.options.challenger, version, self.shadow, self.metrics.canary_fallbacks.inc
                 )
         self.metrics.challengers.inc(tags={"outcome": "refused" if refused else "served"})
         return refused
 
-    def _load(self, model: ResolvedModel) -> str | None:
-        """None once every replica has the version; else why one cannot serve it."""
+    def _load_on_replicas(self, model: ResolvedModel) -> str | None:
+        """Load a version on all replicas. Returns None, or the reason of a replica that cannot serve it."""
         challenger = self.service.challenger
-        in_use = [self.service.current.model, *([challenger.current.model] if challenger else [])]
-        everywhere = self.detector.broadcast("load", model, in_use)
-        reasons: list[str | None] = everywhere.results(timeout_s=_LOAD_TIMEOUT_S)
-        if not reasons:  # none is there: the first of them says whether the version is good
+        in_use = [self.service.version.model, *([challenger.version.model] if challenger else [])]
+        responses = self.detector.broadcast("load", model, in_use)
+        reasons: list[str | None] = responses.results(timeout_s=_LOAD_TIMEOUT_S)
+        if not reasons:  # no replica is running: start one and let it check the version
             reasons = [self.detector.load.remote(model, in_use).result(timeout_s=_LOAD_TIMEOUT_S)]
         return next((reason for reason in reasons if reason is not None), None)
 
     def check_health(self) -> None:
-        """Serve asks this now and then; a gauge that is not set again ceases to be exported, and the memory of bodies
-        stays with the process unless it is given back.
-        """
-        self._show_version()
-        give_back_memory()
+        """Set the version gauge again and release memory. Serve calls this periodically.
 
-    def _show_version(self) -> None:
-        info = self.service.current.info
+        Ray stops exporting a gauge that is not set again, and glibc retains the memory of request bodies.
+        """
+        self._export_version()
+        trim_memory()
+
+    def _export_version(self) -> None:
+        info = self.service.version.info
         if info.version is not None:
             self.metrics.model_version.set(info.version, {"model": info.name})
 
     def _is_ready(self) -> bool:
-        """By Serve's account: a replica that runs has answered its reference image in its constructor."""
-        detector = self._replicas()
+        """Check readiness by Serve's status: a running replica has passed the check on its reference image."""
+        detector = self._replica_status()
         if detector is None:
             return False
         running = any(count for state, count in detector.replica_states.items() if state == "RUNNING")
-        # While the first one is starting requests wait for it; where it cannot start the status is another.
+        # Requests wait while the first replica is starting. If it cannot start, the status is none of these.
         waits = self.options.scales_to_zero and detector.status in ("HEALTHY", "UPSCALING", "DOWNSCALING")
         return bool(running or waits)
 
-    def _replicas(self) -> DeploymentStatusOverview | None:
-        """Serve's account of the model replicas."""
+    def _replica_status(self) -> DeploymentStatusOverview | None:
+        """Return Serve's status of the model replicas."""
         application = serve.status().applications.get(self.app_name)
         return application.deployments.get(DETECTOR) if application else None

@@ -1,4 +1,4 @@
-"""One model version on one device, loaded, checked and warm; batches that do not fit its memory are halved."""
+"""One loaded model version on one device. Batches that do not fit into the device memory are halved."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,47 +20,49 @@ Precision = Literal["float32", "bf16"]
 T = TypeVar("T")
 R = TypeVar("R")
 REFERENCE_SIZE = (480, 640)
-"""(height, width) in pixels of the image that a version answers before it is served."""
+"""(height, width) in pixels of the image that a version must answer before it is served."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one image of a batch has no result; a value, since the other images have theirs."""
+    """Why one image of a batch has no result. A value and not an exception, because the other images have results."""
 
     status: int
-    """Of the HTTP answer."""
+    """HTTP status of the response."""
     message: str
 
 
-OUT_OF_MEMORY = Failure(503, "The model's device has no memory left for an image of this size: try later.")
+OUT_OF_MEMORY = Failure(
+    503, "The model's device has no memory left for an image of this size: try again later."
+)
 
 
-def in_parts(run: Callable[[Sequence[T]], Sequence[R]], batch: Sequence[T]) -> list[R | Failure]:
-    """Run a batch; where the device's memory does not hold it, its halves, down to single images.
+def run_halving(run: Callable[[Sequence[T]], Sequence[R]], batch: Sequence[T]) -> list[R | Failure]:
+    """Run a batch. If the device runs out of memory, run its halves instead, down to single images.
 
     Returns:
-        for each item its result, or `OUT_OF_MEMORY` where not even the item alone fits.
+        the result of each item, or `OUT_OF_MEMORY` if the item does not fit even alone.
     """
     try:
         return list(run(batch))
     except torch.OutOfMemoryError:
-        # Not in here: the exception's frames still hold the tensors of the attempt.
+        # Retry below, not here: the frames of the exception still hold the tensors of this attempt.
         pass
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if len(batch) == 1:
         return [OUT_OF_MEMORY]
     middle = len(batch) // 2
-    return in_parts(run, batch[:middle]) + in_parts(run, batch[middle:])
+    return run_halving(run, batch[:middle]) + run_halving(run, batch[middle:])
 
 
 class LoadedModel:
-    """See the file's docstring.
+    """A model version that is loaded on a device.
 
     Args:
-        detector: finds boxes.
-        segmenter: the same weights with their mask head; None for a model without one.
-        label: of the version, for messages.
+        detector: detects boxes.
+        segmenter: the same weights with the mask head; None for a model without one.
+        label: name of the version, for messages.
     """
 
     def __init__(self, detector: ObjectDetector, segmenter: ObjectDetector | None, label: str) -> None:
@@ -73,13 +75,13 @@ class LoadedModel:
     def load(
         cls, model: ResolvedModel, device: str, precision: Precision = "float32", engine: Engine = "torch"
     ) -> Self:
-        """Read a version's files.
+        """Load a version from its files.
 
         Args:
             model: from `registry.models.resolve`.
-            device: torch's name of it.
-            precision: bf16 runs it in bfloat16 but for the heads, with torch on a CPU by autocast.
-            engine: what computes it; see `detr.inference.optimize.optimized`.
+            device: torch device.
+            precision: bf16 runs all but the heads in bfloat16; torch on a CPU uses autocast.
+            engine: inference engine, see `detr.inference.optimize.optimized`.
         """
         folder = local_folder(model)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -93,10 +95,10 @@ class LoadedModel:
         return cls(detector, whole, model.label)
 
     def check(self) -> None:
-        """Answer a reference image of `REFERENCE_SIZE`, which also warms the model up.
+        """Run the model on a reference image of `REFERENCE_SIZE`, which also warms it up.
 
         Raises:
-            ServingError: an output is not finite, or there are not as many classes as labels.
+            ServingError: an output is not finite, or the numbers of classes and labels differ.
         """
         channels = 1 if self.detector.image_processor.keeps_gray else 3
         noise = np.random.default_rng(0).integers(0, 256, (channels, *REFERENCE_SIZE), np.uint8)
@@ -108,32 +110,36 @@ class LoadedModel:
             for name in ("logits", "pred_boxes", "pred_masks"):
                 values = getattr(output, name, None)
                 if values is not None and not torch.isfinite(values).all():
-                    raise ServingError(f"{self.label}: {name} of a reference image are not finite numbers.")
+                    raise ServingError(
+                        f"{self.label}: {name} of a reference image are not finite: check its weights."
+                    )
             classes = output.logits.shape[-1] - 1
             if classes != len(self.id2label):
                 raise ServingError(
-                    f"{self.label} has {classes} classes and {len(self.id2label)} labels: its config.json is not its own."
+                    f"{self.label} has {classes} classes and {len(self.id2label)} labels: check id2label in its "
+                    "config.json."
                 )
 
     def detect(self, images: Sequence[PreparedImage]) -> list[Detections | Failure]:
-        """Detections of images of one canonical shape; each equals that of the image alone."""
-        return in_parts(self.detector.detect, images)
+        """Detect objects in images of one canonical shape. Each result equals that of the image alone."""
+        return run_halving(self.detector.detect, images)
 
     def segment(self, jobs: Sequence[tuple[PreparedImage, SegmentRequest]]) -> list[dict[str, Any] | Failure]:
-        """What `segments.segments` gives for each of some images of one canonical shape.
+        """Return the output of `segments.segments` for images of one canonical shape.
 
         Raises:
             ServingError: the model has no mask head.
         """
-        return in_parts(self._segment, jobs)
+        return run_halving(self._segment, jobs)
 
     @torch.inference_mode()
     def _segment(self, jobs: Sequence[tuple[PreparedImage, SegmentRequest]]) -> list[dict[str, Any]]:
         if self.segmenter is None:
             raise ServingError(f"{self.label} has no mask head.")
         semantic = any(request.kind == "semantic" for _, request in jobs)
-        least = min(request.threshold for _, request in jobs)
-        outputs = self.segmenter.run([image for image, _ in jobs], None if semantic else least)
+        # Masks are only computed for queries above the threshold; semantic segmentation needs those of all queries.
+        min_threshold = min(request.threshold for _, request in jobs)
+        outputs = self.segmenter.run([image for image, _ in jobs], None if semantic else min_threshold)
         logits, masks = outputs.logits.float(), outputs.pred_masks.float()
         return [
             segments(
@@ -148,5 +154,5 @@ class LoadedModel:
 
 
 def has_masks(config: DetrConfig) -> bool:
-    """Whether the weights of a folder with this configuration have a mask head."""
+    """Check whether a model with this configuration has a mask head."""
     return "DetrForSegmentation" in (config.architectures or ())

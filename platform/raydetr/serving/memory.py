@@ -1,10 +1,10 @@
-"""Memory that a process has freed and its C library keeps."""
+"""Return freed memory of the process to the operating system."""
 
 import contextlib
 import ctypes
 
 
-def give_back_memory() -> None:
-    """Return freed memory to the system, which takes a few milliseconds; glibc keeps it otherwise."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+def trim_memory() -> None:
+    """Return freed memory to the operating system, in a few milliseconds; glibc would retain it."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)

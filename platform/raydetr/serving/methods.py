@@ -1,4 +1,4 @@
-"""HEAD and OPTIONS, which load balancers and browsers send: for every route, from what it answers to other methods."""
+"""HEAD and OPTIONS, which load balancers and browsers send, for all routes."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class HeadAndOptions:
-    """ASGI middleware: HEAD is GET without its body; OPTIONS gets 204 with the route's methods in `Allow`."""
+    """ASGI middleware: HEAD is GET without the body, OPTIONS gets 204 and the methods of the route in `Allow`."""
 
     def __init__(self, app: "ASGIApp") -> None:
         self.app = app
@@ -21,7 +21,7 @@ class HeadAndOptions:
             await self.app(scope, receive, send)
             return
 
-        async def without_body(message: "Message") -> None:
+        async def send_without_body(message: "Message") -> None:
             if message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             elif method == "OPTIONS" and message.get("status") == 405:
@@ -36,6 +36,6 @@ class HeadAndOptions:
         if method == "HEAD":
             scope["method"] = "GET"
         try:
-            await self.app(scope, receive, without_body)
+            await self.app(scope, receive, send_without_body)
         finally:
             scope["method"] = method  # for the log

@@ -1,6 +1,6 @@
-"""What Prometheus reads from Ray's metrics agent of every node; Serve's own `ray_serve_*` are beside them.
+"""Prometheus metrics, exported by the Ray metrics agent of each node next to Serve's own `ray_serve_*`.
 
-All names begin with `ray_raydetr_` there.
+There all names start with `ray_raydetr_`.
 """
 
 import time
@@ -21,11 +21,11 @@ _SCORES: list[float] = [0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
 
 
 def _tags(*names: str) -> Any:
-    return names  # Ray declares a tuple of one
+    return names  # Ray's annotation allows a tuple of one name only
 
 
 class ReplicaMetrics:
-    """Of a model replica."""
+    """Metrics of a model replica."""
 
     def __init__(self) -> None:
         self.queue_wait_ms = Histogram(
@@ -36,63 +36,66 @@ class ReplicaMetrics:
         )
         self.batch_size = Histogram("raydetr_batch_size", "Images of one batch.", _IMAGES, ("task",))
         self.padding_share = Histogram(
-            "raydetr_padding_share", "Share of a batch's pixels that is padding.", _SHARES, ("task",)
+            "raydetr_padding_share", "Padding as a share of the pixels of a batch.", _SHARES, ("task",)
         )
         self.out_of_memory = Counter(
-            "raydetr_out_of_memory_total", "Images that did not fit the device's memory even alone."
+            "raydetr_out_of_memory_total",
+            "Images that did not fit into the device memory even in a batch of one.",
         )
 
 
 class RequestMetrics:
-    """Of the HTTP side."""
+    """Metrics of the HTTP ingress."""
 
     def __init__(self) -> None:
         self.request_ms = Histogram(
             "raydetr_request_ms",
-            "Time from a request's headers to its answer, in ms.",
+            "Time from the headers of a request to its response, in ms.",
             _MS,
             _tags("route", "model"),
         )
         self.errors = Counter(
-            "raydetr_errors_total", "Answers other than 2xx, by status.", _tags("route", "status")
+            "raydetr_errors_total", "Error responses (4xx and 5xx), by status.", _tags("route", "status")
         )
-        self.model_version = Gauge("raydetr_model_version", "Registered version that answers.", ("model",))
+        self.model_version = Gauge(
+            "raydetr_model_version", "Registered model version that is served.", ("model",)
+        )
         self.swaps = Counter(
-            "raydetr_model_swaps_total", "Versions that an alias moved to, by outcome.", ("outcome",)
+            "raydetr_model_swaps_total", "Versions that the alias moved to, by outcome.", ("outcome",)
         )
         self.challengers = Counter(
-            "raydetr_challengers_total", "Challengers that were to be tried, by outcome.", _tags("outcome")
+            "raydetr_challengers_total", "Attempts to load a challenger, by outcome.", _tags("outcome")
         )
         self.canary_fallbacks = Counter(
             "raydetr_canary_fallbacks_total",
-            "Requests that the champion answered after the challenger failed.",
+            "Canary requests that the champion answered because the challenger failed.",
         )
 
 
 class ShadowMetrics:
-    """Of challengers, which ``model`` names, beside the version that answers."""
+    """Metrics of challengers in shadow mode; the tag `model` names the challenger."""
 
     def __init__(self) -> None:
         self.images = Counter(
             "raydetr_shadow_images_total",
-            "Images that a challenger was to detect too, by outcome.",
+            "Images sampled for a comparison with the challenger, by outcome.",
             _tags("model", "outcome"),
         )
         self.detections = Counter(
             "raydetr_shadow_detections_total",
-            "Objects in these images, by who found them.",
+            "Objects in the compared images, by which versions detected them.",
             _tags("model", "outcome"),
         )
         self.score_difference = Histogram(
             "raydetr_shadow_score_difference",
-            "Between two scores of one object with one label.",
+            "Absolute difference of the scores of an object that both versions detected with the same label.",
             _SCORES,
             _tags("model"),
         )
 
 
-class Measured:
-    """ASGI middleware, the outermost: time and status of every request, by route and by the version that answered."""
+class MeasureRequests:
+    """ASGI middleware, outside of `protect`'s: measures time and status of requests by route and model version."""
 
     def __init__(self, app: "ASGIApp", metrics: RequestMetrics) -> None:
         self.app, self.metrics = app, metrics
@@ -102,21 +105,21 @@ class Measured:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun, status = time.monotonic(), 499  # where nothing is sent the client has gone
+        started, status = time.monotonic(), 499  # if nothing is sent, the client has disconnected
 
-        async def noted(message: "Message") -> None:
+        async def record_status(message: "Message") -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, receive, record_status)
         finally:
             route = getattr(scope.get("route"), "path", None) or "none"
             if status >= 400:
                 self.metrics.errors.inc(tags={"route": route, "status": str(status)})
             model = scope.get("state", {}).get("model") or "none"
             self.metrics.request_ms.observe(
-                1000 * (time.monotonic() - begun), {"route": route, "model": model}
+                1000 * (time.monotonic() - started), {"route": route, "model": model}
             )

@@ -1,13 +1,13 @@
-"""What every request passes through, as plain ASGI: its id, its log line, its deadline, and answers for errors.
+"""ASGI middlewares of all requests: request id, log line, deadline, error responses.
 
-`protect` puts them around an app, outermost first::
+`protect` adds them to an app, outermost first::
 
-    RequestContext   X-Request-Id, one JSON log line, JSON answers for whatever is raised
+    RequestContext   X-Request-Id, one JSON log line, JSON responses for exceptions
     BearerAuth       tokens, see `auth`
-    Deadline         408 for a slow body, 504 for a slow answer
+    Deadline         408 for a slow body, 504 for a slow response
 
-The app finds the id of the request in `request.state.request_id`, the name of the client's token in
-`request.state.client`, and may put the model's version into `request.state.model` for the log line.
+The app can read the request id from `request.state.request_id` and the name of the client's token from
+`request.state.client`. It may set `request.state.model` to the model version for the log line.
 """
 
 import asyncio
@@ -35,26 +35,26 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOG = logging.getLogger("raydetr.serving.requests")
-"""One JSON object a request; `log_requests` gives it a place to go."""
+"""One JSON object per request; `log_requests` sets the output."""
 
 CLIENT_GONE = 499
-"""Status in the log of a request whose client went away before it was answered."""
+"""Logged status of a request whose client disconnected before the response."""
 
-_MOST_OF_A_MESSAGE = 300  # characters in the log: an exception's text may quote what a client sent
+_MAX_MESSAGE_CHARS = 300  # in the log: the text of an exception may quote what a client sent
 
 
 def protect(
     api: "FastAPI", limits: Limits, tokens: Tokens | None = None, *, server_sends_id: bool = False
 ) -> None:
-    """Put the middlewares of this module around an app; before its first request.
+    """Add the middlewares of this module to an app, before its first request.
 
     Args:
-        api: its own exception handlers go on answering what its routes raise.
-        limits: `body_s` and `deadline_s` count here.
-        tokens: who may ask; None lets everybody in.
+        api: the app. Its own exception handlers still answer the exceptions of its routes.
+        limits: `body_s` and `deadline_s` apply.
+        tokens: the accepted tokens; None requires no token.
         server_sends_id: see `RequestContext`.
     """
-    # the last one added is the outermost
+    # The last one added is the outermost.
     api.add_middleware(Deadline, limits=limits)
     if tokens is not None:
         api.add_middleware(BearerAuth, tokens=tokens)
@@ -62,7 +62,7 @@ def protect(
 
 
 def log_requests(stream: TextIO | None = None) -> None:
-    """Write the log lines of this process's requests to a stream, by default standard output; once a process."""
+    """Write this process's request log to a stream, by default standard output. Replaces an earlier stream."""
     handler = logging.StreamHandler(stream or sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOG.handlers[:] = [handler]
@@ -71,22 +71,22 @@ def log_requests(stream: TextIO | None = None) -> None:
 
 
 def error_answer(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The endpoint's JSON for an error; see `schemas.ErrorResponse`."""
+    """Build the JSON response of an error, see `schemas.ErrorResponse`."""
     return JSONResponse({"error": {"status": status, "message": message}}, status, headers)
 
 
 class RequestContext:
-    """The outermost middleware: request id, log line, and an answer for everything that is raised.
+    """Outermost middleware of `protect`: request id, log line, and a response for every exception.
 
     The log line has `time` (UTC), `request_id`, `client` (the token's name or null), `method`, `route` (the pattern
-    of the route, not the path that was asked for; null where there is none), `status`, `ms`, `bytes_in` (of the body,
-    as far as it was read), `bytes_out`, `model`, and for a 500 `error`: the traceback. Nothing of the body or the
-    query is in it.
+    of the route, not the requested path; null for an unknown route), `status`, `ms`, `bytes_in` (the part of the body
+    that was read), `bytes_out`, `model`, and for a 500 `error`, the traceback. It contains nothing of the body or the
+    query.
 
     Args:
-        app: what answers.
-        server_sends_id: whether the server in front adds X-Request-Id to each answer by itself, as Ray Serve's proxy
-            does: a second one would make two values of it.
+        app: the inner app.
+        server_sends_id: whether the server itself adds X-Request-Id to each response, as Ray Serve's proxy does; a
+            second header would duplicate it.
     """
 
     def __init__(self, app: "ASGIApp", server_sends_id: bool = False) -> None:
@@ -102,17 +102,17 @@ class RequestContext:
         request_id = sane_request_id(Headers(scope=scope).get("x-request-id"))
         state: dict[str, Any] = {**scope.get("state", {}), "request_id": request_id}
         scope["state"] = state
-        seen = _Seen()
+        record = _RequestRecord()
 
         async def counted_receive() -> "Message":
             message = await receive()
             if message["type"] == "http.request":
-                seen.bytes_in += len(message.get("body", b""))
+                record.bytes_in += len(message.get("body", b""))
             return message
 
         async def counted_send(message: "Message") -> None:
             if message["type"] == "http.response.start":
-                seen.status = message["status"]
+                record.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 if not self.server_sends_id:
                     headers["X-Request-Id"] = request_id
@@ -121,32 +121,35 @@ class RequestContext:
                     # The rest of the body is not read, so the connection cannot carry another request.
                     headers["Connection"] = "close"
             elif message["type"] == "http.response.body":
-                seen.bytes_out += len(message.get("body", b""))
+                record.bytes_out += len(message.get("body", b""))
             await send(message)
 
         try:
             await self.app(scope, counted_receive, counted_send)
         except ClientDisconnect:
-            seen.status = seen.status or CLIENT_GONE
+            record.status = record.status or CLIENT_GONE
         except asyncio.CancelledError:
-            seen.status = seen.status or CLIENT_GONE
+            record.status = record.status or CLIENT_GONE
             raise
         except Exception as error:
-            started = seen.status is not None
-            answer = _answer_for(error, request_id)
+            started = record.status is not None
+            answer = _error_response(error, request_id)
             if answer.status_code == 500 or started:
-                seen.error = _described(error)
+                record.error = _format_error(error)
             if started:
-                # Too late for another answer: the server cuts the connection, so that nobody takes half for whole.
-                seen.status = 500
+                # Too late for an error response: the server closes the connection, so that the client does not take a
+                # truncated response for a complete one.
+                record.status = 500
                 raise
             await answer(scope, receive, counted_send)
         finally:
-            LOG.log(logging.ERROR if seen.error else logging.INFO, "%s", _line(scope, state, seen, start))
+            LOG.log(
+                logging.ERROR if record.error else logging.INFO, "%s", _log_line(scope, state, record, start)
+            )
 
 
-class _Seen:
-    """What went through so far."""
+class _RequestRecord:
+    """Status and traffic of a request so far."""
 
     status: int | None = None
     bytes_in = 0
@@ -154,43 +157,44 @@ class _Seen:
     error: str | None = None
 
 
-def _answer_for(error: Exception, request_id: str) -> JSONResponse:
+def _error_response(error: Exception, request_id: str) -> JSONResponse:
     if isinstance(error, HTTPException):
         return error_answer(error.status_code, str(error.detail), dict(error.headers or {}))
     if isinstance(error, RequestError):
         return error_answer(error.status, str(error))
-    return error_answer(500, f"The server failed; its log has the reason under request id {request_id}.")
+    return error_answer(500, f"The server failed: see its log under request id {request_id}.")
 
 
-def _described(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     frames = "".join(traceback.format_tb(error.__traceback__))
-    return f"{frames}{type(error).__name__}: {str(error)[:_MOST_OF_A_MESSAGE]}"
+    return f"{frames}{type(error).__name__}: {str(error)[:_MAX_MESSAGE_CHARS]}"
 
 
-def _line(scope: MutableMapping[str, Any], state: dict[str, Any], seen: _Seen, start: float) -> str:
+def _log_line(
+    scope: MutableMapping[str, Any], state: dict[str, Any], record: _RequestRecord, start: float
+) -> str:
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "request_id": state["request_id"],
         "client": state.get("client"),
         "method": scope["method"][:16],
         "route": getattr(scope.get("route"), "path", None),
-        "status": seen.status,
+        "status": record.status,
         "ms": round(1000 * (time.perf_counter() - start), 1),
-        "bytes_in": seen.bytes_in,
-        "bytes_out": seen.bytes_out,
+        "bytes_in": record.bytes_in,
+        "bytes_out": record.bytes_out,
         "model": state.get("model"),
     }
-    if seen.error:
-        line["error"] = seen.error
+    if record.error:
+        line["error"] = record.error
     return json.dumps(line, default=str)
 
 
 class Deadline:
-    """Bounds in time: 408 where the body takes longer than `body_s` to arrive, 504 where the answer is not begun
-    `deadline_s` after the request.
+    """Time limits: 408 if the body takes longer than `body_s`, 504 if the response has not started after `deadline_s`.
 
-    What the app awaits is cancelled: images that wait are dropped, and one that is being decoded ends within its
-    processor time.
+    On a timeout, whatever the app awaits is cancelled: waiting images are dropped, and an image that is being decoded
+    stops at its CPU time limit at the latest.
     """
 
     def __init__(self, app: "ASGIApp", limits: Limits) -> None:
@@ -203,15 +207,15 @@ class Deadline:
             await self.app(scope, receive, send)
             return
         loop = asyncio.get_running_loop()
-        body_ends = loop.time() + self.limits.body_s
+        body_deadline = loop.time() + self.limits.body_s
         body_is_read = False
 
         async def bounded_receive() -> "Message":
             nonlocal body_is_read
             if body_is_read:
-                return await receive()  # waits for the client to leave; takes as long as the answer does
+                return await receive()  # waits for the client to disconnect, without a limit
             try:
-                async with asyncio.timeout_at(body_ends) as bound:
+                async with asyncio.timeout_at(body_deadline) as bound:
                     message = await receive()
             except TimeoutError:
                 if not bound.expired():
@@ -222,14 +226,14 @@ class Deadline:
             body_is_read = message["type"] != "http.request" or not message.get("more_body", False)
             return message
 
-        async def undisturbed_send(message: "Message") -> None:
+        async def send_without_deadline(message: "Message") -> None:
             if message["type"] == "http.response.start":
                 deadline.reschedule(None)
             await send(message)
 
         try:
             async with asyncio.timeout(self.limits.deadline_s) as deadline:
-                await self.app(scope, bounded_receive, undisturbed_send)
+                await self.app(scope, bounded_receive, send_without_deadline)
         except TimeoutError:
             if not deadline.expired():
                 raise

@@ -1,6 +1,6 @@
-"""The Open Inference Protocol, version 2, as far as it describes servers and models.
+"""The metadata and health routes of the Open Inference Protocol, version 2.
 
-Tensors are not taken: a model here has no fixed input size, and images are better sent as they are (POST /v1/detect).
+Inference with tensors is not supported, because the models have no fixed input size: send images to POST /v1/detect.
 https://github.com/kserve/open-inference-protocol
 """
 
@@ -15,38 +15,38 @@ from raydetr.serving.served_version import ServedVersion
 from raydetr.serving.service import Service, ServiceOf
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-ModelName = Annotated[str, Path(description="As GET /v1/models gives it.")]
+ModelName = Annotated[str, Path(description="Model name, see GET /v1/models.")]
 
 
 class ServerMetadata(BaseModel):
-    """Answer of GET /v2."""
+    """Response of GET /v2."""
 
     name: str = Field(examples=["raydetr"])
-    version: str = Field(description="Of the protocol.", examples=["2"])
+    version: str = Field(description="Version of the protocol.", examples=["2"])
     extensions: list[str] = Field(examples=[[]])
 
 
 class Live(BaseModel):
-    """Answer of GET /v2/health/live."""
+    """Response of GET /v2/health/live."""
 
     live: bool = Field(examples=[True])
 
 
 class Ready(BaseModel):
-    """Answer of GET /v2/health/ready."""
+    """Response of GET /v2/health/ready."""
 
     ready: bool = Field(examples=[True])
 
 
 class ModelReady(BaseModel):
-    """Answer of GET /v2/models/{name}/ready."""
+    """Response of GET /v2/models/{name}/ready."""
 
     name: str = Field(examples=["raydetr"])
     ready: bool = Field(examples=[True])
 
 
 class Tensor(BaseModel):
-    """One input or output of a model; -1 stands for any size."""
+    """One input or output of a model; a size of -1 is variable."""
 
     name: str = Field(examples=["boxes_xyxy"])
     datatype: str = Field(examples=["FP32"])
@@ -54,7 +54,7 @@ class Tensor(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """Answer of GET /v2/models/{name}."""
+    """Response of GET /v2/models/{name}."""
 
     name: str = Field(examples=["raydetr"])
     versions: list[str] = Field(examples=[["3"]])
@@ -65,19 +65,19 @@ class ModelMetadata(BaseModel):
 
 @router.get("")
 async def server() -> ServerMetadata:
-    """The server's name."""
+    """Return the name of the server."""
     return ServerMetadata(name="raydetr", version="2", extensions=[])
 
 
 @router.get("/health/live")
 async def live() -> Live:
-    """Whether the process answers."""
+    """Liveness: the process answers."""
     return Live(live=True)
 
 
 @router.get("/health/ready", responses={503: {"model": Ready}})
 async def ready(service: ServiceOf, response: Response) -> Ready:
-    """Whether a model replica is ready, as GET /ready."""
+    """Readiness, as GET /ready."""
     is_ready = await service.is_ready()
     response.status_code = 200 if is_ready else 503
     return Ready(ready=is_ready)
@@ -85,12 +85,11 @@ async def ready(service: ServiceOf, response: Response) -> Ready:
 
 @router.get("/models/{name}", responses={404: {"model": ErrorResponse}})
 async def model(name: ModelName, service: ServiceOf) -> ModelMetadata:
-    """What the model takes and gives, in the protocol's words."""
-    current = _require(name, service)
-    version = current.info.version
+    """Return the inputs and outputs of a model."""
+    number = _require_model(name, service).info.version
     return ModelMetadata(
         name=name,
-        versions=[] if version is None else [str(version)],
+        versions=[] if number is None else [str(number)],
         platform="pytorch_detr",
         inputs=[Tensor(name="image", datatype="BYTES", shape=[1])],
         outputs=[
@@ -103,15 +102,15 @@ async def model(name: ModelName, service: ServiceOf) -> ModelMetadata:
 
 @router.get("/models/{name}/ready", responses={404: {"model": ErrorResponse}, 503: {"model": ModelReady}})
 async def model_ready(name: ModelName, service: ServiceOf, response: Response) -> ModelReady:
-    """Whether a replica with the model is ready."""
-    _require(name, service)
+    """Readiness of a model."""
+    _require_model(name, service)
     is_ready = await service.is_ready()
     response.status_code = 200 if is_ready else 503
     return ModelReady(name=name, ready=is_ready)
 
 
-def _require(name: str, service: Service) -> ServedVersion:
-    current = service.current
-    if name != current.info.name:
-        raise RequestError(404, f"There is no model {name!r}: this endpoint serves {current.info.name!r}.")
-    return current
+def _require_model(name: str, service: Service) -> ServedVersion:
+    version = service.version
+    if name != version.info.name:
+        raise RequestError(404, f"There is no model {name!r}: this endpoint serves {version.info.name!r}.")
+    return version

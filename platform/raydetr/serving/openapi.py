@@ -1,4 +1,4 @@
-"""The OpenAPI document of the endpoint, and the page /docs that shows it without assets from elsewhere."""
+"""The OpenAPI document of the endpoint, and the page /docs that shows it. The page loads nothing external."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from raydetr.serving.auth import OPEN_PATHS
 
 DESCRIPTION = """Object detection and segmentation with DETR.
 
-Errors answer `{"error": {"status", "message"}}`, also those that a route does not list: 404, 405 and 500."""
+Error responses are `{"error": {"status", "message"}}`, including those that a route does not list: 404, 405 and 500."""
 _ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
 _HEADERS = {
     "X-Request-Id": {
-        "description": "Of the request, if it was 1 to 64 of A-Z a-z 0-9 . _ -; else a new one.",
+        "description": "The id of the request if it has 1 to 64 characters of A-Z a-z 0-9 . _ -, else a new id.",
         "schema": {"type": "string"},
     },
     "Retry-After": {"description": "Seconds to wait before the next attempt.", "schema": {"type": "integer"}},
@@ -26,34 +26,34 @@ _MESSAGES = {
     401: "Send a token in the header `Authorization: Bearer TOKEN`.",
     404: "There is no model 'other': this endpoint serves 'raydetr'.",
     408: "The body did not arrive within 30 seconds: send it again.",
-    409: "The model raydetr has no mask head: it detects (POST /v1/detect).",
+    409: "The model raydetr has no mask head: use POST /v1/detect.",
     413: "The body is larger than 20971520 bytes: send a smaller image.",
-    415: "The Content-Type of the body is not one that is read.",
+    415: "The Content-Type of the body is not supported.",
     422: "threshold: Input should be less than or equal to 1 (got '2')",
     429: "Too many requests are waiting: try again later.",
-    503: "No model replica is there: try again later.",
+    503: "No model replica is available: try again later.",
     504: "No answer within 60 seconds: send fewer or smaller images.",
 }
-"""Examples of each error that a route lists."""
+"""Example message of each error that a route lists."""
 _HEADERS_OF = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
 
 
 def documented_api(*, secured: bool) -> FastAPI:
-    """An application without routes yet; its document is made when it is first asked for.
+    """Create an app without routes. Its OpenAPI document is built on the first request for it.
 
     Args:
-        secured: whether tokens are required: the document then says where.
+        secured: whether tokens are required; the document then marks the routes that need one.
     """
     api = FastAPIOffline(
         title="raydetr",
-        version="1",  # of the interface: what runs here is nobody's business
+        version="1",  # of the API; the software version is not disclosed
         description=DESCRIPTION,
         redoc_url=None,
         static_url="/docs-assets",
         swagger_ui_oauth2_redirect_url="/docs-oauth2",
-        redirect_slashes=False,  # a redirect would repeat the Host header of the request
+        redirect_slashes=False,  # a redirect would reflect the Host header of the request
     )
-    api.openapi = lambda: _document(api, secured)  # type: ignore[method-assign]  # FastAPI's way to change it
+    api.openapi = lambda: _document(api, secured)  # type: ignore[method-assign]  # the documented way to extend it
     return api
 
 
@@ -75,7 +75,7 @@ def _document(api: FastAPI, secured: bool) -> dict[str, Any]:
 
 
 def _restore_examples(described: dict[str, Any]) -> None:
-    """FastAPI leaves every null out of a document, and examples have some that their schemas require."""
+    """Restore the nulls of examples, which FastAPI removes although the schemas require them."""
     for name, schema in described.items():
         model = getattr(schemas, name, None)
         if model is not None and "examples" in schema:
@@ -83,18 +83,18 @@ def _restore_examples(described: dict[str, Any]) -> None:
 
 
 def _describe(operation: dict[str, Any], secured: bool) -> None:
-    """Errors as they are answered, in place of FastAPI's own; headers; whether a token is needed."""
+    """Describe the actual error responses instead of FastAPI's, the headers, and whether a token is required."""
     responses: dict[str, Any] = operation["responses"]
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]
-    responses.setdefault("422", {"description": "Unprocessable Content", "content": _ERROR})  # of the query
+    responses.setdefault("422", {"description": "Unprocessable Content", "content": _ERROR})  # invalid query
     responses.pop("401", None)
     if secured:
         operation["security"] = [{"token": []}]
         responses["401"] = {"description": "Unauthorized", "content": _ERROR}
     for status, response in responses.items():
         names = ["X-Request-Id"]
-        # /ready and the like say 503 without a time to wait.
+        # The 503 of /ready and similar routes has no Retry-After.
         if response.get("content") == _ERROR:
             error = {"status": int(status), "message": _MESSAGES[int(status)]}
             response["content"] = {

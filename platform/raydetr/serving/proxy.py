@@ -1,6 +1,6 @@
-"""What Serve's HTTP proxy does not do by itself: checks request ids, and closes connections whose headers never end.
+"""Additions to Serve's HTTP proxy: validate request ids, and close connections whose headers never end.
 
-Serve calls `middlewares` in each proxy process where `CALLBACK` is set in the environment of Ray's node;
+Serve calls `middlewares` in each proxy process if `CALLBACK` is set in the environment of the Ray node.
 `pipelines/serve.py` sets it for a local Ray, and `platform/deploy/` for clusters.
 """
 
@@ -20,31 +20,32 @@ if TYPE_CHECKING:
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 HEADERS_S = 15.0
-"""Time in which a connection's next request has to have all its headers, in seconds."""
+"""Time limit for the headers of the next request of a connection, in seconds."""
 
 
-def request_callback() -> None:
-    """Have the proxies of the Ray that this process starts call `middlewares`, unless they call something else."""
+def set_proxy_callback() -> None:
+    """Set `CALLBACK` for a Ray that this process starts, unless it is already set."""
     os.environ.setdefault(CALLBACK, f"{__name__}:{middlewares.__name__}")
 
 
 def middlewares() -> list[Middleware]:
-    """Serve's callback: what is put around its proxy."""
+    """Return the middlewares of the proxy. Serve's callback."""
     for protocol in (H11Protocol, HttpToolsProtocol):
         limit_headers(protocol)
     return [Middleware(SaneRequestId)]
 
 
 class SaneRequestId:
-    """ASGI middleware around the proxy, which answers with the `X-Request-Id` of the request, whatever it is, and makes
-    one where there is none. So an id that is none, or one of several, is taken out.
+    """ASGI middleware that removes invalid or duplicate `X-Request-Id` headers from requests.
+
+    The proxy returns the id of a request without a check, and creates one if there is none.
     """
 
     def __init__(self, app: "ASGIApp") -> None:
         self.app = app
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        """Hand one request on."""
+        """Forward one request."""
         if scope["type"] == "http":
             headers = MutableHeaders(scope=scope)
             given = headers.getlist("x-request-id")
@@ -54,14 +55,14 @@ class SaneRequestId:
 
 
 def limit_headers(protocol: type[Any], seconds: float = HEADERS_S) -> None:
-    """Have connections of one of uvicorn's protocols closed whose next request has not all its headers in time.
+    """Patch a uvicorn protocol to close connections whose next request does not complete its headers in time.
 
-    uvicorn 0.54 has no such limit; the one for idle connections (`timeout_keep_alive`) ends with the first byte of a
-    request, and begins with the first answer.
+    uvicorn 0.54 has no such limit: its limit for idle connections (`timeout_keep_alive`) starts after the first
+    response, and ends with the first byte of a request.
 
     Args:
-        protocol: `H11Protocol` or `HttpToolsProtocol`; changed once, however often this is called.
-        seconds: from the connection, or from the first bytes after an answer.
+        protocol: `H11Protocol` or `HttpToolsProtocol`. Idempotent: it is patched once.
+        seconds: limit, from the start of the connection or from the first bytes after a response.
     """
     if hasattr(protocol, "headers_timer"):
         return

@@ -1,4 +1,4 @@
-"""What the application's own errors answer; those of what is around it are in `middleware`."""
+"""Error responses of the application. Those of the middlewares are in `middleware`."""
 
 import asyncio
 import math
@@ -14,40 +14,40 @@ from raydetr.errors import RequestError, ServingError
 from raydetr.serving.middleware import error_answer
 
 RETRY_AFTER_S = 1.0
-SLOW_S = 3.0
-"""Mean time until a refusal is answered that is to be slow, in seconds; half to one and a half of it at random, or the
-clients that were refused together would come back together."""
-_MOST_SLOW = 256
-"""Slow refusals at a time; those beyond are answered at once."""
+DELAY_S = 3.0
+"""Mean of the delay of delayed rejections, in seconds. Each delay is 0.5 to 1.5 times as long at random, so that
+clients that were rejected together do not retry together."""
+_MAX_DELAYED = 256
+"""Maximum number of concurrent delayed rejections; further ones are sent immediately."""
 
 
 class Unavailable(ServingError):
-    """The endpoint cannot answer now, through no fault of the request.
+    """The endpoint cannot answer a valid request at the moment.
 
     Args:
         status: 429 too many requests, 503 no model replica, 504 out of time.
-        message: for the client.
-        retry_after_s: when to try again; None says nothing.
-        slowly: answer after about `SLOW_S`. A client that sends the next image as soon as one was refused would
-            otherwise keep the cores busy with refusals. The request holds no place and no bytes meanwhile.
+        message: message for the client.
+        retry_after_s: value of Retry-After, in seconds; None omits the header.
+        delayed: respond after about `DELAY_S`. Otherwise a client that sends the next image as soon as one is rejected
+            would keep the cores busy with rejections. A delayed request holds no place and no bytes.
     """
 
     def __init__(
-        self, status: int, message: str, retry_after_s: float | None = None, *, slowly: bool = False
+        self, status: int, message: str, retry_after_s: float | None = None, *, delayed: bool = False
     ) -> None:
         super().__init__(message)
-        self.status, self.retry_after_s, self.slowly = status, retry_after_s, slowly
+        self.status, self.retry_after_s, self.delayed = status, retry_after_s, delayed
 
 
 def too_many() -> Unavailable:
-    """The answer under overload."""
+    """Build the error under overload."""
     return Unavailable(429, "Too many requests are waiting: try again later.", RETRY_AFTER_S)
 
 
 def add_handlers(api: FastAPI) -> None:
-    """Make an application answer its errors in that form."""
+    """Add the exception handlers to an app."""
     api.add_exception_handler(RequestError, _request_error)
-    api.add_exception_handler(Unavailable, _AnswerUnavailable())
+    api.add_exception_handler(Unavailable, _UnavailableHandler())
     api.add_exception_handler(RequestValidationError, _validation_error)
     api.add_exception_handler(HTTPException, _http_error)
 
@@ -56,18 +56,18 @@ async def _request_error(_: Request, error: Any) -> JSONResponse:
     return error_answer(error.status, str(error))
 
 
-class _AnswerUnavailable:
-    """Answers `Unavailable`, and counts the answers that wait."""
+class _UnavailableHandler:
+    """Handler of `Unavailable` that counts the delayed responses."""
 
     def __init__(self) -> None:
         self._waiting = 0
 
     async def __call__(self, _: Request, error: Any) -> JSONResponse:
-        if error.slowly and self._waiting < _MOST_SLOW:
-            error.with_traceback(None)  # whose frames hold the images
+        if error.delayed and self._waiting < _MAX_DELAYED:
+            error.with_traceback(None)  # its frames hold the images
             self._waiting += 1
             try:
-                await asyncio.sleep(SLOW_S * random.uniform(0.5, 1.5))
+                await asyncio.sleep(DELAY_S * random.uniform(0.5, 1.5))
             finally:
                 self._waiting -= 1
         headers = None

@@ -1,4 +1,4 @@
-"""The log lines of requests as the driver prints them: plain JSON, one a line, for a pipe."""
+"""Print the request log on the driver as plain JSON lines, ready for a pipe."""
 
 import sys
 from collections.abc import Callable
@@ -7,23 +7,23 @@ from typing import Any
 from raydetr.ray_internals.worker_logs import global_worker_stdstream_dispatcher
 
 _RAY_PRINTS = "ray_print_logs"
-"""Ray's name (2.60) of what prints the lines of workers."""
+"""Name of the handler with which Ray (2.60) prints the lines of workers."""
 _START = '{"time": "'
-"""Of a line of `middleware.RequestContext`."""
+"""Start of a log line of `middleware.RequestContext`."""
 
 
 def print_request_lines_plainly() -> None:
-    """Have this driver, which is connected, print the log lines of requests as they are; other lines are Ray's.
+    """Print the log lines of requests unchanged; Ray still prints all other lines. The driver must be connected.
 
-    Ray puts a colored prefix in front of each line of a worker, and prints lines that differ by numbers only once.
+    Ray adds a colored prefix to each line of a worker, and prints lines that differ only in numbers once.
     """
     for name, ray_prints in list(global_worker_stdstream_dispatcher.handlers):
         if name == _RAY_PRINTS and ray_prints.__module__ != __name__:
             global_worker_stdstream_dispatcher.remove_handler(name)
-            global_worker_stdstream_dispatcher.add_handler(name, _plainly(ray_prints))
+            global_worker_stdstream_dispatcher.add_handler(name, _print_requests_plainly(ray_prints))
 
 
-def _plainly(ray_prints: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+def _print_requests_plainly(ray_prints: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
     def print_batch(batch: dict[str, Any]) -> None:
         requests = [line for line in batch["lines"] if line.startswith(_START)]
         if requests:

@@ -1,4 +1,4 @@
-"""The routes under /v1, and those that say how the endpoint is."""
+"""The routes under /v1, the demo page, liveness and readiness."""
 
 import time
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ _FORM = {
         "additionalProperties": False,
     }
 }
-_GREY = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAEUlEQVR42mNsYEAFTAwjWgAAmZAAoFDIQrAAAAAASUVORK5CYII="
+_GRAY = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAEUlEQVR42mNsYEAFTAwjWgAAmZAAoFDIQrAAAAAASUVORK5CYII="
 _JSON = {
     "schema": {
         "type": "object",
@@ -66,13 +66,11 @@ _JSON = {
         "required": ["images"],
         "additionalProperties": False,
     },
-    "example": {"images": [_GREY]},
+    "example": {"images": [_GRAY]},
 }
 _Orientation = Annotated[
     Orientation,
-    Query(
-        description="apply: turn images upright by their EXIF orientation; ignore: answer for the stored pixels."
-    ),
+    Query(description="apply: turn images upright by their EXIF orientation; ignore: use the stored pixels."),
 ]
 _ONE = dict.fromkeys(("image/jpeg", "image/png", "image/webp", "application/octet-stream"), _BINARY)
 
@@ -83,20 +81,20 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 @router.get("/", include_in_schema=False)
 async def page() -> HTMLResponse:
-    """A page to try the endpoint with."""
+    """Return the demo page."""
     return HTMLResponse(index())
 
 
-@router.get("/health", tags=["State"], summary="Whether it lives")
+@router.get("/health", tags=["State"], summary="Liveness")
 async def health(service: ServiceOf) -> HealthResponse:
-    """Whether requests are answered, and by which model."""
-    return HealthResponse(status="ok", model=service.current.info)
+    """Liveness: the process answers. Returns the served model."""
+    return HealthResponse(status="ok", model=service.version.info)
 
 
 @router.get(
     "/ready",
     tags=["State"],
-    summary="Whether it is ready",
+    summary="Readiness",
     responses={
         503: {
             "model": ReadyResponse,
@@ -106,25 +104,26 @@ async def health(service: ServiceOf) -> HealthResponse:
     },
 )
 async def ready(service: ServiceOf, response: Response) -> ReadyResponse:
-    """Whether a model replica is there and warm; 503 where not."""
+    """Readiness: a model replica is warm and images are being decoded; else 503."""
     is_ready = await service.is_ready()
     response.status_code = 200 if is_ready else 503
     return ReadyResponse(ready=is_ready)
 
 
-@router.get("/v1/models", tags=["Images"], summary="The models that answer")
+@router.get("/v1/models", tags=["Images"], summary="Served models")
 async def models(service: ServiceOf) -> ModelsResponse:
-    """The model that answers, its labels and what it can do; then the challenger, where one is tried."""
+    """List the served model with its labels and tasks, and the challenger if there is one."""
     challenger = service.challenger
-    tried = challenger is not None and challenger.is_other_than(service.current)
-    shown = [service.current, challenger.current] if challenger is not None and tried else [service.current]
-    return ModelsResponse(models=[_served(current) for current in shown])
+    versions = [service.version]
+    if challenger is not None and challenger.differs_from(service.version):
+        versions.append(challenger.version)
+    return ModelsResponse(models=[_served_model(version) for version in versions])
 
 
 @router.post(
     "/v1/detect",
     tags=["Images"],
-    summary="Boxes of objects",
+    summary="Detect objects",
     responses=_errors(400, 408, 413, 415, 422, 429, 503, 504),
     openapi_extra={
         "requestBody": {
@@ -137,45 +136,47 @@ async def detect(
     request: Request,
     service: ServiceOf,
     client: ClientOf,
-    threshold: Annotated[float, Query(ge=0, le=1, description="Least score.")] = 0.5,
-    top_k: Annotated[int | None, Query(ge=1, description="Most detections of an image.")] = None,
-    classes: Annotated[list[str] | None, Query(description="Label names to keep; repeated.")] = None,
+    threshold: Annotated[float, Query(ge=0, le=1, description="Minimum score.")] = 0.5,
+    top_k: Annotated[int | None, Query(ge=1, description="Maximum number of detections per image.")] = None,
+    classes: Annotated[
+        list[str] | None, Query(description="Label names to return; repeat the parameter for several.")
+    ] = None,
     orientation: _Orientation = "ignore",
 ) -> DetectResponse | DetectManyResponse:
-    """Detect objects in the image that is the body, or in those of a form or of JSON."""
-    begun = time.monotonic()
+    """Detect objects in one raw image, or in the images of a multipart form or of JSON."""
+    started = time.monotonic()
 
-    async def by(current: ServedVersion) -> DetectResponse | DetectManyResponse:
-        wanted = _label_ids(classes, current)
-        prepared = await service.preparer.prepare(sent.images, current.image_processor, client, orientation)
+    async def answer(version: ServedVersion) -> DetectResponse | DetectManyResponse:
+        label_ids = _label_ids(classes, version)
+        prepared = await service.preparer.prepare(body.images, version.image_processor, client, orientation)
         prepared_at = time.monotonic()
-        found = await service.detect(prepared, current)
+        results = await service.detect(prepared, version)
         service.shadow(
-            ChampionAnswer(sent.images, prepared, [result.value for result in found], orientation), current
+            ChampionAnswer(body.images, prepared, [result.value for result in results], orientation), version
         )
-        results = [
-            _detections(_info(image, orientation), result.value, current, threshold, top_k, wanted)
-            for image, result in zip(prepared, found, strict=True)
+        detected = [
+            _detections(_info(image, orientation), result.value, version, threshold, top_k, label_ids)
+            for image, result in zip(prepared, results, strict=True)
         ]
-        request.state.model = current.model.label
-        times = _times(begun, prepared_at, max(result.model_ms for result in found))
-        if sent.many:
-            return DetectManyResponse(model=current.info, results=results, times=times)
+        request.state.model = version.model.label
+        times = _times(started, prepared_at, max(result.model_ms for result in results))
+        if body.is_list:
+            return DetectManyResponse(model=version.info, results=detected, times=times)
         return DetectResponse(
-            model=current.info, image=results[0].image, detections=results[0].detections, times=times
+            model=version.info, image=detected[0].image, detections=detected[0].detections, times=times
         )
 
-    _label_ids(classes, service.current)  # before the body is read
-    with service.body(client) as take:
-        sent = await read_images(request, service.limits, take)
+    _label_ids(classes, service.version)  # reject unknown classes before the body is read
+    with service.body(client) as reserve:
+        body = await read_images(request, service.limits, reserve)
         with service.request(client) as champion:
-            return await service.answer("detect", champion, by, begun)
+            return await service.answer("detect", champion, answer, started)
 
 
 @router.post(
     "/v1/segment",
     tags=["Images"],
-    summary="Masks of objects or classes",
+    summary="Segment an image",
     responses=_errors(400, 408, 409, 413, 415, 422, 429, 503, 504),
     openapi_extra={
         "requestBody": {
@@ -188,67 +189,67 @@ async def segment(
     request: Request,
     service: ServiceOf,
     client: ClientOf,
-    kind: Annotated[Kind, Query(description="What a segment is: see docs/serving.md.")] = "instance",
-    threshold: Annotated[float, Query(ge=0, le=1, description="Least score of a segment.")] = 0.5,
+    kind: Annotated[Kind, Query(description="Kind of segmentation, see docs/serving.md.")] = "instance",
+    threshold: Annotated[float, Query(ge=0, le=1, description="Minimum score of a segment.")] = 0.5,
     format: Annotated[
-        Format, Query(description="rle: each segment's run lengths; png: one map of all.")
+        Format, Query(description="rle: run lengths of each segment; png: one map of all segments.")
     ] = "rle",
     orientation: _Orientation = "ignore",
 ) -> SegmentResponse:
-    """Segment one image: run lengths of each segment, or one map of all as PNG."""
-    begun = time.monotonic()
+    """Segment one image. Returns the run lengths of each segment, or one map of all segments as PNG."""
+    started = time.monotonic()
 
-    async def by(current: ServedVersion) -> SegmentResponse:
-        (image,) = await service.preparer.prepare(sent.images, current.image_processor, client, orientation)
+    async def answer(version: ServedVersion) -> SegmentResponse:
+        (image,) = await service.preparer.prepare(body.images, version.image_processor, client, orientation)
         prepared_at = time.monotonic()
-        result = await service.segment(image, current, SegmentRequest(kind, threshold, format))
-        request.state.model = current.model.label
+        result = await service.segment(image, version, SegmentRequest(kind, threshold, format))
+        request.state.model = version.model.label
         return SegmentResponse(
-            model=current.info,
+            model=version.info,
             image=_info(image, orientation),
-            times=_times(begun, prepared_at, result.model_ms),
+            times=_times(started, prepared_at, result.model_ms),
             **result.value,
         )
 
-    with service.body(client) as take:
-        sent = await read_images(request, service.limits, take)
-        if len(sent.images) != 1:
-            raise RequestError(422, f"{len(sent.images)} images were sent: segmentation takes one.")
+    with service.body(client) as reserve:
+        body = await read_images(request, service.limits, reserve)
+        if len(body.images) != 1:
+            raise RequestError(422, f"The body has {len(body.images)} images: send one image to segment.")
         with service.request(client) as champion:
-            return await service.answer("segment", champion, by, begun)
+            return await service.answer("segment", champion, answer, started)
 
 
-def _served(current: ServedVersion) -> ServedModel:
-    labels = [current.id2label[label] for label in sorted(current.id2label)]
-    info = current.info
-    return ServedModel(name=info.name, version=info.version, labels=labels, tasks=list(current.tasks))
+def _served_model(version: ServedVersion) -> ServedModel:
+    labels = [version.id2label[label] for label in sorted(version.id2label)]
+    info = version.info
+    return ServedModel(name=info.name, version=info.version, labels=labels, tasks=list(version.tasks))
 
 
-def _label_ids(classes: Sequence[str] | None, current: ServedVersion) -> set[int] | None:
+def _label_ids(classes: Sequence[str] | None, version: ServedVersion) -> set[int] | None:
     if not classes:
         return None
-    unknown = sorted(set(classes) - set(current.id2label.values()))
+    unknown = sorted(set(classes) - set(version.id2label.values()))
     if unknown:
         raise RequestError(
             422, f"classes: the model has no label {', '.join(map(repr, unknown))}: see GET /v1/models."
         )
-    return {label for label, name in current.id2label.items() if name in classes}
+    return {label for label, name in version.id2label.items() if name in classes}
 
 
 def _detections(
     image: ImageInfo,
-    found: Detections,
-    current: ServedVersion,
+    detections: Detections,
+    version: ServedVersion,
     threshold: float,
     top_k: int | None,
-    wanted: set[int] | None,
+    label_ids: set[int] | None,
 ) -> DetectResult:
-    kept = [
+    selected = [
         Detection.model_validate(each)
-        for each in found.to_dicts(current.id2label)
-        if each["score"] >= threshold and (wanted is None or each["label_id"] in wanted)
+        for each in detections.to_dicts(version.id2label)
+        if each["score"] >= threshold and (label_ids is None or each["label_id"] in label_ids)
     ]
-    return DetectResult(image=image, detections=kept[:top_k])
+    return DetectResult(image=image, detections=selected[:top_k])
 
 
 def _info(image: PreparedImage, orientation: Orientation) -> ImageInfo:
@@ -256,10 +257,10 @@ def _info(image: PreparedImage, orientation: Orientation) -> ImageInfo:
     return ImageInfo(height=height, width=width, orientation=orientation)
 
 
-def _times(begun: float, prepared_at: float, model_ms: float) -> Times:
+def _times(started: float, prepared_at: float, model_ms: float) -> Times:
     now = time.monotonic()
     return Times(
-        prepare_ms=round(1000 * (prepared_at - begun), 3),
+        prepare_ms=round(1000 * (prepared_at - started), 3),
         model_ms=round(model_ms, 3),
-        total_ms=round(1000 * (now - begun), 3),
+        total_ms=round(1000 * (now - started), 3),
     )

@@ -1,4 +1,4 @@
-"""The JSON that the endpoint answers with."""
+"""The JSON responses of the endpoint."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def _example(**values: Any) -> ConfigDict:
 
 
 class Box(BaseModel):
-    """Corners in pixels of the image, see `ImageInfo`; they may lie beyond its edges."""
+    """Corners in pixels of the image, see `ImageInfo`; they may lie outside of it."""
 
     xmin: float
     ymin: float
@@ -41,14 +41,14 @@ class Detection(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    """Which model answers."""
+    """The model that answered."""
 
     name: str
     version: int | None = Field(description="Registered version; null for a model from a folder.")
 
 
 class ImageInfo(BaseModel):
-    """What was decoded, in pixels: with orientation=apply of the upright image, else of the stored one."""
+    """Size of the decoded image, in pixels: of the upright image with orientation=apply, else of the stored one."""
 
     height: int
     width: int
@@ -56,17 +56,17 @@ class ImageInfo(BaseModel):
 
 
 class Times(BaseModel):
-    """Where a request's time went, in milliseconds."""
+    """Time spent on the request, in milliseconds."""
 
     prepare_ms: float = Field(description="Decoding and resizing.")
     model_ms: float = Field(
-        description="On the model's device; of the slowest batch, where there were several."
+        description="Time of the batch on the device; of the slowest one if there were several."
     )
-    total_ms: float = Field(description="From the request's headers to the answer, waiting included.")
+    total_ms: float = Field(description="From the headers of the request to the response, waiting included.")
 
 
 class DetectResponse(BaseModel):
-    """Answer of POST /v1/detect to one image; detections by descending score."""
+    """Response of POST /v1/detect to one raw image, with detections by descending score."""
 
     model: ModelInfo
     image: ImageInfo
@@ -77,14 +77,14 @@ class DetectResponse(BaseModel):
 
 
 class DetectResult(BaseModel):
-    """One image of several."""
+    """Result for one of several images."""
 
     image: ImageInfo
     detections: list[Detection]
 
 
 class DetectManyResponse(BaseModel):
-    """Answer of POST /v1/detect to images sent as multipart/form-data or JSON, in their order."""
+    """Response of POST /v1/detect to images sent as multipart/form-data or JSON, in their order."""
 
     model: ModelInfo
     results: list[DetectResult]
@@ -94,16 +94,16 @@ class DetectManyResponse(BaseModel):
 
 
 class Mask(BaseModel):
-    """COCO's compressed run lengths, as pycocotools reads them."""
+    """COCO's compressed run-length encoding, as pycocotools reads it."""
 
     size: tuple[int, int] = Field(description="Height and width.")
     counts: str
 
 
 class Segment(BaseModel):
-    """One object, or one class of a semantic map."""
+    """One segment: an object, or a class of a semantic map."""
 
-    id: int = Field(description="Its value in the map.")
+    id: int = Field(description="Value of the segment in the map.")
     label: str
     label_id: int
     score: float | None = Field(description="Null in semantic segmentation.")
@@ -111,13 +111,13 @@ class Segment(BaseModel):
 
 
 class SegmentResponse(BaseModel):
-    """Answer of POST /v1/segment."""
+    """Response of POST /v1/segment."""
 
     model: ModelInfo
     image: ImageInfo
     segments: list[Segment]
     map: str | None = Field(
-        description="Base64 of a PNG with segment ids as R + 256 G + 65536 B, 0 where there is none; null with format=rle."
+        description="Base64 of a PNG with segment ids as R + 256 G + 65536 B, 0 without a segment; null with format=rle."
     )
     times: Times
 
@@ -131,7 +131,7 @@ class SegmentResponse(BaseModel):
 
 
 class ServedModel(BaseModel):
-    """A model that answers, and what it can do."""
+    """A served model and its tasks."""
 
     name: str
     version: int | None
@@ -140,7 +140,7 @@ class ServedModel(BaseModel):
 
 
 class ModelsResponse(BaseModel):
-    """Answer of GET /v1/models."""
+    """Response of GET /v1/models."""
 
     models: list[ServedModel]
 
@@ -148,7 +148,7 @@ class ModelsResponse(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """Answer of GET /health."""
+    """Response of GET /health."""
 
     status: str
     model: ModelInfo
@@ -157,7 +157,7 @@ class HealthResponse(BaseModel):
 
 
 class ReadyResponse(BaseModel):
-    """Answer of GET /ready: 200 where it is true, else 503."""
+    """Response of GET /ready; the status is 200 if true, else 503."""
 
     ready: bool
 
@@ -165,20 +165,20 @@ class ReadyResponse(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """Status and message of an error."""
 
     status: int
     message: str
 
 
 class ErrorResponse(BaseModel):
-    """Answer with any 4xx or 5xx status."""
+    """Response with a 4xx or 5xx status."""
 
     error: ErrorDetail
 
     model_config = _example(
         error={
             "status": 415,
-            "message": "The body is not an image that can be read: its first bytes are not those of a format.",
+            "message": "The body is not a readable image: its first bytes are not those of a format.",
         }
     )

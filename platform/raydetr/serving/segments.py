@@ -1,4 +1,4 @@
-"""From a segmentation model's output for one image to what POST /v1/segment answers: masks never leave as tensors."""
+"""Convert a segmentation model's output for one image to the fields of POST /v1/segment. Masks leave as RLE or PNG."""
 
 import base64
 from collections.abc import Collection, Mapping
@@ -24,14 +24,14 @@ Format = Literal["rle", "png"]
 
 @dataclass(frozen=True)
 class SegmentRequest:
-    """What is asked of one image."""
+    """Options of the segmentation of one image."""
 
     kind: Kind
-    """instance: objects, each of its own; panoptic: every pixel to one segment; semantic: a class for every pixel."""
+    """instance: a mask per object; panoptic: one segment per pixel; semantic: one class per pixel."""
     threshold: float
     """A query's score must exceed it to become a segment; semantic segmentation has no threshold."""
     format: Format
-    """rle: COCO's run lengths of every segment; png: one map of all."""
+    """rle: COCO's run lengths of each segment; png: one map of all segments."""
 
 
 def segments(
@@ -41,14 +41,14 @@ def segments(
     id2label: Mapping[int, str],
     stuff: Collection[int] = (),
 ) -> dict[str, Any]:
-    """The fields `segments` and `map` of `schemas.SegmentResponse`, at the size of the image as it was sent.
+    """Build the fields `segments` and `map` of `schemas.SegmentResponse`, at the original size of the image.
 
     Args:
-        outputs: of this image alone: `logits` [1, queries, classes + 1], `pred_masks` [1, queries, h, w].
-        image: whose padding is cut off the masks.
-        request: what is asked.
+        outputs: output for this image only: `logits` [1, queries, classes + 1], `pred_masks` [1, queries, h, w].
+        image: the prepared image; its padding is cropped from the masks.
+        request: the options of the segmentation.
         id2label: class index to name.
-        stuff: class indices of which a panoptic map has one segment each.
+        stuff: class indices that have a single segment each in a panoptic map.
     """
     sizes: dict[str, Any] = {
         "target_sizes": [image.original_size],
@@ -57,7 +57,7 @@ def segments(
     }
     if request.kind == "semantic":
         ids = torch.as_tensor(post_process_semantic_segmentation(outputs, **sizes)[0]) + 1
-        found = [{"id": id, "label_id": id - 1, "score": None} for id in ids.unique().tolist()]
+        infos = [{"id": id, "label_id": id - 1, "score": None} for id in ids.unique().tolist()]
     else:
         if request.kind == "instance":
             results = post_process_instance_segmentation(
@@ -72,24 +72,24 @@ def segments(
                 merge_fused=True,
                 **sizes,
             )
-        # The map of an image without a segment is -1.
-        ids, found = results[0]["segmentation"].clamp(min=0), results[0]["segments_info"]
-    masks: list[Any] = [None] * len(found)
+        # The map of an image without segments is -1 everywhere; the response uses 0.
+        ids, infos = results[0]["segmentation"].clamp(min=0), results[0]["segments_info"]
+    masks: list[Any] = [None] * len(infos)
     png = None
     if request.format == "rle":
-        masks = coco_rle(ids, [segment["id"] for segment in found])
+        masks = coco_rle(ids, [info["id"] for info in infos])
     else:
         png = base64.b64encode(write_panoptic_png(ids.cpu().numpy().astype(np.int64))).decode("ascii")
     return {
         "segments": [
             {
-                "id": segment["id"],
-                "label": id2label[segment["label_id"]],
-                "label_id": segment["label_id"],
-                "score": segment["score"],
+                "id": info["id"],
+                "label": id2label[info["label_id"]],
+                "label_id": info["label_id"],
+                "score": info["score"],
                 "mask": mask,
             }
-            for segment, mask in zip(found, masks, strict=True)
+            for info, mask in zip(infos, masks, strict=True)
         ],
         "map": png,
     }

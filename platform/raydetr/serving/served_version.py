@@ -1,4 +1,4 @@
-"""The model version that answers requests, as the HTTP side knows it."""
+"""A served model version as the HTTP ingress needs it."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -12,7 +12,7 @@ from raydetr.serving.schemas import ModelInfo
 
 @dataclass(frozen=True)
 class ServedVersion:
-    """A model version as the HTTP side knows it; a request uses the same one from start to finish."""
+    """A served model version. A request uses the same one from start to finish."""
 
     model: ResolvedModel
     info: ModelInfo
@@ -20,13 +20,13 @@ class ServedVersion:
     id2label: dict[int, str]
     tasks: tuple[str, ...]
 
-    def prepares_otherwise_than(self, other: "ServedVersion") -> bool:
-        """Whether an image prepared for one version is none for the other."""
+    def prepares_differently_from(self, other: "ServedVersion") -> bool:
+        """Check whether images prepared for one version cannot be used by the other."""
         return self.image_processor.to_dict() != other.image_processor.to_dict()
 
     @classmethod
     def of(cls, model: ResolvedModel) -> Self:
-        """Read it from the version's files."""
+        """Read a version from its files."""
         folder = local_folder(model)
         config = DetrConfig.from_pretrained(folder)
         return cls(

@@ -1,4 +1,4 @@
-"""What the routes do, without HTTP: prepares images on CPU threads and asks a model replica, within bounds."""
+"""The service behind the routes, without HTTP: admission limits, and calls of the model replicas."""
 
 import asyncio
 import contextlib
@@ -31,35 +31,35 @@ from raydetr.serving.shares import FairShare
 
 T = TypeVar("T")
 MAX_BODIES = 1024
-"""Bodies that arrive at a time in one process."""
+"""Maximum number of bodies that arrive concurrently in one process."""
 MAX_COSTLY = 4
-"""Costly images of one process that replicas have at a time: their places are for the others."""
-LOST_REPLICAS = 3
-"""Replicas that may die under one image before its request fails; an answer has no side effect to repeat."""
+"""Maximum number of costly images per process that are at the replicas, so that other images find room there."""
+MAX_ATTEMPTS = 3
+"""Maximum number of calls for one image if replicas die. Calls have no side effects, so repeating them is safe."""
 
 
 class Service:
-    """See the file's docstring.
+    """Admits requests and calls the model replicas.
 
     Args:
-        current: the version that answers; replaced where an alias moves.
+        version: the served version; replaced when the alias moves.
         detector: handle of the model replicas, `detector.Detector`.
         preparer: prepares the images of all requests, within its limits.
-        max_requests: worked on or waiting at a time; beyond it is 429.
-        replicas_ready: whether a model replica is ready, by Serve's own account; may block.
+        max_requests: maximum number of requests in progress or waiting; further ones get 429.
+        replicas_ready: returns whether a model replica is ready by Serve's status; may block.
     """
 
     def __init__(
         self,
-        current: ServedVersion,
+        version: ServedVersion,
         detector: DeploymentHandle[Any],
         preparer: Preparer,
         max_requests: int,
         replicas_ready: Callable[[], bool],
     ) -> None:
-        self.current, self.detector, self.preparer = current, detector, preparer
+        self.version, self.detector, self.preparer = version, detector, preparer
         self.limits = preparer.limits
-        self.challenger: Challenger | None = None  # set where one is tried
+        self.challenger: Challenger | None = None
         self._replicas_ready = replicas_ready
         self._requests = FairShare(max_requests)
         self._bodies = FairShare(MAX_BODIES)
@@ -68,112 +68,116 @@ class Service:
 
     @contextlib.contextmanager
     def body(self, client: str) -> Iterator[Callable[[int], None]]:
-        """Room for one body, from before it arrives until its request is answered.
+        """Reserve a place for one body, from before it arrives until its request is answered.
 
         Yields:
-            what takes room for so many bytes more, and raises Unavailable where the client has had its share.
+            a function that reserves a number of bytes, and raises Unavailable if the client has used up its share.
 
         Raises:
-            Unavailable: 429 where the request could not be worked on if its body were here, or its client sends too
-                many at a time.
+            Unavailable: 429 if there is no place for the request, or the client sends too many bodies concurrently.
         """
-        if self._requests.is_full(client) or not self._bodies.take(client):
+        if self._requests.is_full(client) or not self._bodies.acquire(client):
             raise too_many()
-        taken = 0
+        reserved = 0
 
-        def take(count: int) -> None:
-            nonlocal taken
-            if not self._bytes.take(client, count):
+        def reserve(count: int) -> None:
+            nonlocal reserved
+            if not self._bytes.acquire(client, count):
                 raise too_many()
-            taken += count
+            reserved += count
 
         try:
-            yield take
+            yield reserve
         finally:
-            self._bodies.give_back(client)
-            self._bytes.give_back(client, taken)
+            self._bodies.release(client)
+            self._bytes.release(client, reserved)
 
     @contextlib.contextmanager
     def request(self, client: str) -> Iterator[ServedVersion]:
-        """One request, whose body has arrived, within the bound; the version that answers it, if the challenger does
-        not.
+        """Reserve a place for one request whose body has arrived.
+
+        Yields:
+            the champion: the version that answers unless the challenger does.
 
         Raises:
-            Unavailable: 429 where there are too many, or the client has had its share.
+            Unavailable: 429 if there are too many requests, or the client has used up its share.
         """
-        if not self._requests.take(client):
+        if not self._requests.acquire(client):
             raise too_many()
         try:
-            yield self.current
+            yield self.version
         finally:
-            self._requests.give_back(client)
+            self._requests.release(client)
 
     async def answer(
-        self, task: str, champion: ServedVersion, run: Callable[[ServedVersion], Awaitable[T]], begun: float
+        self, task: str, champion: ServedVersion, run: Callable[[ServedVersion], Awaitable[T]], started: float
     ) -> T:
-        """What `run` makes of the challenger, for its share of requests, or else of the champion.
+        """Return the challenger's answer for its share of requests, else the champion's.
 
         Args:
             task: detect or segment.
-            champion: from `request`.
-            run: computes a version's answer.
-            begun: when the request came, by `time.monotonic`; the challenger has half of the deadline.
+            champion: the version from `request`.
+            run: computes the answer of a version.
+            started: arrival of the request, by `time.monotonic`; the challenger has half of the deadline.
         """
         challenger = self.challenger
         if challenger is not None:
-            within_s = begun + self.limits.deadline_s / 2 - time.monotonic()
-            tried = await challenger.answer(task, champion, run, within_s)
-            if tried is not None:
-                return tried
+            within_s = started + self.limits.deadline_s / 2 - time.monotonic()
+            answer = await challenger.answer(task, champion, run, within_s)
+            if answer is not None:
+                return answer
         return await run(champion)
 
-    def shadow(self, seen: ChampionAnswer, current: ServedVersion) -> None:
-        """Have the challenger detect the same images too, for its share, once the champion has answered."""
+    def shadow(self, answer: ChampionAnswer, champion: ServedVersion) -> None:
+        """Start a shadow comparison with the challenger for its share of images, after the champion has answered."""
         challenger = self.challenger
-        if challenger is not None and challenger.is_other_than(current):
+        if challenger is not None and challenger.differs_from(champion):
             busy = 2 * self._requests.used > self._requests.capacity
-            challenger.shadow.consider(seen, current, challenger.current, busy)
+            challenger.shadow.submit(answer, champion, challenger.version, busy)
 
     async def detect(
-        self, images: Sequence[PreparedImage], current: ServedVersion, in_background: bool = False
+        self, images: Sequence[PreparedImage], version: ServedVersion, in_background: bool = False
     ) -> list[Result]:
-        """Detections of images, which the model replicas get at once; in the background: in pauses of the others.
+        """Detect objects in images, which are sent to the model replicas concurrently.
+
+        Args:
+            images: prepared for `version`.
+            version: the version that computes the result.
+            in_background: compute them while no image of a client is computed.
 
         Raises:
-            Unavailable: of one of them.
+            Unavailable: one of the images got no result.
         """
 
         async def one(image: PreparedImage) -> Result:
-            async with contextlib.nullcontext() if in_background else self._turn(image):
-                return await self._ask("detect", current.model, image, in_background)
+            async with contextlib.nullcontext() if in_background else self._costly_limit(image):
+                return await self._call_replica("detect", version.model, image, in_background)
 
         return await all_or_none(map(one, images))
 
-    async def segment(self, image: PreparedImage, current: ServedVersion, request: Any) -> Result:
-        """Segments of an image.
+    async def segment(self, image: PreparedImage, version: ServedVersion, request: Any) -> Result:
+        """Segment an image.
 
         Raises:
-            RequestError: 409, the model has no mask head.
-            Unavailable: as the class says.
+            RequestError: 409 if the model has no mask head.
+            Unavailable: the image got no result.
         """
-        if "segment" not in current.tasks:
-            raise RequestError(
-                409, f"The model {current.info.name} has no mask head: it detects (POST /v1/detect)."
-            )
-        async with self._turn(image):
-            return await self._ask("segment", current.model, image, request)
+        if "segment" not in version.tasks:
+            raise RequestError(409, f"The model {version.info.name} has no mask head: use POST /v1/detect.")
+        async with self._costly_limit(image):
+            return await self._call_replica("segment", version.model, image, request)
 
-    def _turn(self, image: PreparedImage) -> contextlib.AbstractAsyncContextManager[None]:
+    def _costly_limit(self, image: PreparedImage) -> contextlib.AbstractAsyncContextManager[None]:
         return self._costly if isinstance(image, CostlyImage) else contextlib.nullcontext()
 
-    async def _ask(self, method: str, *args: Any) -> Result:
-        """One call of a model replica, of another one where that dies meanwhile."""
-        for _ in range(LOST_REPLICAS):
+    async def _call_replica(self, method: str, *args: Any) -> Result:
+        """Call a model replica, and another one if it dies during the call."""
+        for _ in range(MAX_ATTEMPTS):
             response = getattr(self.detector, method).remote(*args)
             try:
                 result: Result = await response
             except asyncio.CancelledError:
-                response.cancel()  # Serve does so for clients that went away, but not for our deadline
+                response.cancel()  # Serve cancels it when a client disconnects, but not at our deadline
                 raise
             except BackPressureError as error:
                 raise too_many() from error
@@ -187,13 +191,13 @@ class Service:
         raise no_replica()
 
     async def is_ready(self) -> bool:
-        """Whether a model replica has answered its warm-up and is there, and images are being decoded."""
+        """Check that a model replica is running and warm, and that images are being decoded."""
         return await asyncio.to_thread(lambda: self._replicas_ready() and self.preparer.is_ready())
 
 
 def no_replica() -> Unavailable:
-    """The answer while there is no model replica."""
-    return Unavailable(503, "No model replica is there: try again later.", RETRY_AFTER_S)
+    """Build the error for a missing model replica."""
+    return Unavailable(503, "No model replica is available: try again later.", RETRY_AFTER_S)
 
 
 def _service(request: Request) -> Service:
@@ -202,7 +206,7 @@ def _service(request: Request) -> Service:
 
 
 def client_of(request: Request) -> str:
-    """Who sends a request, for its share of the endpoint: the name of its token, else its address."""
+    """Return the client of a request, for fair sharing: the name of its token, else its IP address."""
     name: str | None = getattr(request.state, "client", None)
     if name is not None:
         return f"token {name}"

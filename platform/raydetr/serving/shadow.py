@@ -1,4 +1,4 @@
-"""Detections of two versions on the same live images, compared behind the client's back."""
+"""Compare the detections of two versions on live images, without an effect on the responses."""
 
 import asyncio
 import logging
@@ -21,85 +21,85 @@ from raydetr.serving.served_version import ServedVersion
 
 logger = logging.getLogger("ray.serve")
 _CLIENT = "the shadow"
-LEAST_SCORE = 0.5
-"""Detections below it are not compared."""
-LEAST_IOU = 0.5
-"""Overlap from which two boxes are taken for one object."""
+MIN_SCORE = 0.5
+"""Minimum score of the detections that are compared."""
+MIN_IOU = 0.5
+"""Minimum IoU of two boxes of the same object."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two versions agree on one image; numbers of objects."""
+    """Agreement of two versions on one image, as numbers of objects."""
 
     agreed: int
-    """In both, with one label."""
+    """Detected by both, with the same label."""
     relabelled: int
-    """In both, with two labels."""
+    """Detected by both, with different labels."""
     only_champion: int
     only_challenger: int
     score_differences: tuple[float, ...]
-    """|champion's - challenger's| of those that agreed."""
+    """|champion's - challenger's score| of the objects that agree."""
 
 
 @dataclass(frozen=True)
 class ChampionAnswer:
-    """One request as the champion answered it."""
+    """The images of one request and the champion's detections."""
 
     images: Sequence[Encoded]
     prepared: Sequence[PreparedImage]
-    found: Sequence[Detections]
+    detections: Sequence[Detections]
     orientation: Orientation = "ignore"
-    """In which they were prepared."""
+    """Orientation with which the images were prepared."""
 
 
 class Shadow:
-    """Has a challenger detect what a champion has answered, and counts where they differ.
+    """Runs a challenger on images that a champion has answered, and counts the differences.
 
-    It never delays or fails an answer: it begins after it, at most `most` images are under way at a time, and those
-    beyond are dropped and counted. What fails is counted and logged.
+    It never delays or fails a response: a comparison starts after the champion's answer, at most `max_images` are in
+    flight, and further images are dropped and counted. Failures are counted and logged.
 
     Args:
-        share: of images, 0..1.
-        most: images at a time.
-        prepare: prepares images again, for a challenger that wants them otherwise; see `Preparer.prepare`.
-        detect: asks the model replicas.
-        metrics: that count.
+        share: share of images to compare, 0..1.
+        max_images: maximum number of concurrent comparisons.
+        prepare: prepares an image again if the challenger's image processor differs; see `Preparer.prepare`.
+        detect: calls the model replicas.
+        metrics: the counters.
     """
 
     def __init__(
         self,
         share: float,
-        most: int,
+        max_images: int,
         prepare: Callable[
             [Sequence[Encoded], DetrImageProcessor, str, Orientation], Awaitable[list[PreparedImage]]
         ],
         detect: Callable[[Sequence[PreparedImage], ServedVersion], Awaitable[list[Result]]],
         metrics: ShadowMetrics,
     ) -> None:
-        self.share, self.most, self._metrics = share, most, metrics
+        self.share, self.max_images, self._metrics = share, max_images, metrics
         self._prepare, self._detect = prepare, detect
-        self._tasks: set[asyncio.Task[None]] = set()  # asyncio itself would forget them
+        self._tasks: set[asyncio.Task[None]] = set()  # asyncio only holds weak references to tasks
 
-    def consider(
-        self, seen: ChampionAnswer, champion: ServedVersion, challenger: ServedVersion, busy: bool
+    def submit(
+        self, answer: ChampionAnswer, champion: ServedVersion, challenger: ServedVersion, busy: bool
     ) -> None:
-        """Compare the images of a request that are of the share, as far as there is room.
+        """Start comparisons for a random share of the images of a request, as long as there is room.
 
         Args:
-            seen: the request.
-            champion: the version that answered it.
-            challenger: the version that is tried.
-            busy: whether clients wait for what a comparison would take.
+            answer: the champion's answer.
+            champion: the version that answered.
+            challenger: the version to compare.
+            busy: whether the endpoint is under load; then the images are dropped.
         """
-        again = challenger.prepares_otherwise_than(champion)
-        for data, image, found in zip(seen.images, seen.prepared, seen.found, strict=True):
+        prepare_again = challenger.prepares_differently_from(champion)
+        for data, image, detections in zip(answer.images, answer.prepared, answer.detections, strict=True):
             if random.random() >= self.share:
                 continue
-            if busy or len(self._tasks) >= self.most:
+            if busy or len(self._tasks) >= self.max_images:
                 self._metrics.images.inc(tags={"model": challenger.model.label, "outcome": "dropped"})
                 continue
-            source = bytes(data) if again else image  # not a view, which would keep the whole body
-            run = self._run(source, seen.orientation, found, champion, challenger)
+            source = bytes(data) if prepare_again else image  # a copy: a view would hold the whole body
+            run = self._run(source, answer.orientation, detections, champion, challenger)
             task = asyncio.create_task(run)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -108,7 +108,7 @@ class Shadow:
         self,
         source: bytes | PreparedImage,
         orientation: Orientation,
-        found: Detections,
+        detections: Detections,
         champion: ServedVersion,
         challenger: ServedVersion,
     ) -> None:
@@ -117,10 +117,10 @@ class Shadow:
                 (source,) = await self._prepare([source], challenger.image_processor, _CLIENT, orientation)
             (result,) = await self._detect([source], challenger)
             if not (np.isfinite(result.value.scores).all() and np.isfinite(result.value.boxes_xyxy).all()):
-                raise ServingError("its scores or boxes are not finite numbers")
-            comparison = compare(found, champion.id2label, result.value, challenger.id2label)
+                raise ServingError("its scores or boxes are not finite")
+            comparison = compare(detections, champion.id2label, result.value, challenger.id2label)
         except Exception:
-            logger.exception("%s failed in the shadow", challenger.model.label)
+            logger.exception("%s failed in a shadow comparison", challenger.model.label)
             self._metrics.images.inc(tags={"model": challenger.model.label, "outcome": "failed"})
             return
         self._count(comparison, challenger.model.label)
@@ -140,36 +140,37 @@ def compare(
     challenger: Detections,
     challengers_labels: dict[int, str],
 ) -> Comparison:
-    """Match detections of `LEAST_SCORE` or more: those of one label first, by descending overlap.
+    """Match detections with at least `MIN_SCORE` one to one, greedily: equal labels first, then by descending IoU.
 
     Args:
-        champion: what the champion found in an image.
+        champion: the champion's detections in an image.
         champions_labels: its class index to name.
-        challenger: what the challenger found in it.
+        challenger: the challenger's detections in the same image.
         challengers_labels: its class index to name.
     """
-    mine, theirs = champion.scores >= LEAST_SCORE, challenger.scores >= LEAST_SCORE
+    chosen, other_chosen = champion.scores >= MIN_SCORE, challenger.scores >= MIN_SCORE
     ious, _ = box_iou(
-        torch.from_numpy(champion.boxes_xyxy[mine]), torch.from_numpy(challenger.boxes_xyxy[theirs])
+        torch.from_numpy(champion.boxes_xyxy[chosen]), torch.from_numpy(challenger.boxes_xyxy[other_chosen])
     )
-    names = np.array([champions_labels[label] for label in champion.labels[mine].tolist()], object)
+    names = np.array([champions_labels[label] for label in champion.labels[chosen].tolist()], object)
     other_names = np.array(
-        [challengers_labels[label] for label in challenger.labels[theirs].tolist()], object
+        [challengers_labels[label] for label in challenger.labels[other_chosen].tolist()], object
     )
     same = names[:, None] == other_names[None]
-    scores, other_scores = champion.scores[mine], challenger.scores[theirs]
+    scores, other_scores = champion.scores[chosen], challenger.scores[other_chosen]
     overlap = ious.numpy()
-    rows, columns = np.nonzero(overlap >= LEAST_IOU)
+    rows, columns = np.nonzero(overlap >= MIN_IOU)
+    # lexsort's last key is the primary one.
     order = np.lexsort((-overlap[rows, columns], ~same[rows, columns].astype(bool)))
-    left, right = set(range(len(names))), set(range(len(other_names)))
-    agreed, relabelled = [], 0
+    unmatched, other_unmatched = set(range(len(names))), set(range(len(other_names)))
+    differences, relabelled = [], 0
     for row, column in zip(rows[order].tolist(), columns[order].tolist()):
-        if row not in left or column not in right:
+        if row not in unmatched or column not in other_unmatched:
             continue
-        left.discard(row)
-        right.discard(column)
+        unmatched.discard(row)
+        other_unmatched.discard(column)
         if same[row, column]:
-            agreed.append(abs(float(scores[row]) - float(other_scores[column])))
+            differences.append(abs(float(scores[row]) - float(other_scores[column])))
         else:
             relabelled += 1
-    return Comparison(len(agreed), relabelled, len(left), len(right), tuple(agreed))
+    return Comparison(len(differences), relabelled, len(unmatched), len(other_unmatched), tuple(differences))

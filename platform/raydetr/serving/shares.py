@@ -1,19 +1,21 @@
-"""Divides what an endpoint has (places, bytes, seconds of decoding) among its clients."""
+"""Share a resource of the endpoint (places, bytes, seconds of decoding) fairly among its clients."""
 
 from collections import defaultdict
 
 FACTOR = 3
+"""A client may acquire more while it holds less than this multiple of the free capacity."""
 
 
 class FairShare:
-    """A capacity of which no client can take all.
+    """A capacity that no single client can use up.
 
-    A client may take more while it holds less than `FACTOR` times what is free. So one alone gets three quarters, two
-    get three sevenths each, and a newcomer always finds room: the dynamic thresholds of Choudhury and Hahne, "Dynamic
-    queue length thresholds for shared-memory packet switches" (1998).
+    A client may acquire more while it holds less than `FACTOR` times the free capacity. n busy clients thus get
+    `FACTOR / (1 + n * FACTOR)` of it each: three quarters for one, three sevenths for each of two. A new client always
+    finds room. These are the dynamic thresholds of Choudhury and Hahne, "Dynamic queue length thresholds for
+    shared-memory packet switches" (1998).
 
     Args:
-        capacity: of all clients together.
+        capacity: total capacity of all clients.
     """
 
     def __init__(self, capacity: float) -> None:
@@ -22,25 +24,25 @@ class FairShare:
         self._held: defaultdict[str, float] = defaultdict(float)
 
     def held(self, client: str) -> float:
-        """What a client has taken and not given back."""
+        """Return the amount that a client holds."""
         return self._held.get(client, 0.0)
 
     def is_full(self, client: str, amount: float = 1.0) -> bool:
-        """Whether this client cannot take an amount now."""
+        """Check whether a client cannot acquire an amount now."""
         free = self.capacity - self.used
         return amount > free or self.held(client) >= FACTOR * free
 
-    def take(self, client: str, amount: float = 1.0) -> bool:
-        """Take an amount for a client; False where it has had its share or nothing is left."""
+    def acquire(self, client: str, amount: float = 1.0) -> bool:
+        """Acquire an amount for a client. Returns False if its share is used up or nothing is free."""
         if self.is_full(client, amount):
             return False
         self.used += amount
         self._held[client] += amount
         return True
 
-    def give_back(self, client: str, amount: float = 1.0) -> None:
-        """Give back an amount that `take` took."""
+    def release(self, client: str, amount: float = 1.0) -> None:
+        """Release an amount that was acquired."""
         self.used -= amount
         self._held[client] -= amount
-        if self._held[client] < 1e-9:  # sums of floats
+        if self._held[client] < 1e-9:  # rounding of float sums
             del self._held[client]

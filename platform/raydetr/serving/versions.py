@@ -1,4 +1,4 @@
-"""Follows an alias of the registry: the version that it moves to is served once the replicas have proved that it can."""
+"""Follow an alias of the model registry. A new version is served once the replicas have loaded and checked it."""
 
 import logging
 import threading
@@ -9,106 +9,111 @@ from dataclasses import dataclass
 from raydetr.registry.models import ResolvedModel, registered_version, resolve
 
 logger = logging.getLogger("ray.serve")
-_FIRST_PAUSE_S = 30.0
-_LONGEST_PAUSE_S = 600.0
+_INITIAL_RETRY_DELAY_S = 30.0
+_MAX_RETRY_DELAY_S = 600.0
 
 
 @dataclass(frozen=True)
 class Alias:
-    """What is followed."""
+    """An alias to follow."""
 
-    address: str
-    """`models:/NAME@ALIAS`; also an address that cannot move."""
-    uri: str
-    """MLflow address from `tracking.resolve_uri`."""
-    every_s: float = 10.0
-    """Time between looks, in seconds; 0: there is none after the first."""
+    model_uri: str
+    """`models:/NAME@ALIAS`, or a URI that always means the same version."""
+    tracking_uri: str
+    """MLflow tracking URI from `tracking.resolve_uri`."""
+    poll_s: float = 10.0
+    """Poll interval, in seconds; 0 polls once."""
 
 
 class Follower:
-    """Looks where an alias points, and has a new version taken over.
+    """Polls an alias, and has the version served that it points to.
 
     Args:
-        alias: what is followed.
-        served: address of the version that is served now, `models:/NAME/VERSION`; empty: none yet.
-        take: serves a version, or returns why it cannot be; called on the follower's thread.
-        clock: seconds; for tests.
+        alias: the alias to follow.
+        served: URI of the served version, `models:/NAME/VERSION`; empty if there is none yet.
+        serve: serves a version. Returns None, or why it cannot be served. Called on the follower's thread.
+        clock: returns seconds; for tests.
     """
 
     def __init__(
         self,
         alias: Alias,
         served: str,
-        take: Callable[[ResolvedModel], str | None],
+        serve: Callable[[ResolvedModel], str | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.alias, self.served, self._take, self._clock = alias, served, take, clock
+        self.alias, self.served, self._serve, self._clock = alias, served, serve, clock
         self._refused = ""
-        self._trouble = ""
-        self._pause_s = 0.0
-        self._again_at = 0.0
-        self._looked = threading.Event()
+        self._last_error = ""
+        self._retry_delay_s = 0.0
+        self._retry_at = 0.0
+        self._polled = threading.Event()
 
-    def start(self, within_s: float = 0.0) -> None:
-        """Look at once, and then every so often unless `every_s` is 0, on a thread of its own, as long as the process
-        lives.
+    def start(self, wait_s: float = 0.0) -> None:
+        """Poll on a daemon thread: once immediately, then periodically unless `poll_s` is 0.
 
         Args:
-            within_s: longest time to wait for the end of the first look, in seconds.
+            wait_s: maximum time to wait for the first poll to finish, in seconds.
         """
-        threading.Thread(target=self._follow, name="follow-alias", daemon=True).start()
-        self._looked.wait(within_s)
+        threading.Thread(target=self._poll_periodically, name="follow-alias", daemon=True).start()
+        self._polled.wait(wait_s)
 
-    def look(self) -> None:
-        """Look once. Whatever goes wrong, the version that is served stays, the log says why, and a version that was
-        refused is tried again after a pause, each time a longer one.
+    def poll(self) -> None:
+        """Poll once. On any error the served version stays and the error is logged.
+
+        A version that was refused is retried with exponential backoff.
         """
         try:
-            address = self._find()
-        except Exception as error:  # a registry that is away must not end the thread
-            trouble = f"{type(error).__name__}: {error}"
-            if trouble != self._trouble:
+            version_uri = self._resolve_alias()
+        except Exception as error:  # an unavailable registry must not end the thread
+            message = f"{type(error).__name__}: {error}"
+            if message != self._last_error:
                 logger.error(
-                    "%s cannot be found, %s goes on: %s", self.alias.address, self.served or "none", trouble
+                    "%s cannot be resolved, still serving %s: %s",
+                    self.alias.model_uri,
+                    self.served or "none",
+                    message,
                 )
-            self._trouble = trouble
+            self._last_error = message
             return
-        self._trouble = ""
-        if address == self.served:
+        self._last_error = ""
+        if version_uri == self.served:
             self._refused = ""
             return
-        if address == self._refused and self._clock() < self._again_at:
+        if version_uri == self._refused and self._clock() < self._retry_at:
             return
         try:
-            reason = self._take(resolve(address, self.alias.uri))
-        except Exception as error:  # nor must a storage
+            reason = self._serve(resolve(version_uri, self.alias.tracking_uri))
+        except Exception as error:  # nor must unavailable storage
             reason = f"{type(error).__name__}: {error}"
         if reason is None:
-            logger.warning("%s is %s now, before %s", self.alias.address, address, self.served or "none")
-            self.served, self._refused = address, ""
+            logger.warning("%s is now %s, was %s", self.alias.model_uri, version_uri, self.served or "none")
+            self.served, self._refused = version_uri, ""
             return
-        self._pause_s = (
-            min(2 * self._pause_s, _LONGEST_PAUSE_S) if address == self._refused else _FIRST_PAUSE_S
+        self._retry_delay_s = (
+            min(2 * self._retry_delay_s, _MAX_RETRY_DELAY_S)
+            if version_uri == self._refused
+            else _INITIAL_RETRY_DELAY_S
         )
-        self._refused, self._again_at = address, self._clock() + self._pause_s
+        self._refused, self._retry_at = version_uri, self._clock() + self._retry_delay_s
         logger.error(
-            "%s does not answer for %s, %s goes on: %s",
-            address,
-            self.alias.address,
+            "%s of %s cannot be served, still serving %s: %s",
+            version_uri,
+            self.alias.model_uri,
             self.served or "none",
             reason,
         )
 
-    def _find(self) -> str:
-        """Address of what the alias means now."""
-        if not self.alias.address.startswith("models:"):
-            return self.alias.address
-        found = registered_version(self.alias.address, self.alias.uri)
-        return f"models:/{found.name}/{found.version}"
+    def _resolve_alias(self) -> str:
+        """Return the URI of the version that the alias points to now."""
+        if not self.alias.model_uri.startswith("models:"):
+            return self.alias.model_uri
+        version = registered_version(self.alias.model_uri, self.alias.tracking_uri)
+        return f"models:/{version.name}/{version.version}"
 
-    def _follow(self) -> None:
-        self.look()
-        self._looked.set()
-        while self.alias.every_s > 0:
-            time.sleep(self.alias.every_s)
-            self.look()
+    def _poll_periodically(self) -> None:
+        self.poll()
+        self._polled.set()
+        while self.alias.poll_s > 0:
+            time.sleep(self.alias.poll_s)
+            self.poll()

@@ -1,4 +1,4 @@
-"""The client against a real HTTP server that answers as it is told, or does not."""
+"""The client against a real HTTP server with scripted replies and failures."""
 
 import contextlib
 import inspect
@@ -27,7 +27,7 @@ from PIL import Image
 
 from raydetr.client import calls, exchange
 from raydetr.client.client import AsyncClient, Client
-from raydetr.client.exchange import Answer, Lost, Send, Wait
+from raydetr.client.exchange import Answer, NoResponse, Send, Wait
 from raydetr.client.results import Box, Detection, ImageSize, Model, ServedModel, Times
 from raydetr.errors import RequestError, ServingError
 from raydetr.serving import schemas
@@ -66,7 +66,7 @@ def error(status: int, message: str, **headers: str) -> Reply:
 
 
 def reset(handler: BaseHTTPRequestHandler) -> None:
-    """Ends the connection as a server that dies does."""
+    """Reset the connection, as a server that dies does."""
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     handler.connection.close()
     handler.close_connection = True
@@ -91,29 +91,29 @@ def trickle(handler: BaseHTTPRequestHandler) -> None:
     handler.close_connection = True
 
 
-class Scripted(ThreadingHTTPServer):
-    """Gives its replies one after the other, and keeps what was asked."""
+class ScriptedServer(ThreadingHTTPServer):
+    """Server that sends scripted replies in order and records the requests."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.replies: deque[Reply] = deque()
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that is reset is no news."""
+        """Ignore connections that are reset."""
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Scripted
+    server: ScriptedServer
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = httpx.URL(self.path)
-        self.server.asked.append(
+        self.server.requests.append(
             {
                 "method": self.command,
                 "path": url.path,
@@ -127,12 +127,12 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture
-def server() -> Iterator[Scripted]:
-    with Scripted() as server:
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as server:
         threading.Thread(target=partial(server.serve_forever, 0.01), daemon=True).start()
         yield server
         server.shutdown()
@@ -140,15 +140,15 @@ def server() -> Iterator[Scripted]:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(exchange, "INITIAL_BACKOFF_S", 0.01)
 
 
 Ask = Callable[..., Any]
 
 
 @pytest.fixture(params=["blocking", "asyncio"])
-def ask(request: pytest.FixtureRequest, server: Scripted) -> Ask:
-    """Calls a method of a client: `ask("detect", image, token="…")`; both clients pass every test."""
+def ask(request: pytest.FixtureRequest, server: ScriptedServer) -> Ask:
+    """Call a client method: `ask("detect", image, token="…")`. Each test runs with both clients."""
 
     def blocking(method: str, *args: Any, endpoint: str, options: dict[str, Any], **kwargs: Any) -> Any:
         with Client(endpoint, **options) as client:
@@ -168,8 +168,10 @@ def ask(request: pytest.FixtureRequest, server: Scripted) -> Ask:
     return call
 
 
-def test_a_detection_is_asked_for_and_read_as_the_contract_says(server: Scripted, ask: Ask) -> None:
-    schemas.DetectResponse.model_validate(DETECTED)  # what we read here is what the endpoint writes
+def test_detect_sends_the_documented_request_and_parses_the_documented_response(
+    server: ScriptedServer, ask: Ask
+) -> None:
+    schemas.DetectResponse.model_validate(DETECTED)  # the reply has the schema of the endpoint
     server.replies.append(reply(200, DETECTED))
     result = ask(
         "detect",
@@ -185,36 +187,38 @@ def test_a_detection_is_asked_for_and_read_as_the_contract_says(server: Scripted
     assert result.image == ImageSize(60, 90, "ignore")
     assert result.times == Times(1.0, 20.0, 22.5)
     assert json.loads(json.dumps(asdict(result))) == DETECTED
-    (asked,) = server.asked
-    assert (asked["method"], asked["path"], asked["body"]) == ("POST", "/v1/detect", b"image")
-    assert asked["query"] == [
+    (request,) = server.requests
+    assert (request["method"], request["path"], request["body"]) == ("POST", "/v1/detect", b"image")
+    assert request["query"] == [
         ("threshold", "0.25"),
         ("top_k", "7"),
         ("classes", "cat"),
         ("classes", "traffic light"),
         ("orientation", "apply"),
     ]
-    assert asked["headers"]["Content-Type"] == "application/octet-stream"
-    assert asked["headers"]["Authorization"] == "Bearer secret"
+    assert request["headers"]["Content-Type"] == "application/octet-stream"
+    assert request["headers"]["Authorization"] == "Bearer secret"
 
 
-def test_what_is_not_given_is_not_sent(server: Scripted, ask: Ask) -> None:
+def test_parameters_that_are_not_given_are_not_sent(server: ScriptedServer, ask: Ask) -> None:
     server.replies.append(reply(200, DETECTED))
     ask("detect", b"image")
-    (asked,) = server.asked
-    assert asked["query"] == [("threshold", "0.5")]
-    assert asked["headers"]["Authorization"] is None
+    (request,) = server.requests
+    assert request["query"] == [("threshold", "0.5")]
+    assert request["headers"]["Authorization"] is None
 
 
-def test_a_path_and_a_pillow_image_are_sent_as_files(server: Scripted, ask: Ask, tmp_path: Path) -> None:
+def test_paths_and_pillow_images_are_sent_as_encoded_files(
+    server: ScriptedServer, ask: Ask, tmp_path: Path
+) -> None:
     (tmp_path / "a.jpg").write_bytes(b"of the file")
-    picture = Image.new("RGB", (4, 3), (10, 200, 30))
+    image = Image.new("RGB", (4, 3), (10, 200, 30))
     server.replies.extend([reply(200, DETECTED)] * 4)
     ask("detect", tmp_path / "a.jpg")
     ask("detect", str(tmp_path / "a.jpg"))
-    ask("detect", picture)
-    ask("detect", picture.convert("CMYK"))
-    bodies = [asked["body"] for asked in server.asked]
+    ask("detect", image)
+    ask("detect", image.convert("CMYK"))
+    bodies = [request["body"] for request in server.requests]
     assert bodies[:2] == [b"of the file"] * 2
     sent = Image.open(io.BytesIO(bodies[2]))
     assert (sent.format, sent.size, sent.getpixel((0, 0))) == ("PNG", (4, 3), (10, 200, 30))
@@ -227,8 +231,8 @@ def test_a_path_and_a_pillow_image_are_sent_as_files(server: Scripted, ask: Ask,
         ask("detect", b"image", classes="cat")
 
 
-def test_many_images_go_out_a_few_at_a_time_and_come_back_in_order(
-    server: Scripted, ask: Ask, monkeypatch: pytest.MonkeyPatch
+def test_detect_many_sends_a_few_images_per_request_and_returns_results_in_order(
+    server: ScriptedServer, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calls, "IMAGES_PER_REQUEST", 2)
     monkeypatch.setattr(calls, "BYTES_PER_REQUEST", 1000)
@@ -243,26 +247,28 @@ def test_many_images_go_out_a_few_at_a_time_and_come_back_in_order(
         return reply(200, {"model": MODEL, "results": each, "times": TIMES})
 
     server.replies.extend([sizes(0, 1), sizes(2), error(429, "busy"), sizes(3), sizes(4)])
-    found = ask("detect_many", iter(images), threshold=0.1)
-    assert [result.image.width for result in found] == [0, 1, 2, 3, 4]
-    assert found[0].detections[0].label == "cat"
-    held = []
-    for asked in server.asked:
-        kind, _, boundary = asked["headers"]["Content-Type"].partition("; boundary=")
+    results = ask("detect_many", iter(images), threshold=0.1)
+    assert [result.image.width for result in results] == [0, 1, 2, 3, 4]
+    assert results[0].detections[0].label == "cat"
+    sent = []
+    for request in server.requests:
+        kind, _, boundary = request["headers"]["Content-Type"].partition("; boundary=")
         assert kind == "multipart/form-data"
-        held.append(images_of_multipart(asked["body"], boundary.encode(), Limits()))  # as the endpoint does
-    assert held == [images[:2], [images[2]], [images[3]], [images[3]], [images[4]]]
-    assert all(asked["query"] == [("threshold", "0.1")] for asked in server.asked)
+        sent.append(images_of_multipart(request["body"], boundary.encode(), Limits()))  # as the endpoint does
+    assert sent == [images[:2], [images[2]], [images[3]], [images[3]], [images[4]]]
+    assert all(request["query"] == [("threshold", "0.1")] for request in server.requests)
     assert ask("detect_many", []) == []
 
 
-def test_a_bad_image_among_many_is_placed(
-    server: Scripted, ask: Ask, monkeypatch: pytest.MonkeyPatch
+def test_the_error_for_a_bad_image_among_many_names_its_request(
+    server: ScriptedServer, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calls, "IMAGES_PER_REQUEST", 2)
     two = reply(200, {"model": MODEL, "results": [ONE, ONE], "times": TIMES})
     server.replies.extend([two, error(415, "Image 1 is not an image.")])
-    with pytest.raises(RequestError, match=r"images 3 to 4 of those given, .* Image 1 is not") as caught:
+    with pytest.raises(
+        RequestError, match=r"images 3 to 4, sent in one request: .* Image 1 is not"
+    ) as caught:
         ask("detect_many", [b"0", b"1", b"2", b"3"])
     assert caught.value.status == 415
     server.replies.append(two)
@@ -270,7 +276,7 @@ def test_a_bad_image_among_many_is_placed(
         ask("detect_many", [b"0"])
 
 
-def test_segments_have_masks_or_a_map(server: Scripted, ask: Ask) -> None:
+def test_segments_have_masks_with_rle_and_a_map_with_png(server: ScriptedServer, ask: Ask) -> None:
     segment = {"id": 1, "label": "cat", "label_id": 3, "score": 0.8, "mask": {"size": [2, 3], "counts": "06"}}
     answer = {"model": MODEL, "image": ONE["image"], "segments": [segment], "map": None, "times": TIMES}
     mapped = {
@@ -287,23 +293,23 @@ def test_segments_have_masks_or_a_map(server: Scripted, ask: Ask) -> None:
     by_map = ask("segment", b"image", "semantic", format="png")
     assert by_map.map == b"PNG"
     assert (by_map.segments[0].mask, by_map.segments[0].score) == (None, None)
-    assert server.asked[0]["query"] == [("kind", "panoptic"), ("threshold", "0.3"), ("format", "rle")]
-    assert server.asked[1]["query"] == [("kind", "semantic"), ("format", "png")]
+    assert server.requests[0]["query"] == [("kind", "panoptic"), ("threshold", "0.3"), ("format", "rle")]
+    assert server.requests[1]["query"] == [("kind", "semantic"), ("format", "png")]
     server.replies.append(error(409, "The model has no mask head."))
     with pytest.raises(RequestError, match="no mask head") as caught:
         ask("segment", b"image")
     assert caught.value.status == 409
 
 
-def test_models_and_health_are_read(server: Scripted, ask: Ask) -> None:
+def test_models_and_health_are_parsed(server: ScriptedServer, ask: Ask) -> None:
     model = {**MODEL, "labels": ["ant", "bee"], "tasks": ["detect"]}
     server.replies.extend([reply(200, {"models": [model]}), reply(200, {"status": "ok", "model": MODEL})])
     assert ask("models") == [ServedModel("raydetr", 3, ("ant", "bee"), ("detect",))]
     assert asdict(ask("health")) == {"status": "ok", "model": MODEL}
-    assert [asked["path"] for asked in server.asked] == ["/v1/models", "/health"]
+    assert [request["path"] for request in server.requests] == ["/v1/models", "/health"]
 
 
-def test_an_endpoint_is_ready_or_not_and_is_asked_once(server: Scripted, ask: Ask) -> None:
+def test_ready_sends_one_request_and_returns_a_bool(server: ScriptedServer, ask: Ask) -> None:
     server.replies.extend(
         [reply(200, {"ready": True}), reply(503, {"ready": False}), error(404, "Not Found")]
     )
@@ -311,8 +317,8 @@ def test_an_endpoint_is_ready_or_not_and_is_asked_once(server: Scripted, ask: As
     assert ask("ready") is False
     with pytest.raises(RequestError, match="404"):
         ask("ready")
-    assert ask("ready", endpoint=nobody()) is False
-    assert len(server.asked) == 3
+    assert ask("ready", endpoint=unused_url()) is False
+    assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize(
@@ -325,21 +331,25 @@ def test_an_endpoint_is_ready_or_not_and_is_asked_once(server: Scripted, ask: As
     ],
     ids=["429", "503", "reset", "500 of Ray's proxy"],
 )
-def test_what_passes_is_repeated_with_the_same_body(server: Scripted, ask: Ask, trouble: Reply) -> None:
+def test_transient_errors_are_retried_with_the_same_body(
+    server: ScriptedServer, ask: Ask, trouble: Reply
+) -> None:
     server.replies.extend([trouble, trouble, trouble, reply(200, DETECTED)])
     assert ask("detect", b"image" * 100_000).model.name == "raydetr"
-    assert [asked["body"] for asked in server.asked] == [b"image" * 100_000] * 4
+    assert [request["body"] for request in server.requests] == [b"image" * 100_000] * 4
 
 
-def test_a_server_that_starts_a_little_later_is_found(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "FIRST_WAIT_S", 0.2)
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        address = place.getsockname()
+def test_a_refused_connection_is_retried_until_the_server_starts(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "INITIAL_BACKOFF_S", 0.2)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = listener.getsockname()
 
         def start() -> None:
-            place.listen()
-            connection, _ = place.accept()
+            listener.listen()
+            connection, _ = listener.accept()
             with connection:
                 connection.recv(10_000)
                 body = json.dumps({"status": "ok", "model": MODEL}).encode()
@@ -352,75 +362,75 @@ def test_a_server_that_starts_a_little_later_is_found(ask: Ask, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("status", "raised"), [(429, RequestError), (503, ServingError)], ids=["429", "503"])
-def test_what_does_not_pass_is_an_error_after_the_repeats(
-    server: Scripted, ask: Ask, status: int, raised: type[ServingError]
+def test_a_persistent_error_is_raised_after_the_last_retry(
+    server: ScriptedServer, ask: Ask, status: int, raised: type[ServingError]
 ) -> None:
     server.replies.extend([error(status, "full up")] * 3)
     with pytest.raises(raised, match=f"answered {status}: full up"):
         ask("detect", b"image", retries=2)
-    assert len(server.asked) == 3
+    assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 409, 413, 415, 422])
-def test_a_request_at_fault_is_sent_once(server: Scripted, ask: Ask, status: int) -> None:
+def test_a_rejected_request_is_not_retried(server: ScriptedServer, ask: Ask, status: int) -> None:
     server.replies.append(error(status, "not so", X_Request_Id="abc-1"))
     with pytest.raises(RequestError, match=r"/v1/detect answered .*: not so \(request abc-1\)") as caught:
         ask("detect", b"image", token="secret")
     assert caught.value.status == status
     assert "secret" not in str(caught.value)
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("status", [500, 504])
-def test_a_failure_of_the_server_is_no_fault_of_the_request(server: Scripted, ask: Ask, status: int) -> None:
+def test_a_server_error_is_not_a_request_error(server: ScriptedServer, ask: Ask, status: int) -> None:
     server.replies.append(error(status, "out of order"))
     with pytest.raises(ServingError, match="out of order") as caught:
         ask("detect", b"image")
     assert not isinstance(caught.value, RequestError)
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
-def test_an_answer_that_breaks_off_is_an_error_and_not_repeated(server: Scripted, ask: Ask) -> None:
+def test_an_incomplete_response_is_an_error_and_not_retried(server: ScriptedServer, ask: Ask) -> None:
     server.replies.append(break_off)
-    with pytest.raises(ServingError, match="broke off its answer"):
+    with pytest.raises(ServingError, match="did not finish its response"):
         ask("detect", b"image")
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("slow", [trickle, lambda _: time.sleep(3)], ids=["in trickles", "silent"])
-def test_time_is_limited_however_slow_the_answer_comes(server: Scripted, ask: Ask, slow: Reply) -> None:
+@pytest.mark.parametrize("slow", [trickle, lambda _: time.sleep(3)], ids=["slow chunks", "silent"])
+def test_the_timeout_covers_the_whole_response(server: ScriptedServer, ask: Ask, slow: Reply) -> None:
     server.replies.append(slow)
     with pytest.raises(ServingError, match=r"no answer within 0\.3 s"):
         ask("detect", b"image", timeout_s=0.3)
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
-def test_a_wait_longer_than_the_time_left_is_not_begun(server: Scripted, ask: Ask) -> None:
+def test_a_wait_that_exceeds_the_remaining_time_is_not_started(server: ScriptedServer, ask: Ask) -> None:
     server.replies.append(error(429, "come back later", Retry_After="3600"))
     with pytest.raises(RequestError, match="come back later"):
         ask("detect", b"image", timeout_s=20)
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         (reply(200, b"<html>"), "answered 200 without JSON"),
-        (reply(200, {"status": "ok"}), "answered in another form"),
-        (reply(200, [1]), "answered in another form"),
+        (reply(200, {"status": "ok"}), "sent an unexpected response"),
+        (reply(200, [1]), "sent an unexpected response"),
         (reply(502, b"Bad gateway"), "answered 502 without JSON"),
         (reply(307, {"detail": "elsewhere"}, Location="/"), "answered 307"),
     ],
 )
-def test_another_kind_of_server_is_told_apart(
-    server: Scripted, ask: Ask, answer: Reply, message: str
+def test_a_server_that_is_not_the_endpoint_is_detected(
+    server: ScriptedServer, ask: Ask, answer: Reply, message: str
 ) -> None:
     server.replies.append(answer)
     with pytest.raises(ServingError, match=message):
         ask("health")
 
 
-def test_a_proxys_error_keeps_its_status(server: Scripted, ask: Ask) -> None:
+def test_a_proxys_error_keeps_its_status(server: ScriptedServer, ask: Ask) -> None:
     server.replies.extend([reply(413, b"<html>"), reply(403, {"detail": "not from here"})])
     with pytest.raises(RequestError, match="413 without JSON") as caught:
         ask("detect", b"image")
@@ -429,57 +439,59 @@ def test_a_proxys_error_keeps_its_status(server: Scripted, ask: Ask) -> None:
         ask("detect", b"image")
 
 
-def nobody() -> str:
+def unused_url() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def test_nobody_at_an_address_is_an_error(ask: Ask) -> None:
+def test_a_url_where_nothing_listens_is_an_error(ask: Ask) -> None:
     with pytest.raises(ServingError, match=r"GET http://127.0.0.1:[0-9]+/health does not answer"):
-        ask("health", endpoint=nobody(), retries=2)
+        ask("health", endpoint=unused_url(), retries=2)
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:8000", "", "ftp://host", "http://", "http://[::1"])
-def test_an_address_that_is_none_is_refused(ask: Ask, endpoint: str) -> None:
+def test_an_endpoint_that_is_not_an_http_url_is_rejected(ask: Ask, endpoint: str) -> None:
     with pytest.raises(ServingError, match="give http://HOST:PORT"):
         ask("health", endpoint=endpoint)
 
 
 @pytest.mark.parametrize("token", ["", "secret\n", "sec\nret", " secret", "sécret"])
-def test_a_token_that_no_header_can_have_is_refused_without_being_shown(ask: Ask, token: str) -> None:
-    with pytest.raises(ServingError, match=r"^The token is empty, or has") as caught:
+def test_a_token_that_a_header_cannot_hold_is_rejected_without_being_printed(ask: Ask, token: str) -> None:
+    with pytest.raises(ServingError, match=r"^The token is empty, or contains") as caught:
         ask("health", token=token)
     assert "cret" not in str(caught.value)
 
 
-def test_an_endpoint_below_a_path_is_reached(server: Scripted, ask: Ask) -> None:
+def test_an_endpoint_may_have_a_path_prefix(server: ScriptedServer, ask: Ask) -> None:
     server.replies.append(reply(200, {"status": "ok", "model": MODEL}))
     ask("health", endpoint=f"{server.url}/detector/")
-    assert server.asked[0]["path"] == "/detector/health"
+    assert server.requests[0]["path"] == "/detector/health"
 
 
-def test_a_client_keeps_its_connection_and_survives_its_end(server: Scripted) -> None:
-    """A server may close an idle connection just as the next request is on its way."""
+def test_a_client_reuses_its_connection_and_reconnects_when_it_is_closed(server: ScriptedServer) -> None:
+    """A server may close an idle connection just when the next request is sent."""
 
     def last(handler: BaseHTTPRequestHandler) -> None:
         reply(200, DETECTED)(handler)
-        handler.close_connection = True  # without saying so
+        handler.close_connection = True  # without a `Connection: close` header
 
     ports: list[int] = []
 
-    def noted(answer: Reply) -> Reply:
+    def record_port(answer: Reply) -> Reply:
         return lambda handler: (ports.append(handler.client_address[1]), answer(handler))[1]
 
-    server.replies.extend([noted(reply(200, DETECTED)), noted(last), noted(reply(200, DETECTED))])
+    server.replies.extend(
+        [record_port(reply(200, DETECTED)), record_port(last), record_port(reply(200, DETECTED))]
+    )
     with Client(server.url) as client:
         for _ in range(3):
             client.detect(b"image")
     assert ports[0] == ports[1] != ports[2]
 
 
-def waits(outcomes: list[Answer | Lost], timeout_s: float = 1e6, retries: int = 50) -> list[float]:
-    """How long the exchange pauses after each outcome, without pausing."""
+def waits(outcomes: list[Answer | NoResponse], timeout_s: float = 1e6, retries: int = 50) -> list[float]:
+    """Return the seconds that the exchange waits after each outcome, without waiting."""
     call = exchange.exchange(httpx.Request("GET", "http://host/"), lambda _: None, timeout_s, retries)
     pauses = []
     step = next(call)
@@ -497,25 +509,25 @@ def busy(**headers: str) -> Answer:
     return Answer(429, httpx.Headers({k.replace("_", "-"): v for k, v in headers.items()}), b"{}")
 
 
-def test_waits_double_up_to_a_limit_and_none_is_like_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "FIRST_WAIT_S", 0.25)
+def test_the_backoff_doubles_up_to_a_limit_and_has_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "INITIAL_BACKOFF_S", 0.25)
     several = [waits([busy()] * 12) for _ in range(8)]
     for place, pauses in enumerate(zip(*several, strict=True)):
-        most = min(0.25 * 2**place, exchange.LONGEST_WAIT_S)
-        assert all(most / 2 <= pause <= most for pause in pauses)
+        maximum = min(0.25 * 2**place, exchange.MAX_BACKOFF_S)
+        assert all(maximum / 2 <= pause <= maximum for pause in pauses)
         assert len(set(pauses)) == len(pauses)
 
 
-def test_retry_after_is_kept_to_in_seconds_and_as_a_date() -> None:
+def test_retry_after_is_honored_in_seconds_and_as_a_date() -> None:
     assert 7 <= waits([busy(Retry_After="7")])[0] < 8
     assert 28 <= waits([busy(Retry_After=formatdate(time.time() + 30, usegmt=True))])[0] < 31
     for other in ("soon", "-3", formatdate(time.time() - 30, usegmt=True)):
         assert 0 < waits([busy(Retry_After=other)])[0] < 1
 
 
-def test_a_time_out_is_not_repeated() -> None:
-    assert waits([Lost(httpx.ReadTimeout(""))]) == []
-    assert waits([Lost(httpx.ConnectTimeout(""))]) == []
+def test_a_timeout_is_not_retried() -> None:
+    assert waits([NoResponse(httpx.ReadTimeout(""))]) == []
+    assert waits([NoResponse(httpx.ConnectTimeout(""))]) == []
 
 
 def test_both_clients_have_the_same_methods() -> None:
@@ -529,7 +541,7 @@ def test_both_clients_have_the_same_methods() -> None:
     assert public(Client) == public(AsyncClient)
 
 
-def test_the_client_needs_httpx_alone() -> None:
+def test_the_client_imports_no_heavy_dependency() -> None:
     code = (
         "import sys, raydetr.client.client\n"
         "heavy = {'PIL', 'ray', 'torch', 'numpy', 'mlflow', 'fastapi', 'pydantic', 'pyarrow', 'detr'}\n"

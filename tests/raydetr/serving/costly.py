@@ -1,4 +1,4 @@
-"""Images whose decoding costs more than their bytes and pixels tell."""
+"""Images that cost more to decode than their bytes and pixels suggest."""
 
 import io
 import random
@@ -9,9 +9,9 @@ from PIL import Image
 
 
 def progressive_jpeg(height: int, width: int, scans: int) -> bytes:
-    """A valid gray progressive JPEG whose scans, but for two, refine coefficients that are all zero."""
+    """A valid gray progressive JPEG. All scans but two refine coefficients that are all zero."""
     blocks = -(-height // 8) * -(-width // 8)
-    # DC: code "0" for no difference. AC: code "0" for the end of 2^14 bands or more, five bits for shorter runs.
+    # Huffman tables. DC: code "0" is no difference. AC: code "0" ends 2^14 bands or more, five bits end shorter runs.
     runs = [0xE0, *(r << 4 for r in range(14))]
     parts = [
         b"\xff\xd8",
@@ -41,7 +41,7 @@ def palette_png(height: int, width: int) -> bytes:
 
 
 def interlaced_png(height: int, width: int) -> bytes:
-    """With the pixels of `palette_png`; Pillow does not write such files."""
+    """An interlaced PNG with the pixels of `palette_png`. Pillow cannot write such files."""
     passes = [
         (0, 0, 8, 8),
         (4, 0, 8, 8),

@@ -1,4 +1,4 @@
-"""Processes that decode images, shared by the tests of a test process: one takes seconds to start."""
+"""Decode workers shared by the tests of a process, because starting one takes seconds."""
 
 import atexit
 import functools
@@ -10,7 +10,7 @@ from raydetr.serving.preparer import Preparer
 
 @functools.cache
 def program() -> WorkerProgram:
-    """The process that forks the workers of all tests."""
+    """Return the process that forks the workers of all tests."""
     started = WorkerProgram()
     atexit.register(started.close)
     return started
@@ -18,5 +18,5 @@ def program() -> WorkerProgram:
 
 @functools.cache
 def preparer(limits: Limits = Limits()) -> Preparer:  # noqa: B008  # frozen
-    """Preparers with one worker of either kind; one for each limits, since its workers stay."""
+    """Return a preparer with one worker of each kind. It is cached by its limits, because its workers keep running."""
     return Preparer(limits, workers=1, program=program())

@@ -1,4 +1,4 @@
-"""A small app behind the middlewares of the endpoint, without Ray: it prepares images and says their sizes."""
+"""A small app with the endpoint's middlewares, without Ray. It prepares images and responds with their sizes."""
 
 import asyncio
 import io
@@ -42,7 +42,7 @@ def guarded_app(limits: Limits, tokens: Tokens | None = None) -> FastAPI:
         request.state.model = "tiny/3"
         body = await read_images(request, limits, lambda _: None)
         prepared = await images.prepare(body.images, PROCESSOR)
-        return {"many": body.many, "sizes": [image.original_size for image in prepared]}
+        return {"many": body.is_list, "sizes": [image.original_size for image in prepared]}
 
     @api.get("/health")
     async def health() -> str:
@@ -50,7 +50,7 @@ def guarded_app(limits: Limits, tokens: Tokens | None = None) -> FastAPI:
 
     @api.get("/broken")
     async def broken() -> None:
-        raise KeyError("secret of the inside")
+        raise KeyError("internal secret")
 
     @api.get("/asleep")
     async def asleep() -> None:
@@ -65,20 +65,20 @@ def guarded_app(limits: Limits, tokens: Tokens | None = None) -> FastAPI:
 
 
 def client(api: FastAPI) -> httpx.AsyncClient:
-    """Requests straight into the app; what the app raises comes through."""
+    """Create a client that calls the app in process. Exceptions of the app propagate."""
     return httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://endpoint")
 
 
 def ask(api: FastAPI, method: str, path: str, **request: Any) -> httpx.Response:
     async def one() -> httpx.Response:
-        async with client(api) as asking:
-            return await asking.request(method, path, **request)
+        async with client(api) as http:
+            return await http.request(method, path, **request)
 
     return asyncio.run(one())
 
 
 def scope_of(path: str, method: str = "POST", **headers: str) -> dict[str, Any]:
-    """A request as a server hands it to the app: unlike a client's, its path is not tidied."""
+    """Build an ASGI scope as a server passes it to the app. Unlike in a client, the path is not normalized."""
     return {
         "type": "http",
         "http_version": "1.1",
@@ -95,7 +95,7 @@ def scope_of(path: str, method: str = "POST", **headers: str) -> dict[str, Any]:
 
 
 async def call(api: FastAPI, scope: dict[str, Any], *body: bytes, then: str = "end") -> list[dict[str, Any]]:
-    """What the app sends for a request whose body is these chunks, and then ends, hangs, leaves, or repeats."""
+    """Return the messages of the app. `then`: after its chunks the body ends, hangs, repeats, or the client leaves."""
     chunks = list(body) or [b""]
     messages = []
 
@@ -121,7 +121,7 @@ async def call(api: FastAPI, scope: dict[str, Any], *body: bytes, then: str = "e
 
 
 def message_of(answer: httpx.Response) -> str:
-    """The message of an error, whose form is checked."""
+    """Check the format of an error response and return its message."""
     content = answer.json()
     assert list(content) == ["error"], content
     assert content["error"].keys() == {"status", "message"}
@@ -129,8 +129,8 @@ def message_of(answer: httpx.Response) -> str:
     return content["error"]["message"]
 
 
-async def dripping(*chunks: bytes, then_hang: bool = False) -> AsyncIterator[bytes]:
-    """A body that arrives in pieces, and perhaps never ends."""
+async def chunked(*chunks: bytes, then_hang: bool = False) -> AsyncIterator[bytes]:
+    """Yield a body in chunks, optionally without an end."""
     for chunk in chunks:
         yield chunk
     if then_hang:
@@ -138,7 +138,7 @@ async def dripping(*chunks: bytes, then_hang: bool = False) -> AsyncIterator[byt
 
 
 def log_lines() -> io.StringIO:
-    """Where the log lines of requests go from now on."""
+    """Redirect the request log to a new stream and return it."""
     stream = io.StringIO()
     middleware.log_requests(stream)
     assert logging.getLogger("raydetr.serving.requests").handlers

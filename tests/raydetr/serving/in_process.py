@@ -1,4 +1,4 @@
-"""The endpoint's application without Ray: its own routes, middlewares and service, and the model in this process."""
+"""The endpoint's application without Ray: routes, middlewares and service, with the model in this process."""
 
 import asyncio
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tests.raydetr.serving.decoders import preparer
 
 
 class _Response:
-    """As `DeploymentResponse`: awaited, or cancelled."""
+    """Like `DeploymentResponse`: awaitable and cancellable."""
 
     def __init__(self, compute: Callable[[], Any]) -> None:
         self._compute = compute
@@ -32,7 +32,7 @@ class _Response:
 
 
 class Replica:
-    """As the handle of model replicas. `fault` is raised by every call, where it is set."""
+    """Like the handle of the model replicas. If `fault` is set, each call raises it."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
@@ -63,14 +63,14 @@ def application(
     model: ResolvedModel,
     limits: Limits = Limits(),  # noqa: B008  # frozen
     tokens: Tokens | None = None,
-    most_requests: int = 8,
+    max_requests: int = 8,
 ) -> FastAPI:
-    """The application; `api.state.service` is its service, and `api.state.service.detector` its `Replica`."""
+    """Build the application. `api.state.service` is its service, `api.state.service.detector` its `Replica`."""
     service = Service(
         ServedVersion.of(model),
         Replica(LoadedModel.load(model, "cpu")),  # type: ignore[arg-type]
         preparer(limits),
-        most_requests,
+        max_requests,
         lambda: True,
     )
     api = new_api(secured=tokens is not None)

@@ -1,4 +1,4 @@
-"""A registry with versions to swap, and replicas to kill: what the tests of a running endpoint share."""
+"""Helpers of the tests of a running endpoint: a registry with versions to swap, and functions to kill replicas."""
 
 import re
 import threading
@@ -24,7 +24,7 @@ INGRESS = "Ingress"
 
 
 class Clients:
-    """Threads of a test that go on until the context ends; then `stop` is set."""
+    """Threads that run until the context ends, when `stop` is set."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
@@ -42,7 +42,7 @@ class Clients:
 
 
 class Registry:
-    """Versions 1, 2, … of the model `raydetr` in a database of its own, and the alias `champion`."""
+    """Registry in a new database, with versions 1, 2, … of the model `raydetr` and the alias `champion`."""
 
     def __init__(self, folder: Path) -> None:
         self.uri = empty_registry(folder / "runs")
@@ -56,13 +56,13 @@ class Registry:
 
 
 class Endpoint(Registry):
-    """Versions 1 and 2 are good, 3 is not; `url` is set by who starts it."""
+    """Versions 1 and 2 are valid, version 3 is broken. The fixture that starts the endpoint sets `url`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.detectors: dict[int, ObjectDetector] = {}
         self.folders: dict[int, Path] = {}
-        # Another image size and other labels: a request prepared for one version cannot be answered by the other.
+        # Different image sizes and labels: a request prepared for one version cannot be answered by the other.
         for version, (names, edge) in enumerate([(["ant", "bee"], 64), (["cow", "dog", "eel"], 96)], 1):
             model = save_tiny_detr(folder / f"tiny-{version}", names, seed=version, edge=edge)
             self.add(model)
@@ -75,15 +75,15 @@ class Endpoint(Registry):
     def version(self) -> int:
         return httpx.get(f"{self.url}/health", timeout=60).json()["model"]["version"]
 
-    def wait_for(self, what: Callable[[], bool], seconds: float = 120.0) -> None:
-        until = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < until, [line for line in exported() if "ray_raydetr_" in line]
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, [line for line in exported() if "ray_raydetr_" in line]
             time.sleep(0.5)
 
 
 def save_broken_detr(folder: Path) -> Path:
-    """A model that answers with NaN."""
+    """Save a model whose scores are NaN."""
     weights_file = save_tiny_detr(folder, ["ant", "bee"], edge=64) / "model.safetensors"
     weights = load_file(weights_file)
     weights["class_labels_classifier.bias"][:] = float("nan")
@@ -92,19 +92,19 @@ def save_broken_detr(folder: Path) -> Path:
 
 
 def replicas(deployment: str) -> list[str]:
-    """Names of its replicas that live, those that are starting included."""
+    """Return the names of the deployment's live replicas, including starting ones."""
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
     return sorted(name for name in names if f"raydetr#{deployment}#" in name)
 
 
 def running(deployment: str) -> int:
-    """How many of its replicas are ready."""
+    """Return the number of ready replicas of the deployment."""
     states = serve.status().applications["raydetr"].deployments[deployment].replica_states
     return sum(count for state, count in states.items() if state == "RUNNING")
 
 
 def kill(replica: str) -> None:
-    """End its process at once, as a crash does."""
+    """Kill the process of a replica without a shutdown, like a crash."""
     ray.kill(ray.get_actor(replica, namespace="serve"))
 
 
@@ -114,8 +114,8 @@ def exported() -> list[str]:
 
 
 def metric(name: str, **labels: str) -> float:
-    """The sum of a metric over what this node exports."""
+    """Return the sum of a metric over the samples that this node exports."""
     lines = [line for line in exported() if line.startswith(f"ray_{name}{{")]
-    wanted = [f'{label}="{value}"' for label, value in labels.items()]
-    found = [line for line in lines if all(re.search(rf"[{{,]{re.escape(each)}", line) for each in wanted)]
-    return sum(float(line.rpartition(" ")[2]) for line in found)
+    tags = [f'{label}="{value}"' for label, value in labels.items()]
+    matching = [line for line in lines if all(re.search(rf"[{{,]{re.escape(tag)}", line) for tag in tags)]
+    return sum(float(line.rpartition(" ")[2]) for line in matching)

@@ -18,7 +18,7 @@ from ray import serve
 from detr.image_processing.panoptic_png import read_panoptic_png
 from detr.inference.detector import ObjectDetector
 from detr.postprocess import post_process_instance_segmentation, post_process_semantic_segmentation
-from raydetr.client.client import Client
+from raydetr.client import Client
 from raydetr.errors import ConfigError, RequestError, ServingError
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.serving.app import Replicas, application, endpoint
@@ -40,7 +40,7 @@ def unused_port() -> int:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
-    """With a mask head."""
+    """A model with a mask head."""
     folder = save_tiny_detr(tmp_path_factory.mktemp("model") / "tiny", NAMES, edge=64)
     add_mask_head(folder)
     return dataclasses.replace(resolve(str(folder), ""), name="raydetr", version=3)
@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
 
 @pytest.fixture(scope="module")
 def url(ray_local, model) -> Iterator[str]:
-    # Images wait so long that those sent together meet in a batch.
+    # Images wait long enough that concurrent requests share a batch.
     batching = Batching(max_size=4, wait_s=0.2)
     limits = Limits(max_bytes=500_000, max_pixels=300 * 300, max_images=5)
     with endpoint(application(model, batching=batching, limits=limits), "127.0.0.1", unused_port()) as url:
@@ -56,7 +56,7 @@ def url(ray_local, model) -> Iterator[str]:
 
 
 class SlowDetector(Detector):
-    """Takes two seconds a batch, and counts the images that reach the device."""
+    """Detector that takes two seconds per batch, and counts the images that reach the device."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -64,7 +64,7 @@ class SlowDetector(Detector):
 
     def _run(self, task, jobs):
         time.sleep(2)
-        self.computed += sum(not job.gone for job in jobs)
+        self.computed += sum(not job.cancelled for job in jobs)
         return super()._run(task, jobs)
 
     async def get_computed(self):
@@ -73,10 +73,10 @@ class SlowDetector(Detector):
 
 @pytest.fixture(scope="module")
 def slow_url(url, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Beside the other one: no mask head, one image at a time, two requests at most, a deadline of five seconds."""
+    """A second endpoint: no mask head, batches of one image, at most two requests, a deadline of five seconds."""
     folder = save_tiny_detr(tmp_path_factory.mktemp("slow") / "boxes", NAMES, edge=64)
     model = resolve(str(folder), "")
-    options = Options(limits=Limits(deadline_s=5.0), most_requests=2)
+    options = Options(limits=Limits(deadline_s=5.0), max_requests=2)
     slow = serve.deployment(SlowDetector, name="Detector", max_ongoing_requests=8)
     app = serve.deployment(Ingress, name="Ingress", max_ongoing_requests=100).bind(
         model, options, slow.bind(model, Batching(max_size=1, wait_s=0.0), "cpu")
@@ -88,7 +88,7 @@ def slow_url(url, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def multi_scale(url, tmp_path) -> Iterator[tuple[str, ObjectDetector]]:
-    """Next to the other one: an endpoint of a multi-scale model, and the model."""
+    """A further endpoint with a multi-scale model, and the model."""
     folder = save_tiny_detr(tmp_path / "multi", NAMES, edge=64, multi_scale=True)
     app = application(resolve(str(folder), ""), batching=Batching(max_size=4, wait_s=0.2))
     serve.run(app, name="multi", route_prefix="/multi")
@@ -111,12 +111,12 @@ def post(url: str, route: str, data: bytes, **query) -> httpx.Response:
 
 
 def assert_is_answer(answer: dict, detector: ObjectDetector, data: bytes, threshold: float = 0.0) -> None:
-    found = detector.detect([detector.prepare(data)])[0].to_dicts(detector.model.config.id2label)
-    assert_is_found(answer["detections"], [each for each in found if each["score"] >= threshold])
+    expected = detector.detect([detector.prepare(data)])[0].to_dicts(detector.model.config.id2label)
+    assert_equal_detections(answer["detections"], [each for each in expected if each["score"] >= threshold])
 
 
-def assert_is_found(detections: list[dict], expected: list[dict]) -> None:
-    """Within 2e-3 pixels: with weights drawn as wide as here, a batch and an image alone differ by 1.0e-3 in float32."""
+def assert_equal_detections(detections: list[dict], expected: list[dict]) -> None:
+    """Compare within 2e-3 pixels: with these large random weights, batched and single images differ by 1.0e-3."""
     assert len(detections) == len(expected)
     for ours, theirs in zip(detections, expected, strict=True):
         assert (ours["label"], ours["label_id"]) == (theirs["label"], theirs["label_id"])
@@ -135,7 +135,7 @@ def health(url: str) -> dict:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.4])
-def test_an_answer_is_that_of_the_detector_in_process(url, detector, threshold):
+def test_an_answer_equals_the_detector_in_process(url, detector, threshold):
     data = png(60, 90)
     answer = detect(url, data, threshold)
     assert answer["model"] == {"name": "raydetr", "version": 3}
@@ -144,32 +144,33 @@ def test_an_answer_is_that_of_the_detector_in_process(url, detector, threshold):
     assert 0 < len(answer["detections"]) <= 12
 
 
-def test_top_k_and_classes_choose_among_the_detections_above_the_threshold(url, detector):
+def test_top_k_and_classes_select_from_the_detections_above_the_threshold(url, detector):
     data = png(60, 90)
-    found = detector.detect([detector.prepare(data)])[0].to_dicts(detector.model.config.id2label)
-    labels = sorted({each["label"] for each in found})
-    assert len(labels) > 1, "the tiny model should find several classes"
+    expected = detector.detect([detector.prepare(data)])[0].to_dicts(detector.model.config.id2label)
+    labels = sorted({each["label"] for each in expected})
+    assert len(labels) > 1, "the tiny model should detect several classes"
     answer = post(url, "/v1/detect", data, threshold=0, classes=labels[0]).json()
-    kept = [each for each in found if each["label"] == labels[0]]
-    assert_is_found(answer["detections"], kept)
+    of_first_label = [each for each in expected if each["label"] == labels[0]]
+    assert_equal_detections(answer["detections"], of_first_label)
     answer = post(url, "/v1/detect", data, threshold=0, classes=labels[:2], top_k=3).json()
-    assert_is_found(answer["detections"], [each for each in found if each["label"] in labels[:2]][:3])
+    of_two_labels = [each for each in expected if each["label"] in labels[:2]]
+    assert_equal_detections(answer["detections"], of_two_labels[:3])
 
 
-def test_replicas_allocate_from_one_arena(url):
+def test_replicas_use_one_malloc_arena(url):
     for deployment in (DETECTOR, INGRESS):
         (replica,) = replicas(deployment)
         actor = ray.get_actor(replica, namespace="serve")
         assert ray.get(actor.__ray_call__.remote(lambda _: os.environ["MALLOC_ARENA_MAX"])) == "1"
 
 
-def test_times_are_given_and_part_of_each_other(url):
+def test_times_are_positive_and_less_than_the_total(url):
     times = post(url, "/v1/detect", png(60, 90)).json()["times"]
     assert 0 < times["prepare_ms"] < times["total_ms"]
     assert 0 < times["model_ms"] < times["total_ms"]
 
 
-def test_images_of_a_form_and_of_json_are_answered_in_their_order(url, detector):
+def test_multipart_and_json_images_are_answered_in_order(url, detector):
     images = [png(60 + 20 * (i % 3), 90, seed=i) for i in range(5)]
     form = httpx.post(
         f"{url}/v1/detect?threshold=0",
@@ -193,7 +194,7 @@ def test_one_bad_image_fails_the_request_and_is_named(url):
 
 
 def expected_segments(segmenter: ObjectDetector, data: bytes, kind: str, threshold: float):
-    """The map and its segments, of the image alone, by `detr.postprocess`."""
+    """Compute the map and its segments with `detr.postprocess`, for a single image."""
     image = segmenter.prepare(data)
     outputs = segmenter.run([image])
     sizes = {
@@ -204,18 +205,18 @@ def expected_segments(segmenter: ObjectDetector, data: bytes, kind: str, thresho
     if kind == "semantic":
         ids = post_process_semantic_segmentation(outputs, **sizes)[0].numpy() + 1
         return ids, [{"id": i, "label_id": i - 1, "score": None} for i in np.unique(ids).tolist()]
-    found = post_process_instance_segmentation(outputs, threshold, integer_maps=True, **sizes)[0]
-    return found["segmentation"].numpy().clip(0), found["segments_info"]
+    result = post_process_instance_segmentation(outputs, threshold, integer_maps=True, **sizes)[0]
+    return result["segmentation"].numpy().clip(0), result["segments_info"]
 
 
 @pytest.mark.parametrize("kind", ["instance", "panoptic", "semantic"])
-def test_segments_are_those_of_postprocess_on_the_image_alone(url, segmenter, kind):
+def test_segments_equal_postprocessing_of_the_single_image(url, segmenter, kind):
     images = [png(60 + 20 * (i % 2), 90, seed=i) for i in range(6)]
     ask = lambda data, form: post(url, "/v1/segment", data, kind=kind, threshold=0.1, format=form).json()  # noqa: E731
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         rle = list(pool.map(lambda data: ask(data, "rle"), images))
         maps = list(pool.map(lambda data: ask(data, "png"), images))
-    seen = 0
+    num_segments = 0
     for data, with_masks, with_map in zip(images, rle, maps, strict=True):
         ids, segments = expected_segments(segmenter, data, kind, 0.1)
         np.testing.assert_array_equal(read_panoptic_png(base64.b64decode(with_map["map"])), ids)
@@ -230,19 +231,19 @@ def test_segments_are_those_of_postprocess_on_the_image_alone(url, segmenter, ki
         for segment in with_masks["segments"]:
             np.testing.assert_array_equal(coco_mask.decode(segment["mask"]), ids == segment["id"])
         assert all(segment["mask"] is None for segment in with_map["segments"])
-        seen += len(segments)
-    assert seen, "the tiny model should find segments"
+        num_segments += len(segments)
+    assert num_segments, "the tiny model should detect segments"
 
 
 def test_an_image_without_segments_has_an_empty_map(url):
     answer = post(url, "/v1/segment", png(60, 90), threshold=1, format="png").json()
     assert answer["segments"] == []
-    with Image.open(BytesIO(base64.b64decode(answer["map"]))) as picture:
-        assert picture.size == (90, 60)
-        assert picture.getextrema() == ((0, 0), (0, 0), (0, 0))
+    with Image.open(BytesIO(base64.b64decode(answer["map"]))) as image:
+        assert image.size == (90, 60)
+        assert image.getextrema() == ((0, 0), (0, 0), (0, 0))
 
 
-def test_segmentation_takes_one_image_and_known_words(url):
+def test_segmentation_takes_one_image_and_known_kinds(url):
     files = [("images", ("a", png(60, 90))), ("images", ("b", png(60, 90)))]
     assert httpx.post(f"{url}/v1/segment", files=files).status_code == 422
     assert httpx.post(f"{url}/v1/segment", files=files[:1]).status_code == 200
@@ -250,7 +251,7 @@ def test_segmentation_takes_one_image_and_known_words(url):
 
 
 @pytest.mark.slow
-def test_a_model_without_a_mask_head_says_so(slow_url):
+def test_a_model_without_a_mask_head_rejects_segmentation(slow_url):
     response = post(slow_url, "/v1/segment", png(60, 90))
     assert response.status_code == 409
     assert "has no mask head" in response.json()["error"]["message"]
@@ -262,7 +263,7 @@ def test_the_models_are_listed_with_labels_and_tasks(url):
     assert httpx.get(f"{url}/v1/models").json() == {"models": [listed]}
 
 
-def test_ready_and_the_open_inference_protocol_answer(url):
+def test_readiness_and_the_open_inference_protocol_routes(url):
     for route, answer in (
         ("/ready", {"ready": True}),
         ("/v2/health/live", {"live": True}),
@@ -279,14 +280,14 @@ def test_ready_and_the_open_inference_protocol_answer(url):
 
 
 @pytest.mark.slow
-def test_more_requests_than_the_bound_are_refused_with_429_and_others_answered(slow_url):
+def test_requests_beyond_the_maximum_get_429_and_the_others_are_answered(slow_url):
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         responses = list(pool.map(lambda i: post(slow_url, "/v1/detect", png(60, 90, seed=i)), range(6)))
     by_status = sorted(response.status_code for response in responses)
     assert by_status == [200, 200, 429, 429, 429, 429]
-    refused = next(response for response in responses if response.status_code == 429)
-    assert refused.headers["Retry-After"] == "1"
-    assert "Too many requests" in refused.json()["error"]["message"]
+    rejected = next(response for response in responses if response.status_code == 429)
+    assert rejected.headers["Retry-After"] == "1"
+    assert "Too many requests" in rejected.json()["error"]["message"]
 
 
 def computed() -> int:
@@ -294,20 +295,20 @@ def computed() -> int:
 
 
 @pytest.mark.slow
-def test_the_work_of_a_client_that_is_gone_is_dropped(slow_url):
+def test_the_work_of_a_disconnected_client_is_dropped(slow_url):
     before = computed()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        stays = pool.submit(post, slow_url, "/v1/detect", png(60, 90))
+        first = pool.submit(post, slow_url, "/v1/detect", png(60, 90))
         time.sleep(0.5)  # it is on the device
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{slow_url}/v1/detect", content=png(60, 90), timeout=0.5)
-        assert stays.result().status_code == 200
+        assert first.result().status_code == 200
     assert post(slow_url, "/v1/detect", png(60, 90)).status_code == 200
     assert computed() - before == 2
 
 
 @pytest.mark.slow
-def test_a_request_out_of_time_is_504_and_its_work_is_dropped(slow_url):
+def test_a_timed_out_request_is_504_and_its_work_is_dropped(slow_url):
     before = computed()
     images = {"images": [base64.b64encode(png(60, 90, seed=i)).decode() for i in range(5)]}
     response = httpx.post(f"{slow_url}/v1/detect", json=images, timeout=30)
@@ -317,12 +318,12 @@ def test_a_request_out_of_time_is_504_and_its_work_is_dropped(slow_url):
     assert computed() - before < 5
 
 
-def test_answers_do_not_depend_on_the_requests_beside_them(url, detector):
+def test_answers_do_not_depend_on_concurrent_requests(url, detector):
     assert_independent(url, detector)
 
 
 @pytest.mark.slow
-def test_answers_of_a_multi_scale_model_are_its_own_and_depend_on_no_other_request(multi_scale):
+def test_answers_of_a_multi_scale_model_do_not_depend_on_concurrent_requests(multi_scale):
     assert_independent(*multi_scale)
 
 
@@ -342,7 +343,7 @@ def test_health_names_the_model(url):
     ("body", "query", "status", "message"),
     [
         (b"", "", 400, "The body is empty"),
-        (b"{}", "", 415, "not an image"),
+        (b"{}", "", 415, "not a readable image"),
         (png(60, 90)[:-200], "", 400, "cannot be decoded"),
         (b"0" * 500_001, "", 413, "larger than 500000 bytes"),
         (png(301, 300), "", 413, "301 x 300 pixels"),
@@ -353,7 +354,7 @@ def test_health_names_the_model(url):
         (png(60, 90), "?classes=ant&classes=dog", 422, "no label 'dog'"),
     ],
 )
-def test_what_cannot_be_answered_is_a_4xx_with_the_reason(url, body, query, status, message):
+def test_an_invalid_request_is_a_4xx_with_the_reason(url, body, query, status, message):
     response = httpx.post(f"{url}/v1/detect{query}", content=body, timeout=30)
     assert response.status_code == status
     assert response.json()["error"]["status"] == status
@@ -361,7 +362,7 @@ def test_what_cannot_be_answered_is_a_4xx_with_the_reason(url, body, query, stat
     assert "Traceback" not in response.text
 
 
-def test_unknown_routes_and_methods_have_the_same_form(url):
+def test_unknown_routes_and_methods_have_the_same_error_format(url):
     for response, status in ((httpx.get(f"{url}/v9"), 404), (httpx.get(f"{url}/v1/detect"), 405)):
         assert response.status_code == response.json()["error"]["status"] == status
 
@@ -381,13 +382,13 @@ def test_the_page_is_at_the_root(url):
 
 
 @pytest.mark.slow
-def test_the_last_replica_goes_while_nobody_asks_and_comes_back_for_a_request(url, model, detector):
-    app = application(model, replicas=Replicas(count=1, least=0, most=2, idle_s=2.0))
+def test_the_last_replica_stops_when_idle_and_a_request_starts_a_new_one(url, model, detector):
+    app = application(model, replicas=Replicas(count=1, minimum=0, maximum=2, idle_s=2.0))
     serve.run(app, name="idle", route_prefix="/idle")
     assert post(url, "/idle/v1/detect", png(60, 90)).status_code == 200
-    until = time.monotonic() + 180
+    deadline = time.monotonic() + 180
     while serve.status().applications["idle"].deployments["Detector"].replica_states:
-        assert time.monotonic() < until, serve.status()
+        assert time.monotonic() < deadline, serve.status()
         time.sleep(1)
     assert httpx.get(f"{url}/idle/ready").status_code == 200, "a request would be answered"
     data = png(60, 90)
@@ -396,7 +397,7 @@ def test_the_last_replica_goes_while_nobody_asks_and_comes_back_for_a_request(ur
     assert_is_answer(response.json(), detector, data)
 
 
-def test_the_openapi_document_has_the_routes_and_takes_images(url):
+def test_the_openapi_document_lists_routes_and_body_types(url):
     document = httpx.get(f"{url}/openapi.json").json()
     assert {"/health", "/ready", "/v1/detect", "/v1/segment", "/v1/models", "/v2"} <= set(document["paths"])
     post = document["paths"]["/v1/detect"]["post"]
@@ -406,8 +407,8 @@ def test_the_openapi_document_has_the_routes_and_takes_images(url):
 
 
 @pytest.mark.slow
-def test_the_client_tells_refusals_from_failures(url):
-    with pytest.raises(RequestError, match="not an image") as error:
+def test_the_client_distinguishes_request_errors_from_server_failures(url):
+    with pytest.raises(RequestError, match="not a readable image") as error:
         detect(url, b"text")
     assert error.value.status == 415
     with pytest.raises(ServingError, match="does not answer"):
@@ -416,11 +417,11 @@ def test_the_client_tells_refusals_from_failures(url):
         health("127.0.0.1:8000")
 
 
-def test_a_port_in_use_is_refused_before_anything_starts(model):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+def test_a_port_in_use_is_reported_before_anything_starts(model):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         with (
             pytest.raises(ConfigError, match=f"--port {port} cannot be bound"),
             endpoint(application(model), "127.0.0.1", port),
@@ -428,9 +429,9 @@ def test_a_port_in_use_is_refused_before_anything_starts(model):
             pass
 
 
-def test_a_serve_that_runs_already_is_left_alone(url, model):
+def test_a_running_serve_is_not_replaced(url, model):
     with (
-        pytest.raises(ServingError, match="runs on this cluster already"),
+        pytest.raises(ServingError, match="already runs on this cluster"),
         endpoint(application(model), "127.0.0.1", unused_port()),
     ):
         pass
@@ -438,8 +439,8 @@ def test_a_serve_that_runs_already_is_left_alone(url, model):
 
 
 @pytest.mark.slow
-def test_a_batch_has_one_shape_and_at_most_the_given_size(url, model, detector):
-    class Recorder(Detector):
+def test_a_batch_has_one_shape_and_at_most_max_size_images(url, model, detector):
+    class RecordingDetector(Detector):
         def __init__(self, *args):
             super().__init__(*args)
             self.batches = []
@@ -451,7 +452,7 @@ def test_a_batch_has_one_shape_and_at_most_the_given_size(url, model, detector):
         async def get_batches(self):
             return self.batches
 
-    app = serve.deployment(Recorder).bind(model, Batching(max_size=3, wait_s=1.0), "cpu")
+    app = serve.deployment(RecordingDetector).bind(model, Batching(max_size=3, wait_s=1.0), "cpu")
     handle = serve.run(app, name="recorder", route_prefix=None)
     sizes = [(60, 90), (90, 60), (60, 90), (60, 90), (90, 60), (60, 90), (60, 90)]
     images = [detector.prepare(png(*size, seed=i)) for i, size in enumerate(sizes)]

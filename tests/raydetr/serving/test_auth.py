@@ -36,7 +36,7 @@ def line(token, name):
 def file(tmp_path):
     path = tmp_path / "tokens"
     path.write_text(
-        "# who may ask\n\n" + line("first-token", "alice") + line("second", "bob of sales # since May")
+        "# clients\n\n" + line("first-token", "alice") + line("second", "bob of sales # since May")
     )
     return path
 
@@ -60,7 +60,7 @@ def whoami(api, *headers):
     return ask(api, "GET", "/whoami", headers=[("Authorization", value) for value in headers])
 
 
-def test_each_token_of_the_file_lets_its_client_in(api):
+def test_each_token_of_the_file_authenticates_its_client(api):
     assert whoami(api, "Bearer first-token").json() == "alice"
     assert whoami(api, "bearer  second ").json() == "bob of sales"
 
@@ -84,7 +84,7 @@ def test_each_token_of_the_file_lets_its_client_in(api):
         [b"Bearer \xff\xfe"],
     ],
 )
-def test_a_missing_or_wrong_token_is_refused_with_a_challenge(api, headers):
+def test_a_missing_or_wrong_token_is_rejected_with_a_challenge(api, headers):
     answer = whoami(api, *headers)
     assert answer.status_code == 401
     assert answer.headers["WWW-Authenticate"].startswith("Bearer")
@@ -92,7 +92,7 @@ def test_a_missing_or_wrong_token_is_refused_with_a_challenge(api, headers):
     assert len(answer.content) < 300
 
 
-def test_a_refused_request_is_not_read(api):
+def test_the_body_of_an_unauthenticated_request_is_not_read(api):
     answer = ask(api, "POST", "/v1/detect", content=b"no image")
     assert answer.status_code == 401
 
@@ -119,7 +119,7 @@ def test_a_refused_request_is_not_read(api):
         "",
     ],
 )
-def test_no_trick_with_a_path_gets_around_the_token(api, path):
+def test_no_path_variant_bypasses_the_token(api, path):
     for method in ("GET", "POST", "HEAD", "OPTIONS", "WHAT"):
         start, _ = asyncio.run(call(api, scope_of(path, method)))
         assert start["status"] == 401, method
@@ -129,7 +129,7 @@ def test_health_needs_no_token(api):
     assert ask(api, "GET", "/health").json() == "ok"
 
 
-def test_an_app_under_a_prefix_keeps_its_open_paths():
+def test_open_paths_work_under_a_path_prefix():
     middleware = BearerAuth(None, None)
     for root, path, is_open in [
         ("", "/health", True),
@@ -150,7 +150,7 @@ def test_tokens_are_rotated_without_a_restart(api, file, clock):
     assert whoami(api, "Bearer second").json() == "bob"
 
 
-def test_a_change_is_seen_even_with_the_old_time_and_size(tokens, file, clock):
+def test_a_change_is_detected_even_with_the_same_mtime_and_size(tokens, file, clock):
     before = file.stat()
     file.write_text(file.read_text().replace(line("second", "")[:64], line("other", "")[:64]))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -159,20 +159,18 @@ def test_a_change_is_seen_even_with_the_old_time_and_size(tokens, file, clock):
     assert (tokens.name_of("second"), tokens.name_of("other")) == (None, "bob of sales")
 
 
-def test_a_file_that_is_gone_lets_nobody_in_until_it_is_back(tokens, file, clock, caplog):
+def test_all_tokens_are_rejected_while_the_file_is_missing(tokens, file, clock, caplog):
     content = file.read_text()
     file.unlink()
     clock.now += 1.0
     assert tokens.name_of("first-token") is None
-    assert "nobody is let in" in caplog.text
+    assert "all tokens are rejected" in caplog.text
     file.write_text(content)
     clock.now += 1.0
     assert tokens.name_of("first-token") == "alice"
 
 
-def test_a_bad_line_added_later_is_skipped_and_its_number_logged_but_not_its_text(
-    tokens, file, clock, caplog
-):
+def test_an_invalid_line_added_later_is_skipped_and_only_its_number_is_logged(tokens, file, clock, caplog):
     with file.open("a") as out:
         out.write("plain-secret dave\n" + line("third", "carol"))
     clock.now += 1.0
@@ -197,7 +195,7 @@ def test_a_bad_line_added_later_is_skipped_and_its_number_logged_but_not_its_tex
         ("#" * (1024 * 1024 + 1), "larger than"),
     ],
 )
-def test_a_file_without_tokens_is_refused_at_the_start(tmp_path, content, message):
+def test_a_file_without_tokens_is_rejected_at_startup(tmp_path, content, message):
     file = tmp_path / "tokens"
     file.write_text(content)
     with pytest.raises(ConfigError, match=message) as error:
@@ -205,7 +203,7 @@ def test_a_file_without_tokens_is_refused_at_the_start(tmp_path, content, messag
     assert "alice" not in str(error.value)
 
 
-def test_a_file_that_cannot_be_read_is_refused_at_the_start(tmp_path):
+def test_an_unreadable_file_is_rejected_at_startup(tmp_path):
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(ConfigError, match="cannot be read"):
             Tokens(path)
@@ -219,13 +217,13 @@ def test_every_known_hash_is_compared_in_constant_time(tokens, monkeypatch):
     assert {len(value) for pair in compared for value in pair} == {32}
 
 
-def test_lines_may_have_the_form_of_sha256sum_of_windows_and_of_tabs():
+def test_lines_may_have_uppercase_digits_tabs_and_windows_line_ends():
     digest = hashlib.sha256(b"t").hexdigest()
     names, bad = parse_tokens(f"{digest.upper()}\talice\r\n{'0' * 64}   bob#x\r\n".encode())
     assert (dict(names), bad) == ({bytes.fromhex(digest): "alice", bytes(32): "bob"}, [])
 
 
-def test_an_added_token_lets_its_client_in_and_leaves_the_others(file, clock):
+def test_an_added_token_works_and_the_others_still_do(file, clock):
     with file.open("a") as out:
         out.write("# no line end")
     tokens = Tokens(file, clock=clock)
@@ -237,25 +235,25 @@ def test_an_added_token_lets_its_client_in_and_leaves_the_others(file, clock):
     assert carol not in file.read_text()
 
 
-def test_a_new_file_of_tokens_is_its_owners_alone(tmp_path):
+def test_a_new_token_file_is_private_to_its_owner(tmp_path):
     token = add_token(tmp_path / "tokens", "alice")
     assert (tmp_path / "tokens").stat().st_mode & 0o777 == 0o600
     assert Tokens(tmp_path / "tokens").name_of(token) == "alice"
 
 
 @pytest.mark.parametrize("name", ["", " ", " alice", "al\nice", "al\x1b[31mice", "a#b", "n" * 101, "\t"])
-def test_a_name_that_would_not_be_read_again_is_refused_and_nothing_is_written(tmp_path, name):
+def test_a_name_that_cannot_be_parsed_again_is_rejected_and_nothing_is_written(tmp_path, name):
     with pytest.raises(ConfigError, match="--name"):
         add_token(tmp_path / "tokens", name)
     assert not (tmp_path / "tokens").exists()
 
 
-def test_a_file_that_cannot_be_written_is_an_error(tmp_path):
+def test_an_unwritable_file_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="cannot be written"):
         add_token(tmp_path / "nowhere" / "tokens", "alice")
 
 
-def test_the_printed_command_has_the_token_and_survives_a_shell():
+def test_the_curl_command_has_the_token_and_is_quoted_for_a_shell():
     for tokens in ("", "tokens"):
         command = curl_command("http://h/it's a path", tokens)
         words = shlex.split(command.replace("$TOKEN", "secret"))
@@ -263,7 +261,7 @@ def test_the_printed_command_has_the_token_and_survives_a_shell():
         assert ("Authorization: Bearer secret" in words) == bool(tokens)
 
 
-def test_tokens_are_required_unless_only_this_machine_can_ask():
+def test_tokens_are_required_unless_the_host_is_loopback():
     for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost"):
         assert is_loopback(host)
         require_tokens(host, None)

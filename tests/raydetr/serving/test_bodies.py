@@ -14,7 +14,7 @@ from raydetr.serving.images import Limits
 from tests.raydetr.serving.guarded_app import (
     ask,
     call,
-    dripping,
+    chunked,
     guarded_app,
     log_lines,
     message_of,
@@ -53,7 +53,7 @@ def test_a_raw_body_is_one_image(api, content_type):
     assert answer.json() == {"many": False, "sizes": [[40, 50]]}
 
 
-def test_parts_and_base64_are_lists_in_their_order(api):
+def test_multipart_and_base64_images_are_read_in_order(api):
     many = {"many": True, "sizes": [[40, 50], [30, 20], [40, 50]]}
     files = [("images", (name, image, None)) for name, image in [("a", IMAGE), ("b", OTHER), ("c", IMAGE)]]
     assert ask(api, "POST", "/v1/detect", files=files).json() == many
@@ -61,7 +61,7 @@ def test_parts_and_base64_are_lists_in_their_order(api):
     assert ask(api, "POST", "/v1/detect", json=base64_json(IMAGE)).json()["many"]
 
 
-def test_a_body_may_arrive_in_any_pieces(api):
+def test_a_body_may_arrive_in_any_chunks(api):
     request = httpx.Request("POST", "http://endpoint", files=[("images", IMAGE), ("images", OTHER)])
     request.read()
     pieces = [request.content[i : i + 1] for i in range(len(request.content))]
@@ -69,13 +69,13 @@ def test_a_body_may_arrive_in_any_pieces(api):
         api,
         "POST",
         "/v1/detect",
-        content=dripping(*pieces),
+        content=chunked(*pieces),
         headers={"Content-Type": request.headers["Content-Type"]},
     )
     assert answer.json()["sizes"] == [[40, 50], [30, 20]]
 
 
-def test_any_bytes_survive_multipart_as_another_encoder_writes_it():
+def test_any_bytes_survive_the_multipart_encoding_of_httpx():
     seed = random.randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
@@ -117,11 +117,11 @@ PART = b'--b\r\nContent-Disposition: form-data; name="images"; filename="a.png"\
         (b"nonsense", 400, "does not have the boundary"),
         (b"--bx", 400, "after a boundary"),
         (b"--b", 400, "after a boundary"),
-        (b"--b\r\n", 400, "begin with headers"),
+        (b"--b\r\n", 400, "start with headers"),
         (b"--b\r\n" + b"X: " + b"y" * 5000 + b"\r\n\r\nz\r\n--b--", 400, "headers of at most 4096"),
-        (PART, 400, "cut short"),
-        (PART + b"data", 400, "cut short"),
-        (PART + b"data\r\n--", 400, "cut short"),
+        (PART, 400, "truncated"),
+        (PART + b"data", 400, "truncated"),
+        (PART + b"data\r\n--", 400, "truncated"),
         (PART + b"data\r\n--b", 400, "after a boundary"),
         (PART + b"\r\n--b--", 422, "number 1 is empty"),
         (PART[:-2] + b"--b--", 400, "headers"),
@@ -135,7 +135,7 @@ PART = b'--b\r\nContent-Disposition: form-data; name="images"; filename="a.png"\
         ((PART + b"data\r\n") * 1000, 413, "More than 3 images"),
     ],
 )  # fmt: skip
-def test_a_malformed_multipart_body_is_refused_with_its_fault(body, status, message):
+def test_a_malformed_multipart_body_is_rejected_with_the_reason(body, status, message):
     with pytest.raises(RequestError, match=message) as error:
         images_of_multipart(body, b"b", LIMITS)
     assert error.value.status == status
@@ -168,7 +168,7 @@ def test_multipart_needs_a_boundary(api, content_type):
         {"Content-Type": "application/json-seq"},
     ],
 )
-def test_types_and_encodings_that_are_not_read_are_refused(api, headers):
+def test_unsupported_types_and_encodings_are_rejected(api, headers):
     answer = ask(api, "POST", "/v1/detect", content=b"{}", headers=headers)
     assert answer.status_code == 415
     assert message_of(answer)
@@ -191,9 +191,9 @@ def test_types_and_encodings_that_are_not_read_are_refused(api, headers):
         ('{"images": {"0": "aGk="}}', 422, "not {"),
         ('{"images": ["aGk="], "url": "http://127.0.0.1/"}', 422, "not {"),
         ('{"images": []}', 422, "no image"),
-        ('{"images": [1]}', 422, "number 1 is not a string"),
-        ('{"images": ["aGk=", null]}', 422, "number 2 is not a string"),
-        ('{"images": [["aGk="]]}', 422, "number 1 is not a string"),
+        ('{"images": [1]}', 422, "number 1 is not a base64 string"),
+        ('{"images": ["aGk=", null]}', 422, "number 2 is not a base64 string"),
+        ('{"images": [["aGk="]]}', 422, "number 1 is not a base64 string"),
         ('{"images": [""]}', 422, "number 1 is empty"),
         ('{"images": ["aGk"]}', 422, "number 1 is not base64"),
         ('{"images": ["aGk=aGk="]}', 422, "number 1 is not base64"),
@@ -201,29 +201,29 @@ def test_types_and_encodings_that_are_not_read_are_refused(api, headers):
         ('{"images": ["a-_="]}', 422, "number 1 is not base64"),
         ('{"images": ["aGk=", "\\u0441GVs"]}', 422, "number 2 is not base64"),
         ('{"images": ["data:image/png;base64,aGk="]}', 422, "`data:` prefix"),
-        ('{"images": ["file:///etc/passwd"]}', 422, "addresses are not fetched"),
-        ('{"images": ["http://169.254.169.254/latest"]}', 422, "addresses are not fetched"),
+        ('{"images": ["file:///etc/passwd"]}', 422, "URLs are not fetched"),
+        ('{"images": ["http://169.254.169.254/latest"]}', 422, "URLs are not fetched"),
         ('{"images": ["aGk=", "aGk=", "aGk=", "aGk="]}', 413, "More than 3 images"),
         ("[" * 100_000, 413, "more values"),
         ('{"a":' * 100_000, 413, "more values"),
         ('{"images": [' + "0," * 100_000 + "0]}", 413, "more values"),
     ],
 )  # fmt: skip
-def test_json_of_another_shape_is_refused_with_its_fault(body, status, message):
+def test_json_of_another_structure_is_rejected_with_the_reason(body, status, message):
     with pytest.raises(RequestError, match=message) as error:
         images_of_json(body if isinstance(body, bytes) else body.encode(), LIMITS)
     assert error.value.status == status
     assert len(str(error.value)) < 300
 
 
-def test_slashes_may_be_escaped_as_some_encoders_do():
+def test_json_slashes_may_be_escaped():
     image = bytes([255] * 30)
     text = json.dumps(base64_json(image)).replace("/", "\\/")
     assert "\\/" in text
     assert images_of_json(text.encode(), LIMITS) == [image]
 
 
-def test_a_bad_image_of_several_is_named_by_its_number(api):
+def test_an_error_names_the_number_of_the_bad_image(api):
     answer = ask(api, "POST", "/v1/detect", json=base64_json(IMAGE, b"no image"))
     assert answer.status_code == 415
     assert "Image 2" in message_of(answer)
@@ -236,7 +236,7 @@ def test_a_bad_image_of_several_is_named_by_its_number(api):
 
 
 @pytest.mark.parametrize("content_type", ["image/png", "application/json", "multipart/form-data; boundary=b"])
-def test_no_body_is_read_beyond_the_limit(api, content_type):
+def test_a_body_is_not_read_beyond_the_limit(api, content_type):
     scope = scope_of("/v1/detect", content_type=content_type)
     log = log_lines()
     start, _ = asyncio.run(call(api, scope, b"x" * 1000, then="repeat"))
@@ -245,7 +245,7 @@ def test_no_body_is_read_beyond_the_limit(api, content_type):
     assert json.loads(log.getvalue())["bytes_in"] == LIMITS.max_bytes + 1000
 
 
-def test_taking_a_body_apart_needs_memory_of_few_times_its_size_and_no_more_time_when_it_is_malicious():
+def test_parsing_any_body_needs_at_most_six_times_its_size():
     limits = Limits(max_images=16)
     size = 4_000_000
     bodies = [
@@ -263,11 +263,11 @@ def test_taking_a_body_apart_needs_memory_of_few_times_its_size_and_no_more_time
                 part + tail * (size // len(tail)),
             )
         )
-    for take_apart, body in bodies:
+    for parse, body in bodies:
         tracemalloc.start()
         started = time.process_time()
         try:
-            take_apart(body, limits)
+            parse(body, limits)
         except RequestError:
             pass
         finally:
@@ -277,7 +277,7 @@ def test_taking_a_body_apart_needs_memory_of_few_times_its_size_and_no_more_time
         assert peak < 6 * len(body) + 100_000
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(api):
+def test_a_client_that_disconnects_during_its_body_is_not_an_error(api):
     scope = scope_of("/v1/detect", content_type="image/png")
     log = log_lines()
     assert asyncio.run(call(api, scope, b"half", then="leave")) == []
@@ -285,29 +285,29 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(api):
 
 
 def read(*chunks: bytes, declared: str | None = None) -> tuple[bytes, int]:
-    """The body, and how many chunks were taken."""
-    taken = 0
+    """Return the body and the number of chunks that were read."""
+    num_read = 0
 
     async def stream():
-        nonlocal taken
+        nonlocal num_read
         for chunk in chunks:
-            taken += 1
+            num_read += 1
             yield chunk
 
-    return asyncio.run(read_body(stream(), declared, Limits(max_bytes=10), lambda _: None)), taken
+    return asyncio.run(read_body(stream(), declared, Limits(max_bytes=10), lambda _: None)), num_read
 
 
-def test_a_body_is_put_together():
+def test_the_chunks_of_a_body_are_joined():
     assert read(b"12345", b"", b"67890", declared="10") == (b"1234567890", 3)
 
 
-def test_a_body_is_refused_by_its_declared_size_before_it_is_read():
+def test_a_body_is_rejected_by_its_content_length_before_it_is_read():
     with pytest.raises(RequestError, match="larger than 10 bytes") as error:
         read(b"1", declared="11")
     assert error.value.status == 413
 
 
-def test_a_body_that_declares_nothing_or_lies_is_cut_off_at_the_limit():
+def test_a_body_with_a_missing_or_wrong_content_length_is_rejected_at_the_limit():
     for declared in (None, "3", "nonsense"):
         endless = (b"123456" for _ in range(10**9))
         with pytest.raises(RequestError) as error:
@@ -321,7 +321,7 @@ def test_an_empty_body_is_a_bad_request():
     assert error.value.status == 400
 
 
-def test_a_declared_size_of_thousands_of_digits_is_too_large():
+def test_a_content_length_of_thousands_of_digits_is_too_large():
     with pytest.raises(RequestError) as error:
         read(b"1", declared="9" * 5000)
     assert error.value.status == 413

@@ -1,4 +1,4 @@
-"""A second version on live traffic."""
+"""A challenger on live traffic."""
 
 import asyncio
 import dataclasses
@@ -33,135 +33,136 @@ def champion(tmp_path_factory) -> ServedVersion:
     return ServedVersion.of(resolve(str(folder), ""))
 
 
-def answered(
+def canary_answer(
     champion: ServedVersion, outcome: Any, canary: float = 1.0, task: str = "detect", **changes: Any
 ) -> tuple[Any, int]:
-    """What a challenger answers, and how often it fell back; an exception as outcome is raised, None never comes."""
-    fallen: list[None] = []
+    """Return the challenger's answer and the number of fallbacks. An exception is raised, None never finishes."""
+    fallbacks: list[None] = []
     other = dataclasses.replace(champion.model, address="models:/raydetr/2")
-    current = dataclasses.replace(champion, **{"model": other, **changes})
-    trial = ChallengerConfig(Alias(ADDRESS, ""), canary)
-    challenger = Challenger(trial, current, None, lambda: fallen.append(None))  # type: ignore[arg-type]
+    version = dataclasses.replace(champion, **{"model": other, **changes})
+    config = ChallengerConfig(Alias(ADDRESS, ""), canary)
+    challenger = Challenger(config, version, None, lambda: fallbacks.append(None))  # type: ignore[arg-type]
 
     async def run(used: ServedVersion) -> Any:
-        assert used is current
+        assert used is version
         if isinstance(outcome, Exception):
             raise outcome
         if outcome is None:
             await asyncio.Event().wait()
         return outcome
 
-    return asyncio.run(challenger.answer(task, champion, run, 0.2)), len(fallen)
+    return asyncio.run(challenger.answer(task, champion, run, 0.2)), len(fallbacks)
 
 
 def test_a_canary_answers_its_share(champion):
-    assert answered(champion, "answer") == ("answer", 0)
-    assert answered(champion, "answer", canary=0.0) == (None, 0)
-    draws = [answered(champion, "answer", canary=0.3)[0] for _ in range(600)]
+    assert canary_answer(champion, "answer") == ("answer", 0)
+    assert canary_answer(champion, "answer", canary=0.0) == (None, 0)
+    draws = [canary_answer(champion, "answer", canary=0.3)[0] for _ in range(600)]
     assert 100 < draws.count("answer") < 260
 
 
 @pytest.mark.parametrize("error", [ServingError("its weights are gone"), RuntimeError("no"), no_replica()])
-def test_what_a_canary_fails_at_is_the_champions_to_answer(champion, error, caplog):
-    assert answered(champion, error) == (None, 1)
+def test_the_champion_answers_if_the_canary_fails(champion, error, caplog):
+    assert canary_answer(champion, error) == (None, 1)
     assert "the champion answers" in caplog.text
 
 
-def test_a_canary_that_takes_too_long_leaves_time_for_the_champion(champion):
-    assert answered(champion, None) == (None, 1)
+def test_the_champion_answers_if_the_canary_takes_too_long(champion):
+    assert canary_answer(champion, None) == (None, 1)
 
 
-def test_a_request_that_only_the_champion_understands_is_no_failure(champion):
-    assert answered(champion, RequestError(422, "classes: the model has no label 'ant'")) == (None, 0)
-    assert answered(champion, "answer", task="segment") == (None, 0)
+def test_a_request_that_only_the_champion_supports_is_not_a_failure(champion):
+    assert canary_answer(champion, RequestError(422, "classes: the model has no label 'ant'")) == (None, 0)
+    assert canary_answer(champion, "answer", task="segment") == (None, 0)
 
 
-def test_a_canary_under_overload_refuses_as_the_champion_does(champion):
+def test_a_canary_under_overload_rejects_like_the_champion(champion):
     with pytest.raises(type(too_many())) as error:
-        answered(champion, too_many())
+        canary_answer(champion, too_many())
     assert error.value.status == 429
 
 
-def test_a_challenger_that_became_champion_is_not_tried(champion):
-    assert answered(champion, "answer", model=champion.model) == (None, 0)
+def test_a_challenger_that_became_champion_is_not_used(champion):
+    assert canary_answer(champion, "answer", model=champion.model) == (None, 0)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"canary": 0.1}, "give a challenger"),
-        ({"challenger": "models:/raydetr@next"}, "at least one share"),
+        ({"challenger": "models:/raydetr@next"}, "at least one of --canary"),
         ({"challenger": "models:/raydetr@next", "canary": 1.5}, "--canary is 1.5"),
         ({"challenger": "models:/raydetr@next", "shadow": -0.1}, "--shadow is -0.1"),
     ],
 )
-def test_shares_without_a_challenger_and_the_like_are_refused(flags, message):
+def test_invalid_challenger_flags_are_rejected(flags, message):
     with pytest.raises(ConfigError, match=message):
         ServeConfig(**flags)
 
 
 @pytest.fixture(scope="module")
-def tried(ray_local, tmp_path_factory) -> Iterator[Endpoint]:
-    """Version 1 answers, the challenger is followed, half of the requests are its, and all are compared."""
-    tried = Endpoint(tmp_path_factory.mktemp("tried"))
-    run = start_run(tried.uri, "training", "again", {}, {})
-    register(tried.uri, run, str(tried.folders[1]))
-    tried.detectors[4] = tried.detectors[1]
-    challenge(tried, 2)
-    trial = ChallengerConfig(
-        Alias("models:/raydetr@challenger", tried.uri, every_s=0.5), canary=0.5, shadow=1.0
+def served(ray_local, tmp_path_factory) -> Iterator[Endpoint]:
+    """Version 1 is the champion. The challenger answers half of the requests, and all others are compared."""
+    served = Endpoint(tmp_path_factory.mktemp("served"))
+    run = start_run(served.uri, "training", "again", {}, {})
+    register(served.uri, run, str(served.folders[1]))
+    served.detectors[4] = served.detectors[1]
+    set_challenger(served, 2)
+    config = ChallengerConfig(
+        Alias("models:/raydetr@challenger", served.uri, poll_s=0.5), canary=0.5, shadow=1.0
     )
-    app = application(resolve(ADDRESS, tried.uri), batching=Batching(max_size=4, wait_s=0.01), trial=trial)
-    with endpoint(app, "127.0.0.1", unused_port()) as tried.url:
-        yield tried
+    model = resolve(ADDRESS, served.uri)
+    app = application(model, batching=Batching(max_size=4, wait_s=0.01), challenger=config)
+    with endpoint(app, "127.0.0.1", unused_port()) as served.url:
+        yield served
 
 
-def challenge(tried: Endpoint, version: int) -> None:
-    client(tried.uri).set_registered_model_alias("raydetr", "challenger", str(version))
+def set_challenger(served: Endpoint, version: int) -> None:
+    client(served.uri).set_registered_model_alias("raydetr", "challenger", str(version))
 
 
-def challengers(tried: Endpoint) -> list[int]:
+def challengers(served: Endpoint) -> list[int]:
     return [
-        model["version"] for model in httpx.get(f"{tried.url}/v1/models", timeout=60).json()["models"][1:]
+        model["version"] for model in httpx.get(f"{served.url}/v1/models", timeout=60).json()["models"][1:]
     ]
 
 
-def ask(tried: Endpoint, count: int) -> Counter[int]:
-    """Checks answers; how many each version gave."""
+def ask(served: Endpoint, count: int) -> Counter[int]:
+    """Send requests and check their answers. Returns the number of answers of each version."""
     versions: Counter[int] = Counter()
     for seed in range(count):
         data = png(*SHAPES[seed % 3], seed=seed)
-        response = httpx.post(f"{tried.url}/v1/detect?threshold=0", content=data, timeout=60)
+        response = httpx.post(f"{served.url}/v1/detect?threshold=0", content=data, timeout=60)
         answer = response.json()
         assert response.status_code == 200, answer
-        assert_is_answer(answer, tried.detectors[answer["model"]["version"]], data)
+        assert_is_answer(answer, served.detectors[answer["model"]["version"]], data)
         versions[answer["model"]["version"]] += 1
     return versions
 
 
 @pytest.mark.nightly
-def test_both_versions_answer_and_are_compared_and_a_broken_challenger_costs_nothing(tried):
-    tried.wait_for(lambda: challengers(tried) == [2])
-    answered = ask(tried, 24)
+def test_both_versions_answer_and_are_compared_and_a_broken_challenger_is_not_used(served):
+    served.wait_for(lambda: challengers(served) == [2])
+    answered = ask(served, 24)
     assert set(answered) == {1, 2}
-    # What is counted is exported some time later.
-    tried.wait_for(lambda: metric("raydetr_shadow_images_total", outcome="compared") == answered[1])
+    # Metrics are exported with a delay.
+    served.wait_for(lambda: metric("raydetr_shadow_images_total", outcome="compared") == answered[1])
     assert metric("raydetr_shadow_detections_total", outcome="agreed") == 0, "their labels differ"
 
-    challenge(tried, 4)  # the champion's weights under another number
-    tried.wait_for(lambda: challengers(tried) == [4])
+    set_challenger(served, 4)  # the champion's weights as another version
+    served.wait_for(lambda: challengers(served) == [4])
     before = {each: outcomes(each) for each in ("relabelled", "only_champion", "only_challenger")}
-    answered += ask(tried, 24)
+    answered += ask(served, 24)
     assert set(answered) == {1, 2, 4}
-    tried.wait_for(lambda: metric("raydetr_shadow_images_total", outcome="compared") == answered[1])
+    served.wait_for(lambda: metric("raydetr_shadow_images_total", outcome="compared") == answered[1])
     assert outcomes("agreed") > 3
     assert {each: outcomes(each) for each in before} == before
 
     assert metric("raydetr_shadow_images_total", outcome="compared", model="raydetr-4") > 0
-    challenge(tried, 3)  # answers NaN
-    tried.wait_for(lambda: metric("raydetr_challengers_total", outcome="refused") == 1)
-    assert set(ask(tried, 24)) == {1, 4}
-    assert challengers(tried) == [4]
+    set_challenger(served, 3)  # answers NaN
+    served.wait_for(lambda: metric("raydetr_challengers_total", outcome="refused") == 1)
+    assert set(ask(served, 24)) == {1, 4}
+    assert challengers(served) == [4]
     assert metric("raydetr_shadow_images_total", outcome="failed") == 0
     assert metric("raydetr_canary_fallbacks_total") == 0
 

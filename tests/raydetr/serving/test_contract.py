@@ -1,4 +1,4 @@
-"""The application against its own OpenAPI document: generated requests, and each documented answer provoked."""
+"""The application against its own OpenAPI document: every documented response is provoked."""
 
 import asyncio
 import base64
@@ -73,7 +73,7 @@ def ask(api: FastAPI, method: str, path: str, **request: Any) -> httpx.Response:
 
 
 def documented(api: FastAPI) -> set[tuple[str, str, int]]:
-    """(method, path, status) of the document."""
+    """Return (method, path, status) of all documented responses."""
     return {
         (method.upper(), path, int(status))
         for path, operations in api.openapi()["paths"].items()
@@ -83,7 +83,7 @@ def documented(api: FastAPI) -> set[tuple[str, str, int]]:
 
 
 class Provoked:
-    """Applications in different states; each method gives the answers of all routes in one of them."""
+    """Applications in different states. Each method yields the responses of all routes in one state."""
 
     def __init__(self, model: ResolvedModel, boxes_only: ResolvedModel, tokens: Tokens) -> None:
         self.model, self.boxes_only, self.tokens = model, boxes_only, tokens
@@ -98,17 +98,17 @@ class Provoked:
     def get(self, api: FastAPI, **headers: str) -> Iterator[tuple]:
         for method, path, _ in documented(api):
             if method == "GET":
-                asked = path.replace("{name}", MODEL)
-                yield method, path, ask(api, method, asked, headers=headers or self.auth)
+                url = path.replace("{name}", MODEL)
+                yield method, path, ask(api, method, url, headers=headers or self.auth)
 
     def all(self) -> Iterator[tuple[str, str, httpx.Response]]:
         api = application(self.model, LIMITS, self.tokens)
         service = api.state.service
         yield from self.post(api)
         yield from self.get(api)
-        for method, path, _ in documented(api):  # a parameter that there is not
-            asked = path.replace("{name}", MODEL) + "?thresold=1"
-            yield method, path, ask(api, method, asked, headers=self.auth)
+        for method, path, _ in documented(api):  # an unknown parameter
+            url = path.replace("{name}", MODEL) + "?thresold=1"
+            yield method, path, ask(api, method, url, headers=self.auth)
         for method, path, _ in documented(api):  # no token
             yield method, path, ask(api, method, path.replace("{name}", MODEL))
         yield from self.post(api, b"")  # 400
@@ -123,13 +123,13 @@ class Provoked:
         for fault in (BackPressureError(1, 1), ActorDiedError()):  # 429, 503
             service.detector.fault = fault
             yield from self.post(api)
-        full = application(self.model, LIMITS, self.tokens, most_requests=0)
+        full = application(self.model, LIMITS, self.tokens, max_requests=0)
         yield from self.post(full)  # 429
         yield from self.post(application(self.boxes_only, LIMITS, self.tokens))  # 409
-        hurried = dataclasses.replace(LIMITS, body_s=0.05)
-        yield from self.post(application(self.model, hurried, self.tokens), _slow_body)  # 408
-        hurried = dataclasses.replace(LIMITS, deadline_s=1e-4)
-        yield from self.post(application(self.model, hurried, self.tokens))  # 504
+        short_limits = dataclasses.replace(LIMITS, body_s=0.05)
+        yield from self.post(application(self.model, short_limits, self.tokens), _slow_body)  # 408
+        short_limits = dataclasses.replace(LIMITS, deadline_s=1e-4)
+        yield from self.post(application(self.model, short_limits, self.tokens))  # 504
 
 
 async def _slow_body() -> AsyncIterator[bytes]:
@@ -143,13 +143,13 @@ def provoked(model, boxes_only, tokens) -> list[tuple[str, str, httpx.Response]]
     return list(Provoked(model, boxes_only, tokens).all())
 
 
-def test_every_documented_answer_can_be_had_and_no_other(provoked, secured):
+def test_exactly_the_documented_responses_occur(provoked, secured):
     assert {(method, path, response.status_code) for method, path, response in provoked} == documented(
         secured
     )
 
 
-def test_errors_say_what_they_should_in_headers_and_body(provoked, secured):
+def test_errors_have_the_documented_headers_and_body(provoked, secured):
     document = secured.openapi()
     for method, path, response in provoked:
         described = document["paths"][path][method.lower()]["responses"][str(response.status_code)]
@@ -164,7 +164,7 @@ def test_errors_say_what_they_should_in_headers_and_body(provoked, secured):
             assert response.json()["error"]["status"] == response.status_code
 
 
-def test_without_tokens_the_document_asks_for_none(model):
+def test_without_tokens_the_document_requires_none(model):
     api = application(model, LIMITS)
     document = api.openapi()
     assert "securitySchemes" not in document["components"]
@@ -173,7 +173,7 @@ def test_without_tokens_the_document_asks_for_none(model):
     assert ask(api, "GET", "/v1/models").status_code == 200
 
 
-def test_all_that_needs_a_token_says_so(secured):
+def test_every_route_that_needs_a_token_documents_it(secured):
     for path, operations in secured.openapi()["paths"].items():
         for method, operation in operations.items():
             refused = ask(secured, method.upper(), path.replace("{name}", MODEL)).status_code == 401
@@ -184,23 +184,23 @@ def examples(schema: Any) -> Iterator[Any]:
     yield from schema.get("examples", [])
 
 
-def test_the_examples_of_the_document_are_of_their_schemas(secured):
+def test_the_examples_of_the_document_match_their_schemas(secured):
     import jsonschema
 
     document = secured.openapi()
-    found = {name: list(examples(each)) for name, each in document["components"]["schemas"].items()}
-    for name, values in found.items():
+    by_name = {name: list(examples(each)) for name, each in document["components"]["schemas"].items()}
+    for name, values in by_name.items():
         for value in values:
             schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
             jsonschema.validate(value, schema)
-    answered = {
+    response_schemas = {
         reference["schema"]["$ref"].rpartition("/")[2]
         for operations in document["paths"].values()
         for operation in operations.values()
         for reference in operation["responses"].get("200", {}).get("content", {}).values()
         if "$ref" in reference["schema"]
     }
-    assert {name for name in answered if not found[name]} <= {
+    assert {name for name in response_schemas if not by_name[name]} <= {
         "ServerMetadata",
         "Live",
         "Ready",
@@ -209,7 +209,7 @@ def test_the_examples_of_the_document_are_of_their_schemas(secured):
     }
 
 
-def test_the_example_of_a_request_is_answered(secured):
+def test_the_example_request_works(secured):
     body = secured.openapi()["paths"]["/v1/detect"]["post"]["requestBody"]["content"]["application/json"]
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
     assert Image.open(io.BytesIO(base64.b64decode(body["example"]["images"][0]))).size == (16, 16)
@@ -219,7 +219,7 @@ def test_the_example_of_a_request_is_answered(secured):
 
 
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/docs-assets/swagger-ui-bundle.js"])
-def test_the_documentation_is_read_without_a_token_and_without_another_server(secured, path):
+def test_the_documentation_needs_no_token_and_loads_nothing_external(secured, path):
     response = ask(secured, "GET", path)
     assert response.status_code == 200
     if path == "/docs":

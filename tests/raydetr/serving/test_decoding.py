@@ -1,4 +1,4 @@
-"""Workers that are lost, and the order in which a lane takes images."""
+"""Lost decode workers, and the order in which a lane takes images."""
 
 import json
 import math
@@ -39,26 +39,26 @@ def lane():
 
 
 def worker_of(lane: Lane) -> psutil.Process:
-    """The newest worker, which is the lane's: it has answered last."""
+    """Return the newest worker, which is the lane's because it has just answered."""
     lane.submit(job(png(9, 9))).result(60)
     return max(workers(), key=lambda each: (each.create_time(), each.pid))
 
 
 def workers() -> list[psutil.Process]:
-    """Those of all lanes that share the program."""
+    """Return the workers of all lanes that share the program."""
     process = program()._process
     assert process is not None
     return psutil.Process(process.pid).children()
 
 
-def test_a_worker_prepares_an_image_as_this_process_does(lane):
+def test_a_worker_prepares_an_image_like_this_process(lane):
     data = png(50, 90)
     prepared, expected = lane.submit(job(data)).result(60), prepare(data, PROCESSOR, LIMITS)
     assert np.array_equal(prepared.pixels, expected.pixels)
     assert (prepared.size, prepared.original_size) == (expected.size, expected.original_size)
 
 
-def test_a_view_of_a_body_is_decoded_without_a_copy_of_it(lane):
+def test_a_view_of_a_body_can_be_decoded(lane):
     body = memoryview(b"before" + png(50, 90) + b"after")[6:-5]
     assert lane.submit(job(body)).result(60).original_size == (50, 90)
 
@@ -70,7 +70,7 @@ def test_a_worker_for_costly_images_runs_only_while_a_core_is_idle(lane):
     assert policies == [os.SCHED_OTHER, os.SCHED_IDLE]
 
 
-def test_an_image_at_fault_is_refused_and_its_worker_stays(lane):
+def test_a_faulty_image_is_rejected_and_its_worker_survives(lane):
     before = worker_of(lane)
     with pytest.raises(RequestError, match="cannot be decoded") as error:
         lane.submit(job(png(50, 50)[:-60])).result(60)
@@ -78,42 +78,42 @@ def test_an_image_at_fault_is_refused_and_its_worker_stays(lane):
     assert worker_of(lane) == before
 
 
-def test_an_image_that_uses_up_its_processor_time_costs_no_more_than_that(lane):
+def test_a_worker_that_exceeds_the_cpu_time_limit_is_replaced(lane):
     before = worker_of(lane)
     started = time.monotonic()
     with pytest.raises(WorkerLost) as lost:
         lane.submit(job(SLOW, cpu_s=0.1)).result(60)
     assert lost.value.out_of_time
     assert worker_of(lane) != before
-    assert time.monotonic() - started < 10  # where the image would take longer on a machine that is busy
+    assert time.monotonic() - started < 10  # on a busy machine, decoding the whole image would take longer
 
 
-def test_an_image_whose_worker_was_killed_is_done_by_another_one_once(lane):
+def test_a_job_whose_worker_is_killed_is_retried_once(lane):
     before = worker_of(lane)
     before.kill()
     assert lane.submit(job(png(50, 90))).result(60).original_size == (50, 90)
-    # The program also has workers of other lanes, which may be about to end.
-    not_at_work = {each.pid for each in workers()} - {worker_of(lane).pid}
+    # The program also has workers of other lanes, which may be about to exit.
+    idle = {each.pid for each in workers()} - {worker_of(lane).pid}
     future = lane.submit(job(SLOW))
     killed = {before.pid}
     for _ in range(2):
-        while (found := _at_work(not_at_work | killed)) is None:
+        while (busy := _busy_worker(idle | killed)) is None:
             time.sleep(0.01)
-        found.kill()
-        killed.add(found.pid)
+        busy.kill()
+        killed.add(busy.pid)
     with pytest.raises(WorkerLost) as lost:
         future.result(60)
     assert not lost.value.out_of_time
     assert worker_of(lane).pid not in killed
 
 
-def _at_work(others: set[int]) -> psutil.Process | None:
-    """A worker that is at work on `SLOW`."""
+def _busy_worker(others: set[int]) -> psutil.Process | None:
+    """Return a worker that is decoding `SLOW`."""
     busy = [each for each in workers() if each.pid not in others and each.status() == psutil.STATUS_RUNNING]
     return busy[0] if busy else None
 
 
-def test_where_no_worker_starts_it_is_an_error_at_once(monkeypatch):
+def test_a_worker_that_does_not_start_is_an_error_immediately(monkeypatch):
     broken = WorkerProgram()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ServingError, match="does not start"):
@@ -122,7 +122,7 @@ def test_where_no_worker_starts_it_is_an_error_at_once(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_program_that_was_lost_is_started_again():
+def test_a_lost_program_is_restarted():
     started = WorkerProgram()
     lane = Lane(started, "test", 1, False)
     lane.submit(job(png(9, 9))).result(60)
@@ -137,11 +137,11 @@ def test_a_program_that_was_lost_is_started_again():
 
 
 @pytest.mark.slow
-def test_a_worker_has_no_more_memory_than_its_largest_image_needs():
+def test_the_memory_of_a_worker_is_limited():
     code = (
-        "from raydetr.serving.decode_worker import _bound_memory\n"
+        "from raydetr.serving.decode_worker import _limit_memory\n"
         "from raydetr.serving.images import Limits\n"
-        "_bound_memory(Limits(max_pixels=10**6))\n"
+        "_limit_memory(Limits(max_pixels=10**6))\n"
         "bytearray(400 * 2**20)\n"
         "try: bytearray(700 * 2**20)\n"
         "except MemoryError: print('bounded')\n"
@@ -157,7 +157,7 @@ def test_a_worker_has_no_more_memory_than_its_largest_image_needs():
 
 
 @pytest.mark.slow
-def test_workers_and_their_program_end_with_the_process_that_uses_them():
+def test_workers_and_their_program_exit_with_the_process_that_uses_them():
     code = (
         "import os, sys\n"
         "from raydetr.serving.decoding import WorkerProgram\n"
@@ -174,14 +174,14 @@ def test_workers_and_their_program_end_with_the_process_that_uses_them():
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
-    until = time.monotonic() + 30
+    deadline = time.monotonic() + 30
     while psutil.pid_exists(int(done.stdout)):
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-class Order:
-    """A lane whose jobs are taken here and not by its threads."""
+class ManualLane:
+    """A lane whose jobs the test takes instead of its threads."""
 
     def __init__(self, pixels: float = math.inf) -> None:
         self.lane = Lane(program(), "test", 1, False, pixels)
@@ -195,32 +195,32 @@ class Order:
         assert taken is not None
         return taken
 
-    def taken(self, count: int) -> str:
+    def take_clients(self, count: int) -> str:
         return "".join(self.take().client for _ in range(count))
 
 
-def test_clients_take_turns_however_many_images_each_has_waiting():
-    order = Order()
+def test_clients_take_turns_regardless_of_their_waiting_images():
+    manual = ManualLane()
     for _ in range(100):
-        order.submit("a")
-    assert order.taken(3) == "aaa"
-    order.submit("b")
-    order.submit("b")
-    assert sorted(order.taken(4)) == ["a", "a", "b", "b"]
-    assert order.taken(2) == "aa"
+        manual.submit("a")
+    assert manual.take_clients(3) == "aaa"
+    manual.submit("b")
+    manual.submit("b")
+    assert sorted(manual.take_clients(4)) == ["a", "a", "b", "b"]
+    assert manual.take_clients(2) == "aa"
 
 
-def test_a_client_of_costly_images_has_fewer_turns():
-    order = Order()
+def test_a_client_with_costly_images_gets_fewer_turns():
+    manual = ManualLane()
     for _ in range(20):
-        order.submit("dear", seconds=4.0)
-        order.submit("cheap", seconds=1.0)
-    turns = order.taken(20)
+        manual.submit("costly", seconds=4.0)
+        manual.submit("cheap", seconds=1.0)
+    turns = manual.take_clients(20)
     assert turns.count("cheap") == 16
-    assert turns.count("dear") == 4
+    assert turns.count("costly") == 4
 
 
-def test_a_client_pays_for_what_its_images_took_and_not_for_their_estimate(lane):
+def test_a_client_is_charged_the_actual_time_of_its_images(lane):
     blocker = lane.submit(job(SLOW, "other"))
     underestimated = lane.submit(job(SLOW, "a", seconds=0.001))
     underestimated.result(60)
@@ -229,29 +229,29 @@ def test_a_client_pays_for_what_its_images_took_and_not_for_their_estimate(lane)
         assert lane._free_at["a"] - lane._now > 0.1
 
 
-def test_images_in_work_have_at_most_so_many_pixels_and_a_large_one_is_not_overtaken():
-    order = Order(pixels=1000)
+def test_the_pixels_in_progress_are_bounded_and_a_large_image_is_not_overtaken():
+    manual = ManualLane(pixels=1000)
     for client, pixels in (("a", 600), ("b", 700), ("c", 100)):
-        order.submit(client, pixels=pixels)
-    first = order.take()
+        manual.submit(client, pixels=pixels)
+    first = manual.take()
     assert first.pixels == 600
-    with order.lane._changed:
-        assert not order.lane._fits(order.lane._waiting[0][2])
-        assert order.lane._waiting[0][2].client == "b"
-        order.lane._in_work -= first.pixels
-    assert order.taken(2) == "bc"
+    with manual.lane._changed:
+        assert not manual.lane._fits(manual.lane._waiting[0][2])
+        assert manual.lane._waiting[0][2].client == "b"
+        manual.lane._in_progress -= first.pixels
+    assert manual.take_clients(2) == "bc"
 
 
-def test_an_image_above_the_bound_is_decoded_alone():
-    order = Order(pixels=1000)
-    order.submit("a", pixels=5000)
-    assert order.take().pixels == 5000
+def test_an_image_above_the_pixel_limit_is_decoded_alone():
+    manual = ManualLane(pixels=1000)
+    manual.submit("a", pixels=5000)
+    assert manual.take().pixels == 5000
 
 
-def test_an_image_that_nobody_waits_for_is_dropped_and_its_bytes_with_it():
-    order = Order()
-    gone = job(b"bytes", "a")
-    assert order.lane.submit(gone).cancel()
-    order.submit("b")
-    assert gone.data is None
-    assert order.take().client == "b"
+def test_a_cancelled_image_is_dropped_with_its_bytes():
+    manual = ManualLane()
+    cancelled = job(b"bytes", "a")
+    assert manual.lane.submit(cancelled).cancel()
+    manual.submit("b")
+    assert cancelled.data is None
+    assert manual.take().client == "b"

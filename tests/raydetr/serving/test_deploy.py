@@ -1,4 +1,4 @@
-"""The shipped Serve configurations: Ray drops what it does not know, so every name is compared with its schema."""
+"""The shipped Serve configurations. Ray ignores unknown names, so all names are checked against its schema."""
 
 import dataclasses
 import typing
@@ -31,10 +31,10 @@ def configurations() -> dict[str, dict[str, Any]]:
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model in Optional, Union or List of one."""
+    """Return the pydantic model inside an Optional, Union or List annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for each in typing.get_args(annotation) if (found := model_in(each))), None)
+    return next((model for each in typing.get_args(annotation) if (model := model_in(each))), None)
 
 
 def unknown_names(given: Any, schema: type[BaseModel], where: str = "") -> list[str]:
@@ -51,7 +51,7 @@ def unknown_names(given: Any, schema: type[BaseModel], where: str = "") -> list[
 
 
 @pytest.mark.parametrize("name", ["serve.yaml", "rayservice.yaml"])
-def test_every_name_is_in_rays_schema_and_every_arg_a_flag(name: str) -> None:
+def test_all_names_are_in_the_schema_of_ray_and_all_args_are_flags(name: str) -> None:
     configuration = configurations()[name]
     assert unknown_names(configuration, ServeDeploySchema) == []
     ServeDeploySchema.model_validate(configuration)
@@ -63,10 +63,10 @@ def test_every_name_is_in_rays_schema_and_every_arg_a_flag(name: str) -> None:
     assert set(application["args"]) <= {field.name for field in dataclasses.fields(ServeConfig)}
     assert flags.device == "gpu"
     assert flags.host == configuration["http_options"]["host"]
-    assert flags.tokens, "other machines reach it"
+    assert flags.tokens, "other machines can reach it"
 
 
-def test_the_comparison_finds_a_name_that_ray_would_drop() -> None:
+def test_the_check_detects_names_that_ray_would_ignore() -> None:
     configuration = configurations()["serve.yaml"]
     configuration["http_options"]["prot"] = 8000
     configuration["applications"][0]["route"] = "/"
@@ -94,13 +94,13 @@ def test_the_service_has_gpus_and_the_tokens_for_its_application() -> None:
         assert {volume["name"] for volume in pod["volumes"]} == set(mounts)
 
 
-def test_what_cannot_be_built_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_invalid_args_are_rejected_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 can be reached from other machines"):
         app.build({})
     with pytest.raises(ConfigError, match="unexpected keyword argument 'modle'"):
         app.build({"modle": "models:/raydetr@champion"})
     tokens = tmp_path / "tokens"
     tokens.write_text("secret  me\n")
-    assert parse_tokens(tokens.read_bytes())[1], "the token itself is no line of the file"
+    assert parse_tokens(tokens.read_bytes())[1], "the token itself is not a valid line"
     with pytest.raises(ConfigError, match="line 1 is not"):
         app.build({"tokens": str(tokens)})

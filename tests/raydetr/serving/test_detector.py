@@ -1,4 +1,4 @@
-"""What a model replica puts on its device, and when; batches themselves are tested with Serve in `test_app`."""
+"""The order in which a model replica runs batches on its device. `test_app` tests the batches themselves with Serve."""
 
 import asyncio
 import gc
@@ -24,18 +24,18 @@ from raydetr.serving.segments import SegmentRequest
 from tests.tiny_detr import png, save_tiny_detr
 
 
-class OneAtATime(Detector):
-    """Batches are names; each is on the device, one for all as a GPU is, until the test lets it go."""
+class SteppedDetector(Detector):
+    """Batches are names. One at a time is on the device, as on a GPU, until the test releases it."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.background_executor = self.executor
-        self.begun: list[str] = []
-        self.go_on = threading.Semaphore(0)
+        self.started: list[str] = []
+        self.release = threading.Semaphore(0)
 
     def _run(self, task: str, jobs: Any, clock: Any = None) -> Any:
-        self.begun.append(jobs)
-        assert self.go_on.acquire(timeout=60)
+        self.started.append(jobs)
+        assert self.release.acquire(timeout=60)
         return jobs
 
 
@@ -44,98 +44,98 @@ def model(tmp_path_factory) -> ResolvedModel:
     return resolve(str(save_tiny_detr(tmp_path_factory.mktemp("model") / "tiny", ["ant"], edge=64)), "")
 
 
-def test_what_nobody_waits_for_is_computed_in_the_pauses_of_clients(model):
+def test_shadow_batches_run_while_no_client_batch_is_in_flight(model):
     async def ask() -> list[str]:
-        detector = OneAtATime(model, Batching(), "cpu")
+        detector = SteppedDetector(model, Batching(), "cpu")
 
-        async def begun(count: int) -> None:
-            while len(detector.begun) < count:
+        async def wait_for_start(count: int) -> None:
+            while len(detector.started) < count:
                 await asyncio.sleep(0.01)
 
-        tasks = [asyncio.create_task(detector._at_once("detect", "client 1"))]  # type: ignore[arg-type]
-        await begun(1)
+        tasks = [asyncio.create_task(detector._run_now("detect", "client 1"))]  # type: ignore[arg-type]
+        await wait_for_start(1)
         for name in ("shadow 1", "shadow 2"):
-            tasks.append(asyncio.create_task(detector._in_a_pause("detect", name)))  # type: ignore[arg-type]
+            tasks.append(asyncio.create_task(detector._run_when_idle("detect", name)))  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
-        tasks.append(asyncio.create_task(detector._at_once("detect", "client 2")))  # type: ignore[arg-type]
+        tasks.append(asyncio.create_task(detector._run_now("detect", "client 2")))  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
-        detector.go_on.release()  # client 1 ends
-        await begun(2)
-        detector.go_on.release()  # client 2 ends: a pause
-        await begun(3)
-        # One that comes now waits for this batch alone, not for the other one of the shadow.
-        tasks.append(asyncio.create_task(detector._at_once("detect", "client 3")))  # type: ignore[arg-type]
+        detector.release.release()  # client 1 finishes
+        await wait_for_start(2)
+        detector.release.release()  # client 2 finishes: the device is idle
+        await wait_for_start(3)
+        # A client that arrives now waits for this shadow batch only, not for the other one.
+        tasks.append(asyncio.create_task(detector._run_now("detect", "client 3")))  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
         for _ in range(3):
-            detector.go_on.release()
+            detector.release.release()
         await asyncio.gather(*tasks)
-        return detector.begun
+        return detector.started
 
     assert asyncio.run(ask()) == ["client 1", "client 2", "shadow 1", "client 3", "shadow 2"]
 
 
-class Gated(Detector):
-    """A costly batch counts until it is told to stop; a client's is on the device until the test lets it go."""
+class CountingDetector(Detector):
+    """A costly batch counts until `stop` is set. A client's batch is on the device until `release_client` is set."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.count = 0
         self.thread = ""
-        self.stop, self.client_is_there, self.let_it_go = [threading.Event() for _ in range(3)]
+        self.stop, self.client_started, self.release_client = [threading.Event() for _ in range(3)]
 
     def _run(self, task: str, jobs: Any, clock: Any = None) -> Any:
         if jobs == "client":
-            self.client_is_there.set()
-            assert self.let_it_go.wait(60)
+            self.client_started.set()
+            assert self.release_client.wait(60)
         else:
             self.thread = threading.current_thread().name
             while not self.stop.is_set():
                 self.count += int(torch.ones(1))
                 time.sleep(0.005)
 
-    async def stands_still(self) -> bool:
-        before = self.count + 1  # it may be between two functions of torch
+    async def is_interrupted(self) -> bool:
+        before = self.count + 1  # it may be between two torch functions
         await asyncio.sleep(0.2)
         return self.count <= before
 
-    async def goes_on(self) -> None:
+    async def wait_until_resumed(self) -> None:
         before = self.count + 1
-        await self.until(lambda: self.count > before)
+        await self.wait_until(lambda: self.count > before)
 
-    async def until(self, holds: Callable[[], bool]) -> None:
-        while not holds():
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
             await asyncio.sleep(0.005)
 
 
-def test_a_client_interrupts_the_background_on_a_cpu(model):
+def test_a_client_interrupts_background_batches_on_a_cpu(model):
     async def ask() -> None:
-        detector = Gated(model, Batching(), "cpu")
-        background = asyncio.create_task(detector._in_a_pause("detect", "costly", 60.0))  # type: ignore[arg-type]
-        await detector.until(lambda: detector.count > 0)
-        client = asyncio.create_task(detector._at_once("detect", "client"))  # type: ignore[arg-type]
-        await detector.until(detector.client_is_there.is_set)
-        assert await detector.stands_still()
-        detector.let_it_go.set()
+        detector = CountingDetector(model, Batching(), "cpu")
+        background = asyncio.create_task(detector._run_when_idle("detect", "costly", 60.0))  # type: ignore[arg-type]
+        await detector.wait_until(lambda: detector.count > 0)
+        client = asyncio.create_task(detector._run_now("detect", "client"))  # type: ignore[arg-type]
+        await detector.wait_until(detector.client_started.is_set)
+        assert await detector.is_interrupted()
+        detector.release_client.set()
         await client
-        await detector.goes_on()
+        await detector.wait_until_resumed()
         detector.stop.set()
         await background
 
     asyncio.run(asyncio.wait_for(ask(), 60))
 
 
-def test_a_costly_image_whose_time_has_come_is_not_interrupted(model):
+def test_a_costly_image_that_has_waited_long_enough_is_not_interrupted(model):
     async def ask() -> None:
-        detector = Gated(model, Batching(), "cpu")
-        client = asyncio.create_task(detector._at_once("detect", "client"))  # type: ignore[arg-type]
-        await detector.until(detector.client_is_there.is_set)
-        costly = asyncio.create_task(detector._in_a_pause("detect", "costly", 0.1))  # type: ignore[arg-type]
-        await detector.until(lambda: detector._forced_at > 0)
-        late = asyncio.create_task(detector._at_once("detect", "client"))  # type: ignore[arg-type]
+        detector = CountingDetector(model, Batching(), "cpu")
+        client = asyncio.create_task(detector._run_now("detect", "client"))  # type: ignore[arg-type]
+        await detector.wait_until(detector.client_started.is_set)
+        costly = asyncio.create_task(detector._run_when_idle("detect", "costly", 0.1))  # type: ignore[arg-type]
+        await detector.wait_until(lambda: detector._last_forced_at > 0)
+        late = asyncio.create_task(detector._run_now("detect", "client"))  # type: ignore[arg-type]
         await asyncio.sleep(0)
-        detector.let_it_go.set()
+        detector.release_client.set()
         await client
-        await detector.goes_on()  # while a client is waiting
+        await detector.wait_until_resumed()  # while a client is waiting
         assert detector.thread.startswith("detect_")
         detector.stop.set()
         await asyncio.gather(costly, late)
@@ -143,19 +143,19 @@ def test_a_costly_image_whose_time_has_come_is_not_interrupted(model):
     asyncio.run(asyncio.wait_for(ask(), 60))
 
 
-def test_what_was_interrupted_continues_in_the_end_and_the_wait_is_not_its_time(model, monkeypatch):
+def test_an_interrupted_batch_resumes_after_the_limit_and_its_wait_is_not_measured(model, monkeypatch):
     monkeypatch.setattr("raydetr.serving.detector.COSTLY_WAIT_S", 0.3)
     with _Interruptible(threading.Event()) as interruptible:
-        began, clock = time.monotonic(), interruptible.clock()
+        started, clock = time.monotonic(), interruptible.clock()
         assert int(torch.ones(2).sum()) == 2
-        took, computed = time.monotonic() - began, interruptible.clock() - clock
+        took, computed = time.monotonic() - started, interruptible.clock() - clock
     assert interruptible.is_forced
     assert took >= 0.25
     assert took - computed >= 0.25
 
 
-def test_answers_are_the_same_while_others_are_computed(model):
-    """Both threads use one model."""
+def test_results_do_not_depend_on_concurrent_batches(model):
+    """Both threads use the same model."""
     detector = Detector(model, Batching(), "cpu")
     (version,) = detector.versions.values()
 
@@ -166,43 +166,43 @@ def test_answers_are_the_same_while_others_are_computed(model):
     async def ask() -> list[Any]:
         tasks = []
         for seed in range(40):
-            tasks.append(asyncio.create_task(detector._in_a_pause("detect", [image(seed)])))
-            await asyncio.sleep(0)  # a pause for it, and a client right after
-            tasks.append(asyncio.create_task(detector._at_once("detect", [image(seed + 1)])))
+            tasks.append(asyncio.create_task(detector._run_when_idle("detect", [image(seed)])))
+            await asyncio.sleep(0)  # it starts on an idle device, and a client follows
+            tasks.append(asyncio.create_task(detector._run_now("detect", [image(seed + 1)])))
             await asyncio.sleep(0.002)
-        return [found.value for (found,) in await asyncio.gather(*tasks)]  # type: ignore[union-attr]
+        return [result.value for (result,) in await asyncio.gather(*tasks)]  # type: ignore[union-attr]
 
     expected = [detector._run("detect", [image(seed)])[0].value for seed in range(41)]  # type: ignore[union-attr]
-    found = asyncio.run(ask())
-    for got, seed in zip(found, [seed + more for seed in range(40) for more in (0, 1)], strict=True):
-        assert np.array_equal(got.scores, expected[seed].scores)
-        assert np.array_equal(got.boxes_xyxy, expected[seed].boxes_xyxy)
+    values = asyncio.run(ask())
+    for value, seed in zip(values, [seed + more for seed in range(40) for more in (0, 1)], strict=True):
+        assert np.array_equal(value.scores, expected[seed].scores)
+        assert np.array_equal(value.boxes_xyxy, expected[seed].boxes_xyxy)
 
 
-def test_costly_images_are_computed_in_pauses_and_one_of_them_at_times_without_any(model):
+def test_costly_images_run_on_an_idle_device_or_after_a_maximum_wait(model):
     async def ask() -> tuple[list[str], float]:
-        detector = OneAtATime(model, Batching(), "cpu")
+        detector = SteppedDetector(model, Batching(), "cpu")
 
-        async def begun(count: int) -> None:
-            while len(detector.begun) < count:
+        async def wait_for_start(count: int) -> None:
+            while len(detector.started) < count:
                 await asyncio.sleep(0.01)
 
-        clients = [asyncio.create_task(detector._at_once("detect", "client")) for _ in range(4)]  # type: ignore[arg-type]
-        await begun(1)
+        clients = [asyncio.create_task(detector._run_now("detect", "client")) for _ in range(4)]  # type: ignore[arg-type]
+        await wait_for_start(1)
         started = time.monotonic()
         costly = [
-            asyncio.create_task(detector._in_a_pause("detect", "costly", 0.2))  # type: ignore[arg-type]
+            asyncio.create_task(detector._run_when_idle("detect", "costly", 0.2))  # type: ignore[arg-type]
             for _ in range(2)
         ]
-        await asyncio.sleep(0.3)  # one of them is in line now, behind the clients
-        clients.append(asyncio.create_task(detector._at_once("detect", "late client")))  # type: ignore[arg-type]
+        await asyncio.sleep(0.3)  # one of them is queued now, behind the clients
+        clients.append(asyncio.create_task(detector._run_now("detect", "late client")))  # type: ignore[arg-type]
         for done in range(6):
-            await begun(done + 1)
-            detector.go_on.release()
-        waited = detector._forced_at - started
-        detector.go_on.release()
+            await wait_for_start(done + 1)
+            detector.release.release()
+        waited = detector._last_forced_at - started
+        detector.release.release()
         await asyncio.gather(*clients, *costly)
-        return detector.begun, waited
+        return detector.started, waited
 
     order, waited = asyncio.run(ask())
     assert order == [*["client"] * 4, "costly", "late client", "costly"]
@@ -210,14 +210,14 @@ def test_costly_images_are_computed_in_pauses_and_one_of_them_at_times_without_a
 
 
 @pytest.mark.slow
-def test_a_batch_that_serve_keeps_does_not_keep_its_version(model, tmp_path):
+def test_a_batch_that_serve_retains_does_not_retain_its_version(model, tmp_path):
     others = [resolve(str(save_tiny_detr(tmp_path / name, [name], edge=64)), "") for name in ("bee", "cow")]
 
     async def replace() -> None:
-        detector = Detector(model, Batching(), "cpu", kept_versions=2)
+        detector = Detector(model, Batching(), "cpu", max_versions=2)
         version = next(iter(detector.versions.values()))
         batch = [_Job(_Work(version, version.detector.prepare(png(60, 90, 0)), None))]
-        (result,) = await detector._at_once("detect", batch)
+        (result,) = await detector._run_now("detect", batch)
         assert result is not None
         assert len(result.value.scores) > 0
         replaced = weakref.ref(version)
@@ -230,13 +230,13 @@ def test_a_batch_that_serve_keeps_does_not_keep_its_version(model, tmp_path):
     asyncio.run(replace())
 
 
-class Computes(Detector):
-    """Queues and jobs of a detector, without a model: boxes are noise, and a shape of height 3 fails."""
+class FakeModelDetector(Detector):
+    """Queues and jobs of a detector, without a model. Results are arrays, and a shape of height 3 fails."""
 
     def __init__(self) -> None:
         self.batching, self.queues = Batching(4, 0.01), {}
-        self._batches, self._pause, self._background = 0, asyncio.Event(), asyncio.Lock()
-        self._forced_at, self._no_client = -math.inf, threading.Event()
+        self._client_batches, self._idle, self._background = 0, asyncio.Event(), asyncio.Lock()
+        self._last_forced_at, self._no_client = -math.inf, threading.Event()
         self.executor = self.background_executor = ThreadPoolExecutor(1)
         self.metrics = MagicMock()
         self.values: list[weakref.ref] = []
@@ -252,14 +252,14 @@ class Computes(Detector):
         return values
 
 
-def test_nothing_of_an_image_is_retained_once_it_is_answered(monkeypatch):
-    """Serve's queues, of which there is one for each shape, keep their last batch."""
+def test_no_image_or_result_is_retained_after_the_answer(monkeypatch):
+    """Serve has a queue for each shape, and each queue retains its last batch."""
     monkeypatch.setattr(
         batching._BatchQueue, "_warn_if_max_batch_size_exceeds_max_ongoing_requests", lambda _: None
     )
 
     async def run() -> None:
-        detector = Computes()
+        detector = FakeModelDetector()
         images: list[weakref.ref] = []
 
         async def ask(height: int, method: Any, *args: Any) -> None:
@@ -286,20 +286,20 @@ def test_nothing_of_an_image_is_retained_once_it_is_answered(monkeypatch):
         )
         assert [call.args[0] for call in sizes.call_args_list] == [1, 1, 1]
         detector.queues.popitem()
-        gone = [asyncio.ensure_future(ask(4, detector.detect)) for _ in range(3)]
+        cancelled = [asyncio.ensure_future(ask(4, detector.detect)) for _ in range(3)]
         await asyncio.sleep(0.001)
-        for task in gone:
+        for task in cancelled:
             task.cancel()
-        await asyncio.gather(*gone, return_exceptions=True)
-        gone.clear()
-        del task  # whose exception has a frame with the image
+        await asyncio.gather(*cancelled, return_exceptions=True)
+        cancelled.clear()
+        del task  # its exception has a frame with the image
         await asyncio.sleep(0.05)
         gc.collect()
         assert len(images) == 68
         assert len(detector.queues) == 15
         assert sum(image() is not None for image in images) == 0
         assert sum(value() is not None for value in detector.values) == 0
-        detector.queues.clear()  # while there is a loop: Serve's queues make a new one when they are deleted
+        detector.queues.clear()  # while the loop exists: Serve's queues create a new one when they are deleted
         gc.collect()
         detector.executor.shutdown()
 

@@ -22,7 +22,7 @@ def test_an_image_is_checked_by_its_header():
 
 
 @pytest.mark.parametrize("form", ["GIF", "TIFF", "BMP", "PPM"])
-def test_formats_that_are_not_documented_are_not_decoded(form):
+def test_undocumented_formats_are_rejected(form):
     file = io.BytesIO()
     Image.new("RGB", (9, 9)).save(file, form)
     with pytest.raises(RequestError, match="JPEG, PNG, WEBP") as error:
@@ -30,7 +30,7 @@ def test_formats_that_are_not_documented_are_not_decoded(form):
     assert error.value.status == 415
 
 
-def test_an_image_is_refused_by_its_estimated_cost_before_it_is_decoded():
+def test_an_image_is_rejected_by_its_estimated_cost_before_decoding():
     file = io.BytesIO()
     Image.new("L", (2000, 2000)).save(file, "PNG")
     seconds = inspect_image(file.getvalue(), Limits()).seconds

@@ -1,4 +1,4 @@
-"""What is around the application behind Serve's proxy."""
+"""The adapter between Serve's proxy and the application."""
 
 import asyncio
 
@@ -6,23 +6,23 @@ import pytest
 from fastapi import FastAPI
 from ray.exceptions import TaskCancelledError
 
-from raydetr.serving.ingress import BehindServe
+from raydetr.serving.ingress import ServeProxyAdapter
 from tests.raydetr.serving.guarded_app import LIMITS, ask, guarded_app, log_lines, scope_of
 
 
 @pytest.fixture
 def api() -> FastAPI:
     api = guarded_app(LIMITS)
-    api.add_middleware(BehindServe)
+    api.add_middleware(ServeProxyAdapter)
     return api
 
 
-def test_the_id_that_the_proxy_adds_is_not_sent_twice(api):
+def test_the_request_id_that_the_proxy_adds_is_not_sent_twice(api):
     assert "X-Request-Id" not in ask(api, "GET", "/health", headers={"X-Request-Id": "one"}).headers
     assert len(ask(api, "GET", "/health").headers["X-Request-Id"]) == 32
 
 
-def test_a_client_that_leaves_while_its_body_arrives_is_no_failure_of_the_server(api):
+def test_a_client_that_disconnects_during_its_body_is_logged_as_499(api):
     log = log_lines()
 
     async def receive():

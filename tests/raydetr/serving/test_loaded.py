@@ -13,7 +13,7 @@ from detr import DetrConfig
 from detr.inference.detector import ObjectDetector
 from raydetr.errors import ServingError
 from raydetr.registry.models import ResolvedModel, folder_digest, resolve
-from raydetr.serving.loaded import OUT_OF_MEMORY, LoadedModel, in_parts
+from raydetr.serving.loaded import OUT_OF_MEMORY, LoadedModel, run_halving
 from tests.tiny_detr import add_mask_head, png, save_tiny_detr
 
 NAMES = ["ant", "bee", "cat"]
@@ -29,39 +29,39 @@ def with_masks(folder: Path) -> ResolvedModel:
 
 
 class SmallDevice:
-    """A device whose memory holds so many pixels at a time."""
+    """A device whose memory holds a limited number of pixels."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.tried: list[int] = []
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.batch_sizes: list[int] = []
 
     def run(self, items: list[int]) -> list[int]:
-        self.tried.append(len(items))
-        if sum(items) > self.most:
+        self.batch_sizes.append(len(items))
+        if sum(items) > self.capacity:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return [2 * item for item in items]
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does():
     device = SmallDevice(3)
-    assert in_parts(device.run, [1] * 8) == [2] * 8
-    assert device.tried == [8, 4, 2, 2, 4, 2, 2]
+    assert run_halving(device.run, [1] * 8) == [2] * 8
+    assert device.batch_sizes == [8, 4, 2, 2, 4, 2, 2]
 
 
 def test_an_image_that_does_not_fit_alone_fails_alone():
-    assert in_parts(SmallDevice(3).run, [1, 9, 1, 2]) == [2, OUT_OF_MEMORY, 2, 4]
+    assert run_halving(SmallDevice(3).run, [1, 9, 1, 2]) == [2, OUT_OF_MEMORY, 2, 4]
     assert OUT_OF_MEMORY.status == 503
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
+def test_other_errors_are_not_treated_as_out_of_memory():
     def broken(items):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        in_parts(broken, [1, 2])
+        run_halving(broken, [1, 2])
 
 
-def test_detections_after_a_lack_of_memory_are_those_of_each_image_alone(model):
+def test_detections_after_out_of_memory_equal_those_of_single_images(model):
     loaded = LoadedModel.load(model, "cpu")
     images = [loaded.detector.prepare(png(60, 90, seed=seed)) for seed in range(5)]
     expected = [loaded.detector.detect([image])[0] for image in images]
@@ -78,7 +78,7 @@ def test_detections_after_a_lack_of_memory_are_those_of_each_image_alone(model):
         np.testing.assert_allclose(ours.boxes_xyxy, theirs.boxes_xyxy, atol=1e-3)
 
 
-def test_a_model_with_a_mask_head_detects_as_without(tmp_path):
+def test_a_mask_head_does_not_change_the_detections(tmp_path):
     folder = save_tiny_detr(tmp_path / "tiny", NAMES, edge=64)
     loaded = LoadedModel.load(with_masks(folder), "cpu")
     loaded.check()
@@ -91,7 +91,7 @@ def test_a_model_with_a_mask_head_detects_as_without(tmp_path):
     )
 
 
-def test_a_configuration_says_which_classes_are_stuff(model, tmp_path):
+def test_stuff_classes_are_read_from_the_configuration(model, tmp_path):
     assert LoadedModel.load(model, "cpu").stuff == []
     folder = save_tiny_detr(tmp_path / "tiny", NAMES, edge=64)
     config = DetrConfig.from_pretrained(folder)
@@ -100,7 +100,7 @@ def test_a_configuration_says_which_classes_are_stuff(model, tmp_path):
     assert LoadedModel.load(resolve(str(folder), ""), "cpu").stuff == [0, 2]
 
 
-def test_a_version_whose_outputs_are_not_finite_is_refused(model, tmp_path):
+def test_a_version_with_non_finite_outputs_is_rejected(model, tmp_path):
     damaged = damaged_copy(model, tmp_path)
     file = Path(damaged.folder, "model.safetensors")
     weights = load_file(file)
@@ -111,7 +111,7 @@ def test_a_version_whose_outputs_are_not_finite_is_refused(model, tmp_path):
     LoadedModel.load(model, "cpu").check()
 
 
-def test_a_version_with_labels_of_another_model_is_refused(model, tmp_path):
+def test_a_version_with_a_wrong_number_of_labels_is_rejected(model, tmp_path):
     damaged = damaged_copy(model, tmp_path)
     file = Path(damaged.folder, "config.json")
     config = json.loads(file.read_text())
@@ -122,25 +122,25 @@ def test_a_version_with_labels_of_another_model_is_refused(model, tmp_path):
         LoadedModel.load(replace_digest(damaged), "cpu").check()
 
 
-def test_bf16_finds_the_same_within_its_precision(model):
+def test_bf16_equals_float32_within_its_precision(model):
     exact, rounded = (LoadedModel.load(model, "cpu", precision) for precision in ("float32", "bf16"))
     rounded.check()
     image = exact.detector.prepare(png(60, 90))
-    expected, found = exact.detect([image])[0], rounded.detect([image])[0]
-    assert found.scores.dtype == np.float32
-    assert abs(found.scores[0] - expected.scores[0]) < 0.1
-    assert not np.array_equal(found.scores, expected.scores), "it should compute in bf16"
+    expected, detected = exact.detect([image])[0], rounded.detect([image])[0]
+    assert detected.scores.dtype == np.float32
+    assert abs(detected.scores[0] - expected.scores[0]) < 0.1
+    assert not np.array_equal(detected.scores, expected.scores), "it should compute in bf16"
 
 
 @pytest.mark.slow
-def test_openvino_finds_the_same(tmp_path):
+def test_openvino_equals_torch(tmp_path):
     model = with_masks(save_tiny_detr(tmp_path / "tiny", NAMES, edge=64))
     plain, fast = (LoadedModel.load(model, "cpu", engine=engine) for engine in ("torch", "openvino"))
     fast.check()
     image = plain.detector.prepare(png(60, 90))
-    expected, found = plain.detect([image])[0], fast.detect([image])[0]
-    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
-    assert not np.array_equal(found.scores, expected.scores), "it should be computed by another library"
+    expected, detected = plain.detect([image])[0], fast.detect([image])[0]
+    np.testing.assert_allclose(detected.scores, expected.scores, atol=1e-5)
+    assert not np.array_equal(detected.scores, expected.scores), "it should be computed by another library"
 
 
 def damaged_copy(model: ResolvedModel, tmp_path: Path) -> ResolvedModel:

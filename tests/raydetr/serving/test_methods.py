@@ -18,7 +18,7 @@ GETS = ["/", "/health", "/ready", "/v1/models", "/v2", "/v2/health/live", "/v2/h
 
 
 @pytest.mark.parametrize("path", GETS)
-def test_head_is_get_without_its_body(api, path):
+def test_head_is_get_without_the_body(api, path):
     get, head = ask(api, "GET", path), ask(api, "HEAD", path)
     assert head.status_code == get.status_code == 200
     assert head.content == b""
@@ -27,27 +27,27 @@ def test_head_is_get_without_its_body(api, path):
 
 
 @pytest.mark.parametrize("path", GETS)
-def test_options_tells_what_a_route_takes(api, path):
+def test_options_lists_the_methods_of_a_route(api, path):
     answer = ask(api, "OPTIONS", path)
     assert (answer.status_code, answer.content) == (204, b"")
     assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD", "OPTIONS"}
 
 
-def test_routes_that_take_a_body_say_so_and_have_no_head(api):
+def test_post_routes_allow_no_head(api):
     assert ask(api, "OPTIONS", "/v1/detect").headers["allow"] == "POST, OPTIONS"
     head = ask(api, "HEAD", "/v1/detect")
     assert (head.status_code, head.content) == (405, b"")
 
 
-def test_a_path_that_there_is_not_is_not_found_by_any_method(api):
+def test_an_unknown_path_is_404_for_all_methods(api):
     assert [ask(api, method, "/nowhere").status_code for method in ("HEAD", "OPTIONS", "GET")] == [404] * 3
 
 
-def test_other_methods_are_still_refused(api):
+def test_other_methods_are_405(api):
     assert [ask(api, method, "/health").status_code for method in ("PUT", "DELETE", "TRACE")] == [405] * 3
 
 
-def test_the_log_has_the_method_that_was_asked_for(api):
+def test_the_log_has_the_requested_method(api):
     log = log_lines()
     ask(api, "HEAD", "/health")
     assert '"method": "HEAD"' in log.getvalue()

@@ -1,4 +1,4 @@
-"""`orientation` in the API: what is answered is of the image that the answer describes."""
+"""The parameter `orientation`: an answer refers to the image that it describes."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def api(model):
     ("query", "orientation"),
     [("", "ignore"), ("&orientation=ignore", "ignore"), ("&orientation=apply", "apply")],
 )
-def test_boxes_are_of_the_image_that_was_asked_for(api, model, form, query, orientation):
+def test_boxes_refer_to_the_requested_orientation(api, model, form, query, orientation):
     data = oriented(form)
     answer = ask(api, "POST", f"/v1/detect?threshold=0{query}", content=data).json()
     height, width = (180, 120) if orientation == "apply" else (120, 180)
@@ -43,7 +43,7 @@ def test_boxes_are_of_the_image_that_was_asked_for(api, model, form, query, orie
     ]
 
 
-def test_every_image_of_a_form_and_masks_say_it_too(api):
+def test_orientation_applies_to_multipart_images_and_masks(api):
     files = [("images", oriented("PNG")), ("images", oriented("PNG", 1))]
     results = ask(api, "POST", "/v1/detect?orientation=apply", files=files).json()["results"]
     assert [(each["image"]["height"], each["image"]["width"]) for each in results] == [(180, 120), (120, 180)]
@@ -52,5 +52,5 @@ def test_every_image_of_a_form_and_masks_say_it_too(api):
     assert {tuple(each["mask"]["size"]) for each in answer["segments"]} == {(180, 120)}
 
 
-def test_another_orientation_is_refused(api):
+def test_an_unknown_orientation_is_rejected(api):
     assert ask(api, "POST", "/v1/detect?orientation=upright", content=oriented("PNG")).status_code == 422

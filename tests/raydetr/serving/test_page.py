@@ -1,4 +1,4 @@
-"""The endpoint's page as a file; what it does is in tests/browser/."""
+"""The endpoint's page as a file. tests/browser/ tests its behavior."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ PAGE = index().decode()
 
 
 class Reader(HTMLParser):
-    """Keeps the attributes of each element, and the text of scripts and styles."""
+    """Collects the attributes of each element, and the text of scripts and styles."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Reader(HTMLParser):
 READER = Reader()
 
 
-def test_the_page_asks_nobody_for_anything() -> None:
+def test_the_page_loads_nothing_external() -> None:
     links = [
         value
         for _, attributes in READER.elements
@@ -42,10 +42,10 @@ def test_the_page_asks_nobody_for_anything() -> None:
     assert sorted(str(link)[:9] for link in links) == ["data:imag", "openapi.j"]
     assert "url(" not in READER.texts["style"]
     assert "@import" not in READER.texts["style"]
-    assert "http" not in READER.texts["script"].replace("https has no clipboard", "")
+    assert "http" not in READER.texts["script"].replace("without https there is no clipboard API", "")
 
 
-def test_its_policy_lets_its_own_script_and_style_run_and_no_other() -> None:
+def test_its_policy_allows_only_its_own_script_and_style() -> None:
     (policy,) = [a["content"] for _, a in READER.elements if a.get("http-equiv") == "Content-Security-Policy"]
     rules = dict(rule.strip().split(" ", 1) for rule in str(policy).split(";"))
     for kind in ("script", "style"):
@@ -61,24 +61,24 @@ def test_its_policy_lets_its_own_script_and_style_run_and_no_other() -> None:
     }  # the policy forbids them
 
 
-def test_names_from_outside_are_never_read_as_html() -> None:
+def test_labels_and_file_names_are_never_parsed_as_html() -> None:
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", READER.texts["script"]
     )
 
 
-def test_the_script_finds_each_element_that_it_looks_for() -> None:
+def test_all_elements_that_the_script_uses_exist() -> None:
     known = [str(attributes["id"]) for _, attributes in READER.elements if "id" in attributes]
     assert len(known) == len(set(known))
-    sought = set(re.findall(r'find\("([\w-]+)"\)', READER.texts["script"]))
-    assert len(sought) > 10
-    assert sought <= set(known)
+    used = set(re.findall(r'find\("([\w-]+)"\)', READER.texts["script"]))
+    assert len(used) > 10
+    assert used <= set(known)
     copied = {str(attributes["data-copy"]) for _, attributes in READER.elements if "data-copy" in attributes}
     assert copied <= set(known)
 
 
 @pytest.mark.parametrize("attribute", ["for", "aria-describedby"])
-def test_labels_belong_to_something(attribute: str) -> None:
+def test_labels_refer_to_an_element(attribute: str) -> None:
     known = {attributes.get("id") for _, attributes in READER.elements}
     named = [attributes[attribute] for _, attributes in READER.elements if attribute in attributes]
     assert named

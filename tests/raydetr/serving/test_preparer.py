@@ -20,19 +20,19 @@ from tests.raydetr.serving.oriented import oriented
 from tests.tiny_detr import png
 
 COSTLY = progressive_jpeg(640, 640, 80)
-"""Costly by its estimate here; some hundredths of a second."""
+"""Costly by its estimate in these tests; takes some hundredths of a second."""
 LONGER = progressive_jpeg(1200, 1200, 45)
 """A tenth of a second."""
 
 
 @pytest.fixture(autouse=True)
-def _costly_from_a_few_hundredths_of_a_second(monkeypatch):
+def _low_threshold_for_costly_images(monkeypatch):
     monkeypatch.setattr(module, "LIGHT_S", 0.04)
 
 
 @pytest.fixture
 def own():
-    """A preparer of one test, with one worker of either kind."""
+    """Create preparers for a single test, with one worker of each kind."""
     made: list[Preparer] = []
 
     def make(limits: Limits = Limits(), max_costly: int = 32) -> Preparer:  # noqa: B008
@@ -48,14 +48,14 @@ def prepare(images, limits: Limits = Limits()):  # noqa: B008
     return asyncio.run(preparer(limits).prepare(images, PROCESSOR))
 
 
-def test_images_are_prepared_in_their_order_as_the_detector_does_it():
+def test_images_are_prepared_in_order_like_the_detector_does():
     images = [png(20 + i, 30, i) for i in range(5)]
     for data, prepared in zip(images, prepare(images), strict=True):
         assert np.array_equal(prepared.pixels, prepare_image(data, PROCESSOR).pixels)
 
 
-def test_no_image_is_decoded_if_one_of_the_request_is_refused_by_its_header(monkeypatch):
-    monkeypatch.setattr(Preparer, "_light_image", None)
+def test_no_image_is_decoded_if_one_is_rejected_by_its_header(monkeypatch):
+    monkeypatch.setattr(Preparer, "_prepare_light", None)
     with pytest.raises(RequestError, match="Image 3 has 50 x 50 pixels"):
         prepare([png(5, 5), png(5, 5), png(50, 50)], Limits(max_pixels=1000))
 
@@ -67,8 +67,8 @@ def test_a_costly_image_is_marked_for_the_model():
     assert np.array_equal(costly.pixels, prepare_image(COSTLY, PROCESSOR).pixels)
 
 
-def test_a_client_with_costly_images_comes_after_the_others_and_alone_it_does_not(own):
-    async def low(images: Preparer, client: str) -> bool:
+def test_a_client_with_costly_images_has_low_priority_while_others_are_active(own):
+    async def has_low_priority(images: Preparer, client: str) -> bool:
         (prepared,) = await images.prepare([png(20, 30)], PROCESSOR, client)
         return isinstance(prepared, CostlyImage)
 
@@ -77,12 +77,12 @@ def test_a_client_with_costly_images_comes_after_the_others_and_alone_it_does_no
         waiting = asyncio.create_task(images.prepare([LONGER, LONGER], PROCESSOR, "costly"))
         while not images._costly_s.used:
             await asyncio.sleep(0.001)
-        assert not await low(images, "costly")
-        assert not await low(images, "other")
-        assert await low(images, "costly")
-        assert not await low(images, "other")
+        assert not await has_low_priority(images, "costly")
+        assert not await has_low_priority(images, "other")
+        assert await has_low_priority(images, "costly")
+        assert not await has_low_priority(images, "other")
         await waiting
-        assert not await low(images, "costly")
+        assert not await has_low_priority(images, "costly")
 
     asyncio.run(run())
 
@@ -111,7 +111,7 @@ def test_photos_do_not_wait_for_costly_images_of_the_same_client(own):
     assert "photo" in asyncio.run(run())[:2]
 
 
-def test_costly_images_are_refused_beyond_their_share_and_photos_are_not(own):
+def test_costly_images_beyond_the_maximum_get_429_and_photos_do_not(own):
     async def run() -> list[int | None]:
         images = own(max_costly=4)
 
@@ -122,30 +122,30 @@ def test_costly_images_are_refused_beyond_their_share_and_photos_are_not(own):
                 return error.status
             return None
 
-        asked = [*[(COSTLY, "a")] * 6, (png(20, 30), "a"), (COSTLY, "b")]
-        return await asyncio.gather(*[one(*each) for each in asked])
+        requests = [*[(COSTLY, "a")] * 6, (png(20, 30), "a"), (COSTLY, "b")]
+        return await asyncio.gather(*[one(*each) for each in requests])
 
     outcomes = asyncio.run(run())
     assert outcomes[:6].count(429) == 3
     assert outcomes[6:] == [None, None]
 
 
-def test_a_large_image_is_costly_whatever_its_estimate(own, monkeypatch):
-    images, taken = own(Limits(max_pixels=3000)), []
+def test_a_large_image_is_costly_regardless_of_its_estimate(own, monkeypatch):
+    images, lanes = own(Limits(max_pixels=3000)), []
     submit = Lane.submit
-    monkeypatch.setattr(Lane, "submit", lambda lane, job: taken.append(lane) or submit(lane, job))
+    monkeypatch.setattr(Lane, "submit", lambda lane, job: lanes.append(lane) or submit(lane, job))
     asyncio.run(images.prepare([png(20, 50), png(20, 51)], PROCESSOR))
-    assert taken.count(images._costly) == 1
+    assert lanes.count(images._costly) == 1
 
 
-def test_a_request_of_many_costly_images_takes_one_worker_at_a_time():
+def test_a_request_with_many_costly_images_uses_one_worker_at_a_time():
     images = Preparer(Limits(), 32, 2, program())
-    most = 0
+    maximum = 0
 
     async def watch() -> None:
-        nonlocal most
+        nonlocal maximum
         while True:
-            most = max(most, images._costly._in_work)
+            maximum = max(maximum, images._costly._in_progress)
             await asyncio.sleep(0.002)
 
     async def run() -> None:
@@ -155,17 +155,17 @@ def test_a_request_of_many_costly_images_takes_one_worker_at_a_time():
 
     asyncio.run(run())
     images.close()
-    assert most == 640 * 640
+    assert maximum == 640 * 640
 
 
-def test_an_image_that_was_taken_for_light_is_given_more_time_among_the_costly(monkeypatch):
+def test_a_light_image_that_exceeds_its_time_is_retried_as_costly(monkeypatch):
     monkeypatch.setattr(module, "LIGHT_S", 100.0)
     monkeypatch.setattr(module, "LIGHT_CPU_S", 0.02)
     (prepared,) = prepare([LONGER])
     assert prepared.original_size == (1200, 1200)
 
 
-def test_an_image_that_takes_longer_than_estimated_is_refused(monkeypatch):
+def test_an_image_that_exceeds_its_cpu_time_is_rejected(monkeypatch):
     task = Preparer._task
     monkeypatch.setattr(
         Preparer, "_task", lambda *given: dataclasses.replace(task(*given), cpu_s=0.02 if given[1] else 60)
@@ -177,7 +177,7 @@ def test_an_image_that_takes_longer_than_estimated_is_refused(monkeypatch):
     assert len(prepare([png(9, 9)])) == 1
 
 
-def test_an_endpoint_whose_images_are_not_decoded_is_not_ready(own, monkeypatch):
+def test_an_endpoint_with_a_stuck_worker_is_not_ready(own, monkeypatch):
     images = own()
     assert images.start()
     monkeypatch.setattr(module, "PROBE_S", 0.2)
@@ -189,12 +189,12 @@ def test_an_endpoint_whose_images_are_not_decoded_is_not_ready(own, monkeypatch)
         assert not images.is_ready()
     finally:
         worker.resume()
-    until = time.monotonic() + 30
+    deadline = time.monotonic() + 30
     while not images.is_ready():
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
 
 
-def test_an_endpoint_without_workers_is_not_ready_and_says_so(own, monkeypatch):
+def test_an_endpoint_without_workers_is_not_ready_and_answers_503(own, monkeypatch):
     images = own()
 
     def no_worker(idle_priority: bool) -> None:
@@ -209,7 +209,7 @@ def test_an_endpoint_without_workers_is_not_ready_and_says_so(own, monkeypatch):
     assert images.is_ready()
 
 
-def test_a_request_that_is_given_up_leaves_nothing_behind(own):
+def test_a_cancelled_request_releases_its_places(own):
     async def run(images: Preparer) -> None:
         requests = [asyncio.ensure_future(images.prepare([COSTLY], PROCESSOR, "a")) for _ in range(5)]
         await asyncio.sleep(0.1)
@@ -222,6 +222,6 @@ def test_a_request_that_is_given_up_leaves_nothing_behind(own):
     asyncio.run(run(own()))
 
 
-def test_the_costly_image_of_these_tests_is_one():
+def test_the_costly_image_of_these_tests_is_costly():
     assert inspect_image(COSTLY, Limits()).seconds > module.LIGHT_S
     assert inspect_image(png(600, 800), Limits()).seconds < LIGHT_S

@@ -1,4 +1,4 @@
-"""Connections of a real uvicorn, and what is around Serve's proxy."""
+"""The header time limit with a real uvicorn, and the middleware of Serve's proxy."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ async def app(scope, receive, send):
 def port(request) -> Iterator[int]:
     protocol = type("Limited", (request.param,), {})
     limit_headers(protocol, SECONDS)
-    limit_headers(protocol, 1e-6)  # a second time changes nothing
+    limit_headers(protocol, 1e-6)  # idempotent: the second call changes nothing
     server = uvicorn.Server(uvicorn.Config(app, port=0, http=protocol, lifespan="off", log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -61,14 +61,14 @@ def is_closed_within(connection: socket.socket, seconds: float) -> bool:
 
 
 @pytest.mark.parametrize("start", [b"", b"GET / HTTP/1.1\r\nHost: x\r\nX-A: ", b"POST"])
-def test_a_connection_whose_headers_do_not_end_is_closed(port, start):
+def test_a_connection_with_unfinished_headers_is_closed(port, start):
     with connect(port) as connection:
         connection.sendall(start)
         assert not is_closed_within(connection, SECONDS / 3)
         assert is_closed_within(connection, 10)
 
 
-def test_dripping_headers_are_given_no_more_time(port):
+def test_slow_headers_do_not_extend_the_limit(port):
     with connect(port) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n")
         for number in range(1000):
@@ -79,11 +79,11 @@ def test_dripping_headers_are_given_no_more_time(port):
         assert 3 < number < 500
 
 
-def test_a_second_request_of_a_connection_is_limited_too(port):
+def test_the_limit_applies_to_the_second_request_of_a_connection(port):
     with connect(port) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b"done" in connection.recv(1000)
-        time.sleep(2 * SECONDS)  # idle: no request has begun
+        time.sleep(2 * SECONDS)  # idle: no request has started
         connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b"done" in connection.recv(1000)
         connection.sendall(b"GET / HTTP/1.1\r\nHo")
@@ -100,7 +100,7 @@ def test_a_body_may_take_longer_than_the_headers(port):
 
 
 @pytest.mark.parametrize(
-    ("given", "handed_on"),
+    ("given", "forwarded"),
     [
         ([], []),
         (["my.id-1"], ["my.id-1"]),
@@ -112,13 +112,13 @@ def test_a_body_may_take_longer_than_the_headers(port):
         (["one", "one"], []),
     ],
 )
-def test_the_proxy_never_sees_a_request_id_that_it_should_not_return(given, handed_on):
-    seen = []
+def test_invalid_and_duplicate_request_ids_do_not_reach_the_proxy(given, forwarded):
+    received = []
 
     async def inner(scope, receive, send):
-        seen.extend(value.decode() for name, value in scope["headers"] if name == b"x-request-id")
+        received.extend(value.decode() for name, value in scope["headers"] if name == b"x-request-id")
 
     scope = scope_of("/health", "GET", host="x")
     scope["headers"] += [(b"x-request-id", value.encode()) for value in given]
     asyncio.run(SaneRequestId(inner)(scope, None, None))
-    assert seen == handed_on
+    assert received == forwarded

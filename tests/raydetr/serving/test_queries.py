@@ -4,7 +4,7 @@ from raydetr.serving.ingress import new_api
 from tests.raydetr.serving.guarded_app import ask, message_of
 
 API = new_api()
-"""Without a service: what is refused never gets to one."""
+"""Without a service: rejected requests never reach it."""
 PATHS = [
     (method.upper(), path.replace("{name}", "raydetr"))
     for path, operations in API.openapi()["paths"].items()
@@ -13,7 +13,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize(("method", "path"), PATHS)
-def test_no_route_ignores_a_parameter(method, path):
+def test_no_route_ignores_an_unknown_parameter(method, path):
     answer = ask(API, method, f"{path}?nothing-like-it=1")
     assert answer.status_code == 422
     assert "There is no query parameter 'nothing-like-it'" in message_of(answer)
@@ -35,14 +35,14 @@ def test_no_route_ignores_a_parameter(method, path):
         ("/v1/detect", "x" * 5000 + "=1", "'xxxxxxxx"),
     ],
 )
-def test_a_wrong_query_is_refused_with_the_nearest_name(path, query, message):
+def test_an_invalid_query_is_rejected_with_the_nearest_name(path, query, message):
     answer = ask(API, "POST" if path.startswith("/v1/") else "GET", f"{path}?{query}")
     assert answer.status_code == 422
     assert message in message_of(answer)
     assert len(answer.content) < 300
 
 
-def test_a_list_may_be_repeated_and_the_page_has_any_query():
-    with pytest.raises(AttributeError, match="service"):  # it gets as far as that
+def test_a_list_may_be_repeated_and_the_page_accepts_any_query():
+    with pytest.raises(AttributeError, match="service"):  # the query check has passed
         ask(API, "POST", "/v1/detect?classes=a&classes=b&threshold=0.5&orientation=apply")
     assert ask(API, "GET", "/?utm_source=mail").status_code == 200

@@ -1,4 +1,4 @@
-"""Refusals that are answered slowly."""
+"""Delayed rejections."""
 
 import asyncio
 import gc
@@ -14,7 +14,7 @@ ALIVE: list[weakref.ref] = []
 
 
 class Image:
-    """Of a request."""
+    """Stands for an image of a request."""
 
 
 def application() -> FastAPI:
@@ -22,10 +22,10 @@ def application() -> FastAPI:
     add_handlers(api)
 
     @api.get("/{way}")
-    async def refuse(way: str) -> None:
+    async def reject(way: str) -> None:
         image = Image()
         ALIVE.append(weakref.ref(image))
-        raise Unavailable(429, "too many", 1.0, slowly=way == "slowly")
+        raise Unavailable(429, "too many", 1.0, delayed=way == "delayed")
 
     return api
 
@@ -36,36 +36,36 @@ async def get(api: FastAPI, way: str) -> tuple[int, str]:
         return answer.status_code, answer.headers["Retry-After"]
 
 
-@pytest.mark.parametrize("way", ["slowly", "at once"])
-def test_a_refusal_says_the_same_slowly(monkeypatch, way):
-    monkeypatch.setattr("raydetr.serving.refusals.SLOW_S", 0.01)
+@pytest.mark.parametrize("way", ["delayed", "immediate"])
+def test_a_delayed_rejection_has_the_same_response(monkeypatch, way):
+    monkeypatch.setattr("raydetr.serving.refusals.DELAY_S", 0.01)
     assert asyncio.run(get(application(), way)) == (429, "1")
 
 
-def test_slow_refusals_wait_others_and_those_beyond_a_number_do_not(monkeypatch):
-    monkeypatch.setattr("raydetr.serving.refusals._MOST_SLOW", 3)
-    monkeypatch.setattr("raydetr.serving.refusals.SLOW_S", 600)
+def test_only_a_limited_number_of_delayed_rejections_wait(monkeypatch):
+    monkeypatch.setattr("raydetr.serving.refusals._MAX_DELAYED", 3)
+    monkeypatch.setattr("raydetr.serving.refusals.DELAY_S", 600)
 
     async def ask() -> int:
         api = application()
-        slow = [asyncio.create_task(get(api, "slowly")) for _ in range(5)]
-        while sum(task.done() for task in slow) < 2:
+        delayed = [asyncio.create_task(get(api, "delayed")) for _ in range(5)]
+        while sum(task.done() for task in delayed) < 2:
             await asyncio.sleep(0.01)
-        await get(api, "at once")
-        done = sum(task.done() for task in slow)
-        for task in slow:
+        await get(api, "immediate")
+        done = sum(task.done() for task in delayed)
+        for task in delayed:
             task.cancel()
         return done
 
     assert asyncio.run(asyncio.wait_for(ask(), 60)) == 2
 
 
-def test_a_request_that_is_refused_slowly_holds_nothing(monkeypatch):
-    monkeypatch.setattr("raydetr.serving.refusals.SLOW_S", 600)
+def test_a_delayed_rejection_holds_no_image(monkeypatch):
+    monkeypatch.setattr("raydetr.serving.refusals.DELAY_S", 600)
 
     async def ask() -> None:
         ALIVE.clear()
-        answer = asyncio.create_task(get(application(), "slowly"))
+        answer = asyncio.create_task(get(application(), "delayed"))
         while not ALIVE:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)

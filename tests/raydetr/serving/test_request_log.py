@@ -1,19 +1,19 @@
 import json
 
 from raydetr.serving.images import Limits
-from raydetr.serving.request_log import _plainly
+from raydetr.serving.request_log import _print_requests_plainly
 from tests.raydetr.serving.guarded_app import ask, guarded_app, log_lines
 
 
-def test_request_lines_are_printed_as_they_are_and_others_as_ray_prints_them(capsys):
+def test_request_lines_are_printed_unchanged_and_others_by_ray(capsys):
     log = log_lines()
     for _ in range(2):
         ask(guarded_app(Limits()), "GET", "/health")
     lines = log.getvalue().splitlines()
     batch = {"pid": 1, "lines": [lines[0], "a warning", lines[1]], "is_err": False}
     others = []
-    _plainly(others.append)(batch)
-    _plainly(others.append)({**batch, "lines": ["another"]})
+    _print_requests_plainly(others.append)(batch)
+    _print_requests_plainly(others.append)({**batch, "lines": ["another"]})
     printed = capsys.readouterr().out.splitlines()
     assert printed == lines
     assert [json.loads(line)["route"] for line in printed] == ["/health"] * 2

@@ -1,4 +1,4 @@
-"""Replicas that come when there is something to do, from none to four, and go again; and those that cannot come."""
+"""Autoscaling from zero replicas to four and back, and replicas that cannot start."""
 
 import concurrent.futures
 import subprocess
@@ -21,16 +21,16 @@ from tests.raydetr.serving.test_app import unused_port
 from tests.tiny_detr import png, save_tiny_detr
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
-MOST = 4
+MAX_REPLICAS = 4
 CLIENTS = 32
 LOAD = """
 import sys, time
 sys.path[:0] = sys.argv[2:]
-begun = time.monotonic()
+started = time.monotonic()
 from raydetr.registry.models import resolve
 from raydetr.serving.loaded import LoadedModel
 LoadedModel.load(resolve(sys.argv[1], ""), "cpu").check()
-print(time.monotonic() - begun)
+print(time.monotonic() - started)
 """
 
 
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
 
 @pytest.fixture(scope="module")
 def url(ray_local, model) -> Iterator[str]:
-    replicas = Replicas(count=0, least=0, most=MOST, idle_s=5.0, queued=4 * CLIENTS)
+    replicas = Replicas(count=0, minimum=0, maximum=MAX_REPLICAS, idle_s=5.0, max_queued=4 * CLIENTS)
     batching = Batching(max_size=2, wait_s=0.01)
     app = application(model, replicas=replicas, batching=batching, limits=Limits(deadline_s=180.0))
     with endpoint(app, "127.0.0.1", unused_port()) as url:
@@ -49,7 +49,7 @@ def url(ray_local, model) -> Iterator[str]:
 
 
 class Load(Clients):
-    """So many clients, each with one request after the other, while the context lasts."""
+    """Clients that send requests one after the other until the context ends."""
 
     def __init__(self, url: str, clients: int) -> None:
         super().__init__()
@@ -63,13 +63,13 @@ class Load(Clients):
                 self.statuses[http.post(f"{self.url}/v1/detect", content=data).status_code] += 1
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 240.0) -> float:
-    """The time it took, in seconds."""
-    begun = time.monotonic()
-    while not what():
-        assert time.monotonic() < begun + seconds, serve.status().applications["raydetr"].deployments
+def wait_for(condition: Callable[[], bool], seconds: float = 240.0) -> float:
+    """Wait until a condition holds. Returns the time it took, in seconds."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() < started + seconds, serve.status().applications["raydetr"].deployments
         time.sleep(0.25)
-    return time.monotonic() - begun
+    return time.monotonic() - started
 
 
 def ready(url: str) -> tuple[int, bool]:
@@ -78,36 +78,37 @@ def ready(url: str) -> tuple[int, bool]:
 
 
 def load_time(model: ResolvedModel) -> float:
-    """Of the model in a process of its own, in seconds, with the imports."""
+    """Measure the time to load the model in a new process, including imports, in seconds."""
     done = subprocess.run(
         [sys.executable, "-c", LOAD, model.folder, *sys.path], capture_output=True, text=True, check=True
     )
     return float(done.stdout)
 
 
-def test_from_none_to_four_replicas_and_back_every_request_is_answered(url, model):
+def test_scaling_from_zero_to_four_and_back_answers_every_request(url, model):
     assert running(DETECTOR) == 0
     with concurrent.futures.ThreadPoolExecutor(12) as threads:
-        asked = [
+        responses = [
             threads.submit(httpx.post, f"{url}/v1/detect", content=png(60, 90, seed), timeout=200)
             for seed in range(12)
         ]
-        answers_are_ready: set[tuple[int, bool]] = set()
-        first = wait_for(lambda: answers_are_ready.add(ready(url)) or running(DETECTOR) >= 1)
-        assert {each.result().status_code for each in asked} == {200}
-    assert answers_are_ready == {(200, True)}, "a request would have been answered"
+        readiness: set[tuple[int, bool]] = set()
+        first = wait_for(lambda: readiness.add(ready(url)) or running(DETECTOR) >= 1)
+        assert {each.result().status_code for each in responses} == {200}
+    assert readiness == {(200, True)}, "a request would have been answered"
     with Load(url, CLIENTS) as load:
-        all_of_them = wait_for(lambda: running(DETECTOR) == MOST)
+        all_replicas = wait_for(lambda: running(DETECTOR) == MAX_REPLICAS)
     assert set(load.statuses) == {200}
-    gone = wait_for(lambda: running(DETECTOR) == 0)
+    scaled_down = wait_for(lambda: running(DETECTOR) == 0)
     assert httpx.post(f"{url}/v1/detect", content=png(60, 90), timeout=200).status_code == 200
     print(
-        f"\nfirst replica after {first:.1f} s, {MOST} after {all_of_them:.1f} s more ({load.statuses.total()} requests "
-        f"answered meanwhile), none {gone:.1f} s after the last request; the model loads in {load_time(model):.1f} s"
+        f"\nfirst replica after {first:.1f} s, {MAX_REPLICAS} after {all_replicas:.1f} s more "
+        f"({load.statuses.total()} requests answered meanwhile), none {scaled_down:.1f} s after the last request; "
+        f"the model loads in {load_time(model):.1f} s"
     )
 
 
-def test_where_the_model_cannot_load_health_answers_and_ready_is_503(url, tmp_path):
+def test_if_the_model_cannot_load_health_answers_and_ready_is_503(url, tmp_path):
     model = resolve(str(save_broken_detr(tmp_path / "broken")), "")
     app = application(model, limits=Limits(deadline_s=5.0))
     with pytest.raises(RuntimeError, match="Deploying application broken failed"):
@@ -115,7 +116,7 @@ def test_where_the_model_cannot_load_health_answers_and_ready_is_503(url, tmp_pa
     assert httpx.get(f"{url}/broken/health", timeout=60).json()["status"] == "ok"
     assert ready(f"{url}/broken") == (503, False)
     response = httpx.post(f"{url}/broken/v1/detect", content=png(60, 90), timeout=200)
-    # 503 once the HTTP side hears that Serve has given up; Ray 2.60 does not tell where no replica ever ran.
+    # 503 once Serve reports the deployment as failed. Ray 2.60 does not report it if no replica has ever run.
     assert response.status_code in (503, 504)
     assert "Traceback" not in response.text
     serve.delete("broken")

@@ -1,4 +1,4 @@
-"""What POST /v1/segment makes of a model's output."""
+"""Conversion of a model's output to the response of POST /v1/segment."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ NAMES = {0: "sky", 1: "dog"}
 
 
 def three_queries() -> tuple[SimpleNamespace, PreparedImage]:
-    """Sky at the left and at the right, a dog between them, in an image of 8 x 12 pixels."""
+    """Return outputs for an image of 8 x 12 pixels: sky on the left and on the right, a dog between them."""
     logits = torch.full((1, 3, 3), -5.0)
     for query, label in enumerate((0, 1, 0)):
         logits[0, query, label] = 5.0
@@ -26,7 +26,7 @@ def three_queries() -> tuple[SimpleNamespace, PreparedImage]:
 
 
 @pytest.mark.parametrize(("stuff", "areas"), [((), [32, 32, 32]), ((0,), [64, 32]), ((1,), [32, 32, 32])])
-def test_a_class_of_stuff_is_one_segment(stuff, areas):
+def test_a_stuff_class_is_one_segment(stuff, areas):
     outputs, image = three_queries()
     answer = segments(outputs, image, SegmentRequest("panoptic", 0.5, "png"), NAMES, stuff)
     assert [segment["label"] for segment in answer["segments"]].count("dog") == 1

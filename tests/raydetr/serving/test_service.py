@@ -1,4 +1,4 @@
-"""What Serve's refusals become, with calls of a handle that fail as Serve's do."""
+"""Errors of Serve and admission limits of the service, with a fake handle that fails like Serve's."""
 
 import asyncio
 import contextlib
@@ -21,11 +21,11 @@ from raydetr.serving.service import MAX_COSTLY, Service
 from tests.raydetr.serving.decoders import preparer
 from tests.tiny_detr import png, save_tiny_detr
 
-FINE = Result("found", 1.0)
+RESULT = Result("detections", 1.0)
 
 
 class Call:
-    """As `DeploymentResponse`: awaited, or cancelled."""
+    """Like `DeploymentResponse`: awaitable and cancellable."""
 
     def __init__(self, outcome: Any) -> None:
         self.outcome, self.cancelled = outcome, False
@@ -47,7 +47,7 @@ class Call:
 
 
 class Replicas:
-    """As the handle of model replicas: each call has the next outcome; None never comes."""
+    """Like the handle of the model replicas. Each call has the next outcome; None never finishes."""
 
     def __init__(self, *outcomes: Any) -> None:
         self.calls = [Call(outcome) for outcome in outcomes]
@@ -60,19 +60,19 @@ class Replicas:
 
 
 @pytest.fixture(scope="module")
-def current(tmp_path_factory) -> ServedVersion:
+def version(tmp_path_factory) -> ServedVersion:
     folder = save_tiny_detr(tmp_path_factory.mktemp("model") / "tiny", ["ant"], edge=64)
     return ServedVersion.of(resolve(str(folder), ""))
 
 
 @pytest.fixture(scope="module")
-def image(current) -> PreparedImage:
-    return ObjectDetector.from_pretrained(current.model.folder).prepare(png(60, 90))
+def image(version) -> PreparedImage:
+    return ObjectDetector.from_pretrained(version.model.folder).prepare(png(60, 90))
 
 
-def ask(current: ServedVersion, image: PreparedImage, replicas: Replicas, images: int = 1) -> list[Result]:
-    service = Service(current, replicas, preparer(), 2, lambda: True)
-    return asyncio.run(service.detect([image] * images, current))
+def ask(version: ServedVersion, image: PreparedImage, replicas: Replicas, images: int = 1) -> list[Result]:
+    service = Service(version, replicas, preparer(), 2, lambda: True)
+    return asyncio.run(service.detect([image] * images, version))
 
 
 @pytest.mark.parametrize(
@@ -83,60 +83,60 @@ def ask(current: ServedVersion, image: PreparedImage, replicas: Replicas, images
         (Result(OUT_OF_MEMORY, 1.0), 503),
     ],
 )
-def test_refusals_become_answers_that_say_when_to_try_again(current, image, outcome, status):
+def test_serve_errors_become_responses_with_retry_after(version, image, outcome, status):
     with pytest.raises(Unavailable) as error:
-        ask(current, image, Replicas(outcome))
+        ask(version, image, Replicas(outcome))
     assert (error.value.status, error.value.retry_after_s) == (status, 1.0)
 
 
-def test_an_image_of_a_dead_replica_goes_to_another_one_but_not_for_ever(current, image):
-    replicas = Replicas(ActorDiedError(), ActorDiedError(), FINE)
-    assert ask(current, image, replicas) == [FINE]
+def test_an_image_of_a_dead_replica_is_retried_a_few_times(version, image):
+    replicas = Replicas(ActorDiedError(), ActorDiedError(), RESULT)
+    assert ask(version, image, replicas) == [RESULT]
     with pytest.raises(Unavailable, match="No model replica") as error:
-        ask(current, image, Replicas(*[ActorDiedError()] * 3))
+        ask(version, image, Replicas(*[ActorDiedError()] * 3))
     assert error.value.status == 503
 
 
-def test_the_images_of_a_request_go_to_the_model_at_once(current, image):
+def test_the_images_of_a_request_are_sent_concurrently(version, image):
     async def meet() -> Result:
         while len(replicas.made) < 3:
             await asyncio.sleep(0)
-        return FINE
+        return RESULT
 
     replicas = Replicas(meet, meet, meet)
-    assert ask(current, image, replicas, images=3) == [FINE] * 3
+    assert ask(version, image, replicas, images=3) == [RESULT] * 3
 
 
-def test_costly_images_leave_places_at_the_replicas_to_others(current, image):
+def test_costly_images_leave_places_at_the_replicas_for_others(version, image):
     costly = CostlyImage(image.pixels, image.size, image.original_size)
 
     async def run() -> None:
-        replicas = Replicas(*[None] * MAX_COSTLY, FINE, FINE)
-        service = Service(current, replicas, preparer(), 2, lambda: True)
-        waiting = asyncio.create_task(service.detect([costly] * (MAX_COSTLY + 2), current))
+        replicas = Replicas(*[None] * MAX_COSTLY, RESULT, RESULT)
+        service = Service(version, replicas, preparer(), 2, lambda: True)
+        waiting = asyncio.create_task(service.detect([costly] * (MAX_COSTLY + 2), version))
         while len(replicas.made) < MAX_COSTLY:
             await asyncio.sleep(0)
         await asyncio.sleep(0.01)
         assert len(replicas.made) == MAX_COSTLY
-        assert await service.detect([image], current) == [FINE]
-        shadow = await service.detect([costly], current, in_background=True)
-        assert shadow == [FINE]  # of one that has been answered
+        assert await service.detect([image], version) == [RESULT]
+        shadow = await service.detect([costly], version, in_background=True)
+        assert shadow == [RESULT]  # of an image that has been answered
         waiting.cancel()
 
     asyncio.run(run())
 
 
-def test_where_one_image_fails_the_calls_of_the_others_are_cancelled(current, image):
+def test_if_one_image_fails_the_calls_of_the_others_are_cancelled(version, image):
     replicas = Replicas(None, BackPressureError(5, 5), None)
     with pytest.raises(Unavailable):
-        ask(current, image, replicas, images=3)
+        ask(version, image, replicas, images=3)
     assert [call.cancelled for call in replicas.made] == [True, False, True]
 
 
-def test_requests_are_counted_and_the_count_goes_down_however_they_end(current):
-    service = Service(current, Replicas(), preparer(), 2, lambda: True)
+def test_requests_release_their_place_even_if_they_fail(version):
+    service = Service(version, Replicas(), preparer(), 2, lambda: True)
     with service.request("a") as first, service.request("b"):
-        assert first is current
+        assert first is version
         with pytest.raises(Unavailable) as error, service.request("c"):
             pass
         assert error.value.status == 429
@@ -146,8 +146,8 @@ def test_requests_are_counted_and_the_count_goes_down_however_they_end(current):
         pass
 
 
-def test_one_client_cannot_take_all_places(current):
-    service = Service(current, Replicas(), preparer(), 8, lambda: True)
+def test_one_client_cannot_use_all_places(version):
+    service = Service(version, Replicas(), preparer(), 8, lambda: True)
     with contextlib.ExitStack() as held:
         for _ in range(6):
             held.enter_context(service.request("a"))
@@ -159,29 +159,29 @@ def test_one_client_cannot_take_all_places(current):
             pass
 
 
-def test_bodies_of_all_clients_have_a_bound_and_one_client_cannot_take_it(current):
-    service = Service(current, Replicas(), preparer(Limits(100, max_bytes_in_flight=1000)), 8, lambda: True)
+def test_the_bytes_of_all_bodies_are_bounded_and_one_client_cannot_use_them_all(version):
+    service = Service(version, Replicas(), preparer(Limits(100, max_bytes_in_flight=1000)), 8, lambda: True)
     with contextlib.ExitStack() as held:
         for _ in range(8):
-            held.enter_context(service.body("a"))(90)  # the places of requests are not taken by bodies
-        take = held.enter_context(service.body("a"))
-        take(40)
+            held.enter_context(service.body("a"))(90)  # bodies do not use the places of requests
+        reserve = held.enter_context(service.body("a"))
+        reserve(40)
         with pytest.raises(Unavailable) as error:
-            take(60)
+            reserve(60)
         assert error.value.status == 429
         held.enter_context(service.body("b"))(90)
     assert service._bytes.used == service._bodies.used == 0
 
 
-def test_a_body_of_the_largest_size_fits_an_idle_endpoint_whatever_the_bound_of_all(current):
-    service = Service(current, Replicas(), preparer(Limits(100, max_bytes_in_flight=10)), 8, lambda: True)
-    with service.body("a") as take:
+def test_a_body_of_maximum_size_fits_an_idle_endpoint_regardless_of_max_bytes_in_flight(version):
+    service = Service(version, Replicas(), preparer(Limits(100, max_bytes_in_flight=10)), 8, lambda: True)
+    with service.body("a") as reserve:
         for _ in range(100):
-            take(1)
+            reserve(1)
 
 
-def test_a_version_without_a_mask_head_is_not_asked_for_segments(current, image):
-    service = Service(current, Replicas(), preparer(), 2, lambda: True)
+def test_a_version_without_a_mask_head_rejects_segmentation(version, image):
+    service = Service(version, Replicas(), preparer(), 2, lambda: True)
     with pytest.raises(RequestError, match="has no mask head") as error:
-        asyncio.run(service.segment(image, current, None))
+        asyncio.run(service.segment(image, version, None))
     assert error.value.status == 409

@@ -1,4 +1,4 @@
-"""What a challenger finds beside the champion, and that nobody waits for it."""
+"""Shadow comparisons of a challenger with the champion, which never delay a response."""
 
 import asyncio
 from collections import Counter
@@ -19,7 +19,7 @@ LABELS = {0: "ant", 1: "bee"}
 LEFT, RIGHT = [0, 0, 10, 10], [20, 0, 30, 10]
 
 
-def found(*objects: tuple[float, int, list[int]]) -> Detections:
+def detections(*objects: tuple[float, int, list[int]]) -> Detections:
     scores, labels, boxes = zip(*objects) if objects else ((), (), ())
     return Detections(
         np.array(scores, np.float32),
@@ -38,14 +38,14 @@ def found(*objects: tuple[float, int, list[int]]) -> Detections:
         ([(0.9, 0, LEFT)], [(0.4, 0, LEFT)], (0, 0, 1, 0)),
         ([(0.3, 0, LEFT)], [], (0, 0, 0, 0)),
         ([], [(0.9, 0, LEFT)], (0, 0, 0, 1)),
-        # The one of the same label, though the other overlaps more.
+        # The box with the same label is matched although another one overlaps more.
         ([(0.9, 0, LEFT)], [(0.9, 1, LEFT), (0.8, 0, [0, 0, 10, 8])], (1, 0, 0, 1)),
-        # One object of the challenger is not two of the champion's.
+        # One object of the challenger matches only one of the champion's.
         ([(0.9, 0, LEFT), (0.8, 0, [0, 0, 10, 9])], [(0.9, 0, LEFT)], (1, 0, 1, 0)),
     ],
 )
-def test_objects_are_matched_by_label_and_overlap(champion, challenger, expected):
-    comparison = compare(found(*champion), LABELS, found(*challenger), LABELS)
+def test_objects_are_matched_by_label_and_iou(champion, challenger, expected):
+    comparison = compare(detections(*champion), LABELS, detections(*challenger), LABELS)
     assert (
         comparison.agreed,
         comparison.relabelled,
@@ -54,13 +54,13 @@ def test_objects_are_matched_by_label_and_overlap(champion, challenger, expected
     ) == expected
 
 
-def test_labels_are_compared_by_name_and_scores_of_those_that_agree():
-    comparison = compare(found((0.9, 0, LEFT)), LABELS, found((0.6, 1, LEFT)), {0: "cat", 1: "ant"})
+def test_labels_are_compared_by_name_and_scores_if_they_agree():
+    comparison = compare(detections((0.9, 0, LEFT)), LABELS, detections((0.6, 1, LEFT)), {0: "cat", 1: "ant"})
     assert comparison == Comparison(1, 0, 0, 0, (pytest.approx(0.3, abs=1e-6),))
 
 
 class Metrics:
-    """Counts as the exported ones do."""
+    """Counts like the exported metrics."""
 
     def __init__(self) -> None:
         self.counted: Counter[str] = Counter()
@@ -87,19 +87,19 @@ def run(
     requests: int = 1,
     images: int = 1,
     busy: bool = False,
-    most: int = 2,
+    max_images: int = 2,
 ) -> Counter[str]:
-    """What is counted after some requests of some images."""
+    """Submit requests and return the counts."""
     champion, challenger = versions
     metrics = Metrics()
 
     async def ask() -> None:
         data = png(60, 90)
         prepared = await preparer().prepare([data] * images, champion.image_processor)
-        answered = [found((0.9, 0, LEFT))] * images
-        shadow = Shadow(1.0, most, preparer().prepare, detect, metrics)
+        answered = [detections((0.9, 0, LEFT))] * images
+        shadow = Shadow(1.0, max_images, preparer().prepare, detect, metrics)
         for _ in range(requests):
-            shadow.consider(ChampionAnswer([data] * images, prepared, answered), champion, challenger, busy)
+            shadow.submit(ChampionAnswer([data] * images, prepared, answered), champion, challenger, busy)
         while shadow._tasks:
             await asyncio.sleep(0.01)
 
@@ -107,49 +107,49 @@ def run(
     return metrics.counted
 
 
-def test_the_challenger_gets_images_as_its_own_processor_makes_them(versions):
+def test_the_challenger_gets_images_from_its_own_processor(versions):
     shapes = []
 
-    async def detect(prepared, current):
+    async def detect(prepared, version):
         shapes.extend(image.size for image in prepared)
-        return [Result(found((0.8, 0, LEFT)), 1.0) for _ in prepared]
+        return [Result(detections((0.8, 0, LEFT)), 1.0) for _ in prepared]
 
     assert run(versions, detect) == {"compared": 1, "agreed": 1, "differences": 1}
     assert run([versions[0], versions[0]], detect)["compared"] == 1
     assert shapes == [(96, 144), (64, 96)]
 
 
-def test_what_has_no_room_is_dropped(versions):
-    async def detect(prepared, current):
+def test_images_beyond_the_maximum_are_dropped(versions):
+    async def detect(prepared, version):
         await asyncio.sleep(0.05)
-        return [Result(found(), 1.0) for _ in prepared]
+        return [Result(detections(), 1.0) for _ in prepared]
 
     assert run(versions, detect, requests=5) == {"compared": 2, "only_champion": 2, "dropped": 3}
     assert run(versions, detect, busy=True) == {"dropped": 1}
 
 
 def test_a_challenger_that_fails_is_counted_and_logged(versions, caplog):
-    async def detect(prepared, current):
+    async def detect(prepared, version):
         raise RuntimeError("no")
 
     assert run(versions, detect, requests=2) == {"failed": 2}
-    assert "failed in the shadow" in caplog.text
+    assert "failed in a shadow comparison" in caplog.text
 
 
-def test_values_that_are_not_finite_are_a_failure_and_no_disagreement(versions):
-    async def detect(prepared, current):
-        return [Result(found((float("nan"), 0, LEFT)), 1.0)]
+def test_non_finite_values_are_a_failure_and_not_a_disagreement(versions):
+    async def detect(prepared, version):
+        return [Result(detections((float("nan"), 0, LEFT)), 1.0)]
 
     assert run(versions, detect) == {"failed": 1}
 
 
-def test_of_a_request_with_more_images_than_there_is_room_the_first_are_compared(versions):
-    async def detect(prepared, current):
-        return [Result(found(), 1.0)]
+def test_the_first_images_of_a_request_are_compared_if_there_are_too_many(versions):
+    async def detect(prepared, version):
+        return [Result(detections(), 1.0)]
 
     assert run(versions, detect, images=5) == {"compared": 2, "only_champion": 2, "dropped": 3}
 
 
-def test_a_share_of_none_compares_nothing(versions):
+def test_a_share_of_zero_compares_nothing(versions):
     shadow = Shadow(0.0, 2, None, None, None)  # type: ignore[arg-type]
-    shadow.consider(ChampionAnswer([], [], []), *versions, busy=False)
+    shadow.submit(ChampionAnswer([], [], []), *versions, busy=False)

@@ -1,4 +1,4 @@
-"""An alias that moves, and a replica that dies, while requests are under way; and what Prometheus sees of it."""
+"""Alias moves and a killed replica under load, and the Prometheus metrics."""
 
 import itertools
 import threading
@@ -23,7 +23,7 @@ SHAPES = [(60, 90), (90, 60), (80, 80)]
 
 
 class Load(Clients):
-    """Requests one after the other from some threads, as long as the context lasts."""
+    """Threads that send requests one after the other until the context ends."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
@@ -47,13 +47,13 @@ def served(ray_local, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endp
         resolve(ADDRESS, served.uri),
         replicas=Replicas(count=2),
         batching=Batching(max_size=4, wait_s=0.05),
-        alias=Alias(ADDRESS, served.uri, every_s=0.5),
+        alias=Alias(ADDRESS, served.uri, poll_s=0.5),
     )
     with endpoint(app, "127.0.0.1", unused_port()) as served.url:
         yield served
 
 
-def test_an_alias_moves_without_a_failed_request_and_answers_are_of_the_version_they_name(served):
+def test_an_alias_move_fails_no_request_and_answers_match_the_version_they_name(served):
     with Load(served.url) as load:
         served.wait_for(lambda: len(load.answers) > 5)
         served.point_at(2)
@@ -66,7 +66,7 @@ def test_an_alias_moves_without_a_failed_request_and_answers_are_of_the_version_
         assert_is_answer(answer, served.detectors[answer["model"]["version"]], data)
 
 
-def test_a_version_that_fails_its_check_is_refused_and_the_old_one_goes_on(served):
+def test_a_version_that_fails_its_check_is_refused_and_the_old_one_keeps_serving(served):
     refused = lambda: metric("raydetr_model_swaps_total", outcome="refused")  # noqa: E731
     before = refused()
     with Load(served.url) as load:
@@ -78,7 +78,7 @@ def test_a_version_that_fails_its_check_is_refused_and_the_old_one_goes_on(serve
     assert {answer["model"]["version"] for _, _, answer in load.answers} == {2}
 
 
-def test_a_replica_that_is_killed_costs_no_request(served):
+def test_a_killed_replica_fails_no_request(served):
     detectors = replicas(DETECTOR)
     assert len(detectors) == 2
     with Load(served.url) as load:
@@ -89,13 +89,13 @@ def test_a_replica_that_is_killed_costs_no_request(served):
     assert {status for _, status, _ in load.answers} == {200}
 
 
-def test_prometheus_has_times_batches_errors_and_the_version(served):
-    refused = lambda: metric("raydetr_errors_total", route="/v1/detect", status="415")  # noqa: E731
-    before = refused()  # of other tests on the same Ray
+def test_prometheus_metrics_are_exported(served):
+    errors = lambda: metric("raydetr_errors_total", route="/v1/detect", status="415")  # noqa: E731
+    before = errors()  # of other tests on the same Ray
     assert httpx.post(f"{served.url}/v1/detect", content=b"text").status_code == 415
-    served.wait_for(lambda: refused() == before + 1)
+    served.wait_for(lambda: errors() == before + 1)
     served.wait_for(lambda: metric("raydetr_model_version", model="raydetr") == 2)
-    # Not the sum: Ray 2.60 makes it of the buckets' middles.
+    # Not the sum: Ray 2.60 computes it from the midpoints of the buckets.
     batches = metric("raydetr_batch_size_count", task="detect")
     assert metric("raydetr_batch_size_bucket", task="detect", le="+Inf") == batches > 0
     assert metric("raydetr_padding_share_count", task="detect") == batches

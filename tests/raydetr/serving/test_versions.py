@@ -1,4 +1,4 @@
-"""Following an alias, on a real registry and without Serve."""
+"""Following an alias of a real registry, without Serve."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ ADDRESS = "models:/raydetr@champion"
 
 
 class Registry:
-    """Three versions, `champion` the first."""
+    """A registry with three versions; `champion` is the first one."""
 
     def __init__(self, folder: Path) -> None:
         self.uri = empty_registry(folder / "runs")
@@ -29,15 +29,15 @@ class Registry:
         client(self.uri).set_registered_model_alias("raydetr", "champion", str(version))
 
 
-class Taker:
-    """Serves what it is given, or refuses it."""
+class FakeServer:
+    """Records the versions to serve, and refuses them if `reason` is set."""
 
     def __init__(self) -> None:
-        self.taken: list[int | None] = []
+        self.versions: list[int | None] = []
         self.reason: str | None = None
 
     def __call__(self, model) -> str | None:
-        self.taken.append(model.version)
+        self.versions.append(model.version)
         return self.reason
 
 
@@ -47,8 +47,8 @@ def registry(tmp_path_factory) -> Registry:
 
 
 @pytest.fixture
-def taker() -> Taker:
-    return Taker()
+def server() -> FakeServer:
+    return FakeServer()
 
 
 @pytest.fixture
@@ -57,82 +57,78 @@ def now() -> list[float]:
 
 
 @pytest.fixture
-def follower(registry, taker, now) -> Follower:
+def follower(registry, server, now) -> Follower:
     registry.point_at(1)
     served = resolve(ADDRESS, registry.uri).address
-    return Follower(Alias(ADDRESS, registry.uri), served, taker, clock=lambda: now[0])
+    return Follower(Alias(ADDRESS, registry.uri), served, server, clock=lambda: now[0])
 
 
-def test_a_version_is_taken_once_when_the_alias_moves_and_when_it_moves_back(registry, follower, taker):
-    follower.look()
-    assert taker.taken == []
+def test_a_version_is_served_once_when_the_alias_moves_and_when_it_moves_back(registry, follower, server):
+    follower.poll()
+    assert server.versions == []
     registry.point_at(2)
-    follower.look()
-    follower.look()
-    assert taker.taken == [2]
+    follower.poll()
+    follower.poll()
+    assert server.versions == [2]
     registry.point_at(1)
-    follower.look()
-    assert taker.taken == [2, 1]
+    follower.poll()
+    assert server.versions == [2, 1]
     assert follower.served == "models:/raydetr/1"
 
 
-def test_a_refused_version_is_logged_and_tried_again_after_longer_and_longer(
-    registry, follower, taker, now, caplog
-):
+def test_a_refused_version_is_logged_and_retried_with_backoff(registry, follower, server, now, caplog):
     registry.point_at(2)
-    taker.reason = "its outputs are not finite"
+    server.reason = "its outputs are not finite"
     for now[0] in (0.0, 10.0, 29.0, 31.0, 80.0, 92.0):
-        follower.look()
-    assert taker.taken == [2, 2, 2], "at 0 s, after 30 s and 60 s more"
+        follower.poll()
+    assert server.versions == [2, 2, 2], "at 0 s, after 30 s and 60 s more"
     assert follower.served == "models:/raydetr/1"
-    assert "models:/raydetr/2 does not answer" in caplog.text
+    assert "models:/raydetr/2 of models:/raydetr@champion cannot be served" in caplog.text
     assert "its outputs are not finite" in caplog.text
 
 
-def test_another_version_after_a_refused_one_is_taken_at_once(registry, follower, taker):
+def test_another_version_after_a_refused_one_is_served_immediately(registry, follower, server):
     registry.point_at(2)
-    taker.reason = "no"
-    follower.look()
+    server.reason = "no"
+    follower.poll()
     registry.point_at(3)
-    taker.reason = None
-    follower.look()
-    assert taker.taken == [2, 3]
+    server.reason = None
+    follower.poll()
+    assert server.versions == [2, 3]
     assert follower.served == "models:/raydetr/3"
 
 
-def test_what_is_served_by_nobody_yet_is_looked_for_until_it_is_there_and_logged_once(
-    registry, taker, caplog
-):
-    follower = Follower(Alias("models:/raydetr@next", registry.uri), "", taker)
-    follower.look()
-    follower.look()
+def test_a_missing_alias_is_polled_until_it_exists_and_logged_once(registry, server, caplog):
+    follower = Follower(Alias("models:/raydetr@next", registry.uri), "", server)
+    follower.poll()
+    follower.poll()
     assert caplog.text.count("has no alias 'next'") == 1
     client(registry.uri).set_registered_model_alias("raydetr", "next", "2")
-    follower.look()
+    follower.poll()
     client(registry.uri).delete_registered_model_alias("raydetr", "next")
-    assert (taker.taken, follower.served) == ([2], "models:/raydetr/2")
+    assert (server.versions, follower.served) == ([2], "models:/raydetr/2")
 
 
-def test_a_folder_is_taken_once(taker, tmp_path):
+def test_a_folder_is_served_once(server, tmp_path):
     folder = str(save_tiny_detr(tmp_path / "tiny", ["ant"], edge=64))
-    follower = Follower(Alias(folder, "", every_s=0), "", taker)
-    follower.look()
-    follower.look()
-    assert (taker.taken, follower.served) == ([None], folder)
+    follower = Follower(Alias(folder, "", poll_s=0), "", server)
+    follower.poll()
+    follower.poll()
+    assert (server.versions, follower.served) == ([None], folder)
 
 
-def test_a_registry_that_is_away_leaves_the_version_in_place(registry, taker, tmp_path, caplog):
+def test_an_alias_that_cannot_be_resolved_leaves_the_version_in_place(registry, server, tmp_path, caplog):
     model = resolve(ADDRESS, registry.uri)
-    follower = Follower(Alias("models:/gone@champion", registry.uri), model.address, taker)
-    follower.look()
-    assert taker.taken == []
+    follower = Follower(Alias("models:/gone@champion", registry.uri), model.address, server)
+    follower.poll()
+    assert server.versions == []
     assert follower.served == model.address
     assert "no registered model 'gone'" in caplog.text
 
 
-def test_a_process_that_starts_later_begins_with_the_version_that_the_alias_has_by_then(registry, taker):
+def test_a_process_that_starts_later_serves_the_current_version_of_the_alias(registry, server):
     registry.point_at(2)
-    follower = Follower(Alias(ADDRESS, registry.uri, every_s=0), "models:/raydetr/1", taker)
-    follower.start(within_s=60)
-    assert taker.taken == [2]
+    follower = Follower(Alias(ADDRESS, registry.uri, poll_s=0), "models:/raydetr/1", server)
+    follower.start(wait_s=60)
+    assert server.versions == [2]
     assert follower.served == "models:/raydetr/2"

@@ -1,4 +1,4 @@
-"""Mixed traffic on an endpoint, each answer compared with the stored one of the version that it names."""
+"""Mixed traffic on an endpoint. Each answer is compared with the stored answer of the version that it names."""
 
 import asyncio
 import base64
@@ -20,7 +20,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from detr.image_processing.panoptic_png import read_panoptic_png
-from raydetr.client.client import AsyncClient, Client
+from raydetr.client import AsyncClient, Client
 from raydetr.registry.models import resolve
 from raydetr.serving.loaded import LoadedModel
 from raydetr.serving.segments import SegmentRequest
@@ -29,7 +29,7 @@ from tests.tiny_detr import png
 
 KINDS = [(kind, form) for kind in ("instance", "panoptic", "semantic") for form in ("rle", "png")]
 THRESHOLD = 0.2
-"""Of segments."""
+"""Threshold of segments."""
 
 
 def encoded(height: int, width: int, seed: int, form: str, mode: str = "RGB") -> bytes:
@@ -55,11 +55,11 @@ BAD: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
-class Stored:
-    """What each version answers to each of `IMAGES`, computed in this process.
+class StoredAnswers:
+    """Answers of each version to each of `IMAGES`, computed in this process.
 
     Args:
-        folders: of the versions.
+        folders: model folder of each version.
     """
 
     def __init__(self, folders: Mapping[int, Path]) -> None:
@@ -69,15 +69,15 @@ class Stored:
             model = LoadedModel.load(resolve(str(folder), ""), "cpu")
             for number, data in enumerate(IMAGES):
                 image = model.detector.prepare(data)
-                found: Any = model.detect([image])[0]
-                self._detections[version, number] = found.to_dicts(model.id2label)
+                detections: Any = model.detect([image])[0]
+                self._detections[version, number] = detections.to_dicts(model.id2label)
                 for kind, form in KINDS:
                     request: Any = SegmentRequest(kind, THRESHOLD, form)  # type: ignore[arg-type]
                     segments: Any = model.segment([(image, request)])[0]
                     self._segments[version, number, kind, form] = segments
 
     def check_detections(self, version: int | None, number: int, answered: list[Any]) -> None:
-        """Answers of all scores, as their JSON says them."""
+        """Check the detections of all scores, as parsed from JSON."""
         assert version is not None
         expected = self._detections[version, number]
         assert [each["label"] for each in answered] == [each["label"] for each in expected]
@@ -107,23 +107,23 @@ def mask(rle: Mapping[str, Any]) -> np.ndarray:
 
 
 def assert_equal_but_for_rounding(answered: np.ndarray, expected: np.ndarray) -> None:
-    """A pixel may lie on a mask's edge to the last bit, and a batch rounds otherwise than an image alone."""
+    """Allow a few different pixels at the edges of masks: a batch rounds differently than a single image."""
     assert answered.shape == expected.shape
     assert np.count_nonzero(answered != expected) <= expected.size // 1000
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A request without the answer that it should have had; times of `time.monotonic`."""
+    """A request without the expected answer; times of `time.monotonic`."""
 
-    begun: float
+    started: float
     ended: float
     what: str
 
 
 @dataclass
-class Seen:
-    """What one client saw."""
+class ClientLog:
+    """Answers and failures of one client."""
 
     requests: Counter[str] = field(default_factory=Counter)
     versions: Counter[int] = field(default_factory=Counter)
@@ -138,116 +138,116 @@ class Seen:
 
 
 class Traffic(Clients):
-    """Clients, each with one request after the other, as long as the context lasts.
+    """Clients that send requests one after the other until the context ends.
 
-    Two never repeat a request, one of them sends what is refused too; two use `raydetr.client.client`, blocking and
-    asynchronous, the latter with several requests at a time.
+    Three never retry; one of them sends invalid requests. Two use `raydetr.client.client`: a blocking one, and an
+    asynchronous one with several concurrent requests.
     """
 
-    def __init__(self, url: str, stored: Stored, seed: int) -> None:
+    def __init__(self, url: str, stored: StoredAnswers, seed: int) -> None:
         super().__init__()
         self.url, self.stored = url, stored
-        self.plain, self.ours = [Seen(), Seen(), Seen()], [Seen(), Seen()]
-        runs: list[tuple[Callable[[random.Random, Seen], None], Seen]] = [
-            *[(self._plain, seen) for seen in self.plain[:2]],
+        self.plain, self.retrying = [ClientLog(), ClientLog(), ClientLog()], [ClientLog(), ClientLog()]
+        runs: list[tuple[Callable[[random.Random, ClientLog], None], ClientLog]] = [
+            *[(self._plain, log) for log in self.plain[:2]],
             (self._bad, self.plain[2]),
-            (self._blocking, self.ours[0]),
-            (self._asynchronous, self.ours[1]),
+            (self._blocking, self.retrying[0]),
+            (self._asynchronous, self.retrying[1]),
         ]
         self.threads = [
-            threading.Thread(target=self._until_wrong, args=(run, random.Random(seed + place), seen))
-            for place, (run, seen) in enumerate(runs)
+            threading.Thread(target=self._until_wrong, args=(run, random.Random(seed + place), log))
+            for place, (run, log) in enumerate(runs)
         ]
 
     @property
     def wrong(self) -> list[str]:
-        return [what for seen in self.plain + self.ours for what in seen.wrong]
+        return [what for log in self.plain + self.retrying for what in log.wrong]
 
     def _until_wrong(
-        self, run: Callable[[random.Random, Seen], None], rng: random.Random, seen: Seen
+        self, run: Callable[[random.Random, ClientLog], None], rng: random.Random, log: ClientLog
     ) -> None:
         try:
-            run(rng, seen)
-        except Exception as error:  # shown at the end, with what else was seen
-            seen.wrong.append(f"{run.__name__}: {type(error).__name__}: {error}"[:1000])
+            run(rng, log)
+        except Exception as error:  # reported at the end, with the other results
+            log.wrong.append(f"{run.__name__}: {type(error).__name__}: {error}"[:1000])
 
-    def _plain(self, rng: random.Random, seen: Seen) -> None:
+    def _plain(self, rng: random.Random, log: ClientLog) -> None:
         with httpx.Client(timeout=120) as http:
             while not self.stop.is_set():
                 rng.choice([self._raw, self._raw, self._several, self._segment, self._segment])(
-                    http, rng, seen
+                    http, rng, log
                 )
 
-    def _raw(self, http: httpx.Client, rng: random.Random, seen: Seen) -> None:
+    def _raw(self, http: httpx.Client, rng: random.Random, log: ClientLog) -> None:
         number = rng.randrange(len(IMAGES))
-        answer = self._post(http, seen, "/v1/detect?threshold=0", {"content": IMAGES[number]}, 200)
+        answer = self._post(http, log, "/v1/detect?threshold=0", {"content": IMAGES[number]}, 200)
         if answer is not None:
             version = answer["model"]["version"]
             self.stored.check_detections(version, number, answer["detections"])
-            seen.add("detect, raw", version)
+            log.add("detect, raw", version)
 
-    def _several(self, http: httpx.Client, rng: random.Random, seen: Seen) -> None:
+    def _several(self, http: httpx.Client, rng: random.Random, log: ClientLog) -> None:
         numbers = rng.sample(range(len(IMAGES)), rng.randint(1, 3))
         form = rng.choice(["multipart", "JSON"])
         body: dict[str, Any] = {"files": [("images", ("image", IMAGES[number])) for number in numbers]}
         if form == "JSON":
             body = {"json": {"images": [base64.b64encode(IMAGES[number]).decode() for number in numbers]}}
-        answer = self._post(http, seen, "/v1/detect?threshold=0", body, 200)
+        answer = self._post(http, log, "/v1/detect?threshold=0", body, 200)
         if answer is not None:
             version = answer["model"]["version"]
             for number, result in zip(numbers, answer["results"], strict=True):
                 self.stored.check_detections(version, number, result["detections"])
-            seen.add(f"detect, {form}", version)
+            log.add(f"detect, {form}", version)
 
-    def _segment(self, http: httpx.Client, rng: random.Random, seen: Seen) -> None:
+    def _segment(self, http: httpx.Client, rng: random.Random, log: ClientLog) -> None:
         number, (kind, form) = rng.randrange(len(IMAGES)), rng.choice(KINDS)
         route = f"/v1/segment?kind={kind}&format={form}&threshold={THRESHOLD}"
-        answer = self._post(http, seen, route, {"content": IMAGES[number]}, 200)
+        answer = self._post(http, log, route, {"content": IMAGES[number]}, 200)
         if answer is not None:
             version = answer["model"]["version"]
             map = None if answer["map"] is None else base64.b64decode(answer["map"])
             self.stored.check_segments(version, number, kind, form, answer["segments"], map)
-            seen.add(f"segment, {form}", version)
+            log.add(f"segment, {form}", version)
 
-    def _bad(self, rng: random.Random, seen: Seen) -> None:
+    def _bad(self, rng: random.Random, log: ClientLog) -> None:
         with httpx.Client(timeout=120) as http:
             while not self.stop.wait(0.5):
                 route, body, status = rng.choice(BAD)
-                if self._post(http, seen, route, body, status) is not None:
-                    seen.add("refused", None)
+                if self._post(http, log, route, body, status) is not None:
+                    log.add("rejected", None)
 
     def _post(
-        self, http: httpx.Client, seen: Seen, route: str, body: dict[str, Any], status: int
+        self, http: httpx.Client, log: ClientLog, route: str, body: dict[str, Any], status: int
     ) -> Any | None:
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
             response = http.post(self.url + route, **body)
         except httpx.HTTPError as error:
-            seen.failed.append(Failed(begun, time.monotonic(), repr(error)))
+            log.failed.append(Failed(started, time.monotonic(), repr(error)))
             return None
         ended = time.monotonic()
         if response.status_code != status:
             what = f"{response.status_code}, not {status}: {response.text[:200]}"
-            seen.failed.append(Failed(begun, ended, what))
+            log.failed.append(Failed(started, ended, what))
             return None
         if status == 200:
-            seen.seconds.append(ended - begun)
+            log.seconds.append(ended - started)
         return response.json()
 
-    def _blocking(self, rng: random.Random, seen: Seen) -> None:
+    def _blocking(self, rng: random.Random, log: ClientLog) -> None:
         with Client(self.url, timeout_s=120) as client:
             while not self.stop.is_set():
-                self._check_detected(client.detect_many(IMAGES, threshold=0.0), seen)
+                self._check_detected(client.detect_many(IMAGES, threshold=0.0), log)
                 number, (kind, form) = rng.randrange(len(IMAGES)), rng.choice(KINDS)
                 self._check_segmented(
                     client.segment(IMAGES[number], kind, THRESHOLD, form),  # type: ignore[arg-type]
                     number,
                     kind,
                     form,
-                    seen,
+                    log,
                 )
 
-    def _asynchronous(self, rng: random.Random, seen: Seen) -> None:
+    def _asynchronous(self, rng: random.Random, log: ClientLog) -> None:
         async def ask() -> None:
             async with AsyncClient(self.url, timeout_s=120) as client:
                 while not self.stop.is_set():
@@ -256,18 +256,18 @@ class Traffic(Clients):
                         client.segment(IMAGES[0], kind, THRESHOLD, form),  # type: ignore[arg-type]
                         *(client.detect(data, threshold=0.0) for data in IMAGES),
                     )
-                    self._check_detected(detected, seen)
-                    self._check_segmented(segmented, 0, kind, form, seen)
+                    self._check_detected(detected, log)
+                    self._check_segmented(segmented, 0, kind, form, log)
 
         asyncio.run(ask())
 
-    def _check_detected(self, results: Any, seen: Seen) -> None:
+    def _check_detected(self, results: Any, log: ClientLog) -> None:
         for number, result in enumerate(results):
             detections = [dataclasses.asdict(each) for each in result.detections]
             self.stored.check_detections(result.model.version, number, detections)
-            seen.add("detect, our client", result.model.version)
+            log.add("detect, raydetr client", result.model.version)
 
-    def _check_segmented(self, result: Any, number: int, kind: str, form: str, seen: Seen) -> None:
+    def _check_segmented(self, result: Any, number: int, kind: str, form: str, log: ClientLog) -> None:
         segments = [dataclasses.asdict(each) for each in result.segments]
         self.stored.check_segments(result.model.version, number, kind, form, segments, result.map)
-        seen.add("segment, our client", result.model.version)
+        log.add("segment, raydetr client", result.model.version)

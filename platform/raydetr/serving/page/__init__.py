@@ -1,4 +1,4 @@
-"""The endpoint's own page: drop a picture, see what the model finds. One HTML file with nothing outside of it."""
+"""The demo page of the endpoint: drop an image to see its detections. One self-contained HTML file."""
 
 import base64
 import functools
@@ -19,15 +19,15 @@ _SCRIPTS = (
     "trouble.js",
     "page.js",
 )
-"""In one scope, in this order; the last one starts it all."""
+"""Concatenated in this order into one scope; the last one starts the page."""
 
 
 @functools.cache
 def index() -> bytes:
-    """The HTML of `GET /`, encoded.
+    """Return the HTML of `GET /`, encoded.
 
-    Its addresses are relative, so that it also works below a path. Its Content-Security-Policy lets it run its own
-    script only, and ask this server only: what a label or a file is called can do nothing.
+    Its URLs are relative, so that it also works below a path prefix. Its Content-Security-Policy only allows its own
+    script and requests to this server, so a malicious label or file name cannot run code.
     """
     style = f"{STYLE}{_read('page.css')}"
     script = '"use strict";\n(() => {\n' + "\n".join(_read(name) for name in _SCRIPTS) + "})();\n"

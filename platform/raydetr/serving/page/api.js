@@ -1,17 +1,17 @@
-// Requests to this server, and what their errors mean.
+// Requests to this server, and explanations of their errors.
 
 const TOKEN = "raydetr-token";
 const at = (path) => new URL(path, document.baseURI).href;
 
-class Refused extends Error {
-  // status 0: no answer at all.
+class RequestFailed extends Error {
+  // status 0: no response.
   constructor(status, message, { wait = null, id = "" } = {}) {
     super(message);
     Object.assign(this, { status, wait, id });
   }
 }
 
-async function ask(path, { query = {}, body, signal } = {}) {
+async function send(path, { query = {}, body, signal } = {}) {
   const url = new URL(at(path));
   for (const [name, value] of Object.entries(query)) url.searchParams.append(name, value);
   const headers = { Accept: "application/json" };
@@ -24,7 +24,7 @@ async function ask(path, { query = {}, body, signal } = {}) {
     content = await response.text();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refused(0, "");
+    throw new RequestFailed(0, "");
   }
   const id = response.headers.get("X-Request-Id") || "";
   const seconds = Number.parseInt(response.headers.get("Retry-After"), 10);
@@ -33,32 +33,32 @@ async function ask(path, { query = {}, body, signal } = {}) {
   try {
     answer = JSON.parse(content);
   } catch {
-    throw new Refused(response.ok ? 502 : response.status, "The answer is no JSON.", { wait, id });
+    throw new RequestFailed(response.ok ? 502 : response.status, "The response is not JSON.", { wait, id });
   }
   if (!response.ok) {
-    throw new Refused(response.status, answer?.error?.message ?? answer?.detail ?? "", { wait, id });
+    throw new RequestFailed(response.status, answer?.error?.message ?? answer?.detail ?? "", { wait, id });
   }
   return answer;
 }
 
-const NOT_AN_IMAGE = ["This file is not a picture that can be read", "Choose a JPEG, PNG or WebP file that opens in other programs too."];
+const NOT_AN_IMAGE = ["This file is not a readable image", "Choose a JPEG, PNG or WebP file that opens in other programs."];
 
-// Title and advice for a person.
+// Title and advice for the user.
 function explain(status) {
   const known = {
-    0: ["The server does not answer", "It may have been stopped, or the network is down. The picture is still here: try again when it is back."],
+    0: ["The server does not answer", "It may have been stopped, or the network is down. Your image is still here: try again later."],
     400: NOT_AN_IMAGE,
     401: ["The server does not accept the token", "Enter another one above."],
-    403: ["The server does not allow this", "Ask whoever runs it."],
-    404: ["The server does not know this request", "It may be of another version: reload the page."],
-    408: ["The picture arrived too slowly", "Try again, or send a smaller copy."],
-    409: ["This model cannot do that", "It finds boxes only."],
-    413: ["The picture is too large for this server", "A smaller copy is nearly always good enough: objects are found at a reduced size anyway."],
+    403: ["The server does not allow this", "Ask its operator."],
+    404: ["The server does not know this request", "The page may be outdated: reload it."],
+    408: ["The upload took too long", "Try again, or send a smaller copy."],
+    409: ["This model has no masks", "It only detects boxes."],
+    413: ["The image is too large for this server", "Send a smaller copy: the model resizes images anyway."],
     415: NOT_AN_IMAGE,
-    422: ["The server does not understand the request", "It may be of another version: reload the page."],
-    429: ["The server is busy", "Others are ahead of you."],
-    503: ["No model is ready yet", "It is starting, or being replaced: wait a little."],
-    504: ["It took too long", "The server gave up. Try again, or send a smaller picture."],
+    422: ["The server does not understand the request", "The page may be outdated: reload it."],
+    429: ["The server is busy", "Too many requests are waiting."],
+    503: ["No model is ready yet", "The model is starting or being replaced: wait a moment."],
+    504: ["The request timed out", "Try again, or send a smaller image."],
   };
-  return known[status] || ["The server failed", "Try again. If it goes on, tell whoever runs it."];
+  return known[status] || ["The server failed", "Try again. If it happens again, tell its operator."];
 }

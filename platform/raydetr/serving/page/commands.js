@@ -1,29 +1,29 @@
-// The request of the page, for a terminal and for Python.
+// The page's request as a curl command and as Python code.
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-function curlCommand(picture, path, query, asksForToken) {
+function curlCommand(image, path, query, needsToken) {
   const url = new URL(at(path));
   for (const [name, value] of Object.entries(query)) url.searchParams.append(name, value);
-  const parts = [`curl ${quoted(url.href)}`, `-H ${quoted(`Content-Type: ${picture.blob.type}`)}`];
-  if (asksForToken) parts.push('-H "Authorization: Bearer $TOKEN"');
-  parts.push(`--data-binary ${quoted(`@${picture.name}`)}`);
+  const parts = [`curl ${quoted(url.href)}`, `-H ${quoted(`Content-Type: ${image.blob.type}`)}`];
+  if (needsToken) parts.push('-H "Authorization: Bearer $TOKEN"');
+  parts.push(`--data-binary ${quoted(`@${image.name}`)}`);
   return parts.join(" \\\n  ");
 }
 
-function pythonCode(picture, mode, query, asksForToken) {
-  const file = JSON.stringify(picture.name);
-  const token = asksForToken ? ', token=os.environ["TOKEN"]' : "";
+function pythonCode(image, mode, query, needsToken) {
+  const file = JSON.stringify(image.name);
+  const token = needsToken ? ', token=os.environ["TOKEN"]' : "";
   const threshold = query.threshold === undefined ? "" : `, threshold=${query.threshold}`;
-  const given = `${threshold}, orientation="${query.orientation}"`;
-  const call = mode === "boxes" ? `detect(${file}${given})` : `segment(${file}, "${mode}"${given})`;
+  const options = `${threshold}, orientation="${query.orientation}"`;
+  const call = mode === "boxes" ? `detect(${file}${options})` : `segment(${file}, "${mode}"${options})`;
   const loop =
     mode === "boxes"
-      ? "for found in result.detections:\n    print(found.label, found.score, found.box)"
-      : "for found in result.segments:\n    print(found.label, found.score, found.mask.size)";
+      ? "for detection in result.detections:\n    print(detection.label, detection.score, detection.box)"
+      : "for segment in result.segments:\n    print(segment.label, segment.score, segment.mask.size)";
   return [
-    ...(asksForToken ? ["import os", ""] : []),
-    "from raydetr.client.client import Client",
+    ...(needsToken ? ["import os", ""] : []),
+    "from raydetr.client import Client",
     "",
     `with Client("${at(".").replace(/\/$/, "")}"${token}) as client:`,
     `    result = client.${call}`,
@@ -39,6 +39,6 @@ async function copyText(element) {
     selection.removeAllRanges();
     return true;
   } catch {
-    return document.execCommand("copy"); // a page that did not come by https has no clipboard
+    return document.execCommand("copy"); // without https there is no clipboard API
   }
 }

@@ -1,4 +1,4 @@
-// Pictures to try, drawn here: nothing is loaded for them.
+// Example images, drawn by the page: nothing is loaded.
 
 const WIDTH = 640;
 const HEIGHT = 480;

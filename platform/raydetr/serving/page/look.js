@@ -1,4 +1,4 @@
-// What was chosen, and the requests for it.
+// The page's state, and the requests for the chosen image.
 
 const find = (id) => document.getElementById(id);
 const make = (tag, properties = {}, ...children) => {
@@ -8,79 +8,79 @@ const make = (tag, properties = {}, ...children) => {
 };
 const plural = (count, one, many = `${one}s`) => `${count} ${count === 1 ? one : many}`;
 
-// What can be shown, and the least score that the server is asked for, so that the slider acts here. Masks of guesses
-// below 0.1 cost the server more than anybody looks at. In a panoptic map the threshold decides whose each pixel is:
-// the server is asked again when the slider is let go. A semantic map has no scores.
+// The display modes, with the minimum score of their requests. The slider then filters on the page. Masks with scores
+// below 0.1 are rarely looked at and costly for the server. In a panoptic map the threshold decides to which segment a
+// pixel belongs, so a new request is sent when the slider is released. A semantic map has no scores.
 const MODES = {
-  boxes: { title: "Boxes", about: "around each object", ask: 0 },
-  instance: { title: "Outlines", about: "of each object", ask: 0.1 },
-  panoptic: { title: "Whole scene", about: "objects and background", ask: "slider" },
-  semantic: { title: "Class map", about: "what each spot belongs to", ask: null },
+  boxes: { title: "Boxes", about: "around each object", minScore: 0 },
+  instance: { title: "Masks", about: "of each object", minScore: 0.1 },
+  panoptic: { title: "Panoptic", about: "objects and background", minScore: "slider" },
+  semantic: { title: "Semantic", about: "the class of each pixel", minScore: null },
 };
-const REPEATS = 5;
+const MAX_RETRIES = 5;
 
-const state = { picture: null, mode: "boxes", answers: {}, threshold: 0.5, off: new Set(), active: null, pinned: null };
+const state = { image: null, mode: "boxes", answers: {}, threshold: 0.5, off: new Set(), active: null, pinned: null };
 let models = null;
-let asksForToken = false;
+let needsToken = false;
 let pending = new AbortController();
 
-function leastScore() {
-  const { ask: least } = MODES[state.mode];
-  return least === "slider" ? state.threshold : least;
+function requestedMinScore() {
+  const { minScore } = MODES[state.mode];
+  return minScore === "slider" ? state.threshold : minScore;
 }
 
-async function askModels() {
+async function loadModels() {
   try {
-    models = (await ask("v1/models")).models;
-    tokenWorks();
+    models = (await send("v1/models")).models;
+    hideTokenForm();
   } catch (error) {
-    if (!(error instanceof Refused)) throw error;
-    find("model").textContent = "Drop a picture and see what the model finds in it.";
-    if (error.status === 401) askForToken(error);
-    else if (error.status) setTimeout(askModels, 5000);
-    else complain(error, () => (quiet(), askModels()));
+    if (!(error instanceof RequestFailed)) throw error;
+    find("model").textContent = "Drop an image to see its detections.";
+    if (error.status === 401) showTokenForm(error);
+    else if (error.status) setTimeout(loadModels, 5000);
+    else showError(error, () => (hideError(), loadModels()));
     return;
   }
   const [model] = models;
   const version = model.version === null ? "" : `, version ${model.version},`;
   const some = model.labels.slice(0, 4).join(", ");
-  const kinds = model.labels.length > 4 ? `${model.labels.length} kinds of objects, such as ${some}` : some;
-  find("model").textContent = `The model ${model.name}${version} knows ${kinds}.`;
+  const classes = model.labels.length > 4 ? `${model.labels.length} classes, such as ${some}` : some;
+  find("model").textContent = `The model ${model.name}${version} detects ${classes}.`;
   find("modes").hidden = !model.tasks.includes("segment");
 }
 
-async function look(repeat = 0) {
+async function detect(retry = 0) {
   pending.abort();
   pending = new AbortController();
   const { signal } = pending;
-  const { picture, mode } = state;
-  if (!picture) return;
-  quiet();
+  const { image, mode } = state;
+  if (!image) return;
+  hideError();
   show();
-  const least = leastScore();
-  if (state.answers[mode]?.least === least) return;
+  const minScore = requestedMinScore();
+  if (state.answers[mode]?.minScore === minScore) return;
   find("busy").hidden = false;
   find("result").setAttribute("aria-busy", "true");
-  find("status").textContent = "Looking …";
-  const query = { ...(least === null ? {} : { threshold: least }), orientation: "apply" };
+  find("status").textContent = "Detecting …";
+  const query = { ...(minScore === null ? {} : { threshold: minScore }), orientation: "apply" };
   const started = performance.now();
   try {
     const answer = mode === "boxes"
-      ? await ask("v1/detect", { query, body: picture.blob, signal })
-      : await ask("v1/segment", { query: { ...query, kind: mode, format: "rle" }, body: picture.blob, signal });
-    if (!isSeenAlike(picture, answer.image) && picture.note !== "sent upright") {
-      const turned = await upright(picture);
-      if (!signal.aborted) take(turned);
+      ? await send("v1/detect", { query, body: image.blob, signal })
+      : await send("v1/segment", { query: { ...query, kind: mode, format: "rle" }, body: image.blob, signal });
+    if (!hasSameSize(image, answer.image) && image.note !== "sent upright") {
+      const upright = await encodeUpright(image);
+      if (!signal.aborted) useImage(upright);
       return;
     }
-    state.answers[mode] = { ...answer, least, items: read(answer), took: performance.now() - started };
-    tokenWorks();
-    if (!models) askModels();
+    state.answers[mode] = { ...answer, minScore, items: itemsOf(answer), took: performance.now() - started };
+    hideTokenForm();
+    if (!models) loadModels();
   } catch (error) {
     if (signal.aborted) return;
     find("status").textContent = "";
-    if (!(error instanceof Refused)) throw error;
-    complain(error, look, repeat);
+    if (!(error instanceof RequestFailed)) throw error;
+    showError(error, detect, retry);
     return;
   } finally {
     if (!signal.aborted) {
@@ -91,8 +91,8 @@ async function look(repeat = 0) {
   show();
 }
 
-// Detections and segments alike, the surest first.
-function read(answer) {
+// The detections or segments of an answer, by descending score.
+function itemsOf(answer) {
   const items = (answer.detections || answer.segments).map((each) => {
     const item = { label: each.label, labelId: each.label_id, score: each.score };
     if (each.box) {
@@ -105,10 +105,10 @@ function read(answer) {
   return items.sort((a, b) => (b.score ?? 0) - (a.score ?? 0));
 }
 
-function decode(item) {
+function decodeMask(item) {
   if (!item.rle || item.mask) return;
   item.mask = readMask(item.rle);
-  item.place = anchor(item.mask);
+  item.anchor = findAnchor(item.mask);
   const share = 100 * item.mask.area;
-  item.detail = `${share < 1 ? "under 1" : Math.round(share)} % of the picture`;
+  item.detail = `${share < 1 ? "under 1" : Math.round(share)} % of the image`;
 }

@@ -1,4 +1,4 @@
-// COCO's compressed run lengths to something that can be drawn.
+// Decode COCO's compressed run lengths to masks that can be drawn.
 
 function runLengths(counts) {
   const runs = [];
@@ -11,15 +11,15 @@ function runLengths(counts) {
       if (part & 16) value |= -1 << (shift + 5); // negative
       break;
     }
-    runs.push(runs.length > 2 ? value + runs[runs.length - 2] : value); // from the third on: differences
+    runs.push(runs.length > 2 ? value + runs[runs.length - 2] : value); // from the fourth run on: a difference
   }
   return runs;
 }
 
-// Large pictures have many masks: each is kept at no more than this on its longer side.
+// Maximum length of a stored mask's longer side, because large images may have many masks.
 const MASK_SIDE = 1024;
 
-// {bits: width × height of 0 or 1, width, height, scale, area: of the picture's pixels}
+// {bits: width × height of 0 or 1, width, height, scale, area: share of the image's pixels}
 function readMask({ size: [height, width], counts }) {
   const full = new Uint8Array(height * width); // column by column
   let position = 0;
@@ -43,7 +43,7 @@ function readMask({ size: [height, width], counts }) {
   return { bits, width: w, height: h, area: area / (height * width) };
 }
 
-// A canvas with the mask in a colour, its edge opaque.
+// A canvas with the mask in a color, with an opaque edge.
 function paintMask({ bits, width, height }, [red, green, blue]) {
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d");
@@ -60,8 +60,8 @@ function paintMask({ bits, width, height }, [red, green, blue]) {
   return canvas;
 }
 
-// Where its name goes: the mask's pixel next to its middle, in shares of the picture.
-function anchor({ bits, width, height }) {
+// The position of the mask's label: the pixel of the mask that is nearest to its center, relative to the image size.
+function findAnchor({ bits, width, height }) {
   let [x, y, count] = [0, 0, 0];
   bits.forEach((bit, index) => {
     if (!bit) return;
@@ -71,13 +71,13 @@ function anchor({ bits, width, height }) {
   });
   if (!count) return null;
   [x, y] = [x / count, y / count];
-  let best = Infinity;
-  let found = null;
+  let minDistance = Infinity;
+  let nearest = null;
   bits.forEach((bit, index) => {
     if (!bit) return;
     const [u, v] = [index % width, Math.floor(index / width)];
     const distance = (u - x) ** 2 + (v - y) ** 2;
-    if (distance < best) [best, found] = [distance, [(u + 0.5) / width, (v + 0.5) / height]];
+    if (distance < minDistance) [minDistance, nearest] = [distance, [(u + 0.5) / width, (v + 0.5) / height]];
   });
-  return found;
+  return nearest;
 }

@@ -1,32 +1,32 @@
-// Choosing a picture, and the controls.
+// Choosing an image, and the controls.
 
 let choice = 0;
 async function choose(file, name) {
   const number = ++choice;
-  const picture = await readPicture(file, name);
-  if (number !== choice) return; // another one was chosen meanwhile
-  if (picture) return take(picture);
-  quiet();
+  const image = await readImage(file, name);
+  if (number !== choice) return; // another one has been chosen in the meantime
+  if (image) return useImage(image);
+  hideError();
   const [title, advice] = NOT_AN_IMAGE;
   const text = `“${name}” cannot be opened by this browser. ${advice}`;
   find("message").replaceChildren(make("h2", { textContent: title }), make("p", { textContent: text }));
   find("message").hidden = false;
 }
 
-function take(picture) {
-  Object.assign(state, { picture, answers: {}, active: null, pinned: null });
+function useImage(image) {
+  Object.assign(state, { image, answers: {}, active: null, pinned: null });
   state.off.clear();
-  look();
+  detect();
   if (find("stage").getBoundingClientRect().top > innerHeight / 2) find("result").scrollIntoView({ block: "start" });
 }
 
-function takeFiles(files) {
+function chooseFirst(files) {
   const [file] = files;
-  if (file) choose(file, file.name || "pasted picture");
+  if (file) choose(file, file.name || "pasted image");
 }
 
 find("file").addEventListener("change", (event) => {
-  takeFiles(event.target.files);
+  chooseFirst(event.target.files);
   event.target.value = ""; // so that the same file can be chosen again
 });
 for (const kind of ["dragenter", "dragover"]) {
@@ -41,9 +41,9 @@ addEventListener("dragleave", (event) => {
 addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dragging");
-  takeFiles(event.dataTransfer.files);
+  chooseFirst(event.dataTransfer.files);
 });
-addEventListener("paste", (event) => takeFiles(event.clipboardData.files));
+addEventListener("paste", (event) => chooseFirst(event.clipboardData.files));
 
 for (const [name, paintExample] of EXAMPLES) {
   const canvas = make("canvas");
@@ -57,10 +57,10 @@ for (const [name, paintExample] of EXAMPLES) {
 function setMode(mode) {
   state.mode = mode;
   document.querySelector(`#modes input[value=${mode}]`).checked = true;
-  const least = Number(MODES[mode].ask) || 0;
-  find("threshold").min = least;
-  setThreshold(Math.max(state.threshold, least), true);
-  look();
+  const minScore = Number(MODES[mode].minScore) || 0;
+  find("threshold").min = minScore;
+  setThreshold(Math.max(state.threshold, minScore), true);
+  detect();
 }
 
 for (const [mode, { title, about }] of Object.entries(MODES)) {
@@ -69,7 +69,7 @@ for (const [mode, { title, about }] of Object.entries(MODES)) {
   find("modes").append(make("label", {}, radio, make("span", {}, `${title} `, make("small", { textContent: about }))));
 }
 find("threshold").addEventListener("input", (event) => setThreshold(Number(event.target.value)));
-find("threshold").addEventListener("change", () => MODES[state.mode].ask === "slider" && look());
+find("threshold").addEventListener("change", () => MODES[state.mode].minScore === "slider" && detect());
 find("threshold").value = state.threshold;
 addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
@@ -77,11 +77,11 @@ addEventListener("keydown", (event) => {
   activate(null);
 });
 
-// The smallest box under the pointer.
+// Highlight the smallest item under the pointer.
 find("canvas").addEventListener("pointermove", (event) => {
   const area = find("canvas").getBoundingClientRect();
   const [u, v] = [(event.clientX - area.left) / area.width, (event.clientY - area.top) / area.height];
-  const { width, height } = state.picture.bitmap;
+  const { width, height } = state.image.bitmap;
   const size = ({ box, mask }) => (box ? (box.xmax - box.xmin) * (box.ymax - box.ymin) : mask.area);
   const under = visible().filter(({ box, mask }) => {
     if (mask) return mask.bits[Math.floor(v * mask.height) * mask.width + Math.floor(u * mask.width)];
@@ -95,10 +95,10 @@ find("canvas").addEventListener("pointerleave", () => activate(state.pinned));
 for (const button of document.querySelectorAll("[data-copy]")) {
   const text = button.textContent;
   button.addEventListener("click", async () => {
-    button.textContent = (await copyText(find(button.dataset.copy))) ? "Copied" : "Select it and copy";
+    button.textContent = (await copyText(find(button.dataset.copy))) ? "Copied" : "Select the text and copy it";
     setTimeout(() => (button.textContent = text), 2000);
   });
 }
 
 new ResizeObserver(paint).observe(find("stage"));
-askModels();
+loadModels();

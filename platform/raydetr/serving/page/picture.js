@@ -1,8 +1,8 @@
-// A file to a picture that this browser shows and the server reads alike; and drawing on it.
+// Read a file to an image that the browser and the server decode alike, and draw on it.
 
 const SMALL_SIDE = 1600;
 
-// The type of a file that the server reads, by its first bytes, as the server finds it; null for any other file.
+// The MIME type of a file by its first bytes, as the server detects it; null for a format that the server does not read.
 async function formatOf(file) {
   const bytes = new Uint8Array(await file.slice(0, 12).arrayBuffer());
   const start = String.fromCharCode(...bytes);
@@ -11,8 +11,8 @@ async function formatOf(file) {
   return start.startsWith("RIFF") && start.slice(8) === "WEBP" ? "image/webp" : null;
 }
 
-// Another encoding of what the browser shows: upright, no longer than `side`.
-async function copy(bitmap, side, type) {
+// Re-encode what the browser shows: upright, with a longer side of at most `side`.
+async function encode(bitmap, side, type) {
   const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
   const size = [bitmap.width, bitmap.height].map((each) => Math.max(1, Math.round(each * scale)));
   const canvas = new OffscreenCanvas(...size);
@@ -20,8 +20,8 @@ async function copy(bitmap, side, type) {
   return canvas.convertToBlob({ type, quality: 0.92 });
 }
 
-// {blob: to send, bitmap, name, note: what was changed}; null where it is no picture.
-async function readPicture(file, name) {
+// {blob: to send, bitmap, name, note: what was changed}; null if the browser cannot decode the file.
+async function readImage(file, name) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
@@ -30,29 +30,29 @@ async function readPicture(file, name) {
   }
   const type = await formatOf(file);
   if (!type) {
-    return { blob: await copy(bitmap, Infinity, "image/png"), bitmap, name, note: "sent as PNG" };
+    return { blob: await encode(bitmap, Infinity, "image/png"), bitmap, name, note: "sent as PNG" };
   }
   return { blob: file.slice(0, file.size, type), bitmap, name, note: "" };
 }
 
-// The server turns a picture upright by its EXIF orientation (orientation=apply), and so does the browser, but they may
-// find it in different places. Boxes are of the pixels that the server has.
-function isSeenAlike(picture, image) {
-  return image.width === picture.bitmap.width && image.height === picture.bitmap.height;
+// Both the server (orientation=apply) and the browser turn an image upright by its EXIF orientation, but they may read it
+// from different places of the file. Boxes refer to the image as the server decoded it.
+function hasSameSize(image, decoded) {
+  return decoded.width === image.bitmap.width && decoded.height === image.bitmap.height;
 }
 
-async function upright(picture) {
-  return { ...picture, blob: await copy(picture.bitmap, Infinity, "image/png"), note: "sent upright" };
+async function encodeUpright(image) {
+  return { ...image, blob: await encode(image.bitmap, Infinity, "image/png"), note: "sent upright" };
 }
 
-async function smaller(picture) {
-  const blob = await copy(picture.bitmap, SMALL_SIDE, "image/jpeg");
+async function encodeSmaller(image) {
+  const blob = await encode(image.bitmap, SMALL_SIDE, "image/jpeg");
   const bitmap = await createImageBitmap(blob);
-  return { ...picture, blob, bitmap, note: "sent as a smaller copy" };
+  return { ...image, blob, bitmap, note: "sent as a smaller copy" };
 }
 
-// One colour for a class everywhere, far from those of the classes next to it.
-function colour(labelId) {
+// The color of a class. The golden angle (137.5°) between hues keeps neighboring classes apart.
+function color(labelId) {
   const hue = (labelId * 137.508 + 25) % 360;
   const channel = (n) => {
     const k = (n + hue / 30) % 12;
@@ -60,10 +60,10 @@ function colour(labelId) {
   };
   return [channel(0), channel(8), channel(4)];
 }
-const css = (labelId) => `rgb(${colour(labelId).join(" ")})`;
+const css = (labelId) => `rgb(${color(labelId).join(" ")})`;
 
-// As near to (x, y) as the edges and the names in `placed` let it.
-function drawName(context, text, x, y, labelId, [width, height], placed) {
+// Draw a label as close to (x, y) as the edges and the labels in `placed` allow.
+function drawLabel(context, text, x, y, labelId, [width, height], placed) {
   context.font = "600 14px system-ui,sans-serif";
   const w = context.measureText(text).width + 16;
   const left = Math.max(0, Math.min(x, width - w));
@@ -80,9 +80,9 @@ function drawName(context, text, x, y, labelId, [width, height], placed) {
   context.fillText(text, left + 10, top + 11.5);
 }
 
-// Draws items (the surest first) on the picture; `active` is drawn before all others, which step back.
-function draw(canvas, picture, items, active, room) {
-  const { width, height } = picture.bitmap;
+// Draw items (by descending score) on the image. `active` is drawn on top, and all others are faded.
+function draw(canvas, image, items, active, room) {
+  const { width, height } = image.bitmap;
   const scale = Math.min(room.width / width, room.height / height, 8);
   const size = [Math.round(width * scale), Math.round(height * scale)];
   const dots = window.devicePixelRatio || 1;
@@ -91,14 +91,14 @@ function draw(canvas, picture, items, active, room) {
   const context = canvas.getContext("2d");
   context.scale(dots, dots);
   context.imageSmoothingQuality = "high";
-  context.drawImage(picture.bitmap, 0, 0, ...size);
+  context.drawImage(image.bitmap, 0, 0, ...size);
   const order = items.filter((item) => item !== active).reverse();
   if (items.includes(active)) order.push(active);
   const faint = (item) => (active && items.includes(active) && item !== active ? 0.25 : 1);
   for (const item of order) {
     context.globalAlpha = faint(item);
     if (item.mask) {
-      item.paint ??= paintMask(item.mask, colour(item.labelId));
+      item.paint ??= paintMask(item.mask, color(item.labelId));
       context.drawImage(item.paint, 0, 0, ...size);
     } else if (item.box) {
       const { xmin, ymin, xmax, ymax } = item.box;
@@ -117,9 +117,9 @@ function draw(canvas, picture, items, active, room) {
     context.globalAlpha = 1;
     if (item.box) {
       const top = item.box.ymin * scale;
-      drawName(context, item.title, item.box.xmin * scale, top < 24 ? top + 2 : top - 23, item.labelId, size, placed);
-    } else if (item.place) {
-      drawName(context, item.title, item.place[0] * size[0] - 20, item.place[1] * size[1] - 11, item.labelId, size, placed);
+      drawLabel(context, item.title, item.box.xmin * scale, top < 24 ? top + 2 : top - 23, item.labelId, size, placed);
+    } else if (item.anchor) {
+      drawLabel(context, item.title, item.anchor[0] * size[0] - 20, item.anchor[1] * size[1] - 11, item.labelId, size, placed);
     }
   }
   return scale;

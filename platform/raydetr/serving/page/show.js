@@ -1,25 +1,25 @@
-// What is shown of an answer: the picture, the classes, the list.
+// Show an answer: the image, the classes and the list.
 
 function show() {
-  const { picture, mode, threshold } = state;
-  if (!picture) return;
+  const { image, mode, threshold } = state;
+  if (!image) return;
   document.body.classList.add("chosen");
   find("result").hidden = find("commands").hidden = false;
   const answer = state.answers[mode];
   const all = answer ? answer.items : [];
   const scored = !all.length || all.some((item) => item.score !== null);
   find("slider").hidden = !scored;
-  const sure = all.filter((item) => item.score === null || item.score >= threshold);
-  const shown = sure.filter((item) => !state.off.has(item.label));
-  shown.forEach(decode);
+  const confident = all.filter((item) => item.score === null || item.score >= threshold);
+  const shown = confident.filter((item) => !state.off.has(item.label));
+  shown.forEach(decodeMask);
   if (!shown.includes(state.pinned)) state.pinned = null;
   if (!shown.includes(state.active)) state.active = state.pinned;
-  showChips(sure);
+  showChips(confident);
   showList(shown);
-  showStatus(answer, all, sure, shown);
+  showStatus(answer, all, confident, shown);
   showCommands();
   paint();
-  const parts = [picture.name, picture.note, `${picture.bitmap.width} × ${picture.bitmap.height} pixels`];
+  const parts = [image.name, image.note, `${image.bitmap.width} × ${image.bitmap.height} pixels`];
   if (answer) {
     parts.push(`answered in ${Math.round(answer.took)} ms`);
     if (answer.times) parts.push(`${Math.round(answer.times.model_ms)} ms of it in the model`);
@@ -33,34 +33,34 @@ function visible() {
 }
 
 function paint() {
-  if (!state.picture) return;
+  if (!state.image) return;
   const room = { width: find("stage").clientWidth, height: Math.max(260, innerHeight * 0.78) };
-  draw(find("canvas"), state.picture, visible(), state.active, room);
+  draw(find("canvas"), state.image, visible(), state.active, room);
 }
 
-function counts(items) {
-  const found = new Map();
-  items.forEach(({ label, labelId }) => found.set(label, { labelId, count: (found.get(label)?.count ?? 0) + 1 }));
-  return found;
+function countByLabel(items) {
+  const counts = new Map();
+  items.forEach(({ label, labelId }) => counts.set(label, { labelId, count: (counts.get(label)?.count ?? 0) + 1 }));
+  return counts;
 }
 
-function showStatus(answer, all, sure, shown) {
+function showStatus(answer, all, confident, shown) {
   const lower = find("lower");
   lower.hidden = true;
   if (!answer) return;
-  const thing = state.mode === "boxes" || state.mode === "instance" ? "object" : "region";
-  let text = shown.length ? plural(shown.length, thing) : `No ${thing} here`;
-  if (!all.length) text = `The model found no ${thing}s.`;
-  else if (!sure.length) {
+  const noun = state.mode === "boxes" || state.mode === "instance" ? "object" : "region";
+  let text = shown.length ? plural(shown.length, noun) : `No ${noun} shown`;
+  if (!all.length) text = `The model detected no ${noun}s.`;
+  else if (!confident.length) {
     const [best] = all;
-    text = `The model is not that sure of any ${thing}.`;
+    text = `No ${noun} reaches this score.`;
     lower.hidden = false;
-    lower.textContent = `Show its best guess: ${best.title}`;
+    lower.textContent = `Show the best one: ${best.title}`;
     lower.onclick = () => setThreshold(Math.max(Number(find("threshold").min), Math.floor(best.score * 100) / 100), true);
-  } else if (shown.length < sure.length) text += `, ${sure.length - shown.length} hidden by class`;
+  } else if (shown.length < confident.length) text += `, ${confident.length - shown.length} hidden by class`;
   if (find("status").textContent !== text) find("status").textContent = text;
-  const list = [...counts(shown)].map(([label, { count }]) => (count > 1 ? `${label} (${count})` : label)).join(", ");
-  find("canvas").setAttribute("aria-label", `${state.picture.name}: ${text}${list ? `: ${list}` : ""}`);
+  const list = [...countByLabel(shown)].map(([label, { count }]) => (count > 1 ? `${label} (${count})` : label)).join(", ");
+  find("canvas").setAttribute("aria-label", `${state.image.name}: ${text}${list ? `: ${list}` : ""}`);
 }
 
 function swatch(labelId) {
@@ -69,16 +69,16 @@ function swatch(labelId) {
   return element;
 }
 
-// Kept while the classes are the same, so that a box that was just ticked keeps the focus.
-function showChips(sure) {
-  const found = [...counts(sure)].sort(([a], [b]) => a.localeCompare(b));
+// The elements are reused while the classes are the same, so that a checkbox keeps the focus when it is clicked.
+function showChips(confident) {
+  const classes = [...countByLabel(confident)].sort(([a], [b]) => a.localeCompare(b));
   const area = find("classes").querySelector(".chips");
-  const key = JSON.stringify(found);
-  find("classes").hidden = found.length < 2 && !found.some(([label]) => state.off.has(label));
+  const key = JSON.stringify(classes);
+  find("classes").hidden = classes.length < 2 && !classes.some(([label]) => state.off.has(label));
   if (area.dataset.key !== key) {
     area.dataset.key = key;
     area.replaceChildren(
-      ...found.map(([label, { labelId, count }]) => {
+      ...classes.map(([label, { labelId, count }]) => {
         const box = make("input", { type: "checkbox", name: label });
         box.addEventListener("change", () => {
           if (box.checked) state.off.delete(label);
@@ -120,11 +120,11 @@ function activate(item) {
 }
 
 function showCommands() {
-  const { picture, mode, threshold } = state;
-  const query = { ...(leastScore() === null ? {} : { threshold }), orientation: "apply" };
+  const { image, mode, threshold } = state;
+  const query = { ...(requestedMinScore() === null ? {} : { threshold }), orientation: "apply" };
   const [path, all] = mode === "boxes" ? ["v1/detect", query] : ["v1/segment", { kind: mode, ...query }];
-  find("curl").textContent = curlCommand(picture, path, all, asksForToken);
-  find("python").textContent = pythonCode(picture, mode, query, asksForToken);
+  find("curl").textContent = curlCommand(image, path, all, needsToken);
+  find("python").textContent = pythonCode(image, mode, query, needsToken);
 }
 
 function setThreshold(value, move = false) {

@@ -1,43 +1,43 @@
-// What went wrong, what can be done about it, and the token.
+// Error messages with the next step for the user, and the token form.
 
 let timer;
-function quiet() {
+function hideError() {
   clearInterval(timer);
   find("message").hidden = true;
 }
 
-// Says what went wrong; what passes by itself is tried again by itself, a few times.
-function complain(error, again, repeat = 0) {
-  quiet();
-  if (error.status === 401) return askForToken(error);
+// Show an error. Transient errors are retried automatically, a few times.
+function showError(error, again, retry = 0) {
+  hideError();
+  if (error.status === 401) return showTokenForm(error);
   const [title, advice] = explain(error.status);
   const box = find("message");
   const action = make("button", { className: "button", type: "button" });
   box.replaceChildren(make("h2", { textContent: title }), make("p", { textContent: advice }));
   if (error.message) {
     const id = error.id ? ` (request ${error.id})` : "";
-    box.append(make("p", { className: "note", textContent: `The server says: ${error.message}${id}` }));
+    box.append(make("p", { className: "note", textContent: `Message of the server: ${error.message}${id}` }));
   }
   action.textContent = "Try again";
   action.onclick = () => again(0);
-  const { picture } = state;
-  if ([408, 413].includes(error.status) && picture && picture.note !== "sent as a smaller copy") {
+  const { image } = state;
+  if ([408, 413].includes(error.status) && image && image.note !== "sent as a smaller copy") {
     action.textContent = "Send a smaller copy";
     action.onclick = async () => {
-      const copied = await smaller(picture);
-      if (state.picture === picture) take(copied);
+      const smaller = await encodeSmaller(image);
+      if (state.image === image) useImage(smaller);
     };
   } else if (error.status === 409 && state.mode !== "boxes") {
     action.textContent = "Show boxes";
     action.onclick = () => setMode("boxes");
-  } else if ((error.status === 429 || error.status === 503) && repeat < REPEATS) {
-    let left = Math.max(1, error.wait ?? 2 ** repeat);
-    const count = () => (action.textContent = `Try now (by itself in ${left} s)`);
+  } else if ((error.status === 429 || error.status === 503) && retry < MAX_RETRIES) {
+    let left = Math.max(1, error.wait ?? 2 ** retry);
+    const count = () => (action.textContent = `Try now (automatic retry in ${left} s)`);
     count();
     timer = setInterval(() => {
       left -= 1;
       if (left > 0) count();
-      else again(repeat + 1);
+      else again(retry + 1);
     }, 1000);
   }
   if (![400, 415].includes(error.status)) box.append(action);
@@ -46,27 +46,27 @@ function complain(error, again, repeat = 0) {
   box.scrollIntoView({ block: "nearest" });
 }
 
-function askForToken(error) {
+function showTokenForm(error) {
   const known = sessionStorage.getItem(TOKEN);
-  asksForToken = true;
+  needsToken = true;
   find("token-form").hidden = false;
   find("token-text").replaceChildren(
-    make("strong", { textContent: known ? "The server does not accept this token." : "This server asks for a token." }),
-    known && error.id ? ` Enter another one (request ${error.id}).` : known ? " Enter another one." : " Whoever runs it gives you one.",
+    make("strong", { textContent: known ? "The server does not accept this token." : "This server requires a token." }),
+    known && error.id ? ` Enter another one (request ${error.id}).` : known ? " Enter another one." : " Ask its operator for one.",
   );
   find("token").setAttribute("aria-invalid", Boolean(known));
   find("token").focus();
 }
 
-function tokenWorks() {
+function hideTokenForm() {
   find("token-form").hidden = true;
-  if (sessionStorage.getItem(TOKEN)) asksForToken = true;
+  if (sessionStorage.getItem(TOKEN)) needsToken = true;
 }
 
 find("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  // What no header can have would never be accepted.
+  // Remove characters that a header cannot hold, e.g. invisible ones of a pasted token.
   sessionStorage.setItem(TOKEN, find("token").value.replace(/[^\x21-\x7e]/g, ""));
-  if (!models) askModels().then(() => models && look());
-  else look();
+  if (!models) loadModels().then(() => models && detect());
+  else detect();
 });
