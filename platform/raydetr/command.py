@@ -1,4 +1,4 @@
-"""What every pipeline does around its work: flags in, resolved configuration, signals, summary table, JSON out."""
+"""Run a pipeline as a command: parse flags, print the configuration, handle signals, print and write the summary."""
 
 import contextlib
 import dataclasses
@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TypeVar, cast
 
@@ -23,28 +24,28 @@ from raydetr.errors import ConfigError, RaydetrError, StorageError
 SUMMARY_SCHEMA_VERSION = 1
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _REPEAT_S = 1.0
-"""Wrappers such as `make` and `uv run` deliver one Ctrl-C twice: a second signal within this time is the same one."""
+"""Wrappers such as `make` and `uv run` deliver one Ctrl-C twice: a second signal within this time is a duplicate."""
 
 
 interrupted = threading.Event()
-"""Set once SIGINT or SIGTERM arrived: what workers print while they are ended tells a user nothing."""
+"""Set on SIGINT or SIGTERM; the console then drops the workers' output, which is noise while they are being stopped."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived. Like KeyboardInterrupt no `Exception`, so that no handler of errors swallows it."""
+    """SIGINT or SIGTERM arrived; like KeyboardInterrupt, it is not caught by `except Exception`."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.exit_status = 128 + number
-        """As shells report a process that the signal ended."""
+        """128 + the signal's number, as shells report a process killed by a signal."""
 
 
 class Config(Protocol):
-    """A dataclass of flags."""
+    """A dataclass of command-line flags."""
 
     @property
     def json(self) -> str:
-        """File for the summary, or empty."""
+        """File for the summary; empty: none."""
 
 
 C = TypeVar("C", bound=Config)
@@ -59,21 +60,22 @@ def run(
 ) -> None:
     """Parse flags of `config_class`, print them, call `main`, print its summary and write it to `--json`.
 
-    A `RaydetrError` ends the process with its message and its exit status, 2 for most, without a traceback; the
-    summary that it may carry is printed and written like any other. SIGINT and SIGTERM end it with 130 and 143 after
-    the cleanup of whatever runs, and print the command that resumes.
+    On a `RaydetrError` the process prints the message without a traceback and exits with the error's status, 2 for
+    most. If the error carries a summary, that is printed and written too. On SIGINT or SIGTERM the process cleans up,
+    prints the command that resumes, and exits with 130 or 143.
 
     Args:
-        main: takes the configuration, returns the summary: names to numbers, strings, lists or dicts.
+        main: takes the configuration and returns the summary: names to numbers, strings, lists or dicts.
         config_class: dataclass of flags, validated in its `__post_init__`.
         default: instance whose values are the flags' defaults.
-        args: the flags; those of the command line when not given.
+        args: the flags; None: those of the command line.
     """
     try:
         flags = tyro.cli(
             config_class,
             args=args,
             default=default,
+            prog=program(),
             description=sys.modules["__main__"].__doc__,
             config=(tyro.conf.OmitArgPrefixes,),
         )
@@ -90,39 +92,39 @@ def run(
         sys.exit(error.exit_status)
     except Interrupted as stop:
         print(f"\nstopped by {stop}. Rerun the command to resume:\n  {rerun_command()}", file=sys.stderr)
-        for number in SIGNALS:  # a second Ctrl-C ends what libraries do at exit, without a traceback
+        for number in SIGNALS:  # a second Ctrl-C stops the exit handlers of libraries without a traceback
             signal.signal(number, signal.SIG_DFL)
         sys.exit(stop.exit_status)
     conclude(config, summary)
 
 
-def require_writable(address: str, flag: str) -> None:
-    """Check that a file can be written, before the work whose result it is to hold.
+def require_writable(uri: str, flag: str) -> None:
+    """Check that an output file can be written, before the work that produces it.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it cannot be written.
     """
-    from raydetr import storage  # pyarrow, which --help does not need
+    from raydetr import storage  # imports pyarrow, which --help does not need
 
-    probe = f"{address}.{uuid.uuid4().hex}.probe"
+    probe = f"{uri}.{uuid.uuid4().hex}.probe"
     try:
-        if storage.is_folder(address):
-            raise ConfigError(f"{flag} {address}: this is a folder: give a file in it.")
+        if storage.is_folder(uri):
+            raise ConfigError(f"{flag} {uri}: this is a folder: give a file in it.")
         storage.write_bytes(probe, b"")
         storage.delete_file(probe)
     except StorageError as error:
-        raise ConfigError(f"{flag} {address}: no file can be written there ({error})") from error
+        raise ConfigError(f"{flag} {uri}: no file can be written there ({error})") from error
 
 
 @contextlib.contextmanager
 def interruptible(action: str) -> Iterator[None]:
-    """Make SIGINT and SIGTERM raise `Interrupted` in the block, once; a second signal ends the process at once.
+    """Raise `Interrupted` in the block on the first SIGINT or SIGTERM; exit immediately on a second one.
 
-    The only place that handles these two signals: what Ray installs is undone in `cluster.connect` and
-    `training.scaling.Trainer`. Does nothing outside the main thread, the only one that Python runs handlers in.
+    No other code handles these two signals: `cluster.connect` and `training.scaling.Trainer` remove the handlers that
+    Ray installs. Outside the main thread, where Python runs no signal handlers, this does nothing.
 
     Args:
-        action: what the process does on the signal; printed at once, even while the main thread is in C code.
+        action: what the process does on the signal; printed immediately, even while the main thread runs C code.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -134,14 +136,16 @@ def interruptible(action: str) -> Iterator[None]:
             received.append((number, time.monotonic()))
             raise Interrupted(number)
         if time.monotonic() - received[0][1] > _REPEAT_S:
-            os._exit(128 + number)  # not by the signal itself, which process 1 of a container would ignore
+            # Not by re-raising the signal, which process 1 of a container ignores.
+            os._exit(128 + number)
 
     def announce() -> None:
-        # Python's handlers run only between two bytecodes of the main thread, which may be seconds away.
+        # Python runs signal handlers only between two bytecodes of the main thread, which C code can delay by seconds.
+        # The wakeup file descriptor is written immediately, so a thread that reads it can print without delay.
         while number := receiver.recv(1):
             if number[0] in SIGNALS:
                 interrupted.set()
-                with contextlib.suppress(OSError, ValueError):  # a terminal or pipe that is gone
+                with contextlib.suppress(OSError, ValueError):  # the terminal or pipe is closed
                     name = signal.Signals(number[0]).name
                     sys.stderr.write(f"\n{name}: {action}. A second signal exits at once, without cleanup.\n")
                     sys.stderr.flush()
@@ -159,7 +163,7 @@ def interruptible(action: str) -> Iterator[None]:
     except (Interrupted, SystemExit):
         raise
     except BaseException as error:
-        if received:  # C code such as ray.get raises another exception in place of the handler's
+        if received:  # C code such as ray.get replaces the handler's exception by its own
             raise Interrupted(received[0][0]) from error
         raise
     finally:
@@ -171,31 +175,37 @@ def interruptible(action: str) -> Iterator[None]:
         receiver.close()
 
 
+def program() -> str:
+    """How this process was called: `raydetr JOB`, or `JOB.py`."""
+    script, *rest = [*sys.orig_argv[1:], ""]
+    return f"raydetr {rest[0]}" if Path(script).name == "raydetr" and rest else Path(sys.argv[0]).name
+
+
 def rerun_command() -> str:
-    """This process's command line, quoted for a shell."""
+    """Return this process's command line, quoted for a shell."""
     return shlex.join(sys.orig_argv)
 
 
 def conclude(config: Config, summary: Mapping[str, Any]) -> None:
-    """Print a summary, and write it to `--json` where that is given."""
+    """Print a summary, and write it to `--json` if given."""
     print_summary(summary)
     if config.json:
         write_summary(config.json, summary)
 
 
 def print_config(config: Any, default: Any = None) -> None:
-    """Print the settings that differ from their defaults, one a line, and how many do not.
+    """Print the settings that differ from their defaults, one per line, and the number of the others.
 
     Args:
         config: a dataclass of flags.
-        default: instance whose values are the defaults; None: those of the fields.
+        default: instance whose values are the defaults; None: the defaults of the fields.
     """
     fields = dataclasses.fields(config)
-    given = [field for field in fields if getattr(config, field.name) != _default(field, default)]
+    changed = [field for field in fields if getattr(config, field.name) != _default(field, default)]
     print(type(config).__name__)
-    for field in given:
+    for field in changed:
         print(f"  {field.name.replace('_', '-')} = {getattr(config, field.name)!r}")
-    print(f"  {len(fields) - len(given)} settings have their defaults, which --help lists", flush=True)
+    print(f"  {len(fields) - len(changed)} settings at their defaults (listed by --help)", flush=True)
 
 
 def _default(field: "dataclasses.Field[Any]", default: Any) -> Any:
@@ -203,53 +213,53 @@ def _default(field: "dataclasses.Field[Any]", default: Any) -> Any:
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """Print the scalar entries of a summary as a table of two columns."""
+    """Print the scalar entries of a summary as a two-column table."""
     rows = {k: v for k, v in summary.items() if isinstance(v, str | int | float | bool)}
     width = max((len(name) for name in rows), default=0)
     print()
     for name, value in rows.items():
-        print(f"  {name:<{width}}  {_text(value)}")
+        print(f"  {name:<{width}}  {_format_value(value)}")
     sys.stdout.flush()
 
 
-def _text(value: str | float) -> str:
+def _format_value(value: str | float) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def write_summary(file: str, summary: Mapping[str, Any]) -> None:
-    """Write a summary, with its `schema_version`, as JSON, null for what is not a number; whole or not at all."""
-    content = {"schema_version": SUMMARY_SCHEMA_VERSION, **_of_json(summary)}
+    """Write a summary with its `schema_version` as JSON, atomically; NaN and infinity become null."""
+    content = {"schema_version": SUMMARY_SCHEMA_VERSION, **_replace_non_finite(summary)}
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     from raydetr import storage
 
     storage.write_bytes(file, text.encode())
 
 
-def _of_json(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have."""
+def _replace_non_finite(value: Any) -> Any:
+    """Replace numbers that JSON cannot represent by None, recursively."""
     if isinstance(value, Mapping):
-        return {key: _of_json(each) for key, each in value.items()}
+        return {key: _replace_non_finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_of_json(each) for each in value]
+        return [_replace_non_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Clock:
-    """Seconds of each stage, said as they begin."""
+    """Measures the stages of a command in seconds; prints each stage's name as it starts."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._name, self._start = "", time.monotonic()
 
     def stage(self, name: str) -> None:
-        """End the stage before, begin one."""
+        """Stop the previous stage and start a new one."""
         self.stop()
         print(f"\n=== {name}", flush=True)
         self._name, self._start = name, time.monotonic()
 
     def stop(self) -> None:
-        """End the stage."""
+        """Stop the current stage."""
         if self._name:
             self.seconds[self._name] = round(time.monotonic() - self._start, 1)
