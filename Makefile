@@ -1,18 +1,18 @@
-# Everything runs from .venv, which the first target that needs it makes; a second run installs nothing.
+# Everything runs from .venv, which the first target that needs it creates; later runs install nothing.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-# Compiled modules are stored after the first import even where the shell forbids it: every worker of Ray is a process
-# of its own, and compiling what it imports takes it 11 s instead of 4.
+# Cache compiled modules even if the shell disables it: every Ray worker is a new process whose imports take 4 s with
+# cached modules and 11 s without.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all nightly bench check format clean
+.PHONY: demo test test-all nightly bench docs check format clean
 demo: $(READY)
 	$(BIN)/python pipelines/demo.py
 
-# Three processes: one waits for Ray most of the time.
+# Three processes, one of which mostly waits for Ray.
 test: $(READY)
 	$(BIN)/python -m pytest -n 3
 
@@ -23,9 +23,13 @@ test-all: $(READY)
 nightly: $(READY)
 	$(BIN)/python tests/nightly.py
 
-# How fast each part is, next to what a user would take instead: `make bench BENCH='--only single'` runs some rows.
+# Compares the speed of each part with the alternative that users have. `make bench BENCH='--only single'` runs some rows.
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+# The site of docs/ in runs/site; a broken link is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 check: $(READY)
 	$(BIN)/ruff check .

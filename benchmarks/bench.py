@@ -1,12 +1,13 @@
-"""One table of how fast everything is, each row beside what a user would take instead.
+"""Print a table that compares the speed of each part with the usual alternative.
 
     python benchmarks/bench.py [--only WORD] [--json FILE] [--compare FILE]
 
-Every row times ours and the reference in turn in one process of one thread and asserts that their outputs are equal.
-The process is the row's own: what ran before leaves memory behind that is faster than new memory. The stream and the
-endpoint have a cluster of Ray.
-The ratio is that of the medians, with the lowest and the highest of a single round beside it. The rows are kept as JSON
-(`runs/benchmarks/bench.json`), and `--compare` prints an earlier file's ratios beside the new ones.
+Each row times this library and the reference in turn, in one process with one thread, and asserts that their outputs
+are equal. Each row has its own process, since memory that earlier work has freed is faster than new memory. The stream
+and the endpoint run on a Ray cluster.
+
+The ratio is the ratio of the medians; the lowest and the highest ratio of a single round are next to it. The rows are
+saved as JSON (`runs/benchmarks/bench.json`). `--compare` prints the ratios of an earlier file next to the new ones.
 """
 
 import argparse
@@ -45,14 +46,14 @@ ROWS = {name: make for part in PARTS for name, make in part.ROWS.items()}
 
 
 def main() -> None:
-    """Print the table, row by row, and keep it."""
+    """Print the table row by row and save it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help="rows that have this in their name")
+    parser.add_argument("--only", help="run only rows whose name contains this")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/bench.json"))
     parser.add_argument("--compare", type=Path, help="an earlier JSON file")
-    parser.add_argument("--list", action="store_true", help="print the names of the rows only")
+    parser.add_argument("--list", action="store_true", help="only print the names of the rows")
     options = parser.parse_args()
     chosen = {name: make for name, make in ROWS.items() if (options.only or "") in name}
     if options.list:

@@ -1,9 +1,9 @@
-"""How far the estimated cost of decoding an image is from the processor time that it takes.
+"""Compare the estimated cost of decoding an image with the CPU time that it takes.
 
     python benchmarks/decoding_cost.py [--edge 2400]
 
-Photo-like images in every format that is decoded, with the options that change the work. Prints, for each, the estimate,
-the time of the fastest of three runs and their ratio, and at the end the range of the ratios.
+Decodes photo-like images in every supported format, with the options that change the work. For each image it prints the
+estimate, the fastest of three runs and their ratio; at the end, the range of the ratios.
 """
 
 import argparse
@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the images that the tests make
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the test images
 
 from detr.image_processing.decode import decode_cost, decode_image
 from tests.raydetr.serving.costly import interlaced_png, progressive_jpeg
 
 
 def photo(edge: int) -> Image.Image:
-    """Smooth areas with noise, 3:4."""
+    """Make an image of smooth areas with noise, 4:3."""
     generator = np.random.default_rng(0)
     small = Image.fromarray(generator.integers(0, 256, (30, 40, 3), dtype=np.uint8))
     smooth = np.asarray(small.resize((edge * 4 // 3, edge), Image.Resampling.BICUBIC), np.int16)
@@ -32,7 +32,7 @@ def photo(edge: int) -> Image.Image:
 
 
 def files(edge: int) -> dict[str, bytes]:
-    """Encoded images by name."""
+    """Encode the image in each format; return the files by name."""
     image = photo(edge)
     cases: dict[str, tuple[str, str, dict[str, Any]]] = {
         "JPEG 4:2:0": ("RGB", "JPEG", {"quality": 85}),
@@ -54,16 +54,16 @@ def files(edge: int) -> dict[str, bytes]:
         "PPM": ("RGB", "PPM", {}),
     }
     size = image.height, image.width
-    made = {"JPEG of 60 scans": progressive_jpeg(*size, 60), "PNG interlaced": interlaced_png(*size)}
+    encoded = {"JPEG of 60 scans": progressive_jpeg(*size, 60), "PNG interlaced": interlaced_png(*size)}
     for name, (mode, form, options) in cases.items():
         stream = io.BytesIO()
         image.convert(mode).save(stream, form, **options)
-        made[name] = stream.getvalue()
-    return made
+        encoded[name] = stream.getvalue()
+    return encoded
 
 
 def seconds(data: bytes) -> float:
-    """Processor time of decoding, the least of three."""
+    """Measure the CPU time of decoding: the minimum of three runs."""
     times = []
     for _ in range(3):
         start = time.process_time()

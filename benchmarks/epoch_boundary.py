@@ -1,9 +1,9 @@
-"""How long a worker waits for the first step of an epoch, against any other step.
+"""Compare how long a worker waits for the first step of an epoch and for any other step.
 
     python benchmarks/epoch_boundary.py [--epochs 6] [--step-seconds 0.5]
 
-The worker takes as long for a step as given, longer than the stream needs to make one; small images, so that an epoch
-is short. A stream that stopped between epochs would show as the start of one: seconds.
+A step takes --step-seconds on the worker, longer than the stream needs to produce one. Images are small, so that epochs
+are short. If the stream restarted between epochs, the first step would wait for seconds.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from raydetr.data.stream.source import shard_source
 
 
 def main() -> None:
-    """Print the waits."""
+    """Print the waiting times."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--step-seconds", type=float, default=0.5)
@@ -34,15 +34,15 @@ def main() -> None:
     cluster.connect(2)
     (split,) = ray_stream.dataset(source, 1, 0).streaming_split(1, equal=False)
     waits: dict[bool, list[float]] = {True: [], False: []}
-    begin = time.perf_counter()
+    start = time.perf_counter()
     for number, _ in enumerate(ray_stream.steps(split, spec.micro_batch_size, spec.micro_batches)):
         if number:  # the first one waits for the stream to start
-            waits[number % plan.steps_per_epoch == 0].append(time.perf_counter() - begin)
+            waits[number % plan.steps_per_epoch == 0].append(time.perf_counter() - start)
         time.sleep(arguments.step_seconds)
-        begin = time.perf_counter()
+        start = time.perf_counter()
     for boundary, name in ((True, "first step of an epoch"), (False, "any other step")):
-        rows = [1000 * wait for wait in waits[boundary]]
-        print(f"{name}: {len(rows)} waits, median {statistics.median(rows):.0f} ms, most {max(rows):.0f} ms")
+        ms = [1000 * wait for wait in waits[boundary]]
+        print(f"{name}: {len(ms)} waits, median {statistics.median(ms):.0f} ms, maximum {max(ms):.0f} ms")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Images per second of an evaluation's predictions against the same model in a plain loop of one process.
+"""Compare the images per second of an evaluation with those of the same model in a plain loop of one process.
 
     python benchmarks/evaluation.py [--images 512] [--actors 2] [--rounds 3]
 
-The loop reads, decodes, prepares and predicts in one thread, batches of equal shapes as the actors have them. The
-evaluation does the same by Ray Data actors of one thread each. Both do all images and a quarter of them; the rate is
-that of the difference, without the start and whatever is in between. Rounds alternate; the aim is 0.9 of actors × loop. Images are coco128's, at the size of the recipe
-`small`'s cousin for photos: shortest edge 240.
+The loop reads, decodes, prepares and predicts in one thread, in batches of equal shapes like the actors. The evaluation
+does the same in Ray Data actors with one thread each. Both predict a quarter of the images and then all of them. The
+rate is computed from the difference, which excludes start-up time. Rounds alternate between the two. The target is 0.9
+of actors × loop. Images are those of coco128 with a shortest edge of 240 pixels.
 """
 
 import argparse
@@ -51,10 +51,9 @@ def main() -> None:
             print(
                 f"loop {loops[-1]:.2f} images/s, {arguments.actors} actors {evaluations[-1]:.2f}", flush=True
             )
-    loop, found = statistics.median(loops), statistics.median(evaluations)
-    print(
-        f"medians: loop {loop:.2f}, actors {found:.2f} images/s: {found / (arguments.actors * loop):.2f} of actors × loop"
-    )
+    loop, actors = statistics.median(loops), statistics.median(evaluations)
+    share = actors / (arguments.actors * loop)
+    print(f"medians: loop {loop:.2f}, actors {actors:.2f} images/s: {share:.2f} of actors × loop")
 
 
 def _model(folder: str, manifest: Manifest) -> ResolvedModel:
@@ -65,14 +64,14 @@ def _model(folder: str, manifest: Manifest) -> ResolvedModel:
 
 
 def _seconds(done: Iterator[int], manifest: Manifest) -> tuple[int, float]:
-    """Number of images and the time they take; `done` yields how many were finished."""
-    begun = time.perf_counter()
+    """Return the number of images and the time they take; `done` yields counts of finished images."""
+    started = time.perf_counter()
     assert sum(done) == manifest.num_images
-    return manifest.num_images, time.perf_counter() - begun
+    return manifest.num_images, time.perf_counter() - started
 
 
 def _rate(less: tuple[int, float], more: tuple[int, float]) -> float:
-    """Images per second of the difference."""
+    """Return the images per second of the difference."""
     return (more[0] - less[0]) / (more[1] - less[1])
 
 
@@ -83,12 +82,12 @@ def _loop(model: ResolvedModel, manifest: Manifest) -> Iterator[int]:
     waiting = defaultdict(list)
     for record in read_records(manifest, ["image_id", "image"]):
         prepared = predictor.detector.prepare(record["image"])
-        like = waiting[prepared.shape]
-        like.append((record["image_id"], prepared))
-        if len(like) == BATCH:
+        same_shape = waiting[prepared.shape]
+        same_shape.append((record["image_id"], prepared))
+        if len(same_shape) == BATCH:
             yield len(predictor.rows(*zip(*waiting.pop(prepared.shape))))
-    for like in waiting.values():
-        yield len(predictor.rows(*zip(*like)))
+    for same_shape in waiting.values():
+        yield len(predictor.rows(*zip(*same_shape)))
 
 
 def _actors(model: ResolvedModel, manifest: Manifest, actors: int) -> Iterator[int]:

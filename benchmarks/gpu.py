@@ -1,10 +1,10 @@
-"""The table of a GPU, and how much of it is used. Needs torch, timm and transformers, not Ray.
+"""Measure speed and utilization on a GPU. Needs torch, timm and transformers, not Ray.
 
     PYTHONPATH=. python benchmarks/gpu.py [--limit 790] [--json FILE]
 
-First the rows of `bench.py` that are about the model, ours and transformers' in turn (float32 as torch does it by
-default, with TF32 in convolutions, in both); then images of 800 x 1066 a second in bfloat16 and their share of what the
-device could do if it did nothing but this network's products, beside transformers eager and compiled.
+The first table has the rows of `bench.py` about the model: ours and transformers' in turn, both in torch's default
+float32, with TF32 in convolutions. The second table has images of 800 x 1066 per second in bfloat16, and which share of
+the device's peak throughput this network's matrix products reach, next to transformers, eager and compiled.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from rows_model import SIZE, image, twins
 from torch import nn
 
 GMACS = 86
-"""Of resnet50 at 800 x 1066, forward; the backward pass has twice as many."""
+"""Multiply-accumulates of a forward pass of resnet50 at 800 x 1066; the backward pass has twice as many."""
 BATCH = 16
 SIZES = (1, BATCH)
 DEVICE = "cuda"
@@ -34,11 +34,11 @@ ROWS = [partial(make, DEVICE) for make in [*rows_model.ROWS.values(), *rows_trai
 
 
 def main() -> None:
-    """Print both tables and keep them."""
+    """Print both tables and save them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--limit", type=float, default=790, help="bfloat16 TFLOP/s of the device")
+    parser.add_argument("--limit", type=float, default=790, help="peak bfloat16 TFLOP/s of the device")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/gpu.json"))
     options = parser.parse_args()
     machine = {
@@ -92,8 +92,8 @@ def _inference() -> list[Work]:
         models: dict[str, Any] = {
             "transformers, eager": lambda: whole,
             "transformers, torch.compile": lambda: torch.compile(whole, dynamic=False),
-            "ours, as it is": lambda: plain,
-            "ours, optimised": lambda: fast,
+            "ours, not optimized": lambda: plain,
+            "ours, optimized": lambda: fast,
         }
         for name, model in models.items():
             works.append(
@@ -105,7 +105,7 @@ def _inference() -> list[Work]:
                 )
             )
     works.append(
-        (f"ours, optimised, with a mask, batch {BATCH}", BATCH, GMACS, lambda: call(fast, BATCH, masked=True))
+        (f"ours, optimized, with a mask, batch {BATCH}", BATCH, GMACS, lambda: call(fast, BATCH, masked=True))
     )
     return works
 
@@ -141,7 +141,7 @@ def _training() -> list[Work]:
         (f"{name}, batch {BATCH}", BATCH, 3 * GMACS, lambda make=make: stepper(make()))
         for name, make in {
             "training: transformers, eager": lambda: network(1),
-            "training: ours, as it is": lambda: network(0),
+            "training: ours, eager": lambda: network(0),
             "training: ours, torch.compile": compiled,
         }.items()
     ]

@@ -1,9 +1,9 @@
-"""What size grouping does to AP: the same training on bccd with and without it, three seeds each.
+"""Measure the effect of size grouping on AP: train on bccd with and without it, three seeds each.
 
     python benchmarks/group_sizes.py --model runs/demo/train/model [--steps 600]
 
-The demo's model is fine-tuned on white cells and platelets (red cells are too many for its queries), by the recipe
-`small` with a wide range of sizes and crops, so that there is something to group.
+The demo's model is fine-tuned on white cells and platelets (there are too many red cells for its queries). A wide range
+of sizes and crops gives images of different sizes to group.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from raydetr import cluster, storage
 from raydetr.config import EvaluateConfig
 from raydetr.data.ingest.ingest import ingest
-from raydetr.data.ingest.inputs import Addresses
+from raydetr.data.ingest.inputs import InputPaths
 from raydetr.evaluation.evaluate import evaluate
 from raydetr.training.config import TrainConfig
 from raydetr.training.trainer import train
@@ -33,7 +33,7 @@ def main() -> None:
     cluster.connect(cpus=4)
     storage.write_json(str(WORK / "classes.json"), {"RBC": None})
     for part in ("train", "val"):
-        files = Addresses(
+        files = InputPaths(
             str(SOURCE / f"{part}.json"), str(SOURCE / "images"), classes=str(WORK / "classes.json")
         )
         ingest(files, str(WORK / part))
@@ -51,20 +51,20 @@ def main() -> None:
         experiment="group_sizes",
         tracking_uri=f"sqlite:///{WORK}/mlflow.db",
     )
-    found: dict[bool, list[float]] = {False: [], True: []}
+    aps: dict[bool, list[float]] = {False: [], True: []}
     print("| seed | grouped | AP | AP50 | images/s |\n|---|---|---|---|---|")
     for seed in range(3):
         for grouped in (False, True):
             output = str(WORK / f"{steps}-{seed}-{'grouped' if grouped else 'plain'}")
             result = train(replace(config, seed=seed, group_sizes=grouped, output=output))
             scored = evaluate(EvaluateConfig(model=result["model_folder"], data=str(WORK / "val")))
-            found[grouped].append(scored["AP"])
+            aps[grouped].append(scored["AP"])
             print(
                 f"| {seed} | {'yes' if grouped else 'no'} | {scored['AP']:.3f} | {scored['AP50']:.3f} "
                 f"| {result['images_per_second']:.0f} |",
                 flush=True,
             )
-    plain, grouped_ap = statistics.mean(found[False]), statistics.mean(found[True])
+    plain, grouped_ap = statistics.mean(aps[False]), statistics.mean(aps[True])
     print(f"\nmean AP {plain:.3f} plain, {grouped_ap:.3f} grouped")
 
 

@@ -1,7 +1,7 @@
-"""How fast a detector learns from a pretrained backbone: our recipes, transformers' DETR, torchvision's.
+"""Compare how fast detectors learn from a pretrained backbone: our recipes, DETR of transformers, torchvision.
 
     python benchmarks/learning.py --data bccd --recipes multi-scale faster-rcnn fcos --minutes 3 --seeds 0 1 2
-    python benchmarks/learning.py --data nuclei nuts --minutes 3 --evaluations 1     (only the end is scored)
+    python benchmarks/learning.py --data nuclei nuts --minutes 3 --evaluations 1     (score the end only)
     python benchmarks/learning.py --data balloon --recipes better plain --minutes 30                  (masks)
     python benchmarks/learning.py --recipes multi-scale --minutes 3 --set head_convolutions=1  (an ablation)
     python benchmarks/learning.py --data bccd --recipes better --overfit 8 --minutes 5   (overfit 8 images)
@@ -9,13 +9,13 @@
     python benchmarks/learning.py --rows docs/learning-multi-scale.jsonl --table                 (its tables)
     PYTHONPATH=.:platform python benchmarks/learning.py --device cuda --data coco128 --minutes 5     (no Ray)
 
-All runs of a data set have the same backbone weights, images, order and augmentation; what differs is the
-network behind the backbone and its training. Time is the process's CPU time over `--threads`, without
-evaluation, so that other work on the machine does not count. On a GPU the transformer is DETR's own, images
-have its sizes, sixteen are a batch, products are in bfloat16, and time is the clock's.
+All runs of a data set have the same backbone weights, images, order and augmentation; they differ in the network after
+the backbone and in its training. Time is the process's CPU time divided by `--threads`, without evaluation, so other
+work on the machine does not count. On a GPU, the transformer and the image sizes are those of DETR, the batch size is
+16, products are in bfloat16, and time is wall time.
 
-`--set` changes settings of the recipes (see `learning_recipes.change`); the row says which. Rows are appended
-to `--rows`; next to it, FILE-DATA.png has the curves of the unchanged recipes.
+`--set` changes settings of the recipes (see `learning_recipes.change`), which are recorded in the rows. Rows are
+appended to `--rows`; the curves of the unchanged recipes are plotted next to it, in FILE-DATA.png.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from learning_curves import draw, print_table
-from learning_data import ahead, batches, folder_of, read, score
+from learning_data import batches, folder_of, prefetch, read, score
 from learning_networks import build
 from learning_recipes import ON_GPU, RECIPES, SMALL, TASKS, Recipe, Task, change
 from torch import nn
@@ -54,31 +54,31 @@ def run(
     overfit: int = 0,
     device: str = "cpu",
 ) -> list[dict]:
-    """Train for a time; one row for each evaluation.
+    """Train for a fixed time; return one row per evaluation.
 
     Args:
         task: the data set.
-        labels: what every row says of the run, besides what is measured.
-        recipe: what is trained.
-        minutes: of one thread's CPU time, or of a GPU.
-        seed: of the weights, the order and the augmentation.
-        threads: of torch.
-        evaluations: how many, evenly spread.
-        overfit: so many images are what is trained on, without augmentation, and what is scored.
+        labels: entries that describe the run in every row.
+        recipe: network and training settings.
+        minutes: time budget: CPU minutes per thread, or wall time on a GPU.
+        seed: seed of the weights, the order and the augmentation.
+        threads: number of torch threads.
+        evaluations: number of evaluations, evenly spaced.
+        overfit: if not 0, train on this many images without augmentation, and score the same images.
         device: cpu or cuda.
     """
     torch.set_num_threads(threads)
     gpu, folder = device == "cuda", folder_of(task)
-    (train, truth), (val, val_truth) = (
+    (train, ground_truth), (val, val_ground_truth) = (
         read(folder / annotations, folder / images, task.masks)
         for annotations, images in (task.train, task.val)
     )
     augmentation = task.augmentation
-    whole = AugmentSpec.none(task.test_edge, augmentation.longest_edge)
+    no_augmentation = AugmentSpec.none(task.test_edge, augmentation.longest_edge)
     if overfit:
-        train, truth, augmentation = train[:overfit], _first(truth, overfit), whole
-        val, val_truth = train, truth
-    names = [each["name"] for each in truth["categories"]]
+        train, ground_truth, augmentation = train[:overfit], _first(ground_truth, overfit), no_augmentation
+        val, val_ground_truth = train, ground_truth
+    names = [each["name"] for each in ground_truth["categories"]]
     model = build(task, recipe, names, seed, {} if gpu else SMALL)
     model = model.to(memory_format=torch.channels_last)
     module: nn.Module = model
@@ -101,7 +101,7 @@ def run(
     clock, batch_size = (time.perf_counter, 16) if gpu else (time.process_time, recipe.batch_size)
     in_order = batches(train, batch_size, augmentation, seed, device)
     start = clock()
-    for batch in ahead(in_order, threads) if gpu else in_order:
+    for batch in prefetch(in_order, threads) if gpu else in_order:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_share(min(used / budget, 1), recipe)
         with torch.autocast(device, torch.bfloat16, enabled=gpu):
@@ -122,7 +122,7 @@ def run(
         paused = clock()
         if average:
             average.swap()
-        figures = score(model, val, val_truth, whole, task.masks)
+        metrics = score(model, val, val_ground_truth, no_augmentation, task.masks)
         if average:
             average.swap()
         start += clock() - paused
@@ -138,7 +138,7 @@ def run(
                 "steps": step,
                 "images_per_second": round(step * batch_size / used, 1),
                 **({"gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)} if gpu else {}),
-                **{k: round(v, 4) for k, v in figures.items()},
+                **{k: round(v, 4) for k, v in metrics.items()},
                 **losses,
             }
         )
@@ -150,20 +150,20 @@ def run(
 
 
 def _is_backbone(name: str) -> bool:
-    """Whether a parameter is pretrained; torchvision counts the pyramid to the backbone."""
+    """Return whether a parameter is pretrained; torchvision's "backbone" includes the pyramid, which is not."""
     return "backbone" in name and ".fpn." not in name
 
 
-def _first(truth: dict[str, Any], count: int) -> dict[str, Any]:
-    """A COCO annotation with its first images alone."""
-    images = truth["images"][:count]
+def _first(ground_truth: dict[str, Any], count: int) -> dict[str, Any]:
+    """Reduce a COCO annotation file to its first images."""
+    images = ground_truth["images"][:count]
     ids = {each["id"] for each in images}
-    annotations = [each for each in truth["annotations"] if each["image_id"] in ids]
-    return {**truth, "images": images, "annotations": annotations}
+    annotations = [each for each in ground_truth["annotations"] if each["image_id"] in ids]
+    return {**ground_truth, "images": images, "annotations": annotations}
 
 
 def learning_rate_share(done: float, recipe: Recipe) -> float:
-    """The share of the peak learning rate when `done` in 0..1 of the time is used."""
+    """Return the learning rate as a fraction of its peak; `done` in 0..1 is the fraction of time used."""
     warmup = min(1.0, (done + 1e-3) / recipe.warmup) if recipe.warmup else 1.0
     if recipe.schedule == "cosine":
         return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
@@ -171,7 +171,7 @@ def learning_rate_share(done: float, recipe: Recipe) -> float:
 
 
 def main() -> None:
-    """Run, print rows, write them and draw the curves."""
+    """Run; print and write the rows; plot the curves."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", nargs="+", choices={**TASKS, **ON_GPU}, default=["bccd"])
     parser.add_argument(
@@ -182,46 +182,48 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--evaluations", type=int, default=10)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--overfit", type=int, default=0, help="train on so many images and score those")
+    parser.add_argument("--overfit", type=int, default=0, help="train on this many images and score them")
     parser.add_argument(
-        "--edge", type=int, help="another shorter side of test images, training in proportion"
+        "--edge", type=int, help="shorter side of test images; training sizes are scaled in proportion"
     )
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="other settings of the recipes"
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the recipes to change"
     )
-    parser.add_argument("--rows", type=Path, default=ROWS, help="the file to which rows are added")
-    parser.add_argument("--draw", action="store_true", help="only draw the curves of the file")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="file to append the rows to")
+    parser.add_argument("--draw", action="store_true", help="only plot the curves of the file")
     parser.add_argument("--table", action="store_true", help="only print the tables of the file")
-    given = parser.parse_args()
-    if given.draw or given.table:
-        if given.draw:
-            draw(given.rows)
-        if given.table:
-            print_table(given.rows)
+    arguments = parser.parse_args()
+    if arguments.draw or arguments.table:
+        if arguments.draw:
+            draw(arguments.rows)
+        if arguments.table:
+            print_table(arguments.rows)
         return
-    tasks = ON_GPU if given.device == "cuda" else TASKS
-    for data in given.data:
+    tasks = ON_GPU if arguments.device == "cuda" else TASKS
+    for data in arguments.data:
         if data not in tasks:
-            parser.error(f"{data} is not learned on {given.device}")
-        if tasks[data].masks and any(RECIPES[name].library == "torchvision" for name in given.recipes):
             parser.error(
-                f"{data} has masks, which torchvision's detectors here do not learn: take another --data"
+                f"--data {data} has no settings for --device {arguments.device}: choose from {list(tasks)}"
+            )
+        if tasks[data].masks and any(RECIPES[name].library == "torchvision" for name in arguments.recipes):
+            parser.error(
+                f"--data {data} has masks, which the torchvision detectors here do not learn: choose another --data"
             )
     try:
-        recipes = {name: change(RECIPES[name], given.set) for name in given.recipes}
+        recipes = {name: change(RECIPES[name], arguments.set) for name in arguments.recipes}
     except ValueError as error:
         parser.error(str(error))
-    given.rows.parent.mkdir(parents=True, exist_ok=True)
-    figures = (given.threads, given.evaluations, given.overfit, given.device)
-    for seed in given.seeds:
-        for data in given.data:
-            task = tasks[data] if given.edge is None else tasks[data].at_edge(given.edge)
+    arguments.rows.parent.mkdir(parents=True, exist_ok=True)
+    options = (arguments.threads, arguments.evaluations, arguments.overfit, arguments.device)
+    for seed in arguments.seeds:
+        for data in arguments.data:
+            task = tasks[data] if arguments.edge is None else tasks[data].at_edge(arguments.edge)
             for name, (recipe, changes) in recipes.items():
                 labels = {"data": data, "recipe": name, "edge": task.test_edge, "changes": changes}
-                rows = run(task, labels, recipe, given.minutes, seed, *figures)
-                with given.rows.open("a") as out:
+                rows = run(task, labels, recipe, arguments.minutes, seed, *options)
+                with arguments.rows.open("a") as out:
                     out.writelines(json.dumps({**row, "settings": asdict(recipe)}) + "\n" for row in rows)
-                draw(given.rows)
+                draw(arguments.rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rows of `learning.py` as curves and as Markdown tables."""
+"""Plot the rows of `learning.py` as curves, and print them as Markdown tables."""
 
 import json
 import shlex
@@ -18,16 +18,16 @@ HEAD = """| data, minutes | recipe | AP50 | AP | duplicates, % | images/s | comm
 
 
 def draw(file: Path) -> None:
-    """Draw the curves of each data set that a file of rows of one kind of device holds."""
-    kept = _read(file)
+    """Plot the curves of each data set in a file; all rows of a file must be of the same kind of device."""
+    recorded = _read(file)
     for data, task in {**ON_GPU, **TASKS}.items():
-        rows = [row for row in kept if row["data"] == data and _is_plain(row, task)]
+        rows = [row for row in recorded if row["data"] == data and _is_unchanged(row, task)]
         if rows:
             _draw_curves(rows, f"{_kind(rows[0])}_AP50", file.with_name(f"{file.stem}-{data}.png"))
 
 
 def print_table(file: Path) -> None:
-    """Print the end of every run: one line for all seeds of a data set, budget, recipe and changes."""
+    """Print the last row of every run: one line for all seeds of a data set, budget, recipe and changes."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for row in _read(file):
         if not row["overfit"] and row["minutes"] >= row["budget"]:
@@ -53,8 +53,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def _is_plain(row: dict[str, Any], task: Task) -> bool:
-    """Whether a run learned all images at the task's size with an unchanged recipe."""
+def _is_unchanged(row: dict[str, Any], task: Task) -> bool:
+    """Return whether a run trained on all images at the task's size with an unchanged recipe."""
     return not row["overfit"] and not _changes(row) and row.get("edge", task.test_edge) == task.test_edge
 
 
@@ -67,7 +67,7 @@ def _kind(row: dict[str, Any]) -> str:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    """The mean, with the lowest and the highest where there are several."""
+    """Format the mean, with the lowest and the highest value if there are several."""
     mean = f"{statistics.mean(values):.{digits}f}"
     if len(values) == 1:
         return mean
@@ -75,7 +75,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def _command(row: dict[str, Any], seeds: Sequence[int], file: Path) -> str:
-    """What makes such rows."""
+    """Return the command that produces such rows."""
     words = ["python", "benchmarks/learning.py", "--data", row["data"], "--recipes", row["recipe"]]
     words += ["--minutes", f"{row['budget']:g}", "--evaluations", "1", "--seeds", *map(str, seeds)]
     if row.get("device", "cpu") != "cpu":
@@ -90,7 +90,7 @@ def _command(row: dict[str, Any], seeds: Sequence[int], file: Path) -> str:
 
 
 def _draw_curves(rows: list[dict[str, Any]], metric: str, file: Path) -> None:
-    """AP50 over time, a color for each recipe, a line for each run; a run that was scored once is a dot."""
+    """Plot AP50 over time, with a color per recipe and a line per run; a run that was scored once is a dot."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     gpu = rows[0].get("device", "cpu") != "cpu"
     for number, name in enumerate(RECIPES):

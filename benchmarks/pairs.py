@@ -1,4 +1,4 @@
-"""Two ways of doing the same, timed in turn: the unit of every row of the table that `bench.py` prints."""
+"""Time two implementations of the same work in turn: the rows of the table that `bench.py` prints."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-HEAD = """| work | reference | ours, s | reference, s | ratio | lowest, highest | aim | least | before |
+HEAD = """| work | reference | ours, s | reference, s | ratio | lowest, highest | target | minimum | before |
 |---|---|---|---|---|---|---|---|---|"""
 
 
@@ -17,17 +17,17 @@ class Row:
     """One line of the table.
 
     Attributes:
-        work: what was done.
+        work: what was timed.
         reference: what it is compared with.
-        seconds: of ours, the median: CPU seconds of all threads, or seconds of the clock on a GPU.
-        reference_seconds: the median of the reference.
-        ratio: of the medians, reference ÷ ours.
-        lowest: the smallest ratio of one round.
-        highest: the largest.
+        seconds: median of ours: CPU seconds of all threads, or wall time on a GPU.
+        reference_seconds: median of the reference.
+        ratio: ratio of the medians, reference ÷ ours.
+        lowest: lowest ratio of a single round.
+        highest: highest ratio of a single round.
         rounds: how often both were timed.
-        aim: the ratio to be reached.
-        least: the ratio below which the work is not done.
-        note: how equal the outputs were, and what else a reader has to know.
+        target: the ratio to reach.
+        minimum: the lowest acceptable ratio.
+        note: how close the outputs are, and other remarks.
     """
 
     work: str
@@ -38,13 +38,13 @@ class Row:
     lowest: float
     highest: float
     rounds: int
-    aim: float | None = None
-    least: float | None = None
+    target: float | None = None
+    minimum: float | None = None
     note: str = ""
 
 
 def line(row: Row, earlier: dict[str, float]) -> str:
-    """A row under `HEAD`; ``earlier`` has ratios by the name of the work."""
+    """Format a row under `HEAD`; ``earlier`` maps the name of the work to an earlier ratio."""
     cells = [
         row.work,
         row.reference,
@@ -52,52 +52,51 @@ def line(row: Row, earlier: dict[str, float]) -> str:
         f"{row.reference_seconds:.3g}",
         f"{row.ratio:.2f}",
         f"{row.lowest:.2f}, {row.highest:.2f}",
-        "" if row.aim is None else f"{row.aim:g}",
-        "" if row.least is None else f"{row.least:g}",
+        "" if row.target is None else f"{row.target:g}",
+        "" if row.minimum is None else f"{row.minimum:g}",
         f"{earlier[row.work]:.2f}" if row.work in earlier else "",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def paired(
+def time_pair(
     work: str,
     reference_name: str,
     ours: Callable[[], Any],
     reference: Callable[[], Any],
     *,
     rounds: int = 5,
-    aim: float | None = None,
-    least: float | None = None,
+    target: float | None = None,
+    minimum: float | None = None,
     note: str = "",
     device: str = "cpu",
 ) -> Row:
-    """Time ours and the reference in turn, after what is not counted.
+    """Time ours and the reference in turn, after warm-up calls.
 
-    The order within a round alternates, so that neither always finds the caches as the other left them.
+    The order within a round alternates, so that neither always runs on the caches that the other left behind.
     """
-    for _ in range(
-        1 if device == "cpu" else 3
-    ):  # a GPU's kernels are chosen, and recorded, in the first calls
+    warm_up = 1 if device == "cpu" else 3  # on a GPU, kernels are selected and recorded in the first calls
+    for _ in range(warm_up):
         ours(), reference()
     first, second = [], []
     for number in range(rounds):
         pair = [(ours, first), (reference, second)]
         for do, seconds in pair if number % 2 == 0 else reversed(pair):
             seconds.append(_timed(do) if device == "cpu" else timed_on_gpu(do))
-    return row_of(work, reference_name, first, second, aim=aim, least=least, note=note)
+    return make_row(work, reference_name, first, second, target=target, minimum=minimum, note=note)
 
 
-def row_of(
+def make_row(
     work: str,
     reference: str,
     seconds: list[float],
     reference_seconds: list[float],
     *,
-    aim: float | None = None,
-    least: float | None = None,
+    target: float | None = None,
+    minimum: float | None = None,
     note: str = "",
 ) -> Row:
-    """The row of what each round took."""
+    """Make a row from the seconds of each round."""
     ratios = [theirs / ours for ours, theirs in zip(seconds, reference_seconds, strict=True)]
     ours, theirs = statistics.median(seconds), statistics.median(reference_seconds)
     return Row(
@@ -109,8 +108,8 @@ def row_of(
         lowest=min(ratios),
         highest=max(ratios),
         rounds=len(ratios),
-        aim=aim,
-        least=least,
+        target=target,
+        minimum=minimum,
         note=note,
     )
 
@@ -122,7 +121,7 @@ def _timed(do: Callable[[], Any]) -> float:
 
 
 def timed_on_gpu(do: Callable[[], Any], times: int = 5) -> float:
-    """Seconds of the clock for one call."""
+    """Return the wall time of one call, averaged over several."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(times):

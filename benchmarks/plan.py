@@ -1,8 +1,8 @@
-"""The plan at COCO's size: seconds for a whole epoch, share of padding, number of padded shapes.
+"""Measure the plan of an epoch at COCO's size: seconds, share of padding, number of padded shapes.
 
     python benchmarks/plan.py
 
-Image sizes are those of coco128's images, drawn at random: 118,287 records in shards of 780 (128 MB each).
+The 118,287 records, in shards of 780 (128 MB each), have image sizes drawn at random from those of coco128.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Rows of the table that `bench.py` prints which need Ray, each measured by a program of its own."""
+"""Rows of the table of `bench.py` that need Ray, each measured by its own program."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ def stream() -> Row:
 
 
 def served() -> Row:
-    """The endpoint with as many clients as it answers most of."""
+    """The endpoint with the number of clients that gives the highest throughput."""
     return _measured("serving.py", "--seconds", "12", "--clients", "8", "32")
 
 
@@ -27,7 +27,7 @@ ROWS = {"stream": stream, "served": served}
 
 def _measured(program: str, *flags: str) -> Row:
     if not DATA.is_dir():
-        raise FileNotFoundError(f"{program} needs the folder {DATA}, which is not there")
+        raise FileNotFoundError(f"{program} needs the folder {DATA}, which does not exist")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "row.json")
         command = [sys.executable, str(HERE / program), *flags, "--json", str(file)]

@@ -1,4 +1,4 @@
-"""Rows of the table about what computes a model in place of torch, where a user picks that; on a CPU."""
+"""Rows of the table about optional inference engines that replace torch, on a CPU."""
 
 from collections.abc import Callable
 
@@ -9,29 +9,29 @@ from rows_model import image, near_in_bfloat16, one_image, twins
 
 @torch.inference_mode()
 def openvino() -> Row:
-    """One image through resnet50, computed by OpenVINO."""
+    """Time one image through resnet50 with OpenVINO."""
     return one_image(
         "cpu",
-        "resnet50, batch 1, 800 x 1066, float32, by OpenVINO",
+        "resnet50, batch 1, 800 x 1066, float32, with OpenVINO",
         lambda ours: ours.optimize(engine="openvino"),
-        aim=3.0,
-        least=2.7,
+        target=3.0,
+        minimum=2.7,
     )
 
 
 @torch.inference_mode()
 def openvino_bfloat16() -> Row:
-    """The same in bfloat16."""
+    """Time the same in bfloat16."""
     ours, theirs = twins("cpu")
     pixels = image("cpu")
     fast = ours.optimize(dtype=torch.bfloat16, engine="openvino")
     return near_in_bfloat16(
-        "the same in bf16, by OpenVINO",
+        "the same in bf16, with OpenVINO",
         lambda: fast(pixels.bfloat16()),
         lambda: theirs(pixels),
         "cpu",
-        aim=5,
-        least=3.5,
+        target=5,
+        minimum=3.5,
     )
 
 

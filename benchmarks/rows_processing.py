@@ -1,11 +1,13 @@
-"""Images and annotations to a model's inputs against transformers: rows of the table that `bench.py` prints.
+"""Rows of the table about image processing, from images and annotations to model inputs, compared with transformers.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -c "import rows_processing as r; [print(row()) for row in r.ROWS.values()]"
+    python benchmarks/bench.py --only jpeg
+    python benchmarks/bench.py --only polygons
+    python benchmarks/bench.py --only segments
 
-Photos of COCO of 480 x 640 pixels become uint8 of 800 x 1066, with their masks at that size. Ours is measured twice: as
-the image processor does it, which is called as transformers' is, and with the functions of the training stream, from a
-record. Transformers' class is what `DetrImageProcessor` is by default, the one on torchvision, of images opened by Pillow.
-Pixels, masks and labels must be equal to the bit.
+COCO photos of 480 x 640 pixels become uint8 images of 800 x 1066, with their masks at that size. Ours is measured
+twice: as the image processor, with the same call as transformers', and as the functions of the training stream, from a
+record. The reference is transformers' default `DetrImageProcessor`, which is based on torchvision, on images opened by
+Pillow. Pixels, masks and labels must be bit-identical.
 """
 
 import functools
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from pairs import Row, paired
+from pairs import Row, time_pair
 from PIL import Image
 
 from detr import DetrImageProcessor
@@ -28,18 +30,18 @@ from detr.image_processing.decode import decode_image
 from raydetr.data.stream.mask_targets import MaskKind, mask_targets
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "coco128"
-PICTURES = 8
+PHOTOS = 8
 SIZE = (480, 640)
 UINT8 = {"do_rescale": False, "do_normalize": False, "do_convert_annotations": True, "do_pad": False}
 REFERENCE = "transformers' DetrImageProcessor (torchvision), images opened by Pillow"
-EQUAL = f"equal to the bit, {PICTURES} images"
+EQUAL = f"bit-identical, {PHOTOS} images"
 
 Prepared = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A photo with its annotations in COCO's form, and as a record of the stream."""
+class Photo:
+    """A photo with its annotations in COCO format and as a record of the stream."""
 
     jpeg: bytes
     objects: dict[str, Any]
@@ -48,11 +50,11 @@ class Picture:
 
 
 @functools.cache
-def pictures() -> list[Picture]:
-    """The first photos of the size that have polygons, no crowds and a panoptic map."""
+def photos() -> list[Photo]:
+    """Return the first photos of this size that have polygons, no crowds and a panoptic map."""
     if not DATA.is_dir():
         raise FileNotFoundError(
-            f"rows_processing needs the folder {DATA} with COCO's images, which is not there"
+            f"rows_processing needs the folder {DATA} with COCO's images, which does not exist"
         )
     instances = json.loads((DATA / "annotations" / "instances_train2017.json").read_text())
     panoptic = json.loads((DATA / "annotations" / "panoptic_train2017.json").read_text())
@@ -60,20 +62,20 @@ def pictures() -> list[Picture]:
     for item in instances["annotations"]:
         objects_of.setdefault(item["image_id"], []).append(item)
     segments_of = {entry["image_id"]: entry for entry in panoptic["annotations"]}
-    found = []
+    selected = []
     for image in sorted(instances["images"], key=lambda image: image["id"]):
         objects, segments = objects_of.get(image["id"], []), segments_of.get(image["id"])
         jpeg = (DATA / "train2017" / image["file_name"]).read_bytes()
         fits = (image["height"], image["width"]) == SIZE and Image.open(BytesIO(jpeg)).mode == "RGB"
         if fits and objects and segments and not any(item["iscrowd"] for item in objects):
             of_image = {"image_id": image["id"], "annotations": objects}
-            found.append(Picture(jpeg, of_image, segments, _record(objects, segments)))
-    return found[:PICTURES]
+            selected.append(Photo(jpeg, of_image, segments, _record(objects, segments)))
+    return selected[:PHOTOS]
 
 
 def _record(objects: list[dict[str, Any]], segments: dict[str, Any]) -> dict[str, Any]:
     folder = DATA / "annotations" / "panoptic_train2017"
-    of_objects = [
+    objects_of_record = [
         item | {"fault": None, "segmentation": {"polygons": item["segmentation"], "rle": None}}
         for item in objects
     ]
@@ -81,50 +83,50 @@ def _record(objects: list[dict[str, Any]], segments: dict[str, Any]) -> dict[str
         "height": SIZE[0],
         "width": SIZE[1],
         "fault": None,
-        "objects": of_objects,
+        "objects": objects_of_record,
         "panoptic_image": (folder / segments["file_name"]).read_bytes(),
         "segments": [item | {"fault": None} for item in segments["segments_info"]],
     }
 
 
-def processor(kind: MaskKind) -> Callable[[Picture], Prepared]:
-    """Ours with the call that transformers' has."""
+def processor(kind: MaskKind) -> Callable[[Photo], Prepared]:
+    """Return our image processor, called as transformers' is."""
     ours = DetrImageProcessor(format=_format(kind), **UINT8)
 
-    def prepare(picture: Picture) -> Prepared:
-        return _flat(ours(decode_image(picture.jpeg), return_tensors="pt", **_annotations(picture, kind)))
+    def prepare(photo: Photo) -> Prepared:
+        return _flat(ours(decode_image(photo.jpeg), return_tensors="pt", **_annotations(photo, kind)))
 
     return prepare
 
 
-def reference(kind: MaskKind) -> Callable[[Picture], Prepared]:
-    """Transformers' image processor."""
+def reference(kind: MaskKind) -> Callable[[Photo], Prepared]:
+    """Return transformers' image processor."""
     theirs = transformers.DetrImageProcessor(format=_format(kind), **UINT8)
 
-    def prepare(picture: Picture) -> Prepared:
-        image = Image.open(BytesIO(picture.jpeg))
-        return _flat(theirs(image, return_tensors="pt", **_annotations(picture, kind)))
+    def prepare(photo: Photo) -> Prepared:
+        image = Image.open(BytesIO(photo.jpeg))
+        return _flat(theirs(image, return_tensors="pt", **_annotations(photo, kind)))
 
     return prepare
 
 
-def stream(kind: MaskKind) -> Callable[[Picture], Prepared]:
-    """Ours as `raydetr.data.stream.ray_stream` makes an example, without augmentation.
+def stream(kind: MaskKind) -> Callable[[Photo], Prepared]:
+    """Return our processing as in `raydetr.data.stream.ray_stream`, without augmentation.
 
-    Its boxes are in float64 until the end, and those of segments reach one past the last pixel: they are left out.
+    Boxes are not compared: the stream has them in float64, and those of segments reach one past the last pixel.
     """
     height, width = (np.array([side]) for side in SIZE)
     augmentation = draw(np.full((1, 8), 0.5), height, width, AugmentSpec.none())[0]
     labels = {number: number for number in range(201)}
 
-    def prepare(picture: Picture) -> Prepared:
-        image = decode_image(picture.jpeg)
+    def prepare(photo: Photo) -> Prepared:
+        image = decode_image(photo.jpeg)
         if kind == "none":
             return {"pixel_values": apply(image, np.zeros((0, 4)), augmentation)[0]}
-        boxes_xyxy, class_labels, masks = mask_targets(picture.record, labels, kind)
-        pixels, _, kept = apply(image, boxes_xyxy, augmentation)
-        resized = apply_masks(torch.from_numpy(masks[kept]), augmentation)
-        class_labels = torch.from_numpy(class_labels[kept])
+        boxes_xyxy, class_labels, masks = mask_targets(photo.record, labels, kind)
+        pixels, _, remaining = apply(image, boxes_xyxy, augmentation)
+        resized = apply_masks(torch.from_numpy(masks[remaining]), augmentation)
+        class_labels = torch.from_numpy(class_labels[remaining])
         return {"pixel_values": pixels, "class_labels": class_labels, "masks": resized.bool()}
 
     return prepare
@@ -134,53 +136,53 @@ def _format(kind: MaskKind) -> str:
     return "coco_panoptic" if kind == "panoptic" else "coco_detection"
 
 
-def _annotations(picture: Picture, kind: MaskKind) -> dict[str, Any]:
+def _annotations(photo: Photo, kind: MaskKind) -> dict[str, Any]:
     if kind == "none":
         return {}
     if kind == "instance":
-        return {"annotations": picture.objects, "return_segmentation_masks": True}
-    return {"annotations": picture.segments, "masks_path": DATA / "annotations" / "panoptic_train2017"}
+        return {"annotations": photo.objects, "return_segmentation_masks": True}
+    return {"annotations": photo.segments, "masks_path": DATA / "annotations" / "panoptic_train2017"}
 
 
 def _flat(batch: Any) -> Prepared:
-    """The pixels and the labels of the only image."""
+    """Return the pixels and the labels of the only image in one dictionary."""
     return {"pixel_values": batch["pixel_values"][0], **(batch["labels"][0] if "labels" in batch else {})}
 
 
 def _row(
     work: str,
     kind: MaskKind,
-    ours: Callable[[MaskKind], Callable[[Picture], Prepared]],
-    aim: float,
-    least: float,
+    ours: Callable[[MaskKind], Callable[[Photo], Prepared]],
+    target: float,
+    minimum: float,
 ) -> Row:
-    images, mine, theirs = pictures(), ours(kind), reference(kind)
-    for picture in images:
-        found, expected = mine(picture), theirs(picture)
-        assert expected.keys() >= found.keys() >= expected.keys() & {"pixel_values", "masks", "class_labels"}
-        for name, value in found.items():
+    images, mine, theirs = photos(), ours(kind), reference(kind)
+    for image in images:
+        got, expected = mine(image), theirs(image)
+        assert expected.keys() >= got.keys() >= expected.keys() & {"pixel_values", "masks", "class_labels"}
+        for name, value in got.items():
             assert torch.equal(value, expected[name]), (work, name)
-    return paired(
+    return time_pair(
         work,
         REFERENCE,
-        lambda: [mine(picture) for picture in images],
-        lambda: [theirs(picture) for picture in images],
-        rounds=25 if kind == "none" else 9,  # these are short, and vary
-        aim=aim,
-        least=least,
+        lambda: [mine(image) for image in images],
+        lambda: [theirs(image) for image in images],
+        rounds=25 if kind == "none" else 9,  # rounds without masks are short and vary more
+        target=target,
+        minimum=minimum,
         note=EQUAL,
     )
 
 
 ROWS: dict[str, Callable[[], Row]] = {
     "jpeg": lambda: _row("JPEG to uint8 800 x 1066", "none", processor, 2.5, 2),
-    "jpeg_stream": lambda: _row("JPEG to uint8 800 x 1066, as the stream", "none", stream, 2.5, 2),
+    "jpeg_stream": lambda: _row("JPEG to uint8 800 x 1066, as in the stream", "none", stream, 2.5, 2),
     "polygons": lambda: _row("JPEG and polygons to pixels and masks", "instance", processor, 4, 2.5),
     "polygons_stream": lambda: _row(
-        "JPEG and polygons to pixels and masks, as the stream", "instance", stream, 4, 2.5
+        "JPEG and polygons to pixels and masks, as in the stream", "instance", stream, 4, 2.5
     ),
     "segments": lambda: _row("JPEG and panoptic PNG to pixels and masks", "panoptic", processor, 6, 4),
     "segments_stream": lambda: _row(
-        "JPEG and panoptic PNG to pixels and masks, as the stream", "panoptic", stream, 6, 4
+        "JPEG and panoptic PNG to pixels and masks, as in the stream", "panoptic", stream, 6, 4
     ),
 }

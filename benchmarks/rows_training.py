@@ -1,10 +1,10 @@
-"""Rows of the table about training: a step, and its loss, against transformers' eager float32, on a CPU or a GPU."""
+"""Rows of the table about training, compared with transformers in eager float32, on a CPU or a GPU."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from pairs import Row, paired
+from pairs import Row, time_pair
 from rows_model import REFERENCE, image, twins
 from torch import Tensor
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
@@ -18,11 +18,11 @@ QUERIES, LAYERS, LABELS = 100, 6, 91
 
 
 def training_step(device: str = "cpu", precision: str = "float32") -> Row:
-    """Forward, backward, clipping and AdamW, two images with seven objects each.
+    """Time forward, backward, clipping and AdamW for two images with seven objects each.
 
     Args:
-        device: where both run.
-        precision: of ours; "bf16" is autocast, and on a GPU the network is compiled, as with `--compile`.
+        device: device of both networks.
+        precision: precision of ours; "bf16" is autocast, and on a GPU the network is compiled, as with `--compile`.
     """
     ours, theirs = twins(
         device,
@@ -55,26 +55,26 @@ def training_step(device: str = "cpu", precision: str = "float32") -> Row:
     half = precision == "bf16"
     if half and device != "cpu":
         ours.model.states = torch.compile(ours.model.states, dynamic=False, mode="reduce-overhead")
-    near = 5e-2 if half else 1e-4 if device == "cpu" else 5e-3
+    rtol = 5e-2 if half else 1e-4 if device == "cpu" else 5e-3
     channels_last = pixels.contiguous(memory_format=torch.channels_last)
-    row = paired(
+    row = time_pair(
         f"training step, resnet50, batch 2, 640 x 853, {precision}"
         + (", compiled" if half and device != "cpu" else ""),
         REFERENCE,
         stepper("ours", ours, channels_last, half, fused=True),
         stepper("theirs", theirs, pixels, False),
         rounds=3,
-        aim=4 if half else 1.5,
-        least=3 if half else 1.25,
-        note=f"losses of the first two steps equal within {near:g} of themselves: later, rounding changes what is matched",
+        target=4 if half else 1.5,
+        minimum=3 if half else 1.25,
+        note=f"losses of the first two steps equal within {rtol:g} (relative); later, rounding changes the matching",
         device=device,
     )
-    torch.testing.assert_close(losses["ours"][:2], losses["theirs"][:2], rtol=near, atol=0)
+    torch.testing.assert_close(losses["ours"][:2], losses["theirs"][:2], rtol=rtol, atol=0)
     return row
 
 
 def labels_of(images: int, device: str) -> list[dict[str, Tensor]]:
-    """Seven objects in each image."""
+    """Draw labels with seven objects per image."""
     generator = torch.Generator().manual_seed(0)
     return [
         {
@@ -86,7 +86,7 @@ def labels_of(images: int, device: str) -> list[dict[str, Tensor]]:
 
 
 def criterion(device: str = "cpu") -> Row:
-    """The loss of all decoder layers and its gradients."""
+    """Time the loss of all decoder layers and its gradients."""
     config = DetrConfig(num_labels=LABELS, auxiliary_loss=True, decoder_layers=LAYERS)
     generator = torch.Generator().manual_seed(0)
     shape = LAYERS, len(OBJECTS), QUERIES
@@ -117,21 +117,21 @@ def criterion(device: str = "cpu") -> Row:
         torch.testing.assert_close(terms[name], value, rtol=1e-5, atol=1e-6, msg=name)
     for gradient, expected in zip(gradients, their_gradients, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
-    return paired(
+    return time_pair(
         f"loss and gradients, {LAYERS} layers, {len(OBJECTS)} images",
         "transformers' ForObjectDetectionLoss",
         ours,
         theirs,
         rounds=15,
-        aim=5,
-        least=3.5,
+        target=5,
+        minimum=3.5,
         note="loss and terms equal to 1e-5, gradients to 1e-4, relative",
         device=device,
     )
 
 
 def training_step_bf16(device: str = "cpu") -> Row:
-    """The step under autocast, which only pays where the processor multiplies bfloat16."""
+    """Time the step under autocast, which is faster only if the processor has bfloat16 units."""
     return training_step(device, "bf16")
 
 

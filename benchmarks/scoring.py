@@ -1,11 +1,11 @@
-"""Scoring against the reference evaluators: CPU seconds and peak memory, each in a process of its own.
+"""Compare scoring with the reference evaluators: CPU seconds and peak memory, each in a new process.
 
     OMP_NUM_THREADS=1 python benchmarks/scoring.py [--images 5000 --detections 100]
 
-Boxes and masks: COCO's 12 figures of synthetic predictions, from columns as they are in a table of predictions and from
-dicts for pycocotools. Panoptic: PQ of 100 pairs of maps in the way of panopticapi. Memory is what scoring adds
-to the process after the data are made. A full analysis, with intervals from 1,000 resamples, has a row of its own.
-The figures of both must be equal.
+Boxes and masks: COCO's 12 metrics of synthetic predictions. Ours reads them from the columns of a table of predictions,
+pycocotools from dicts. Panoptic: PQ of 100 pairs of maps, compared with the method of panopticapi. Memory is the
+increase during scoring, after the data are made. A full analysis, with intervals from 1,000 resamples, has its own row.
+The metrics of both must be equal.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pairs import Row, row_of
+from pairs import Row, make_row
 
 SIDE = 640
 CATEGORIES = 80
-FIGURES = ("AP", "AP50", "AP75")
+METRICS = ("AP", "AP50", "AP75")
 
 
 def main() -> None:
-    """Run each case in a process of its own and print the table."""
+    """Run each case in a new process and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--detections", type=int, default=100)
@@ -39,15 +39,15 @@ def main() -> None:
     if options.case:
         print(json.dumps(CASES[options.case](options.images, options.detections)))
         return
-    print("| what | ours, CPU s | reference, CPU s | ratio | ours, MiB | reference, MiB |", flush=True)
+    print("| case | ours, CPU s | reference, CPU s | ratio | ours, MiB | reference, MiB |", flush=True)
     print("|---|---|---|---|---|---|")
-    for what, ours, reference, images, detections in (
+    for case, ours, reference, images, detections in (
         ("boxes", "boxes", "pycocotools boxes", options.images, options.detections),
         ("masks", "masks", "pycocotools masks", max(options.images // 10, 1), options.detections),
         ("panoptic", "panoptic", "panoptic reference", 100, 0),
         ("analysis", "analysis", None, options.images, options.detections),
     ):
-        name = f"{what}, {images} images" + (f" x {detections}" if detections else "")
+        name = f"{case}, {images} images" + (f" x {detections}" if detections else "")
         if reference is None:
             first = _run(ours, images, detections)
             print(f"| {name} | {first['cpu_s']:.2f} | | | {first['memory_mib']:.0f} | |", flush=True)
@@ -61,34 +61,34 @@ def main() -> None:
 
 
 def boxes() -> Row:
-    """COCO's figures of boxes, for the table that `bench.py` prints."""
-    return _row("boxes", 5000, aim=64, least=50)
+    """Measure COCO metrics of boxes, for the table of `bench.py`."""
+    return _row("boxes", 5000, target=64, minimum=50)
 
 
 def masks() -> Row:
-    """The same of masks."""
-    return _row("masks", 5000, aim=30, least=20)
+    """Measure COCO metrics of masks, for the table of `bench.py`."""
+    return _row("masks", 5000, target=30, minimum=20)
 
 
 ROWS = {"map_boxes": boxes, "map_masks": masks}
 
 
-def _row(case: str, images: int, aim: float, least: float) -> Row:
+def _row(case: str, images: int, target: float, minimum: float) -> Row:
     ours, theirs = _both(case, f"pycocotools {case}", images, 100)
-    return row_of(
+    return make_row(
         f"mAP of {case}, {images} images of 100 detections, with loading",
         "pycocotools",
         [ours["cpu_s"]],
         [theirs["cpu_s"]],
-        aim=aim,
-        least=least,
-        note="figures equal to 1e-9; each in a process of its own",
+        target=target,
+        minimum=minimum,
+        note="metrics equal within 1e-9; each in a new process",
     )
 
 
 def _both(ours: str, reference: str, images: int, detections: int) -> tuple[dict[str, Any], dict[str, Any]]:
     first, second = (_run(case, images, detections) for case in (ours, reference))
-    assert np.allclose(first["figures"], second["figures"], atol=1e-9, rtol=0), (first, second)
+    assert np.allclose(first["metrics"], second["metrics"], atol=1e-9, rtol=0), (first, second)
     return first, second
 
 
@@ -109,17 +109,17 @@ def _run(case: str, images: int, detections: int) -> dict[str, Any]:
 
 
 def _measure(score: Callable[[], Any]) -> dict[str, Any]:
-    """CPU seconds of the process, all threads, and what its peak grows by."""
+    """Measure the CPU seconds of the process, all threads, and the growth of its peak memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
-    figures = [float(value) for value in score()]
+    metrics = [float(value) for value in score()]
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"cpu_s": seconds, "memory_mib": (peak - before) / 1024, "figures": figures}
+    return {"cpu_s": seconds, "memory_mib": (peak - before) / 1024, "metrics": metrics}
 
 
 def _columns(images: int, detections: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Objects (7.4 an image, a hundredth of them crowds) and detections, a third of them near an object."""
+    """Draw 1 + Poisson(7.4) objects per image, 1 % of them crowds, and detections, 30 % of them near an object."""
     rng = np.random.default_rng(0)
     share = 1 / np.arange(1, CATEGORIES + 1)
 
@@ -131,7 +131,7 @@ def _columns(images: int, detections: int) -> tuple[dict[str, np.ndarray], dict[
         return rng.choice(np.arange(1, CATEGORIES + 1), count, p=share / share.sum())
 
     counts = rng.poisson(7.4, images) + 1
-    total, found = int(counts.sum()), images * detections
+    total, total_detections = int(counts.sum()), images * detections
     objects = {
         "image_id": np.repeat(np.arange(images), counts),
         "category_id": categories(total),
@@ -139,16 +139,18 @@ def _columns(images: int, detections: int) -> tuple[dict[str, np.ndarray], dict[
         "iscrowd": (rng.random(total) < 0.01).astype(int),
     }
     image_id = np.repeat(np.arange(images), detections)
-    like = (np.cumsum(counts) - counts)[image_id] + rng.integers(0, 1 << 30, found) % counts[image_id]
-    near = rng.random(found) < 0.3
-    box = np.where(near[:, None], objects["bbox"][like] + rng.normal(0, 6, (found, 4)), boxes(found))
+    draws = rng.integers(0, 1 << 30, total_detections)
+    target = (np.cumsum(counts) - counts)[image_id] + draws % counts[image_id]
+    near = rng.random(total_detections) < 0.3
+    noise = rng.normal(0, 6, (total_detections, 4))
+    box = np.where(near[:, None], objects["bbox"][target] + noise, boxes(total_detections))
     box[:, 2:] = box[:, 2:].clip(1)
-    same = near & (rng.random(found) < 0.85)
-    score = np.where(near, rng.beta(4, 2, found), rng.beta(1, 6, found))
+    same_class = near & (rng.random(total_detections) < 0.85)
+    score = np.where(near, rng.beta(4, 2, total_detections), rng.beta(1, 6, total_detections))
     order = np.lexsort((-score, image_id))
     predicted = {
         "image_id": image_id,
-        "category_id": np.where(same, objects["category_id"][like], categories(found)),
+        "category_id": np.where(same_class, objects["category_id"][target], categories(total_detections)),
         "bbox": box,
         "score": score,
     }
@@ -156,7 +158,7 @@ def _columns(images: int, detections: int) -> tuple[dict[str, np.ndarray], dict[
 
 
 def _rectangle(box: np.ndarray) -> dict[str, Any]:
-    """A mask of two rectangles, as RLE."""
+    """Make a mask of two rectangles as RLE."""
     from pycocotools import mask
 
     x, y, width, height = box
@@ -165,7 +167,7 @@ def _rectangle(box: np.ndarray) -> dict[str, Any]:
     return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
-def _truth(objects: dict[str, np.ndarray], images: int, masks: bool) -> dict[str, Any]:
+def _ground_truth(objects: dict[str, np.ndarray], images: int, masks: bool) -> dict[str, Any]:
     annotations = [
         {
             "id": number + 1,
@@ -185,22 +187,22 @@ def _truth(objects: dict[str, np.ndarray], images: int, masks: bool) -> dict[str
     }
 
 
-def _table(found: dict[str, np.ndarray], images: int, detections: int, masks: bool) -> pa.Table:
+def _table(predicted: dict[str, np.ndarray], images: int, detections: int, masks: bool) -> pa.Table:
     from raydetr.prediction.predictions import PREDICTION_SCHEMA
 
-    offsets = pa.array(np.arange(0, len(found["score"]) + 1, detections, dtype=np.int32))
+    offsets = pa.array(np.arange(0, len(predicted["score"]) + 1, detections, dtype=np.int32))
 
     def lists(values: pa.Array) -> pa.Array:
         return pa.ListArray.from_arrays(offsets, values)
 
-    boxes = pa.FixedSizeListArray.from_arrays(pa.array(found["bbox"].ravel(), pa.float32()), 4)
-    rles = [_rectangle(box)["counts"].encode() for box in found["bbox"]] if masks else None
+    boxes = pa.FixedSizeListArray.from_arrays(pa.array(predicted["bbox"].ravel(), pa.float32()), 4)
+    rles = [_rectangle(box)["counts"].encode() for box in predicted["bbox"]] if masks else None
     columns = {
         "image_id": pa.array(np.arange(images)),
         "height": pa.array(np.full(images, SIDE)),
         "width": pa.array(np.full(images, SIDE)),
-        "category_id": lists(pa.array(found["category_id"])),
-        "score": lists(pa.array(found["score"], pa.float32())),
+        "category_id": lists(pa.array(predicted["category_id"])),
+        "score": lists(pa.array(predicted["score"], pa.float32())),
         "bbox": lists(boxes),
         "mask": pa.nulls(images) if rles is None else lists(pa.array(rles, pa.binary())),
         "panoptic": pa.nulls(images),
@@ -211,15 +213,16 @@ def _table(found: dict[str, np.ndarray], images: int, detections: int, masks: bo
 
 
 def _ours(images: int, detections: int, masks: bool = False) -> dict[str, Any]:
-    from raydetr.evaluation.figures import evaluate_predictions, figures_of
+    from raydetr.evaluation.figures import evaluate_predictions, summarize_metrics
 
-    objects, found = _columns(images, detections)
-    truth, table = _truth(objects, images, masks), _table(found, images, detections, masks)
+    objects, predicted = _columns(images, detections)
+    ground_truth = _ground_truth(objects, images, masks)
+    table = _table(predicted, images, detections, masks)
     prefix = "mask_" if masks else ""
 
     def score() -> list[float]:
-        figures = figures_of(evaluate_predictions(truth, table))
-        return [figures[prefix + name] for name in FIGURES]
+        metrics = summarize_metrics(evaluate_predictions(ground_truth, table))
+        return [metrics[prefix + name] for name in METRICS]
 
     return _measure(score)
 
@@ -228,13 +231,14 @@ def _pycocotools(images: int, detections: int, iou_types: tuple[str, ...] = ("bb
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    objects, found = _columns(images, detections)
+    objects, predicted = _columns(images, detections)
     masks = "segm" in iou_types
-    truth = _truth(objects, images, masks)
-    # What a table keeps are float32.
-    boxes, scores = found["bbox"].astype(np.float32).tolist(), found["score"].astype(np.float32).tolist()
-    rows = list(zip(found["image_id"].tolist(), found["category_id"].tolist(), boxes, scores))
-    rles = [_rectangle(box) for box in found["bbox"]] if masks else []
+    ground_truth = _ground_truth(objects, images, masks)
+    # Rounded to float32, the type of the table of predictions.
+    boxes = predicted["bbox"].astype(np.float32).tolist()
+    scores = predicted["score"].astype(np.float32).tolist()
+    rows = list(zip(predicted["image_id"].tolist(), predicted["category_id"].tolist(), boxes, scores))
+    rles = [_rectangle(box) for box in predicted["bbox"]] if masks else []
 
     def score() -> list[float]:
         for iou_type in iou_types:
@@ -246,7 +250,7 @@ def _pycocotools(images: int, detections: int, iou_types: tuple[str, ...] = ("bb
                     for result, rle in zip(results, rles, strict=True)
                 ]
             coco = COCO()
-            coco.dataset = truth
+            coco.dataset = ground_truth
             coco.createIndex()
             evaluation = COCOeval(coco, coco.loadRes(results), iou_type)
             evaluation.evaluate()
@@ -259,26 +263,26 @@ def _pycocotools(images: int, detections: int, iou_types: tuple[str, ...] = ("bb
 
 
 def _analysis(images: int, detections: int) -> dict[str, Any]:
-    from raydetr.evaluation.analysis import analyse
-    from raydetr.evaluation.ground_truth import Truth
+    from raydetr.evaluation.analysis import analyze
+    from raydetr.evaluation.ground_truth import GroundTruth
 
-    objects, found = _columns(images, detections)
-    coco, table = _truth(objects, images, False), _table(found, images, detections, False)
-    truth = Truth(coco["categories"], coco["images"], coco["annotations"])
+    objects, predicted = _columns(images, detections)
+    coco, table = _ground_truth(objects, images, False), _table(predicted, images, detections, False)
+    ground_truth = GroundTruth(coco["categories"], coco["images"], coco["annotations"])
 
     def score() -> list[float]:
-        figures = analyse(truth, table)["figures"]
-        return [figures[name] for name in FIGURES]
+        metrics = analyze(ground_truth, table)["figures"]
+        return [metrics[name] for name in METRICS]
 
     return _measure(score)
 
 
 def _maps(images: int) -> tuple[dict[int, Any], dict[int, Any], list[dict[str, Any]]]:
-    """Maps of rectangles at COCO's size, some 12 segments each, and predictions near them."""
+    """Draw maps of rectangles at COCO's size, about 12 segments each, and shift them to get predictions."""
     from detr.image_processing.panoptic_png import write_panoptic_png
 
     rng = np.random.default_rng(0)
-    truth, found = {}, {}
+    ground_truth, predictions = {}, {}
     for image in range(images):
         ids = np.zeros((480, SIDE), np.int64)
         for segment in rng.integers(1, 2**24, 15).tolist():
@@ -289,22 +293,23 @@ def _maps(images: int) -> tuple[dict[int, Any], dict[int, Any], list[dict[str, A
             {"id": i, "category_id": c, "area": int((ids == i).sum()), "iscrowd": 0}
             for i, c in category.items()
         ]
-        truth[image] = write_panoptic_png(ids), segments
-        moved = np.roll(ids, rng.integers(-8, 9, 2), (0, 1))
-        found[image] = write_panoptic_png(moved), {int(i): category[int(i)] for i in np.unique(moved) if i}
+        ground_truth[image] = write_panoptic_png(ids), segments
+        shifted = np.roll(ids, rng.integers(-8, 9, 2), (0, 1))
+        category_of = {int(i): category[int(i)] for i in np.unique(shifted) if i}
+        predictions[image] = write_panoptic_png(shifted), category_of
     categories = [{"id": i, "name": str(i), "isthing": i % 2} for i in range(1, CATEGORIES + 1)]
-    return truth, found, categories
+    return ground_truth, predictions, categories
 
 
 def _panoptic(images: int, _: int) -> dict[str, Any]:
-    from raydetr.evaluation.panoptic_quality import count_maps, panoptic_figures
+    from raydetr.evaluation.panoptic_quality import count_maps, panoptic_metrics
 
-    truth, found, categories = _maps(images)
+    ground_truth, predictions, categories = _maps(images)
     names = ("PQ", "SQ", "RQ")
 
     def score() -> list[float]:
-        figures = panoptic_figures(count_maps(truth, found, categories))
-        return [figures[name] for name in names]
+        metrics = panoptic_metrics(count_maps(ground_truth, predictions, categories))
+        return [metrics[name] for name in names]
 
     return _measure(score)
 
@@ -312,8 +317,8 @@ def _panoptic(images: int, _: int) -> dict[str, Any]:
 def _panoptic_reference(images: int, _: int) -> dict[str, Any]:
     from panopticapi_way import panoptic_quality
 
-    truth, found, categories = _maps(images)
-    return _measure(lambda: panoptic_quality(truth, found, categories))
+    ground_truth, predictions, categories = _maps(images)
+    return _measure(lambda: panoptic_quality(ground_truth, predictions, categories))
 
 
 CASES: dict[str, Callable[[int, int], dict[str, Any]]] = {
@@ -322,7 +327,7 @@ CASES: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "panoptic": _panoptic,
     "analysis": _analysis,
     "pycocotools boxes": _pycocotools,
-    # Ours scores boxes beside masks, so that the reference does too.
+    # Ours scores boxes along with masks, so the reference does too.
     "pycocotools masks": lambda images, detections: _pycocotools(images, detections, ("bbox", "segm")),
     "panoptic reference": _panoptic_reference,
 }

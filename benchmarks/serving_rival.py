@@ -1,4 +1,4 @@
-"""What a user would write without a platform: FastAPI and transformers, one image per request, on all cores.
+"""A minimal endpoint for comparison: FastAPI and transformers, one image per request, on all cores.
 
 python benchmarks/serving_rival.py FOLDER PORT
 """
@@ -15,23 +15,23 @@ from PIL import Image
 
 api = FastAPI()
 _ONE_AT_A_TIME = threading.Lock()
-"""On all cores at once images are answered faster than several that share them."""
+"""One image on all cores at a time is faster than concurrent images that share the cores."""
 
 
 @api.post("/v1/detect")
 def detect(data: bytes = Body(media_type="application/octet-stream")) -> list[dict]:
-    """Detections of one image."""
+    """Detect the objects in one image."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     with _ONE_AT_A_TIME, torch.inference_mode():
         inputs = api.state.processor(images=image, return_tensors="pt")
         outputs = api.state.model(**inputs)
-    (found,) = api.state.processor.post_process_object_detection(
+    (detections,) = api.state.processor.post_process_object_detection(
         outputs, threshold=0.5, target_sizes=[(image.height, image.width)]
     )
     names = api.state.model.config.id2label
     return [
         {"score": score, "label": names[label], "box": box}
-        for score, label, box in zip(*(found[name].tolist() for name in ("scores", "labels", "boxes")))
+        for score, label, box in zip(*(detections[name].tolist() for name in ("scores", "labels", "boxes")))
     ]
 
 

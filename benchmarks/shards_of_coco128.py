@@ -1,4 +1,4 @@
-"""Shards for the benchmarks: coco128's records over and over, under ids of their own."""
+"""Shards for the benchmarks: the records of coco128, repeated with unique ids."""
 
 import io
 import json
@@ -22,18 +22,18 @@ RECORDS_PER_SHARD = 512
 
 
 def coco128_shards(root: str, num_images: int, side: int | None = None) -> Manifest:
-    """A folder of shards with `num_images` records, made once; `side` bounds their longer side in pixels."""
+    """Make a folder of shards with `num_images` records, once; `side` is the images' longer side in pixels."""
     folder = os.path.join(root, f"coco128-{num_images}" + (f"-{side}" if side else ""))
     if not storage.exists(storage.join(folder, MANIFEST)):
         index = Index()
         file = read_coco(str(SOURCE / "annotations" / "instances_train2017.json"), index)
         index.join_files()
         category_ids = frozenset(category["id"] for category in file.categories)
-        made = [_record(entry, category_ids, side) for entry in index.entries()]
+        originals = [_record(entry, category_ids, side) for entry in index.entries()]
 
         def records(start: int) -> Iterator[dict[str, Any]]:
             for number in range(start, min(start + RECORDS_PER_SHARD, num_images)):
-                yield {**made[number % len(made)], "image_id": number}
+                yield {**originals[number % len(originals)], "image_id": number}
 
         summaries: list[ShardSummary] = []
         for number, start in enumerate(range(0, num_images, RECORDS_PER_SHARD)):

@@ -1,9 +1,10 @@
-"""The stream's memory: through a small object store, and with ever larger data sets.
+"""Measure the memory of the stream with small object stores and with growing data sets.
 
     python benchmarks/stream_memory.py
 
-First a stream of nearly four times the object store: is anything spilled to disk? Then 80,000 small images, from a data set
-of 5,000 over and over, of 20,000 and of 80,000: the most that any process, and the object store, has.
+The first table streams nearly four times the size of the object store and shows how much is spilled to disk. The second
+streams 80,000 small images from data sets of 5,000 (repeatedly), 20,000 and 80,000 images and shows the peak memory of
+each kind of process and of the object store.
 """
 
 import os
@@ -52,7 +53,7 @@ def main() -> None:
 def _stream(
     manifest: Manifest, images: int, augmentation: AugmentSpec, store: int, cpus: int
 ) -> dict[str, float]:
-    """Stream so many images through a store of so many MiB; figures of it, memory in MiB."""
+    """Stream `images` images through an object store of `store` MiB; return measurements, memory in MiB."""
     spec = PlanSpec(seed=0, micro_batch_size=2, micro_batches=4, augmentation=augmentation)
     ray.init(address="local", num_cpus=cpus, object_store_memory=store * 2**20, log_to_driver=False)
     job = ray_stream.Stream(
@@ -61,19 +62,19 @@ def _stream(
         last_step=images // 8,
         first_step=lambda: 0,
     )
-    begin = time.perf_counter()
+    start = time.perf_counter()
     peaks = {"driver": 0.0, "worker": 0.0, "coordinator": 0.0, "store": 0.0}
-    gigabytes, looked = 0.0, begin
+    gigabytes, last_sample = 0.0, start
     (split,) = ray_stream.dataset(job, 1, 0).streaming_split(1, equal=False)
     for batches in ray_stream.steps(split, 2, 4):
         gigabytes += (
             sum(image.nbytes for batch in batches for image in batch.images if image is not None) / 1e9
         )
-        if time.perf_counter() - looked > 0.1:
+        if time.perf_counter() - last_sample > 0.1:
             peaks = {name: max(peaks[name], now) for name, now in _memory().items()}
-            looked = time.perf_counter()
+            last_sample = time.perf_counter()
     spilled = re.search(r"Spilled (\d+) MiB", memory_summary(stats_only=True))
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     ray.shutdown()
     return {
         **peaks,
@@ -85,19 +86,19 @@ def _stream(
 
 
 def _memory() -> dict[str, float]:
-    """MiB that the processes have for themselves, and that are in the object store."""
+    """Return the private MiB of the largest process of each kind, and the MiB in the object store."""
     used = re.search(r"Plasma memory usage (\d+) MiB", memory_summary(stats_only=True))
-    found = {"driver": _own(psutil.Process(os.getpid())), "worker": 0.0, "coordinator": 0.0}
+    memory = {"driver": _private_mib(psutil.Process(os.getpid())), "worker": 0.0, "coordinator": 0.0}
     for process in psutil.Process().children(recursive=True):
         command = " ".join(process.cmdline())
         if "ray::" in command:
             kind = "coordinator" if "SplitCoordinator" in command else "worker"
-            found[kind] = max(found[kind], _own(process))
-    return {**found, "store": float(used[1]) if used else 0.0}
+            memory[kind] = max(memory[kind], _private_mib(process))
+    return {**memory, "store": float(used[1]) if used else 0.0}
 
 
-def _own(process: psutil.Process) -> float:
-    """What a process maps of the object store is not counted."""
+def _private_mib(process: psutil.Process) -> float:
+    """Return the resident memory of a process without shared pages, such as those of the object store."""
     info = process.memory_info()
     return (info.rss - info.shared) / 2**20
 

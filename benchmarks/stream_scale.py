@@ -1,9 +1,9 @@
-"""The real stream over a billion records in a million shards with generated pixels: start, resume, memory.
+"""Stream a billion records in a million shards with generated pixels; measure start, resume and memory.
 
     python benchmarks/stream_scale.py [--shards 1000000] [--steps 5000]
 
-Prints seconds to the first batch at step 0 and at a random step, and the memory of the driver (which consumes), of
-the largest data worker and of the split's coordinator along the steps.
+Prints the seconds to the first batch at step 0 and at a random step. During the run it prints the memory of the driver
+(which consumes the batches), of the largest data worker and of the split coordinator.
 """
 
 import argparse
@@ -30,19 +30,19 @@ SIZES = ((48, 64), (64, 48), (56, 56))
 
 @dataclass(frozen=True, eq=False)
 class Generated:
-    """Records that are made when they are read."""
+    """A source of records that are generated on read."""
 
     images: tuple[bytes, ...]
     labels: dict[int, int]
 
     def sizes(self, window: Window) -> Sizes:
-        """Ids count the records; sizes go round."""
+        """Return consecutive ids and cyclic sizes."""
         numbers = window.shard * RECORDS + window.row_groups[0] * 32 + np.arange(window.size)
         heights, widths = np.array(SIZES)[numbers % len(SIZES)].T
         return Sizes(numbers, heights, widths)
 
     def records(self, window: Window, columns: Sequence[str] = ()) -> pa.Table:
-        """One object in each image."""
+        """Return records with one object per image."""
         sizes = self.sizes(window)
         rows = [
             {
@@ -85,7 +85,7 @@ _SCHEMA = pa.schema(
 
 
 def main() -> None:
-    """Print what is measured."""
+    """Print the measurements."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shards", type=int, default=1_000_000)
     parser.add_argument("--steps", type=int, default=5000)
@@ -102,19 +102,19 @@ def main() -> None:
     source = Generated(tuple(_jpeg(*size) for size in SIZES), {1: 0})
     cluster.connect(2)
     print(
-        f"{arguments.shards * RECORDS:,} records, {plan.steps_per_epoch:,} steps an epoch, {arguments.steps} run"
+        f"{arguments.shards * RECORDS:,} records, {plan.steps_per_epoch:,} steps per epoch, {arguments.steps} run"
     )
-    anywhere = random.Random(0).randrange(plan.steps_per_epoch)
-    for first, steps in ((0, arguments.steps), (anywhere, 50)):
-        begin = time.perf_counter()
+    random_step = random.Random(0).randrange(plan.steps_per_epoch)
+    for first, steps in ((0, arguments.steps), (random_step, 50)):
+        start = time.perf_counter()
         job = ray_stream.Stream(source=source, plan=plan, last_step=first + steps, first_step=lambda: 0)
         (split,) = ray_stream.dataset(job, 1, first).streaming_split(1, equal=False)
         for number, batches in enumerate(ray_stream.steps(split, spec.micro_batch_size, spec.micro_batches)):
             assert batches[0].step == first + number
             if number == 0:
-                print(f"first batch of step {first:,} after {time.perf_counter() - begin:.1f} s", flush=True)
+                print(f"first batch of step {first:,} after {time.perf_counter() - start:.1f} s", flush=True)
             if steps > 50 and (number % (steps // 5) == steps // 10):
-                print(f"step {number}: {_memory()}, {time.perf_counter() - begin:.0f} s", flush=True)
+                print(f"step {number}: {_memory()}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def _memory() -> str:
@@ -124,7 +124,7 @@ def _memory() -> str:
         name = " ".join(process.cmdline())
         kind = "coordinator" if "SplitCoordinator" in name else "data worker" if "ray::" in name else ""
         if kind:
-            # What is shared lies in the object store.
+            # Shared pages are those of the object store.
             info = process.memory_info()
             workers[kind] = max(workers.get(kind, 0.0), (info.rss - info.shared) / 2**20)
     return ", ".join(f"{kind} {size:.0f} MiB" for kind, size in workers.items())

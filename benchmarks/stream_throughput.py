@@ -1,10 +1,10 @@
-"""Images per CPU second of the stream, all processes counted, against the same functions in a plain loop.
+"""Compare the images per CPU second of the stream, over all processes, with the same functions in a plain loop.
 
     python benchmarks/stream_throughput.py [--rounds 3] [--images 2000] [--json FILE]
 
-The loop reads, decodes, augments and packs in one thread and unpacks as a worker does. The stream does the same
-through Ray Data and a streaming split, as Ray Train's workers get it; its rate is that of the steady state: between
-the first quarter of the images and the last. Rounds alternate between the two.
+The loop reads, decodes, augments and packs in one thread, and unpacks as a worker does. The stream does the same
+through Ray Data and a streaming split, as for Ray Train's workers. The rate is that of the steady state: after the
+first quarter of the images, up to 95 % of them. Rounds alternate.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 import torch
-from pairs import row_of
+from pairs import make_row
 from PIL import Image, ImageOps
 from shards_of_coco128 import SOURCE, coco128_shards
 from transformers import DetrImageProcessor
@@ -75,21 +75,21 @@ def main() -> None:
     for other in ("loop", "DataLoader"):
         print(f"stream ÷ {other}, images per CPU second: {medians['stream'] / medians[other]:.2f}")
     if arguments.json:
-        row = row_of(
-            "an image of the training stream, all processes counted",
+        row = make_row(
+            "an image of the training stream, over all processes",
             "a plain loop of the same functions",
             [1 / each[0] for each in rates["stream"]],
             [1 / each[0] for each in rates["loop"]],
-            aim=0.85,
-            least=0.6,
+            target=0.85,
+            minimum=0.6,
         )
         arguments.json.write_text(json.dumps(asdict(row)), encoding="utf-8")
 
 
 def _measure(images: Iterator[int], total: int, alone: bool) -> tuple[float, float, float]:
-    """Images per CPU second and per second after the first quarter, and seconds to the first batch.
+    """Measure images per CPU second and per second after the first quarter, and seconds to the first batch.
 
-    ``alone`` counts this process only: Ray's are there too, and have no part in the loop.
+    ``alone`` counts only this process, for the loop: Ray's processes are running but take no part in it.
     """
     begin = time.perf_counter()
     first = count = 0.0
@@ -114,7 +114,7 @@ def _measure(images: Iterator[int], total: int, alone: bool) -> tuple[float, flo
 
 
 def _cpu_seconds(alone: bool) -> dict[int, float]:
-    """Of this process and all below it, Ray's daemons and workers: process id → seconds."""
+    """Return process id → CPU seconds of this process and its descendants, Ray's daemons and workers."""
     own = psutil.Process()
     used = {}
     for process in [own, *([] if alone else own.children(recursive=True))]:
@@ -140,7 +140,7 @@ def _loop(source: ray_stream.Stream) -> Iterator[int]:
 
 
 def _data_loader(source: ray_stream.Stream, workers: int) -> Iterator[int]:
-    """What one would write with transformers: the same images in the same order, flipped, resized and padded."""
+    """Yield batches of a DataLoader with transformers: same images and order, flipped, resized and padded."""
     plan, files = source.plan, sorted((SOURCE / "train2017").iterdir())
     batches = [
         [slot.image_id for slot in batch.slots]
@@ -163,7 +163,7 @@ class _Files(torch.utils.data.Dataset[Path]):
 
 
 class _Collate:
-    """Decode, flip and resize as the recipe without its crop; normalise and pad as DetrImageProcessor does."""
+    """Decode, flip and resize as the recipe does without its crop; normalize and pad as DetrImageProcessor does."""
 
     def __init__(self) -> None:
         self.processor = DetrImageProcessor()

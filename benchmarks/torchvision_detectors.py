@@ -1,7 +1,7 @@
-"""torchvision's Faster R-CNN and FCOS with a feature pyramid, behind the call of a DETR model.
+"""torchvision's Faster R-CNN and FCOS with a feature pyramid, with the interface of a DETR model.
 
-What `learning.py` and the speed rows compare the multi-scale architecture with. The backbone is `detr`'s own,
-with the same weights and frozen parts; the rest is torchvision's, with its losses, samplers and suppression.
+`learning.py` and the speed rows compare the multi-scale architecture with these. The backbone is that of `detr`, with
+the same weights and frozen parts. The rest is torchvision's, with its losses, samplers and non-maximum suppression.
 """
 
 from collections.abc import Sequence
@@ -20,27 +20,27 @@ from detr import DetrConfig
 from detr.model.backbone import Backbone
 
 _SMALLEST_BOX = 0.5
-"""Pixels: of a side of a box that is trained on. torchvision refuses boxes without area."""
+"""Minimum side of a training box in pixels; torchvision rejects boxes without area."""
 
 
 @dataclass(frozen=True)
 class TrainingOutput:
-    """As of a DETR model: the sum, float [], and its terms by name."""
+    """Loss as in a DETR model's output: the sum, float [], and its terms by name."""
 
     loss: Tensor
     loss_dict: dict[str, Tensor]
 
 
 class Pyramid(nn.Module):
-    """A backbone and the feature pyramid on it: float [B, 3, H, W] to maps of `out_channels`, by name.
+    """A backbone with a feature pyramid: float [B, 3, H, W] to maps with `out_channels` channels, by name.
 
     Args:
-        config: of the backbone.
+        config: configuration of the backbone.
         width: channels of every map.
-        coarser: what makes maps of further strides.
+        coarser: block that adds maps of larger strides.
 
     Attributes:
-        strides: of the backbone's maps, finest first.
+        strides: strides of the backbone's maps, finest first.
     """
 
     def __init__(self, config: DetrConfig, width: int, coarser: ExtraFPNBlock) -> None:
@@ -56,17 +56,17 @@ class Pyramid(nn.Module):
 
 
 class TorchvisionDetector(nn.Module):
-    """A detector of torchvision that takes normalized pixels and labels as a DETR model does.
+    """A torchvision detector that takes normalized pixels and labels like a DETR model.
 
     Args:
         kind: "faster-rcnn" or "fcos".
-        config: of the backbone, and the number of classes.
-        edge: shorter side of test images in pixels. Faster R-CNN's anchors have the proportion to it that
-            torchvision's have to its 800 pixels.
+        config: configuration of the backbone, with the number of classes.
+        edge: shorter side of test images in pixels. Faster R-CNN's anchors are scaled to it as torchvision's are to
+            800 pixels.
         width: channels of the pyramid.
 
     Raises:
-        ValueError: another kind.
+        ValueError: unknown kind.
     """
 
     def __init__(self, kind: str, config: DetrConfig, edge: int, width: int = 128) -> None:
@@ -80,9 +80,9 @@ class TorchvisionDetector(nn.Module):
             self.detector = _fcos(body, config.num_labels)
         else:
             raise ValueError(f"kind is {kind!r}: expected 'faster-rcnn' or 'fcos'")
-        # Faster R-CNN has a class 0, "background".
+        # Class 0 of Faster R-CNN is "background".
         self.first_label = 1 if kind == "faster-rcnn" else 0
-        self.detector.transform = _AsGiven(edge, edge, [0.0], [1.0])
+        self.detector.transform = _BatchOnly(edge, edge, [0.0], [1.0])
 
     def forward(
         self,
@@ -90,11 +90,11 @@ class TorchvisionDetector(nn.Module):
         pixel_mask: Tensor | None = None,
         labels: Sequence[dict[str, Tensor]] | None = None,
     ) -> TrainingOutput | list[dict[str, Tensor]]:
-        """Compute the loss where labels are given, else detect.
+        """Compute the losses if labels are given, else detect.
 
         Args:
             pixel_values: float [B, 3, H, W], normalized.
-            pixel_mask: [B, H, W], not 0 on real pixels; None where there is no padding.
+            pixel_mask: [B, H, W], nonzero on real pixels; None: no padding.
             labels: as for `DetrForObjectDetection`.
 
         Returns:
@@ -107,14 +107,14 @@ class TorchvisionDetector(nn.Module):
             sizes = zip(real[:, :, 0].sum(1).tolist(), real[:, 0].sum(1).tolist(), strict=True)
             images = [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
         if labels is None:
-            found = self.detector(images)
-            return [{**each, "labels": each["labels"] - self.first_label} for each in found]
+            detections = self.detector(images)
+            return [{**each, "labels": each["labels"] - self.first_label} for each in detections]
         targets = [self._target(image, label) for image, label in zip(images, labels, strict=True)]
         terms = self.detector(images, targets)
         return TrainingOutput(torch.stack(list(terms.values())).sum(), terms)
 
     def _target(self, image: Tensor, label: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Labels of an image in torchvision's form: corners in pixels."""
+        """Convert the labels of an image to torchvision's format: corners in pixels."""
         height, width = image.shape[1:]
         boxes_cxcywh = label["boxes"].float() * label["boxes"].new_tensor([width, height] * 2).float()
         center, half = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
@@ -123,8 +123,8 @@ class TorchvisionDetector(nn.Module):
         return {"boxes": boxes[large], "labels": label["class_labels"][large] + self.first_label}
 
 
-class _AsGiven(GeneralizedRCNNTransform):
-    """Batch images that are resized and normalized already."""
+class _BatchOnly(GeneralizedRCNNTransform):
+    """Batch images that are already resized and normalized."""
 
     def normalize(self, image: Tensor) -> Tensor:
         return image
@@ -134,7 +134,7 @@ class _AsGiven(GeneralizedRCNNTransform):
 
 
 def _faster_rcnn(body: Pyramid, classes: int, edge: int) -> FasterRCNN:
-    """With fewer proposals than torchvision's 2,000 and 1,000, which small images do not need."""
+    """Build Faster R-CNN with fewer proposals than torchvision's 2,000 and 1,000, which small images do not need."""
     maps = len(body.strides)
     sizes = tuple((edge * 2**level // 24,) for level in range(maps + 1))
     return FasterRCNN(
@@ -151,7 +151,7 @@ def _faster_rcnn(body: Pyramid, classes: int, edge: int) -> FasterRCNN:
 
 
 def _fcos(body: Pyramid, classes: int) -> FCOS:
-    """With anchors of the strides' sizes, as torchvision requires, and the paper's score threshold, 0.05."""
+    """Build FCOS with anchors the size of the strides, as torchvision requires, and the paper's threshold, 0.05."""
     coarsest = body.strides[-1]
     sizes = tuple((stride,) for stride in (*body.strides, 2 * coarsest, 4 * coarsest))
     anchors = AnchorGenerator(sizes, ((1.0,),) * len(sizes))

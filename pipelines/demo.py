@@ -1,9 +1,9 @@
-"""The whole path on one machine: generate, ingest, train, evaluate, promote, serve, ask, draw.
+"""Run all stages on one machine with generated scenes: generate, ingest, train, evaluate, promote, serve, draw.
 
 On one machine:  make demo   (or: python pipelines/demo.py)
 Tiny:            python pipelines/demo.py --steps 20 --output runs/tiny-demo
 
-It leaves summary.json, loss.png, predictions.png and answer.png in --output, and the model raydetr-demo.
+It writes summary.json, loss.png, predictions.png and answer.png to --output, and registers the model raydetr-demo.
 """
 
 import shlex
@@ -32,14 +32,14 @@ from raydetr.training.trainer import train
 
 
 def main(config: DemoConfig) -> dict[str, Any]:
-    """Every stage once; the summary says how long each took and what came of it."""
+    """Run every stage once; return a summary of the times and results."""
     output, uri, clock = storage.absolute(config.output), tracking.resolve_uri(""), Clock()
     recipe = replace(RECIPES["scenes"], output=f"{output}/train", name=NAME, experiment="demo")
     training = replace(recipe, seed=config.seed, steps=config.steps or recipe.steps)
     with tracking.connecting(uri):
         cluster.connect(training.workers + training.data_cpus)
     clock.stage("generate and ingest")
-    _, val_data = embedded("train"), embedded("val")  # of other seeds: no scene is in both
+    _, val_data = embedded("train"), embedded("val")  # different seeds: no scene is in both
     clock.stage("train")
     trained = train(training)
     clock.stage("evaluate")
@@ -54,10 +54,10 @@ def main(config: DemoConfig) -> dict[str, Any]:
     with endpoint(application(champion), "127.0.0.1", config.port) as url, Client(url) as client:
         answer = asdict(client.detect(image, threshold=0.0))
     clock.stage("draw")
-    own = ObjectDetector.from_pretrained(champion.folder).detect_image(image)
+    expected = ObjectDetector.from_pretrained(champion.folder).detect_image(image)
     run_pictures.loss_curve(tracking.metric_history(uri, trained["run_id"], "loss"), f"{output}/loss.png")
-    found = coco_results(read_predictions(scored["predictions"]))
-    run_pictures.sheet(Manifest.load(val_data), found, f"{output}/predictions.png")
+    detections = coco_results(read_predictions(scored["predictions"]))
+    run_pictures.contact_sheet(Manifest.load(val_data), detections, f"{output}/predictions.png")
     run_pictures.answer(image, answer["detections"], f"{output}/answer.png")
     clock.stop()
     summary = {
@@ -67,7 +67,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
         "images_per_second": trained["images_per_second"],
         "model_version": champion.address,
         "promoted": promoted["promoted"],
-        "answer_differs_from_model_by": run_pictures.difference(answer["detections"], own),
+        "answer_differs_from_model_by": run_pictures.difference(answer["detections"], expected),
         "seconds": clock.seconds,
         "total_seconds": round(sum(clock.seconds.values()), 1),
         "answer": answer,
@@ -79,9 +79,9 @@ def main(config: DemoConfig) -> dict[str, Any]:
     return summary
 
 
-NAME = "raydetr-demo"  # `raydetr`, the default of all other pipelines, is the user's own model
+NAME = "raydetr-demo"  # not `raydetr`, the other pipelines' default, which is for the user's own model
 NEXT = """
-Look at predictions.png, loss.png and answer.png in {0}, and at the evaluation's report {1}
+Results: predictions.png, loss.png and answer.png in {0}, evaluation report {1}
 Serve this model:  {2} pipelines/serve.py --model models:/{name}@champion
 Runs and models:   {2} -m mlflow ui --backend-store-uri {3}
 """

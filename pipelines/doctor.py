@@ -1,13 +1,13 @@
-"""Look whether a training run can work before it costs money: the flags are those of pipelines/train.py.
+"""Check that a training run can work before it costs money; takes the flags of pipelines/train.py.
 
 On a cluster:    ray job submit -- python pipelines/doctor.py --train-data s3://bucket/train --output s3://bucket/runs/1
 On one machine:  python pipelines/doctor.py --train-data shards/train --output runs/mine
-Embedded data:   python pipelines/doctor.py
+Demo scenes:     python pipelines/doctor.py
 Tiny:            python pipelines/doctor.py --overfit-steps 20 --output runs/tiny
 
-It prints a line for each finding: ok, warn or FAIL, with the remedy. It looks at cluster, versions and code on every
-node, storage, MLflow, data, labels and masks; draws the first batch (OUTPUT/doctor/batch.png); overfits eight images;
-and estimates hours, memory and epochs. Exit status: 0 nothing failed, 2 something did.
+It prints a line per check: ok, warn or FAIL, with the remedy. It checks the cluster, versions and code on every node,
+storage, MLflow, data, labels and masks; draws the first batch (OUTPUT/doctor/batch.png); overfits eight images; and
+estimates hours, memory and epochs. Exit status: 0 no check failed, 2 a check failed.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from raydetr.training.recipes import DEFAULT, RECIPES, require_model_flags
 
 
 def main(config: DoctorConfig, recipe: str = "") -> dict[str, Any]:
-    """Examine; the summary.
+    """Run all checks; return the summary.
 
     Raises:
-        RaydetrError: something failed.
+        RaydetrError: a check failed.
     """
     if recipe:
         require_model_flags(config, recipe)
@@ -37,7 +37,7 @@ def main(config: DoctorConfig, recipe: str = "") -> dict[str, Any]:
         print_summary(summary)
         if config.json:
             write_summary(config.json, summary)
-        raise RaydetrError(f"the run cannot work as it is: {', '.join(summary['failed'])} failed, see above.")
+        raise RaydetrError(f"this run cannot work: {', '.join(summary['failed'])} failed, see above.")
     return summary
 
 

@@ -1,4 +1,4 @@
-"""Make shards of a COCO data set: check every record, report what is wrong, write Parquet and a manifest.
+"""Ingest a COCO data set: check every record, report faults, write Parquet shards and a manifest.
 
 On a cluster, to shared storage:
     ray job submit --working-dir . -- python pipelines/ingest.py \
@@ -8,11 +8,11 @@ On a cluster, to shared storage:
 On one machine:
     python pipelines/ingest.py --annotations my/train.json --images my/images --output runs/data/my-train
 
-The same command again goes on where it was ended; a complete output is left as it is. More forms:
+Rerun the command to resume an interrupted ingest; a complete output is not changed. More options:
     --panoptic-annotations panoptic.json --panoptic-masks panoptic/     with or without --annotations
-    --split 0.8,0.1,0.1 --group-by site         folders train, val and test; no site in two of them
-    --append                               new images into new shards of the output
-    --annotations a.json b.json --images a b    several files, whose ids may be the same
+    --split 0.8,0.1,0.1 --group-by site         write folders train, val and test; no site is in two of them
+    --append                                    add new images to the output, in new shards
+    --annotations a.json b.json --images a b    several files, whose ids may overlap
     --classes classes.json                      merge, rename and drop classes: {"car": "vehicle", "dog": null}
 """
 
@@ -23,19 +23,19 @@ from raydetr.command import require_writable, run
 from raydetr.config import IngestConfig
 from raydetr.data.ingest.console import counts, print_faults, print_progress
 from raydetr.data.ingest.ingest import IngestResult, Options, ingest, ingest_split
-from raydetr.data.ingest.inputs import Addresses
+from raydetr.data.ingest.inputs import InputPaths
 from raydetr.data.ingest.record import Reading
 from raydetr.data.ingest.split import Split
 from raydetr.reports.data_report import write_report
 
 
 def main(config: IngestConfig) -> dict[str, Any]:
-    """Ingest one data set; the summary counts what is in it."""
+    """Ingest one data set; return a summary of its content."""
     start = time.monotonic()
     if config.report:
         require_writable(config.report, "--report")
     panoptic = config.panoptic_annotations, config.panoptic_masks
-    addresses = Addresses.of(
+    addresses = InputPaths.of(
         config.annotations, config.images, *panoptic, config.classes, config.follow_links
     )
     options = Options(
@@ -47,12 +47,12 @@ def main(config: IngestConfig) -> dict[str, Any]:
     if config.split:
         split = Split(config.fractions, config.group_by, config.seed)
         results = ingest_split(addresses, config.output, split, options, progress)
-        parts = {name: summarise(result) for name, result in results.items()}
+        parts = {name: summarize(result) for name, result in results.items()}
         report(config, results["train"])
         return {"output": config.output, **parts, "seconds": round(time.monotonic() - start, 1)}
     result = ingest(addresses, config.output, options, progress)
     seconds = time.monotonic() - start
-    summary = summarise(result)
+    summary = summarize(result)
     report(config, result)
     return {
         **summary,
@@ -63,17 +63,17 @@ def main(config: IngestConfig) -> dict[str, Any]:
 
 
 def report(config: IngestConfig, result: IngestResult) -> None:
-    """Write the data report, where one is asked for."""
+    """Write the data report to --report, if given."""
     if config.report:
         write_report(result.manifest, config.report, config.num_queries)
         print(f"report: {config.report}")
 
 
-def summarise(result: IngestResult) -> dict[str, Any]:
-    """Print the faults of a data set; count what is in it."""
+def summarize(result: IngestResult) -> dict[str, Any]:
+    """Print the faults of a data set; return the counts of its content."""
     manifest = result.manifest
     if not result.written:
-        print(f"{manifest.root} is complete and made from this input: nothing to do.")
+        print(f"{manifest.root} is complete and was made from the same input: nothing to do.")
     print_faults(manifest)
     return counts(manifest) | {"written": result.written, "images skipped": result.num_images_skipped}
 

@@ -1,11 +1,11 @@
-"""Predict a folder or a bucket of images: detections or segments as Parquet and COCO JSON, and pictures.
+"""Predict on a folder or bucket of images: write detections or segments as Parquet and COCO JSON, and draw overlays.
 
 On a cluster:    ray job submit -- python pipelines/predict.py --images s3://bucket/photos --output s3://bucket/out
 On one machine:  python pipelines/predict.py --images photos --output runs/predict --visualize
 By an endpoint:  python pipelines/predict.py --images photos --endpoint http://127.0.0.1:8000
 
-The same command again goes on with an interrupted run. Files that are no images are listed in images.json. An endpoint's
-token is taken from the environment variable RAYDETR_TOKEN, where a process list does not show it.
+Rerun the command to resume an interrupted run. images.json lists files that are not images. The token of an endpoint is
+read from the environment variable RAYDETR_TOKEN, since flags are visible in process lists.
 """
 
 import os
@@ -20,7 +20,7 @@ from raydetr.config import PredictConfig
 from raydetr.lease import Held, lease
 from raydetr.prediction import image_folder
 from raydetr.prediction.actors import ActorOptions
-from raydetr.prediction.pictures import write_pictures
+from raydetr.prediction.pictures import write_overlays
 from raydetr.prediction.predictions import PredictionSettings
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.registry.tracking import resolve_uri
@@ -29,7 +29,7 @@ TOKEN = "RAYDETR_TOKEN"
 
 
 def main(config: PredictConfig) -> dict[str, Any]:
-    """Predict by the endpoint where one is given, else by actors with the model; the summary."""
+    """Predict with the endpoint if one is given, else with model actors; return the summary."""
     uri = "" if config.endpoint else resolve_uri(config.tracking_uri)
     model = None if config.endpoint else resolve(config.model or "models:/raydetr@champion", uri)
     images = image_folder.list_images(config.images)
@@ -40,7 +40,7 @@ def main(config: PredictConfig) -> dict[str, Any]:
 def predict(
     config: PredictConfig, images: image_folder.Images, model: ResolvedModel | None, held: Held
 ) -> dict[str, Any]:
-    """Predict into an output folder whose lease is held."""
+    """Predict into an output folder whose lease this process holds."""
     output = storage.absolute(config.output)
     if model is None:
         source = config.endpoint
@@ -48,8 +48,8 @@ def predict(
             client.health()
 
             def detect(data: bytes) -> list[dict[str, Any]]:
-                found = client.detect(data, 0.0, orientation=config.orientation)
-                return [asdict(each) for each in found.detections]
+                answer = client.detect(data, 0.0, orientation=config.orientation)
+                return [asdict(each) for each in answer.detections]
 
             predictions, labels = image_folder.predict_by_endpoint(images, detect, config.orientation)
     else:
@@ -65,13 +65,13 @@ def predict(
     named = image_folder.with_names(predictions, images)
     held.verify()
     image_folder.write_files(named, labels, output)
-    if hint := image_folder.hint_on_nothing(named, labels, config.threshold):
+    if hint := image_folder.no_detections_hint(named, labels, config.threshold):
         print(f"\n{hint}", flush=True)
     summary = {
         "predicted_by": source,
         "images": len(images.names),
         "unreadable": len(named) - named.column("error").null_count,
-        "objects": image_folder.count_above(named, config.threshold),
+        "objects": image_folder.count_detections(named, config.threshold),
         "best_score": max(
             (each["score"] for each in image_folder.best_scores(named, labels, 1)), default=0.0
         ),
@@ -80,7 +80,7 @@ def predict(
     }
     if config.visualize:
         connect(1)
-        write_pictures(named, images.folder, labels, output, config.threshold, config.orientation)
+        write_overlays(named, images.folder, labels, output, config.threshold, config.orientation)
         summary["pictures"] = storage.join(output, "pictures")
     return summary
 

@@ -1,12 +1,12 @@
-"""Move an alias (champion) to a model version (the challenger) that the gate lets through.
+"""Promote a model version (the challenger): move an alias (champion) to it if the gate passes.
 
 On a cluster:    ray job submit -- python pipelines/promote.py --tracking-uri http://mlflow:5000
 On one machine:  python pipelines/promote.py --model models:/raydetr/3 --margin 0.005 --max-latency-ms 200
 Tiny:            python pipelines/promote.py --allow-contaminated-eval
-Back:            python pipelines/promote.py --undo
+Undo:            python pipelines/promote.py --undo
 
-Both versions need an evaluation on the same data (pipelines/evaluate.py). The embedded validation set also chooses the
-best checkpoint, hence the flag of the tiny call. Exit status: 0 promoted, 3 refused, 2 an error.
+Both versions need an evaluation on the same data (pipelines/evaluate.py). The tiny command needs its flag because the
+embedded validation set also selects the best checkpoint. Exit status: 0 promoted, 3 refused, 2 an error.
 """
 
 from typing import Any
@@ -19,10 +19,10 @@ from raydetr.promotion.promote import promote
 
 
 def main(config: PromoteConfig) -> dict[str, Any]:
-    """Promote or undo; the summary.
+    """Promote or undo; return the summary.
 
     Raises:
-        PromotionRefused: the gate's rules do not hold; the summary is printed and written all the same.
+        PromotionRefused: the gate refused the promotion; the summary is still printed and written.
     """
     if config.report:
         require_writable(storage.absolute(config.report), "--report")
@@ -30,7 +30,7 @@ def main(config: PromoteConfig) -> dict[str, Any]:
     print()
     for rule in summary["rules"]:
         print(
-            f"  {'ok  ' if rule['passed'] else 'FAIL'}  {rule['rule']}: {rule['found']} (asked for: {rule['limit']})"
+            f"  {'ok  ' if rule['passed'] else 'FAIL'}  {rule['rule']}: {rule['found']} (required: {rule['limit']})"
         )
     before = "nothing" if summary["from_version"] == "none" else f"version {summary['from_version']}"
     alias = f"{summary['model']}@{summary['alias']}"
@@ -38,8 +38,8 @@ def main(config: PromoteConfig) -> dict[str, Any]:
         refusal = PromotionRefused(f"{alias} stays at {before}: {summary['reason']}.")
         refusal.summary = summary
         raise refusal
-    would = "would go " if config.dry_run else ""
-    print(f"\n{alias}: {would}from {before} to version {summary['version']}: {summary['reason']}")
+    moved = "would move" if config.dry_run else "moved"
+    print(f"\n{alias} {moved} from {before} to version {summary['version']}: {summary['reason']}")
     return summary
 
 

@@ -1,4 +1,4 @@
-"""Answer POST /v1/detect and /v1/segment with a model, until Ctrl-C or SIGTERM.
+"""Serve a model at POST /v1/detect and /v1/segment until Ctrl-C or SIGTERM.
 
 On a cluster:    ray job submit -- python pipelines/serve.py --device gpu --replicas 4 --host 0.0.0.0 --tokens FILE
 On one machine:  python pipelines/serve.py --model models:/raydetr@champion --port 8000
@@ -19,15 +19,15 @@ from raydetr.config import ServeConfig
 from raydetr.registry.tracking import resolve_uri
 from raydetr.serving.app import endpoint, from_config, require_gpus
 from raydetr.serving.auth import curl_command
-from raydetr.serving.proxy import request_callback
+from raydetr.serving.proxy import set_proxy_callback
 
 
 def main(config: ServeConfig) -> dict[str, Any]:
-    """Serve until a signal comes; the summary."""
+    """Serve until SIGINT or SIGTERM; return the summary."""
     model, app = from_config(config)
-    request_callback()
-    least = config.replicas + config.ingress_replicas
-    connect(cpus=max(config.max_replicas + config.ingress_replicas, least), least=least)
+    set_proxy_callback()
+    minimum = config.replicas + config.ingress_replicas
+    connect(cpus=max(config.max_replicas + config.ingress_replicas, minimum), min_cpus=minimum)
     require_shared(model=resolve_uri(config.tracking_uri) if model.version is not None else config.model)
     require_gpus(config)
     with endpoint(app, config.host, config.port) as url:

@@ -1,10 +1,10 @@
-"""Make a token for a client of the endpoint: its hash goes into the file of tokens, the token itself to the client.
+"""Create a token for a client of the endpoint: add its hash to the token file and write or print the token.
 
 One machine or cluster:  python pipelines/token_file.py --tokens tokens --name alice --token-file alice.token
 Tiny:                    python pipelines/token_file.py --tokens tokens --name alice
 
-A running endpoint (`serve.py --tokens tokens`) lets the client in a second later. To replace a token, make another one of
-that name, hand it out, and remove the old line.
+A running endpoint (`serve.py --tokens tokens`) accepts the token a second later. To replace a token, create another
+one with the same name, give it to the client, and remove the old line.
 """
 
 import os
@@ -17,9 +17,11 @@ from raydetr.serving.auth import add_token
 
 
 def main(config: TokenFileConfig) -> dict[str, Any]:
-    """Add a token; the summary, with the token itself where no file is given for it."""
+    """Add a token; return the summary, with the token itself if --token-file is not given."""
     if config.token_file and os.path.exists(config.token_file):
-        raise ConfigError(f"--token-file {config.token_file} exists: it may hold a token that is in use.")
+        raise ConfigError(
+            f"--token-file {config.token_file} exists and may hold a token that is in use: give a new file."
+        )
     token = add_token(config.tokens, config.name)
     if not config.token_file:
         return {"tokens": config.tokens, "name": config.name, "token": token}

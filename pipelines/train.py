@@ -1,14 +1,14 @@
-"""Train a DETR on shards, log it to MLflow and register the result as challenger.
+"""Train a DETR on shards, log the run to MLflow and register the result as challenger.
 
 On a cluster:    ray job submit -- python pipelines/train.py --train-data s3://bucket/train --output s3://bucket/runs/1
 On one machine:  python pipelines/train.py --train-data shards/train --output runs/mine
-Embedded data:   python pipelines/train.py --recipe scenes
+Demo scenes:     python pipelines/train.py --recipe scenes
 Tiny:            python pipelines/train.py --recipe scenes --steps 20 --output runs/tiny
 
 --recipe sets the defaults of all other flags: multi-scale (the default), scenes, detr-small, detr-r50, fine-tune,
 panoptic, panoptic-boxes, masks.
-The same command again resumes the run at --output; a finished one returns at once. Exit status: 0 finished, 2 an error
-that the message explains, 75 --max-hours are over and the run is at a checkpoint.
+Rerun the command to resume the run at --output; for a finished run it returns immediately. Exit status: 0 finished,
+2 an error that the message explains, 75 stopped at a checkpoint after --max-hours.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from raydetr.training.recipes import DEFAULT, RECIPES, require_model_flags
 
 
 def main(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
-    """Train; evaluate the registered version where there are validation data."""
+    """Train; evaluate the registered version if --val-data is given."""
     if recipe:
         require_model_flags(config, recipe)
     if config.replay:

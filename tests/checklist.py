@@ -1,4 +1,4 @@
-"""The behaviour checklist of the model library: its rows, and the table of the tests that prove them."""
+"""Read the behavior checklist of the model library, and write the table of the tests for its rows."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ NUMBER_OF_KNOWN_ISSUES = 25
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one test said about one row."""
+    """Outcome of a test for a row."""
 
     section: str
     row: str
@@ -21,7 +21,7 @@ class Outcome:
 
 
 def rows(file: Path = FILE) -> Iterator[tuple[str, str]]:
-    """(section, row) of each row of the numbered tables."""
+    """Yield (section, row) for each row of the numbered tables."""
     section = ""
     for line in file.read_text(encoding="utf-8").splitlines():
         if heading := re.match(r"## (\d+\. .*)", line):
@@ -33,20 +33,20 @@ def rows(file: Path = FILE) -> Iterator[tuple[str, str]]:
 
 
 def write_table(file: Path, outcomes: Sequence[Outcome]) -> None:
-    """Write the table as Markdown; a row without a test in this session says so."""
+    """Write the table as Markdown; rows without a test in this session have the entry "none"."""
     known = list(rows()) if FILE.is_file() else []
     known += [(o.section, o.row) for o in outcomes if (o.section, o.row) not in known]
-    lines = ["| behaviour | tests | passed | largest difference |", "|---|---|---|---|"]
+    lines = ["| behavior | tests | passed | largest difference |", "|---|---|---|---|"]
     last = ""
     for section, row in dict.fromkeys(known):
         if section != last:
             lines.append(f"| **{section}** | | | |")
             last = section
-        found = [o for o in outcomes if (o.section, o.row) == (section, row)]
-        files = sorted({re.sub(r"\[.*", "", o.test).split("/")[-1] for o in found})
-        passed = sum(o.outcome == "passed" for o in found)
-        differences = [o.difference for o in found if o.difference is not None]
-        largest = f"{max(differences):.1e}" if differences else "exact or not numeric" if found else ""
-        lines.append(f"| {row} | {'<br>'.join(files) or 'none'} | {passed} of {len(found)} | {largest} |")
+        of_row = [o for o in outcomes if (o.section, o.row) == (section, row)]
+        files = sorted({re.sub(r"\[.*", "", o.test).split("/")[-1] for o in of_row})
+        passed = sum(o.outcome == "passed" for o in of_row)
+        differences = [o.difference for o in of_row if o.difference is not None]
+        largest = f"{max(differences):.1e}" if differences else "exact or not numeric" if of_row else ""
+        lines.append(f"| {row} | {'<br>'.join(files) or 'none'} | {passed} of {len(of_row)} | {largest} |")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Options of the test session, its Ray, and the record of how far the model library is from its references."""
+"""Options of the test session, its Ray instance, and the record of differences from the references."""
 
 import collections
 import ctypes
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Ray starts its workers with niceness 15: next to busy test processes they would starve.
+# Ray starts its workers with niceness 15: busy test processes would starve them.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# Several processes of tests share the cores: threads of torch and OpenVINO that wait for each other would block them.
+# Several test processes share the cores: threads of torch and OpenVINO that wait for each other would block them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What the user's shell says about clusters and registries is not for tests.
+# Tests must not use the cluster and the registry of the user's shell.
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("RAYDETR_STORAGE", None)
@@ -40,7 +40,7 @@ __all__ = ["pipeline", "pipeline_process"]
 
 @dataclass(frozen=True)
 class Marks:
-    """What the collected tests say they prove, those that were deselected included."""
+    """Marks of all collected tests, including deselected ones."""
 
     checklist: set[tuple[str, str]]
     known_issues: set[int]
@@ -56,18 +56,18 @@ _TREE = pytest.StashKey[set[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--checkpoint", help="folder of a trained DETR, for the numbers of the DETR page")
-    parser.addoption("--checklist-table", help="Markdown file: behaviour, its tests, largest difference")
+    parser.addoption("--checklist-table", help="Markdown file: behavior, its tests, largest difference")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))
-    gc.disable()  # until the tests are collected
+    gc.disable()  # enabled again after collection
     config.stash[_OUTCOMES] = []
     config.stash[_TREE] = _tree()
 
 
 def _tree() -> set[str]:
-    """What `git status` lists in this checkout: changed, new and ignored files, but for caches."""
+    """List the changed, new and ignored files of this checkout, except caches, as `git status` prints them."""
     command = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=all", "--ignored"]
     if shutil.which("git") is None:
         return set()
@@ -91,7 +91,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector the million objects of imported packages, which took it a quarter of the tests' time."""
+    """Exclude the million objects of imported packages from garbage collection: it took a quarter of the test time."""
     gc.collect()
     gc.freeze()
     gc.enable()
@@ -109,15 +109,15 @@ LANES = {
         *("ray.init(", "pipelines/serve.py", "two_nodes import", "doctor.two_nodes"),
     ),
 }
-"""Lane → words in a test file that put it there; the files of a lane run one after the other in one process."""
+"""Lane → strings in a test file that assign it to the lane; the files of a lane run sequentially in one process."""
 
 
 @functools.cache
 def _lane(file: str) -> str:
-    """The lane of a file; its own name where it is free to run anywhere.
+    """Return the lane of a file; its own name if it can run in any process.
 
-    One Ray serves all files that use `ray_local`, one server all that fork ranks from it. Of the clusters that tests
-    start there is one at a time: three at once take more than 24 GB and starve each other.
+    All files that use `ray_local` share one Ray instance, and all that fork ranks share one fork server. Tests that
+    start clusters run one at a time: three concurrent clusters take more than 24 GB and starve each other.
     """
     text = (ROOT / file).read_text(encoding="utf-8")
     return next((lane for lane, words in LANES.items() if any(word in text for word in words)), file)
@@ -131,7 +131,7 @@ class LaneScheduling(LoadScopeScheduling):
 
 
 def _longest_first(items: list[pytest.Item]) -> None:
-    """Sort whole files: first those of the lanes, then by their number of tests."""
+    """Sort the tests by file: files of the lanes first, then files with many tests."""
     files = [item.nodeid.partition("::")[0] for item in items]
     count = collections.Counter(files)
     lanes = list(LANES)
@@ -150,13 +150,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LaneScheduli
 
 @pytest.fixture
 def difference(request: pytest.FixtureRequest) -> Callable[[float], None]:
-    """``difference(x)`` notes how far a result is from its reference; the table shows the largest of a behaviour."""
+    """Return ``difference(x)``, which records how far a result is from its reference.
+
+    The checklist table shows the largest difference of each behavior.
+    """
     return request.node.stash.setdefault(_DIFFERENCES, []).append
 
 
 @pytest.fixture(scope="session")
 def checkpoint(request: pytest.FixtureRequest) -> Path:
-    """The folder given with --checkpoint."""
+    """Return the folder given with --checkpoint."""
     folder = request.config.getoption("--checkpoint")
     if folder is None:
         pytest.skip("no trained checkpoint: give one with --checkpoint PATH")
@@ -165,14 +168,14 @@ def checkpoint(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """A Ray of this test session with ten logical CPUs (eight workers and their data tasks); tests leave it running."""
+    """Start the session's Ray with ten logical CPUs (eight workers and their data tasks); tests must not stop it."""
     if ray.is_initialized():
         ray.shutdown()
     ray.init(
         address="local",
         num_cpus=10,
         runtime_env=cluster.quoted_interpreter(),
-        # Without it Ray Train can take its controller for dead and stop the workers.
+        # Without it, Ray Train can mistake its controller for dead and stop the workers.
         include_dashboard=True,
         log_to_driver=False,
         logging_level=logging.WARNING,
@@ -187,51 +190,51 @@ def ray_local() -> Iterator[None]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     before = ray.is_initialized()
-    yield  # a failure of the test itself is the one that is reported
+    yield  # if the test itself fails, its failure is reported, not the one below
     assert ray.is_initialized() == before or item.get_closest_marker("ray"), (
-        "this test starts or stops Ray without the fixture ray_local: it would cost seconds and disturb other tests"
+        "this test starts or stops Ray: use the fixture ray_local instead, which saves seconds and isolates other tests"
     )
 
 
 @pytest.fixture(autouse=True)
-def _leaves_torch_as_it_was() -> Iterator[None]:
-    """A test that changes torch for the process is the one that fails, not the next one."""
-    before = _settings_of_torch()
+def _restore_torch_settings() -> Iterator[None]:
+    """Fail a test that changes global settings of torch, and restore them for the next test."""
+    before = _torch_settings()
     yield
-    after = _settings_of_torch()
+    after = _torch_settings()
     if after != before:
         torch.set_default_dtype(before[0])
         torch.set_grad_enabled(before[1])
         torch.use_deterministic_algorithms(before[2])
         torch.set_num_threads(before[3])
     assert after == before, (
-        "default dtype, gradients, deterministic algorithms, threads: put back what you change"
+        "this test changed torch's default dtype, gradients, deterministic algorithms or threads: restore them"
     )
 
 
-def _settings_of_torch() -> tuple[Any, ...]:
+def _torch_settings() -> tuple[Any, ...]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     return torch.get_default_dtype(), torch.is_grad_enabled(), deterministic, torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
-def _in_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative paths, such as that of the embedded registry, lead to the test's own folder, not into the checkout."""
+def _run_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test in its temporary folder, so that relative paths do not lead into the checkout."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _lanes_first(request: pytest.FixtureRequest) -> None:
-    """Yield the cores to the lanes: a lane is as long as the whole run, other files fill the gaps."""
+def _lower_priority(request: pytest.FixtureRequest) -> None:
+    """Lower the priority of files outside the lanes: a lane takes as long as the whole run, other files fill gaps."""
     if hasattr(request.config, "workerinput") and _lane(request.node.nodeid) not in LANES:
         os.setpriority(os.PRIO_PROCESS, 0, 5)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _free_memory() -> Iterator[None]:
-    """Several processes of tests share a machine; the C library keeps what torch gave back.
+    """Return freed memory to the system after each file, since several test processes share a machine.
 
-    What is left after a file is imported or cached, so the collector does not look at it again.
+    Objects that remain after a file are imported or cached, so they are excluded from further garbage collection.
     """
     yield
     gc.collect()
@@ -256,7 +259,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     changed = _tree() - session.config.stash[_TREE]
     if changed and not hasattr(session.config, "workerinput"):
         print(
-            "\nThe checkout changed while the tests ran; tests write to tmp_path only:",
+            "\nThe checkout changed during the tests; tests may write to tmp_path only:",
             *sorted(changed),
             sep="\n",
         )

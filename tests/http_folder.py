@@ -1,4 +1,4 @@
-"""A web server for one folder, for tests that fetch images: there is no network."""
+"""A web server for one folder, for tests that download images without a network."""
 
 import threading
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from typing import Any
 
 class _Handler(SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
-        """Says nothing on standard error."""
+        """Print nothing."""
 
 
 @contextmanager
 def serve(folder: Path) -> Iterator[str]:
-    """``http://127.0.0.1:PORT`` that answers with the folder's files until the block ends."""
+    """Serve the folder's files at ``http://127.0.0.1:PORT`` until the block ends; yield this URL."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""A hub of models on loopback, which answers `huggingface_hub` as huggingface.co does."""
+"""A model hub on loopback that answers `huggingface_hub` like huggingface.co."""
 
 import hashlib
 import threading
@@ -14,12 +14,12 @@ import pytest
 
 @dataclass
 class Hub:
-    """What the server has and what it was asked for.
+    """Models of the server, and a log of downloads.
 
     Attributes:
-        models: hub id to revision to the folder of its files; a commit is the revision's hash.
-        tokens: hub id to the token that it needs.
-        downloads: the files whose content was sent, in order.
+        models: hub id to revision to the folder of its files; the commit is a hash of the revision.
+        tokens: hub id to the token that it requires.
+        downloads: names of the files whose content was sent, in order.
     """
 
     models: dict[str, dict[str, Path]] = field(default_factory=dict)
@@ -27,11 +27,11 @@ class Hub:
     downloads: list[str] = field(default_factory=list)
 
     def commit(self, hub_id: str, revision: str) -> str:
-        """The 40 hexadecimal digits of a revision."""
+        """Return the commit hash of a revision, 40 hexadecimal digits."""
         return hashlib.sha1(f"{hub_id} {self.models[hub_id][revision]}".encode()).hexdigest()
 
     def find(self, path: str, token: str | None) -> tuple[Path, str] | str:
-        """The file of a URL and its commit, or the error code of the hub."""
+        """Return the file at a URL path and its commit, or the error code of the hub."""
         hub_id, _, rest = path.removeprefix("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
         if hub_id not in self.models or self.tokens.get(hub_id, token) != token:
@@ -45,7 +45,7 @@ class Hub:
 
 @contextmanager
 def serve_hub(cache: Path) -> Iterator[Hub]:
-    """A hub that this process's `huggingface_hub` asks until the block ends; downloads go to ``cache``."""
+    """Start a hub that this process's `huggingface_hub` uses until the block ends; downloads go to ``cache``."""
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):
@@ -56,18 +56,18 @@ def serve_hub(cache: Path) -> Iterator[Hub]:
             self._answer(body=True)
 
         def log_message(self, *_: object) -> None:
-            """Says nothing on standard error."""
+            """Print nothing."""
 
         def _answer(self, body: bool) -> None:
             token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
-            found = hub.find(unquote(urlsplit(self.path).path), token)
-            if isinstance(found, str):
-                self.send_response(401 if found == "RepoNotFound" else 404)
-                self.send_header("X-Error-Code", found)
+            result = hub.find(unquote(urlsplit(self.path).path), token)
+            if isinstance(result, str):
+                self.send_response(401 if result == "RepoNotFound" else 404)
+                self.send_header("X-Error-Code", result)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
-            file, commit = found
+            file, commit = result
             content = file.read_bytes()
             self.send_response(200)
             self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')

@@ -16,10 +16,10 @@ from raydetr.registry import tracking
 def mlflow_server(
     port: int, folder: Path, artifacts: str = "", proxied: bool = True
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """A server that answers at a port; its database and artifacts stay in `folder` for another one.
+    """Start a server at a port; its database and artifacts remain in `folder` for the next one.
 
-    artifacts: where it keeps them instead, e.g. `s3://bucket/artifacts`.
-    proxied: clients send artifacts through the server; else to their place themselves.
+    artifacts: another URI for the artifacts, e.g. `s3://bucket/artifacts`.
+    proxied: clients send artifacts through the server; otherwise directly to their URI.
     """
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
@@ -35,7 +35,7 @@ def mlflow_server(
             command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True
         )
     try:
-        until = time.monotonic() + 120
+        deadline = time.monotonic() + 120
         while True:
             log_text = (folder / "server.log").read_text()
             assert server.poll() is None, log_text
@@ -43,7 +43,7 @@ def mlflow_server(
                 tracking.resolve_uri(f"http://127.0.0.1:{port}")
                 break
             except RegistryError:
-                assert time.monotonic() < until, log_text
+                assert time.monotonic() < deadline, log_text
                 time.sleep(0.3)
         yield server
     finally:
@@ -51,7 +51,7 @@ def mlflow_server(
 
 
 def kill(server: "subprocess.Popen[bytes]") -> None:
-    """With the processes that it has started; nothing where it is gone already."""
+    """Kill the server and its child processes, if they still run."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, 9)
     server.wait()

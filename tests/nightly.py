@@ -1,11 +1,11 @@
-"""Run what takes too long for every change: mutations, soak tests, the lowest allowed versions, tools of others, load,
-benchmarks.
+"""Run the tests that take too long for every change.
 
     python tests/nightly.py [--steps mutations lowest ...] [--output runs/nightly]
 
-The steps run one after the other, and a failed one does not stop the rest. --output gets `summary.md` and
-`summary.json`, with the state, the time and the closing lines of each step, rewritten after each step, and a log per
-step. Exit status: 0 all passed, 1 a step failed.
+Steps: mutations, soak tests, the lowest allowed versions, third-party tools, tests under load, benchmarks. They run
+sequentially, and a failed step does not stop the rest. After each step, `summary.md` and `summary.json` in --output are
+rewritten with the state, the time and the closing lines of each step. Each step has a log. Exit status: 0 all passed,
+1 a step failed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SOAK_MINUTES = "60"
 
 @dataclass(frozen=True)
 class Result:
-    """What a step showed: `lines` are the failures and the closing line of pytest, or the table of the benchmarks."""
+    """Result of a step; `lines` has the failures and the closing line of pytest, or the table of the benchmarks."""
 
     step: str
     passed: bool
@@ -37,7 +37,7 @@ class Result:
 
 
 def run(command: Sequence[str], log: IO[str], **env: str) -> int:
-    """Run a command in the checkout, with its output in the log; its exit status."""
+    """Run a command in the checkout and write its output to the log; return its exit status."""
     print(f"$ {' '.join(command)}", file=log, flush=True)
     return subprocess.run(
         command, cwd=ROOT, env={**os.environ, **env}, stdout=log, stderr=subprocess.STDOUT, check=False
@@ -45,35 +45,36 @@ def run(command: Sequence[str], log: IO[str], **env: str) -> int:
 
 
 def pytest(*arguments: str, python: str = sys.executable) -> list[str]:
-    """The command that runs tests."""
+    """Return the command that runs tests."""
     return [python, "-m", "pytest", *arguments]
 
 
 def mutations(log: IO[str], folder: Path) -> int:
-    """Break each guarantee on purpose: its tests must fail, those of `make test` for four of five."""
+    """Break each guarantee on purpose: its tests must fail, for four of five guarantees those of `make test`."""
     return run(pytest("tests/test_mutations.py", "-m", "nightly"), log)
 
 
 def soak(log: IO[str], folder: Path) -> int:
-    """Hosts lost, workers killed, storage full, an hour of traffic."""
-    chosen = ["-m", "nightly", "--ignore", "tests/test_mutations.py"]
-    return run(pytest(*chosen), log, RAYDETR_SOAK_MINUTES=SOAK_MINUTES)
+    """Run the nightly tests: lost hosts, killed workers, full storage, an hour of traffic."""
+    selection = ["-m", "nightly", "--ignore", "tests/test_mutations.py"]
+    return run(pytest(*selection), log, RAYDETR_SOAK_MINUTES=SOAK_MINUTES)
 
 
 def lowest(log: IO[str], folder: Path) -> int:
-    """The tests of `make test` with the lowest version of each package that pyproject.toml allows."""
+    """Run `make test` with the lowest version of each package that pyproject.toml allows."""
     python = str(folder / "lowest" / "bin" / "python")
     uv = [sys.executable, "-m", "uv"]
     install = ["pip", "install", "--python", python, "--resolution", "lowest-direct", "--editable", ".[dev]"]
     return (
         run([*uv, "venv", "--clear", "--python", sys.executable, str(folder / "lowest")], log)
         or run([*uv, *install], log)
-        or run(pytest("-n", "3", "-W", "default", python=python), log)  # old packages warn about each other
+        # Old versions cause deprecation warnings.
+        or run(pytest("-n", "3", "-W", "default", python=python), log)
     )
 
 
 def interop(log: IO[str], folder: Path) -> int:
-    """Trainer, accelerate, PEFT and torchmetrics with our models, in an environment that has them."""
+    """Test Trainer, accelerate, PEFT and torchmetrics with our models, in an environment that has them installed."""
     python = str(folder / "interop" / "bin" / "python")
     uv = [sys.executable, "-m", "uv"]
     install = [
@@ -94,13 +95,13 @@ def interop(log: IO[str], folder: Path) -> int:
 
 
 def loaded(log: IO[str], folder: Path) -> int:
-    """The tests of `make test` next to two busy processes: time limits that are too tight fail."""
+    """Run `make test` next to two busy processes: time limits that are too tight fail."""
     with busy(2):
         return run(pytest("-n", "3"), log)
 
 
 def benchmarks(log: IO[str], folder: Path) -> int:
-    """The table of `make bench`."""
+    """Print the table of `make bench`."""
     return run([sys.executable, "benchmarks/bench.py", "--json", str(folder / "bench.json")], log)
 
 
@@ -111,7 +112,7 @@ STEPS: dict[str, Callable[[IO[str], Path], int]] = {
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """Processes that compute all the time."""
+    """Run processes that use a core each."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -122,7 +123,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def closing_lines(log: str) -> list[str]:
-    """Failures and skips that pytest lists, its closing lines, and rows of a table."""
+    """Return the failures and skips that pytest lists, its closing lines, and table rows."""
     return re.findall(
         r"^(?:(?:FAILED|ERROR|SKIPPED) .*|=+ .*\d (?:passed|failed).* =+|\|.*\|)$", log, re.MULTILINE
     )
@@ -150,7 +151,7 @@ def write_summary(folder: Path, started: str, results: list[Result]) -> None:
 
 
 def main() -> None:
-    """Run the chosen steps and write the summary."""
+    """Run the selected steps and write the summary."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

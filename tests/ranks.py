@@ -1,4 +1,4 @@
-"""Run a function as the ranks of a process group, on real processes."""
+"""Run a function in the ranks of a process group, each a real process."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -10,18 +10,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-# Ranks are forks of one server, which imports these once; new interpreters would take 5 s of CPU each for that.
+# Ranks are forked from one server, which imports these modules once; a new interpreter would need 5 s of CPU for it.
 PRELOADED = ["raydetr.training.state", "raydetr.evaluation.in_process"]
 
 
 def run_ranks(count: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call ``function(rank, *arguments)`` in `count` processes of one thread each.
+    """Call ``function(rank, *arguments)`` in `count` processes with one thread each.
 
     Args:
-        function: of a module's top level.
+        function: a module-level function.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: the first error of a rank, after all have ended.
+        torch.multiprocessing.ProcessRaisedException: the first error of a rank, after all ranks have exited.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
     torch.multiprocessing.start_processes(_rank, (function, arguments), count, start_method="forkserver")
@@ -34,10 +34,10 @@ def _rank(rank: int, function: Callable[..., None], arguments: tuple[Any, ...]) 
 
 @contextmanager
 def process_group(store: str | Path, rank: int, size: int) -> Iterator[None]:
-    """Belong to a gloo group of `size` ranks that meet at the file `store`."""
+    """Join a gloo group of `size` ranks, with the file `store` for the rendezvous."""
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
     try:
         yield
-        dist.barrier()  # a rank that leaves while another one still connects would be an error there
+        dist.barrier()  # without it, a rank that leaves early causes an error in one that still connects
     finally:
         dist.destroy_process_group()

@@ -1,6 +1,6 @@
-"""Find out which resources a test uses, from its fixtures and from the helpers that its code calls.
+"""Mark tests with the resources they use, derived from their fixtures and from the helpers that their code calls.
 
-The marks are set while tests are collected, so no list has to be maintained.
+The marks are set during collection, so there is no list to maintain.
 """
 
 import functools
@@ -34,14 +34,14 @@ USES: dict[str, tuple[str, ...]] = {
     "browser": ("playwright",),
     "oracle": ("transformers", "pycocotools", "tests.exact_reference"),
 }
-"""Mark → names of modules, functions and fixtures; a name stands for everything below it too."""
+"""Mark → names of modules, functions and fixtures; a name includes everything below it."""
 
 
 _STARTS_RAY = re.compile(r"ray\.init\(|cluster\.connect\(|cluster_utils|doctor\.two_nodes")
 
 
 def mark(item: pytest.Item) -> None:
-    """Give a test the marks of the resources it uses."""
+    """Add the marks of the resources that a test uses."""
     if not isinstance(item, pytest.Function):
         return
     functions = [each[-1].func for each in item._fixtureinfo.name2fixturedefs.values()]
@@ -51,19 +51,19 @@ def mark(item: pytest.Item) -> None:
 
 @functools.cache
 def _used(function: Callable[..., Any]) -> frozenset[str]:
-    """The resources of a test or a fixture, without the fixtures that it takes."""
-    found = set(_names(function, set()))
+    """Return the resources of a test or a fixture, without those of its own fixtures."""
+    used = set(_names(function, set()))
     return frozenset(
         resource
         for resource, names in USES.items()
-        if any(each == name or each.startswith(f"{name}.") for name in names for each in found)
+        if any(each == name or each.startswith(f"{name}.") for name in names for each in used)
     )
 
 
 def _names(function: Callable[..., Any], seen: set[types.CodeType]) -> Iterator[str]:
-    """Full names of a function, and of what it and the helpers under `tests` that it calls refer to.
+    """Yield the full names of a function and of everything that it, or a helper under `tests` that it calls, refers to.
 
-    Of a text, such as the code of another interpreter, "text that starts Ray" where it does.
+    A string that starts Ray, such as code for another interpreter, yields "text that starts Ray".
     """
     function = getattr(function, "__wrapped__", function)
     yield f"{function.__module__}.{function.__qualname__}"
@@ -86,4 +86,4 @@ def _names(function: Callable[..., Any], seen: set[types.CodeType]) -> Iterator[
             elif hasattr(value, "__module__") and hasattr(value, "__name__"):
                 yield f"{value.__module__}.{value.__name__}"
             else:
-                yield name  # of an import within the function, or of an attribute
+                yield name  # an import within the function, or an attribute

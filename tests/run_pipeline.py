@@ -1,11 +1,11 @@
-"""Run `pipelines/NAME.py` with flags: in this process, which costs milliseconds, or in a new interpreter.
+"""Run `pipelines/NAME.py` with flags: in this process, which takes milliseconds, or in a new interpreter.
 
     def test_x(pipeline: RunPipeline, tmp_path: Path) -> None:
         done = pipeline("ingest", "--annotations", "list.json", cwd=tmp_path)
         assert done.returncode == 2
 
-Both fixtures take the same arguments and return the same result. Use `pipeline_process` only where the process itself
-is tested: its start, signals, or a Ray and an environment of its own.
+Both fixtures take the same arguments and return the same result. Use `pipeline_process` only to test the process
+itself: its start, signals, its own Ray, or its environment.
 """
 
 import contextlib
@@ -28,30 +28,30 @@ Done = subprocess.CompletedProcess[str]
 
 
 class RunPipeline(Protocol):
-    """Run a pipeline in the folder `cwd` until it ends, with `env` added to the environment."""
+    """Run a pipeline in the folder `cwd` until it exits, with `env` added to the environment."""
 
     def __call__(self, name: str, *flags: str, cwd: Path, env: Mapping[str, str] | None = None) -> Done: ...
 
 
 def script(name: str) -> str:
-    """Path of a pipeline."""
+    """Return the path of a pipeline."""
     return str(ROOT / "pipelines" / f"{name}.py")
 
 
 def environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment in which an interpreter finds this checkout, whatever is installed."""
+    """Return an environment in which an interpreter imports this checkout, whatever is installed."""
     return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", **(env or {})}
 
 
 @pytest.fixture(scope="session")
 def pipeline() -> RunPipeline:
-    """Run a pipeline's script in this process, and on its Ray if there is one."""
+    """Run a pipeline's script in this process, on the Ray that is connected, if any."""
     return _run_here
 
 
 @pytest.fixture(scope="session")
 def pipeline_process() -> RunPipeline:
-    """Run a pipeline as users do, in a new interpreter, which starts a Ray of its own."""
+    """Run a pipeline as users do, in a new interpreter, which starts its own Ray."""
     return _run_process
 
 
@@ -66,8 +66,8 @@ def _run_here(name: str, *flags: str, cwd: Path, env: Mapping[str, str] | None =
     ):
         try:
             runpy.run_path(script(name), run_name="__main__")
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else 1
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
     return Done([name, *flags], status, out.getvalue(), err.getvalue())
 
 

@@ -1,4 +1,4 @@
-"""docs/interfaces.md says what the code does, no more and no less."""
+"""docs/interfaces.md lists exactly the interfaces of the code."""
 
 import dataclasses
 import re
@@ -20,7 +20,7 @@ PAGE = (ROOT / "docs" / "interfaces.md").read_text()
 
 
 def row(first: str) -> list[str]:
-    """The names in the second cell of the table row whose first cell is `first`."""
+    """Return the names in the second cell of the table row whose first cell is `first`."""
     (cell,) = re.findall(rf"^\| {re.escape(first)} \| (.*?) \|$", PAGE, flags=re.MULTILINE)
     return re.findall(r"`([^`]+)`", cell)
 
@@ -35,10 +35,10 @@ def test_the_flags_of_a_pipeline_are_listed(name: str) -> None:
     assert (ROOT / "pipelines" / f"{name}.py").exists()
 
 
-def test_the_doctors_flags_are_those_of_train_and_those_listed() -> None:
-    trained = {field.name for field in dataclasses.fields(TrainConfig)}
-    own = [field.name for field in dataclasses.fields(DoctorConfig) if field.name not in trained]
-    assert trained < {field.name for field in dataclasses.fields(DoctorConfig)}
+def test_the_doctor_has_the_flags_of_train_and_those_listed() -> None:
+    of_train = {field.name for field in dataclasses.fields(TrainConfig)}
+    own = [field.name for field in dataclasses.fields(DoctorConfig) if field.name not in of_train]
+    assert of_train < {field.name for field in dataclasses.fields(DoctorConfig)}
     assert row("`doctor`") == [f"--{name.replace('_', '-')}" for name in own]
     assert (ROOT / "pipelines" / "doctor.py").exists()
 

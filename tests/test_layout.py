@@ -1,4 +1,4 @@
-"""The layers: who may import whom, and what the folder `platform/` may hold."""
+"""The layers of imports, and the content of the folder `platform/`."""
 
 import ast
 from collections.abc import Iterable, Mapping
@@ -9,8 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = {"detr": ROOT / "detr", "raydetr": ROOT / "platform" / "raydetr", "pipelines": ROOT / "pipelines"}
 LAYERS = (
-    # The lowest first. A module belongs to the longest name that fits it, and imports from its own layer or lower ones.
-    # Public classes offer what the layers below them do (load, optimize, post-process), so they are above these.
+    # Lowest layer first. A module belongs to the layer with its longest matching prefix, and may import from its own
+    # layer and lower ones. Public classes are above the layers that load, optimize and post-process, since they offer
+    # these functions as methods.
     ("detr.boxes", "detr.config", "detr.multiscale_config", "detr.backbone_config", "detr.model_files"),
     ("detr.image_transforms", "detr.mask_codec", "detr.output_names"),
     ("detr.image_processing",),
@@ -31,7 +32,7 @@ LAYERS = (
     ("pipelines",),
 )
 ISOLATED = {"raydetr.serving": ("pipelines",)}
-"""Packages that only these import."""
+"""Package → the only packages that may import it."""
 FORBIDDEN = {
     "detr": ("raydetr", "ray", "mlflow", "transformers", "tests"),
     "raydetr": ("transformers", "tests"),
@@ -49,7 +50,7 @@ MODULES = {module_name(file): file for folder in SOURCES.values() for file in so
 
 
 def imports(file: Path) -> set[str]:
-    """Everything a file imports, inside functions and under TYPE_CHECKING too."""
+    """Return all imports of a file, including those in functions and under TYPE_CHECKING."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -69,14 +70,14 @@ def is_in(name: str, package: str) -> bool:
 
 
 def layer_of(name: str) -> int:
-    found = [
+    matches = [
         (len(each), number) for number, layer in enumerate(LAYERS) for each in layer if is_in(name, each)
     ]
-    return max(found)[1]
+    return max(matches)[1]
 
 
 def cycle_in(graph: Mapping[str, Iterable[str]]) -> list[str]:
-    """The names along one cycle; none where there is no cycle."""
+    """Return the names along one cycle; empty if there is none."""
     finished: set[str] = set()
     for start in graph:
         path: list[str] = []
@@ -110,7 +111,7 @@ def test_there_is_no_import_cycle() -> None:
     assert cycle_in({"a": ["b", "c"], "b": [], "c": ["d"], "d": ["b", "a"]}) == ["a", "c", "d", "a"]
 
 
-def test_packages_that_stand_alone_are_imported_by_scripts_only() -> None:
+def test_isolated_packages_are_imported_by_scripts_only() -> None:
     for package, users in ISOLATED.items():
         wrong = [
             name
@@ -122,7 +123,7 @@ def test_packages_that_stand_alone_are_imported_by_scripts_only() -> None:
         assert not wrong, f"{package} is imported by {wrong}"
 
 
-def test_no_layer_imports_what_it_must_not_know() -> None:
+def test_no_package_imports_a_forbidden_one() -> None:
     wrong = [
         f"{name} imports {other}"
         for name, found in GRAPH.items()
@@ -133,7 +134,7 @@ def test_no_layer_imports_what_it_must_not_know() -> None:
 
 
 def test_private_modules_of_ray_are_imported_in_one_package() -> None:
-    """They may change with every version of Ray."""
+    """Private modules may change in every release of Ray."""
     wrong = [
         f"{name} imports {other}"
         for name, found in GRAPH.items()
@@ -145,7 +146,7 @@ def test_private_modules_of_ray_are_imported_in_one_package() -> None:
 
 
 def test_only_the_mask_codec_imports_pycocotools() -> None:
-    """pycocotools trusts its input, which `detr.mask_codec` checks."""
+    """pycocotools trusts its input, so `detr.mask_codec` checks it first."""
     users = {name for name, found in GRAPH.items() if any(is_in(other, "pycocotools") for other in found)}
     assert users == {"detr.mask_codec"}
 
@@ -156,12 +157,12 @@ def test_the_folder_platform_holds_no_module() -> None:
     )
 
 
-def test_the_standard_librarys_platform_is_what_is_imported() -> None:
+def test_import_platform_gets_the_standard_library() -> None:
     import platform
 
     assert platform.python_version()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "pipelines").glob("*.py")), ids=lambda file: file.name)
-def test_a_pipeline_is_read_in_one_sitting(file: Path) -> None:
+def test_a_pipeline_has_at_most_90_lines(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 90

@@ -1,4 +1,4 @@
-"""Which of a test's cases `make test` runs; `make test-all` runs all of them."""
+"""Select which cases of a test `make test` runs; `make test-all` runs all of them."""
 
 from collections.abc import Iterable
 from typing import Any

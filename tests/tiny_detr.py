@@ -1,4 +1,4 @@
-"""A DETR folder that is made in a second and answers differently on every query."""
+"""Create a tiny DETR folder in a second; its queries give different outputs."""
 
 import io
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from detr.model.segmentation import DetrForSegmentation
 def save_tiny_detr(
     folder: Path, names: Sequence[str], seed: int = 0, edge: int = 96, *, multi_scale: bool = False
 ) -> Path:
-    """Write a resnet18 DETR with 12 queries and labels of these names; images are resized to about `edge`."""
+    """Save a resnet18 DETR with 12 queries and these class names; it resizes images to a shortest edge of `edge`."""
     config = DetrConfig(
         backbone="resnet18",
         multi_scale={} if multi_scale else None,
@@ -31,7 +31,7 @@ def save_tiny_detr(
         id2label=dict(enumerate(names)),
     )
     model = DetrForObjectDetection(config)
-    separate_the_queries(model, seed)
+    randomize_weights(model, seed)
     model.save_pretrained(folder)
     size = {"shortest_edge": edge, "longest_edge": 2 * edge}
     DetrImageProcessor(size=size).save_pretrained(folder)
@@ -39,16 +39,16 @@ def save_tiny_detr(
 
 
 def add_mask_head(folder: Path, seed: int = 12) -> Path:
-    """Make the model of a folder one with a mask head; its weights are drawn anew."""
+    """Replace the model of a folder by one with a mask head and new random weights."""
     model = DetrForSegmentation(DetrConfig.from_pretrained(folder, encoder_attention_heads=8))
-    separate_the_queries(model, seed)
+    randomize_weights(model, seed)
     model.save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def separate_the_queries(model: torch.nn.Module, seed: int) -> None:
-    """Draw the transformer's weights wide: with fresh ones all queries answer alike."""
+def randomize_weights(model: torch.nn.Module, seed: int) -> None:
+    """Draw weights with a large variance: with default initialization all queries give the same output."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -60,7 +60,7 @@ def separate_the_queries(model: torch.nn.Module, seed: int) -> None:
 
 
 def png(height: int, width: int, seed: int = 0) -> bytes:
-    """An encoded image of smooth noise."""
+    """Encode an image of smooth noise as PNG."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 6, 6, generator=generator)
     pixels = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]

@@ -1,11 +1,11 @@
-"""The cluster's MLflow server, on the head: python platform/deploy/mlflow_server.py
+"""Run the cluster's MLflow server on the head: python platform/deploy/mlflow_server.py
 
-Runs and models are in SQLite on the head's disk, artifacts in RAYDETR_STORAGE/mlflow/artifacts. Each minute in which
-something was written, a backup of the database goes to RAYDETR_STORAGE/mlflow/mlflow.db: a new head starts from it.
+Runs and models are in SQLite on the head's disk, artifacts in RAYDETR_STORAGE/mlflow/artifacts. The database is backed
+up to RAYDETR_STORAGE/mlflow/mlflow.db every minute if it has changed. A new head restores this backup.
 
-SIGTERM and SIGINT stop the server, then back up once more. Exit status: 0 after such a stop, or where another instance
-of this script serves and backs up already; 1 the server exited by itself, the last backup failed, or the port belongs to
-a server whose database is not backed up.
+SIGTERM and SIGINT stop the server, then back up once more. Exit status: 0 after such a stop, or if another instance of
+this script already runs; 1 if the server exited by itself, the last backup failed, or the port belongs to a server
+whose database is not backed up.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from raydetr.errors import StorageError
 PORT = 5000
 BACKUP_SECONDS = 60.0
 STOP_SECONDS = 10.0
-"""How long the server may take to answer its last requests; Kubernetes ends a pod after 30 s by default."""
+"""Time for the server to answer its last requests; Kubernetes kills a pod after 30 s by default."""
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
@@ -56,10 +56,13 @@ def main() -> None:
         print(f"stopped by {stop}; {backup} is up to date", flush=True)
 
 
-def is_answering(patience_s: float) -> bool:
-    """Whether a server answers at the port, and continues to: that of an instance that was killed stops soon."""
-    until = time.monotonic() + patience_s
-    while time.monotonic() < until:
+def is_answering(duration_s: float) -> bool:
+    """Return whether a server answers at the port for `duration_s`.
+
+    The server of an instance that was just killed still answers, but stops within this time.
+    """
+    deadline = time.monotonic() + duration_s
+    while time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5):
                 time.sleep(0.5)
@@ -70,14 +73,13 @@ def is_answering(patience_s: float) -> bool:
 
 @contextlib.contextmanager
 def supervise(database: Path) -> Iterator[None]:
-    """Be the only process that serves and backs up a database; exit with 0 where another one is that already.
+    """Hold the lock of a database in the block; exit with status 0 if another process serves and backs it up already.
 
-    `ray up` runs the start commands again. Waits for an instance that is stopping.
+    This happens when `ray up` runs the start commands again. If the other instance is stopping, wait for it.
     """
     database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name("supervisor.lock").open(
-        "a+"
-    ) as lock:  # freed by the kernel however the process ends
+    # The kernel releases the lock however the process exits.
+    with database.with_name("supervisor.lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -96,7 +98,7 @@ def supervise(database: Path) -> Iterator[None]:
 
 
 def restore(database: Path, backup: str) -> None:
-    """Fetch the backup of a former head where this one has no database."""
+    """Restore the backup of a previous head if this one has no database."""
     database.parent.mkdir(parents=True, exist_ok=True)
     if not database.exists() and storage.exists(backup):
         print(f"starting from {backup}", flush=True)
@@ -106,24 +108,24 @@ def restore(database: Path, backup: str) -> None:
 
 
 def start(database: Path, artifacts: str) -> "subprocess.Popen[bytes]":
-    """Start the server in a process group of its own, which the kernel ends with this process, however that ends."""
+    """Start the server in its own process group; the kernel stops it when this process exits for any reason."""
 
     def end_with_parent() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # the server passes it on to its workers
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # the server forwards it to its workers
 
     return subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server"]
-        # All addresses of the host: workers use its own, tunnels loopback. The security group lets nobody else in.
+        # All interfaces: workers use the host's address, tunnels use loopback. The security group blocks the rest.
         + ["--host", "0.0.0.0", "--port", str(PORT), "--workers", "2"]
         + ["--backend-store-uri", f"sqlite:///{database}", "--artifacts-destination", artifacts],
         env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which then stops the server
+        start_new_session=True,  # Ctrl-C in a terminal reaches only this process, which then stops the server
         preexec_fn=end_with_parent,
     )
 
 
 def stop(server: "subprocess.Popen[bytes]") -> None:
-    """SIGTERM, and SIGKILL for what is left of the process group after `STOP_SECONDS`."""
+    """Send SIGTERM, and after `STOP_SECONDS` SIGKILL to the rest of the process group."""
     server.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.wait(STOP_SECONDS)
@@ -133,7 +135,7 @@ def stop(server: "subprocess.Popen[bytes]") -> None:
 
 
 def back_up_forever(server: "subprocess.Popen[bytes]", database: Path, backup: str) -> None:
-    """Back up the database whenever it has changed, until the server exits or a signal arrives, and then once more."""
+    """Back up the database whenever it has changed until the server exits or a signal arrives, then a last time."""
     saved = None
     try:
         while server.poll() is None:
@@ -142,7 +144,7 @@ def back_up_forever(server: "subprocess.Popen[bytes]", database: Path, backup: s
             try:
                 saved = back_up(database, backup, saved)
             except StorageError as error:
-                # Away for a while: the server continues, and the next backup has it all.
+                # The storage is temporarily unavailable: the server continues, and the next backup contains everything.
                 print(f"no backup of the database: {error}", flush=True)
     finally:
         stop(server)  # nothing is written after the last backup
@@ -154,11 +156,11 @@ def back_up_forever(server: "subprocess.Popen[bytes]", database: Path, backup: s
 
 
 State = list[tuple[int, int]]
-"""Time of the last change and size of each file of a database."""
+"""Modification time in ns and size in bytes of each file of a database."""
 
 
 def back_up(database: Path, backup: str, saved: State | None) -> State | None:
-    """Back up the database if it has changed since `saved`; the state that is now saved."""
+    """Back up the database if it has changed since `saved`; return the state that is now saved."""
     files = [database, database.with_name(database.name + "-wal")]
     state = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
     if state and state != saved:
@@ -167,7 +169,7 @@ def back_up(database: Path, backup: str, saved: State | None) -> State | None:
 
 
 def snapshot(database: Path) -> bytes:
-    """The database as of one moment, while others write to it."""
+    """Return a consistent copy of the database while other processes write to it."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "copy.db"
         with (

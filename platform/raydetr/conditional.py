@@ -1,13 +1,14 @@
-"""Conditional writes of small files: of several writers exactly one wins, however slow their writes are.
+"""Conditional writes of small files: of several concurrent writers exactly one succeeds, however slow the writes are.
 
-A cell is one file that changes by compare-and-set only: `write(data, expected)` succeeds if the file still is what was
-read as `expected`. Everything in the project that excludes another process rests on this: the lease of an output folder
-(`lease`) and the ledger of an alias (`registry.ledger`, whose cells are parameters of an MLflow run).
+A cell is a file that changes only by compare-and-set: `write(data, expected)` succeeds if the file still has the
+content `expected`. All mutual exclusion between processes rests on this: the lease of an output folder (`lease`) and
+the ledger of an alias (`promotion.ledger`, whose cells are parameters of an MLflow run).
 
-- S3: `If-None-Match: *` creates, `If-Match: <ETag>` replaces. A store that ignores these headers is recognized by a
-  probe and refused.
-- File systems: `os.link` of a finished file creates, which is atomic on network file systems too. Replacing happens
-  under `flock` on a file next to it. A mount without hard links or locks (object stores mounted as folders) is refused.
+- S3: `If-None-Match: *` creates, `If-Match: <ETag>` replaces. A probe detects a store that ignores these headers, which
+  is refused.
+- File systems: `os.link` of a complete file creates, which is atomic on network file systems too. Replacing happens
+  under `flock` on a lock file next to it. Mounts without hard links or locks (object stores mounted as folders) are
+  refused.
 - Other stores that pyarrow opens have no conditional write and are refused.
 """
 
@@ -33,16 +34,16 @@ _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errn
 
 @dataclass(frozen=True)
 class Content:
-    """What a cell holds."""
+    """Content of a cell."""
 
     data: bytes | None
-    """None: there is no such file."""
+    """None: the file does not exist."""
     version: str = ""
-    """ETag on S3; file systems compare the data."""
+    """ETag on S3; on file systems empty, since the data are compared."""
 
 
 class Cell(Protocol):
-    """One file that changes by compare-and-set only."""
+    """A file that changes only by compare-and-set."""
 
     def read(self) -> Content:
         """Read the current content.
@@ -52,68 +53,71 @@ class Cell(Protocol):
         """
 
     def write(self, data: bytes | None, expected: Content) -> Content | None:
-        """Replace `expected`; None removes the file.
+        """Replace the content `expected` by `data`; None removes the file.
 
         Args:
-            data: must differ from what every other writer writes, for instance by naming its writer: where the answer
-                to a write was lost, what the file holds decides whether it succeeded.
+            data: must differ from the data of every other writer, for instance by naming its writer: if the answer to
+                a write is lost, the file's content decides whether the write succeeded.
             expected: from `read` or an earlier `write`.
 
         Returns:
-            The new content; None if the file is not `expected` any more, and nothing was written.
+            The new content; None if the file no longer has the content `expected`, and nothing was written.
 
         Raises:
             StorageError: the store does not answer, or it has no conditional writes.
         """
 
 
-def cell(address: str, retry_s: float | None = None) -> Cell:
-    """The cell at an address.
+def cell(uri: str, retry_s: float | None = None) -> Cell:
+    """Return the cell at a URI.
 
     Args:
-        address: of a file, local or on S3.
-        retry_s: how long transient errors are retried; None: `filesystems.RETRY_SECONDS`.
+        uri: URI of a file, local or on S3.
+        retry_s: seconds for which transient errors are retried; None: `filesystems.RETRY_SECONDS`.
 
     Raises:
-        StorageError: the store at this address has no conditional writes.
+        StorageError: the store at this URI has no conditional writes.
     """
-    path = local_path(address)
+    path = local_path(uri)
     if path is not None:
-        return _FileCell(address, path)
-    if address.startswith("s3://"):
-        return _S3Cell(address, retry_s)
+        return _FileCell(uri, path)
+    if uri.startswith("s3://"):
+        return _S3Cell(uri, retry_s)
     raise StorageError(
-        f"{address}: this store has no conditional writes, so a second process could not be excluded: give an s3:// "
-        "address or a folder."
+        f"{uri}: this store has no conditional writes, so a second process could not be excluded: give an s3:// "
+        "URI or a folder."
     )
 
 
 def wins(write: Callable[[], bool], read: Callable[[], Result | None], mine: Result) -> bool:
-    """Whether a conditional write took place, also where its answer says no although an unanswered attempt succeeded.
+    """Return whether a conditional write took effect.
+
+    A client that gets no answer sends the write again. The second attempt is then refused because the first one
+    succeeded, so a refusal alone proves nothing: the stored content decides.
 
     Args:
-        write: True: done; False: refused, or the answer was lost.
-        read: what is there; None: nothing.
-        mine: what `write` writes.
+        write: returns True if the write succeeded, False if it was refused or its answer was lost.
+        read: returns the current content, None if there is none.
+        mine: the content that `write` writes; no other writer writes the same.
     """
     return write() or read() == mine
 
 
 class _FileCell:
-    def __init__(self, address: str, path: str) -> None:
-        self.address, self.path = address, path
+    def __init__(self, uri: str, path: str) -> None:
+        self.uri, self.path = uri, path
         folder, name = os.path.split(path)
         self.lock = os.path.join(folder, f".{name}.lock")
 
     def read(self) -> Content:
-        def once() -> Content:
+        def attempt() -> Content:
             try:
                 with open(self.path, "rb") as stream:
                     return Content(stream.read())
-            except (FileNotFoundError, NotADirectoryError):  # the latter is `write`'s error to explain
+            except (FileNotFoundError, NotADirectoryError):  # `write` reports the latter
                 return Content(None)
 
-        return retry(self.address, "read", once)
+        return retry(self.uri, "read", attempt)
 
     def write(self, data: bytes | None, expected: Content) -> Content | None:
         try:
@@ -121,16 +125,15 @@ class _FileCell:
             if expected.data is None:
                 return self._create(data)
             with self._locked():
-                found = self.read()
-                if found.data != expected.data:
-                    if found.data is None:
+                current = self.read()
+                if current.data != expected.data:
+                    if current.data is None:
                         os.remove(self.lock)
                     return None
                 if data is None:
                     os.remove(self.path)
-                    os.remove(
-                        self.lock
-                    )  # under the lock: a process that waits for it sees that it is another file
+                    # While holding the lock: a process that waits for it notices that the name is gone (`_has_lock`).
+                    os.remove(self.lock)
                 else:
                     with self._finished(data) as partial:
                         os.replace(partial, self.path)
@@ -139,9 +142,9 @@ class _FileCell:
             if error.errno in _UNSUPPORTED:
                 hint = (
                     "; excluding a second process needs hard links and file locks, which object stores mounted as "
-                    "folders lack: give the s3:// address, or a folder on a disk or NFS"
+                    "folders lack: give the s3:// URI, or a folder on a disk or NFS"
                 )
-            raise StorageError(f"{self.address}: cannot be written ({error}{hint}).") from error
+            raise StorageError(f"{self.uri}: cannot be written ({error}{hint}).") from error
         return Content(data)
 
     def _create(self, data: bytes | None) -> Content | None:
@@ -156,7 +159,7 @@ class _FileCell:
 
     @contextlib.contextmanager
     def _finished(self, data: bytes) -> Iterator[str]:
-        """A file with the data next to the cell, for `os.link` or `os.replace`."""
+        """Write the data to a temporary file next to the cell, for `os.link` or `os.replace`."""
         partial = f"{self.path}.{uuid.uuid4().hex}.partial"
         try:
             with open(partial, "wb") as stream:
@@ -170,7 +173,7 @@ class _FileCell:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        end = time.monotonic() + _LOCK_WAIT_S
+        deadline = time.monotonic() + _LOCK_WAIT_S
         while True:
             descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -179,12 +182,15 @@ class _FileCell:
                     return
             finally:
                 os.close(descriptor)
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise OSError(errno.EAGAIN, f"{self.lock} is locked by another process")
             time.sleep(0.01)
 
     def _has_lock(self, descriptor: int) -> bool:
-        """Lock the file, which must still be the one of this name: a lock on a removed file excludes no process."""
+        """Try to lock the open file; True if locked and still the file of this name.
+
+        A lock on a removed file excludes nothing: the next process creates and locks a new file of that name.
+        """
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return os.path.samestat(os.fstat(descriptor), os.stat(self.lock))
@@ -193,11 +199,11 @@ class _FileCell:
 
 
 class _S3Cell:
-    """An empty object is an absent file: not every store removes an object conditionally."""
+    """A cell on S3. An empty object counts as an absent file, since not every store can delete conditionally."""
 
-    def __init__(self, address: str, retry_s: float | None) -> None:
-        self.address, self.retry_s = address, retry_s
-        self.bucket, _, self.key = address.removeprefix("s3://").partition("/")
+    def __init__(self, uri: str, retry_s: float | None) -> None:
+        self.uri, self.retry_s = uri, retry_s
+        self.bucket, _, self.key = uri.removeprefix("s3://").partition("/")
         self.client = _client(
             os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "",
             os.environ.get("AWS_ACCESS_KEY_ID", ""),
@@ -216,31 +222,31 @@ class _S3Cell:
     def write(self, data: bytes | None, expected: Content) -> Content | None:
         self._require_conditions()
         stored = data or b""
-        found = expected
+        content = expected
 
         def put() -> bool:
-            nonlocal found
+            nonlocal content
             try:
-                found = self._put(stored, expected.version)
+                content = self._put(stored, expected.version)
             except _ConditionFailed:
                 return False
             return True
 
-        def current() -> bytes:
-            nonlocal found
-            found = self.read()
-            return found.data or b""
+        def read_data() -> bytes:
+            nonlocal content
+            content = self.read()
+            return content.data or b""
 
         if not stored and not expected.data:
-            found = self.read()
-            return None if found.data else found
-        if not wins(put, current, stored):
+            content = self.read()
+            return None if content.data else content
+        if not wins(put, read_data, stored):
             return None
-        if not stored and _deletes(self.client, self.bucket):
+        if not stored and _can_delete(self.client, self.bucket):
             with contextlib.suppress(_ConditionFailed):  # another writer has created it again
-                self._delete(found.version)
+                self._delete(content.version)
             return Content(None)
-        return found
+        return content
 
     def _put(self, data: bytes, version: str) -> Content:
         condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
@@ -257,10 +263,14 @@ class _S3Cell:
         )
 
     def _require_conditions(self) -> None:
-        """Probe once per bucket whether the store honors the conditions, on a key of its own."""
+        """Check once per bucket, on a temporary key, that the store honors conditional headers.
+
+        Raises:
+            StorageError: the store ignores them.
+        """
         if (id(self.client), self.bucket) in _PROBED:
             return
-        probe = _S3Cell(f"{self.address}.{uuid.uuid4().hex}.probe", self.retry_s)
+        probe = _S3Cell(f"{self.uri}.{uuid.uuid4().hex}.probe", self.retry_s)
         wrong = f'"{uuid.uuid4().hex}"'
         try:
             probe._call(
@@ -272,24 +282,24 @@ class _S3Cell:
                 except _ConditionFailed:
                     continue
                 raise StorageError(
-                    f"{self.address}: this S3 store ignores If-None-Match or If-Match, so a second process could not be "
+                    f"{self.uri}: this S3 store ignores If-None-Match or If-Match, so a second process could not be "
                     "excluded: use a store that has conditional writes (AWS, MinIO since 2024), or a folder."
                 )
-            deletes = False
-            with contextlib.suppress(StorageError):  # the header may be unknown to it
+            can_delete = False
+            with contextlib.suppress(StorageError):  # the store may reject the header as unknown
                 try:
                     probe._delete(wrong)
                 except _ConditionFailed:
-                    deletes = True
+                    can_delete = True
         finally:
             with contextlib.suppress(StorageError, _ConditionFailed):
                 probe._delete("")
-        _PROBED[id(self.client), self.bucket] = deletes
+        _PROBED[id(self.client), self.bucket] = can_delete
 
     def _call(self, doing: str, request: Callable[[], Result]) -> Result:
         from botocore.exceptions import BotoCoreError, ClientError
 
-        def once() -> Result:
+        def attempt() -> Result:
             try:
                 return request()
             except ClientError as error:
@@ -303,34 +313,34 @@ class _S3Cell:
             except BotoCoreError as error:  # no credentials, or no connection
                 raise OSError(f"{type(error).__name__}: {error}") from error
 
-        return retry(self.address, doing, once, self.retry_s)
+        return retry(self.uri, doing, attempt, self.retry_s)
 
 
 class _ConditionFailed(Exception):
-    """The object is another one than the condition names, or absent."""
+    """The object is not in the state that the condition requires, or absent."""
 
 
 _PROBED: dict[tuple[int, str], bool] = {}
 """Client and bucket → whether objects can be deleted conditionally."""
 
 
-def _deletes(client: Any, bucket: str) -> bool:
+def _can_delete(client: Any, bucket: str) -> bool:
     return _PROBED.get((id(client), bucket), False)
 
 
 @lru_cache(maxsize=16)
 def _client(endpoint: str, _access_key: str) -> Any:
-    """boto3's client of an endpoint; a new one for another access key."""
+    """Create the boto3 client of an endpoint; the access key is part of the cache key."""
     from boto3.session import Session
     from botocore.config import Config
 
-    return Session().client(  # of its own: boto3's default session must not be used by two threads at once
+    return Session().client(  # not boto3's default session, which is not thread-safe
         "s3",
         endpoint_url=endpoint or None,
         config=Config(
             connect_timeout=5,
             read_timeout=30,
             retries={"max_attempts": 2, "mode": "standard"},
-            request_checksum_calculation="when_required",  # stores other than AWS refuse the trailing checksum
+            request_checksum_calculation="when_required",  # some stores other than AWS reject the trailing checksum
         ),
     )

@@ -1,23 +1,23 @@
-"""Everything raydetr raises on purpose.
+"""Exceptions of raydetr.
 
 ::
 
     RaydetrError
     ├── ConfigError        a flag or a combination of flags (also a ValueError)
-    ├── StorageError       an address that cannot be read or written
+    ├── StorageError       a URI that cannot be read or written
     ├── DataError          a COCO file, a shard or a manifest
-    ├── ClusterError       the Ray cluster: resources, versions, code of two roots
-    ├── LeaseError         another driver works on the same folder
-    ├── TrainingError      a run that cannot go on or cannot be resumed
-    │   └── OutOfTimeError a run that ended at a checkpoint since its time was up (exit status 75)
+    ├── ClusterError       the Ray cluster: resources, versions, two copies of the code
+    ├── LeaseError         another driver uses the same folder
+    ├── TrainingError      a run that cannot continue or be resumed
+    │   └── TimeLimitError a run that stopped at a checkpoint because of its time limit (exit status 75)
     ├── RegistryError      MLflow: unknown model, version, alias
-    │   └── PromotionRefused  the gate keeps the alias where it is (exit status 3)
-    ├── EvaluationError    an evaluation that does not come to its end
-    │   └── BelowBoundError  a figure is below the bound that was asked for (exit status 4)
+    │   └── PromotionRefused  the gate refused the promotion (exit status 3)
+    ├── EvaluationError    an evaluation that cannot finish
+    │   └── BelowMinimumError a metric is below its minimum (exit status 4)
     └── ServingError       the endpoint
-        └── RequestError   a request that is at fault (HTTP 4xx), with `.status`
+        └── RequestError   an invalid request (HTTP 4xx), with `.status`
 
-Messages say what was found, where (file, record, flag), and what to do about it.
+Messages say what was found, where (file, record, flag), and what to do.
 """
 
 from collections.abc import Mapping
@@ -25,60 +25,60 @@ from typing import Any
 
 
 class RaydetrError(Exception):
-    """Base of all errors that a user can act on."""
+    """Base class of all errors that a user can act on."""
 
     exit_status = 2
-    """Of a pipeline that ends with it."""
+    """Exit status of a pipeline that stops with this error."""
     summary: Mapping[str, Any] | None = None
-    """What the pipeline found before, for its table and `--json`."""
+    """Results up to the error, printed and written to `--json`; None: no results."""
 
 
 class ConfigError(RaydetrError, ValueError):
-    """A flag has a value that cannot work."""
+    """A flag has an invalid value."""
 
 
 class StorageError(RaydetrError):
-    """An address cannot be read or written."""
+    """A URI cannot be read or written."""
 
 
 class DataError(RaydetrError):
-    """A COCO file, a shard or a manifest is not what it should be."""
+    """A COCO file, a shard or a manifest is invalid."""
 
 
 class ClusterError(RaydetrError):
-    """The Ray cluster cannot run the job as asked."""
+    """The Ray cluster cannot run the job."""
 
 
 class LeaseError(RaydetrError):
-    """Another driver works on the same folder."""
+    """Another driver uses the same folder."""
 
 
 class TrainingError(RaydetrError):
-    """A training run cannot go on or cannot be resumed."""
+    """A training run cannot continue or be resumed."""
 
 
-class OutOfTimeError(TrainingError):
-    """`--max-hours` are over; the same command goes on."""
+class TimeLimitError(TrainingError):
+    """The time limit `--max-hours` is reached; rerun the command to resume."""
 
     exit_status = 75  # EX_TEMPFAIL: try again
 
 
 class RegistryError(RaydetrError):
-    """The model registry does not have, or does not accept, what was asked."""
+    """The model registry has no such entry, or does not accept the request."""
 
 
 class PromotionRefused(RegistryError):
-    """The gate's rules do not hold: the alias stays where it is."""
+    """The gate refused a promotion; the alias does not move."""
 
     exit_status = 3
 
 
 class EvaluationError(RaydetrError):
-    """An evaluation does not come to its end."""
+    """An evaluation cannot finish."""
 
 
-class BelowBoundError(EvaluationError):
-    """A figure is below the bound that was asked for."""
+class BelowMinimumError(EvaluationError):
+    """A metric is below its minimum, `--min-metric`."""
 
     exit_status = 4
 
@@ -88,7 +88,7 @@ class ServingError(RaydetrError):
 
 
 class RequestError(ServingError):
-    """A request to the endpoint is at fault."""
+    """A request to the endpoint is invalid."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)

@@ -1,8 +1,8 @@
-"""One command per output folder: a lease on it, renewed while the command runs.
+"""Allow one command at a time per output folder, by a lease that is renewed while the command runs.
 
-The lease is a cell (`conditional`): it is taken, renewed and given back by compare-and-set, so a write that arrives
-late, after another process has taken the lease, changes nothing. A process whose renewals fail works on, since no
-other process may have taken the lease while the storage was away; what it commits is guarded by `Held.verify`.
+The lease is a cell (`conditional`): it is taken, renewed and released by compare-and-set, so a write that arrives after
+another process has taken the lease changes nothing. A process whose renewals fail continues, since no other process may
+have taken the lease while the storage was unavailable. `Held.verify` guards its commits.
 """
 
 import json
@@ -26,31 +26,31 @@ from raydetr.errors import LeaseError, StorageError
 DURATION_S = 20.0
 FILE = "lease.json"
 WAIT_S = 600.0
-"""How long a command waits for another one whose result it can use. Not longer: it may have a cluster of its own."""
-_CLOCKS_DIFFER_S = 300.0
-"""A lease that ran out longer ago was its holder's by no clock."""
+"""Seconds for which a command waits for another one whose result it can use; it may hold its own cluster meanwhile."""
+_MAX_CLOCK_SKEW_S = 300.0
+"""A lease that expired longer ago than this is expired whatever the difference of the two clocks."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """A lease that this process, or the driver that sent this object, has taken."""
+    """A lease taken by this process, or by the driver that sent this object here."""
 
     address: str
     owner: str
 
     def verify(self) -> None:
-        """Check that no other process has taken the lease: before a commit, also in another process than the driver.
+        """Check, before a commit, that no other process has taken the lease; works in workers of the driver too.
 
         Raises:
             LeaseError: another process has taken it.
             StorageError: the lease cannot be read.
         """
-        found = _record(self.address, cell(self.address).read())
-        if found.get("owner") != self.owner:
-            raise LeaseError(_taken(self.address, found))
+        record = _parse(self.address, cell(self.address).read())
+        if record.get("owner") != self.owner:
+            raise LeaseError(_taken_message(self.address, record))
 
     def is_held(self) -> bool:
-        """Whether no other process has taken the lease, as far as the storage answers."""
+        """Return False if another process has taken the lease; True also if the storage does not answer."""
         try:
             self.verify()
         except LeaseError:
@@ -64,25 +64,25 @@ class Held:
 def lease(output: str, duration_s: float = DURATION_S, *, wait_s: float = 0.0) -> Iterator[Held]:
     """Hold the lease of a folder while the block runs.
 
-    The lease of a process that died runs out: the next one waits for that, at most `duration_s`, and not at all where
-    it can see that the process has gone. A process that was
-    suspended or cut off from the storage for longer, and whose lease another one has taken, stops.
+    The lease of a dead process expires. The next process waits for that, at most `duration_s`, or not at all if it can
+    see that the holder no longer runs. A process that was suspended or disconnected from the storage, and whose lease
+    another one has taken meanwhile, stops.
 
     Args:
-        output: address of the folder.
-        duration_s: how long a lease is valid without being renewed.
+        output: URI of the folder.
+        duration_s: how long a lease is valid without renewal.
         wait_s: how long to wait for another process that is alive.
 
     Raises:
-        LeaseError: another process holds it and is alive, or has taken it.
-        StorageError: the storage does not answer, or cannot exclude another process.
+        LeaseError: another process holds the lease and is alive, or has taken it.
+        StorageError: the storage does not answer, or has no conditional writes.
     """
     address = storage.join(output, FILE)
     holder = _Holder(address, duration_s)
     holder.take(time.monotonic() + wait_s)
     stop, lost = threading.Event(), threading.Event()
     me, in_main_thread = threading.get_ident(), threading.current_thread() is threading.main_thread()
-    if in_main_thread:  # not SIGINT: what a script starts in the background ignores that
+    if in_main_thread:  # not SIGINT, which background processes of shell scripts ignore
         before = signal.signal(signal.SIGURG, signal.default_int_handler)
 
     def renew() -> None:
@@ -94,7 +94,7 @@ def lease(output: str, duration_s: float = DURATION_S, *, wait_s: float = 0.0) -
                 if in_main_thread:
                     signal.pthread_kill(me, signal.SIGURG)
                 return
-            except StorageError:  # full or away for a while: the next renewal may succeed
+            except StorageError:  # full or temporarily unavailable: the next renewal may succeed
                 stop.wait(duration_s / 20)
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
@@ -104,19 +104,19 @@ def lease(output: str, duration_s: float = DURATION_S, *, wait_s: float = 0.0) -
     except KeyboardInterrupt:
         if not lost.is_set():
             raise
-        raise LeaseError(_taken(address, {})) from None
+        raise LeaseError(_taken_message(address, {})) from None
     finally:
         stop.set()
         thread.join()
         if in_main_thread:
             signal.signal(signal.SIGURG, before)
         if not lost.is_set():
-            with suppress(StorageError):  # it runs out by itself
-                holder.give_back()
+            with suppress(StorageError):  # it expires by itself
+                holder.release()
 
 
 class Config(Protocol):
-    """Flags of a command."""
+    """Flags of a command with an output folder."""
 
     @property
     def output(self) -> str:
@@ -128,18 +128,18 @@ R = TypeVar("R")
 
 
 def exclusive(main: Callable[[C], R]) -> Callable[[C], R]:
-    """Refuse a second process that runs this command, or another one, into the same `--output`."""
+    """Wrap a command so that it holds the lease of its `--output`, which a second process is then refused."""
 
     @wraps(main)
-    def alone(config: C) -> R:
+    def main_with_lease(config: C) -> R:
         with lease(storage.absolute(config.output)):
             return main(config)
 
-    return alone
+    return main_with_lease
 
 
 class _Holder:
-    """One process's view of a lease: what it last read or wrote there."""
+    """A lease as one process sees it: the content that it last read or wrote."""
 
     def __init__(self, address: str, duration_s: float) -> None:
         self.address, self.duration_s = address, duration_s
@@ -147,7 +147,7 @@ class _Holder:
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.content = Content(None)
         self.renewed = 0.0
-        """When the last successful write began: the lease is valid for `duration_s` from then on."""
+        """Start of the last successful write, by the monotonic clock: the lease is valid for `duration_s` from then."""
         self.about = {
             "owner": self.owner,
             "command": os.path.basename(sys.argv[0]) or "python",
@@ -158,13 +158,14 @@ class _Holder:
 
     def take(self, until: float) -> None:
         """Take the lease; wait for its holder until `until` by this process's monotonic clock."""
-        told = False
+        announced = False
         while True:
-            free, told = self._wait(until, told)
+            free, announced = self._wait(until, announced)
             if not self._write(free):
                 continue  # another process was faster
             with suppress(LeaseError):
-                while time.monotonic() - self.renewed > self.duration_s:  # a slow write: it may have run out
+                # After a slow write the lease may have expired already.
+                while time.monotonic() - self.renewed > self.duration_s:
                     self.renew()
                 return
 
@@ -176,78 +177,79 @@ class _Holder:
         """
         if self._write(self.content):
             return
-        found = self.cell.read()
-        record = _record(self.address, found)
-        # Our own earlier write may have arrived after its answer was given up. A deleted file may be written again.
-        if record.get("owner", self.owner) != self.owner or not self._write(found):
-            raise LeaseError(_taken(self.address, record))
+        current = self.cell.read()
+        record = _parse(self.address, current)
+        # An earlier write of this process may have arrived after its timeout, so its own record is accepted too. The
+        # same holds for an absent file: if it was deleted, no other process has taken the lease.
+        if record.get("owner", self.owner) != self.owner or not self._write(current):
+            raise LeaseError(_taken_message(self.address, record))
 
-    def give_back(self) -> None:
-        """Remove the lease, if it still is this process's."""
+    def release(self) -> None:
+        """Remove the lease, if this process still holds it."""
         if self.cell.write(None, self.content) is None:
-            found = self.cell.read()
-            if _record(self.address, found).get("owner") == self.owner:
-                self.cell.write(None, found)
+            current = self.cell.read()
+            if _parse(self.address, current).get("owner") == self.owner:
+                self.cell.write(None, current)
 
     def _write(self, expected: Content) -> bool:
-        begun = time.monotonic()
+        started = time.monotonic()
         record = {**self.about, "expires": time.time() + self.duration_s}
         written = self.cell.write((json.dumps(record, sort_keys=True) + "\n").encode(), expected)
         if written is None:
             return False
-        self.content, self.renewed = written, begun
+        self.content, self.renewed = written, started
         return True
 
-    def _wait(self, until: float, told: bool) -> tuple[Content, bool]:
+    def _wait(self, until: float, announced: bool) -> tuple[Content, bool]:
         """Wait until the lease is free.
 
-        Whether its holder is alive is decided by whether it changes, on this process's clock alone: other hosts' clocks
-        may be off.
+        A holder is alive if its record changes within `duration_s` by this process's monotonic clock. The clocks of
+        hosts differ, so the expiry time in the record only counts once it is `_MAX_CLOCK_SKEW_S` in the past.
 
         Returns:
-            what is there instead of a valid lease; whether the user was told to wait.
+            The content to replace: absent, or an expired lease. Whether a line about waiting was printed.
 
         Raises:
-            LeaseError: the holder is alive at `until`.
+            LeaseError: the holder is still alive at `until`.
         """
-        seen, since, is_alive = self.cell.read(), time.monotonic(), False
-        while seen.data is not None:
-            record = _record(self.address, seen)
+        last, since, is_alive = self.cell.read(), time.monotonic(), False
+        while last.data is not None:
+            record = _parse(self.address, last)
             duration_s = float(record.get("duration_s", self.duration_s))
-            seen_alive = _seen_alive(record)
-            is_over = (
-                record["expires"] + _CLOCKS_DIFFER_S < time.time() or time.monotonic() - since > duration_s
+            runs_here = _runs_here(record)
+            is_expired = (
+                record["expires"] + _MAX_CLOCK_SKEW_S < time.time() or time.monotonic() - since > duration_s
             )
-            if is_over or seen_alive is False:
+            if is_expired or runs_here is False:
                 break
-            is_alive = is_alive or bool(seen_alive)
+            is_alive = is_alive or bool(runs_here)
             if is_alive and time.monotonic() > until:
                 raise LeaseError(
-                    f"{self.address}: held by {_describe(record)}. Wait for it to end, or give another --output."
+                    f"{self.address}: held by {_describe(record)}. Wait for it to finish, or give another --output."
                 )
-            if is_alive and not told:
+            if is_alive and not announced:
                 print(f"{self.address}: waiting for {_describe(record)}", flush=True)
-                told = True
+                announced = True
             time.sleep(min(self.duration_s / 20, 1.0))
-            latest = self.cell.read()
-            if latest != seen:
-                seen, since, is_alive = latest, time.monotonic(), True
-        return seen, told
+            current = self.cell.read()
+            if current != last:
+                last, since, is_alive = current, time.monotonic(), True
+        return last, announced
 
 
-def _record(address: str, content: Content) -> dict[str, Any]:
-    """What a lease says; empty where there is none."""
+def _parse(address: str, content: Content) -> dict[str, Any]:
+    """Parse the record of a lease; empty if there is none."""
     if content.data is None:
         return {}
     try:
         record: dict[str, Any] = json.loads(content.data)
         return {**record, "expires": float(record["expires"]), "owner": str(record["owner"])}
     except (ValueError, TypeError, KeyError) as error:
-        raise StorageError(f"{address}: not a lease of raydetr ({error}): delete the file.") from error
+        raise StorageError(f"{address}: not a raydetr lease ({error}): delete the file.") from error
 
 
 def _process_space() -> str:
-    """Names where process ids are unique: this boot of this kernel, this container; empty where that is not known."""
+    """Identify the scope in which process ids are unique: boot and PID namespace; empty if unknown."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
             return f"{stream.read().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -255,8 +257,8 @@ def _process_space() -> str:
         return ""
 
 
-def _seen_alive(record: dict[str, Any]) -> bool | None:
-    """Whether the holder is a process of this machine that lives and renews its lease; None: this cannot be seen."""
+def _runs_here(record: dict[str, Any]) -> bool | None:
+    """Return whether the holder is a running process of this machine with an unexpired lease; None if unknown."""
     if not record.get("process_space") or record["process_space"] != _process_space():
         return None
     try:
@@ -265,9 +267,8 @@ def _seen_alive(record: dict[str, Any]) -> bool | None:
         return False
     except (OSError, ValueError, IndexError):
         return None
-    return (
-        True if record["expires"] > time.time() else None
-    )  # else suspended, or another process has this id now
+    # An expired lease: the process is suspended, or another process has this id now.
+    return True if record["expires"] > time.time() else None
 
 
 def _describe(record: dict[str, Any]) -> str:
@@ -276,9 +277,9 @@ def _describe(record: dict[str, Any]) -> str:
     return f"another process ({record.get('command', 'raydetr')}, process {process.split(':')[0]} on {host}{since})"
 
 
-def _taken(address: str, record: dict[str, Any]) -> str:
+def _taken_message(address: str, record: dict[str, Any]) -> str:
     by = f": it is held by {_describe(record)}" if record else ""
     return (
-        f"{address}: another process has taken the lease while this one was suspended or cut off from the storage{by}. "
-        "This one stops and commits nothing more."
+        f"{address}: another process has taken the lease while this one was suspended or disconnected from the "
+        f"storage{by}. This process stops and commits nothing more."
     )

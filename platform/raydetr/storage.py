@@ -1,8 +1,8 @@
-"""Files at addresses: local folders and anything that pyarrow.fs opens by URI (`s3://…`), see `filesystems`.
+"""Read and write files at URIs: local folders and anything that pyarrow.fs opens (`s3://…`), see `filesystems`.
 
-Writes are atomic, on mounted folders and at `file://` too: a reader finds the whole object or none. A file that several
-processes change is a cell, see `conditional`. What a remote file system refuses for a reason that passes
-(it is busy, a connection broke) is tried again for `filesystems.RETRY_SECONDS`.
+Writes are atomic, also on mounted folders and at `file://` URIs: a reader sees the whole file or none. Files that
+several processes modify are cells, see `conditional`. Transient errors (a busy store, a broken connection) are retried
+for `filesystems.RETRY_SECONDS`.
 """
 
 import json
@@ -26,67 +26,67 @@ Result = TypeVar("Result")
 _CHUNK = 16 * 1024 * 1024
 _PART = 4 * 1024 * 1024
 _OBJECT_STORES = {"s3", "gcs", "abfs"}
-"""File systems on which an object appears when its stream is closed; on others a file is written, then moved."""
+"""File systems on which an object appears when its stream is closed; on others a file is written, then renamed."""
 
 SHARED = "RAYDETR_STORAGE"
-"""Environment variable: the address that relative ones are relative to, instead of the current folder."""
+"""Environment variable: the URI that relative paths are relative to, instead of the current folder."""
 
 
-def absolute(address: str) -> str:
-    """A local address as absolute path, a relative one under RAYDETR_STORAGE where that is set; none ends with a slash."""
-    if not is_local(address):
-        return address if address.endswith("://") else address.rstrip("/")
-    if address.startswith("file://"):
-        return str(local_path(address))
-    if (shared := os.environ.get(SHARED)) and not os.path.isabs(address):
-        return join(shared, *os.path.normpath(address).split(os.sep))
-    return os.path.abspath(address)
+def absolute(uri: str) -> str:
+    """Make a URI absolute and strip trailing slashes; relative paths are under RAYDETR_STORAGE if that is set."""
+    if not is_local(uri):
+        return uri if uri.endswith("://") else uri.rstrip("/")
+    if uri.startswith("file://"):
+        return str(local_path(uri))
+    if (shared := os.environ.get(SHARED)) and not os.path.isabs(uri):
+        return join(shared, *os.path.normpath(uri).split(os.sep))
+    return os.path.abspath(uri)
 
 
-def join(address: str, *parts: str) -> str:
-    """Append path components to an address."""
-    return "/".join([address.rstrip("/") if address != "/" else "", *parts])
+def join(uri: str, *parts: str) -> str:
+    """Append path components to a URI."""
+    return "/".join([uri.rstrip("/") if uri != "/" else "", *parts])
 
 
-def exists(address: str) -> bool:
-    """Whether a file or a folder is there."""
-    return _info(address).type != fs.FileType.NotFound
+def exists(uri: str) -> bool:
+    """Return whether a file or a folder exists."""
+    return _info(uri).type != fs.FileType.NotFound
 
 
-def is_folder(address: str) -> bool:
-    """Whether a folder is there."""
-    return bool(_info(address).type == fs.FileType.Directory)
+def is_folder(uri: str) -> bool:
+    """Return whether a folder exists."""
+    return bool(_info(uri).type == fs.FileType.Directory)
 
 
-def list_names(address: str) -> list[str]:
-    """Sorted names of the direct children of a folder; empty where it does not exist."""
-    filesystem, path = resolve(address)
+def list_names(uri: str) -> list[str]:
+    """Return the sorted names of a folder's direct children; empty if it does not exist."""
+    filesystem, path = resolve(uri)
     selector = fs.FileSelector(path, allow_not_found=True)
-    infos = retry(address, "listed", lambda: filesystem.get_file_info(selector))
+    infos = retry(uri, "listed", lambda: filesystem.get_file_info(selector))
     return sorted(info.base_name for info in infos)
 
 
-def size(address: str) -> int:
-    """Bytes of a file.
+def size(uri: str) -> int:
+    """Return the size of a file in bytes.
 
     Raises:
-        StorageError: it is not a file.
+        StorageError: no such file.
     """
-    info = _info(address)
+    info = _info(uri)
     if info.type != fs.FileType.File:
-        raise StorageError(f"{address}: no such file.")
+        raise StorageError(f"{uri}: no such file.")
     return int(info.size)
 
 
 def list_files(
     folder: str, skipped: Callable[[str, str], None] | None = None, leave: bool = True
 ) -> Iterator[tuple[str, int]]:
-    """Name relative to the folder, and bytes, of all files in it and in the folders in it; in no order.
+    """Yield the name (relative to the folder) and size in bytes of each file, recursively and in no order.
 
     Args:
-        folder: its address.
-        skipped: called with the name of what cannot be listed (a folder that may not be read, a symbolic link that
-            leads nowhere, in a circle or out of the folder) and the reason; None: such a folder is an error.
+        folder: URI of the folder.
+        skipped: called with the name and the reason for each entry that cannot be listed: an unreadable folder, or a
+            symbolic link that is broken, circular or leads out of the folder. None: an unreadable folder is an error.
         leave: follow symbolic links that lead out of the folder.
 
     Raises:
@@ -94,7 +94,7 @@ def list_files(
     """
     filesystem, path = resolve(folder)
     if isinstance(filesystem, fs.LocalFileSystem):
-        # Not by pyarrow, which has all of them in memory at once.
+        # pyarrow would hold the whole listing in memory.
         yield from _Walk(path, folder, skipped, leave).files(path, ())
         return
     prefix = path.rstrip("/") + "/"
@@ -106,7 +106,7 @@ def list_files(
 
 @dataclass(frozen=True)
 class _Walk:
-    """A listing of a local folder: see `list_files`."""
+    """Recursive listing of a local folder, see `list_files`."""
 
     root: str
     folder: str
@@ -114,7 +114,7 @@ class _Walk:
     leave: bool
 
     def files(self, path: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-        """The files under a path; `above` are the real paths of the folders that it is in."""
+        """Yield the files under a path; `above` holds the real paths of its parent folders, to detect cycles."""
         real = os.path.realpath(path)
         try:
             with os.scandir(path) as entries:
@@ -135,20 +135,20 @@ class _Walk:
         elif entry.is_file():
             try:
                 size = entry.stat().st_size
-            except FileNotFoundError:  # deleted since
+            except FileNotFoundError:  # deleted in the meantime
                 return
             yield self._name(entry.path), size
 
     def _refusal(self, link: os.DirEntry[str], above: tuple[str, ...]) -> str:
-        """Why a symbolic link is not followed; empty where it is."""
+        """Return why a symbolic link is not followed; empty if it is followed."""
         try:
             real = os.path.realpath(link.path, strict=True)
         except OSError as error:
-            return f"a link that leads nowhere ({error.strerror})"
+            return f"a broken link ({error.strerror})"
         if real in above:
-            return "a link to a folder that it is in"
+            return "a circular link, to a folder that contains it"
         if not self.leave and not real.startswith(above[0].rstrip("/") + "/"):
-            return f"a link out of the folder, to {real}"
+            return f"a link that leads out of the folder, to {real}"
         return ""
 
     def _name(self, path: str) -> str:
@@ -157,99 +157,99 @@ class _Walk:
 
 
 def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
-    """Bytes of those of the named files that exist, by name relative to the folder.
+    """Return the sizes in bytes of those of the named files that exist, by name relative to the folder.
 
     Raises:
         StorageError: the folder does not exist or cannot be listed.
     """
     wanted = set(names)
-    # One listing: an object store would need one request for each name.
+    # One listing instead of one request per name.
     return {name: size for name, size in list_files(folder) if name in wanted}
 
 
-def read_chunks(address: str) -> Iterator[bytes]:
-    """The content of a file, a few MB at a time.
+def read_chunks(uri: str) -> Iterator[bytes]:
+    """Yield the content of a file in parts of 4 MiB.
 
     Raises:
         StorageError: it cannot be read.
     """
-    filesystem, path = resolve(address)
-    at = 0
+    filesystem, path = resolve(uri)
+    position = 0
 
-    def part() -> bytes:
+    def read_part() -> bytes:
         with filesystem.open_input_file(path) as stream:
-            stream.seek(at)
+            stream.seek(position)
             return bytes(stream.read(_PART))
 
-    while data := retry(address, "read", part):
+    while data := retry(uri, "read", read_part):
         yield data
-        at += len(data)
+        position += len(data)
 
 
-def read_bytes(address: str) -> bytes:
-    """The content of a file.
+def read_bytes(uri: str) -> bytes:
+    """Return the content of a file.
 
     Raises:
         StorageError: it cannot be read.
     """
-    filesystem, path = resolve(address)
+    filesystem, path = resolve(uri)
 
-    def whole() -> bytes:
+    def read_all() -> bytes:
         with filesystem.open_input_stream(path) as stream:
             return bytes(stream.read())
 
-    return retry(address, "read", whole)
+    return retry(uri, "read", read_all)
 
 
-def read(address: str, action: Callable[[pa.NativeFile], Result]) -> Result:
-    """What `action` makes of a file, open for reading at any position.
+def read(uri: str, action: Callable[[pa.NativeFile], Result]) -> Result:
+    """Call `action` on a file that is open for random access, and return its result.
 
-    It is done again, on the file opened anew, when a read fails for a reason that passes. Errors of a damaged file
-    are its own.
+    After a transient error the file is opened again and the action repeated. Errors of a damaged file are raised
+    unchanged.
 
     Raises:
         StorageError: the file cannot be opened or read.
     """
-    filesystem, path = resolve(address)
+    filesystem, path = resolve(uri)
 
-    def once() -> Result | _Failed:
+    def attempt() -> Result | _Failed:
         with filesystem.open_input_file(path) as stream:
             try:
                 return action(stream)
             except OSError as error:
-                if is_transient(error, address):
+                if is_transient(error, uri):
                     raise
                 return _Failed(error)
 
-    result = retry(address, "read", once)
+    result = retry(uri, "read", attempt)
     if isinstance(result, _Failed):
         raise result.error
     return result
 
 
-def read_json(address: str) -> Any:
-    """The content of a JSON file.
+def read_json(uri: str) -> Any:
+    """Return the content of a JSON file.
 
     Raises:
         StorageError: it cannot be read or is not JSON; the message names the line.
     """
     try:
-        return json.loads(read_bytes(address))
+        return json.loads(read_bytes(uri))
     except ValueError as error:
-        raise StorageError(f"{address}: not JSON ({error}).") from error
+        raise StorageError(f"{uri}: not JSON ({error}).") from error
 
 
 @contextmanager
-def open_output(address: str) -> Iterator[BinaryIO]:
-    """A stream to a new file that appears whole when the block ends, or not at all; missing folders are made.
+def open_output(uri: str) -> Iterator[BinaryIO]:
+    """Open a stream to a new file that appears atomically when the block ends; create missing folders.
 
-    A remote file is put together on the local disk first: only a finished one can be sent again, and closing a
-    stream to S3 after an error would show what had been sent.
+    A remote file is assembled on the local disk first. Only a complete file can be sent again after an error, and
+    closing a stream to S3 after an error would publish the bytes sent so far.
 
     Raises:
         StorageError: it cannot be written.
     """
-    target = local_path(address)
+    target = local_path(uri)
     if target is not None:
         partial = f"{target}.{uuid.uuid4().hex}.partial"
         try:
@@ -257,10 +257,10 @@ def open_output(address: str) -> Iterator[BinaryIO]:
             with open(partial, "wb") as stream:
                 yield stream
                 stream.flush()
-                os.fsync(stream.fileno())  # or a machine that loses power keeps the name and not the bytes
+                os.fsync(stream.fileno())  # without it, a power failure can leave the name without the bytes
             os.replace(partial, target)
         except OSError as error:
-            raise StorageError(f"{address}: cannot be written ({error}).") from error
+            raise StorageError(f"{uri}: cannot be written ({error}).") from error
         finally:
             if os.path.lexists(partial):
                 os.remove(partial)
@@ -268,97 +268,95 @@ def open_output(address: str) -> Iterator[BinaryIO]:
     with tempfile.TemporaryFile() as stream:
         yield stream
         stream.flush()
-        _send(stream, address)
+        _send(stream, uri)
 
 
-def _send(source: BinaryIO, address: str) -> None:
-    filesystem, path = resolve(address)
+def _send(source: BinaryIO, uri: str) -> None:
+    filesystem, path = resolve(uri)
 
-    def once(to: str) -> None:
+    def copy_to(to: str) -> None:
         source.seek(0)
         with filesystem.open_output_stream(to) as target:
             shutil.copyfileobj(source, target, _CHUNK)
 
     if filesystem.type_name in _OBJECT_STORES:
-        retry(address, "written", lambda: once(path))
+        retry(uri, "written", lambda: copy_to(path))
         return
 
-    def then_move() -> None:
+    def copy_and_rename() -> None:
         partial = f"{path}.{uuid.uuid4().hex}.partial"
         filesystem.create_dir(os.path.dirname(path), recursive=True)
         try:
-            once(partial)
+            copy_to(partial)
             filesystem.move(partial, path)
         except OSError:
             with suppress(OSError):
                 filesystem.delete_file(partial)
             raise
 
-    retry(address, "written", then_move)
+    retry(uri, "written", copy_and_rename)
 
 
-def write_bytes(address: str, data: bytes) -> None:
-    """Write a file so that it appears whole or not at all; missing folders are made.
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file atomically; create missing folders.
 
     Raises:
         StorageError: it cannot be written.
     """
-    with open_output(address) as stream:
+    with open_output(uri) as stream:
         stream.write(data)
 
 
-def write_json(address: str, value: Any) -> None:
+def write_json(uri: str, value: Any) -> None:
     """Write a value as JSON: sorted keys, indent 2, final newline."""
-    write_bytes(address, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    write_bytes(uri, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
-def delete_file(address: str) -> None:
-    """Delete a file; nothing happens where it does not exist."""
-    filesystem, path = resolve(address)
-    if _info(address).type == fs.FileType.File:
+def delete_file(uri: str) -> None:
+    """Delete a file, if it exists."""
+    filesystem, path = resolve(uri)
+    if _info(uri).type == fs.FileType.File:
         with suppress(_Gone):  # another process deleted it
-            retry(address, "deleted", lambda: _delete(filesystem.delete_file, path))
+            retry(uri, "deleted", lambda: _delete(filesystem.delete_file, path))
 
 
-def delete_folder(address: str) -> None:
-    """Delete a folder and what is in it; nothing happens where it does not exist."""
-    filesystem, path = resolve(address)
-    while _info(address).type == fs.FileType.Directory:
-        with suppress(_Gone):  # another process deletes it as well: what is left of it comes next
-            retry(address, "deleted", lambda: _delete(filesystem.delete_dir, path))
+def delete_folder(uri: str) -> None:
+    """Delete a folder and its content, if it exists."""
+    filesystem, path = resolve(uri)
+    while _info(uri).type == fs.FileType.Directory:
+        with suppress(_Gone):  # another process deletes it concurrently: repeat with what remains
+            retry(uri, "deleted", lambda: _delete(filesystem.delete_dir, path))
             return
 
 
-def upload_folder(source: str, address: str) -> None:
-    """Copy the files of a local folder into the folder `address`, each of them atomically."""
+def upload_folder(source: str, uri: str) -> None:
+    """Copy the files of a local folder into the folder `uri`, each atomically."""
     for parent, _, names in os.walk(source):
         for name in sorted(names):
             file = os.path.join(parent, name)
             relative = os.path.relpath(file, source).replace(os.sep, "/")
-            with open(file, "rb") as stream, open_output(join(address, relative)) as target:
+            with open(file, "rb") as stream, open_output(join(uri, relative)) as target:
                 shutil.copyfileobj(stream, target, _CHUNK)
 
 
-def download_folder(address: str, target: str) -> None:
-    """Copy the files of the folder `address` into the local folder `target`, each of them atomically.
+def download_folder(uri: str, target: str) -> None:
+    """Copy the files of the folder `uri` into the local folder `target`, each atomically.
 
     Raises:
-        StorageError: there is no such folder, or a file in it has a name that leads out of `target`.
+        StorageError: no such folder, or the name of a file in it leads out of `target`.
     """
-    if not is_folder(address):
-        raise StorageError(f"{address}: no such folder.")
-    for name, _ in list_files(address):
+    if not is_folder(uri):
+        raise StorageError(f"{uri}: no such folder.")
+    for name, _ in list_files(uri):
         if not is_inside(name):
-            raise StorageError(
-                f"{address}: the name {name!r} leads out of the folder: nothing is copied to it."
-            )
+            raise StorageError(f"{uri}: the name {name!r} leads out of the folder: the copy is stopped.")
         with open_output(join(target, name)) as stream:
-            for chunk in read_chunks(join(address, name)):
+            for chunk in read_chunks(join(uri, name)):
                 stream.write(chunk)
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name relative to a folder stays in that folder, whatever the folder is."""
+    """Return whether a name relative to a folder stays inside that folder."""
     return not name.startswith("/") and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
@@ -370,16 +368,16 @@ def _delete(action: Callable[[str], None], path: str) -> None:
 
 
 class _Gone(Exception):
-    """What is to be deleted has been."""
+    """The file or folder to delete no longer exists."""
 
 
 class _Failed:
-    """An error that is not the file system's, carried past `retry`."""
+    """An error that is not a transient one of the file system, returned so that `retry` does not wrap it."""
 
     def __init__(self, error: OSError) -> None:
         self.error = error
 
 
-def _info(address: str) -> fs.FileInfo:
-    filesystem, path = resolve(address)
-    return retry(address, "looked up", lambda: filesystem.get_file_info(path))
+def _info(uri: str) -> fs.FileInfo:
+    filesystem, path = resolve(uri)
+    return retry(uri, "looked up", lambda: filesystem.get_file_info(path))

@@ -1,4 +1,4 @@
-"""What the tests of the platform share: the real data where it is there, an S3 server."""
+"""Fixtures of the platform's tests: the real data if available, a model, a registry, an S3 server."""
 
 import socket
 from pathlib import Path
@@ -20,21 +20,21 @@ SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real COCO data sets that lies beside the repository."""
+    """Return the folder of real COCO data sets next to the repository."""
     if not SHARED_DATA.is_dir():
-        pytest.skip("no real data: there is no folder ../shared/data beside the repository")
+        pytest.skip("no real data: there is no folder ../shared/data next to the repository")
     return SHARED_DATA
 
 
 @pytest.fixture(scope="session")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """61 images of many sizes, one cut short, one missing."""
+    """Write 61 images of different sizes, one truncated, one missing."""
     return write_awkward(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
-    """Knows the data set's classes in another order, and one more."""
+    """Save a model with the data set's classes in another order, and one more class."""
     folder = save_tiny_detr(tmp_path_factory.mktemp("model") / "tiny", ["cat", "dog", "ant", "bee"], edge=64)
     return resolve(str(folder), "")
 

@@ -1,13 +1,13 @@
-"""A real S3 API on loopback, and a proxy before it that delays, fails and cuts off as a test asks.
+"""A real S3 API on loopback behind a proxy that injects delays, errors and truncated answers.
 
     def test_x(s3: S3) -> None:
-        address = s3.address("some/key")        # s3://…, whose endpoint is the proxy
+        uri = s3.address("some/key")            # s3://…, whose endpoint is the proxy
         s3.faults.fail = 3                      # the next three requests are answered 503
-        storage.write_bytes(address, b"…")
+        storage.write_bytes(uri, b"…")
         assert s3.faults.requests > 3
 
-The fixture sets AWS_ENDPOINT_URL and test credentials in the environment, so that Ray workers and subprocesses that
-are started during the test see them too.
+The fixture sets AWS_ENDPOINT_URL and test credentials in the environment. Ray workers and subprocesses that start
+during the test inherit them.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ import pytest
 
 @dataclass
 class Faults:
-    """What the proxy does to requests, and what it has seen.
+    """Faults that the proxy injects, and statistics of the requests.
 
-    latency: seconds before each answer.
-    slow_writes: the most seconds, drawn anew for each, before a PUT or DELETE arrives, and again before its answer.
-    ignore_conditions: pass no If-Match or If-None-Match on, as stores did that do not know them.
-    fail: how many of the next requests are answered `status`.
-    cut: how many of the next bodies are cut off half-way.
-    down: answer everything `status`.
+    latency: seconds before each request.
+    slow_writes: maximum random delay in seconds before a PUT or DELETE arrives, and again before its answer.
+    ignore_conditions: drop If-Match and If-None-Match headers, like stores that do not support them.
+    fail: number of next requests that are answered with `status`.
+    cut: number of next bodies that are cut off half-way.
+    down: answer all requests with `status`.
     """
 
     latency: float = 0.0
@@ -53,7 +53,7 @@ class Faults:
     writing: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, name: str) -> bool:
-        """Use up one of a number of faults."""
+        """Decrement the counter of a fault; return whether it was above 0."""
         with self.lock:
             left = getattr(self, name)
             setattr(self, name, max(left - 1, 0))
@@ -68,14 +68,14 @@ class S3:
     endpoint: str
     faults: Faults
     client: Any
-    """boto3's, past the proxy."""
+    """A boto3 client that bypasses the proxy."""
 
     def address(self, key: str) -> str:
-        """The address of a key."""
+        """Return the URI of a key."""
         return f"s3://{self.bucket}/{key}"
 
     def keys(self) -> list[str]:
-        """All keys of the bucket."""
+        """List all keys of the bucket."""
         return sorted(
             item["Key"] for item in self.client.list_objects_v2(Bucket=self.bucket).get("Contents", [])
         )
@@ -83,7 +83,7 @@ class S3:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[int]:
-    """Moto's server as a process; its port."""
+    """Start Moto's server as a process; yield its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -106,7 +106,7 @@ def s3_server() -> Iterator[int]:
 
 @pytest.fixture
 def s3(s3_server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    """An empty bucket behind a proxy of this test."""
+    """Create an empty bucket behind a new proxy."""
     credentials = {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
@@ -158,7 +158,7 @@ def _handler(port: int, faults: Faults) -> type[BaseHTTPRequestHandler]:
                     headers = {
                         k: v for k, v in headers.items() if k.lower() not in ("if-match", "if-none-match")
                     }
-                # Moto looks at the condition and writes in two steps; S3 does it in one.
+                # Moto checks the condition and writes in two steps, S3 in one atomic step.
                 with faults.writing if is_write else contextlib.nullcontext():
                     upstream.request(self.command, self.path, body, headers)
                     answer = upstream.getresponse()
@@ -201,6 +201,6 @@ def _handler(port: int, faults: Faults) -> type[BaseHTTPRequestHandler]:
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
         def log_message(self, *args: object) -> None:
-            """Nothing."""
+            """Print nothing."""
 
     return Handler

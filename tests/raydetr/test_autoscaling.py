@@ -1,4 +1,4 @@
-"""Spot nodes are started first, others while spot is refused; decided by Ray's own autoscaler on cluster.yaml."""
+"""Spot nodes are started first, on-demand nodes while spot is refused, by Ray's own autoscaler with cluster.yaml."""
 
 import time
 from functools import partial
@@ -19,7 +19,7 @@ GPU, CPU = {"CPU": 1, "GPU": 1}, {"CPU": 1}
 
 
 def scorer() -> Any:
-    """The one that cluster.yaml names, looked up as Ray does it."""
+    """Load the scorer that cluster.yaml names, as Ray does."""
     name = f"--env {constants.AUTOSCALER_UTILIZATION_SCORER_KEY}="
     (option,) = [option for option in CONFIG["docker"]["run_options"] if option.startswith(name)]
     return load_function_or_class(option.removeprefix(name))
@@ -52,30 +52,32 @@ def tracker() -> NodeProviderAvailabilityTracker:
     return NodeProviderAvailabilityTracker()
 
 
-def test_gpus_come_from_spot_and_data_tasks_get_no_gpu_nodes(
+def test_gpu_workers_start_on_spot_and_data_tasks_on_cpu_nodes(
     tracker: NodeProviderAvailabilityTracker,
 ) -> None:
     assert started([GPU, GPU], tracker) == {"gpu_spot": 2}
     assert started([CPU] * 20, tracker) == {"cpu_worker": 2}
 
 
-def test_on_demand_nodes_come_while_spot_is_refused(tracker: NodeProviderAvailabilityTracker) -> None:
+def test_on_demand_nodes_start_while_spot_is_refused(tracker: NodeProviderAvailabilityTracker) -> None:
     refuse(tracker, "gpu_spot")
     assert started([GPU, GPU], tracker) == {"gpu_on_demand": 2}
     assert started([CPU], tracker) == {"cpu_worker": 1}
 
 
-def test_spot_comes_first_again_after_half_an_hour(tracker: NodeProviderAvailabilityTracker) -> None:
+def test_spot_is_preferred_again_after_half_an_hour(tracker: NodeProviderAvailabilityTracker) -> None:
     refuse(tracker, "gpu_spot", constants.AUTOSCALER_NODE_AVAILABILITY_MAX_STALENESS_S + 1)
     assert started([GPU], tracker) == {"gpu_spot": 1}
 
 
-def test_on_demand_nodes_fill_up_what_spot_may_not(tracker: NodeProviderAvailabilityTracker) -> None:
-    most = CONFIG["available_node_types"]["gpu_spot"]["max_workers"]
-    assert started([GPU, GPU], tracker, {"gpu_spot": most - 1}) == {"gpu_spot": 1, "gpu_on_demand": 1}
+def test_on_demand_nodes_start_beyond_the_maximum_of_spot_nodes(
+    tracker: NodeProviderAvailabilityTracker,
+) -> None:
+    maximum = CONFIG["available_node_types"]["gpu_spot"]["max_workers"]
+    assert started([GPU, GPU], tracker, {"gpu_spot": maximum - 1}) == {"gpu_spot": 1, "gpu_on_demand": 1}
 
 
-def test_rays_own_scorer_would_ask_for_spot_again(
+def test_rays_default_scorer_would_request_refused_spot_again(
     tracker: NodeProviderAvailabilityTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse(tracker, "gpu_spot")

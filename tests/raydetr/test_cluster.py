@@ -1,4 +1,4 @@
-"""A cluster that is too small says so before anything starts."""
+"""A missing or too small cluster is an error before any work starts."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ for workers, min_workers, _ in json.loads(sys.argv[2]):
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what each case ends in, on a Ray of two CPUs."""
+    """Write the error of each case to a folder, on a Ray with two CPUs."""
     folder = tmp_path_factory.mktemp("errors")
     command = [sys.executable, "-c", TRAIN, str(folder), json.dumps(CASES)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=240)
@@ -51,13 +51,13 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "min_workers", "fits"), CASES)
-def test_more_workers_than_the_cluster_has_cpus_for_is_an_error_with_the_remedy(
+def test_more_workers_than_cpus_is_an_error_with_the_remedy(
     workers: int, min_workers: int, fits: bool, errors: Path
 ) -> None:
     output = errors / f"{workers}-{min_workers}"
     error = output.with_suffix(".txt").read_text()
     if fits:
-        # The next thing that is wrong: there are no shards.
+        # The next error: the shards are missing.
         assert "no manifest.json" in error
     else:
         assert (
@@ -68,8 +68,8 @@ def test_more_workers_than_the_cluster_has_cpus_for_is_an_error_with_the_remedy(
 
 
 @contextlib.contextmanager
-def dead(kind: str, folder: Path) -> Iterator[str]:
-    """An address at which no Ray cluster answers: nothing listens, nothing speaks, or a web server does."""
+def without_ray(kind: str, folder: Path) -> Iterator[str]:
+    """Yield an address without a Ray cluster: nothing listens, a listener never answers, or a web server answers."""
     with contextlib.ExitStack() as stack:
         if kind == "a web server":
             yield stack.enter_context(serve(folder)).removeprefix("http://")
@@ -83,13 +83,13 @@ def dead(kind: str, folder: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("prefix", ["", "ray://"])
 @pytest.mark.parametrize("kind", ["nothing", "a stopped process", "a web server"])
-def test_an_address_at_which_no_cluster_answers_is_a_quick_error(
+def test_an_address_without_a_cluster_fails_quickly(
     kind: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cluster.PROBE_S <= 20
     monkeypatch.setattr(cluster, "PROBE_S", 0.3)
     monkeypatch.setattr(cluster.ray, "init", lambda **_: pytest.fail("Ray would try for 14 minutes"))
-    with dead(kind, tmp_path) as address:
+    with without_ray(kind, tmp_path) as address:
         monkeypatch.setenv("RAY_ADDRESS", prefix + address)
         start = time.monotonic()
         with pytest.raises(
@@ -99,7 +99,7 @@ def test_an_address_at_which_no_cluster_answers_is_a_quick_error(
     assert time.monotonic() - start < 3
 
 
-def test_a_grpc_server_such_as_rays_passes_the_probe() -> None:
+def test_a_grpc_server_passes_the_probe() -> None:
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -111,7 +111,7 @@ def test_a_grpc_server_such_as_rays_passes_the_probe() -> None:
 
 def test_a_ray_that_does_not_start_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def time_out(**_: object) -> None:
-        raise Exception("The current node timed out during startup.")  # Ray raises just that
+        raise Exception("The current node timed out during startup.")  # the exception that Ray raises
 
     monkeypatch.setattr(cluster.ray, "init", time_out)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Of several writers of a cell one wins, on a file system and on S3, also when writes are slow or answers are lost."""
+"""Of concurrent writers of a cell exactly one succeeds, on file systems and S3, with slow writes and lost answers."""
 
 import errno
 import os
@@ -21,12 +21,12 @@ Address = Callable[[str], str]
 @pytest.fixture(params=["folder", "uri", "s3"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
     if request.param == "s3":
-        found: S3 = request.getfixturevalue("s3")
-        return found.address
+        s3: S3 = request.getfixturevalue("s3")
+        return s3.address
     return lambda key: f"{'file://' if request.param == 'uri' else ''}{tmp_path}/{key}"
 
 
-def test_a_cell_changes_only_from_what_was_read(address: Address) -> None:
+def test_a_write_succeeds_only_if_the_cell_is_unchanged_since_the_read(address: Address) -> None:
     here = cell(address("a/cell"))
     absent = here.read()
     assert absent.data is None
@@ -40,15 +40,15 @@ def test_a_cell_changes_only_from_what_was_read(address: Address) -> None:
         assert here.write(b"other", stale) is None
         assert here.write(None, stale) is None
     assert here.read().data == b"two"
-    gone = here.write(None, two)
-    assert gone is not None
+    removed = here.write(None, two)
+    assert removed is not None
     assert here.read().data is None
     assert here.write(b"three", two) is None
-    assert here.write(b"three", gone) is not None
+    assert here.write(b"three", removed) is not None
     assert here.write(b"four", here.read()) is not None
 
 
-def test_a_removed_cell_leaves_nothing(address: Address) -> None:
+def test_a_removed_cell_leaves_no_files(address: Address) -> None:
     here = cell(address("a/cell"))
     written = here.write(b"two", here.write(b"one", here.read()) or Content(None))
     assert written is not None
@@ -56,16 +56,16 @@ def test_a_removed_cell_leaves_nothing(address: Address) -> None:
     assert storage.list_names(address("a")) == []
 
 
-def test_of_writers_at_once_each_change_has_one(address: Address) -> None:
-    """Every writer counts up from what it read: a lost change would be a number that is missing at the end."""
+def test_concurrent_increments_are_not_lost(address: Address) -> None:
+    """Every writer increments the number that it read; a lost update would make the final number too small."""
 
     def count(writer: int) -> None:
         here = cell(address("counter"))
         for turn in range(8):
             while True:
-                seen = here.read()
-                number = int(seen.data.split()[0]) if seen.data else 0
-                if here.write(f"{number + 1} {writer} {turn}".encode(), seen) is not None:
+                content = here.read()
+                number = int(content.data.split()[0]) if content.data else 0
+                if here.write(f"{number + 1} {writer} {turn}".encode(), content) is not None:
                     break
 
     threads = [threading.Thread(target=count, args=(writer,)) for writer in range(4)]
@@ -76,7 +76,7 @@ def test_of_writers_at_once_each_change_has_one(address: Address) -> None:
     assert cell(address("counter")).read().data.split()[0] == b"32"
 
 
-def test_a_reader_never_sees_half_a_cell(tmp_path: Path) -> None:
+def test_a_reader_never_sees_a_partial_cell(tmp_path: Path) -> None:
     for prefix in ("", "file://"):
         target = f"{prefix}{tmp_path}/cell{len(prefix)}"
         contents = [bytes([n]) * 200_000 for n in range(20)]
@@ -101,14 +101,14 @@ def test_a_reader_never_sees_half_a_cell(tmp_path: Path) -> None:
         assert seen <= {None, *contents, *(each[::-1] + b"!" for each in contents)}
 
 
-def test_an_answer_that_is_lost_does_not_lose_the_write(s3: S3) -> None:
+def test_a_write_whose_answer_is_lost_still_counts(s3: S3) -> None:
     here = cell(s3.address("cell"))
     here.write(None, here.write(b"warm up", here.read()) or Content(None))
     put = conditional._S3Cell._put
 
     def lose(self: conditional._S3Cell, data: bytes, version: str) -> Content:
         put(self, data, version)
-        return put(self, data, version)  # as the AWS library does that got no answer
+        return put(self, data, version)  # the AWS SDK sends a request again if it gets no answer
 
     with pytest.MonkeyPatch.context() as broken:
         broken.setattr(conditional._S3Cell, "_put", lose)
@@ -119,7 +119,7 @@ def test_an_answer_that_is_lost_does_not_lose_the_write(s3: S3) -> None:
     assert here.read().data == b"mine again"
 
 
-def test_a_busy_store_is_asked_again(s3: S3) -> None:
+def test_a_request_to_a_busy_store_is_retried(s3: S3) -> None:
     here = cell(s3.address("cell"))
     s3.faults.fail = 1
     assert here.write(b"1", here.read()) is not None
@@ -136,7 +136,7 @@ def test_a_store_that_ignores_conditions_is_refused(s3: S3) -> None:
 
 @pytest.mark.parametrize("target", ["gs://bucket/x", "hdfs://host/x"])
 def test_a_store_without_conditional_writes_is_refused(target: str) -> None:
-    with pytest.raises(StorageError, match=r"no conditional writes.*give an s3:// address or a folder"):
+    with pytest.raises(StorageError, match=r"no conditional writes.*give an s3:// URI or a folder"):
         cell(target)
 
 
@@ -160,17 +160,17 @@ def test_a_mount_without_links_or_locks_is_refused(
 @pytest.mark.nightly
 @pytest.mark.timeout(3000)
 def test_two_hundred_rounds_with_writes_that_take_up_to_five_seconds(s3: S3) -> None:
-    """Many rounds at the same time, each of three writers that take turns on a cell of their own."""
+    """Concurrent rounds, each with three writers that compete for one cell."""
     cell(s3.address("warm-up")).write(b"1", Content(None))
-    s3.faults.slow_writes = 2.5  # before it arrives, and before it is answered
-    won: dict[int, list[int]] = {}
+    s3.faults.slow_writes = 2.5  # before the write arrives, and again before its answer
+    winners: dict[int, list[int]] = {}
 
     def write(number: int, writer: int) -> None:
         time.sleep(random.uniform(0, 2))
         here = cell(s3.address(f"round-{number}"))
-        seen = here.read()
-        if seen.data is None and here.write(f"{writer}".encode(), seen) is not None:
-            won.setdefault(number, []).append(writer)
+        content = here.read()
+        if content.data is None and here.write(f"{writer}".encode(), content) is not None:
+            winners.setdefault(number, []).append(writer)
 
     for start in range(0, 200, 20):
         threads = [
@@ -183,6 +183,6 @@ def test_two_hundred_rounds_with_writes_that_take_up_to_five_seconds(s3: S3) -> 
         for thread in threads:
             thread.join()
     for number in range(200):
-        assert [str(each).encode() for each in won[number]] == [
+        assert [str(each).encode() for each in winners[number]] == [
             cell(s3.address(f"round-{number}")).read().data
         ]

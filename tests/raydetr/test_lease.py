@@ -1,4 +1,4 @@
-"""One driver at a time; a dead one's lease runs out."""
+"""One driver at a time holds the lease of a folder; the lease of a dead driver expires."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ from raydetr.lease import FILE, exclusive, lease
 from tests.raydetr.s3 import S3
 
 
-def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+def test_a_second_driver_is_refused_while_the_first_runs(tmp_path: Path) -> None:
     with (
         lease(str(tmp_path), 1.0),
         pytest.raises(LeaseError, match="held by another process"),
@@ -29,7 +29,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> Non
         pass
 
 
-def test_the_lease_is_given_back(tmp_path: Path) -> None:
+def test_the_lease_is_released_after_the_block(tmp_path: Path) -> None:
     with lease(str(tmp_path), 1.0):
         assert storage.exists(f"{tmp_path}/{FILE}")
     assert not storage.exists(f"{tmp_path}/{FILE}")
@@ -37,7 +37,7 @@ def test_the_lease_is_given_back(tmp_path: Path) -> None:
         pass
 
 
-def test_a_dead_drivers_lease_is_waited_for_and_taken(tmp_path: Path) -> None:
+def test_the_lease_of_a_dead_driver_is_taken_after_it_expires(tmp_path: Path) -> None:
     storage.write_json(f"{tmp_path}/{FILE}", {"owner": "dead", "expires": time.time() + 0.5})
     with lease(str(tmp_path), 1.0):
         assert storage.read_json(f"{tmp_path}/{FILE}")["owner"] != "dead"
@@ -50,7 +50,7 @@ def test_the_lease_is_renewed_beyond_its_duration(tmp_path: Path) -> None:
         assert storage.read_json(f"{tmp_path}/{FILE}")["expires"] > max(first, time.time())
 
 
-def test_of_several_that_begin_at_once_one_works_at_a_time_and_the_others_wait(tmp_path: Path) -> None:
+def test_concurrent_drivers_work_one_at_a_time(tmp_path: Path) -> None:
     working: list[int] = []
     worked: list[int] = []
 
@@ -72,11 +72,11 @@ def test_of_several_that_begin_at_once_one_works_at_a_time_and_the_others_wait(t
 
 @pytest.mark.parametrize("clock", [-100.0, 100.0])
 def test_clocks_of_two_hosts_may_differ(tmp_path: Path, clock: float) -> None:
-    """A holder that renews is alive and one that does not is dead, whatever times it writes."""
-    address, ended = f"{tmp_path}/{FILE}", threading.Event()
+    """A holder that renews its lease is alive and one that does not is dead, whatever expiry times it writes."""
+    address, stop = f"{tmp_path}/{FILE}", threading.Event()
 
     def hold() -> None:
-        while not ended.wait(0.2):
+        while not stop.wait(0.2):
             storage.write_json(address, {"owner": "other", "expires": time.time() + clock})
 
     holder = threading.Thread(target=hold)
@@ -87,7 +87,7 @@ def test_clocks_of_two_hosts_may_differ(tmp_path: Path, clock: float) -> None:
         with pytest.raises(LeaseError, match="held by another process"), lease(str(tmp_path), 1.0):
             pass
     finally:
-        ended.set()
+        stop.set()
         holder.join()
     start = time.monotonic()
     with lease(str(tmp_path), 1.0):
@@ -95,17 +95,17 @@ def test_clocks_of_two_hosts_may_differ(tmp_path: Path, clock: float) -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_driver_whose_lease_was_taken_ends_and_leaves_it_to_the_other(
+def test_a_driver_whose_lease_was_taken_stops_and_does_not_remove_it(
     tmp_path: Path, background: bool
 ) -> None:
     address = f"{tmp_path}/{FILE}"
-    usual = signal.getsignal(signal.SIGINT)
-    if background:  # of a script, which starts such processes so
+    before = signal.getsignal(signal.SIGINT)
+    if background:  # background processes of shell scripts ignore SIGINT
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def drive() -> None:
         with lease(str(tmp_path), 0.5):
-            while True:  # once may fall between a look of the holder and its next writing
+            while True:  # a single write may fall between the holder's read and its next write
                 storage.write_json(address, {"owner": "other", "expires": time.time() + 9})
                 time.sleep(0.05)
 
@@ -113,15 +113,15 @@ def test_a_driver_whose_lease_was_taken_ends_and_leaves_it_to_the_other(
         with pytest.raises(LeaseError, match="another process has taken the lease"):
             drive()
     finally:
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, before)
     assert storage.read_json(address)["owner"] == "other"
 
 
-def test_a_driver_that_works_on_after_its_lease_was_taken_cannot_commit(tmp_path: Path) -> None:
+def test_a_driver_whose_lease_was_taken_cannot_commit(tmp_path: Path) -> None:
     address = f"{tmp_path}/{FILE}"
     with lease(str(tmp_path), 60.0) as held:
         held.verify()
-        copy = pickle.loads(pickle.dumps(held))  # of a worker elsewhere
+        copy = pickle.loads(pickle.dumps(held))  # as a remote worker receives it
         copy.verify()
         taken = {"owner": "host:1:abc", "command": "train.py", "expires": time.time() + 9}
         storage.write_json(address, taken)
@@ -130,13 +130,13 @@ def test_a_driver_that_works_on_after_its_lease_was_taken_cannot_commit(tmp_path
                 LeaseError, match=r"commits nothing more|held by another process \(train.py, process 1 on"
             ):
                 each.verify()
-    assert storage.read_json(address) == taken, "what the other one holds stays"
+    assert storage.read_json(address) == taken, "the other process still holds its lease"
     storage.delete_file(address)
     with pytest.raises(LeaseError):
         held.verify()
 
 
-def test_the_holder_is_named(tmp_path: Path) -> None:
+def test_the_error_names_the_holder(tmp_path: Path) -> None:
     with lease(str(tmp_path), 0.5), pytest.raises(LeaseError) as refusal, lease(str(tmp_path), 0.5):
         pass
     message = str(refusal.value)
@@ -144,7 +144,7 @@ def test_the_holder_is_named(tmp_path: Path) -> None:
     assert "\n" not in message
 
 
-def test_the_lease_of_a_process_that_has_gone_is_taken_at_once(tmp_path: Path) -> None:
+def test_the_lease_of_an_exited_local_process_is_taken_immediately(tmp_path: Path) -> None:
     script = (
         "import sys, time; from raydetr.lease import lease\n"
         "with lease(sys.argv[1], 60.0): print('held', flush=True); time.sleep(60)"
@@ -153,7 +153,8 @@ def test_the_lease_of_a_process_that_has_gone_is_taken_at_once(tmp_path: Path) -
     assert process.stdout is not None
     assert process.stdout.readline() == b"held\n"
     start = time.monotonic()
-    with pytest.raises(LeaseError), lease(str(tmp_path)):  # renewed every 15 s: seen to be alive all the same
+    # It renews every 15 s, but its process id shows that it is alive.
+    with pytest.raises(LeaseError), lease(str(tmp_path)):
         pass
     process.kill()
     process.wait()
@@ -162,16 +163,16 @@ def test_the_lease_of_a_process_that_has_gone_is_taken_at_once(tmp_path: Path) -
         assert time.monotonic() - start < 10
 
 
-def test_a_file_that_is_no_lease_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_lease_is_named(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("{")
     with (
-        pytest.raises(StorageError, match=r"lease\.json: not a lease of raydetr .*delete the file"),
+        pytest.raises(StorageError, match=r"lease\.json: not a raydetr lease .*delete the file"),
         lease(str(tmp_path)),
     ):
         pass
 
 
-def test_a_command_is_run_by_one_process_at_a_time(tmp_path: Path) -> None:
+def test_an_exclusive_command_runs_once_at_a_time(tmp_path: Path) -> None:
     config = DemoConfig(output=str(tmp_path))
     calls = []
 
@@ -186,10 +187,10 @@ def test_a_command_is_run_by_one_process_at_a_time(tmp_path: Path) -> None:
     assert calls == [config]
 
 
-def rounds(s3: S3, count: int, at_once: int, slow_writes: float, duration_s: float) -> None:
-    """Rounds of three drivers that begin together with writes that take up to twice `slow_writes`.
+def run_rounds(s3: S3, count: int, concurrent: int, slow_writes: float, duration_s: float) -> None:
+    """Run rounds of three concurrent drivers, with writes that take up to twice `slow_writes` seconds.
 
-    In none do two of them work at the same time, and the one that works is never the one that stops.
+    In each round, two drivers must never work at the same time, and the driver that works must not be stopped.
     """
     with lease(s3.address("warm-up"), 60.0):
         pass
@@ -205,7 +206,7 @@ def rounds(s3: S3, count: int, at_once: int, slow_writes: float, duration_s: flo
                 end = time.monotonic() + random.uniform(0, duration_s / 2)
                 while time.monotonic() < end:
                     if working != [driver]:
-                        failures.append(f"round {number}: {working} at once")
+                        failures.append(f"round {number}: {working} at the same time")
                     time.sleep(0.02)
                 held.verify()
                 working.remove(driver)
@@ -214,9 +215,9 @@ def rounds(s3: S3, count: int, at_once: int, slow_writes: float, duration_s: flo
         except (LeaseError, StorageError) as error:
             failures.append(f"round {number}, driver {driver}: {error}")
 
-    for start in range(0, count, at_once):
+    for start in range(0, count, concurrent):
         threads = []
-        for number in range(start, min(start + at_once, count)):
+        for number in range(start, min(start + concurrent, count)):
             working: list[int] = []
             threads += [threading.Thread(target=drive, args=(number, driver, working)) for driver in range(3)]
         for thread in threads:
@@ -227,17 +228,17 @@ def rounds(s3: S3, count: int, at_once: int, slow_writes: float, duration_s: flo
     assert sorted(worked) == [(number, driver) for number in range(count) for driver in range(3)]
 
 
-def test_of_drivers_whose_writes_are_slow_one_works_at_a_time(s3: S3) -> None:
-    rounds(s3, count=3, at_once=3, slow_writes=0.1, duration_s=1.0)
+def test_drivers_with_slow_writes_work_one_at_a_time(s3: S3) -> None:
+    run_rounds(s3, count=3, concurrent=3, slow_writes=0.1, duration_s=1.0)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(7200)
 def test_two_hundred_rounds_with_writes_that_take_up_to_five_seconds(s3: S3) -> None:
-    rounds(s3, count=200, at_once=20, slow_writes=2.5, duration_s=20.0)
+    run_rounds(s3, count=200, concurrent=20, slow_writes=2.5, duration_s=20.0)
 
 
-def test_a_user_who_interrupts_is_obeyed(tmp_path: Path) -> None:
+def test_a_keyboard_interrupt_is_raised_and_releases_the_lease(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), lease(str(tmp_path), 0.5):
         raise KeyboardInterrupt
     assert not storage.exists(f"{tmp_path}/{FILE}")

@@ -63,7 +63,7 @@ def drawn(seed: int, count: int) -> list[str]:
     return ["".join(rng.choices(parts, k=rng.randrange(8))) for _ in range(count)]
 
 
-def test_mlflow_takes_the_metric_of_every_class_and_it_leads_back_to_the_class() -> None:
+def test_mlflow_accepts_the_metric_of_every_class_and_the_class_can_be_decoded() -> None:
     metrics = {}
     for name in {*ODD, *drawn(seed=5, count=3_000)}:
         metric = class_metric("mask_AP", name)
@@ -72,7 +72,7 @@ def test_mlflow_takes_the_metric_of_every_class_and_it_leads_back_to_the_class()
         assert metrics.setdefault(metric, name) == name
 
 
-def test_long_names_are_cut_and_stay_different() -> None:
+def test_long_names_are_cut_and_remain_unique() -> None:
     names = ["c" * 400, "c" * 401, "/" * 300, "a/" * 200, ":" * 200, "." * 300, "d/." * 90]
     metrics = {class_metric("AP", name) for name in names}
     assert len(metrics) == len(names)
@@ -80,7 +80,7 @@ def test_long_names_are_cut_and_stay_different() -> None:
         validation._validate_metric(metric, 0.5, 0, 0)
 
 
-def test_ordinary_names_stay_as_they_are() -> None:
+def test_ordinary_names_are_unchanged() -> None:
     for name in ("car", "traffic light", "hot-dog", "a.b", "größe", "vehicle/car", "traffic_light"):
         assert class_metric("AP", name) == f"AP/{name}"
 
@@ -96,7 +96,7 @@ def test_ordinary_names_stay_as_they_are() -> None:
         ),
     ],
 )
-def test_what_mlflow_refuses_is_refused(require, oracle) -> None:
+def test_names_that_mlflow_rejects_are_refused(require, oracle) -> None:
     accepted = refused = 0
     for name in {*ODD, *drawn(seed=6, count=2_000), "x" * 600}:
         try:
@@ -117,7 +117,7 @@ def test_what_mlflow_refuses_is_refused(require, oracle) -> None:
 @pytest.mark.parametrize(
     ("flag", "name"), [("name", "a/b"), ("name", ".."), ("experiment", ""), ("experiment", "..")]
 )
-def test_training_refuses_them_before_it_starts(flag: str, name: str) -> None:
+def test_training_refuses_invalid_names_before_it_starts(flag: str, name: str) -> None:
     with pytest.raises(ConfigError, match=f"--{flag} is '{name}'"):
         TrainConfig(**{flag: name})
     assert TrainConfig(name="").name == ""

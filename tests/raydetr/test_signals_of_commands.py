@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do to a command: said at once, cleaned up, and ended with the command that resumes."""
+"""On SIGINT or SIGTERM a command prints a line immediately, cleans up, and prints the command that resumes."""
 
 import select
 import shlex
@@ -37,7 +37,7 @@ run(main, Config)
 """
 WORK = {
     "in Python": "time.sleep(60)",
-    "in C code that raises an exception of its own": """
+    "in C code that raises its own exception": """
         try:
             time.sleep(60)
         except BaseException:
@@ -47,7 +47,7 @@ WORK = {
 
 @contextmanager
 def working(folder: Path, work: str, cleanup: float = 0.0) -> Iterator["subprocess.Popen[str]"]:
-    """A command at work, with a flag that a shell would have to quote."""
+    """Start a command with a flag that needs quoting in a shell; wait until it works."""
     program = folder / "my program.py"
     program.write_text(PROGRAM.format(work=work, cleanup=cleanup))
     process = subprocess.Popen(
@@ -69,7 +69,7 @@ def working(folder: Path, work: str, cleanup: float = 0.0) -> Iterator["subproce
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("work", WORK)
-def test_a_signal_cleans_up_and_names_the_command_that_resumes(
+def test_a_signal_cleans_up_and_prints_the_command_that_resumes(
     number: signal.Signals, work: str, tmp_path: Path
 ) -> None:
     with working(tmp_path, WORK[work]) as process:
@@ -77,14 +77,14 @@ def test_a_signal_cleans_up_and_names_the_command_that_resumes(
         out, err = process.communicate(timeout=20)
     assert process.returncode == 128 + number
     assert out.splitlines() == ["cleaning up", "clean"]
-    said, stopped, command = (line for line in err.splitlines() if line)
-    assert said.startswith(f"{number.name}: stopping and cleaning up.")
+    announced, stopped, command = (line for line in err.splitlines() if line)
+    assert announced.startswith(f"{number.name}: stopping and cleaning up.")
     assert stopped == f"stopped by {number.name}. Rerun the command to resume:"
     assert shlex.split(command) == [sys.executable, str(tmp_path / "my program.py"), "--json", "a b.json"]
     assert "Traceback" not in err
 
 
-def test_the_signal_is_answered_at_once_while_the_main_thread_is_in_c_code(tmp_path: Path) -> None:
+def test_a_signal_is_answered_immediately_while_the_main_thread_runs_c_code(tmp_path: Path) -> None:
     hashing = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000_000)'  # takes ten seconds
     with working(tmp_path, hashing) as process:
         time.sleep(1)  # the hash has started
@@ -92,11 +92,11 @@ def test_the_signal_is_answered_at_once_while_the_main_thread_is_in_c_code(tmp_p
         assert process.stderr is not None
         assert process.stdout is not None
         while not (line := process.stderr.readline()).startswith("SIGINT: stopping"):
-            assert line, "the process has ended"
-        assert not select.select([process.stdout], [], [], 0.5)[0], "the cleanup begins once the hash is over"
+            assert line, "the process has exited"
+        assert not select.select([process.stdout], [], [], 0.5)[0], "the cleanup starts after the hash"
 
 
-def test_a_second_signal_ends_a_cleanup_that_hangs_and_one_that_is_delivered_twice_does_not(
+def test_a_second_signal_stops_a_hanging_cleanup_but_a_duplicate_delivery_does_not(
     tmp_path: Path,
 ) -> None:
     with working(tmp_path, "time.sleep(60)", cleanup=30.0) as process:
@@ -110,7 +110,7 @@ def test_a_second_signal_ends_a_cleanup_that_hangs_and_one_that_is_delivered_twi
         assert process.wait(5) == 128 + signal.SIGTERM
 
 
-def test_the_handlers_of_before_are_back_after_the_block() -> None:
+def test_the_previous_handlers_are_restored_after_the_block() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with interruptible("stopping"):
         assert [signal.getsignal(number) for number in SIGNALS] != before

@@ -11,7 +11,7 @@ from raydetr import filesystems, storage
 from raydetr.errors import StorageError
 
 
-def test_a_written_file_reads_back_and_its_folders_are_made(tmp_path: Path) -> None:
+def test_a_written_file_reads_back_and_its_folders_are_created(tmp_path: Path) -> None:
     address = storage.join(str(tmp_path), "a", "b", "c.bin")
     storage.write_bytes(address, b"\x00\x01")
     assert storage.read_bytes(address) == b"\x00\x01"
@@ -26,7 +26,7 @@ def test_a_uri_and_a_path_name_the_same_file(tmp_path: Path) -> None:
     assert storage.read_bytes(str(tmp_path / "x")) == b"1"
 
 
-def test_a_shared_folder_whose_server_is_away_for_a_moment_is_asked_again() -> None:
+def test_transient_errors_of_a_network_mount_are_retried() -> None:
     answers = iter([OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")])
 
     def read() -> bytes:
@@ -44,7 +44,7 @@ def test_a_shared_folder_whose_server_is_away_for_a_moment_is_asked_again() -> N
         filesystems.retry("/mnt/shared/x", "written", write)
 
 
-def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_a_write_that_fails_half_way_leaves_only_the_old_file(tmp_path: Path) -> None:
     address = str(tmp_path / "x")
     storage.write_bytes(address, b"old")
 
@@ -60,33 +60,33 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path: 
 
 
 @pytest.mark.parametrize("scheme", ["", "file://", "moved://"])
-def test_a_file_is_not_there_before_it_is_whole(
+def test_a_file_does_not_exist_before_it_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     address = f"{scheme}{tmp_path}/x"
-    if scheme == "moved://":  # another file system of pyarrow, whose files are visible while they are written
+    if scheme == "moved://":  # a pyarrow file system whose files are visible while they are being written
         inner = fs.SubTreeFileSystem("/", fs.LocalFileSystem())
         monkeypatch.setattr(
             storage, "resolve", lambda address: (inner, address.removeprefix(scheme).lstrip("/"))
         )
-        seen = []
+        visible = []
         copy = storage.shutil.copyfileobj
 
-        def look(source: BinaryIO, target: BinaryIO, length: int) -> None:
+        def copy_and_check(source: BinaryIO, target: BinaryIO, length: int) -> None:
             copy(source, target, length)
-            seen.append(storage.exists(address))
+            visible.append(storage.exists(address))
 
-        monkeypatch.setattr(storage.shutil, "copyfileobj", look)
+        monkeypatch.setattr(storage.shutil, "copyfileobj", copy_and_check)
     with storage.open_output(address) as stream:
         stream.write(b"part")
         assert not storage.exists(address)
     assert storage.read_bytes(address) == b"part"
     assert os.listdir(tmp_path) == ["x"]
     if scheme == "moved://":
-        assert seen == [False]
+        assert visible == [False]
 
 
-def test_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_one_complete_file(tmp_path: Path) -> None:
     address = str(tmp_path / "x")
     contents = [bytes([n]) * 100_000 for n in range(8)]
     threads = [threading.Thread(target=storage.write_bytes, args=(address, content)) for content in contents]
@@ -98,13 +98,13 @@ def test_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:
     assert storage.list_names(str(tmp_path)) == ["x"]
 
 
-def test_an_error_of_the_data_inside_a_write_keeps_its_own_message(tmp_path: Path) -> None:
+def test_an_error_raised_while_writing_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="source: gone"), storage.open_output(str(tmp_path / "x")):
         raise StorageError("source: gone")
 
 
 @pytest.mark.parametrize("read", [storage.read_bytes, storage.read_json, storage.size])
-def test_reading_what_is_not_there_names_the_address(tmp_path: Path, read: object) -> None:
+def test_reading_a_missing_file_names_its_uri(tmp_path: Path, read: object) -> None:
     assert callable(read)
     with pytest.raises(StorageError, match="nowhere"):
         read(str(tmp_path / "nowhere"))
@@ -112,19 +112,19 @@ def test_reading_what_is_not_there_names_the_address(tmp_path: Path, read: objec
         storage.read(str(tmp_path / "nowhere"), lambda stream: stream.read())
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_uri_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/x: cannot be written"):
         storage.write_bytes(str(tmp_path / "file" / "x"), b"")
 
 
-def test_text_that_is_not_json_is_reported_with_its_line(tmp_path: Path) -> None:
+def test_invalid_json_is_reported_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": 1,\n oops}')
     with pytest.raises(StorageError, match=r"x\.json: not JSON .*line 2"):
         storage.read_json(str(tmp_path / "x.json"))
 
 
-def test_json_is_written_in_one_form_only(tmp_path: Path) -> None:
+def test_json_output_does_not_depend_on_the_order_of_keys(tmp_path: Path) -> None:
     storage.write_json(str(tmp_path / "a"), {"b": 1, "a": [1.5]})
     storage.write_json(str(tmp_path / "b"), {"a": [1.5], "b": 1})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -132,12 +132,12 @@ def test_json_is_written_in_one_form_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["", "nosuch://x/y"])
-def test_an_address_that_cannot_be_opened_is_refused(address: str) -> None:
+def test_an_invalid_uri_is_refused(address: str) -> None:
     with pytest.raises(StorageError):
         filesystems.resolve(address)
 
 
-def test_sizes_are_those_of_the_files_that_exist(tmp_path: Path) -> None:
+def test_sizes_are_returned_for_the_files_that_exist(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     (folder / "a.jpg").write_bytes(b"12")
@@ -158,12 +158,12 @@ def test_sizes_follow_links(tmp_path: Path) -> None:
     assert storage.file_sizes(str(tmp_path / "images"), ["linked/a", "broken"]) == {"linked/a": 1}
 
 
-def test_sizes_of_a_folder_that_does_not_exist_are_an_error(tmp_path: Path) -> None:
+def test_sizes_in_a_missing_folder_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="nowhere"):
         storage.file_sizes(str(tmp_path / "nowhere"), ["a"])
 
 
-def test_a_folder_copies_there_and_back(tmp_path: Path) -> None:
+def test_a_folder_can_be_uploaded_and_downloaded(tmp_path: Path) -> None:
     source, back = tmp_path / "source", tmp_path / "back"
     (source / "sub").mkdir(parents=True)
     (source / "a").write_bytes(b"1")
@@ -179,7 +179,7 @@ def test_a_folder_copies_there_and_back(tmp_path: Path) -> None:
 def test_names_that_lead_out_of_a_folder_are_not_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Keys of an object store may be any text."""
+    """Keys of an object store may be arbitrary strings."""
     (tmp_path / "source").mkdir()
     (tmp_path / "escape").write_text("precious")
     monkeypatch.setattr(storage, "list_files", lambda _: iter([(name, 1)]))
@@ -189,7 +189,7 @@ def test_names_that_lead_out_of_a_folder_are_not_copied(
     assert (tmp_path / "escape").read_text() == "precious"
 
 
-def test_a_file_uri_is_the_path_that_it_names(tmp_path: Path) -> None:
+def test_a_file_uri_resolves_to_its_path(tmp_path: Path) -> None:
     (tmp_path / "a b").write_text("1")
     assert storage.absolute((tmp_path / "a b").as_uri()) == str(tmp_path / "a b")
     assert storage.read_bytes((tmp_path / "a b").as_uri()) == b"1"
@@ -197,7 +197,7 @@ def test_a_file_uri_is_the_path_that_it_names(tmp_path: Path) -> None:
         storage.read_bytes("file://host/x")
 
 
-def test_a_folder_that_several_delete_is_deleted(tmp_path: Path) -> None:
+def test_concurrent_deletes_of_a_folder_succeed(tmp_path: Path) -> None:
     errors: list[Exception] = []
 
     def delete() -> None:
@@ -219,7 +219,7 @@ def test_a_folder_that_several_delete_is_deleted(tmp_path: Path) -> None:
     assert errors == []
 
 
-def test_deleting_takes_what_is_there_and_nothing_else(tmp_path: Path) -> None:
+def test_deleting_ignores_missing_files_and_the_wrong_type(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a").write_bytes(b"")
     (tmp_path / "b").write_bytes(b"")
@@ -232,7 +232,7 @@ def test_deleting_takes_what_is_there_and_nothing_else(tmp_path: Path) -> None:
     assert storage.list_names(str(tmp_path)) == []
 
 
-def test_relative_addresses_are_under_the_shared_storage_where_there_is_one(
+def test_relative_paths_are_under_the_shared_storage_if_it_is_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(storage.SHARED, "s3://bucket/team/")
@@ -242,7 +242,7 @@ def test_relative_addresses_are_under_the_shared_storage_where_there_is_one(
     assert storage.absolute("s3://other/x") == "s3://other/x"
 
 
-def test_relative_addresses_become_absolute_and_uris_stay(
+def test_relative_paths_become_absolute_and_uris_are_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

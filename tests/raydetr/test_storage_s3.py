@@ -1,4 +1,4 @@
-"""Storage on a real S3 API that is slow, fails and breaks off."""
+"""Storage on a real S3 API with slow, failing and truncated requests."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ from raydetr.errors import StorageError
 from tests.raydetr.s3 import S3
 
 
-def test_files_folders_and_listings_are_as_on_a_disk(s3: S3, tmp_path: Path) -> None:
+def test_files_folders_and_listings_behave_as_on_a_disk(s3: S3, tmp_path: Path) -> None:
     names = ["a/1.bin", "a/b/2.bin", "3.bin"]
     for root in (s3.address("root"), str(tmp_path / "root")):
         for number, name in enumerate(names):
@@ -36,7 +36,7 @@ def test_files_folders_and_listings_are_as_on_a_disk(s3: S3, tmp_path: Path) -> 
         assert not storage.exists(storage.join(root, "a/1.bin"))
 
 
-def test_a_key_may_have_any_characters(s3: S3) -> None:
+def test_a_key_may_contain_any_characters(s3: S3) -> None:
     for name in ("what?.jpg", "100% #1.jpg", "größe a+b.jpg", "x?endpoint_override=y"):
         address = s3.address(f"odd/{name}")
         storage.write_bytes(address, name.encode())
@@ -45,7 +45,7 @@ def test_a_key_may_have_any_characters(s3: S3) -> None:
 
 
 @pytest.mark.slow
-def test_a_large_file_is_sent_in_parts_and_reads_back(s3: S3) -> None:
+def test_a_large_file_is_uploaded_in_parts_and_reads_back(s3: S3) -> None:
     data = np.random.default_rng(0).bytes(25_000_000)
     storage.write_bytes(s3.address("large"), data)
     assert storage.read_bytes(s3.address("large")) == data
@@ -53,7 +53,7 @@ def test_a_large_file_is_sent_in_parts_and_reads_back(s3: S3) -> None:
     assert "-" in etag, "not a multi-part upload"
 
 
-def test_a_writer_that_fails_shows_nothing(s3: S3) -> None:
+def test_a_failed_write_leaves_no_object(s3: S3) -> None:
     def write_half() -> None:
         with storage.open_output(s3.address("half")) as stream:
             stream.write(bytes(20_000_000))
@@ -66,7 +66,7 @@ def test_a_writer_that_fails_shows_nothing(s3: S3) -> None:
 
 @pytest.mark.parametrize("status", [500, 503])
 @pytest.mark.parametrize("fail", [1, pytest.param(7, marks=pytest.mark.nightly)])
-def test_requests_that_fail_for_a_while_are_repeated(s3: S3, fail: int, status: int) -> None:
+def test_requests_with_transient_errors_are_retried(s3: S3, fail: int, status: int) -> None:
     s3.faults.status = status
     for action in (
         lambda: storage.write_bytes(s3.address("x"), b"content"),
@@ -82,7 +82,7 @@ def test_requests_that_fail_for_a_while_are_repeated(s3: S3, fail: int, status: 
     assert s3.keys() == []
 
 
-def test_a_body_that_breaks_off_is_read_again(s3: S3) -> None:
+def test_a_truncated_body_is_read_again(s3: S3) -> None:
     data = np.random.default_rng(0).bytes(300_000)
     storage.write_bytes(s3.address("x"), data)
     s3.faults.cut = 2
@@ -96,7 +96,7 @@ def test_a_body_that_breaks_off_is_read_again(s3: S3) -> None:
     assert s3.faults.cut == 0
 
 
-def test_an_epoch_reads_the_bytes_of_the_shards_and_hardly_more(s3: S3) -> None:
+def test_an_epoch_reads_at_most_five_percent_more_than_the_shards(s3: S3) -> None:
     rng = np.random.default_rng(0)
     records = [
         {
@@ -125,7 +125,7 @@ def test_an_epoch_reads_the_bytes_of_the_shards_and_hardly_more(s3: S3) -> None:
     assert s3.faults.requests < 40
 
 
-def test_what_stays_wrong_is_not_repeated_and_named_with_its_remedy(s3: S3) -> None:
+def test_permanent_errors_are_not_retried_and_name_a_remedy(s3: S3) -> None:
     start = time.monotonic()
     with pytest.raises(StorageError, match=f"{s3.bucket}/no.*cannot be read"):
         storage.read_bytes(s3.address("no"))
@@ -139,7 +139,7 @@ def test_what_stays_wrong_is_not_repeated_and_named_with_its_remedy(s3: S3) -> N
 
 
 @pytest.mark.slow
-def test_an_endpoint_that_stays_down_is_an_error_in_the_end(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_stays_down_is_an_error(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filesystems, "RETRY_SECONDS", 1.0)
     s3.faults.down = True
     with pytest.raises(StorageError, match=f"{s3.bucket}/x: cannot be read"):

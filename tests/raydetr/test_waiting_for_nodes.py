@@ -33,7 +33,7 @@ time.sleep(2)
 assert waiting.is_alive()
 nodes.add_node(num_cpus=2)
 waiting.join()
-print("there", ray.cluster_resources()["CPU"])
+print("available", ray.cluster_resources()["CPU"])
 os.environ["RAYDETR_WAIT_FOR_NODES"] = "2"
 try:
     cluster.connect(2, gpus=2)
@@ -46,20 +46,20 @@ time.sleep(2)
 assert waiting.is_alive()
 nodes.add_node(num_cpus=0, num_gpus=2)
 waiting.join()
-print("there", ray.cluster_resources()["GPU"])
+print("available", ray.cluster_resources()["GPU"])
 ray.shutdown()
 nodes.shutdown()
 """
 
 
-def test_it_waits_until_they_are_there_or_the_time_is_over() -> None:
+def test_connect_waits_until_the_nodes_are_available_or_the_time_limit() -> None:
     done = subprocess.run(
         [sys.executable, "-c", CODE], cwd=ROOT / "platform", capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "The cluster has 0 of 2 CPUs; asking its autoscaler for nodes." in done.stdout
+    assert "The cluster has 0 of 2 CPUs; requesting nodes from its autoscaler." in done.stdout
     assert "refused The cluster has 0 CPUs and this job needs 2" in done.stdout
-    assert "there 2.0" in done.stdout
+    assert "available 2.0" in done.stdout
     assert "refused The cluster has 0 GPUs and this job needs 2: add nodes with GPUs" in done.stdout
-    assert "The cluster has 2 of 2 CPUs, 0 of 2 GPUs; asking its autoscaler for nodes." in done.stdout
-    assert done.stdout.count("there 2.0") == 2
+    assert "The cluster has 2 of 2 CPUs, 0 of 2 GPUs; requesting nodes from its autoscaler." in done.stdout
+    assert done.stdout.count("available 2.0") == 2

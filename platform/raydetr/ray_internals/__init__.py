@@ -1,4 +1,4 @@
 """The only package that imports private modules of Ray; tested with Ray 2.60.
 
-They may change with every version: pyproject.toml bounds Ray to those on which the tests pass.
+Private modules may change in every release, so pyproject.toml pins Ray to the versions on which the tests pass.
 """

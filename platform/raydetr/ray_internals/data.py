@@ -1,4 +1,4 @@
-"""Parts of Ray Data that have no public name."""
+"""Private parts of Ray Data."""
 
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES,

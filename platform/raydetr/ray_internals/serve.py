@@ -1,4 +1,4 @@
-"""Parts of Ray Serve that have no public name."""
+"""Private parts of Ray Serve."""
 
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 

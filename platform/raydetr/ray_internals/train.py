@@ -1,4 +1,4 @@
-"""Parts of Ray Train that have no public name."""
+"""Private parts of Ray Train."""
 
 from ray.train.v2._internal import util
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
