@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,11 +49,15 @@ def elementwise_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, T
     Returns:
         IoU in 0..1 and union area, both float [...]. Two boxes with zero area have IoU 0.
     """
-    left1, top1, right1, bottom1 = _sides(boxes1_xyxy)
-    left2, top2, right2, bottom2 = _sides(boxes2_xyxy)
+    return _iou(_sides(boxes1_xyxy), _sides(boxes2_xyxy))
+
+
+def _iou(sides1: Sequence[Tensor], sides2: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    left1, top1, right1, bottom1 = sides1
+    left2, top2, right2, bottom2 = sides2
     width = (torch.minimum(right1, right2) - torch.maximum(left1, left2)).clamp(min=0)
     intersection = width * (torch.minimum(bottom1, bottom2) - torch.maximum(top1, top2)).clamp(min=0)
-    union = box_area(boxes1_xyxy) + box_area(boxes2_xyxy) - intersection
+    union = (right1 - left1) * (bottom1 - top1) + (right2 - left2) * (bottom2 - top2) - intersection
     return intersection / union.clamp(min=_MIN_AREA), union
 
 
@@ -67,9 +73,10 @@ def elementwise_generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Ten
     Returns:
         float [...] in -1..1.
     """
-    iou, union = elementwise_iou(boxes1_xyxy, boxes2_xyxy)
-    left1, top1, right1, bottom1 = _sides(boxes1_xyxy)
-    left2, top2, right2, bottom2 = _sides(boxes2_xyxy)
+    sides1, sides2 = _sides(boxes1_xyxy), _sides(boxes2_xyxy)
+    iou, union = _iou(sides1, sides2)
+    left1, top1, right1, bottom1 = sides1
+    left2, top2, right2, bottom2 = sides2
     width = (torch.maximum(right1, right2) - torch.minimum(left1, left2)).clamp(min=0)
     hull = width * (torch.maximum(bottom1, bottom2) - torch.minimum(top1, top2)).clamp(min=0)
     return iou - (hull - union) / hull.clamp(min=_MIN_AREA)
@@ -86,26 +93,3 @@ def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, Tensor]:
         IoU in 0..1 and union area, both float [n, m].
     """
     return elementwise_iou(boxes1_xyxy[:, None], boxes2_xyxy[None])
-
-
-def generalized_box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
-    """Compute the generalized IoU of all pairs of two sets of boxes.
-
-    Args:
-        boxes1_xyxy: float [n, 4], with right >= left and bottom >= top.
-        boxes2_xyxy: float [m, 4], with right >= left and bottom >= top.
-
-    Returns:
-        float [n, m] in -1..1.
-
-    Raises:
-        ValueError: a box has a negative size or is NaN.
-    """
-    for name, boxes in (("boxes1", boxes1_xyxy), ("boxes2", boxes2_xyxy)):
-        wrong = ~(boxes[:, 2:] >= boxes[:, :2]).all(dim=1)
-        if wrong.any():
-            first = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"{name}[{first}] is {boxes[first].tolist()}, not xyxy with x1 >= x0 and y1 >= y0"
-            )
-    return elementwise_generalized_iou(boxes1_xyxy[:, None], boxes2_xyxy[None])

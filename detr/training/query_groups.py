@@ -9,7 +9,7 @@ B batch, Q queries of a group, K groups, D ``d_model``, L decoder layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,10 +65,6 @@ class QueryGroups(nn.Module):
     def detector(self) -> DetrForObjectDetection:
         """The model, or the detector inside a `DetrForSegmentation`."""
         return self.model.detr if isinstance(self.model, DetrForSegmentation) else self.model
-
-    def training_parameters(self) -> Iterator[nn.Parameter]:
-        """Return the parameters that are not part of the model."""
-        return (p for name, p in self.named_parameters() if not name.startswith("model."))
 
     def training_state(self) -> dict[str, Tensor]:
         """Return the tensors, by name, that a checkpoint needs in addition to the model to resume training."""

@@ -8,7 +8,6 @@ from pycocotools.cocoeval import COCOeval
 
 from raydetr import storage
 from raydetr.config import EvaluateConfig
-from raydetr.data.shards import to_coco_ground_truth
 from raydetr.errors import ConfigError, RegistryError
 from raydetr.evaluation.evaluate import evaluate
 from raydetr.registry.models import register, resolve
@@ -18,6 +17,7 @@ from tests.call_concurrently import call_concurrently
 from tests.empty_registry import empty_registry
 from tests.raydetr.promotion.unchecked_move import move_alias_unchecked
 from tests.tiny_detr import save_tiny_detr
+from tests.to_coco import to_coco_ground_truth
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 

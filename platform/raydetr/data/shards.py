@@ -209,31 +209,17 @@ def training_targets(
     return boxes, np.array([labels[item["category_id"]] for item in objects], dtype=np.int64)
 
 
-def to_coco_ground_truth(manifest: Manifest) -> dict[str, Any]:
-    """Convert the data set to COCO detection JSON for evaluation.
-
-    pycocotools computes the same metrics on it as on the original JSON. It contains every annotation of every image,
-    including faulty ones, with its id, box, area and iscrowd. The exceptions are annotations without a readable id,
-    category id or box, on which pycocotools stops, and those with NaN or infinity in the box, which cannot be matched.
-    A missing or non-finite area is replaced by the area of the box, and a missing iscrowd by 0. Segmentations are not
-    included.
-    """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for record in read_records(manifest, GROUND_TRUTH_COLUMNS):
-        images.append(
-            {"id": record["image_id"], **{name: record[name] for name in ("file_name", "height", "width")}}
-        )
-        annotations += ground_truth_annotations(record)
-    return {
-        "images": images,
-        "annotations": annotations,
-        "categories": [dict(c) for c in manifest.categories],
-    }
-
-
 def ground_truth_annotations(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Convert the objects of a record to annotations, see `to_coco_ground_truth`. The record has at least `GROUND_TRUTH_COLUMNS`."""
+    """Convert the objects of a record to COCO annotations for evaluation.
+
+    pycocotools computes the same metrics on them as on the original JSON. Faulty objects are included, but for those
+    without a readable id, category id or box, on which pycocotools stops, and those with NaN or infinity in the box,
+    which cannot be matched. A missing or non-finite area is replaced by the area of the box, and a missing iscrowd by
+    0. Segmentations are not included.
+
+    Args:
+        record: a record with at least `GROUND_TRUTH_COLUMNS`.
+    """
     for item in record["objects"] or ():
         box = item["bbox"]
         if item["id"] is None or item["category_id"] is None or box is None or not np.isfinite(box).all():

@@ -43,22 +43,19 @@ CLIENT_GONE = 499
 _MAX_MESSAGE_CHARS = 300  # in the log: the text of an exception may quote what a client sent
 
 
-def protect(
-    api: "FastAPI", limits: Limits, tokens: Tokens | None = None, *, server_sends_id: bool = False
-) -> None:
+def protect(api: "FastAPI", limits: Limits, tokens: Tokens | None = None) -> None:
     """Add the middlewares of this module to an app, before its first request.
 
     Args:
         api: the app. Its own exception handlers still answer the exceptions of its routes.
         limits: `body_s` and `deadline_s` apply.
         tokens: the accepted tokens; None requires no token.
-        server_sends_id: see `RequestContext`.
     """
     # The last one added is the outermost.
     api.add_middleware(Deadline, limits=limits)
     if tokens is not None:
         api.add_middleware(BearerAuth, tokens=tokens)
-    api.add_middleware(RequestContext, server_sends_id=server_sends_id)
+    api.add_middleware(RequestContext)
 
 
 def log_requests(stream: TextIO | None = None) -> None:
@@ -85,13 +82,10 @@ class RequestContext:
 
     Args:
         app: the inner app.
-        server_sends_id: whether the server itself adds X-Request-Id to each response, as Ray Serve's proxy does; a
-            second header would duplicate it.
     """
 
-    def __init__(self, app: "ASGIApp", server_sends_id: bool = False) -> None:
+    def __init__(self, app: "ASGIApp") -> None:
         self.app = app
-        self.server_sends_id = server_sends_id
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Answer one request."""
@@ -114,8 +108,7 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                if not self.server_sends_id:
-                    headers["X-Request-Id"] = request_id
+                headers["X-Request-Id"] = request_id
                 headers.setdefault("X-Content-Type-Options", "nosniff")
                 if message["status"] in (408, 413):
                     # The rest of the body is not read, so the connection cannot carry another request.

@@ -16,10 +16,10 @@ from raydetr.data.shards import (
     read_faults,
     read_records,
     read_rows,
-    to_coco_ground_truth,
     training_targets,
 )
 from raydetr.errors import DataError, StorageError
+from tests.to_coco import to_coco_ground_truth
 
 CATEGORIES = [{"id": 9, "name": "dog", "supercategory": "animal"}, {"id": 2, "name": "cat"}]
 OBJECT_CODES = [code for code, kind in FAULTS.items() if kind.level == "object" and kind.effect != "left-out"]

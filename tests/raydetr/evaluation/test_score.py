@@ -8,11 +8,11 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from raydetr.data.shards import to_coco_ground_truth
 from raydetr.errors import DataError
 from raydetr.evaluation.score import score
 from raydetr.prediction.coco_files import coco_results
 from raydetr.prediction.predictions import PREDICTION_SCHEMA
+from tests.to_coco import to_coco_ground_truth
 
 
 def write_predictions(path, manifest, rng=None):

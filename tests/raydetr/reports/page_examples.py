@@ -8,10 +8,11 @@ import pyarrow as pa
 from detr.image_processing.panoptic_png import read_panoptic_png, write_panoptic_png
 from detr.metrics.coco import METRIC_NAMES, coco_detection_metrics
 from detr.metrics.masks import encode_masks
-from raydetr.data.shards import Manifest, ground_truth_annotations, read_records, to_coco_ground_truth
+from raydetr.data.shards import Manifest, ground_truth_annotations, read_records
 from raydetr.data.stream.mask_targets import decode_mask, has_mask
 from raydetr.prediction.predictions import error_row, table
 from raydetr.reports.page_matching import Item, match_image
+from tests.to_coco import to_coco_ground_truth
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 MIN_SCORE = 0.3

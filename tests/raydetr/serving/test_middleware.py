@@ -43,15 +43,6 @@ def test_an_invalid_request_id_is_not_returned(api):
     assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-Id"])
 
 
-def test_a_server_that_sends_the_id_itself_is_not_duplicated():
-    api = FastAPI()
-    protect(api, LIMITS, server_sends_id=True)
-    log = log_lines()
-    answer = ask(api, "GET", "/health", headers={"X-Request-Id": "one"})
-    assert "X-Request-Id" not in answer.headers
-    assert logged(log)[0]["request_id"] == "one"
-
-
 def test_an_internal_error_is_logged_under_the_request_id_but_not_returned(api):
     log = log_lines()
     answer = ask(api, "GET", "/broken")

@@ -140,24 +140,6 @@ def make_record(
     return record, reported
 
 
-def to_annotation(item: Mapping[str, Any], image_id: int) -> dict[str, Any]:
-    """Convert an object of a record back to the original COCO annotation.
-
-    Args:
-        item: an element of the column `objects`, with all fields.
-        image_id: image id of its record.
-    """
-    fields = {name: item[name] for name in _COLUMNS if item.get(name) is not None}
-    if segmentation := item["segmentation"]:
-        rle = segmentation["rle"]
-        if rle is None:
-            fields["segmentation"] = segmentation["polygons"]
-        else:
-            counts = rle["runs"] if rle["counts"] is None else rle["counts"].decode("ascii")
-            fields["segmentation"] = {"size": rle["size"], "counts": counts}
-    return {**fields, "image_id": image_id, **json.loads(item["extra"] or "{}")}
-
-
 def _object(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Convert annotation fields to the columns of an object. Also returns the fields that no column can store."""
     box = as_numbers(fields.get("bbox"))

@@ -19,9 +19,10 @@ from raydetr.data.ingest.record import Entry, make_record
 from raydetr.data.ingest.shard_tasks import plan_shards, record_order
 from raydetr.data.ingest.shard_writer import write_manifest, write_shard
 from raydetr.data.schema import Fault, without_notes
-from raydetr.data.shards import Manifest, read_faults, read_records, to_coco_ground_truth, training_targets
+from raydetr.data.shards import Manifest, read_faults, read_records, training_targets
 from raydetr.errors import ConfigError, DataError, StorageError
 from tests.raydetr.data.coco_files import read_file
+from tests.to_coco import to_coco_ground_truth
 
 pytestmark = [
     pytest.mark.usefixtures("ray_local"),

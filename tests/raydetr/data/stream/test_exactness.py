@@ -15,11 +15,11 @@ from pycocotools.coco import COCO
 
 from raydetr.data.ingest.ingest import ingest
 from raydetr.data.ingest.inputs import InputPaths
-from raydetr.data.ingest.record import to_annotation
 from raydetr.data.schema import without_notes
 from raydetr.data.shards import Manifest, read_faults, read_records
 from tests.raydetr.s3 import S3
 from tests.tiers import rest_slow
+from tests.to_coco import to_annotation
 
 pytestmark = [
     pytest.mark.usefixtures("ray_local"),
