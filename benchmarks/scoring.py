@@ -213,7 +213,7 @@ def _table(predicted: dict[str, np.ndarray], images: int, detections: int, masks
 
 
 def _ours(images: int, detections: int, masks: bool = False) -> dict[str, Any]:
-    from raydetr.evaluation.figures import evaluate_predictions, summarize_metrics
+    from raydetr.evaluation.metrics import evaluate_predictions, summarize_metrics
 
     objects, predicted = _columns(images, detections)
     ground_truth = _ground_truth(objects, images, masks)

@@ -56,3 +56,16 @@ def test_detections_are_drawn_by_supervision(tmp_path: Path, model: Path) -> Non
     assert "objects: drawn.jpg" in printed
     with Image.open(tmp_path / "drawn.jpg") as drawn:
         assert drawn.size == (64, 48)
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, model: Path) -> None:
+    Image.new("RGB", (64, 48), "gray").save(tmp_path / "photo.jpg")
+    cells = json.loads((ROOT / "examples/quickstart.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert not any(cell.get("outputs") for cell in cells), "outputs are not committed"
+    code = code.replace("runs/demo/train/model", str(model)).replace("threshold=0.3", "threshold=0.0")
+    code += "\nassert detections and coco_detection_metrics(ground_truth, results)['AP'] > 0.99"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

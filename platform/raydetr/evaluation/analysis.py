@@ -17,9 +17,9 @@ from raydetr.evaluation.errors_by_kind import (
     filter_by_score,
     find_errors,
 )
-from raydetr.evaluation.figures import Evaluations, evaluate_predictions, summarize_metrics
 from raydetr.evaluation.ground_truth import GroundTruth
 from raydetr.evaluation.intervals import CONFIDENCE, RESAMPLES, intervals, resample
+from raydetr.evaluation.metrics import Evaluations, evaluate_predictions, summarize_metrics
 from raydetr.evaluation.panoptic_quality import PanopticCounts, class_qualities, count_segments
 from raydetr.evaluation.slices import score_slices
 

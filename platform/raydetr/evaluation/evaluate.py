@@ -20,7 +20,7 @@ from raydetr.data.shards import Manifest, read_records
 from raydetr.data.stream.mask_targets import MaskKind, has_mask
 from raydetr.data.synthetic.dataset import embedded
 from raydetr.errors import BelowMinimumError, ConfigError, DataError
-from raydetr.evaluation.figures import metric_names
+from raydetr.evaluation.metrics import metric_names
 from raydetr.evaluation.record import (
     ANALYSIS,
     build_record,

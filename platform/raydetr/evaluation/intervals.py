@@ -7,7 +7,7 @@ import numpy as np
 
 from detr.metrics.bootstrap import image_weights, interval, mean_precision, resampled_precision
 from detr.metrics.coco_matching import Matches, extract_matches
-from raydetr.evaluation.figures import Evaluations
+from raydetr.evaluation.metrics import Evaluations
 from raydetr.evaluation.panoptic_quality import PanopticCounts, mean_of_classes, resampled_quality
 
 CONFIDENCE = 0.95

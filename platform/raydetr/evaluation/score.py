@@ -8,8 +8,8 @@ import pyarrow as pa
 from raydetr.data.shards import Manifest
 from raydetr.data.stream.mask_targets import MaskKind
 from raydetr.evaluation.analysis import analyze, count_panoptic
-from raydetr.evaluation.figures import evaluate_predictions, summarize_metrics
 from raydetr.evaluation.ground_truth import GroundTruth, read_ground_truth
+from raydetr.evaluation.metrics import evaluate_predictions, summarize_metrics
 from raydetr.prediction.predict import check_complete, read_predictions
 
 

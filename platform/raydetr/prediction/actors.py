@@ -182,7 +182,10 @@ class _Actor:
 
 
 def load_detector(folder: str, settings: PredictionSettings, device: str = "cpu") -> ObjectDetector:
-    """Load the detector of a model folder with the precision, masks and engine of the settings."""
+    """Load the detector of a model folder with the precision, masks and engine of the settings.
+
+    This is how `--engine` and `--precision` of evaluate and predict reach the model; the endpoint has `serving.loaded`.
+    """
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     masks = settings.masks != "none"
     return ObjectDetector.from_pretrained(folder, device, dtype, masks=masks, engine=settings.engine)

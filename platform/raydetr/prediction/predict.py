@@ -1,5 +1,7 @@
 """Prediction of every image of a data set with Ray Data: tasks prepare images, actors run the model.
 
+Folders of images that are no data set: `image_folder`.
+
 Each row between the two stages is one batch of images of one canonical shape. Therefore a prediction depends on its
 image alone, not on the batch size, the number of actors or the other images. If the actors have GPUs, the tasks run
 concurrently on CPUs. Otherwise Ray Data fuses both stages into the actors, which saves copying the pixels.

@@ -14,9 +14,9 @@ import pyarrow as pa
 from detr.metrics.bootstrap import interval, unbiased
 from detr.metrics.coco_matching import FALSE, TRUE, Evaluation, Matches, extract_matches
 from raydetr.evaluation.analysis import MIN_SCORE, class_metrics, class_names, count_panoptic
-from raydetr.evaluation.figures import Evaluations, evaluate_predictions, summarize_metrics
 from raydetr.evaluation.ground_truth import GroundTruth
 from raydetr.evaluation.intervals import CONFIDENCE, RESAMPLES, Resampled, resample
+from raydetr.evaluation.metrics import Evaluations, evaluate_predictions, summarize_metrics
 from raydetr.evaluation.panoptic_quality import PanopticCounts, class_qualities
 
 _MAX_IMAGES = 12

@@ -248,8 +248,8 @@ def check_metrics(
     )
 
 
-def compare_rules(config: PromoteConfig, comparison: Mapping[str, Any]) -> list[Rule]:
-    """Check the rules on a comparison.
+def check_comparison(config: PromoteConfig, comparison: Mapping[str, Any]) -> list[Rule]:
+    """Check what a comparison of two versions must show: a better metric, beyond chance, and no class much worse.
 
     Args:
         config: metric, margin, tolerance, max_class_drop, min_class_objects.

@@ -129,7 +129,7 @@ def evaluate_promotion(
         old, new = (read_predictions(record["predictions"]) for record in records)
         comparison = compare(read_ground_truth(manifest, _kind(records[-1])), old, new)
         rules.append(gate.check_metrics(config, comparison, records[0], records[-1]))
-        rules += gate.compare_rules(config, comparison)
+        rules += gate.check_comparison(config, comparison)
         success = gate.describe(config, comparison)
     if config.max_latency_ms and manifest is not None:
         rules.append(_check_latency(config, uri, manifest, challenger, champion))

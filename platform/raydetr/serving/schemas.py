@@ -58,7 +58,9 @@ class ImageInfo(BaseModel):
 class Times(BaseModel):
     """Time spent on the request, in milliseconds."""
 
-    prepare_ms: float = Field(description="Decoding and resizing.")
+    prepare_ms: float = Field(
+        description="From the headers of the request to the prepared images: upload, waiting, decoding, resizing."
+    )
     model_ms: float = Field(
         description="Time of the batch on the device; of the slowest one if there were several."
     )

@@ -6,7 +6,7 @@
     COMPLETE          the marker, written last
 
 Files are written one by one. A checkpoint counts only once its marker exists, so a reader never sees half of one. The
-number in its name is the number of completed steps, which is also the step to resume from. The validation metrics of
+number in its name counts completed steps. Steps count from 0, so it is also the step to resume from. The validation metrics of
 its model are in `OUTPUT/validations/step-00000200.json`, which stays when the checkpoint is deleted.
 """
 

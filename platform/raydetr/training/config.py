@@ -29,7 +29,7 @@ ARCHITECTURE = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a DETR. The defaults are a basic setup for small images; --recipe sets better ones."""
+    """Train a DETR. --recipe sets the defaults of all other flags."""
 
     # The run
     train_data: str = ""

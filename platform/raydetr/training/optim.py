@@ -1,6 +1,7 @@
 """AdamW with a separate backbone learning rate, learning-rate schedules, and a moving average of the weights."""
 
 import math
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,9 @@ def schedule(step: int, config: TrainConfig) -> float:
         return warmup * 0.5 * (1 + math.cos(math.pi * done))
     if config.schedule == "constant":
         return warmup
-    return warmup * (1.0 if done < config.lr_drop_at else 0.1)
+    if config.schedule == "step":
+        return warmup * (1.0 if done < config.lr_drop_at else 0.1)
+    assert_never(config.schedule)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> dict[str, float]:

@@ -12,8 +12,8 @@ from detr.metrics.coco import METRIC_NAMES
 from detr.metrics.coco_matching import extract_matches
 from raydetr.errors import DataError
 from raydetr.evaluation.analysis import analyze
-from raydetr.evaluation.figures import evaluate_predictions, has_masks
 from raydetr.evaluation.ground_truth import GroundTruth
+from raydetr.evaluation.metrics import evaluate_predictions, has_masks
 from tests.detr.metrics.test_coco import pycocotools_evaluation, random_data
 from tests.detr.metrics.test_coco_masks import compressed, pycocotools_stats
 from tests.detr.metrics.test_coco_masks import random_data as random_masks

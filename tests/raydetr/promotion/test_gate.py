@@ -10,13 +10,13 @@ from raydetr.errors import ConfigError
 from raydetr.promotion.gate import (
     Candidate,
     Decision,
+    check_comparison,
     check_data,
     check_latency,
     check_prerequisites,
     check_replacement,
     check_unmoved,
     choose_evaluation_data,
-    compare_rules,
     decide,
     describe,
 )
@@ -62,7 +62,7 @@ def class_change(name: str, delta: float, low: float, high: float, objects: int 
 
 
 def decision(config: PromoteConfig, found: dict[str, Any]) -> Decision:
-    return decide(compare_rules(config, found), describe(config, found), config.reason)
+    return decide(check_comparison(config, found), describe(config, found), config.reason)
 
 
 def prerequisites(
@@ -156,9 +156,9 @@ def test_the_reason_with_eighty_much_worse_classes_fits_into_a_tag():
 
 def test_a_metric_that_is_missing_or_has_no_objects_is_an_error_of_the_flag():
     with pytest.raises(ConfigError, match="--metric PQ: the comparison has AP, AP_small"):
-        compare_rules(replace(CONFIG, metric="PQ"), comparison(0.4, 0.5, 0.1, 0.2))
+        check_comparison(replace(CONFIG, metric="PQ"), comparison(0.4, 0.5, 0.1, 0.2))
     with pytest.raises(ConfigError, match="--metric AP_small: the evaluation data has no objects"):
-        compare_rules(replace(CONFIG, metric="AP_small"), comparison(0.4, 0.5, 0.1, 0.2))
+        check_comparison(replace(CONFIG, metric="AP_small"), comparison(0.4, 0.5, 0.1, 0.2))
 
 
 def test_complete_prerequisites_pass():

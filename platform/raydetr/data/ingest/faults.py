@@ -121,7 +121,7 @@ def object_faults(
     frame: tuple[int, int] | None,
     category_ids: frozenset[int],
 ) -> list[Problem]:
-    """Check an annotation by itself.
+    """Check an annotation by itself, after `repairs`: a negative or NaN area, for example, was removed there.
 
     Args:
         fields: the annotation as it is in the JSON.

@@ -2,7 +2,8 @@
 
 A generator task iterates over the plan and yields one small row per window. Map tasks read, decode and augment, and
 yield rows of a few micro-batches (see `assign_to_ranks`). `preserve_order` keeps the rows in the plan's order and makes
-Ray Train's split assign them round-robin: row i goes to rank i mod W.
+Ray Train's split assign them round-robin: row i goes to rank i mod W. Since micro-batch p of a step belongs to rank
+p mod W whatever W is, every step has the same records for any number of workers, and all ranks step together.
 
 Ray Train calls `PlanDataConfig.configure` whenever a worker group starts, so a restart with a different number of
 workers continues the stream from the last committed step.
@@ -49,7 +50,7 @@ class Stream:
     source: the records.
     plan: their order.
     last_step: one past the last step of the job.
-    first_step: returns the step after the last committed one; called whenever workers start.
+    first_step: returns the step to start from (`checkpoint.last_committed_step`); called whenever workers start.
     masks: which masks the labels have, see `mask_targets`.
     """
 
