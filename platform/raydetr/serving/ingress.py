@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI
 from ray import serve
-from ray.exceptions import TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatusOverview
-from starlette.datastructures import Headers, MutableHeaders
 
 from raydetr.errors import ServingError
 from raydetr.registry.models import ResolvedModel
@@ -20,9 +18,8 @@ from raydetr.serving.auth import Tokens
 from raydetr.serving.challenger import Challenger, ChallengerConfig
 from raydetr.serving.images import Limits
 from raydetr.serving.memory import trim_memory
-from raydetr.serving.methods import HeadAndOptions
-from raydetr.serving.metrics import MeasureRequests, RequestMetrics, ShadowMetrics
-from raydetr.serving.middleware import log_requests, protect
+from raydetr.serving.metrics import RequestMetrics, ShadowMetrics
+from raydetr.serving.middleware import log_requests
 from raydetr.serving.openapi import documented_api
 from raydetr.serving.preparer import Preparer
 from raydetr.serving.queries import check_query
@@ -30,10 +27,11 @@ from raydetr.serving.refusals import add_handlers
 from raydetr.serving.served_version import ServedVersion
 from raydetr.serving.service import Service
 from raydetr.serving.shadow import Shadow
+from raydetr.serving.stack import add_middlewares
 from raydetr.serving.versions import Alias, Follower
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    pass
 
 DETECTOR = "Detector"
 """Name of the deployment of model replicas."""
@@ -71,39 +69,7 @@ def new_api(*, secured: bool = False) -> FastAPI:
     add_handlers(api)
     for router in (routes.router, open_inference.router):
         api.include_router(router, dependencies=[Depends(check_query)])
-    api.add_middleware(HeadAndOptions)
     return api
-
-
-class ServeProxyAdapter:
-    """Outermost ASGI middleware: adapts to Serve's proxy where it differs from an HTTP server.
-
-    The proxy adds the request's `X-Request-Id` to the response (and creates one if the request has none), so the
-    app's own header is dropped if it has the same id. If a client disconnects while its body arrives, the proxy cancels
-    `receive`; the app gets a disconnect message instead.
-    """
-
-    def __init__(self, app: "ASGIApp") -> None:
-        self.app = app
-
-    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        """Answer one request."""
-
-        async def receive_or_disconnect() -> "Message":
-            try:
-                return await receive()
-            except TaskCancelledError:
-                return {"type": "http.disconnect"}
-
-        async def send_without_duplicate_id(message: "Message") -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                if headers.get("x-request-id") == Headers(scope=scope).get("x-request-id"):
-                    del headers["x-request-id"]
-            await send(message)
-
-        http_send = send_without_duplicate_id if scope["type"] == "http" else send
-        await self.app(scope, receive_or_disconnect, http_send)
 
 
 @serve.ingress()
@@ -142,9 +108,8 @@ class Ingress:
         log_requests()
         api = new_api(secured=bool(self.options.tokens))
         api.state.service = self.service
-        protect(api, self.options.limits, Tokens(self.options.tokens) if self.options.tokens else None)
-        api.add_middleware(MeasureRequests, metrics=self.metrics)
-        api.add_middleware(ServeProxyAdapter)
+        tokens = Tokens(self.options.tokens) if self.options.tokens else None
+        add_middlewares(api, self.options.limits, tokens, self.metrics)
         return api
 
     def _serve_version(self, model: ResolvedModel) -> str | None:

@@ -95,7 +95,7 @@ class ShadowMetrics:
 
 
 class MeasureRequests:
-    """ASGI middleware, outside of `protect`'s: measures time and status of requests by route and model version."""
+    """ASGI middleware: measures time and status of requests by route and model version."""
 
     def __init__(self, app: "ASGIApp", metrics: RequestMetrics) -> None:
         self.app, self.metrics = app, metrics

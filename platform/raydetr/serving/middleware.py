@@ -1,14 +1,4 @@
-"""ASGI middlewares of all requests: request id, log line, deadline, error responses.
-
-`protect` adds them to an app, outermost first::
-
-    RequestContext   X-Request-Id, one JSON log line, JSON responses for exceptions
-    BearerAuth       tokens, see `auth`
-    Deadline         408 for a slow body, 504 for a slow response
-
-The app can read the request id from `request.state.request_id` and the name of the client's token from
-`request.state.client`. It may set `request.state.model` to the model version for the log line.
-"""
+"""ASGI middlewares of all requests: request id, log line, deadline, error responses. `stack` puts them together."""
 
 import asyncio
 import json
@@ -21,17 +11,16 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fastapi.responses import JSONResponse
+from ray.exceptions import TaskCancelledError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from raydetr.errors import RequestError
-from raydetr.serving.auth import BearerAuth, Tokens
 from raydetr.serving.images import Limits
 from raydetr.serving.request_id import sane_request_id
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOG = logging.getLogger("raydetr.serving.requests")
@@ -41,21 +30,6 @@ CLIENT_GONE = 499
 """Logged status of a request whose client disconnected before the response."""
 
 _MAX_MESSAGE_CHARS = 300  # in the log: the text of an exception may quote what a client sent
-
-
-def protect(api: "FastAPI", limits: Limits, tokens: Tokens | None = None) -> None:
-    """Add the middlewares of this module to an app, before its first request.
-
-    Args:
-        api: the app. Its own exception handlers still answer the exceptions of its routes.
-        limits: `body_s` and `deadline_s` apply.
-        tokens: the accepted tokens; None requires no token.
-    """
-    # The last one added is the outermost.
-    api.add_middleware(Deadline, limits=limits)
-    if tokens is not None:
-        api.add_middleware(BearerAuth, tokens=tokens)
-    api.add_middleware(RequestContext)
 
 
 def log_requests(stream: TextIO | None = None) -> None:
@@ -73,7 +47,7 @@ def error_answer(status: int, message: str, headers: dict[str, str] | None = Non
 
 
 class RequestContext:
-    """Outermost middleware of `protect`: request id, log line, and a response for every exception.
+    """ASGI middleware: request id, log line, and a response for every exception.
 
     The log line has `time` (UTC), `request_id`, `client` (the token's name or null), `method`, `route` (the pattern
     of the route, not the requested path; null for an unknown route), `status`, `ms`, `bytes_in` (the part of the body
@@ -233,3 +207,34 @@ class Deadline:
             raise HTTPException(
                 504, f"No answer within {self.limits.deadline_s:g} seconds: send fewer or smaller images."
             ) from None
+
+
+class ServeProxyAdapter:
+    """ASGI middleware: adapts to Serve's proxy where it differs from an HTTP server.
+
+    The proxy adds the request's `X-Request-Id` to the response (and creates one if the request has none), so the
+    app's own header is dropped if it has the same id. If a client disconnects while its body arrives, the proxy cancels
+    `receive`; the app gets a disconnect message instead.
+    """
+
+    def __init__(self, app: "ASGIApp") -> None:
+        self.app = app
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Answer one request."""
+
+        async def receive_or_disconnect() -> "Message":
+            try:
+                return await receive()
+            except TaskCancelledError:
+                return {"type": "http.disconnect"}
+
+        async def send_without_duplicate_id(message: "Message") -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if headers.get("x-request-id") == Headers(scope=scope).get("x-request-id"):
+                    del headers["x-request-id"]
+            await send(message)
+
+        http_send = send_without_duplicate_id if scope["type"] == "http" else send
+        await self.app(scope, receive_or_disconnect, http_send)

@@ -18,7 +18,8 @@ from raydetr.serving import middleware
 from raydetr.serving.auth import Tokens
 from raydetr.serving.bodies import read_images
 from raydetr.serving.images import Limits
-from raydetr.serving.middleware import error_answer, protect
+from raydetr.serving.middleware import error_answer
+from raydetr.serving.stack import add_middlewares
 from tests.raydetr.serving.decoders import preparer
 
 LIMITS = Limits()
@@ -60,7 +61,7 @@ def guarded_app(limits: Limits, tokens: Tokens | None = None) -> FastAPI:
     async def whoami(request: Request) -> str:
         return request.state.client
 
-    protect(api, limits, tokens)
+    add_middlewares(api, limits, tokens)
     return api
 
 

@@ -12,9 +12,9 @@ from raydetr.serving.detector import Result
 from raydetr.serving.images import Limits
 from raydetr.serving.ingress import new_api
 from raydetr.serving.loaded import LoadedModel
-from raydetr.serving.middleware import protect
 from raydetr.serving.served_version import ServedVersion
 from raydetr.serving.service import Service
+from raydetr.serving.stack import add_middlewares
 from tests.raydetr.serving.decoders import preparer
 
 
@@ -75,5 +75,5 @@ def application(
     )
     api = new_api(secured=tokens is not None)
     api.state.service = service
-    protect(api, limits, tokens)
+    add_middlewares(api, limits, tokens)
     return api

@@ -6,7 +6,7 @@ import pytest
 from fastapi import FastAPI
 from ray.exceptions import TaskCancelledError
 
-from raydetr.serving.ingress import ServeProxyAdapter
+from raydetr.serving.middleware import ServeProxyAdapter
 from tests.raydetr.serving.guarded_app import LIMITS, ask, guarded_app, log_lines, scope_of
 
 

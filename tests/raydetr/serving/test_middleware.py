@@ -8,8 +8,8 @@ from starlette.responses import StreamingResponse
 
 from raydetr.errors import ConfigError, RequestError
 from raydetr.serving.images import Limits
-from raydetr.serving.middleware import protect
 from raydetr.serving.request_id import sane_request_id
+from raydetr.serving.stack import add_middlewares
 from tests.raydetr.serving.guarded_app import ask, call, guarded_app, log_lines, message_of, scope_of
 from tests.tiny_detr import png
 
@@ -130,7 +130,7 @@ def test_the_body_limit_does_not_apply_to_the_answer():
         await asyncio.sleep(0.2)
         return "done"
 
-    protect(api, Limits(body_s=0.05, deadline_s=60))
+    add_middlewares(api, Limits(body_s=0.05, deadline_s=60))
     assert ask(api, "POST", "/slow", content=b"x").json() == "done"
 
 
@@ -141,7 +141,7 @@ def test_a_timeout_error_of_the_app_is_not_the_deadline():
     async def late() -> None:
         raise TimeoutError("internal")
 
-    protect(api, Limits())
+    add_middlewares(api, Limits())
     assert ask(api, "GET", "/late").status_code == 500
 
 
@@ -152,7 +152,7 @@ def test_request_errors_without_a_handler_are_answered():
     async def conflict() -> None:
         raise RequestError(409, "The model has no mask head.")
 
-    protect(api, Limits())
+    add_middlewares(api, Limits())
     answer = ask(api, "GET", "/conflict")
     assert (answer.status_code, message_of(answer)) == (409, "The model has no mask head.")
 
@@ -168,7 +168,7 @@ def test_an_incomplete_response_is_logged_as_500():
 
         return StreamingResponse(pieces())
 
-    protect(api, Limits())
+    add_middlewares(api, Limits())
     log = log_lines()
     with pytest.raises(OSError, match="disk"):
         ask(api, "GET", "/half")
