@@ -79,8 +79,8 @@ def _ingest(name: str, shard_bytes: int) -> tuple[float, float]:
     shutil.rmtree(out, ignore_errors=True)
     code = (
         "from raydetr import cluster; cluster.connect(2); import time; t = time.monotonic()\n"
-        "from raydetr.data.ingest.ingest import Options, ingest; from raydetr.data.ingest.inputs import Addresses\n"
-        f"ingest(Addresses({str(WORK / name) + '.json'!r}, {str(WORK / name)!r}), {str(out)!r}, "
+        "from raydetr.data.ingest.ingest import Options, ingest; from raydetr.data.ingest.inputs import InputPaths\n"
+        f"ingest(InputPaths({str(WORK / name) + '.json'!r}, {str(WORK / name)!r}), {str(out)!r}, "
         f"Options(shard_bytes={shard_bytes}))\n"
         "print('SECONDS', time.monotonic() - t); print(open('/proc/self/status').read())"
     )

@@ -107,9 +107,9 @@ def test_a_full_disk_is_reported_with_the_remedy(tmp_path: Path) -> None:
     }
     (tmp_path / "x.json").write_text(json.dumps(content))
     code = (
-        "import resource; from raydetr.data.ingest.inputs import Addresses, read_inputs\n"
+        "import resource; from raydetr.data.ingest.inputs import InputPaths, read_inputs\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "read_inputs(Addresses('x.json', '.'))"
+        "read_inputs(InputPaths('x.json', '.'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False

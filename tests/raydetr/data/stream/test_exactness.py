@@ -139,10 +139,10 @@ INGEST = """
 import json, sys
 from raydetr import cluster
 from raydetr.data.ingest.ingest import ingest
-from raydetr.data.ingest.inputs import Addresses
+from raydetr.data.ingest.inputs import InputPaths
 cluster.connect(2)
 for source, output in json.loads(sys.argv[1]):
-    ingest(Addresses(*source), output)
+    ingest(InputPaths(*source), output)
 """
 EPOCH = """
 import sys
