@@ -40,7 +40,7 @@ try:
 except errors.ClusterError as error:
     print("refused", error)
 os.environ["RAYDETR_WAIT_FOR_NODES"] = "120"
-waiting = threading.Thread(target=cluster.connect, args=(2,), kwargs={"gpus": 2, "least_gpus": 1})
+waiting = threading.Thread(target=cluster.connect, args=(2,), kwargs={"gpus": 2, "min_gpus": 1})
 waiting.start()
 time.sleep(2)
 assert waiting.is_alive()
