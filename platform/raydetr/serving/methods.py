@@ -21,9 +21,12 @@ class HeadAndOptions:
             await self.app(scope, receive, send)
             return
 
+        is_empty = method == "HEAD"
+
         async def send_without_body(message: "Message") -> None:
+            nonlocal is_empty
             if message["type"] == "http.response.body":
-                message = {**message, "body": b""}
+                message = {**message, "body": b""} if is_empty else message
             elif method == "OPTIONS" and message.get("status") == 405:
                 headers = MutableHeaders(scope=message)
                 allowed = [each.strip() for each in headers.get("allow", "").split(",") if each.strip()]
@@ -31,6 +34,7 @@ class HeadAndOptions:
                 for name in ("content-length", "content-type"):
                     del headers[name]
                 message["status"] = 204
+                is_empty = True
             await send(message)
 
         if method == "HEAD":

@@ -41,6 +41,8 @@ def test_post_routes_allow_no_head(api):
 
 def test_an_unknown_path_is_404_for_all_methods(api):
     assert [ask(api, method, "/nowhere").status_code for method in ("HEAD", "OPTIONS", "GET")] == [404] * 3
+    answer = ask(api, "OPTIONS", "/nowhere")
+    assert len(answer.content) == int(answer.headers["content-length"]) > 0
 
 
 def test_other_methods_are_405(api):
