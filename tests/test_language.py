@@ -24,8 +24,11 @@ REJECTED = {
 }
 """Pattern → what to write."""
 ALLOWED = (
-    "boxes-normalised",  # fault codes in shards, and what is counted for them
-    "normalised",
+    "boxes-normalised",  # fault codes in shards
+    ".normalised",  # a stored count of an ingest
+    "normalised: boxes",
+    "normalised: int",
+    "normalised=5",
     "grey-image",
     "relabelled",  # a metric label of the endpoint
     "rescale+normalise",  # keys of the behavior checklist

@@ -1,6 +1,7 @@
 """The layers of imports, and the content of the folder `platform/`."""
 
 import ast
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -149,6 +150,24 @@ def test_only_the_mask_codec_imports_pycocotools() -> None:
     """pycocotools trusts its input, so `detr.mask_codec` checks it first."""
     users = {name for name, found in GRAPH.items() if any(is_in(other, "pycocotools") for other in found)}
     assert users == {"detr.mask_codec"}
+
+
+def test_code_in_strings_imports_names_that_exist() -> None:
+    """Tests and benchmarks run such code in new interpreters, where no linter sees it."""
+    helpers = (ROOT / "tests").rglob("*.py")
+    known = MODULES | {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in helpers}
+    wrong = []
+    for file in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        strings = [
+            node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)
+        ]
+        for text in filter(lambda value: isinstance(value, str), strings):
+            for module, names in re.findall(r"from ((?:detr|raydetr|tests)[\w.]*) import ([\w, ]+)", text):
+                source = known[module].read_text() if module in known else ""
+                for name in names.replace(",", " ").split():
+                    if f"{module}.{name}" not in known and not re.search(rf"\b{name}\b", source):
+                        wrong.append(f"{file}: from {module} import {name}")
+    assert not wrong
 
 
 def test_the_folder_platform_holds_no_module() -> None:

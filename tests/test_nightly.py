@@ -8,6 +8,7 @@ from typing import IO
 import pytest
 
 from tests import nightly
+from tests.test_mutations import MUTATIONS, Mutation
 
 SAMPLE = """
 import pytest
@@ -46,3 +47,12 @@ def test_a_failed_step_is_reported_and_the_others_run(
     text = (tmp_path / "out/summary.md").read_text()
     assert "## failing: FAILED" in text
     assert "## passing: passed" in text
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
+def test_a_mutation_fits_the_code(mutation: Mutation) -> None:
+    """The mutations run at night; a renamed line would make one of them pass without a change of the code."""
+    assert (nightly.ROOT / mutation.file).read_text().count(mutation.old) == 1
+    for test in mutation.tests:
+        file, _, name = test.partition("::")
+        assert f"def {name}" in (nightly.ROOT / file).read_text()

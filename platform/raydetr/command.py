@@ -177,8 +177,8 @@ def interruptible(action: str) -> Iterator[None]:
 
 def program() -> str:
     """How this process was called: `raydetr JOB`, or `JOB.py`."""
-    script, *rest = [*sys.orig_argv[1:], ""]
-    return f"raydetr {rest[0]}" if Path(script).name == "raydetr" and rest else Path(sys.argv[0]).name
+    script, job, *_ = [*sys.orig_argv[1:], "", ""]
+    return f"raydetr {job}" if Path(script).name == "raydetr" else Path(sys.argv[0]).name
 
 
 def rerun_command() -> str:
