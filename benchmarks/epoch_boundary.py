@@ -12,7 +12,7 @@ import time
 
 from shards_of_coco128 import coco128_shards
 
-from detr.image_processing.augment import AugmentSpec
+from detr.image_processing.augment_spec import AugmentSpec
 from raydetr import cluster
 from raydetr.data.stream import ray_stream
 from raydetr.data.stream.plan import PlanSpec

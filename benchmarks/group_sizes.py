@@ -8,7 +8,6 @@ of sizes and crops gives images of different sizes to group.
 
 import argparse
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 from raydetr import cluster, storage
@@ -16,7 +15,8 @@ from raydetr.config import EvaluateConfig
 from raydetr.data.ingest.ingest import ingest
 from raydetr.data.ingest.inputs import InputPaths
 from raydetr.evaluation.evaluate import evaluate
-from raydetr.training.config import TrainConfig
+from raydetr.flat_keys import override
+from raydetr.training.recipes import detr_small
 from raydetr.training.trainer import train
 
 SOURCE = Path(__file__).parents[2] / "shared" / "data" / "bccd"
@@ -37,7 +37,8 @@ def main() -> None:
             str(SOURCE / f"{part}.json"), str(SOURCE / "images"), classes=str(WORK / "classes.json")
         )
         ingest(files, str(WORK / part))
-    config = TrainConfig(
+    config = override(
+        detr_small(),
         train_data=str(WORK / "train"),
         steps=steps,
         model=str(Path(arguments.model).absolute()),
@@ -56,7 +57,7 @@ def main() -> None:
     for seed in range(3):
         for grouped in (False, True):
             output = str(WORK / f"{steps}-{seed}-{'grouped' if grouped else 'plain'}")
-            result = train(replace(config, seed=seed, group_sizes=grouped, output=output))
+            result = train(override(config, seed=seed, group_sizes=grouped, output=output))
             scored = evaluate(EvaluateConfig(model=result["model_folder"], data=str(WORK / "val")))
             aps[grouped].append(scored["AP"])
             print(

@@ -35,7 +35,7 @@ from learning_recipes import ON_GPU, RECIPES, SMALL, TASKS, Recipe, Task, change
 from torch import nn
 
 from detr import DetrForSegmentation
-from detr.image_processing.augment import AugmentSpec
+from detr.image_processing.augment_spec import AugmentSpec
 from detr.model.initialization import init_local_attention, init_mask_scales
 from detr.training.query_groups import QueryGroups
 from raydetr.training.optim import MovingAverage

@@ -16,7 +16,8 @@ from torch import Tensor
 from torchvision_detectors import TorchvisionDetector
 
 from detr import DetrImageProcessor
-from detr.image_processing.augment import RANDOM_NUMBERS, AugmentSpec, apply, apply_masks, draw
+from detr.image_processing.augment import RANDOM_NUMBERS, apply, apply_masks, draw
+from detr.image_processing.augment_spec import AugmentSpec
 from detr.image_processing.masks import decode_masks
 from detr.metrics.coco import coco_metrics
 from detr.metrics.coco_matching import evaluate_detections, extract_matches

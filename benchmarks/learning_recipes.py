@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from detr import DetrConfig
-from detr.image_processing.augment import AugmentSpec
+from detr.image_processing.augment_spec import AugmentSpec
 from detr.multiscale_config import MultiScaleConfig
 
 
@@ -220,7 +220,7 @@ _ON_CPU = Task(
 )
 _COCO128 = ("annotations/instances_train2017.json", "train2017")
 _SCENES = AugmentSpec(shortest_edges=(112, 128, 144), longest_edge=213, crop=False)
-"""The defaults of `TrainConfig`, which fit these images."""
+"""The augmentation of the recipe `scenes`."""
 
 TASKS = {
     "bccd": _ON_CPU,

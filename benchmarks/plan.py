@@ -11,7 +11,7 @@ import time
 import numpy as np
 from shards_of_coco128 import SOURCE
 
-from detr.image_processing.augment import AugmentSpec
+from detr.image_processing.augment_spec import AugmentSpec
 from raydetr.data.stream.layout import Layout, Sizes, Window
 from raydetr.data.stream.plan import Plan, PlanSpec
 

@@ -25,7 +25,8 @@ from pairs import Row, time_pair
 from PIL import Image
 
 from detr import DetrImageProcessor
-from detr.image_processing.augment import AugmentSpec, apply, apply_masks, draw
+from detr.image_processing.augment import apply, apply_masks, draw
+from detr.image_processing.augment_spec import AugmentSpec
 from detr.image_processing.decode import decode_image
 from raydetr.data.stream.mask_targets import MaskKind, mask_targets
 

@@ -16,7 +16,7 @@ import ray
 from ray._private.internal_api import memory_summary
 from shards_of_coco128 import coco128_shards
 
-from detr.image_processing.augment import AugmentSpec
+from detr.image_processing.augment_spec import AugmentSpec
 from raydetr.data.shards import Manifest
 from raydetr.data.stream import ray_stream
 from raydetr.data.stream.plan import PlanSpec

@@ -18,7 +18,7 @@ import psutil
 import pyarrow as pa
 from PIL import Image
 
-from detr.image_processing.augment import AugmentSpec
+from detr.image_processing.augment_spec import AugmentSpec
 from raydetr import cluster
 from raydetr.data.stream import ray_stream
 from raydetr.data.stream.layout import Layout, Sizes, Window

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from shards_of_coco128 import SOURCE, coco128_shards
 from transformers import DetrImageProcessor
 
-from detr.image_processing.augment import AugmentSpec
+from detr.image_processing.augment_spec import AugmentSpec
 from raydetr import cluster
 from raydetr.data.stream import micro_batch, ray_stream
 from raydetr.data.stream.plan import PlanSpec

@@ -1,14 +1,14 @@
 """Run all stages on one machine with generated scenes: generate, ingest, train, evaluate, promote, serve, draw.
 
-On one machine:  make demo   (or: python pipelines/demo.py)
-Tiny:            python pipelines/demo.py --steps 20 --output runs/tiny-demo
+- On one machine: make demo   (or: python pipelines/demo.py)
+- Tiny: python pipelines/demo.py --steps 20 --output runs/tiny-demo
 
 It writes summary.json, loss.png, predictions.png and answer.png to --output, and registers the model raydetr-demo.
 """
 
 import shlex
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from detr.inference.detector import ObjectDetector
@@ -20,6 +20,7 @@ from raydetr.data.shards import Manifest, read_records
 from raydetr.data.synthetic.dataset import embedded
 from raydetr.evaluation.evaluate import evaluate
 from raydetr.evaluation.record import ANALYSIS
+from raydetr.flat_keys import override
 from raydetr.lease import exclusive
 from raydetr.prediction.coco_files import coco_results
 from raydetr.prediction.predict import read_predictions
@@ -27,17 +28,19 @@ from raydetr.promotion.promote import promote
 from raydetr.registry import models, tracking
 from raydetr.reports import run_pictures
 from raydetr.serving.app import application, endpoint
-from raydetr.training.recipes import RECIPES
+from raydetr.training.recipes import scenes
 from raydetr.training.trainer import train
 
 
 def main(config: DemoConfig) -> dict[str, Any]:
     """Run every stage once; return a summary of the times and results."""
     output, uri, clock = storage.absolute(config.output), tracking.resolve_uri(""), Clock()
-    recipe = replace(RECIPES["scenes"], output=f"{output}/train", name=NAME, experiment="demo")
-    training = replace(recipe, seed=config.seed, steps=config.steps or recipe.steps)
+    steps = {"steps": config.steps} if config.steps else {}
+    training = override(
+        scenes(), output=f"{output}/train", name=NAME, experiment="demo", seed=config.seed, **steps
+    )
     with tracking.connecting(uri):
-        cluster.connect(training.workers + training.data_cpus)
+        cluster.connect(training.cluster.workers + training.cluster.data_cpus)
     clock.stage("generate and ingest")
     _, val_data = embedded("train"), embedded("val")  # different seeds: no scene is in both
     clock.stage("train")

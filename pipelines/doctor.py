@@ -1,49 +1,41 @@
 """Check that a training run can work before it costs money; takes the flags of pipelines/train.py.
 
-On a cluster:    ray job submit -- python pipelines/doctor.py --train-data s3://bucket/train --output s3://bucket/runs/1
-On one machine:  python pipelines/doctor.py --train-data shards/train --output runs/mine
-Demo scenes:     python pipelines/doctor.py
-Tiny:            python pipelines/doctor.py --overfit-steps 20 --output runs/tiny
+- On a cluster: ray job submit -- python pipelines/doctor.py --train-data s3://bucket/train --output s3://bucket/runs/1
+- On one machine: python pipelines/doctor.py --train-data shards/train --output runs/mine
+- Demo scenes: python pipelines/doctor.py
+- Tiny: python pipelines/doctor.py --overfit-steps 20 --output runs/tiny
 
 It prints a line per check: ok, warn or FAIL, with the remedy. It checks the cluster, versions and code on every node,
 storage, MLflow, data, labels and masks; draws the first batch (OUTPUT/doctor/batch.png); overfits eight images; and
 estimates hours, memory and epochs. Exit status: 0 no check failed, 2 a check failed.
 """
 
-import argparse
-import dataclasses
-from functools import partial
 from typing import Any
 
-from raydetr.command import print_summary, run, write_summary
+from raydetr.command import print_summary, write_summary
 from raydetr.doctor.config import DoctorConfig
 from raydetr.errors import RaydetrError
-from raydetr.training.recipes import DEFAULT, RECIPES, require_model_flags
+from raydetr.training.start import TrainFlags, run
 
 
-def main(config: DoctorConfig, recipe: str = "") -> dict[str, Any]:
+def main(flags: TrainFlags[DoctorConfig]) -> dict[str, Any]:
     """Run all checks; return the summary.
 
     Raises:
         RaydetrError: a check failed.
     """
-    if recipe:
-        require_model_flags(config, recipe)
+    flags.require_own_architecture()
     from raydetr.doctor.examine import examine
 
     print()
-    summary = examine(config)
+    summary = examine(flags.settings)
     if summary["failed"]:
         print_summary(summary)
-        if config.json:
-            write_summary(config.json, summary)
+        if flags.json:
+            write_summary(flags.json, summary)
         raise RaydetrError(f"this run cannot work: {', '.join(summary['failed'])} failed, see above.")
     return summary
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default=DEFAULT)
-    recipe, flags = parser.parse_known_args()
-    default = DoctorConfig(**dataclasses.asdict(RECIPES[recipe.recipe]))
-    run(partial(main, recipe=recipe.recipe), DoctorConfig, default=default, args=flags)
+    run(main, DoctorConfig)

@@ -1,8 +1,8 @@
 """Predict on a folder or bucket of images: write detections or segments as Parquet and COCO JSON, and draw overlays.
 
-On a cluster:    ray job submit -- python pipelines/predict.py --images s3://bucket/photos --output s3://bucket/out
-On one machine:  python pipelines/predict.py --images photos --output runs/predict --visualize
-By an endpoint:  python pipelines/predict.py --images photos --endpoint http://127.0.0.1:8000
+- On a cluster: ray job submit -- python pipelines/predict.py --images s3://bucket/photos --output s3://bucket/out
+- On one machine: python pipelines/predict.py --images photos --output runs/predict --visualize
+- By an endpoint: python pipelines/predict.py --images photos --endpoint http://127.0.0.1:8000
 
 Rerun the command to resume an interrupted run. images.json lists files that are not images. The token of an endpoint is
 read from the environment variable RAYDETR_TOKEN, since flags are visible in process lists.

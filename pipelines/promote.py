@@ -1,9 +1,9 @@
 """Promote a model version (the challenger): move an alias (champion) to it if the gate passes.
 
-On a cluster:    ray job submit -- python pipelines/promote.py --tracking-uri http://mlflow:5000
-On one machine:  python pipelines/promote.py --model models:/raydetr/3 --margin 0.005 --max-latency-ms 200
-Tiny:            python pipelines/promote.py --allow-contaminated-eval
-Undo:            python pipelines/promote.py --undo
+- On a cluster: ray job submit -- python pipelines/promote.py --tracking-uri http://mlflow:5000
+- On one machine: python pipelines/promote.py --model models:/raydetr/3 --margin 0.005 --max-latency-ms 200
+- Tiny: python pipelines/promote.py --allow-contaminated-eval
+- Undo: python pipelines/promote.py --undo
 
 Both versions need an evaluation on the same data (pipelines/evaluate.py). The tiny command needs its flag because the
 embedded validation set also selects the best checkpoint. Exit status: 0 promoted, 3 refused, 2 an error.

@@ -1,11 +1,11 @@
 """Serve a model at POST /v1/detect and /v1/segment until Ctrl-C or SIGTERM.
 
-On a cluster:    ray job submit -- python pipelines/serve.py --device gpu --replicas 4 --host 0.0.0.0 --tokens FILE
-On one machine:  python pipelines/serve.py --model models:/raydetr@champion --port 8000
-Tiny:            python pipelines/serve.py
+- On a cluster: ray job submit -- python pipelines/serve.py --device gpu --replicas 4 --host 0.0.0.0 --tokens FILE
+- On one machine: python pipelines/serve.py --model models:/raydetr@champion --port 8000
+- Tiny: python pipelines/serve.py
 
-Then: curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/detect?threshold=0.5'
-Tokens: python pipelines/token_file.py --tokens FILE --name alice
+- Then: curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/detect?threshold=0.5'
+- Tokens: python pipelines/token_file.py --tokens FILE --name alice
 As a service that outlives its driver: platform/deploy/serve.yaml (serve deploy), rayservice.yaml (Kubernetes).
 """
 

@@ -1,7 +1,7 @@
 """Create a token for a client of the endpoint: add its hash to the token file and write or print the token.
 
-One machine or cluster:  python pipelines/token_file.py --tokens tokens --name alice --token-file alice.token
-Tiny:                    python pipelines/token_file.py --tokens tokens --name alice
+- One machine or cluster: python pipelines/token_file.py --tokens tokens --name alice --token-file alice.token
+- Tiny: python pipelines/token_file.py --tokens tokens --name alice
 
 A running endpoint (`serve.py --tokens tokens`) accepts the token a second later. To replace a token, create another
 one with the same name, give it to the client, and remove the old line.

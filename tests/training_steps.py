@@ -15,20 +15,20 @@ from raydetr.training.step import train_step
 
 
 def batches_of_steps(config: TrainConfig, manifest: Manifest) -> Iterator[list[TrainingBatch]]:
-    """Yield the micro-batches of steps 0 to `config.steps` − 1."""
+    """Yield the micro-batches of steps 0 to `config.optimizer.steps` − 1."""
     plan = ray_stream.build_plan(manifest, plan_spec(config))
     stream = ray_stream.Stream(
         source=shard_source(manifest),
         plan=plan,
-        last_step=config.steps,
+        last_step=config.optimizer.steps,
         first_step=lambda: 0,
-        masks=config.masks,
+        masks=config.run.masks,
     )
     rows = (
         batch
         for window in ray_stream.list_windows(stream, 0)
         for row in ray_stream.build_micro_batches(window, stream, world_size=1)
-        for batch in unpack(row, config.micro_batch_size)
+        for batch in unpack(row, config.optimizer.micro_batch_size)
     )
     for _, group in itertools.groupby(rows, key=lambda batch: batch.step):
         yield list(group)

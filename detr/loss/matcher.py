@@ -27,9 +27,9 @@ class MatchingCost:
         ValueError: all are 0.
     """
 
-    class_cost: float = 1.0
-    bbox_cost: float = 5.0
-    giou_cost: float = 2.0
+    class_cost: float
+    bbox_cost: float
+    giou_cost: float
 
     def __post_init__(self) -> None:
         if not (self.class_cost or self.bbox_cost or self.giou_cost):

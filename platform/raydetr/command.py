@@ -15,11 +15,12 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 import tyro
 
 from raydetr.errors import ConfigError, RaydetrError, StorageError
+from raydetr.flat_keys import flatten
 
 SUMMARY_SCHEMA_VERSION = 1
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,32 +71,52 @@ def run(
         default: instance whose values are the flags' defaults.
         args: the flags; None: those of the command line.
     """
-    try:
-        flags = tyro.cli(
-            config_class,
-            args=args,
-            default=default,
-            prog=program(),
-            description=sys.modules["__main__"].__doc__,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-        config = cast(C, flags)
+    with reported_errors():
+        config = parse(config_class, default=default, args=args)
         print_config(config, default)
         if config.json:
             require_writable(config.json, "--json")
+    try:
         with interruptible("stopping and cleaning up"):
             summary = dict(main(config))
     except RaydetrError as error:
         if error.summary is not None:
             conclude(config, error.summary)
-        print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        fail(error)
     except Interrupted as stop:
         print(f"\nstopped by {stop}. Rerun the command to resume:\n  {rerun_command()}", file=sys.stderr)
         for number in SIGNALS:  # a second Ctrl-C stops the exit handlers of libraries without a traceback
             signal.signal(number, signal.SIG_DFL)
         sys.exit(stop.exit_status)
     conclude(config, summary)
+
+
+def parse(config_class: type[C], *, default: C | None = None, args: Sequence[str] | None = None) -> C:
+    """Parse the flags of a configuration; exit with status 2 and a message if they cannot be parsed."""
+    flags = tyro.cli(
+        config_class,
+        args=args,
+        default=default,
+        prog=program(),
+        description=sys.modules["__main__"].__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return cast(C, flags)
+
+
+@contextlib.contextmanager
+def reported_errors() -> Iterator[None]:
+    """Exit with the message and the status of a `RaydetrError`, without a traceback."""
+    try:
+        yield
+    except RaydetrError as error:
+        fail(error)
+
+
+def fail(error: RaydetrError) -> NoReturn:
+    """Print the message of an error, and exit with its status."""
+    print(f"\nerror: {error}", file=sys.stderr)
+    sys.exit(error.exit_status)
 
 
 def require_writable(uri: str, flag: str) -> None:
@@ -200,16 +221,19 @@ def print_config(config: Any, default: Any = None) -> None:
         config: a dataclass of flags.
         default: instance whose values are the defaults; None: the defaults of the fields.
     """
-    fields = dataclasses.fields(config)
-    changed = [field for field in fields if getattr(config, field.name) != _default(field, default)]
+    settings, defaults = (
+        flatten(config),
+        flatten(default) if default is not None else _field_defaults(type(config)),
+    )
+    changed = {name: value for name, value in settings.items() if value != defaults[name]}
     print(type(config).__name__)
-    for field in changed:
-        print(f"  {field.name.replace('_', '-')} = {getattr(config, field.name)!r}")
-    print(f"  {len(fields) - len(changed)} settings at their defaults (listed by --help)", flush=True)
+    for name, value in changed.items():
+        print(f"  {name.replace('_', '-')} = {value!r}")
+    print(f"  {len(settings) - len(changed)} settings at their defaults (listed by --help)", flush=True)
 
 
-def _default(field: "dataclasses.Field[Any]", default: Any) -> Any:
-    return field.default if default is None else getattr(default, field.name)
+def _field_defaults(config_class: type[Any]) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(config_class)}
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

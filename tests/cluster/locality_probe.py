@@ -15,7 +15,7 @@ import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from detr.image_processing.augment import AugmentSpec
+from detr.image_processing.augment_spec import AugmentSpec
 from raydetr import cluster, storage
 from raydetr.data.shards import Manifest
 from raydetr.data.stream import ray_stream

@@ -32,12 +32,13 @@ from raydetr.command import run
 from raydetr.training import scaling, trainer, worker
 from raydetr.training.config import TrainConfig
 from tests import training_record
+from tests.training_config import small_config
 
 STEPS = 60
 
 
 def config(train_data: str, output: str) -> TrainConfig:
-    return TrainConfig(
+    return small_config(
         train_data=train_data,
         output=output,
         tracking_uri=f"sqlite:///{output}/mlflow.db",

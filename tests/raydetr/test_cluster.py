@@ -30,7 +30,7 @@ for workers, min_workers, _ in json.loads(sys.argv[2]):
     output = f"{sys.argv[1]}/{workers}-{min_workers}"
     try:
         train.main(
-            TrainConfig(
+            small_config(
                 workers=workers, min_workers=min_workers, data_cpus=1, micro_batches=8, train_data=sys.argv[1], output=output
             )
         )

@@ -14,7 +14,7 @@ from raydetr.mlflow_names import (
     require_experiment,
     require_model_name,
 )
-from raydetr.training.config import TrainConfig
+from tests.training_config import small_config
 
 ODD = [
     ".",
@@ -119,5 +119,5 @@ def test_names_that_mlflow_rejects_are_refused(require, oracle) -> None:
 )
 def test_training_refuses_invalid_names_before_it_starts(flag: str, name: str) -> None:
     with pytest.raises(ConfigError, match=f"--{flag} is '{name}'"):
-        TrainConfig(**{flag: name})
-    assert TrainConfig(name="").name == ""
+        small_config(**{flag: name})
+    assert small_config(name="").name == ""

@@ -46,12 +46,12 @@ class FirstBatches:
 
 def first_batches(config: TrainConfig, manifest: Manifest) -> FirstBatches:
     """Build the first step, then read on for at most about one window or 20 seconds."""
-    per_step = config.micro_batch_size * config.micro_batches
-    window = config.window_row_groups * manifest.row_group_size
+    per_step = config.optimizer.micro_batch_size * config.optimizer.micro_batches
+    window = config.data.window_row_groups * manifest.row_group_size
     stream = build_stream(config, manifest, max(1, min(window, manifest.num_images) // per_step))
     batches: list[TrainingBatch] = []
     start = time.perf_counter()
-    for batch in iterate_micro_batches(stream, config.micro_batch_size):
+    for batch in iterate_micro_batches(stream, config.optimizer.micro_batch_size):
         batches.append(batch)
         if batch.step > 0 and time.perf_counter() - start > MAX_READ_S:
             break
@@ -149,11 +149,11 @@ def _damaged(config: TrainConfig, batches: list[TrainingBatch], images: int) -> 
     if not skipped:
         return
     text = f"{len(skipped)} of {images} images cannot be decoded, for example image {skipped[0]}."
-    if len(skipped) > config.max_skipped * images and len(skipped) > 1:
+    if len(skipped) > config.fault_tolerance.max_skipped * images and len(skipped) > 1:
         yield Finding(
             "images",
             "FAIL",
-            f"{text} The run would stop at a share of {config.max_skipped:g}.",
+            f"{text} The run would stop at a share of {config.fault_tolerance.max_skipped:g}.",
             "copy or ingest the data again, or raise --max-skipped.",
         )
     else:

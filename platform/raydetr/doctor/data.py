@@ -45,7 +45,7 @@ def integrity(flag: str, manifest: Manifest, contents: Contents) -> Iterator[Fin
 
 def faults(config: DoctorConfig, manifest: Manifest) -> Iterator[Finding]:
     """Report the faults that ingest found, by the rules that training applies."""
-    usable = trainable(manifest, config.task)
+    usable = trainable(manifest, config.run.task)
     counts = ", ".join(f"{code} {count:,}" for code, count in manifest.faults.items()) or "none"
     for code in _FATAL_FAULTS:
         if code in manifest.faults:
@@ -57,8 +57,10 @@ def faults(config: DoctorConfig, manifest: Manifest) -> Iterator[Finding]:
             )
     table = storage.join(manifest.root, "faults.parquet")
     try:
-        require_trainable(manifest.root, manifest, usable, config.task)
-        require_usable(manifest.root, usable, config.max_fault_share, read_faults(manifest.root))
+        require_trainable(manifest.root, manifest, usable, config.run.task)
+        require_usable(
+            manifest.root, usable, config.fault_tolerance.max_fault_share, read_faults(manifest.root)
+        )
     except DataError as error:
         yield Finding("faults", "FAIL", str(error), f"check {table}, fix the annotations, and ingest again.")
         return
@@ -115,14 +117,16 @@ def queries(
     config: DoctorConfig, num_queries: int, manifest: Manifest, contents: Contents
 ) -> Iterator[Finding]:
     """Check that no image has more objects than the model has queries."""
-    segments = config.task.startswith("panoptic")
+    segments = config.run.task.startswith("panoptic")
     maximum, what = (
         (contents.max_segments, "segments") if segments else (manifest.max_objects_per_image, "objects")
     )
     # A quarter more queries than objects, at least 5 more.
     flag = f"--num-queries {maximum + max(5, maximum // 4)} or more"
     remedy = (
-        f"start from another --model, or train a new one with {flag}." if config.model else f"give {flag}."
+        f"start from another --model, or train a new one with {flag}."
+        if config.model.model
+        else f"give {flag}."
     )
     text = f"{num_queries} queries for images with at most {maximum} {what}"
     if maximum > num_queries:
@@ -135,9 +139,9 @@ def queries(
 
 def masks(config: DoctorConfig, flag: str, contents: Contents) -> Iterator[Finding]:
     """Check that the data have the masks that the task needs."""
-    if config.task == "detection":
+    if config.run.task == "detection":
         return
-    instance = config.task == "instance"
+    instance = config.run.task == "instance"
     present, of = (
         (contents.masks, sum(contents.categories.values()))
         if instance
@@ -151,7 +155,7 @@ def masks(config: DoctorConfig, flag: str, contents: Contents) -> Iterator[Findi
     )
     if not present:
         yield Finding(
-            "masks", "FAIL", f"--task is {config.task}, but none of {of:,} {what} in --{flag}.", remedy
+            "masks", "FAIL", f"--task is {config.run.task}, but none of {of:,} {what} in --{flag}.", remedy
         )
     elif present < 0.5 * of:
         yield Finding("masks", "warn", f"only {present:,} of {of:,} {what} in --{flag}.", remedy)

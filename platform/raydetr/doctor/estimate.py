@@ -53,9 +53,9 @@ def speed(
     """
     per_image = trial.step_seconds / max(trial.images, 1)
     # A step takes as long as the slowest worker. The trial measured rank 0, which gets the most micro-batches.
-    workers = config.micro_batch_size * config.micro_batches / trial.step_seconds
-    free = max(logical_cpus - config.workers, 1)
-    trains = per_image if config.accelerator == "cpu" else 0.0
+    workers = config.optimizer.micro_batch_size * config.optimizer.micro_batches / trial.step_seconds
+    free = max(logical_cpus - config.cluster.workers, 1)
+    trains = per_image if config.cluster.accelerator == "cpu" else 0.0
     # Where workers and data tasks share cores, an image costs the time of both: training (on CPU) and preparation.
     bounds = {
         "the workers": workers,
@@ -68,7 +68,12 @@ def speed(
 
 def epochs(config: TrainConfig, manifest: Manifest) -> float:
     """Return how often the run sees each image."""
-    return config.steps * config.micro_batch_size * config.micro_batches / max(manifest.num_images, 1)
+    return (
+        config.optimizer.steps
+        * config.optimizer.micro_batch_size
+        * config.optimizer.micro_batches
+        / max(manifest.num_images, 1)
+    )
 
 
 def findings(
@@ -89,10 +94,10 @@ def findings(
         "time",
         "ok",
         f"{trial.step_seconds:.2f} s per step ({trial.images} images of one worker), about "
-        f"{estimate.images_per_second:.1f} images/s with {config.workers} workers, limited by {estimate.bound_by}: "
-        f"{format_duration(3600 * hours)} for {config.steps:,} steps.",
+        f"{estimate.images_per_second:.1f} images/s with {config.cluster.workers} workers, limited by {estimate.bound_by}: "
+        f"{format_duration(3600 * hours)} for {config.optimizer.steps:,} steps.",
     )
-    left = cpus - config.workers
+    left = cpus - config.cluster.workers
     rate = (
         f"one CPU prepares {estimate.data_images_per_second_per_cpu:.1f} images/s, the workers consume "
         f"{estimate.worker_images_per_second:.1f}, which takes {estimate.feeding_cpus} CPUs"
@@ -125,11 +130,11 @@ def memory(
             free = each["memory_bytes"] / 2**30 - node.resources.get("object_store_memory", 0) / 2**30
             capacity += int(max(free, 0) / trial.memory_gib)
     text = f"a worker needs about {trial.memory_gib:.1f} GiB; memory outside the object stores is enough for {capacity}"
-    if capacity < config.workers:
+    if capacity < config.cluster.workers:
         yield Finding(
             "memory",
             "FAIL",
-            f"{text}, but --workers is {config.workers}.",
+            f"{text}, but --workers is {config.cluster.workers}.",
             "lower --workers or --micro-batch-size, give --activation-checkpointing, or use nodes with more memory.",
         )
     else:
@@ -159,23 +164,31 @@ def summary_fields(
 
 def hours_of(config: TrainConfig, estimate: Speed) -> float:
     """Return the hours of all steps, without startup, validation and checkpoints."""
-    return config.steps * config.micro_batch_size * config.micro_batches / estimate.images_per_second / 3600
+    return (
+        config.optimizer.steps
+        * config.optimizer.micro_batch_size
+        * config.optimizer.micro_batches
+        / estimate.images_per_second
+        / 3600
+    )
 
 
 def _epochs(config: TrainConfig, manifest: Manifest, embedded: bool) -> Iterator[Finding]:
     count = epochs(config, manifest)
-    text = f"{config.steps:,} steps are {count:.1f} epochs of {manifest.num_images:,} images"
-    minimum = FINE_TUNE_EPOCHS if config.model else MIN_EPOCHS
-    if count >= minimum or config.multi_scale:
+    text = f"{config.optimizer.steps:,} steps are {count:.1f} epochs of {manifest.num_images:,} images"
+    minimum = FINE_TUNE_EPOCHS if config.model.model else MIN_EPOCHS
+    if count >= minimum or config.model.architecture.multi_scale:
         yield Finding("epochs", "ok", f"{text}.")
     elif embedded:
         yield Finding("epochs", "ok", f"{text}, enough for the demo scenes.")
     else:
-        wanted = math.ceil(config.steps * minimum / count / 100) * 100
+        wanted = math.ceil(config.optimizer.steps * minimum / count / 100) * 100
         need = (
             f"even fine-tuning needs {FINE_TUNE_EPOCHS} or more"
-            if config.model
+            if config.model.model
             else f"from scratch DETR needs about {FROM_SCRATCH_EPOCHS}; below {MIN_EPOCHS} it detects almost nothing"
         )
-        advice = "" if config.model else ", or start from a trained model: --recipe fine-tune --model MODEL"
+        advice = (
+            "" if config.model.model else ", or start from a trained model: --recipe fine-tune --model MODEL"
+        )
         yield Finding("epochs", "warn", f"{text}: {need}.", f"give --steps {wanted:,} or more{advice}.")

@@ -16,6 +16,7 @@ from raydetr.doctor.findings import Finding, Report
 from raydetr.doctor.nodes import Node, alive
 from raydetr.doctor.shards import Contents
 from raydetr.errors import ConfigError, StorageError
+from raydetr.flat_keys import override
 from raydetr.lease import lease
 from raydetr.registry import tracking
 from raydetr.training.model import build_model
@@ -35,7 +36,7 @@ def examine(config: DoctorConfig) -> dict[str, Any]:
     """
     with ExitStack() as stack:
         with suppress(StorageError):  # an output that cannot be written is reported as a finding
-            stack.enter_context(lease(storage.join(storage.absolute(config.output), "doctor")))
+            stack.enter_context(lease(storage.join(storage.absolute(config.run.output), "doctor")))
         return _examine(config)
 
 
@@ -66,21 +67,21 @@ def _resolve(config: DoctorConfig, report: Report, nodes: list[Node]) -> DoctorC
 
     def resolve_tracking() -> list[Finding]:
         nonlocal tracking_uri
-        tracking_uri = tracking.resolve_uri(config.tracking_uri)
+        tracking_uri = tracking.resolve_uri(config.tracking.tracking_uri)
         return []
 
     def resolve_data() -> list[Finding]:
         nonlocal train_data
-        train_data = storage.absolute(config.train_data or embedded("train"))
+        train_data = storage.absolute(config.data.train_data or embedded("train"))
         return []
 
     report.run("mlflow", resolve_tracking)
     report.run("train-data", resolve_data)
-    resolved = replace(
+    resolved = override(
         config,
         train_data=train_data,
-        val_data=storage.absolute(config.val_data) if config.val_data else "",
-        output=storage.absolute(config.output),
+        val_data=storage.absolute(config.validation.val_data) if config.validation.val_data else "",
+        output=storage.absolute(config.run.output),
         tracking_uri=tracking_uri,
     )
     if nodes:
@@ -93,8 +94,16 @@ def _resolve(config: DoctorConfig, report: Report, nodes: list[Node]) -> DoctorC
 
 def _data(config: DoctorConfig, report: Report, nodes: list[Node]) -> tuple[Manifest | None, Contents | None]:
     """Return the manifest and contents of the training set; None if it cannot be read."""
-    train = _read_set("train-data", config.train_data, config, report, nodes) if config.train_data else None
-    val = _read_set("val-data", config.val_data, config, report, nodes) if config.val_data else None
+    train = (
+        _read_set("train-data", config.data.train_data, config, report, nodes)
+        if config.data.train_data
+        else None
+    )
+    val = (
+        _read_set("val-data", config.validation.val_data, config, report, nodes)
+        if config.validation.val_data
+        else None
+    )
     if train is not None and val is not None:
         report.run("val-data", partial(data.validation_set, train[0], val[0]))
     return train or (None, None)
@@ -109,7 +118,7 @@ def _read_set(
 
     def survey() -> list[Finding]:
         manifest = Manifest.load(uri)
-        read.append((manifest, shards.survey(manifest, config.check_shards)))
+        read.append((manifest, shards.survey(manifest, config.checks.check_shards)))
         return []
 
     report.run(flag, survey)
@@ -129,7 +138,7 @@ def _read_set(
 def _model(
     config: DoctorConfig, report: Report, nodes: list[Node], manifest: Manifest, contents: Contents
 ) -> None:
-    num_queries = config.num_queries
+    num_queries = config.model.architecture.num_queries
 
     def build() -> list[Finding]:
         nonlocal num_queries
@@ -170,7 +179,7 @@ def _batch(
     report.run("batch", first)
     if not read:
         return None
-    file = storage.join(config.output, "doctor", "batch.png")
+    file = storage.join(config.run.output, "doctor", "batch.png")
     report.measurements["picture"] = file
     report.run("picture", partial(batch.draw_contact_sheet, read[0], manifest.id2label, file))
     return read[0]

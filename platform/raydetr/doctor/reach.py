@@ -18,11 +18,19 @@ _GIVE_ANOTHER = "give an --output that every node can write to, or fix its permi
 
 def unshared_paths(config: TrainConfig) -> Iterator[Finding]:
     """Report local paths that only one of several nodes has."""
-    named = {"train_data": config.train_data, "output": config.output, "tracking_uri": config.tracking_uri}
-    if config.val_data:
-        named["val_data"] = config.val_data
-    if config.model and "://" not in config.model and not config.model.startswith(("models:", "hub:")):
-        named["model"] = config.model
+    named = {
+        "train_data": config.data.train_data,
+        "output": config.run.output,
+        "tracking_uri": config.tracking.tracking_uri,
+    }
+    if config.validation.val_data:
+        named["val_data"] = config.validation.val_data
+    if (
+        config.model.model
+        and "://" not in config.model.model
+        and not config.model.model.startswith(("models:", "hub:"))
+    ):
+        named["model"] = config.model.model
     failed = False
     for flag, uri in named.items():
         if not uri:
@@ -43,7 +51,7 @@ def unshared_paths(config: TrainConfig) -> Iterator[Finding]:
 
 def output(config: TrainConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
     """Write a file from every node, read all of them from every node, then delete them."""
-    folder = storage.join(config.output, "doctor", f"probe-{uuid.uuid4().hex[:8]}")
+    folder = storage.join(config.run.output, "doctor", f"probe-{uuid.uuid4().hex[:8]}")
     failed = False
     try:
         written = on_each(nodes, write_probe, folder)
@@ -53,7 +61,7 @@ def output(config: TrainConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
                 yield Finding(
                     "output",
                     "FAIL",
-                    f"node {node.name} cannot write to {config.output}: {result}",
+                    f"node {node.name} cannot write to {config.run.output}: {result}",
                     _GIVE_ANOTHER,
                 )
         files = [result for result in written if not isinstance(result, Exception)]
@@ -65,7 +73,7 @@ def output(config: TrainConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
                 yield Finding(
                     "output",
                     "FAIL",
-                    f"node {node.name} cannot read files that another node wrote to {config.output}: {result}",
+                    f"node {node.name} cannot read files that another node wrote to {config.run.output}: {result}",
                     "give an --output that all nodes share, for example s3://.",
                 )
     finally:
@@ -79,7 +87,7 @@ def output(config: TrainConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
             if len(nodes) == 1
             else f"written from {len(nodes)} nodes, read from all of them"
         )
-        yield Finding("output", "ok", f"{config.output}: {pairs}.")
+        yield Finding("output", "ok", f"{config.run.output}: {pairs}.")
 
 
 def data(flag: str, uri: str, nodes: Sequence[Node]) -> Iterator[Finding]:
@@ -128,17 +136,15 @@ def free_space(config: TrainConfig, model_bytes: int, nodes: Sequence[Node]) -> 
         model_bytes: size of the model's weights in bytes.
         nodes: nodes of the cluster.
     """
-    if "://" in config.output:
+    if "://" in config.run.output:
         return
-    (result,) = on_each(nodes[:1], on_node.disk_space, config.output, by_value=True)
+    (result,) = on_each(nodes[:1], on_node.disk_space, config.run.output, by_value=True)
     if isinstance(result, Exception):
         raise result
     # A checkpoint has the weights, their average and two optimizer moments. In addition to the latest checkpoints, the
     # disk holds the best one and the one being written.
-    needed = 4 * model_bytes * (config.keep_checkpoints + 2)
-    text = (
-        f"{result[0] / 2**30:.1f} GiB free at {config.output}, checkpoints need about {needed / 2**30:.1f}."
-    )
+    needed = 4 * model_bytes * (config.checkpoints.keep_checkpoints + 2)
+    text = f"{result[0] / 2**30:.1f} GiB free at {config.run.output}, checkpoints need about {needed / 2**30:.1f}."
     if result[0] < needed:
         yield Finding(
             "disk", "FAIL", text, "free disk space, lower --keep-checkpoints, or give another --output."

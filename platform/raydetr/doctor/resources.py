@@ -33,7 +33,7 @@ def check_cluster(config: TrainConfig) -> Iterator[Finding]:
         f"{available.get('GPU', 0):g} GPUs, {available.get('memory', 0) / GIB:.1f} GiB of memory, "
         f"{available.get('object_store_memory', 0) / GIB:.2f} GiB of object store"
     )
-    needed = f"{config.workers} workers and {config.data_cpus} data tasks"
+    needed = f"{config.cluster.workers} workers and {config.cluster.data_cpus} data tasks"
     if failed:
         yield Finding("cluster", "FAIL", f"{resources}. {failed}")
     else:
@@ -48,7 +48,7 @@ def check_cluster(config: TrainConfig) -> Iterator[Finding]:
 def object_store(config: TrainConfig, store_bytes: float, cpus: float) -> Finding:
     """Check that the object stores hold the rows of all workers, and those that all data tasks prepare."""
     spec = plan_spec(config)
-    bounds = in_flight.bound_concurrency(spec, config.workers, store_bytes, cpus)
+    bounds = in_flight.bound_concurrency(spec, config.cluster.workers, store_bytes, cpus)
     edges = spec.augmentation
     largest = max(edges.shortest_edges)
     batch_bytes = spec.micro_batch_size * 3 * largest * min(1.6 * largest, edges.longest_edge)
@@ -61,7 +61,7 @@ def object_store(config: TrainConfig, store_bytes: float, cpus: float) -> Findin
         return Finding(
             "object store",
             "FAIL",
-            f"{size} is too small: a micro-batch has up to {batch_bytes / 2**20:.0f} MiB, and {config.workers} workers "
+            f"{size} is too small: a micro-batch has up to {batch_bytes / 2**20:.0f} MiB, and {config.cluster.workers} workers "
             f"hold several each.",
             remedy,
         )
@@ -76,12 +76,12 @@ def object_store(config: TrainConfig, store_bytes: float, cpus: float) -> Findin
 
 
 def _cpus_for_data(config: TrainConfig, cpus: float) -> Iterator[Finding]:
-    left = cpus - config.workers
+    left = cpus - config.cluster.workers
     if left < 1:
         yield Finding(
             "data CPUs",
             "FAIL",
-            f"{config.workers} workers use all {cpus:g} CPUs and leave none for data tasks: the run would hang.",
+            f"{config.cluster.workers} workers use all {cpus:g} CPUs and leave none for data tasks: the run would hang.",
             "add a node with CPUs, or lower --workers.",
         )
 
@@ -89,29 +89,29 @@ def _cpus_for_data(config: TrainConfig, cpus: float) -> Iterator[Finding]:
 def _gpus(config: TrainConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
     """Check that enough nodes have both a CPU and a GPU for a worker."""
     gpus = sum(node.resources.get("GPU", 0) for node in nodes)
-    if config.accelerator == "cpu":
+    if config.cluster.accelerator == "cpu":
         if gpus:
             yield Finding(
                 "GPUs", "warn", f"the cluster has {gpus:g}, but the run uses none.", "give --accelerator gpu."
             )
         return
     slots = int(sum(min(node.resources.get("GPU", 0), node.resources.get("CPU", 0)) for node in nodes))
-    if slots < config.workers:
+    if slots < config.cluster.workers:
         yield Finding(
             "GPUs",
             "FAIL",
-            f"the nodes have room for {slots} workers with a CPU and a GPU each, but --workers is {config.workers}.",
+            f"the nodes have room for {slots} workers with a CPU and a GPU each, but --workers is {config.cluster.workers}.",
             f"lower --workers to {slots} or add GPU nodes."
             if slots
             else "add GPU nodes, or give --accelerator cpu.",
         )
     else:
-        yield Finding("GPUs", "ok", f"{gpus:g}, enough for {config.workers} workers.")
+        yield Finding("GPUs", "ok", f"{gpus:g}, enough for {config.cluster.workers} workers.")
 
 
 def _in_use(config: TrainConfig) -> Iterator[Finding]:
     free = ray.available_resources().get("CPU", 0)
-    if ray.cluster_resources().get("CPU", 0) >= config.workers + config.data_cpus > free:
+    if ray.cluster_resources().get("CPU", 0) >= config.cluster.workers + config.cluster.data_cpus > free:
         yield Finding(
             "cluster",
             "warn",
@@ -121,7 +121,7 @@ def _in_use(config: TrainConfig) -> Iterator[Finding]:
 
 
 def _validation(config: TrainConfig) -> Iterator[Finding]:
-    if not config.validate_every:
+    if not config.checkpoints.validate_every:
         return
     with contextlib.redirect_stdout(io.StringIO()) as message:
         in_background = can_validate_in_background(config)

@@ -22,6 +22,7 @@ from raydetr.doctor.config import DoctorConfig
 from raydetr.doctor.findings import Finding
 from raydetr.errors import ClusterError, DataError, TrainingError
 from raydetr.evaluation.in_process import figures, predict_share
+from raydetr.flat_keys import override
 from raydetr.training.preview import build_stream, iterate_micro_batches, take_step, time_steps
 from raydetr.training.progress import resource_usage
 from raydetr.training.state import create_state
@@ -62,7 +63,7 @@ def run(config: DoctorConfig, manifest: Manifest, batches: Sequence[TrainingBatc
     Raises:
         ClusterError: no GPU is free.
     """
-    if config.accelerator == "gpu" and not torch.cuda.is_available():
+    if config.cluster.accelerator == "gpu" and not torch.cuda.is_available():
         if not ray.is_initialized() or ray.available_resources().get("GPU", 0) < 1:
             raise ClusterError(
                 "No GPU of the cluster is free for a trial run: stop the jobs that use them, or wait."
@@ -80,17 +81,17 @@ def run_in_process(config: DoctorConfig, manifest: Manifest, batches: Sequence[T
         TrainingError: the GPU is out of memory.
         DataError: no image has trainable objects.
     """
-    device = torch.device("cuda" if config.accelerator == "gpu" else "cpu")
-    own = [batch for batch in batches[:: config.workers] if batch.weights.sum()]
+    device = torch.device("cuda" if config.cluster.accelerator == "gpu" else "cpu")
+    own = [batch for batch in batches[:: config.cluster.workers] if batch.weights.sum()]
     try:
         step_seconds = time_steps(config, create_state(config, manifest, device), own or list(batches))
         memory = resource_usage()
         losses, stop_reason, seconds, metrics = (
-            overfit(config, manifest, device) if config.overfit_steps else ([], "", 0.0, {})
+            overfit(config, manifest, device) if config.checks.overfit_steps else ([], "", 0.0, {})
         )
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"The GPU is out of memory with a micro-batch of {config.micro_batch_size} images: lower "
+            f"The GPU is out of memory with a micro-batch of {config.optimizer.micro_batch_size} images: lower "
             f"--micro-batch-size and raise --micro-batches, or give --activation-checkpointing or --precision "
             f"bf16 ({error})."
         ) from error
@@ -117,49 +118,49 @@ def overfit(
     Returns:
         Losses, why it stopped, seconds, metrics.
     """
-    config = replace(
+    config = override(
         config,
         workers=1,
-        steps=config.overfit_steps,
+        steps=config.checks.overfit_steps,
         schedule="constant",
-        warmup_steps=min(config.warmup_steps, config.overfit_steps // 10),
+        warmup_steps=min(config.optimizer.warmup_steps, config.checks.overfit_steps // 10),
         repeat_threshold=0.0,
         flip=0.0,
         crop=False,
-        shortest_edges=(config.test_edge,),
+        shortest_edges=(config.data.test_edge,),
     )
     with tempfile.TemporaryDirectory() as folder:
         subset = select_images(config, manifest, folder)
         steps = _epoch(config, subset)
         state = create_state(config, subset, device)
         losses, stop_reason, start = [], "steps", time.perf_counter()
-        for number, batches in zip(range(config.overfit_steps), itertools.cycle(steps), strict=False):
+        for number, batches in zip(range(config.checks.overfit_steps), itertools.cycle(steps), strict=False):
             step_metrics = take_step(config, state, batches, number)
             losses.append(_trained_loss(config, step_metrics))
             if not is_finite(step_metrics):
                 stop_reason = "not finite"
-            elif relative_loss(losses, len(steps)) <= config.loss_share:
+            elif relative_loss(losses, len(steps)) <= config.checks.loss_share:
                 stop_reason = "fallen"
-            elif time.perf_counter() - start > 60 * config.overfit_minutes:
+            elif time.perf_counter() - start > 60 * config.checks.overfit_minutes:
                 stop_reason = "time"
             if stop_reason != "steps":
                 break
         seconds = time.perf_counter() - start
         metrics = {}
         if stop_reason != "not finite":
-            dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+            dtype = torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32
             detector = ObjectDetector(state.model, state.processor, device, dtype)
-            metrics = figures(predict_share(detector, subset, config.masks))
+            metrics = figures(predict_share(detector, subset, config.run.masks))
     return losses, stop_reason, seconds, metrics
 
 
 def _trained_loss(config: DoctorConfig, metrics: dict[str, float]) -> float:
     """Return the part of the loss that can fall: without the detector's terms if it is frozen."""
-    if not config.freeze_detector:
+    if not config.model.freeze_detector:
         return metrics["loss"]
     return (
-        config.mask_loss_coefficient * metrics["loss_mask"]
-        + config.dice_loss_coefficient * metrics["loss_dice"]
+        config.loss.mask_loss_coefficient * metrics["loss_mask"]
+        + config.loss.dice_loss_coefficient * metrics["loss_dice"]
     )
 
 
@@ -211,20 +212,20 @@ def findings(config: DoctorConfig, trial: TrialRun, images: int = IMAGES) -> Ite
         )
     elif trial.stop_reason == "fallen":
         yield Finding(
-            "overfit", "ok", f"{text}; it has fallen to {config.loss_share:g} of its initial value."
+            "overfit", "ok", f"{text}; it has fallen to {config.checks.loss_share:g} of its initial value."
         )
     elif trial.stop_reason == "time":
         yield Finding(
             "overfit",
             "warn",
-            f"{text}: the time limit was reached before it had fallen to {config.loss_share:g} of its initial value.",
+            f"{text}: the time limit was reached before it had fallen to {config.checks.loss_share:g} of its initial value.",
             "raise --overfit-minutes, or run the doctor on a faster machine.",
         )
     else:
         yield Finding(
             "overfit",
             "FAIL",
-            f"{text}: it has not fallen to {config.loss_share:g} of its initial value.",
+            f"{text}: it has not fallen to {config.checks.loss_share:g} of its initial value.",
             "check in batch.png that boxes and class names are right; try --learning-rate 1e-4 and "
             "--backbone-learning-rate 1e-5, or --backbone-weights; or raise --overfit-steps.",
         )
@@ -235,7 +236,9 @@ def _epoch(config: DoctorConfig, subset: Manifest) -> list[list[TrainingBatch]]:
     stream = build_stream(config, subset, 1)
     stream = replace(stream, last_step=stream.plan.steps_per_epoch)
     batches = [
-        batch for batch in iterate_micro_batches(stream, config.micro_batch_size) if batch.weights.sum()
+        batch
+        for batch in iterate_micro_batches(stream, config.optimizer.micro_batch_size)
+        if batch.weights.sum()
     ]
     return [list(step) for _, step in itertools.groupby(batches, key=lambda batch: batch.step)]
 
@@ -245,6 +248,6 @@ def _has_targets(config: DoctorConfig, manifest: Manifest, record: dict[str, Any
         decode_record(record)
     except ImageError:
         return False
-    if config.masks == "none":
+    if config.run.masks == "none":
         return len(training_targets(record, manifest.labels)[1]) > 0
-    return len(mask_targets(record, manifest.labels, config.masks)[1]) > 0
+    return len(mask_targets(record, manifest.labels, config.run.masks)[1]) > 0

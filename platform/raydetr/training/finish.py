@@ -31,17 +31,17 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
         TrainingError: no image was trained on.
         RegistryError: MLflow has not answered for five minutes; rerun the command to repeat this part.
     """
-    last = checkpoint.last_committed_step(config.output)
-    best = validation.best_checkpoint(config) if config.validate_every else None
-    chosen = best if config.keep_best and best is not None else last
-    state = checkpoint.read_state(config.output, last)
+    last = checkpoint.last_committed_step(config.run.output)
+    best = validation.best_checkpoint(config) if config.checkpoints.validate_every else None
+    chosen = best if config.checkpoints.keep_best and best is not None else last
+    state = checkpoint.read_state(config.run.output, last)
     if not state["images"]:
         raise TrainingError(
-            f"{config.output}: no image was trained on in {last} steps, so no model is registered: check "
-            f"faults.parquet in {config.train_data}."
+            f"{config.run.output}: no image was trained on in {last} steps, so no model is registered: check "
+            f"faults.parquet in {config.data.train_data}."
         )
     retry_mlflow(lambda: send_unsent_metrics(config, run_id, last))
-    losses = tracking.metric_history(config.tracking_uri, run_id, "loss")
+    losses = tracking.metric_history(config.tracking.tracking_uri, run_id, "loss")
     summary: dict[str, Any] = {
         "run_id": run_id,
         "steps": last,
@@ -53,37 +53,37 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
         "first_loss": _mean([value for _, value in losses[:20]]),
         "last_loss": _mean([value for _, value in losses[-20:]]),
         "data_digest": manifest.digest,
-        "model_folder": storage.join(config.output, MODEL),
+        "model_folder": storage.join(config.run.output, MODEL),
     }
     tags = {TRAINED_ON_TAG: manifest.digest}
-    if metrics := checkpoint.read_validation(config.output, chosen):
+    if metrics := checkpoint.read_validation(config.run.output, chosen):
         summary |= {f"val_{name}": value for name, value in metrics.items()}
-    if best is not None and (config.keep_best or config.patience):
+    if best is not None and (config.checkpoints.keep_best or config.checkpoints.patience):
         # Data that selected the checkpoint or stopped the run must not decide a promotion: the gate reads this tag.
-        tags[CHOSEN_ON_TAG] = Manifest.load(config.val_data).digest
+        tags[CHOSEN_ON_TAG] = Manifest.load(config.validation.val_data).digest
     shown = ("steps", "images", "first_loss", "last_loss")
     known = {name: summary[name] for name in shown if summary[name] is not None}
     known |= {name: value for name, value in summary.items() if name.startswith("val_")}
     with tempfile.TemporaryDirectory() as folder:
-        source = storage.join(checkpoint.uri(config.output, chosen), "model")
+        source = storage.join(checkpoint.uri(config.run.output, chosen), "model")
         storage.download_folder(source, folder)
-        kind = DetrForSegmentation if config.segments else DetrForObjectDetection
+        kind = DetrForSegmentation if config.run.segments else DetrForObjectDetection
         save_model(kind.from_pretrained(folder).float(), folder)
         storage.upload_folder(folder, summary["model_folder"])
-        if config.name:
+        if config.tracking.name:
             version = retry_mlflow(
                 lambda: models.register(
-                    config.tracking_uri,
+                    config.tracking.tracking_uri,
                     run_id,
                     folder,
-                    config.name,
+                    config.tracking.name,
                     alias="challenger",
                     tags=tags,
                     figures=known,
                 )
             )
-            summary |= {"model": f"models:/{config.name}/{version}", "model_version": version}
-    retry_mlflow(lambda: tracking.end_run(config.tracking_uri, run_id))
+            summary |= {"model": f"models:/{config.tracking.name}/{version}", "model_version": version}
+    retry_mlflow(lambda: tracking.end_run(config.tracking.tracking_uri, run_id))
     return summary
 
 
@@ -91,16 +91,16 @@ def send_unsent_metrics(config: TrainConfig, run_id: str, last: int) -> None:
     """Send the metrics that MLflow has not received during training; they are stored with the run."""
     rows: list[Row] = [
         (int(step), int(at), values)
-        for step, at, values in checkpoint.read_state(config.output, last)["metrics"]
+        for step, at, values in checkpoint.read_state(config.run.output, last)["metrics"]
     ]
-    send_rows(config.tracking_uri, run_id, rows)
+    send_rows(config.tracking.tracking_uri, run_id, rows)
     name = validation.main_metric(config)
-    sent = {step for step, _ in tracking.metric_history(config.tracking_uri, run_id, f"val_{name}")}
-    for step in checkpoint.validated_steps(config.output):
-        metrics = checkpoint.read_validation(config.output, step)
+    sent = {step for step, _ in tracking.metric_history(config.tracking.tracking_uri, run_id, f"val_{name}")}
+    for step in checkpoint.validated_steps(config.run.output):
+        metrics = checkpoint.read_validation(config.run.output, step)
         if metrics and step not in sent:
             values = {f"val_{key}": value for key, value in metrics.items()}
-            tracking.log_metrics(config.tracking_uri, run_id, [(step, values)])
+            tracking.log_metrics(config.tracking.tracking_uri, run_id, [(step, values)])
 
 
 def retry_mlflow(action: Callable[[], Result]) -> Result:

@@ -5,7 +5,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from raydetr.data.shards import Manifest
 from raydetr.data.stream import ray_stream
 from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.errors import LeaseError, StorageError, TrainingError
+from raydetr.flat_keys import flatten
 from raydetr.lease import Held
 from raydetr.ray_internals.train import util
 from raydetr.training import checkpoint, validation
@@ -82,21 +83,23 @@ def _train(job: Job) -> str:
     config = job.config
     rank = ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device()
-    state = create_state(config, Manifest.load(config.train_data), device)
+    state = create_state(config, Manifest.load(config.data.train_data), device)
     parallel = parallelize(state.module)
     progress, signals = Progress(config, job.run_id, rank), Signals(rank, job.deadline)
-    watchdog = Watchdog(rank, config.hang_timeout_s, job.board, world_size())
+    watchdog = Watchdog(rank, config.fault_tolerance.hang_timeout_s, job.board, world_size())
     watchdog.watch_module(state.module)
     node = ray.get_runtime_context().get_node_id()
     with watchdog.running():
         batches_of_steps = ray_stream.steps(
-            ray.train.get_dataset_shard("train"), config.micro_batch_size, micro_batches_per_worker(config)
+            ray.train.get_dataset_shard("train"),
+            config.optimizer.micro_batch_size,
+            micro_batches_per_worker(config),
         )
         for batches in time_batches(batches_of_steps, progress, watchdog, state):
             step = batches[0].step
             if state.step != step:
                 watchdog.enter("loading the checkpoint", step)
-                progress.restore(checkpoint.load(config.output, step, state))
+                progress.restore(checkpoint.load(config.run.output, step, state))
             watchdog.enter("waiting for other ranks", step)
             model = state.model.config
             totals = step_totals(batches, model.num_queries, model.eos_coefficient, signals.for_step())
@@ -116,8 +119,12 @@ def _train(job: Job) -> str:
                     f"step {step}: nodes {', '.join(nodes)} are about to be preempted: writing a checkpoint, "
                     "then restarting the workers on other nodes"
                 )
-            stops = Signal.TIME_LIMIT in signal or Signal.NO_PROGRESS in signal or state.step == config.steps
-            if nodes or stops or state.step % config.checkpoint_every == 0:
+            stops = (
+                Signal.TIME_LIMIT in signal
+                or Signal.NO_PROGRESS in signal
+                or state.step == config.optimizer.steps
+            )
+            if nodes or stops or state.step % config.checkpoints.checkpoint_every == 0:
                 watchdog.enter("writing a checkpoint", step)
                 if rank:
                     watchdog.enter("waiting for the checkpoint")
@@ -127,7 +134,7 @@ def _train(job: Job) -> str:
                     validation.validate_together(config, job.run_id, state.step, rank, device)
                 signals.no_progress = rank == 0 and validation.has_stalled(config, state.step)
             if stops:
-                if state.step == config.steps:
+                if state.step == config.optimizer.steps:
                     return ""
                 return OUT_OF_TIME if Signal.TIME_LIMIT in signal else NO_PROGRESS
             if nodes:
@@ -137,7 +144,7 @@ def _train(job: Job) -> str:
 
 def micro_batches_per_worker(config: TrainConfig) -> int:
     """Return the number of micro-batches per step that each worker gets, including empty ones."""
-    return -(-config.micro_batches // world_size())
+    return -(-config.optimizer.micro_batches // world_size())
 
 
 def advance(state: TrainingState, config: TrainConfig, totals: StepTotals, step: int) -> None:
@@ -150,10 +157,10 @@ def advance(state: TrainingState, config: TrainConfig, totals: StepTotals, step:
     state.images += totals.images
     state.skipped += totals.skipped
     # The share is of at least 1,000 images, so that a few bad images at the start do not stop the run.
-    if state.skipped > config.max_skipped * max(state.images + state.skipped, 1000):
+    if state.skipped > config.fault_tolerance.max_skipped * max(state.images + state.skipped, 1000):
         raise TrainingError(
             f"Step {step}: {state.skipped} of {state.images + state.skipped} images could not be decoded, more "
-            f"than --max-skipped {config.max_skipped}. Each one is logged above with the reason: ingest the data "
+            f"than --max-skipped {config.fault_tolerance.max_skipped}. Each one is logged above with the reason: ingest the data "
             "again, and check faults.parquet next to the shards."
         )
 
@@ -166,13 +173,13 @@ def commit(state: TrainingState, job: Job, progress: Progress) -> None:
     """
     config, error, committed = job.config, "", "its last checkpoint"
     if progress.rank == 0:
-        origin = {"config": asdict(config), "data_digest": job.data_digest}
+        origin = {"config": flatten(config), "data_digest": job.data_digest}
         try:
-            checkpoint.save(config.output, state, {**progress.uncommitted(), **origin}, job.held)
+            checkpoint.save(config.run.output, state, {**progress.uncommitted(), **origin}, job.held)
         except (StorageError, LeaseError) as failure:
             error = str(failure)
             with contextlib.suppress(StorageError):  # the storage may not even be readable
-                committed = f"step {checkpoint.last_committed_step(config.output)}"
+                committed = f"step {checkpoint.last_committed_step(config.run.output)}"
         else:
             validation.prune_checkpoints(config)
             progress.send()

@@ -11,20 +11,9 @@ from detr.model.backbone import load_pretrained_backbone
 from detr.multiscale_config import MultiScaleConfig
 from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError
+from raydetr.flat_keys import flatten
 from raydetr.registry import models, tracking
 from raydetr.training.config import TrainConfig
-
-_LOSS_FIELDS = (
-    "auxiliary_loss",
-    "class_cost",
-    "bbox_cost",
-    "giou_cost",
-    "bbox_loss_coefficient",
-    "giou_loss_coefficient",
-    "mask_loss_coefficient",
-    "dice_loss_coefficient",
-    "eos_coefficient",
-)
 
 
 def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetection | DetrForSegmentation:
@@ -37,19 +26,21 @@ def build_model(config: TrainConfig, manifest: Manifest) -> DetrForObjectDetecti
     Raises:
         ConfigError: the backbone or its weights are not available, or a detector to freeze has other classes.
     """
-    torch.manual_seed(config.seed)
-    kind = DetrForSegmentation if config.segments else DetrForObjectDetection
-    chosen: dict[str, float | bool] = {name: getattr(config, name) for name in _LOSS_FIELDS}
-    chosen["trainable_backbone_stages"] = config.trainable_backbone_stages
-    if config.model:
-        resolved = models.resolve(config.model, tracking.resolve_uri(config.tracking_uri))
+    torch.manual_seed(config.run.seed)
+    kind = DetrForSegmentation if config.run.segments else DetrForObjectDetection
+    chosen = {
+        name: value for name, value in flatten(config.loss).items() if name in DetrConfig.__annotations__
+    }
+    chosen["trainable_backbone_stages"] = config.model.trainable_backbone_stages
+    if config.model.model:
+        resolved = models.resolve(config.model.model, tracking.resolve_uri(config.tracking.tracking_uri))
         model = kind.from_pretrained(
-            resolved.folder, id2label=manifest.id2label, dropout=config.dropout, **chosen
+            resolved.folder, id2label=manifest.id2label, dropout=config.model.dropout, **chosen
         )
         _match_class_head(model, config, DetrConfig.from_pretrained(resolved.folder).id2label)
     else:
         model = _new_model(kind, config, manifest, chosen)
-    if config.freeze_detector and isinstance(model, DetrForSegmentation):
+    if config.model.freeze_detector and isinstance(model, DetrForSegmentation):
         model.freeze_detector()
     # Stored in config.json: panoptic post-processing merges all segments of a stuff class into one.
     things = {category["id"]: category.get("isthing", 1) for category in manifest.categories}
@@ -66,9 +57,9 @@ def _match_class_head(
     classes = model.config.id2label
     if previous == classes:
         return
-    if config.freeze_detector:
+    if config.model.freeze_detector:
         raise ConfigError(
-            f"--freeze-detector: {config.model} detects {_join(previous)}, but the data have {_join(classes)}: train a "
+            f"--freeze-detector: {config.model.model} detects {_join(previous)}, but the data have {_join(classes)}: train a "
             "detector on these data first (--recipe panoptic-boxes), or remove --freeze-detector."
         )
     # With another number of classes, `from_pretrained` has already created a new head.
@@ -90,32 +81,36 @@ def _new_model(
 ) -> DetrForObjectDetection | DetrForSegmentation:
     model = kind(
         DetrConfig(
-            backbone=config.backbone,
-            backbone_kwargs={"out_indices": list(config.backbone_out_indices)},
-            use_pretrained_backbone=config.backbone_weights == "timm",
-            d_model=config.d_model,
-            encoder_layers=config.encoder_layers,
-            decoder_layers=config.decoder_layers,
-            encoder_attention_heads=config.attention_heads,
-            decoder_attention_heads=config.attention_heads,
-            encoder_ffn_dim=config.ffn_dim,
-            decoder_ffn_dim=config.ffn_dim,
-            num_queries=config.num_queries,
-            dropout=config.dropout,
-            compat=config.compat,
-            multi_scale=MultiScaleConfig(nms_threshold=config.nms_threshold) if config.multi_scale else None,
+            backbone=config.model.architecture.backbone,
+            backbone_kwargs={"out_indices": list(config.model.architecture.backbone_out_indices)},
+            use_pretrained_backbone=config.model.architecture.backbone_weights == "timm",
+            d_model=config.model.architecture.d_model,
+            encoder_layers=config.model.architecture.encoder_layers,
+            decoder_layers=config.model.architecture.decoder_layers,
+            encoder_attention_heads=config.model.architecture.attention_heads,
+            decoder_attention_heads=config.model.architecture.attention_heads,
+            encoder_ffn_dim=config.model.architecture.ffn_dim,
+            decoder_ffn_dim=config.model.architecture.ffn_dim,
+            num_queries=config.model.architecture.num_queries,
+            dropout=config.model.dropout,
+            compat=config.model.architecture.compat,
+            multi_scale=MultiScaleConfig(nms_threshold=config.model.architecture.nms_threshold)
+            if config.model.architecture.multi_scale
+            else None,
             id2label=manifest.id2label,
             **chosen,
         )
     )
-    if config.backbone_weights not in ("", "timm"):
-        load_pretrained_backbone(model, weights_file(config.backbone_weights))
+    if config.model.architecture.backbone_weights not in ("", "timm"):
+        load_pretrained_backbone(model, weights_file(config.model.architecture.backbone_weights))
     return model
 
 
 def image_processor(config: TrainConfig) -> DetrImageProcessor:
     """Return the image processor of the model, which resizes images for evaluation and serving."""
-    return DetrImageProcessor(size={"shortest_edge": config.test_edge, "longest_edge": config.longest_edge})
+    return DetrImageProcessor(
+        size={"shortest_edge": config.data.test_edge, "longest_edge": config.data.augmentation.longest_edge}
+    )
 
 
 def weights_file(source: str) -> str:

@@ -4,7 +4,6 @@ OUTPUT/non-finite/step-00000123/rank-0.pt   the model inputs of this worker, and
 OUTPUT/non-finite/step-00000123/model/      the weights before the step, from rank 0
 """
 
-import dataclasses
 import io
 import os
 import pickle
@@ -26,6 +25,7 @@ from detr.training.query_groups import QueryGroups
 from raydetr import storage
 from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.errors import ConfigError, StorageError, TrainingError
+from raydetr.flat_keys import override
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import StepTotals, world_size
 from raydetr.training.progress import log_line
@@ -81,12 +81,17 @@ def handle_non_finite(
         f"{sorted(image_id for each in gathered for image_id in each[1])}. First non-finite value {places}. "
         f"{saved}"
     )
-    if config.on_non_finite == "skip" and state.non_finite <= config.max_non_finite:
+    if (
+        config.fault_tolerance.on_non_finite == "skip"
+        and state.non_finite <= config.fault_tolerance.max_non_finite
+    ):
         if rank == 0:
-            log_line(f"{message}\nSkipping the step ({state.non_finite} of at most {config.max_non_finite}).")
+            log_line(
+                f"{message}\nSkipping the step ({state.non_finite} of at most {config.fault_tolerance.max_non_finite})."
+            )
         return
     raise TrainingError(
-        f"{message}. The last checkpoint is intact: pass its model folder in {config.output}/checkpoints as --model, "
+        f"{message}. The last checkpoint is intact: pass its model folder in {config.run.output}/checkpoints as --model, "
         "with a lower --learning-rate and another --output, or rerun the command with --on-non-finite skip."
     )
 
@@ -103,11 +108,11 @@ def save_batch(
     Raises:
         StorageError: the batch or the model cannot be written.
     """
-    folder = storage.join(config.output, FOLDER, f"step-{batches[0].step:08d}")
+    folder = storage.join(config.run.output, FOLDER, f"step-{batches[0].step:08d}")
     content: dict[str, Any] = {
         "step": batches[0].step,
-        "seed": config.seed,
-        "precision": config.precision,
+        "seed": config.run.seed,
+        "precision": config.optimizer.precision,
         "num_boxes": totals.num_boxes,
         "class_weight_sum": totals.class_weight_sum,
         "micro_batches": [
@@ -142,7 +147,7 @@ def find_non_finite_in_step(
     """Repeat this worker's part of a step, and describe the first non-finite value; empty if all values are finite."""
     normalizers = {"num_boxes": totals.num_boxes, "class_weight_sum": totals.class_weight_sum}
     for batch in batches:
-        seed_dropout(config.seed, batch.step, batch.position)
+        seed_dropout(config.run.seed, batch.step, batch.position)
         place = find_non_finite(state.module, {**to_arguments(batch, state), **normalizers}, config)
         if place:
             return f"{place} (images {list(batch.image_ids)})"
@@ -215,16 +220,16 @@ def replay(config: TrainConfig) -> dict[str, Any]:
         ConfigError: the file was not written by `save_batch`.
     """
     try:
-        data = io.BytesIO(storage.read_bytes(config.replay))
+        data = io.BytesIO(storage.read_bytes(config.fault_tolerance.replay))
         content = torch.load(data, weights_only=True, map_location="cpu")
         batches = content["micro_batches"]
-        config = dataclasses.replace(config, seed=content["seed"], precision=content["precision"])
+        config = override(config, seed=content["seed"], precision=content["precision"])
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"--replay {config.replay}: this is not a batch saved by a training run ({error})."
+            f"--replay {config.fault_tolerance.replay}: this is not a batch saved by a training run ({error})."
         ) from error
     with tempfile.TemporaryDirectory() as folder:
-        storage.download_folder(storage.join(os.path.dirname(config.replay), "model"), folder)
+        storage.download_folder(storage.join(os.path.dirname(config.fault_tolerance.replay), "model"), folder)
         kind = DetrForSegmentation if "masks" in batches[0]["labels"][0] else DetrForObjectDetection
         model: DetrForObjectDetection | DetrForSegmentation = kind.from_pretrained(folder)
     module: nn.Module = model
@@ -233,11 +238,11 @@ def replay(config: TrainConfig) -> dict[str, Any]:
         module = QueryGroups(model, groups["groups"], groups["cell_loss"])
         module.load_training_state(groups["state"])
     module.train()
-    if config.precision == "float64":
+    if config.optimizer.precision == "float64":
         module.double()
     places = {}
     for batch in batches:
-        seed_dropout(config.seed, content["step"], batch["position"])
+        seed_dropout(config.run.seed, content["step"], batch["position"])
         arguments = {name: batch[name] for name in ("pixel_values", "pixel_mask", "labels", "image_weights")}
         normalizers = {name: content[name] for name in ("num_boxes", "class_weight_sum")}
         place = find_non_finite(module, {**arguments, **normalizers}, config)

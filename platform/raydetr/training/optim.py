@@ -6,10 +6,10 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
-from raydetr.training.config import TrainConfig
+from raydetr.training.config import OptimizerConfig
 
 
-def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Build AdamW over the trainable parameters, in two groups: all but the backbone, and the backbone (DETR, A.4)."""
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     rest = [parameter for name, parameter in named if "backbone" not in name]
@@ -20,7 +20,7 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
-def schedule(step: int, config: TrainConfig) -> float:
+def schedule(step: int, config: OptimizerConfig) -> float:
     """Return the learning rate at a step as a fraction of its peak.
 
     A pure function of the step, so a resumed run needs no scheduler state.
@@ -37,7 +37,9 @@ def schedule(step: int, config: TrainConfig) -> float:
     assert_never(config.schedule)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> dict[str, float]:
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, step: int, config: OptimizerConfig
+) -> dict[str, float]:
     """Set the learning rate of every parameter group for a step.
 
     Returns:

@@ -18,6 +18,7 @@ from raydetr.data.stream import ray_stream
 from raydetr.data.stream.micro_batch import TrainingBatch, unpack
 from raydetr.data.stream.ray_stream import Stream, build_plan
 from raydetr.data.stream.source import shard_source
+from raydetr.flat_keys import override
 from raydetr.registry import models
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import step_totals
@@ -51,7 +52,7 @@ def resolution_cautions(
         manifest: manifest of the training set.
         model: the model to train, which determines the stride of the feature map.
     """
-    if config.model:
+    if config.model.model:
         yield from _check_model_resolution(config)
     median = _median_object(config, manifest)
     if median is None:
@@ -77,16 +78,19 @@ def resolution_cautions(
 
 
 def _check_model_resolution(config: TrainConfig) -> Iterator[Caution]:
-    folder = models.resolve(config.model, config.tracking_uri).folder
+    folder = models.resolve(config.model.model, config.tracking.tracking_uri).folder
     before = DetrImageProcessor.from_pretrained(folder).size
     edge, longest = before.get("shortest_edge"), before.get("longest_edge")
-    smallest, largest = min(config.shortest_edges), max(config.shortest_edges)
+    smallest, largest = (
+        min(config.data.augmentation.shortest_edges),
+        max(config.data.augmentation.shortest_edges),
+    )
     if edge is None or smallest <= edge <= largest:
         return
     sizes = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
     times = (_median_edge(config) / edge) ** 2
     yield Caution(
-        f"--model {config.model} was trained on images of {edge} pixels (shorter side), but this run uses {sizes}, "
+        f"--model {config.model.model} was trained on images of {edge} pixels (shorter side), but this run uses {sizes}, "
         f"{times:.2g} times the pixels: its weights are less suited, and a step takes about {times:.2g} times as long",
         f"set --shortest-edges {edge} --test-edge {edge} --longest-edge {longest or edge * 5 // 3}"
         f"{_without_crop(config)}, unless the other resolution is intended",
@@ -95,11 +99,11 @@ def _check_model_resolution(config: TrainConfig) -> Iterator[Caution]:
 
 def _without_crop(config: TrainConfig) -> str:
     """Return the flag that turns off the crop: with it, half of the images would have the resolution of the crop."""
-    return " --no-crop" if config.crop else ""
+    return " --no-crop" if config.data.augmentation.crop else ""
 
 
 def _median_edge(config: TrainConfig) -> int:
-    return sorted(config.shortest_edges)[len(config.shortest_edges) // 2]
+    return sorted(config.data.augmentation.shortest_edges)[len(config.data.augmentation.shortest_edges) // 2]
 
 
 def _median_object(config: TrainConfig, manifest: Manifest) -> tuple[float, float, float, float] | None:
@@ -110,7 +114,7 @@ def _median_object(config: TrainConfig, manifest: Manifest) -> tuple[float, floa
         in pixels, and the image's ratio of longer to shorter side.
     """
     processor = image_processor(
-        replace(
+        override(
             config, test_edge=_median_edge(config)
         )  # the median size during training; evaluation uses a similar one
     )
@@ -135,15 +139,18 @@ def _median_object(config: TrainConfig, manifest: Manifest) -> tuple[float, floa
 
 def estimate_step_seconds(config: TrainConfig, manifest: Manifest) -> float:
     """Estimate the seconds per step on this machine's CPUs: time one micro-batch, multiply by those per worker."""
-    state = create_state(replace(config, compile=False), manifest, torch.device("cpu"))
+    state = create_state(override(config, compile=False), manifest, torch.device("cpu"))
     batches = (
-        batch for batch in iterate_micro_batches(build_stream(config, manifest, 1), config.micro_batch_size)
+        batch
+        for batch in iterate_micro_batches(
+            build_stream(config, manifest, 1), config.optimizer.micro_batch_size
+        )
     )
     batch = next((batch for batch in batches if batch.weights.sum()), None)
     if batch is None:
         return 0.0
     seconds = time_steps(config, state, [batch], limit_s=3.0)
-    return seconds * math.ceil(config.micro_batches / config.workers)
+    return seconds * math.ceil(config.optimizer.micro_batches / config.cluster.workers)
 
 
 def time_steps(
@@ -158,7 +165,7 @@ def time_steps(
         limit_s: do not start another step after this many seconds.
     """
     threads = torch.get_num_threads()
-    if config.accelerator == "cpu":
+    if config.cluster.accelerator == "cpu":
         torch.set_num_threads(1)
     try:
         times: list[float] = []
@@ -185,10 +192,10 @@ def build_stream(config: TrainConfig, manifest: Manifest, last_step: int) -> Str
     """Build the data stream of a run, up to `last_step`."""
     return Stream(
         source=shard_source(manifest),
-        plan=build_plan(manifest, plan_spec(config), config.repeat_threshold),
+        plan=build_plan(manifest, plan_spec(config), config.data.repeat_threshold),
         last_step=last_step,
         first_step=int,
-        masks=config.masks,
+        masks=config.run.masks,
     )
 
 

@@ -88,7 +88,7 @@ class Progress:
         """Send the metrics of a complete checkpoint; retain them if MLflow does not answer."""
         if self.run_id:
             try:
-                send_rows(self.config.tracking_uri, self.run_id, self.rows)
+                send_rows(self.config.tracking.tracking_uri, self.run_id, self.rows)
             except RegistryError as error:
                 log_line(
                     f"{error} The metrics of {len(self.rows)} steps are stored in the checkpoint until it does."
@@ -104,13 +104,13 @@ class Progress:
 
     def _print_line(self, step: int, metrics: dict[str, float]) -> None:
         elapsed = time.perf_counter() - self._line_at
-        left = (self.config.steps - step - 1) * elapsed / max(step - self._line_step, 1)
+        left = (self.config.optimizer.steps - step - 1) * elapsed / max(step - self._line_step, 1)
         metrics["images_per_second"] = self._line_images / elapsed
         metrics["data_wait_share"] = self.waited / elapsed
         metrics["remote_batches_share"] = self._line_remote / max(self._line_batches, 1)
         metrics |= resource_usage()
         log_line(
-            f"step {step + 1}/{self.config.steps}  loss {metrics['loss']:.3f}  "
+            f"step {step + 1}/{self.config.optimizer.steps}  loss {metrics['loss']:.3f}  "
             f"{metrics['images_per_second']:.1f} images/s  data wait {metrics['data_wait_share']:.0%}  "
             f"{metrics['memory_gib']:.1f} GiB  {int(left) // 60}:{int(left) % 60:02d} left"
         )

@@ -1,6 +1,5 @@
 """Identity of a run: its settings, its MLflow run, and the order of its data."""
 
-import dataclasses
 import os
 import sys
 import uuid
@@ -10,69 +9,28 @@ from typing import Any
 import ray
 import torch
 
-from detr.image_processing.augment import AugmentSpec
 from raydetr import cluster, storage
 from raydetr.data.shards import MANIFEST, Manifest
 from raydetr.data.stream.plan import PlanSpec
 from raydetr.errors import TrainingError
+from raydetr.flat_keys import flatten
 from raydetr.registry import models, tracking
 from raydetr.training import checkpoint
-from raydetr.training.config import ARCHITECTURE, TrainConfig
+from raydetr.training.config import RENAMED, TrainConfig
 
-VALIDATION_FIELDS = {"val_data", "val_digest", "validation_images"}
-"""Fields that may change until the first validation: metrics on different images cannot be compared."""
 RUN = "run.json"
 KEY_TAG = "training.key"
-MUTABLE_FIELDS = {
-    "accelerator",
-    "checkpoint_every",
-    "data_cpus",
-    "hang_timeout_s",
-    "json",
-    "keep_best",
-    "keep_checkpoints",
-    "max_failures",
-    "max_fault_share",
-    "max_hours",
-    "max_non_finite",
-    "max_skipped",
-    "min_workers",
-    "name",
-    "on_non_finite",
-    "patience",
-    "replay",
-    "tracking_uri",  # after a cluster lost its head node, the MLflow server has the new head's address
-    "validate_every",
-    "validation_cpus",
-    "validation_gpus",
-    "workers",
-}
-"""Fields that may change when a run is resumed: they affect how it runs and is tracked, not what it computes."""
-RENAMED = {
-    "cell_loss": "dense_loss_weight",
-    "clip_norm": "max_grad_norm",
-    "drop_at": "lr_drop_at",
-    "local_attention": "locality_init",
-}
-"""Old field name → new name, for the run.json of runs that were started with version 0.1."""
 
 
 def plan_spec(config: TrainConfig) -> PlanSpec:
     """Build the plan settings of a configuration: data order and augmentation."""
     return PlanSpec(
-        seed=config.seed,
-        micro_batch_size=config.micro_batch_size,
-        micro_batches=config.micro_batches,
-        window_row_groups=config.window_row_groups,
-        group_sizes=config.group_sizes,
-        augmentation=AugmentSpec(
-            flip=config.flip,
-            shortest_edges=config.shortest_edges,
-            longest_edge=config.longest_edge,
-            crop=config.crop,
-            crop_shortest_edges=config.crop_shortest_edges,
-            crop_sizes=config.crop_sizes,
-        ),
+        seed=config.run.seed,
+        micro_batch_size=config.optimizer.micro_batch_size,
+        micro_batches=config.optimizer.micro_batches,
+        window_row_groups=config.data.window_row_groups,
+        group_sizes=config.data.group_sizes,
+        augmentation=config.data.augmentation,
     )
 
 
@@ -82,14 +40,16 @@ def pinned_model(config: TrainConfig) -> str:
     Raises:
         ConfigError, RegistryError: the model, version or alias does not exist.
     """
-    if not config.model.startswith("models:"):
-        return config.model
-    file = storage.join(config.output, RUN)
+    if not config.model.model.startswith("models:"):
+        return config.model.model
+    file = storage.join(config.run.output, RUN)
     started: dict[str, Any] = storage.read_json(file) if storage.exists(file) else {"identity": {}}
     pinned = started["identity"].get("model")
-    if config.model in (pinned, started.get("asked_model")):
+    if config.model.model in (pinned, started.get("asked_model")):
         return str(pinned)
-    version = models.registered_version(config.model, tracking.resolve_uri(config.tracking_uri))
+    version = models.registered_version(
+        config.model.model, tracking.resolve_uri(config.tracking.tracking_uri)
+    )
     return f"models:/{version.name}/{version.version}"
 
 
@@ -104,19 +64,19 @@ def open_run(config: TrainConfig, manifest: Manifest, asked_model: str = "") -> 
     Raises:
         TrainingError: the folder has a checkpoint of a run with other flags or other data.
     """
-    identity = _flags(config) | {
+    identity = config.identity() | {
         "data_digest": manifest.digest,
-        "val_digest": Manifest.load(config.val_data).digest if config.val_data else "",
+        "val_digest": Manifest.load(config.validation.val_data).digest if config.validation.val_data else "",
     }
-    file = storage.join(config.output, RUN)
+    file = storage.join(config.run.output, RUN)
     started: dict[str, Any] = {"run_id": None, "key": uuid.uuid4().hex}
-    current = {"identity": identity, "asked_model": asked_model}
+    current = {"identity": identity, "config": flatten(config), "asked_model": asked_model}
     if storage.exists(file):
         started = storage.read_json(file)
         differing = _find_differences(config, identity, started["identity"])
-        if differing and checkpoint.last_committed_step(config.output):
+        if differing and checkpoint.last_committed_step(config.run.output):
             raise TrainingError(
-                f"{config.output} holds a run that was started with other values of {', '.join(differing)}: give "
+                f"{config.run.output} holds a run that was started with other values of {', '.join(differing)}: give "
                 "the same flags to resume it, or another --output."
             )
     else:
@@ -124,12 +84,12 @@ def open_run(config: TrainConfig, manifest: Manifest, asked_model: str = "") -> 
     # If the driver is killed before it stores the run id, the next one finds the MLflow run by this key.
     key = started.get("key", "")
     run_id = started["run_id"] or tracking.find_run_by_tag(
-        config.tracking_uri, config.experiment, KEY_TAG, key
+        config.tracking.tracking_uri, config.run.experiment, KEY_TAG, key
     )
     run_id = tracking.start_run(
-        config.tracking_uri,
-        config.experiment,
-        os.path.basename(config.output.rstrip("/")),
+        config.tracking.tracking_uri,
+        config.run.experiment,
+        os.path.basename(config.run.output.rstrip("/")),
         _params(config) | {"data_digest": manifest.digest},
         {"data_digest": manifest.digest, KEY_TAG: key, **environment_tags()},
         run_id,
@@ -147,33 +107,30 @@ def require_same_run(config: TrainConfig) -> None:
     Raises:
         TrainingError: the finished run had other flags or other data.
     """
-    file = storage.join(config.output, RUN)
+    file = storage.join(config.run.output, RUN)
     if not storage.exists(file):
         return
     earlier = storage.read_json(file)["identity"]
-    identity = _flags(config)
-    for name, data in (("data_digest", config.train_data), ("val_digest", config.val_data)):
+    identity = config.identity()
+    for name, data in (("data_digest", config.data.train_data), ("val_digest", config.validation.val_data)):
         # Data that were deleted after the run finished cannot be compared, and need not be.
         if data and storage.exists(storage.join(data, MANIFEST)):
             identity[name] = Manifest.load(data).digest
     if differing := _find_differences(config, identity, earlier):
         raise TrainingError(
-            f"{config.output} holds a finished run with other values of {', '.join(differing)}: give another --output "
+            f"{config.run.output} holds a finished run with other values of {', '.join(differing)}: give another --output "
             "for a new run, or the same flags to see the result of the finished one."
         )
-
-
-def _flags(config: TrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in MUTABLE_FIELDS}
 
 
 def _find_differences(config: TrainConfig, identity: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
     """List the fields that differ from the run in the output folder and must not, sorted."""
     # A run that is older than a flag ran with what is now its default. `_as_json`: JSON has lists for tuples.
     earlier = {RENAMED.get(name, name): value for name, value in earlier.items()}
-    earlier = dataclasses.asdict(TrainConfig()) | {"val_digest": identity.get("val_digest")} | earlier
+    earlier = TrainConfig().identity() | {"val_digest": identity.get("val_digest")} | earlier
     differing = sorted(name for name in identity if _as_json(identity[name]) != _as_json(earlier.get(name)))
-    if VALIDATION_FIELDS.issuperset(differing) and not checkpoint.validated_steps(config.output):
+    may_change = {*flatten(config.validation), "val_digest"}
+    if may_change.issuperset(differing) and not checkpoint.validated_steps(config.run.output):
         return []
     return differing
 
@@ -196,8 +153,8 @@ def environment_tags() -> dict[str, str]:
 
 def _params(config: TrainConfig) -> dict[str, Any]:
     """Return the configuration, without the architecture if it comes from the config.json of `--model`."""
-    unused = ARCHITECTURE if config.model else ()
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in unused}
+    unused = flatten(config.model.architecture) if config.model.model else {}
+    return {name: value for name, value in flatten(config).items() if name not in unused}
 
 
 def _as_json(value: Any) -> Any:

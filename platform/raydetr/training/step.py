@@ -45,10 +45,10 @@ def train_step(
     values = all_reduce(torch.stack([losses[name].double() for name in names]).cpu()) / world_size()
     metrics = dict(zip(names, values.tolist(), strict=True))
     parameters = [parameter for parameter in state.module.parameters() if parameter.requires_grad]
-    limit = config.max_grad_norm or math.inf
+    limit = config.optimizer.max_grad_norm or math.inf
     metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
     if is_finite(metrics):
-        metrics |= set_learning_rates(state.optimizer, batches[0].step, config)
+        metrics |= set_learning_rates(state.optimizer, batches[0].step, config.optimizer)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=False)
         if state.average:
@@ -70,11 +70,11 @@ def compute_gradients(
     class_weight_sum: float,
 ) -> dict[str, Tensor]:
     """Accumulate the gradients of a step, and return this worker's sums of the loss terms, times W."""
-    if config.compile:
+    if config.optimizer.compile:
         allocate_gradients(state.module)
     sums: dict[str, Tensor] = {}
     for batch in batches:
-        seed_dropout(config.seed, batch.step, batch.position)
+        seed_dropout(config.run.seed, batch.step, batch.position)
         arguments = to_arguments(batch, state)
         synchronize = batch is batches[-1]
         with accumulate(parallel, synchronize), autocast(config, arguments["pixel_values"].device):
@@ -139,7 +139,7 @@ def accumulate(parallel: torch.nn.Module, synchronize: bool) -> AbstractContextM
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
     """Return the autocast context of `--precision bf16`; the criterion itself computes in float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.optimizer.precision == "bf16")
 
 
 def seed_dropout(seed: int, step: int, position: int) -> None:

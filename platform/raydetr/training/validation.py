@@ -8,7 +8,6 @@ run resumes, and before it finishes.
 """
 
 import contextlib
-import dataclasses
 import os
 import tempfile
 from typing import Any
@@ -23,6 +22,7 @@ from raydetr import storage
 from raydetr.data.shards import Manifest
 from raydetr.errors import RegistryError, StorageError
 from raydetr.evaluation.in_process import Share, figures, join, predict_share
+from raydetr.flat_keys import override
 from raydetr.registry import tracking
 from raydetr.reports import run_pictures
 from raydetr.training import checkpoint
@@ -36,12 +36,12 @@ SAMPLES = 12
 
 def main_metric(config: TrainConfig) -> str:
     """Return the name of the metric that selects the best checkpoint."""
-    return {"instance": "mask_AP", "panoptic": "PQ"}.get(config.task, "AP")
+    return {"instance": "mask_AP", "panoptic": "PQ"}.get(config.run.task, "AP")
 
 
 def validate_checkpoint(config: TrainConfig, run_id: str, step: int) -> dict[str, float]:
     """Score the model of a checkpoint and store its metrics; on failure, log it and store none."""
-    device = "cuda" if config.validation_gpus and torch.cuda.is_available() else "cpu"
+    device = "cuda" if config.cluster.validation_gpus and torch.cuda.is_available() else "cpu"
     try:
         return _record_metrics(config, run_id, step, _predict(config, step, device))
     except Exception as error:  # training continues after any error
@@ -75,7 +75,7 @@ def _record_failure(config: TrainConfig, step: int, reason: str) -> dict[str, fl
     """Log a failed validation and store empty metrics, so that it is no longer pending."""
     log_line(f"step {step}: the validation failed: {reason}")
     with contextlib.suppress(StorageError):
-        checkpoint.write_validation(config.output, step, {})
+        checkpoint.write_validation(config.run.output, step, {})
     return {}
 
 
@@ -85,8 +85,8 @@ def best_checkpoint(config: TrainConfig) -> int | None:
     A metric of -1 is ignored: it is COCO's value for data without ground truth.
     """
     scores = {}
-    for step in checkpoint.committed_steps(config.output):
-        metrics = checkpoint.read_validation(config.output, step)
+    for step in checkpoint.committed_steps(config.run.output):
+        metrics = checkpoint.read_validation(config.run.output, step)
         if metrics and metrics[main_metric(config)] >= 0:
             scores[step] = metrics[main_metric(config)]
     return max(scores, key=lambda step: (scores[step], -step)) if scores else None
@@ -97,7 +97,7 @@ def pending_checkpoints(config: TrainConfig) -> set[int]:
 
     A validation counts as lost with its worker, not as pending, once two later ones have finished.
     """
-    done = checkpoint.validated_steps(config.output)
+    done = checkpoint.validated_steps(config.run.output)
     return {step for step in unvalidated_checkpoints(config) if sum(other > step for other in done) < 2}
 
 
@@ -105,8 +105,8 @@ def unvalidated_checkpoints(config: TrainConfig) -> list[int]:
     """List the steps of checkpoints that are due for validation and have no result, ascending."""
     return [
         step
-        for step in checkpoint.committed_steps(config.output)
-        if is_due(config, step) and checkpoint.read_validation(config.output, step) is None
+        for step in checkpoint.committed_steps(config.run.output)
+        if is_due(config, step) and checkpoint.read_validation(config.run.output, step) is None
     ]
 
 
@@ -114,19 +114,17 @@ def prune_checkpoints(config: TrainConfig) -> None:
     """Delete checkpoints beyond the retention policy; log it if the storage refuses."""
     try:
         best, pending = best_checkpoint(config), pending_checkpoints(config)
-        checkpoint.delete_surplus(config.output, config.keep_checkpoints, best, pending)
+        checkpoint.delete_surplus(config.run.output, config.checkpoints.keep_checkpoints, best, pending)
     except StorageError as failure:
         log_line(f"Earlier checkpoints cannot be deleted: {failure}")
 
 
 def validate_missing_checkpoints(config: TrainConfig, run_id: str) -> None:
     """Run the validations that were lost, before or after training, with the resources of the run."""
-    on_gpu = config.validation_gpus > 0 or config.accelerator == "gpu"
-    chosen = (
-        dataclasses.replace(config, validation_gpus=max(config.validation_gpus, 1.0)) if on_gpu else config
-    )
+    on_gpu = config.cluster.validation_gpus > 0 or config.cluster.on_gpu
+    chosen = override(config, validation_gpus=max(config.cluster.validation_gpus, 1.0)) if on_gpu else config
     task = ray.remote(validate_checkpoint).options(
-        num_cpus=config.validation_cpus, num_gpus=chosen.validation_gpus
+        num_cpus=config.cluster.validation_cpus, num_gpus=chosen.cluster.validation_gpus
     )
     for step in unvalidated_checkpoints(config):
         log_line(f"step {step}: its validation was lost and is repeated now")
@@ -138,35 +136,39 @@ def validate_missing_checkpoints(config: TrainConfig, run_id: str) -> None:
 
 def is_due(config: TrainConfig, step: int) -> bool:
     """Return whether the checkpoint of a step is due for validation."""
-    if not config.validate_every:
+    if not config.checkpoints.validate_every:
         return False
-    return step % config.validate_every == 0 or step == config.steps
+    return step % config.checkpoints.validate_every == 0 or step == config.optimizer.steps
 
 
 def has_stalled(config: TrainConfig, step: int) -> bool:
     """Return whether the last `--patience` validations known at a step brought no improvement."""
     best = best_checkpoint(config)
-    if not config.patience or best is None:
+    if not config.checkpoints.patience or best is None:
         return False
     # Count only validations before the first pending one, since a pending one may still be better.
     first_pending = min(pending_checkpoints(config), default=step + 1)
-    known_until = min(step, first_pending - 1) // config.validate_every * config.validate_every
-    return known_until - best >= config.patience * config.validate_every
+    known_until = (
+        min(step, first_pending - 1) // config.checkpoints.validate_every * config.checkpoints.validate_every
+    )
+    return known_until - best >= config.checkpoints.patience * config.checkpoints.validate_every
 
 
 def _predict(config: TrainConfig, step: int, device: str, number: int = 0, of: int = 1) -> Share:
     with tempfile.TemporaryDirectory() as folder:
-        storage.download_folder(storage.join(checkpoint.uri(config.output, step), "model"), folder)
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        detector = ObjectDetector.from_pretrained(folder, device, dtype, masks=config.segments)
-    manifest = Manifest.load(config.val_data)
-    return predict_share(detector, manifest, config.masks, number, of, config.validation_images)
+        storage.download_folder(storage.join(checkpoint.uri(config.run.output, step), "model"), folder)
+        dtype = torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32
+        detector = ObjectDetector.from_pretrained(folder, device, dtype, masks=config.run.segments)
+    manifest = Manifest.load(config.validation.val_data)
+    return predict_share(
+        detector, manifest, config.run.masks, number, of, config.validation.validation_images
+    )
 
 
 def _record_metrics(config: TrainConfig, run_id: str, step: int, share: Share) -> dict[str, float]:
-    manifest = Manifest.load(config.val_data)
+    manifest = Manifest.load(config.validation.val_data)
     metrics = figures(share)
-    checkpoint.write_validation(config.output, step, metrics)
+    checkpoint.write_validation(config.run.output, step, metrics)
     name = main_metric(config)
     log_line(
         f"step {step}: validation on {len(share.truth.images)} images: {name} {metrics[name]:.3f}, AP50 "
@@ -174,14 +176,16 @@ def _record_metrics(config: TrainConfig, run_id: str, step: int, share: Share) -
     )
     if run_id:
         try:
-            require_mlflow(config.tracking_uri)
+            require_mlflow(config.tracking.tracking_uri)
             tracking.log_metrics(
-                config.tracking_uri, run_id, [(step, {f"val_{key}": value for key, value in metrics.items()})]
+                config.tracking.tracking_uri,
+                run_id,
+                [(step, {f"val_{key}": value for key, value in metrics.items()})],
             )
             with tempfile.TemporaryDirectory() as folder:
                 file = os.path.join(folder, f"step-{step:08d}.png")
                 run_pictures.contact_sheet(manifest, share.results(), file, SAMPLES)
-                tracking.log_artifacts(config.tracking_uri, run_id, file, "samples")
+                tracking.log_artifacts(config.tracking.tracking_uri, run_id, file, "samples")
         except RegistryError as error:
             log_line(
                 f"{error} The validation metrics of step {step} are stored and will be sent at the end of the run."

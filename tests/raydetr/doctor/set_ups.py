@@ -1,5 +1,6 @@
 """Small configurations and data sets for tests of the doctor, healthy or with one problem."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,8 +12,11 @@ from raydetr.data.ingest.shard_writer import write_manifest, write_shard
 from raydetr.data.shards import Manifest
 from raydetr.doctor.config import DoctorConfig
 from raydetr.doctor.findings import Finding
+from raydetr.flat_keys import override
+from raydetr.training.config import TrainConfig
 from tests.awkward import CATEGORIES, record
 from tests.empty_registry import empty_registry
+from tests.training_config import small_config
 
 TINY: dict[str, Any] = {
     "backbone": "test_resnet",
@@ -44,7 +48,8 @@ def configure(folder: Path, **changes: Any) -> DoctorConfig:
         "tracking_uri": empty_registry(folder),
         **TINY,
     }
-    return DoctorConfig(**(fields | changes))
+    groups = {field.name: getattr(small_config(), field.name) for field in dataclasses.fields(TrainConfig)}
+    return override(DoctorConfig(**groups), **(fields | changes))
 
 
 def write_data(

@@ -1,12 +1,12 @@
 """Findings of the doctor about data sets: a healthy one, and one for each possible problem."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from raydetr.data.shards import Manifest
 from raydetr.doctor import data, shards
+from raydetr.flat_keys import override
 from tests.raydetr.doctor.set_ups import change_manifest, configure, lines, write_data
 
 
@@ -159,7 +159,7 @@ def test_data_that_training_would_refuse_fail(tmp_path: Path) -> None:
     (line,) = lines(data.faults(config, manifest))
     assert line.startswith(f"FAIL  faults: {manifest.root}: 20 of 40 images (50 %)")
     assert "--max-fault-share" in line
-    (line,) = lines(data.faults(replace(config, max_fault_share=0.5), manifest))
+    (line,) = lines(data.faults(override(config, max_fault_share=0.5), manifest))
     assert line.startswith("warn  faults: missing-file 20; not trained on: 20 of 40 images")
 
 

@@ -136,7 +136,7 @@ def test_a_healthy_run_has_no_warning_except_for_small_objects(
 
 def test_a_second_doctor_of_the_same_output_is_refused(tmp_path: Path) -> None:
     config = configure(tmp_path)
-    with lease(f"{config.output}/doctor"), pytest.raises(LeaseError, match="held by another process"):
+    with lease(f"{config.run.output}/doctor"), pytest.raises(LeaseError, match="held by another process"):
         examine(config)
 
 

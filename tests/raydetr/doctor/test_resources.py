@@ -9,11 +9,12 @@ import pytest
 from raydetr.doctor import estimate, resources
 from raydetr.doctor.nodes import Node
 from raydetr.doctor.trial import TrialRun
+from raydetr.flat_keys import override
 from raydetr.training.recipes import RECIPES
 from tests.raydetr.doctor.set_ups import configure, lines, write_data
 
 GIB = 2**30
-R50 = RECIPES["detr-r50"]
+R50 = RECIPES["detr-r50"]()
 TRIAL = TrialRun(
     step_seconds=2.0,
     images=8,
@@ -39,13 +40,13 @@ def test_an_object_store_that_is_too_small_is_reported(store: int, status: str) 
 
 
 def test_no_cpu_left_for_data_tasks_is_reported() -> None:
-    (line,) = lines(resources._cpus_for_data(replace(R50, workers=4), 4))
+    (line,) = lines(resources._cpus_for_data(override(R50, workers=4), 4))
     assert line.startswith("FAIL  data CPUs: 4 workers use all 4 CPUs and leave none for data tasks")
-    assert not lines(resources._cpus_for_data(replace(R50, workers=4), 5))
+    assert not lines(resources._cpus_for_data(override(R50, workers=4), 5))
 
 
 def test_gpus_count_only_on_nodes_with_a_cpu_for_each() -> None:
-    config = replace(R50, accelerator="gpu", workers=4)
+    config = override(R50, accelerator="gpu", workers=4)
     (line,) = lines(resources._gpus(config, [node(GPU=4, CPU=1), node(GPU=1, CPU=8)]))
     assert line.startswith(
         "FAIL  GPUs: the nodes have room for 2 workers with a CPU and a GPU each, but --workers is 4"
@@ -57,7 +58,7 @@ def test_gpus_count_only_on_nodes_with_a_cpu_for_each() -> None:
 
 
 def test_the_slowest_part_limits_the_throughput() -> None:
-    config = replace(R50, workers=2)  # 16 images per step
+    config = override(R50, workers=2)  # 16 images per step
     by_workers = estimate.speed(config, TRIAL, data_rate=100.0, logical_cpus=16, real_cpus=16)
     assert by_workers.images_per_second == 8.0
     assert (by_workers.bound_by, by_workers.feeding_cpus) == ("the workers", 1)
@@ -74,7 +75,7 @@ def test_few_epochs_from_scratch_are_a_warning_with_the_steps_needed(tmp_path: P
     speed = estimate.speed(R50, TRIAL, 100.0, 16, 16)
 
     def epochs(**changes: Any) -> str:
-        config = replace(R50, **changes)
+        config = override(R50, **changes)
         return lines(estimate.findings(config, manifest, TRIAL, speed, 16, embedded=False))[-1]
 
     assert epochs(steps=100).startswith(
@@ -94,7 +95,7 @@ def test_more_data_cpus_are_advised_if_the_workers_would_wait(tmp_path: Path) ->
 
 
 def test_workers_that_do_not_fit_into_memory_are_reported() -> None:
-    config = replace(R50, workers=4)
+    config = override(R50, workers=4)
     nodes = [node(object_store_memory=4 * GIB), node(object_store_memory=4 * GIB)]
     (line,) = lines(estimate.memory(config, TRIAL, nodes, [{"memory_bytes": 8 * GIB}] * 2))
     assert line.startswith(

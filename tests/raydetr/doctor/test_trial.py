@@ -1,7 +1,6 @@
 """The first batch and the overfit: the contact sheet, the findings, the losses."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image
 
 from raydetr.doctor import batch, trial
 from raydetr.errors import DataError
+from raydetr.flat_keys import override
 from raydetr.training.model import build_model, image_processor
 from tests.raydetr.doctor.set_ups import configure, lines, write_data
 
@@ -72,7 +72,7 @@ def test_damaged_images_are_reported(tmp_path: Path) -> None:
     first, *_ = lines(batch.findings(config, batch.first_batches(config, manifest)))
     assert first.startswith("FAIL  images: ")
     assert "images cannot be decoded, for example image 1" in first
-    few = replace(config, max_skipped=0.9)
+    few = override(config, max_skipped=0.9)
     assert lines(batch.findings(few, batch.first_batches(few, manifest)))[0].startswith("warn  images: ")
 
 
@@ -149,7 +149,7 @@ def test_the_loss_of_a_frozen_detector_need_not_fall(tmp_path: Path) -> None:
         loss_share=0.9,
         attention_heads=8,
     )
-    config = replace(config, overfit_steps=150)
+    config = override(config, overfit_steps=150)
     losses, stop_reason, _, _ = trial.overfit(config, manifest, torch.device("cpu"))
     assert stop_reason == "fallen", losses
 

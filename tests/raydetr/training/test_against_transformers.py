@@ -12,13 +12,14 @@ from raydetr.training.config import TrainConfig
 from raydetr.training.state import TrainingState, create_state
 from raydetr.training.step import to_arguments
 from tests.awkward import write_awkward
+from tests.training_config import small_config
 from tests.training_steps import batches_of_steps, train_here
 
 STEPS = 50
 
 
 def make_config(folder: str, precision: Any) -> TrainConfig:
-    return TrainConfig(
+    return small_config(
         train_data=folder,
         workers=1,
         steps=STEPS,
@@ -58,7 +59,9 @@ def reference_losses(
         {"params": [p for n, p in named if "backbone" not in n and p.requires_grad]},
         {"params": [p for n, p in named if "backbone" in n and p.requires_grad], "lr": 1e-5},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
+    )
     losses = []
     for (batch,) in batches_of_steps(config, manifest):
         inputs, valid = to_arguments(batch, state), batch.weights.bool()
@@ -71,7 +74,7 @@ def reference_losses(
         ).loss
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
         optimizer.step()
         losses.append(loss.item())
     return losses

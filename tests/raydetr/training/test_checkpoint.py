@@ -1,6 +1,5 @@
 """A checkpoint is complete or ignored, and a run resumes from it exactly."""
 
-import dataclasses
 import json
 import time
 from contextlib import AbstractContextManager
@@ -13,6 +12,7 @@ import torch
 from raydetr import storage
 from raydetr.data.shards import Manifest
 from raydetr.errors import LeaseError, StorageError, TrainingError
+from raydetr.flat_keys import override
 from raydetr.lease import lease
 from raydetr.training import checkpoint
 from raydetr.training.config import TrainConfig
@@ -48,11 +48,11 @@ def trained_state(config: TrainConfig, manifest: Manifest, step: int) -> Trainin
 def test_weights_optimizer_average_and_counts_are_restored_exactly(
     precision: str, config: TrainConfig, manifest: Manifest
 ) -> None:
-    config = dataclasses.replace(config, precision=precision)
+    config = override(config, precision=precision)
     saved = trained_state(config, manifest, 5)
-    checkpoint.save(config.output, saved, {"metrics": [[4, {"loss": 1.5}]]})
+    checkpoint.save(config.run.output, saved, {"metrics": [[4, {"loss": 1.5}]]})
     loaded = create_state(config, manifest, torch.device("cpu"))
-    metadata = checkpoint.load(config.output, 5, loaded)
+    metadata = checkpoint.load(config.run.output, 5, loaded)
     assert metadata["metrics"] == [[4, {"loss": 1.5}]]
     assert (loaded.step, loaded.images, loaded.skipped) == (5, 40, 1)
     for name, value in saved.model.state_dict().items():
@@ -71,7 +71,7 @@ def test_weights_optimizer_average_and_counts_are_restored_exactly(
 def test_a_checkpoint_counts_only_when_all_files_are_written(
     failing: str, config: TrainConfig, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(config.output, trained_state(config, manifest, 3), {})
+    checkpoint.save(config.run.output, trained_state(config, manifest, 3), {})
     open_output = storage.open_output
     written = []
 
@@ -83,22 +83,22 @@ def test_a_checkpoint_counts_only_when_all_files_are_written(
 
     monkeypatch.setattr(storage, "open_output", fail)
     with pytest.raises(StorageError):
-        checkpoint.save(config.output, trained_state(config, manifest, 6), {})
-    assert checkpoint.last_committed_step(config.output) == 3
+        checkpoint.save(config.run.output, trained_state(config, manifest, 6), {})
+    assert checkpoint.last_committed_step(config.run.output) == 3
     assert not any(address.endswith(checkpoint.MARKER) for address in written)
     monkeypatch.undo()
-    checkpoint.save(config.output, trained_state(config, manifest, 6), {})
-    assert checkpoint.last_committed_step(config.output) == 6
+    checkpoint.save(config.run.output, trained_state(config, manifest, 6), {})
+    assert checkpoint.last_committed_step(config.run.output) == 6
 
 
 def test_a_driver_whose_lease_was_taken_commits_nothing(
     config: TrainConfig, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = trained_state(config, manifest, 3)
-    with lease(config.output, 60.0) as held:
-        checkpoint.save(config.output, state, {}, held)
+    with lease(config.run.output, 60.0) as held:
+        checkpoint.save(config.run.output, state, {}, held)
         other = json.dumps({"owner": "other", "expires": time.time() + 9}).encode()
-        original = checkpoint.read_state(config.output, 3)
+        original = checkpoint.read_state(config.run.output, 3)
 
         def take_lease(*_: object) -> None:  # while the second checkpoint is being written
             storage.write_bytes(held.address, other)
@@ -106,14 +106,14 @@ def test_a_driver_whose_lease_was_taken_commits_nothing(
         monkeypatch.setattr(torch, "save", take_lease)
         state.step = 6
         with pytest.raises(LeaseError, match="another process has taken the lease"):
-            checkpoint.save(config.output, state, {}, held)
-        assert checkpoint.committed_steps(config.output) == [3]
+            checkpoint.save(config.run.output, state, {}, held)
+        assert checkpoint.committed_steps(config.run.output) == [3]
         monkeypatch.undo()
         state.step = 3
         with pytest.raises(LeaseError):  # before it touches the other driver's checkpoint
-            checkpoint.save(config.output, state, {"metrics": "of the old driver"}, held)
-    assert checkpoint.committed_steps(config.output) == [3]
-    assert checkpoint.read_state(config.output, 3) == original
+            checkpoint.save(config.run.output, state, {"metrics": "of the old driver"}, held)
+    assert checkpoint.committed_steps(config.run.output) == [3]
+    assert checkpoint.read_state(config.run.output, 3) == original
     assert storage.read_bytes(held.address) == other
 
 
@@ -121,16 +121,16 @@ def test_only_the_latest_checkpoints_are_retained(config: TrainConfig, manifest:
     state = trained_state(config, manifest, 1)
     for step in (1, 2, 3, 4):
         state.step = step
-        checkpoint.save(config.output, state, {})
-        checkpoint.delete_surplus(config.output, keep=2, best=None, pending=set())
-    assert checkpoint.committed_steps(config.output) == [3, 4]
-    assert len(storage.list_names(storage.join(config.output, "checkpoints"))) == 2
+        checkpoint.save(config.run.output, state, {})
+        checkpoint.delete_surplus(config.run.output, keep=2, best=None, pending=set())
+    assert checkpoint.committed_steps(config.run.output) == [3, 4]
+    assert len(storage.list_names(storage.join(config.run.output, "checkpoints"))) == 2
 
 
 def test_the_error_for_a_missing_checkpoint_names_it(config: TrainConfig, manifest: Manifest) -> None:
     state = create_state(config, manifest, torch.device("cpu"))
     with pytest.raises(TrainingError, match="step-00000009"):
-        checkpoint.load(config.output, 9, state)
+        checkpoint.load(config.run.output, 9, state)
 
 
 @pytest.mark.parametrize("size", [0, 100])
@@ -140,18 +140,21 @@ def test_the_error_for_a_damaged_checkpoint_names_it_and_the_remedy(
 ) -> None:
     """A truncated file, as a power failure may leave it."""
     state = trained_state(config, manifest, 3)
-    damaged = Path(checkpoint.save(config.output, state, {}), file)
+    damaged = Path(checkpoint.save(config.run.output, state, {}), file)
     damaged.write_bytes(damaged.read_bytes()[:size])
     with pytest.raises(
         TrainingError, match=r"step-00000003: the checkpoint is damaged .* Delete this folder"
     ):
-        checkpoint.load(config.output, 3, state)
+        checkpoint.load(config.run.output, 3, state)
 
 
 def test_the_model_of_a_checkpoint_can_be_loaded_separately(config: TrainConfig, manifest: Manifest) -> None:
     from detr.inference.detector import ObjectDetector
     from tests.tiny_detr import png
 
-    uri = checkpoint.save(config.output, trained_state(config, manifest, 2), {})
+    uri = checkpoint.save(config.run.output, trained_state(config, manifest, 2), {})
     detector = ObjectDetector.from_pretrained(storage.join(uri, "model"))
-    assert len(detector.detect([detector.prepare(png(40, 60))])[0].scores) == config.num_queries
+    assert (
+        len(detector.detect([detector.prepare(png(40, 60))])[0].scores)
+        == config.model.architecture.num_queries
+    )

@@ -1,12 +1,12 @@
 """`--compile`: steps equal eager steps, and a non-finite layer is still found."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 from raydetr.data.shards import Manifest
+from raydetr.flat_keys import override
 from raydetr.training import non_finite
 from raydetr.training.config import TrainConfig
 from raydetr.training.state import create_state
@@ -26,7 +26,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.fixture
 def config(manifest: Manifest, tmp_path: Path) -> TrainConfig:
     plain = make_config(manifest.root, str(tmp_path / "run"))
-    return dataclasses.replace(plain, workers=1, query_groups=2, dropout=0.0, steps=3)
+    return override(plain, workers=1, query_groups=2, dropout=0.0, steps=3)
 
 
 @pytest.mark.slow
@@ -36,13 +36,13 @@ def test_compiled_steps_equal_eager_steps(
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     plain = create_state(config, manifest, DEVICE)
     expected = train_here(config, manifest, plain)
-    compiled_config = dataclasses.replace(config, compile=True)
+    compiled_config = override(config, compile=True)
     compiled = create_state(compiled_config, manifest, DEVICE)
     actual = train_here(compiled_config, manifest, compiled)
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
     for one, other in zip(actual, expected, strict=True):
         assert one["loss"] == pytest.approx(
-            other["loss"], rel=1e-4 if config.precision == "float32" else 1e-9
+            other["loss"], rel=1e-4 if config.optimizer.precision == "float32" else 1e-9
         )
 
     copy = compiled.model.optimize()

@@ -1,7 +1,6 @@
 """Training of instance masks and panoptic segments, jointly or in two stages."""
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,15 @@ from raydetr.data.shards import Manifest
 from raydetr.data.synthetic.dataset import generate
 from raydetr.errors import ConfigError
 from raydetr.evaluation.in_process import figures, predict_share
+from raydetr.flat_keys import override
 from raydetr.training.config import TrainConfig
-from raydetr.training.recipes import RECIPES
+from raydetr.training.recipes import masks, panoptic, panoptic_boxes
 from raydetr.training.state import TrainingState, create_state
 from raydetr.training.step import to_arguments
 from raydetr.training.trainer import check_prerequisites
 from tests.awkward import write_awkward, write_whole_masks
 from tests.tiers import rest_slow
+from tests.training_config import small_config
 from tests.training_steps import batches_of_steps, train_here
 
 CPU = torch.device("cpu")
@@ -42,8 +43,8 @@ def manifest(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Manif
 
 
 def config(manifest: Manifest, **changes: object) -> TrainConfig:
-    return replace(
-        TrainConfig(
+    return override(
+        small_config(
             train_data=manifest.root,
             workers=1,
             steps=6,
@@ -195,8 +196,8 @@ def test_data_without_masks_is_refused_before_the_first_step(tmp_path: Path) -> 
 
 
 def test_the_mask_recipes_are_consistent() -> None:
-    assert RECIPES["panoptic"].segments
-    assert RECIPES["masks"].freeze_detector
-    assert RECIPES["panoptic-boxes"].task == "panoptic-boxes"
+    assert panoptic().run.segments
+    assert masks().model.freeze_detector
+    assert panoptic_boxes().run.task == "panoptic-boxes"
     with pytest.raises(ConfigError, match="--freeze-detector"):
-        TrainConfig(freeze_detector=True)
+        small_config(freeze_detector=True)

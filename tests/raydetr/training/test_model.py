@@ -9,9 +9,11 @@ import torch
 from pipelines.train import main
 from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError, DataError
+from raydetr.flat_keys import override
 from raydetr.training.config import TrainConfig
 from raydetr.training.model import build_model, image_processor
-from raydetr.training.recipes import RECIPES, require_model_flags
+from raydetr.training.recipes import RECIPES, detr_r50, fine_tune
+from raydetr.training.start import DefaultsConfig, TrainFlags
 from raydetr.training.trainer import check_prerequisites
 from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
@@ -26,15 +28,15 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def base(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Return a configuration that starts from a model with the manifest's classes."""
     # Eight heads, because the mask head needs a multiple of eight channels.
-    config = replace(make_config(manifest.root, "nowhere"), attention_heads=8, seed=1)
+    config = override(make_config(manifest.root, "nowhere"), attention_heads=8, seed=1)
     folder = str(tmp_path_factory.mktemp("model"))
     build_model(config, manifest).save_pretrained(folder)
     image_processor(config).save_pretrained(folder)
-    return replace(config, model=folder, seed=2)
+    return override(config, model=folder, seed=2)
 
 
 def with_categories(manifest: Manifest, *names: str) -> Manifest:
-    return replace(
+    return override(
         manifest, categories=tuple({"id": number, "name": name} for number, name in enumerate(names))
     )
 
@@ -44,7 +46,7 @@ def head(config: TrainConfig, manifest: Manifest) -> torch.Tensor:
 
 
 def test_the_class_head_is_reused_only_for_the_same_classes(base: TrainConfig, manifest: Manifest) -> None:
-    trained_head = head(replace(base, model="", seed=1), manifest)
+    trained_head = head(override(base, model="", seed=1), manifest)
     assert torch.equal(head(base, manifest), trained_head)
     for names in (("bee", "ant", "cat"), ("ant", "bee", "dog"), ("ant", "bee")):
         model = build_model(base, with_categories(manifest, *names))
@@ -62,7 +64,7 @@ def test_the_class_head_is_reused_only_for_the_same_classes(base: TrainConfig, m
 def test_freezing_a_detector_with_other_classes_is_refused(
     base: TrainConfig, manifest: Manifest, names: tuple[str, ...]
 ) -> None:
-    frozen = replace(base, task="panoptic", freeze_detector=True)
+    frozen = override(base, task="panoptic", freeze_detector=True)
     build_model(frozen, manifest)
     with pytest.raises(ConfigError, match=r"detects 3 classes \(ant, bee, cat\), but the data have"):
         build_model(frozen, with_categories(manifest, *names))
@@ -70,13 +72,20 @@ def test_freezing_a_detector_with_other_classes_is_refused(
 
 def test_architecture_flags_are_refused_with_a_model(base: TrainConfig) -> None:
     for name in ("fine-tune", "masks"):
-        recipe = replace(RECIPES[name], model=base.model)
-        require_model_flags(recipe, name)
+        defaults = DefaultsConfig(recipe=name)
+        recipe = override(RECIPES[name](), model=base.model.model)
+        TrainFlags(defaults=defaults, settings=recipe).require_own_architecture()
         with pytest.raises(ConfigError, match="--num-queries, --compat: the architecture is that of --model"):
-            main(replace(recipe, num_queries=300, compat="transformers"), name)
-    require_model_flags(replace(RECIPES["detr-r50"], num_queries=300), "detr-r50")
+            main(
+                TrainFlags(
+                    defaults=defaults, settings=override(recipe, num_queries=300, compat="transformers")
+                )
+            )
+    TrainFlags(
+        defaults=DefaultsConfig(recipe="detr-r50"), settings=override(detr_r50(), num_queries=300)
+    ).require_own_architecture()
     with pytest.raises(ConfigError, match="fine-tune"):
-        main(RECIPES["fine-tune"], "fine-tune")
+        main(TrainFlags(defaults=DefaultsConfig(recipe="fine-tune"), settings=fine_tune()))
 
 
 def test_the_remedy_for_too_few_queries_depends_on_whether_a_model_is_given(
@@ -86,7 +95,7 @@ def test_the_remedy_for_too_few_queries_depends_on_whether_a_model_is_given(
     with pytest.raises(ConfigError, match="Start from another --model"):
         check_prerequisites(base, crowded)
     with pytest.raises(ConfigError, match="Give --num-queries 50"):
-        check_prerequisites(replace(base, model=""), crowded)
+        check_prerequisites(override(base, model=""), crowded)
 
 
 def test_validation_data_that_cannot_be_scored_are_refused_before_the_first_step(
@@ -94,10 +103,10 @@ def test_validation_data_that_cannot_be_scored_are_refused_before_the_first_step
 ) -> None:
     write_awkward(tmp_path / "empty", empty=1.0)
     with pytest.raises(ConfigError, match="with 0 objects: there is nothing to score"):
-        check_prerequisites(replace(base, val_data=str(tmp_path / "empty")), manifest)
+        check_prerequisites(override(base, val_data=str(tmp_path / "empty")), manifest)
     with pytest.raises(DataError, match=r"the model has no label named \['cat'\]"):
-        check_prerequisites(replace(base, val_data=manifest.root), with_categories(manifest, "ant", "bee"))
-    check_prerequisites(replace(base, val_data=manifest.root), manifest)
+        check_prerequisites(override(base, val_data=manifest.root), with_categories(manifest, "ant", "bee"))
+    check_prerequisites(override(base, val_data=manifest.root), manifest)
 
 
 def test_data_without_trainable_objects_are_refused_before_the_first_step(

@@ -10,6 +10,7 @@ import torch
 from detr import DetrForObjectDetection, DetrForSegmentation
 from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError
+from raydetr.flat_keys import override
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import step_totals
 from raydetr.training.model import build_model, image_processor
@@ -31,7 +32,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture
 def config(manifest: Manifest) -> TrainConfig:
-    return replace(
+    return override(
         make_config(manifest.root, "nowhere"), multi_scale=True, steps=3, precision="float64", seed=1
     )
 
@@ -54,11 +55,11 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_step(
     task: str, config: TrainConfig, manifest: Manifest, with_masks: Manifest
 ) -> None:
     if task == "instance":
-        config, manifest = replace(config, train_data=with_masks.root, task=task), with_masks
-    config = replace(config, micro_batch_size=1, micro_batches=8, steps=1)
+        config, manifest = override(config, train_data=with_masks.root, task=task), with_masks
+    config = override(config, micro_batch_size=1, micro_batches=8, steps=1)
     state = create_state(config, manifest, CPU)
     for batches in batches_of_steps(config, manifest):
-        totals = step_totals(batches, config.num_queries, 0.1)
+        totals = step_totals(batches, config.model.architecture.num_queries, 0.1)
         compute_gradients(state.module, state, batches, config, totals.num_boxes, totals.class_weight_sum)
         accumulated = gradients(state)
         state.module.zero_grad()
@@ -77,7 +78,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_step(
 
 
 def test_steps_are_finite_in_bf16(config: TrainConfig, manifest: Manifest) -> None:
-    config = replace(config, precision="bf16")
+    config = override(config, precision="bf16")
     metrics = train_here(config, manifest, create_state(config, manifest, CPU))
     assert len(metrics) == 3
     assert all(math.isfinite(value) for each in metrics for value in each.values())
@@ -92,7 +93,7 @@ def test_masks_train_on_a_frozen_detector(
     boxes.save_pretrained(tmp_path)
     image_processor(config).save_pretrained(tmp_path)
     changes = {"multi_scale": False, "task": "instance", "model": str(tmp_path), "freeze_detector": True}
-    config = replace(config, train_data=with_masks.root, precision=precision, **changes)
+    config = override(config, train_data=with_masks.root, precision=precision, **changes)
     state = create_state(config, with_masks, CPU)
     assert isinstance(state.model, DetrForSegmentation)
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
@@ -109,11 +110,11 @@ def test_masks_train_on_a_frozen_detector(
 
 @pytest.mark.parametrize(("name", "strides"), [(DEFAULT, [4, 8, 16]), ("scenes", [8, 16])])
 def test_the_recipes_build_the_architecture(name: str, strides: list[int], manifest: Manifest) -> None:
-    model = build_model(replace(RECIPES[name], backbone_weights=""), manifest)
+    model = build_model(override(RECIPES[name](), backbone_weights=""), manifest)
     assert isinstance(model, DetrForObjectDetection)
     assert model.config.multi_scale is not None
     assert model.multi_scale.backbone.conv_encoder.strides == strides
-    assert model.config.multi_scale.nms_threshold == RECIPES[name].nms_threshold
+    assert model.config.multi_scale.nms_threshold == RECIPES[name]().model.architecture.nms_threshold
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_flags_that_the_architecture_does_not_support_are_refused(
 ) -> None:
     (name,) = changes
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):
-        replace(config, **changes)
+        override(config, **changes)
 
 
 def test_a_multi_scale_model_is_fine_tuned_on_other_classes(
@@ -133,7 +134,7 @@ def test_a_multi_scale_model_is_fine_tuned_on_other_classes(
     original = build_model(config, manifest)
     original.save_pretrained(tmp_path)
     image_processor(config).save_pretrained(tmp_path)
-    tuned = replace(config, model=str(tmp_path), multi_scale=False, seed=2)
+    tuned = override(config, model=str(tmp_path), multi_scale=False, seed=2)
     name = "multi_scale.dense_head.class_labels_classifier.weight"
     assert torch.equal(build_model(tuned, manifest).state_dict()[name], original.state_dict()[name])
     for names in (("bee", "ant", "cat"), ("ant", "bee")):
@@ -152,6 +153,6 @@ def test_the_recipe_must_fit_the_model(config, manifest, tmp_path):
     build_model(plain, manifest).save_pretrained(tmp_path / "plain")
     image_processor(config).save_pretrained(tmp_path / "plain")
     with pytest.raises(ConfigError, match="use --recipe detr-small"):
-        check_prerequisites(replace(plain, model=str(tmp_path / "multi"), query_groups=2), manifest)
+        check_prerequisites(override(plain, model=str(tmp_path / "multi"), query_groups=2), manifest)
     with pytest.raises(ConfigError, match="is not a multi-scale model"):
-        check_prerequisites(replace(config, model=str(tmp_path / "plain")), manifest)
+        check_prerequisites(override(config, model=str(tmp_path / "plain")), manifest)

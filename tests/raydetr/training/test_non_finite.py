@@ -15,6 +15,7 @@ from raydetr.data.shards import Manifest
 from raydetr.data.stream import ray_stream
 from raydetr.data.stream.micro_batch import TrainingBatch, unpack
 from raydetr.errors import ConfigError, TrainingError
+from raydetr.flat_keys import override
 from raydetr.training import loop, non_finite
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import step_totals
@@ -24,6 +25,7 @@ from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
 from tests.ranks import process_group, run_ranks
 from tests.raydetr.training.test_worker_counts import build_stream
+from tests.training_config import small_config
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.fixture
 def config(manifest: Manifest, tmp_path: Path) -> TrainConfig:
     plain = make_config(manifest.root, str(tmp_path / "run"))
-    return dataclasses.replace(plain, workers=1, query_groups=2, dropout=0.1, on_non_finite="skip")
+    return override(plain, workers=1, query_groups=2, dropout=0.1, on_non_finite="skip")
 
 
 @pytest.fixture
@@ -52,12 +54,12 @@ def first_step(config: TrainConfig, manifest: Manifest) -> list[TrainingBatch]:
     job = build_stream(config, manifest)
     window = next(iter(ray_stream.list_windows(job, 0)))
     first = next(ray_stream.build_micro_batches(window, job, world_size=1))
-    return [batch for batch in unpack(first, config.micro_batch_size) if batch.step == 0]
+    return [batch for batch in unpack(first, config.optimizer.micro_batch_size) if batch.step == 0]
 
 
 def do_step(state: TrainingState, batches: list[TrainingBatch], config: TrainConfig) -> dict[str, float]:
     """Run a step as the training loop does."""
-    totals = step_totals(batches, config.num_queries, config.eos_coefficient)
+    totals = step_totals(batches, config.model.architecture.num_queries, config.loss.eos_coefficient)
     metrics = train_step(state.module, state, batches, config, totals)
     if not is_finite(metrics):
         non_finite.handle_non_finite(state, batches, config, totals, metrics, rank=0)
@@ -132,9 +134,9 @@ def test_the_saved_batch_replays_to_the_same_layer(
     do_step(state, batches, config)
     out = capfd.readouterr().out
     file = out.split("--replay ", 1)[1].split()[0]
-    replayed = non_finite.replay(dataclasses.replace(config, replay=file))
+    replayed = non_finite.replay(override(config, replay=file))
     assert replayed.pop("step") == 0
-    assert len(replayed) == config.micro_batches
+    assert len(replayed) == config.optimizer.micro_batches
     first = next(iter(replayed.values()))
     assert first.startswith("the weights: ")
     assert first in out
@@ -144,8 +146,8 @@ def test_a_saved_batch_replays_with_the_same_loss(
     state: TrainingState, batches: list[TrainingBatch], config: TrainConfig
 ) -> None:
     """Weights, query groups, dropout, precision and normalizers come from the saved step, not from flags."""
-    config = dataclasses.replace(config, seed=5, precision="bf16")
-    totals = step_totals(batches, config.num_queries, config.eos_coefficient)
+    config = override(config, seed=5, precision="bf16")
+    totals = step_totals(batches, config.model.architecture.num_queries, config.loss.eos_coefficient)
     file = non_finite.save_batch(config, 0, state, batches, totals)
     losses = []
 
@@ -157,9 +159,9 @@ def test_a_saved_batch_replays_with_the_same_loss(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(non_finite, "find_non_finite", record_loss)
         assert non_finite.find_non_finite_in_step(state, batches, config, totals) == ""
-        non_finite.replay(TrainConfig(replay=file))
+        non_finite.replay(small_config(replay=file))
     half = len(losses) // 2
-    assert half == config.micro_batches
+    assert half == config.optimizer.micro_batches
     assert losses[:half] == losses[half:]
 
 
@@ -191,7 +193,7 @@ def test_the_error_names_step_images_layer_and_file(
 ) -> None:
     break_forward(state)
     with pytest.raises(TrainingError) as raised:
-        do_step(state, batches, dataclasses.replace(config, on_non_finite="stop"))
+        do_step(state, batches, override(config, on_non_finite="stop"))
     message = str(raised.value)
     ids = sorted(image_id for batch in batches for image_id in batch.image_ids)
     assert "Step 0: loss nan" in message or "Step 0: loss inf" in message
@@ -206,7 +208,7 @@ def run_rank(rank: int, config: TrainConfig, manifest: Manifest, folder: str) ->
     """Run one worker's half of step 0 with both policies; the network of rank 1 is broken."""
     for choice in ("stop", "skip"):
         with process_group(f"{folder}/{choice}", rank, 2):
-            result = run_half_step(rank, dataclasses.replace(config, on_non_finite=choice), manifest)
+            result = run_half_step(rank, override(config, on_non_finite=choice), manifest)
         Path(folder, f"{choice}-{rank}.txt").write_text(result)
 
 
@@ -219,7 +221,7 @@ def run_half_step(rank: int, config: TrainConfig, manifest: Manifest) -> str:
     parallel = parallelize(state.module)
     if rank == 1:
         break_forward(state)
-    totals = step_totals(batches, config.num_queries, config.eos_coefficient)
+    totals = step_totals(batches, config.model.architecture.num_queries, config.loss.eos_coefficient)
     try:
         metrics = train_step(parallel, state, batches, config, totals)
         assert not is_finite(metrics), "both ranks see the sum of the gradients"
@@ -235,7 +237,7 @@ def run_half_step(rank: int, config: TrainConfig, manifest: Manifest) -> str:
 def test_both_workers_report_the_rank_with_the_non_finite_layer(
     manifest: Manifest, config: TrainConfig, tmp_path: Path
 ) -> None:
-    both = dataclasses.replace(config, workers=2)
+    both = override(config, workers=2)
     run_ranks(2, run_rank, both, manifest, str(tmp_path))
     stop, skip = (
         [(tmp_path / f"{choice}-{rank}.txt").read_text() for rank in range(2)] for choice in ("stop", "skip")
@@ -253,7 +255,7 @@ def test_too_many_skipped_steps_stop_the_run(
     state: TrainingState, batches: list[TrainingBatch], config: TrainConfig
 ) -> None:
     break_forward(state)
-    few = dataclasses.replace(config, max_non_finite=2)
+    few = override(config, max_non_finite=2)
     for step in (0, 1):
         do_step(state, [dataclasses.replace(batch, step=step) for batch in batches], few)
     with pytest.raises(TrainingError, match="Step 2: "):
@@ -265,7 +267,7 @@ def test_replay_refuses_a_file_that_is_not_a_saved_batch(config: TrainConfig, tm
     torch.save({"step": 1}, tmp_path / "y.pt")
     for name in ("x.pt", "y.pt"):
         with pytest.raises(ConfigError, match="not a batch saved by a training run"):
-            non_finite.replay(dataclasses.replace(config, replay=str(tmp_path / name)))
+            non_finite.replay(override(config, replay=str(tmp_path / name)))
 
 
 def test_the_error_is_complete_when_the_batch_cannot_be_saved(
@@ -274,6 +276,6 @@ def test_the_error_is_complete_when_the_batch_cannot_be_saved(
     """If the batch cannot be saved, the message still contains everything else."""
     (tmp_path / "file").write_text("")
     break_forward(state)
-    nowhere = dataclasses.replace(config, on_non_finite="stop", output=str(tmp_path / "file"))
+    nowhere = override(config, on_non_finite="stop", output=str(tmp_path / "file"))
     with pytest.raises(TrainingError, match=r"Step 0: .*encoder.layers.0.fc1.*could not be saved"):
         do_step(state, batches, nowhere)

@@ -1,6 +1,5 @@
 """Predictions about a run before its first step: time, resolution, size of the objects."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 
 from raydetr.data.ingest.shard_writer import write_manifest
 from raydetr.data.shards import Manifest
+from raydetr.flat_keys import override
 from raydetr.training.config import TrainConfig
 from raydetr.training.model import build_model
 from raydetr.training.preview import estimate_step_seconds, format_duration, resolution_cautions
@@ -45,13 +45,13 @@ def test_a_resolution_other_than_the_models_causes_a_warning(
     assert len(cautions) == warns
     if warns:
         assert "--shortest-edges 96 --test-edge 96 --longest-edge 192" in cautions[0]
-        followed = replace(config, shortest_edges=(96,), test_edge=96, longest_edge=192)
+        followed = override(config, shortest_edges=(96,), test_edge=96, longest_edge=192)
         assert not [line for line in warnings(followed, manifest) if "was trained on" in line]
 
 
 def test_the_warning_for_fine_tuning_a_small_model_states_the_pixel_ratio(tmp_path: Path) -> None:
     folder = save_tiny_detr(tmp_path / "tiny", ["ant", "bee", "cat"], edge=128)
-    config = replace(RECIPES["fine-tune"], model=str(folder), train_data=str(tmp_path / "data"))
+    config = override(RECIPES["fine-tune"](), model=str(folder), train_data=str(tmp_path / "data"))
     (line,) = warnings(config, data(tmp_path, 600, 300))
     assert "this run uses 480 to 800, 25 times the pixels" in line
     assert "--no-crop" in line
@@ -68,10 +68,10 @@ def test_objects_smaller_than_two_cells_cause_a_warning(
     if warns:
         assert "half of the objects are smaller than 0.4 cells" in lines[0]
         assert "--shortest-edges 672 --test-edge 672" in lines[0]
-        followed = replace(config, shortest_edges=(672,), test_edge=672, longest_edge=1120)
+        followed = override(config, shortest_edges=(672,), test_edge=672, longest_edge=1120)
         assert warnings(followed, manifest) == []
         assert "--crop" not in lines[0]
-        assert "--longest-edge 1120 --no-crop," in warnings(replace(config, crop=True), manifest)[0]
+        assert "--longest-edge 1120 --no-crop," in warnings(override(config, crop=True), manifest)[0]
 
 
 @pytest.mark.parametrize(("height", "width"), [(3000, 500), (500, 3000), (1200, 900)])
@@ -87,7 +87,7 @@ def test_the_advised_flags_work_for_elongated_images(height: int, width: int, tm
     words = line.rpartition("set ")[2].replace(",", "").split()
     edge, longest = int(words[words.index("--test-edge") + 1]), int(words[words.index("--longest-edge") + 1])
     assert (
-        warnings(replace(config, shortest_edges=(edge,), test_edge=edge, longest_edge=longest), manifest)
+        warnings(override(config, shortest_edges=(edge,), test_edge=edge, longest_edge=longest), manifest)
         == []
     )
 

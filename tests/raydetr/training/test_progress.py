@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from raydetr.data.stream.micro_batch import TrainingBatch
+from raydetr.flat_keys import override
 from raydetr.registry import tracking
 from raydetr.training.config import TrainConfig
 from raydetr.training.progress import LINE_EVERY_S, Progress
@@ -23,8 +24,8 @@ Run = tuple[TrainConfig, str]
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     config = make_config("", str(tmp_path))
-    config = dataclasses.replace(config, tracking_uri=empty_registry(tmp_path))
-    return config, tracking.start_run(config.tracking_uri, "training", "run", {}, {})
+    config = override(config, tracking_uri=empty_registry(tmp_path))
+    return config, tracking.start_run(config.tracking.tracking_uri, "training", "run", {}, {})
 
 
 def metrics(step: int) -> dict[str, float]:
@@ -40,14 +41,14 @@ def add(progress: Progress, *steps: int) -> None:
 def values(run: Run, name: str = "loss") -> list[tuple[int, float]]:
     """Return all values of a metric in MLflow, including duplicates."""
     config, run_id = run
-    history = tracking.client(config.tracking_uri).get_metric_history(run_id, name)
+    history = tracking.client(config.tracking.tracking_uri).get_metric_history(run_id, name)
     return sorted((metric.step, metric.value) for metric in history)
 
 
 @contextlib.contextmanager
 def unavailable(run: Run) -> Iterator[None]:
     """Make all writes to the store fail."""
-    file = run[0].tracking_uri.removeprefix("sqlite:///")
+    file = run[0].tracking.tracking_uri.removeprefix("sqlite:///")
     with contextlib.closing(sqlite3.connect(file)) as database:
         database.execute("ALTER TABLE metrics RENAME TO hidden")
         database.commit()
@@ -114,7 +115,7 @@ def test_metrics_that_the_server_lost_are_sent_again_on_resume(
     progress = Progress(*run, rank=0)
     add(progress, 0)
     progress.send()
-    file = run[0].tracking_uri.removeprefix("sqlite:///")
+    file = run[0].tracking.tracking_uri.removeprefix("sqlite:///")
     backup = Path(file).read_bytes()
     add(progress, 1, 2)
     checkpoint = progress.uncommitted()
@@ -146,7 +147,7 @@ def test_an_unreachable_server_is_detected_immediately(run: Run, capfd: pytest.C
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # without listening
         uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        progress = Progress(dataclasses.replace(run[0], tracking_uri=uri), run[1], rank=0)
+        progress = Progress(override(run[0], tracking_uri=uri), run[1], rank=0)
         add(progress, 0)
         progress.send()
     assert "No MLflow server answers" in capfd.readouterr().out
@@ -164,7 +165,7 @@ def test_a_line_shows_step_loss_speed_and_time_left(
     now = LINE_EVERY_S
     add(progress, 1)
     line = capfd.readouterr().out
-    assert line.startswith(f"step 2/{run[0].steps}  loss 9.000  ")
+    assert line.startswith(f"step 2/{run[0].optimizer.steps}  loss 9.000  ")
     assert " left" in line
 
 

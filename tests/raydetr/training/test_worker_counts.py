@@ -16,6 +16,7 @@ from raydetr.data.shards import Manifest, read_rows
 from raydetr.data.stream import ray_stream
 from raydetr.data.stream.micro_batch import unpack
 from raydetr.data.stream.source import shard_source
+from raydetr.flat_keys import override
 from raydetr.training.config import TrainConfig
 from raydetr.training.distributed import step_totals
 from raydetr.training.loop import micro_batches_per_worker
@@ -25,6 +26,7 @@ from raydetr.training.state import create_state, parallelize
 from raydetr.training.step import to_device, train_step
 from tests import training_record
 from tests.awkward import write_awkward
+from tests.training_config import small_config
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +35,7 @@ pytestmark = [
 ]
 
 STEPS = 24
-CONFIG = TrainConfig(
+CONFIG = small_config(
     workers=1,
     steps=STEPS,
     backbone="test_resnet",
@@ -73,7 +75,7 @@ def gradient(model: torch.nn.Module) -> torch.Tensor:
 def record_worker(arguments: dict[str, Any]) -> None:
     """Record, in a Train worker, what the model receives, the loss and the clipped gradient of every step."""
     config, folder = arguments["config"], Path(arguments["folder"])
-    state = create_state(config, Manifest.load(config.train_data), torch.device("cpu"))
+    state = create_state(config, Manifest.load(config.data.train_data), torch.device("cpu"))
     rank = ray.train.get_context().get_world_rank()
     step = -1
 
@@ -89,10 +91,14 @@ def record_worker(arguments: dict[str, Any]) -> None:
         state.optimizer.register_step_pre_hook(save_gradient)
     parallel = parallelize(state.module)
     for batches in ray_stream.steps(
-        ray.train.get_dataset_shard("train"), config.micro_batch_size, micro_batches_per_worker(config)
+        ray.train.get_dataset_shard("train"),
+        config.optimizer.micro_batch_size,
+        micro_batches_per_worker(config),
     ):
         step = batches[0].step
-        totals = step_totals(batches, config.num_queries, state.model.config.eos_coefficient)
+        totals = step_totals(
+            batches, config.model.architecture.num_queries, state.model.config.eos_coefficient
+        )
         metrics = train_step(parallel, state, batches, config, totals)
         if rank == 0:
             training_record.append(folder / "losses.json", {"step": step, "loss": metrics["loss"]})
@@ -107,7 +113,7 @@ def build_stream(
         plan=plan,
         last_step=stop,
         first_step=partial(first_step, start),
-        masks=config.masks,
+        masks=config.run.masks,
     )
 
 
@@ -118,7 +124,7 @@ def run_workers(
     TorchTrainer(
         record_worker,
         train_loop_config={"config": config, "folder": str(folder)},
-        scaling_config=ScalingConfig(num_workers=config.workers, resources_per_worker={"CPU": 1}),
+        scaling_config=ScalingConfig(num_workers=config.cluster.workers, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(storage_path=str(folder / "ray")),
         datasets={"train": build_stream(config, manifest, start, stop)},
         dataset_config=ray_stream.PlanDataConfig(),
@@ -156,7 +162,7 @@ def one_process(config: TrainConfig, manifest: Manifest) -> Reference:
         batch
         for window in ray_stream.list_windows(job, 0)
         for row in ray_stream.build_micro_batches(window, job, world_size=1)
-        for batch in unpack(row, config.micro_batch_size)
+        for batch in unpack(row, config.optimizer.micro_batch_size)
     ]
     state = create_state(config, manifest, torch.device("cpu"))
     reference = Reference({}, {}, {}, {})
@@ -176,8 +182,8 @@ def one_process(config: TrainConfig, manifest: Manifest) -> Reference:
         loss = state.module(**arguments).loss
         state.module.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(state.module.parameters(), config.max_grad_norm)
-        set_learning_rates(state.optimizer, step, config)
+        torch.nn.utils.clip_grad_norm_(state.module.parameters(), config.optimizer.max_grad_norm)
+        set_learning_rates(state.optimizer, step, config.optimizer)
         state.optimizer.step()
         reference.losses[step] = loss.item()
         reference.gradients[step] = gradient(state.module)
@@ -192,7 +198,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture(scope="module")
 def config(manifest: Manifest) -> TrainConfig:
-    return dataclasses.replace(CONFIG, train_data=manifest.root)
+    return override(CONFIG, train_data=manifest.root)
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +239,7 @@ def test_any_number_of_workers_receives_the_same_images_and_trains_like_one_proc
     tmp_path: Path,
     ray_local: None,
 ) -> None:
-    assert_trains_like_one_process(
-        dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run"
-    )
+    assert_trains_like_one_process(override(config, workers=workers), manifest, reference, tmp_path / "run")
 
 
 @pytest.mark.parametrize("workers", [3, pytest.param(2, marks=pytest.mark.nightly)])
@@ -243,7 +247,7 @@ def test_masks_query_groups_and_dense_supervision_train_like_one_process(
     workers: int, config: TrainConfig, tmp_path: Path, ray_local: None
 ) -> None:
     manifest = write_awkward(tmp_path / "data", empty=0.85, masks=True)
-    config = dataclasses.replace(
+    config = override(
         config,
         train_data=manifest.root,
         task="instance",
@@ -252,9 +256,7 @@ def test_masks_query_groups_and_dense_supervision_train_like_one_process(
         dense_loss_weight=1.0,
     )
     reference = one_process(config, manifest)
-    assert_trains_like_one_process(
-        dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run"
-    )
+    assert_trains_like_one_process(override(config, workers=workers), manifest, reference, tmp_path / "run")
 
 
 @pytest.mark.parametrize("workers", [3, pytest.param(2, marks=pytest.mark.nightly)])
@@ -262,11 +264,9 @@ def test_the_multi_scale_architecture_trains_like_one_process(
     workers: int, config: TrainConfig, tmp_path: Path, ray_local: None
 ) -> None:
     manifest = write_awkward(tmp_path / "data", empty=0.85, masks=True)
-    config = dataclasses.replace(config, train_data=manifest.root, multi_scale=True, task="instance")
+    config = override(config, train_data=manifest.root, multi_scale=True, task="instance")
     reference = one_process(config, manifest)
-    assert_trains_like_one_process(
-        dataclasses.replace(config, workers=workers), manifest, reference, tmp_path / "run"
-    )
+    assert_trains_like_one_process(override(config, workers=workers), manifest, reference, tmp_path / "run")
 
 
 def assert_trains_like_one_process(
@@ -289,6 +289,6 @@ def test_a_run_resumes_with_another_number_of_workers(
     received_images: dict[int, Images] = {}
     for workers, start, stop in ((3, 7, 15), (4, 15, STEPS)):
         folder = tmp_path / f"from-{start}"
-        run_workers(dataclasses.replace(config, workers=workers), manifest, folder, start, stop)
+        run_workers(override(config, workers=workers), manifest, folder, start, stop)
         received_images |= received(folder)
     assert received_images == {step: images for step, images in reference.images.items() if step >= 7}

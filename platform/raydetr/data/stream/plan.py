@@ -23,7 +23,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from detr.image_processing.augment import RANDOM_NUMBERS, Augmentation, AugmentSpec, Draws, draw
+from detr.image_processing.augment import RANDOM_NUMBERS, Augmentation, Draws, draw
+from detr.image_processing.augment_spec import AugmentSpec
 from raydetr.data.stream.keyed_random import generator, uniforms
 from raydetr.data.stream.layout import Int64Array, Layout, Sizes, Window, Windows
 from raydetr.errors import ConfigError

@@ -146,7 +146,7 @@ for source, output in json.loads(sys.argv[1]):
 """
 EPOCH = """
 import sys
-from detr.image_processing.augment import AugmentSpec
+from detr.image_processing.augment_spec import AugmentSpec
 from raydetr import cluster
 from raydetr.data.stream import ray_stream
 from raydetr.data.stream.plan import PlanSpec

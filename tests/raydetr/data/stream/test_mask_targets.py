@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from detr.image_processing.augment import AugmentSpec, apply_masks
+from detr.image_processing.augment import apply_masks
+from detr.image_processing.augment_spec import AugmentSpec
 from detr.image_processing.panoptic_png import write_panoptic_png
 from detr.image_transforms import rgb_to_id
 from raydetr.data.ingest.inputs import InputPaths, read_inputs

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from detr.image_processing.augment import AugmentSpec
+from detr.image_processing.augment_spec import AugmentSpec
 from raydetr.data.stream.layout import Layout, Sizes, Window, Windows
 from raydetr.data.stream.plan import MicroBatch, Plan, PlanSpec
 from raydetr.errors import ConfigError

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from detr.image_processing.augment import Augmentation, AugmentSpec
+from detr.image_processing.augment import Augmentation
+from detr.image_processing.augment_spec import AugmentSpec
 from raydetr.data.stream import ray_stream
 from raydetr.data.stream.in_flight import ROW_BYTES, InFlight, bound_concurrency
 from raydetr.data.stream.plan import MicroBatch, PlanSpec, Slot

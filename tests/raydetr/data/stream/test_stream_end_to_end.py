@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detr.image_processing.augment import AugmentSpec
+from detr.image_processing.augment_spec import AugmentSpec
 from raydetr import filesystems, storage
 from raydetr.data.ingest.shard_writer import write_manifest, write_shard
 from raydetr.data.schema import SCHEMA
