@@ -1,7 +1,6 @@
 """Run all stages on one machine with generated scenes: generate, ingest, train, evaluate, promote, serve, draw.
 
-- On one machine: make demo   (or: python pipelines/demo.py)
-- Tiny: python pipelines/demo.py --steps 20 --output runs/tiny-demo
+On one machine: make demo, or a tiny one: python pipelines/demo.py --steps 20 --output runs/tiny-demo
 
 It writes summary.json, loss.png, predictions.png and answer.png to --output, and registers the model raydetr-demo.
 """
@@ -35,10 +34,8 @@ from raydetr.training.trainer import train
 def main(config: DemoConfig) -> dict[str, Any]:
     """Run every stage once; return a summary of the times and results."""
     output, uri, clock = storage.absolute(config.output), tracking.resolve_uri(""), Clock()
-    steps = {"steps": config.steps} if config.steps else {}
-    training = override(
-        scenes(), output=f"{output}/train", name=NAME, experiment="demo", seed=config.seed, **steps
-    )
+    training = override(scenes(), output=f"{output}/train", name=NAME, experiment="demo", seed=config.seed)
+    training = override(training, steps=config.steps or training.optimizer.steps)
     with tracking.connecting(uri):
         cluster.connect(training.cluster.workers + training.cluster.data_cpus)
     clock.stage("generate and ingest")

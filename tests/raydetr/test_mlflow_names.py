@@ -120,4 +120,4 @@ def test_names_that_mlflow_rejects_are_refused(require, oracle) -> None:
 def test_training_refuses_invalid_names_before_it_starts(flag: str, name: str) -> None:
     with pytest.raises(ConfigError, match=f"--{flag} is '{name}'"):
         small_config(**{flag: name})
-    assert small_config(name="").name == ""
+    assert small_config(name="").tracking.name == ""

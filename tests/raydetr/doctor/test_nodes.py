@@ -101,7 +101,7 @@ def test_too_little_disk_space_for_the_checkpoints_is_reported(tmp_path: Path) -
 
 
 def test_mlflow_is_reached_from_every_node_and_the_run_is_deleted(tmp_path: Path) -> None:
-    uri = tracking.resolve_uri(configure(tmp_path).tracking_uri)
+    uri = tracking.resolve_uri(configure(tmp_path).tracking.tracking_uri)
     (line,) = lines(reach.mlflow(uri, nodes.alive()))
     assert line.startswith(f"ok    mlflow: {uri}: reachable from the one node")
     client = tracking.client(uri)
