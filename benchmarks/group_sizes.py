@@ -59,9 +59,9 @@ def main() -> None:
             output = str(WORK / f"{steps}-{seed}-{'grouped' if grouped else 'plain'}")
             result = train(override(config, seed=seed, group_sizes=grouped, output=output))
             scored = evaluate(EvaluateConfig(model=result["model_folder"], data=str(WORK / "val")))
-            aps[grouped].append(scored["AP"])
+            aps[grouped].append(scored.metrics["AP"])
             print(
-                f"| {seed} | {'yes' if grouped else 'no'} | {scored['AP']:.3f} | {scored['AP50']:.3f} "
+                f"| {seed} | {'yes' if grouped else 'no'} | {scored.metrics['AP']:.3f} | {scored.metrics['AP50']:.3f} "
                 f"| {result['images_per_second']:.0f} |",
                 flush=True,
             )

@@ -46,7 +46,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
     scored = evaluate(EvaluateConfig(model=trained["model"], data=val_data))
     clock.stage("promote")
     promoted = promote(
-        PromoteConfig(model=trained["model"], data=scored["data_digest"], allow_contaminated_eval=True)
+        PromoteConfig(model=trained["model"], data=scored.data_digest, allow_contaminated_eval=True)
     )
     champion = models.resolve(f"models:/{NAME}@champion", uri)
     clock.stage("serve one validation image over HTTP")
@@ -56,14 +56,14 @@ def main(config: DemoConfig) -> dict[str, Any]:
     clock.stage("draw")
     expected = ObjectDetector.from_pretrained(champion.folder).detect_image(image)
     run_pictures.loss_curve(tracking.metric_history(uri, trained["run_id"], "loss"), f"{output}/loss.png")
-    detections = coco_results(read_predictions(scored["predictions"]))
+    detections = coco_results(read_predictions(scored.predictions))
     run_pictures.contact_sheet(Manifest.load(val_data), detections, f"{output}/predictions.png")
     run_pictures.answer(image, answer["detections"], f"{output}/answer.png")
     clock.stop()
     summary = {
-        **{name: scored[name] for name in ("AP", "AP50")},
-        "duplicates": storage.read_json(storage.join(scored["output"], ANALYSIS))["duplicates"],
-        "validation_images": scored["images"],
+        **{name: scored.metrics[name] for name in ("AP", "AP50")},
+        "duplicates": storage.read_json(storage.join(scored.output, ANALYSIS))["duplicates"],
+        "validation_images": scored.images,
         "images_per_second": trained["images_per_second"],
         "model_version": champion.address,
         "promoted": promoted["promoted"],
@@ -72,10 +72,10 @@ def main(config: DemoConfig) -> dict[str, Any]:
         "total_seconds": round(sum(clock.seconds.values()), 1),
         "answer": answer,
         "training": trained,
-        "evaluation": scored,
+        "evaluation": scored.to_output(),
     }
     write_summary(f"{output}/summary.json", summary)
-    print(NEXT.format(*map(shlex.quote, (config.output, scored["report"], sys.orig_argv[0], uri)), name=NAME))
+    print(NEXT.format(*map(shlex.quote, (config.output, scored.report, sys.orig_argv[0], uri)), name=NAME))
     return summary
 
 

@@ -11,9 +11,17 @@ the stored metrics or to resume an interrupted evaluation. Exit status: 0 finish
 2 an error.
 """
 
+from typing import Any
+
 from raydetr.command import run
 from raydetr.config import EvaluateConfig
 from raydetr.evaluation.evaluate import evaluate
 
+
+def main(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate; return the summary."""
+    return evaluate(config).to_output()
+
+
 if __name__ == "__main__":
-    run(evaluate, EvaluateConfig)
+    run(main, EvaluateConfig)

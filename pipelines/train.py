@@ -43,8 +43,8 @@ def main(flags: TrainFlags[TrainConfig]) -> dict[str, Any]:
                 tracking_uri=config.tracking.tracking_uri,
             )
         )
-        summary |= scored["figures"]
-        summary |= {"validation_images": scored["images"], "predictions": scored["predictions"]}
+        summary |= scored.metrics
+        summary |= {"validation_images": scored.images, "predictions": scored.predictions}
     return summary
 
 

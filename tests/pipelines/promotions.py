@@ -12,6 +12,7 @@ from raydetr.config import PromoteConfig
 from raydetr.data.shards import Manifest
 from raydetr.errors import PromotionRefused
 from raydetr.registry.tracking import client
+from raydetr.results.record import EvaluationRecord
 from tests.raydetr.promotion.judged import put_on_file
 
 
@@ -27,7 +28,7 @@ def tags(config: PromoteConfig, version: int) -> dict[str, dict[str, Any]]:
 
 def put(
     config: PromoteConfig, tmp_path: Path, version: int, data: Manifest, predictions: pa.Table, **changes: Any
-) -> dict[str, Any]:
+) -> EvaluationRecord:
     """Store predictions as an evaluation of a version; return the record."""
     folder = tmp_path / f"evaluation-{version}-{data.digest[:8]}"
     return put_on_file(config.tracking_uri, version, data, predictions, folder, **changes)

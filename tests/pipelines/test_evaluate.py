@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,9 +116,9 @@ def test_one_of_two_concurrent_evaluations_scores_and_the_other_reads_its_result
         )
         done, refused = call_concurrently(lambda config=config: evaluate(config), 2)
         assert refused == []
-        first, second = sorted(done, key=lambda summary: summary["already_scored"])
-        assert second == {**first, "already_scored": True}
-        assert first["already_scored"] is False
-        assert len(json.loads((output / "results.json").read_text())) == 12 * (6 - first["undecodable"])
+        first, second = sorted(done, key=lambda summary: summary.already_scored)
+        assert second == replace(first, already_scored=True)
+        assert first.already_scored is False
+        assert len(json.loads((output / "results.json").read_text())) == 12 * (6 - first.undecodable)
         runs = client(uri).search_runs([client(uri).get_experiment_by_name("evaluation").experiment_id])
         assert len(runs) == 1

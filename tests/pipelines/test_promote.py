@@ -161,12 +161,12 @@ def model_folder_of(config, version):
 def test_a_missing_report_is_refused(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     record = put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
-    Path(record["report"]).unlink()
-    assert f"the evaluation reports exist: missing for version 2: {record['report']}" in refused(config)
+    Path(record.report).unlink()
+    assert f"the evaluation reports exist: missing for version 2: {record.report}" in refused(config)
 
 
 def test_an_evaluation_stored_without_a_report_is_refused(config, data, tmp_path):
-    put(config, tmp_path, 1, data, guesses(data, BLUR), report=None)
+    put(config, tmp_path, 1, data, guesses(data, BLUR), report="")
     put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
     assert "missing for version 1: its evaluation was stored without a report" in refused(config)
 
@@ -187,7 +187,7 @@ def test_model_files_that_changed_since_registration_are_refused(config, data, t
 def test_predictions_that_do_not_reproduce_the_recorded_metrics_are_refused(config, data, tmp_path):
     put(config, tmp_path, 1, data, guesses(data, BLUR))
     record = put(config, tmp_path, 2, data, guesses(data, BLUR / 2))
-    shutil.copy(tmp_path / f"evaluation-1-{data.digest[:8]}/predictions.parquet", record["predictions"])
+    shutil.copy(tmp_path / f"evaluation-1-{data.digest[:8]}/predictions.parquet", record.predictions)
     assert "the predictions reproduce the recorded metrics: challenger's AP" in refused(config)
 
 
@@ -228,7 +228,7 @@ def test_a_first_version_needs_only_an_evaluation_with_its_report(config, data, 
     assert (
         "raydetr@champion moved from nothing to version 2: there was no champion" in capsys.readouterr().out
     )
-    assert summary["evaluations"] == {data.digest: record["figures"]}
+    assert summary["evaluations"] == {data.digest: record.metrics}
     repeated = main(config)
     assert (repeated["moved"], repeated["reason"]) == (False, "version 2 is already the champion")
 

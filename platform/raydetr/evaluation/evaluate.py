@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
 
@@ -39,6 +38,8 @@ from raydetr.prediction.predictions import Masks, PredictionSettings
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.registry.tracking import resolve_uri
 from raydetr.reports.page import write_page
+from raydetr.results.record import EvaluationRecord
+from raydetr.results.summary import EvaluationSummary
 
 _SEARCHED = 64
 """Number of records in which `_masks_of` looks for masks."""
@@ -68,12 +69,8 @@ class Settings:
         return self.task if self.task in ("instance", "panoptic") else "none"  # type: ignore[return-value]
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig) -> EvaluationSummary:
     """Score a model on shards, or return the stored record of the same evaluation.
-
-    Returns:
-        Summary: model, data, data_digest, task, images, undecodable, padding_share, each metric by name and all of them
-        as `figures`, run_id, predictions, report, output, and whether it was `already_scored`.
 
     Raises:
         BelowMinimumError: `metric` is below `min_metric`. The error carries the summary.
@@ -100,25 +97,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 )
                 record = _evaluate(config, uri, model, manifest, settings, output, held)
             if config.coco_json:
-                write_coco_files(read_predictions(record["predictions"]), manifest, output)
+                write_coco_files(read_predictions(record.predictions), manifest, output)
     if known:
         print(f"{model.address} is already scored on this data. Using the stored metrics.", flush=True)
-    summary = {
-        "model": model.address,
-        "data": manifest.root,
-        "data_digest": manifest.digest,
-        "task": settings.task,
-        "images": record["images"],
-        "undecodable": record["num_undecodable"],
-        "padding_share": record.get("padding_share", 0.0),
-        **record["figures"],
-        "figures": record["figures"],
-        "run_id": record["run_id"],
-        "predictions": record["predictions"],
-        "report": record["report"],
-        "output": output,
-        "already_scored": known,
-    }
+    summary = EvaluationSummary(
+        model=model.address,
+        data=manifest.root,
+        data_digest=manifest.digest,
+        task=settings.task,
+        images=record.images,
+        undecodable=record.num_undecodable or 0,
+        padding_share=record.padding_share or 0.0,
+        metrics=record.metrics,
+        run_id=str(record.run_id),
+        predictions=record.predictions,
+        report=record.report,
+        output=output,
+        already_scored=known,
+    )
     if config.min_metric:
         _check_minimum(config, uri, model, record, summary)
     return summary
@@ -132,7 +128,7 @@ def _evaluate(
     settings: Settings,
     output: str,
     held: Held,
-) -> dict[str, Any]:
+) -> EvaluationRecord:
     options = ActorOptions(config.actors, config.batch_size, config.num_gpus)
     to_predict = PredictionSettings(
         settings.masks, config.precision, config.engine, settings.segment_threshold
@@ -144,9 +140,9 @@ def _evaluate(
         model, manifest, asdict(settings), scored.metrics, scored.undecodable, predictions, output
     )
     table = read_predictions(predictions)
-    record["padding_share"] = _padding_share(model, table)
+    record = replace(record, padding_share=_padding_share(model, table))
     storage.write_json(storage.join(output, ANALYSIS), scored.analysis)
-    write_page(record["report"], record, scored.analysis, manifest, table)
+    write_page(record.report, record, scored.analysis, manifest, table)
     held.verify()
     return keep(uri, model, record, scored.analysis, output)
 
@@ -237,15 +233,19 @@ def _default_output(model: ResolvedModel, manifest: Manifest, settings: Settings
 
 
 def _check_minimum(
-    config: EvaluateConfig, uri: str, model: ResolvedModel, record: dict[str, Any], summary: dict[str, Any]
+    config: EvaluateConfig,
+    uri: str,
+    model: ResolvedModel,
+    record: EvaluationRecord,
+    summary: EvaluationSummary,
 ) -> None:
-    metrics = record["figures"]
-    is_below = metrics[config.metric] < config.min_metric
-    problem = f"{config.metric} {metrics[config.metric]:.4f} is below {config.min_metric:g}"
+    value = record.metrics[config.metric]
+    is_below = value < config.min_metric
+    problem = f"{config.metric} {value:.4f} is below {config.min_metric:g}"
     tag_below_minimum(uri, model, record, problem if is_below else "")
     if is_below:
         error = BelowMinimumError(
-            f"{model.address} on {summary['data']} ({summary['data_digest'][:12]}): {problem}. See {record['report']}."
+            f"{model.address} on {summary.data} ({summary.data_digest[:12]}): {problem}. See {record.report}."
         )
-        error.summary = summary
+        error.summary = summary.to_output()
         raise error

@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 from raydetr import storage
@@ -35,6 +35,8 @@ from raydetr.registry.tracking import (
     set_tags,
     start_run,
 )
+from raydetr.results.json_form import from_json, to_json
+from raydetr.results.record import EvaluatedModel, EvaluationData, EvaluationRecord, SettingValue
 
 EXPERIMENT = "evaluation"
 METRICS = "metrics.json"
@@ -47,15 +49,15 @@ MAX_UNDECODABLE = 10
 """Maximum undecodable images that the record lists with the reason. The predictions contain all of them."""
 
 
-def evaluation_key(model: ResolvedModel, manifest: Manifest, settings: Mapping[str, Any]) -> str:
+def evaluation_key(model: ResolvedModel, manifest: Manifest, settings: Mapping[str, SettingValue]) -> str:
     """Return the hex digest that identifies an evaluation by model, data and settings."""
     identity = json.dumps([model.label, model.digest, manifest.digest, dict(settings)], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
 def find_record(
-    model: ResolvedModel, manifest: Manifest, settings: Mapping[str, Any], output: str
-) -> dict[str, Any] | None:
+    model: ResolvedModel, manifest: Manifest, settings: Mapping[str, SettingValue], output: str
+) -> EvaluationRecord | None:
     """Find the record of this model on this data with these settings.
 
     Args:
@@ -72,8 +74,8 @@ def find_record(
     if tagged is not None and _is_complete(tagged, key):
         return tagged
     file = storage.join(output, METRICS)
-    record = storage.read_json(file) if storage.exists(file) else None
-    if not isinstance(record, dict) or not _is_complete(record, key):
+    record = _read_record(file) if storage.exists(file) else None
+    if record is None or not _is_complete(record, key):
         return None
     if model.version is not None:  # an earlier process stopped between writing metrics.json and the tag
         put_evaluation(model, manifest.digest, record)
@@ -83,37 +85,36 @@ def find_record(
 def build_record(
     model: ResolvedModel,
     manifest: Manifest,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, SettingValue],
     metrics: Mapping[str, float],
     undecodable: Mapping[int, str],
     predictions: str,
     output: str,
-) -> dict[str, Any]:
-    """Build the record of an evaluation.
-
-    Returns:
-        schema_version, key, model, data, settings, figures, images, num_undecodable, undecodable (some of the images
-        with the reason), and the URIs of predictions, analysis and report.
-    """
+) -> EvaluationRecord:
+    """Build the record of an evaluation, without `run_id` and `padding_share`."""
     listed = sorted(undecodable.items())[:MAX_UNDECODABLE]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "key": evaluation_key(model, manifest, settings),
-        "model": {key: value for key, value in asdict(model).items() if key not in ("uri", "folder")},
-        "data": {"address": manifest.root, "digest": manifest.digest},
-        "settings": dict(settings),
-        "figures": dict(metrics),
-        "images": manifest.num_images,
-        "num_undecodable": len(undecodable),
-        "undecodable": {str(image_id): reason[:200] for image_id, reason in listed},
-        "predictions": predictions,
-        "analysis": storage.join(output, ANALYSIS),
-        "report": storage.join(output, REPORT),
-    }
+    return EvaluationRecord(
+        schema_version=SCHEMA_VERSION,
+        key=evaluation_key(model, manifest, settings),
+        model=EvaluatedModel(model.name, model.version, model.address, model.digest),
+        data=EvaluationData(manifest.root, manifest.digest),
+        settings=settings,
+        metrics=metrics,
+        images=manifest.num_images,
+        num_undecodable=len(undecodable),
+        undecodable={image_id: reason[:200] for image_id, reason in listed},
+        predictions=predictions,
+        analysis=storage.join(output, ANALYSIS),
+        report=storage.join(output, REPORT),
+    )
 
 
 def check_record_fits(
-    model: ResolvedModel, manifest: Manifest, settings: Mapping[str, Any], names: Sequence[str], output: str
+    model: ResolvedModel,
+    manifest: Manifest,
+    settings: Mapping[str, SettingValue],
+    names: Sequence[str],
+    output: str,
 ) -> None:
     """Check before prediction that the record of an evaluation will fit into a tag of the version.
 
@@ -133,7 +134,7 @@ def check_record_fits(
     record = build_record(
         model, manifest, settings, longest, {}, storage.join(output, "predictions.parquet"), output
     )
-    excess = -remaining_tag_length(record | {"run_id": "0" * 32, "padding_share": longest[names[0]]})
+    excess = -remaining_tag_length(replace(record, run_id="0" * 32, padding_share=longest[names[0]]))
     if excess > 0:
         raise ConfigError(
             f"--output {output}: the record of this evaluation would exceed MLflow's limit for a tag by {excess} "
@@ -142,8 +143,8 @@ def check_record_fits(
 
 
 def keep(
-    uri: str, model: ResolvedModel, record: Mapping[str, Any], analysis: Mapping[str, Any], output: str
-) -> dict[str, Any]:
+    uri: str, model: ResolvedModel, record: EvaluationRecord, analysis: Mapping[str, Any], output: str
+) -> EvaluationRecord:
     """Store the record of an evaluation, whose analysis and report exist already.
 
     Args:
@@ -156,45 +157,44 @@ def keep(
     Returns:
         The record with `run_id`.
     """
-    digest = record["data"]["digest"]
+    digest = record.data.digest
+    parts = {"model": record.model, "data": record.data, "settings": record.settings}
     params = {
-        f"{part}.{key}": value
-        for part in ("model", "data", "settings")
-        for key, value in record[part].items()
+        f"{part}.{key}": value for part, content in parts.items() for key, value in to_json(content).items()
     }
-    tags = {"data.digest": digest, KEY_TAG: record["key"]}
+    tags = {"data.digest": digest, KEY_TAG: record.key}
     name = f"{model.label} on {digest[:12]}"
     run_id = start_run(
-        uri, EXPERIMENT, name, params, tags, run_id=find_run_by_tag(uri, EXPERIMENT, KEY_TAG, record["key"])
+        uri, EXPERIMENT, name, params, tags, run_id=find_run_by_tag(uri, EXPERIMENT, KEY_TAG, record.key)
     )
-    values = {**record["figures"], "undecodable": record["num_undecodable"], **_class_metrics(analysis)}
+    values = {**record.metrics, "undecodable": record.num_undecodable or 0, **_class_metrics(analysis)}
     with end_on_error(uri, run_id):
         with registry_errors(uri):
             started = int(client(uri).get_run(run_id).info.start_time)
         # A fixed timestamp makes the call idempotent: MLflow stores equal metric values of equal time once.
         log_metrics(uri, run_id, [(0, values)], [started])
         with tempfile.TemporaryDirectory() as folder:
-            for artifact in (record["report"], record["analysis"]):
+            for artifact in (record.report, record.analysis):
                 file = os.path.join(folder, os.path.basename(artifact))
                 with open(file, "wb") as stream:
                     stream.write(storage.read_bytes(artifact))
             log_artifacts(uri, run_id, folder)
         end_run(uri, run_id)
-    stored = {**record, "run_id": run_id}
-    storage.write_json(storage.join(output, METRICS), stored)
+    stored = replace(record, run_id=run_id)
+    storage.write_json(storage.join(output, METRICS), to_json(stored))
     if model.version is not None:
         put_evaluation(model, digest, stored)
     return stored
 
 
-def tag_below_minimum(uri: str, model: ResolvedModel, record: Mapping[str, Any], problem: str) -> None:
+def tag_below_minimum(uri: str, model: ResolvedModel, record: EvaluationRecord, problem: str) -> None:
     """Tag the run and the version with the metric that is below its minimum; an empty text clears the tag."""
-    set_tags(uri, record["run_id"], {BELOW_TAG: problem})
+    set_tags(uri, str(record.run_id), {BELOW_TAG: problem})
     if model.version is None:
         return
     with registry_errors(uri):
         client(uri).set_model_version_tag(
-            str(model.name), str(model.version), f"{BELOW_TAG}.{record['data']['digest'][:12]}", problem
+            str(model.name), str(model.version), f"{BELOW_TAG}.{record.data.digest[:12]}", problem
         )
 
 
@@ -208,8 +208,16 @@ def _class_metrics(analysis: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _is_complete(record: Mapping[str, Any], key: str) -> bool:
+def _read_record(file: str) -> EvaluationRecord | None:
+    """Read metrics.json; None if it is not a record, but a file of the same name."""
+    try:
+        return from_json(EvaluationRecord, storage.read_json(file))
+    except ValueError:
+        return None
+
+
+def _is_complete(record: EvaluationRecord, key: str) -> bool:
     """Return whether a record has the current schema and this key, and its predictions and report still exist."""
-    if record.get("schema_version") != SCHEMA_VERSION or record.get("key") != key:
+    if record.schema_version != SCHEMA_VERSION or record.key != key:
         return False
-    return all(storage.exists(record[name]) for name in ("predictions", "report"))
+    return all(uri and storage.exists(uri) for uri in (record.predictions, record.report))

@@ -17,6 +17,7 @@ from typing import Any
 
 from raydetr.config import PromoteConfig
 from raydetr.errors import ConfigError
+from raydetr.results.record import EvaluationRecord
 
 NO_CHAMPION = "there was no champion"
 _ROUNDING = 1e-6
@@ -57,7 +58,7 @@ class Candidate:
     version: int
     digest: str
     """Digest of the model's files."""
-    evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    evaluations: Mapping[str, EvaluationRecord] = field(default_factory=dict)
     """Data digest → record."""
     trained_on: str = ""
     """Digest of the training data; empty: not known."""
@@ -104,7 +105,10 @@ def choose_evaluation_data(challenger: Candidate, champion: Candidate | None, re
     if len(digests) > 1 and champion is None and not requested:
         return max(digests)  # without a comparison, any of them will do
     if len(digests) > 1:
-        listed = "; ".join(f"{digest[:12]} ({_data_uri(challenger, digest)})" for digest in sorted(digests))
+        listed = "; ".join(
+            f"{digest[:12]} ({_data_uri(challenger, digest) or 'unknown location'})"
+            for digest in sorted(digests)
+        )
         raise ConfigError(f"--data: several data sets are possible: {listed}. Give one of them.")
     return next(iter(digests), "")
 
@@ -168,9 +172,7 @@ def check_prerequisites(
         )
     )
     stale = [
-        each.label
-        for each in versions
-        if (each.evaluations[digest].get("model") or {}).get("digest", each.digest) != each.digest
+        each.label for each in versions if each.evaluations[digest].model.digest not in ("", each.digest)
     ]
     rules.append(
         Rule(
@@ -222,7 +224,7 @@ def check_data(recorded: Sequence[str], found: str, uri: str) -> Rule:
 
 
 def check_metrics(
-    config: PromoteConfig, comparison: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]
+    config: PromoteConfig, comparison: Mapping[str, Any], old: EvaluationRecord, new: EvaluationRecord
 ) -> Rule:
     """Check that the stored predictions reproduce the recorded metrics, so that they are those that were scored.
 
@@ -234,7 +236,7 @@ def check_metrics(
     """
     name = config.metric
     metric = comparison["figures"].get(name, {})
-    pairs = [(metric.get("old"), old["figures"].get(name)), (metric.get("new"), new["figures"].get(name))]
+    pairs = [(metric.get("old"), old.metrics.get(name)), (metric.get("new"), new.metrics.get(name))]
     wrong = [
         f"{kind}'s {name} {computed:.4f}, recorded {recorded:.4f}"
         for kind, (computed, recorded) in zip(("champion", "challenger"), pairs, strict=True)
@@ -340,7 +342,7 @@ def _check_evaluated(challenger: Candidate, champion: Candidate | None, digest: 
 def _how_to_evaluate(challenger: Candidate, champion: Candidate, digest: str) -> str:
     """Return the commands that evaluate both versions on the same data."""
     digest = digest or next(iter(challenger.evaluations), "")
-    uri = (challenger.evaluations.get(digest, {}).get("data") or {}).get("address", "")
+    uri = _data_uri(challenger, digest)
     data = f" --data {shlex.quote(uri)}" if uri else ""
     lacking = [each for each in (champion, challenger) if digest not in each.evaluations or not digest]
     commands = " and ".join(
@@ -355,7 +357,9 @@ def _how_to_evaluate(challenger: Candidate, champion: Candidate, digest: str) ->
 
 def _check_settings(challenger: Candidate, champion: Candidate, digest: str) -> Rule:
     new, old = challenger.evaluations[digest], champion.evaluations[digest]
-    different = [key for key in ("schema_version", "settings", "images") if new.get(key) != old.get(key)]
+    different = [
+        key for key in ("schema_version", "settings", "images") if getattr(new, key) != getattr(old, key)
+    ]
     return Rule(
         "both evaluations have the same settings",
         not different,
@@ -407,5 +411,6 @@ def _digests(version: Candidate) -> str:
 
 
 def _data_uri(version: Candidate, digest: str) -> str:
-    record = version.evaluations.get(digest) or {}
-    return str((record.get("data") or {}).get("address", "unknown location"))
+    """Return the URI of the data set that a version is evaluated on; empty if it is not known."""
+    record = version.evaluations.get(digest)
+    return "" if record is None else record.data.address

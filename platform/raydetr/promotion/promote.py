@@ -8,7 +8,7 @@ of both versions (`records`). Then the alias moves (`ledger`).
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 from raydetr import storage
 from raydetr.config import PromoteConfig
 from raydetr.data.shards import Manifest
-from raydetr.data.stream.mask_targets import MaskKind
 from raydetr.errors import DataError, RegistryError, StorageError
 from raydetr.evaluation.ground_truth import read_ground_truth
 from raydetr.prediction.predict import read_predictions
@@ -28,6 +27,8 @@ from raydetr.promotion.records import Promotion, move, open_decision, read_candi
 from raydetr.registry.models import files_digest, resolve
 from raydetr.registry.tracking import client, end_run, registry_errors, resolve_uri
 from raydetr.reports.page_comparison import write_comparison
+from raydetr.reports.page_pictures import ground_truth_kind
+from raydetr.results.record import EvaluationRecord
 
 PAGE = "comparison.html"
 
@@ -126,8 +127,8 @@ def evaluate_promotion(
         return GateResult(gate.decide(rules, "", config.reason), digest)
     comparison, success = None, replaced[0].found + " is replaced" if replaced else gate.NO_CHAMPION
     if champion is not None and manifest is not None:
-        old, new = (read_predictions(record["predictions"]) for record in records)
-        comparison = compare(read_ground_truth(manifest, _kind(records[-1])), old, new)
+        old, new = (read_predictions(record.predictions) for record in records)
+        comparison = compare(read_ground_truth(manifest, ground_truth_kind(records[-1])), old, new)
         rules.append(gate.check_metrics(config, comparison, records[0], records[-1]))
         rules += gate.check_comparison(config, comparison)
         success = gate.describe(config, comparison)
@@ -159,26 +160,20 @@ def _requested_digest(data: str) -> str:
 def _missing_reports(versions: list[Candidate], digest: str) -> dict[int, str]:
     missing = {}
     for each in versions:
-        report = str(each.evaluations.get(digest, {}).get("report") or "")
+        report = each.evaluations.get(digest, EvaluationRecord()).report
         if not report or not storage.exists(report):
             missing[each.version] = report
     return missing
 
 
-def _load(records: list[Mapping[str, Any]]) -> tuple[Manifest | None, Rule]:
+def _load(records: Sequence[EvaluationRecord]) -> tuple[Manifest | None, Rule]:
     """Load the evaluation data of the challenger's record, and check that it is unchanged since it was scored."""
-    uri, recorded = records[-1]["data"]["address"], [record["data"]["digest"] for record in records]
+    uri, recorded = records[-1].data.address, [record.data.digest for record in records]
     try:
         manifest = Manifest.load(uri)
     except (DataError, StorageError) as error:
         return None, gate.check_data(recorded, str(error), uri)
     return manifest, gate.check_data(recorded, manifest.digest, uri)
-
-
-def _kind(record: Mapping[str, Any]) -> MaskKind:
-    """Return the kind of ground truth that an evaluation was scored with."""
-    task = record["settings"].get("task", "detection")
-    return "none" if task == "detection" else task
 
 
 def _check_latency(
@@ -221,8 +216,8 @@ def _write_page(
         new,
         result.comparison,
         result.manifest,
-        read_predictions(old["predictions"]),
-        read_predictions(new["predictions"]),
+        read_predictions(old.predictions),
+        read_predictions(new.predictions),
         result.decision.to_dict(),
         config.metric,
     )
@@ -253,5 +248,5 @@ def _summary(
         "run_id": done.run_id,
         "rules": decision.to_dict()["rules"],
         "figures": dict(result.comparison["figures"]) if result and result.comparison else {},
-        "evaluations": {digest: record["figures"] for digest, record in done.evaluations.items()},
+        "evaluations": {digest: record.metrics for digest, record in done.evaluations.items()},
     }

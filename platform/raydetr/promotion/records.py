@@ -8,7 +8,6 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from raydetr.errors import RegistryError
 from raydetr.promotion.gate import Candidate, Decision
@@ -17,6 +16,7 @@ from raydetr.registry.evaluations import evaluations_of
 from raydetr.registry.models import DIGEST_TAG, find_version, registered_version
 from raydetr.registry.tags import CHOSEN_ON_TAG, TRAINED_ON_TAG
 from raydetr.registry.tracking import client, end_run, log_artifacts, registry_errors, set_tags
+from raydetr.results.record import EvaluationRecord
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Promotion:
     previous: int | None
     """Version that the alias pointed to; None if it did not exist."""
     version: int
-    evaluations: Mapping[str, Mapping[str, Any]]
+    evaluations: Mapping[str, EvaluationRecord]
     """The version's evaluations: data digest → record."""
     number: int = 0
     """Number of the entry in the ledger; 0: the alias did not move."""

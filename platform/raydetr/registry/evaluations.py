@@ -9,12 +9,14 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from raydetr import storage
 from raydetr.errors import RegistryError, StorageError
 from raydetr.registry.models import MODEL_ID_TAG, ResolvedModel, find_version
 from raydetr.registry.tracking import client, registry_errors
+from raydetr.results.json_form import from_json, to_json
+from raydetr.results.record import EvaluationRecord
 
 EVALUATION_TAG = "evaluation."
 REPORT_TAG = "report."
@@ -24,20 +26,20 @@ TAG_LENGTH = 5000
 """Maximum length of the value of a version's tag in MLflow's database."""
 
 
-def put_evaluation(model: ResolvedModel, data_digest: str, record: Mapping[str, Any]) -> None:
+def put_evaluation(model: ResolvedModel, data_digest: str, record: EvaluationRecord) -> None:
     """Store an evaluation of a registered version, and a copy of its report, in MLflow.
 
     Args:
         model: a registered version.
         data_digest: digest of the manifest of the evaluation data.
-        record: JSON-compatible record. It replaces an existing record for this digest.
+        record: replaces an existing record for this digest.
 
     Raises:
         RegistryError: the record is too long for a tag, or MLflow returns an error.
     """
     value = _as_tag(record)
     if len(value) > TAG_LENGTH:
-        sizes = {key: len(json.dumps(part)) for key, part in record.items()}
+        sizes = {key: len(json.dumps(part)) for key, part in to_json(record).items()}
         longest = max(sizes, key=lambda key: sizes[key])
         raise RegistryError(
             f"The evaluation of {model.address} on {data_digest[:12]} has {len(value)} characters as JSON, but MLflow "
@@ -46,19 +48,19 @@ def put_evaluation(model: ResolvedModel, data_digest: str, record: Mapping[str, 
     mlflow_client = client(model.uri)
     tags = {EVALUATION_TAG + data_digest: value}
     with registry_errors(model.uri):
-        if report := record.get("report"):
-            _store_report(model, data_digest, str(report))
-            tags[f"{REPORT_TAG}{data_digest[:12]}"] = str(report)
+        if record.report:
+            _store_report(model, data_digest, record.report)
+            tags[f"{REPORT_TAG}{data_digest[:12]}"] = record.report
         for key, content in reversed(tags.items()):  # the evaluation last, so that it implies the report
             mlflow_client.set_model_version_tag(str(model.name), str(model.version), key, content)
 
 
-def remaining_tag_length(record: Mapping[str, Any]) -> int:
+def remaining_tag_length(record: EvaluationRecord) -> int:
     """Return the number of characters that a record leaves unused in a tag; negative if it does not fit."""
     return TAG_LENGTH - len(_as_tag(record))
 
 
-def evaluations(model: ResolvedModel) -> dict[str, dict[str, Any]]:
+def evaluations(model: ResolvedModel) -> dict[str, EvaluationRecord]:
     """Read the evaluations of a registered version: data digest → record. A model folder has none."""
     if model.version is None:
         return {}
@@ -68,21 +70,20 @@ def evaluations(model: ResolvedModel) -> dict[str, dict[str, Any]]:
     return evaluations_of(version.tags)
 
 
-def evaluations_of(tags: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def evaluations_of(tags: Mapping[str, str]) -> dict[str, EvaluationRecord]:
     """Parse the evaluations in the tags of a version: data digest → record."""
     return {
-        key.removeprefix(EVALUATION_TAG): json.loads(value)
+        key.removeprefix(EVALUATION_TAG): from_json(EvaluationRecord, json.loads(value))
         for key, value in tags.items()
         if key.startswith(EVALUATION_TAG)
     }
 
 
-def _as_tag(record: Mapping[str, Any]) -> str:
+def _as_tag(record: EvaluationRecord) -> str:
     """Convert a record to JSON with as many of its undecodable images as fit. The predictions list all of them."""
-    listed = dict(record.get("undecodable") or {})
-    while len(value := json.dumps({**record, "undecodable": listed}, sort_keys=True)) > TAG_LENGTH and listed:
-        listed.popitem()
-    return value if "undecodable" in record else json.dumps(record, sort_keys=True)
+    while len(value := json.dumps(to_json(record), sort_keys=True)) > TAG_LENGTH and record.undecodable:
+        record = replace(record, undecodable=dict(list(record.undecodable.items())[:-1]))
+    return value
 
 
 def _store_report(model: ResolvedModel, data_digest: str, report: str) -> None:

@@ -29,6 +29,7 @@ from raydetr.reports.page_text import (
     plural,
     with_interval,
 )
+from raydetr.results.record import EvaluationData, EvaluationRecord
 
 STYLE = Path(__file__).with_name("page.css")
 SCRIPT = Path(__file__).with_name("page.js")
@@ -43,7 +44,7 @@ _LINES = {
 
 def write_page(
     uri: str,
-    record: Mapping[str, Any],
+    record: EvaluationRecord,
     analysis: Mapping[str, Any],
     manifest: Manifest,
     predictions: pa.Table,
@@ -52,7 +53,7 @@ def write_page(
 
     Args:
         uri: URI of the HTML file.
-        record: as in metrics.json. `date` (ISO 8601) defaults to today.
+        record: record of the evaluation. Its date defaults to today.
         analysis: as in analysis.json. Sections without data are omitted.
         manifest: manifest of the data set, from which images and ground truth are read.
         predictions: table of `predictions.PREDICTION_SCHEMA`.
@@ -72,7 +73,7 @@ def write_page(
         "slices": ("Metrics by slice", _slices(analysis)),
         "about": ("Method", _about(record, analysis, manifest)),
     }
-    title = f"{model_name(record['model'])} on {data_name(record['data'])}"
+    title = f"{model_name(record.model)} on {data_name(record.data)}"
     lead = f"<p class=lead>Evaluation of a detector on {plural(analysis['images'], 'labeled image')}.</p>"
     write_sections(uri, f"Evaluation: {title}", lead, sections)
 
@@ -97,7 +98,7 @@ def write_sections(uri: str, title: str, lead: str, sections: Mapping[str, tuple
 
 
 def about_data(
-    analysis: Mapping[str, Any], manifest: Manifest, data: Mapping[str, Any]
+    analysis: Mapping[str, Any], manifest: Manifest, data: EvaluationData
 ) -> list[tuple[str, str]]:
     """Return facts about the data set as (name, value), HTML. Only `classes` of the analysis is used."""
     return [
@@ -116,7 +117,7 @@ def _part(analysis: Mapping[str, Any], name: str, section: Any) -> str:
     return section(analysis[name]) if analysis.get(name) else ""
 
 
-def _summary(record: Mapping[str, Any], analysis: Mapping[str, Any], manifest: Manifest) -> str:
+def _summary(record: EvaluationRecord, analysis: Mapping[str, Any], manifest: Manifest) -> str:
     metrics, intervals = analysis["figures"], analysis.get("intervals", {})
     cards = []
     for name in _HEADLINES:
@@ -134,8 +135,8 @@ def _summary(record: Mapping[str, Any], analysis: Mapping[str, Any], manifest: M
         else ""
     )
     rows = [
-        ("model", model_name(record["model"])),
-        *about_data(analysis, manifest, record["data"]),
+        ("model", model_name(record.model)),
+        *about_data(analysis, manifest, record.data),
         ("images", f"{analysis['images']:,}"),
         ("undecodable", f"{analysis.get('undecodable', 0):,}"),
         ("date", escape(_date(record))),
@@ -307,17 +308,16 @@ def _slices(analysis: Mapping[str, Any]) -> str:
     return f"<div class=charts>{''.join(parts)}</div>"
 
 
-def _about(record: Mapping[str, Any], analysis: Mapping[str, Any], manifest: Manifest) -> str:
-    model, data = record["model"], record["data"]
+def _about(record: EvaluationRecord, analysis: Mapping[str, Any], manifest: Manifest) -> str:
     rows = [
-        ("model", model.get("address")),
-        ("digest of the model", model.get("digest")),
-        ("data set", data.get("address")),
-        ("digest of the data set", data.get("digest") or manifest.digest),
-        ("predictions", record.get("predictions")),
-        ("analysis", record.get("analysis")),
-        ("MLflow run", record.get("run_id")),
-        *((f"setting: {name}", value) for name, value in record.get("settings", {}).items()),
+        ("model", record.model.address),
+        ("digest of the model", record.model.digest),
+        ("data set", record.data.address),
+        ("digest of the data set", record.data.digest or manifest.digest),
+        ("predictions", record.predictions),
+        ("analysis", record.analysis),
+        ("MLflow run", record.run_id),
+        *((f"setting: {name}", value) for name, value in record.settings.items()),
     ]
     text = (
         "<p>Boxes and masks are scored by COCO's rules, like pycocotools: all detections count, up to 100 per image, "
@@ -335,14 +335,13 @@ def _about(record: Mapping[str, Any], analysis: Mapping[str, Any], manifest: Man
         if value not in (None, "")
     )
     table = f"<div class=wide-table><table>{table}</table></div>"
-    undecodable = record.get("undecodable") or {}
-    if undecodable:
+    if record.undecodable:
         items = "".join(
-            f"<li>image {escape(str(key))}: {escape(str(reason))}</li>"
-            for key, reason in list(undecodable.items())[:100]
+            f"<li>image {image_id}: {escape(reason)}</li>"
+            for image_id, reason in list(record.undecodable.items())[:100]
         )
         count = plural(
-            record.get("num_undecodable", len(undecodable)),
+            record.num_undecodable or len(record.undecodable),
             "image that cannot be decoded",
             "images that cannot be decoded",
         )
@@ -350,7 +349,7 @@ def _about(record: Mapping[str, Any], analysis: Mapping[str, Any], manifest: Man
     return text + table
 
 
-def _date(record: Mapping[str, Any]) -> str:
-    given = record.get("date")
-    day = datetime.datetime.fromisoformat(str(given)) if given else datetime.datetime.now(datetime.UTC)
+def _date(record: EvaluationRecord) -> str:
+    given = record.date
+    day = datetime.datetime.fromisoformat(given) if given else datetime.datetime.now(datetime.UTC)
     return f"{day.day} {day:%B %Y}"

@@ -14,6 +14,7 @@ from raydetr.reports.page_matching import Item, match_image
 from raydetr.reports.page_pictures import Album, detections, ground_truth_kind, open_album, rows_of
 from raydetr.reports.page_tables import Cell, Column, name_cell, plain, sortable, words_cell
 from raydetr.reports.page_text import IOU, metric_text, model_name, number, percent, plural, signed
+from raydetr.results.record import EvaluationRecord
 
 MAX_IMAGES = 8
 """Maximum improved images, and maximum degraded images."""
@@ -23,8 +24,8 @@ MIN_SCORE = 0.3
 
 def write_comparison(
     uri: str,
-    old_record: Mapping[str, Any],
-    new_record: Mapping[str, Any],
+    old_record: EvaluationRecord,
+    new_record: EvaluationRecord,
     comparison: Mapping[str, Any],
     manifest: Manifest,
     old_predictions: pa.Table,
@@ -36,7 +37,7 @@ def write_comparison(
 
     Args:
         uri: URI of the HTML file.
-        old_record: record of the current model, as in metrics.json.
+        old_record: record of the current model.
         new_record: record of the candidate.
         comparison: from `promotion.compare.compare`.
         manifest: manifest of the data set, from which images and ground truth are read.
@@ -45,7 +46,7 @@ def write_comparison(
         decision: decision of the gate: promoted, rules (rule, passed, found, limit), reason; None without a decision.
         metric: metric of the verdict and of the class table.
     """
-    old, new = model_name(old_record["model"]), model_name(new_record["model"])
+    old, new = model_name(old_record.model), model_name(new_record.model)
     if old == new:
         old, new = f"{old} (old)", f"{new} (new)"
     changed = comparison.get("changed", {})
@@ -62,7 +63,7 @@ def write_comparison(
         "about": ("Method", _about(old_record, new_record, comparison)),
     }
     of_metric = {"classes": comparison.get("classes", {}).get(metric, ())}
-    rows = [("old", old), ("new", new), *about_data(of_metric, manifest, new_record["data"])]
+    rows = [("old", old), ("new", new), *about_data(of_metric, manifest, new_record.data)]
     rows.append(("images", f"{comparison.get('images', len(new_predictions)):,}"))
     lead = album.pixels() + _decision(decision) + _verdict(comparison, old, new, metric) + facts(rows)
     write_sections(uri, f"{new} compared with {old}", lead, sections)
@@ -124,9 +125,9 @@ def _verdict(comparison: Mapping[str, Any], old: str, new: str, metric: str) -> 
     )
 
 
-def _metrics(comparison: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def _metrics(comparison: Mapping[str, Any], old: EvaluationRecord, new: EvaluationRecord) -> str:
     without_interval = {
-        name: {"old": old["figures"].get(name), "new": new["figures"].get(name), "delta": delta}
+        name: {"old": old.metrics.get(name), "new": new.metrics.get(name), "delta": delta}
         for name, delta in comparison.get("deltas", {}).items()
     }
     every = {**without_interval, **comparison["figures"]}
@@ -249,7 +250,7 @@ def _panel(name: str, album: Album, image_id: int, items: Sequence[Item]) -> str
     return f"<div><p>{words}</p>{overlay}</div>"
 
 
-def _about(old: Mapping[str, Any], new: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
+def _about(old: EvaluationRecord, new: EvaluationRecord, comparison: Mapping[str, Any]) -> str:
     text = (
         "<p>Both models were scored on the same images by COCO's rules, like pycocotools. The confidence interval of a "
         f"difference is computed by paired bootstrap: {comparison.get('resamples', 0):,} data sets are drawn with "
@@ -258,27 +259,17 @@ def _about(old: Mapping[str, Any], new: Mapping[str, Any], comparison: Mapping[s
         "intervals of their own metrics overlap.</p>"
     )
     rows = []
-    for title, path in (
-        ("model", ("model", "address")),
-        ("digest of the model", ("model", "digest")),
-        ("data set", ("data", "address")),
-        ("digest of the data set", ("data", "digest")),
-        ("predictions", ("predictions",)),
-        ("report", ("report",)),
+    for title, *values in (
+        ("model", old.model.address, new.model.address),
+        ("digest of the model", old.model.digest, new.model.digest),
+        ("data set", old.data.address, new.data.address),
+        ("digest of the data set", old.data.digest, new.data.digest),
+        ("predictions", old.predictions, new.predictions),
+        ("report", old.report, new.report),
     ):
-        values = [_dig(record, path) for record in (old, new)]
         if any(values):
-            rows.append(
-                [name_cell(title), *(Cell(escape(str(value or "–")), kind="mono") for value in values)]
-            )
+            rows.append([name_cell(title), *(Cell(escape(value or "–"), kind="mono") for value in values)])
     return text + plain("what was compared", [("", ""), ("old", ""), ("new", "")], rows)
-
-
-def _dig(record: Mapping[str, Any], path: Sequence[str]) -> Any:
-    value: Any = record
-    for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 def _is_measured(each: Mapping[str, Any]) -> bool:

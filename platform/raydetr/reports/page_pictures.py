@@ -5,7 +5,7 @@ import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from raydetr.data.shards import Manifest, ground_truth_annotations, read_rows
 from raydetr.data.stream.mask_targets import MaskKind, decode_mask, has_mask, mask_targets
 from raydetr.reports.page_matching import Item
 from raydetr.reports.page_overlay import Overlay
+from raydetr.results.record import EvaluationRecord
 
 SIDE = 512
 """Longer side of an embedded image, in pixels."""
@@ -114,10 +115,11 @@ class Album:
         return f'<img alt="{escape(entry.file_name)}: segments of the {source}" src="{jpeg(drawn, self.max_bytes)}">'
 
 
-def ground_truth_kind(record: Mapping[str, Any]) -> MaskKind:
+def ground_truth_kind(record: EvaluationRecord) -> MaskKind:
     """Return the kind of ground truth that the evaluation of a record used."""
-    task = record.get("settings", {}).get("task")
-    return task if task in ("instance", "panoptic", "panoptic-boxes") else "none"
+    task = record.settings.get("task")
+    kinds: tuple[MaskKind, ...] = get_args(MaskKind)
+    return next((kind for kind in kinds if kind == task), "none")
 
 
 def open_album(

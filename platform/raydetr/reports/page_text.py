@@ -1,8 +1,9 @@
 """Texts of the evaluation reports: explanations of the metrics and kinds of errors, and number formats."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
+
+from raydetr.results.record import EvaluatedModel, EvaluationData
 
 BOX_METRICS: dict[str, tuple[str, str]] = {
     "AP": (
@@ -127,16 +128,16 @@ def plural(count: int, name: str, more: str = "") -> str:
     return f"{count:,} {name if count == 1 else more or name + 's'}"
 
 
-def model_name(model: Mapping[str, Any]) -> str:
+def model_name(model: EvaluatedModel) -> str:
     """Return the name and version of a registered model, or the last part of another model's URI; HTML."""
-    if model.get("version") is not None:
-        return escape(f"{model['name']} version {model['version']}")
-    return escape(_last(str(model.get("address") or "a model")))
+    if model.version is not None:
+        return escape(f"{model.name} version {model.version}")
+    return escape(_last(model.address or "a model"))
 
 
-def data_name(data: Mapping[str, Any]) -> str:
+def data_name(data: EvaluationData) -> str:
     """Return the last part of a data set's URI; HTML."""
-    return escape(_last(str(data.get("address") or "a data set")))
+    return escape(_last(data.address or "a data set"))
 
 
 def _last(uri: str) -> str:

@@ -23,6 +23,8 @@ from raydetr.evaluation.record import (
 from raydetr.registry.evaluations import evaluations, put_evaluation
 from raydetr.registry.models import ResolvedModel, register, resolve
 from raydetr.registry.tracking import client, metric_history, start_run
+from raydetr.results.json_form import to_json
+from raydetr.results.record import EvaluationRecord
 from tests.empty_registry import empty_registry
 from tests.raydetr.promotion.unchecked_move import move_alias_unchecked
 from tests.tiers import rest_slow
@@ -41,13 +43,13 @@ def version(model: ResolvedModel, tmp_path: Path) -> ResolvedModel:
     return resolve("models:/raydetr@challenger", uri)
 
 
-def store_evaluation(uri: str, model: ResolvedModel, manifest: Manifest, output: Path) -> dict[str, Any]:
+def store_evaluation(uri: str, model: ResolvedModel, manifest: Manifest, output: Path) -> EvaluationRecord:
     """Store the record of an evaluation, and return it."""
     predictions = str(output / "predictions.parquet")
     record = build_record(model, manifest, SETTINGS, METRICS, {1021: "cut short"}, predictions, str(output))
     storage.write_bytes(predictions, b"rows")
-    storage.write_json(record["analysis"], ANALYSIS)
-    storage.write_bytes(record["report"], b"<html>")
+    storage.write_json(record.analysis, ANALYSIS)
+    storage.write_bytes(record.report, b"<html>")
     return keep(uri, model, record, ANALYSIS, str(output))
 
 
@@ -60,20 +62,20 @@ def test_the_record_of_a_version_is_stored_in_three_places_and_allows_promotion(
     output = tmp_path / "out"
     assert find_record(version, manifest, SETTINGS, str(output)) is None
     record = store_evaluation(version.uri, version, manifest, output)
-    assert record["figures"] == METRICS
-    assert record["undecodable"] == {"1021": "cut short"}
+    assert record.metrics == METRICS
+    assert record.undecodable == {1021: "cut short"}
 
-    assert json.loads((output / "metrics.json").read_text()) == record
+    assert json.loads((output / "metrics.json").read_text()) == to_json(record)
     assert evaluations(version) == {manifest.digest: record}
-    run = client(version.uri).get_run(record["run_id"])
+    run = client(version.uri).get_run(record.run_id)
     assert run.info.status == "FINISHED"
     assert client(version.uri).get_experiment(run.info.experiment_id).name == EXPERIMENT
     assert run.data.params["model.address"] == "models:/raydetr/1"
     assert run.data.params["data.digest"] == manifest.digest
-    assert metric_history(version.uri, record["run_id"], "AP") == [(0, 0.25)]
+    assert metric_history(version.uri, record.run_id, "AP") == [(0, 0.25)]
     assert run.data.metrics["AP/ant"] == 0.5
     assert run.data.metrics["AP/bee _x3C_b_x3E_"] == -1
-    artifacts = {file.path for file in client(version.uri).list_artifacts(record["run_id"])}
+    artifacts = {file.path for file in client(version.uri).list_artifacts(record.run_id)}
     assert artifacts == {"analysis.json", "report.html"}
 
     assert find_record(version, manifest, SETTINGS, str(tmp_path / "elsewhere")) == record
@@ -100,9 +102,9 @@ def test_each_class_has_its_own_metric_whatever_its_name(version, manifest, tmp_
     ]
     analysis = {"classes": [{"name": name, "AP": number / 100} for number, name in enumerate(names)]}
     record = build_record(version, manifest, SETTINGS, METRICS, {}, "p", str(tmp_path))
-    for key in ("report", "analysis"):
-        storage.write_bytes(record[key], b"{}")
-    run = client(version.uri).get_run(keep(version.uri, version, record, analysis, str(tmp_path))["run_id"])
+    for uri in (record.report, record.analysis):
+        storage.write_bytes(uri, b"{}")
+    run = client(version.uri).get_run(keep(version.uri, version, record, analysis, str(tmp_path)).run_id)
     class_metrics = {key: value for key, value in run.data.metrics.items() if key.startswith("AP/")}
     assert sorted(class_metrics.values()) == [number / 100 for number in range(len(names))]
 
@@ -120,8 +122,8 @@ def test_a_record_with_many_undecodable_images_is_shortened_to_fit_a_tag(version
     )
     put_evaluation(version, manifest.digest, record)
     stored = evaluations(version)[manifest.digest]
-    assert 0 < len(stored["undecodable"]) < 10
-    assert {**stored, "undecodable": {}} == {**record, "undecodable": {}}
+    assert 0 < len(stored.undecodable) < 10
+    assert dataclasses.replace(stored, undecodable={}) == dataclasses.replace(record, undecodable={})
 
 
 def test_a_record_that_cannot_fit_a_tag_is_an_error_before_prediction(version, manifest, model):
@@ -165,9 +167,9 @@ def test_an_evaluation_that_is_interrupted_while_its_record_is_stored_leaves_one
             store_evaluation(version.uri, version, manifest, tmp_path / "out")
     record = store_evaluation(version.uri, version, manifest, tmp_path / "out")
     (run,) = runs(version.uri)
-    assert (run.info.run_id, run.info.status) == (record["run_id"], "FINISHED")
-    assert run.data.tags[KEY_TAG] == record["key"]
-    assert len(client(version.uri).get_metric_history(record["run_id"], "AP")) == 1
+    assert (run.info.run_id, run.info.status) == (record.run_id, "FINISHED")
+    assert run.data.tags[KEY_TAG] == record.key
+    assert len(client(version.uri).get_metric_history(record.run_id, "AP")) == 1
     assert evaluations(version) == {manifest.digest: record}
 
 
@@ -187,7 +189,7 @@ def test_an_evaluation_that_is_interrupted_right_after_its_run_started_resumes_t
             store_evaluation(version.uri, version, manifest, tmp_path / "out")
     record = store_evaluation(version.uri, version, manifest, tmp_path / "out")
     (run,) = runs(version.uri)
-    assert (run.info.run_id, run.info.status) == (record["run_id"], "FINISHED")
+    assert (run.info.run_id, run.info.status) == (record.run_id, "FINISHED")
     assert run.data.params["model.address"] == "models:/raydetr/1"
 
 
@@ -201,7 +203,7 @@ def test_a_record_without_its_report_or_predictions_is_not_used(version, manifes
 def test_the_record_of_a_model_folder_is_found_by_its_digest(version, model, manifest, tmp_path):
     output = str(tmp_path / "out")
     record = store_evaluation(version.uri, model, manifest, tmp_path / "out")
-    assert record["model"]["digest"] == model.digest
+    assert record.model.digest == model.digest
     assert find_record(model, manifest, SETTINGS, output) == record
     (tmp_path / "out/metrics.json").write_text("[]")
     assert find_record(model, manifest, SETTINGS, output) is None
@@ -213,6 +215,6 @@ def test_a_metric_below_its_minimum_is_tagged_on_run_and_version_until_it_recove
     record = store_evaluation(version.uri, version, manifest, tmp_path / "out")
     for problem in ("AP 0.25 is below 0.3", ""):
         tag_below_minimum(version.uri, version, record, problem)
-        assert client(version.uri).get_run(record["run_id"]).data.tags["below"] == problem
+        assert client(version.uri).get_run(record.run_id).data.tags["below"] == problem
         tags = client(version.uri).get_model_version("raydetr", "1").tags
         assert tags[f"below.{manifest.digest[:12]}"] == problem

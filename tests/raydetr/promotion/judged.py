@@ -1,6 +1,7 @@
 """Versions with evaluations whose predictions are derived from the ground truth, with a given quality per class."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from raydetr.evaluation.score import score
 from raydetr.registry.evaluations import put_evaluation
 from raydetr.registry.models import DIGEST_TAG, ResolvedModel
 from raydetr.registry.tracking import client
+from raydetr.results.record import EvaluationRecord
 from tests.raydetr.evaluation.tables import table_of
 
 SETTINGS = {"precision": "float32", "segment_threshold": 0.5, "max_detections": 100}
@@ -56,7 +58,7 @@ def put_on_file(
     folder: Path,
     task: str = "detection",
     **changes: Any,
-) -> dict[str, Any]:
+) -> EvaluationRecord:
     """Score predictions and store them as an evaluation of a version, with a report; return the record."""
     folder.mkdir(parents=True)
     pq.write_table(predictions, folder / "predictions.parquet")
@@ -67,6 +69,6 @@ def put_on_file(
     scored = score(address, manifest, "none" if task == "detection" else task)
     settings = {**SETTINGS, "task": task}
     record = build_record(model, manifest, settings, scored.metrics, scored.undecodable, address, str(folder))
-    record |= {"run_id": "0", **changes}
+    record = replace(record, **{"run_id": "0", **changes})
     put_evaluation(model, manifest.digest, record)
     return record

@@ -20,21 +20,21 @@ from raydetr.promotion.gate import (
     decide,
     describe,
 )
+from raydetr.results.record import EvaluatedModel, EvaluationData, EvaluationRecord
 
 DATA, OTHER = "a" * 64, "b" * 64
 CONFIG = PromoteConfig()
 
 
-def record(model: str, data: str = DATA, **other: Any) -> dict[str, Any]:
-    return {
-        "schema_version": 2,
-        "model": {"digest": model},
-        "data": {"address": f"shards/{data[:4]}", "digest": data},
-        "settings": {"max_detections": 100},
-        "images": 50,
-        "report": "page.html",
-        **other,
-    }
+def record(model: str, data: str = DATA) -> EvaluationRecord:
+    return EvaluationRecord(
+        schema_version=2,
+        model=EvaluatedModel("raydetr", None, digest=model),
+        data=EvaluationData(f"shards/{data[:4]}", data),
+        settings={"max_detections": 100},
+        images=50,
+        report="page.html",
+    )
 
 
 CHAMPION = Candidate("raydetr", 1, "old", {DATA: record("old")})
@@ -183,7 +183,7 @@ def test_evaluations_on_different_data_are_refused_with_advice():
 
 
 def test_paths_in_the_advice_are_quoted():
-    data = {OTHER: {**record("new", OTHER), "data": {"address": "my shards/val", "digest": OTHER}}}
+    data = {OTHER: replace(record("new", OTHER), data=EvaluationData("my shards/val", OTHER))}
     assert "--data 'my shards/val'" in prerequisites(challenger=replace(CHALLENGER, evaluations=data)).reason
 
 
@@ -239,7 +239,7 @@ def test_a_missing_report_is_refused():
 
 
 def test_other_settings_other_images_and_other_weights_are_refused():
-    scored = {DATA: record("new", settings={"max_detections": 300}, images=49)}
+    scored = {DATA: replace(record("new"), settings={"max_detections": 300}, images=49)}
     assert (
         "the records differ in settings, images"
         in prerequisites(challenger=replace(CHALLENGER, evaluations=scored)).reason

@@ -23,6 +23,7 @@ from raydetr.registry.tracking import (
     resolve_uri,
     start_run,
 )
+from raydetr.results.record import EvaluationRecord
 from tests.mlflow_server import mlflow_server
 from tests.raydetr.promotion.unchecked_move import move_alias_unchecked
 from tests.tiny_detr import png, save_tiny_detr
@@ -51,7 +52,7 @@ def test_a_server_stores_runs_and_versions_like_sqlite(server, tmp_path, monkeyp
     assert Path(model.folder).is_relative_to(tmp_path / "cache")
     assert folder_digest(model.folder) == folder_digest(str(tmp_path / "tiny")) == model.digest
 
-    put_evaluation(model, "d1", {"figures": {"AP": 0.5}})
+    put_evaluation(model, "d1", EvaluationRecord({"AP": 0.5}))
     assert move_alias_unchecked(uri, "models:/raydetr@challenger", "champion").version == 1
     downloaded = Path(model.folder, "model.safetensors").stat().st_mtime_ns
     again = resolve("models:/raydetr@champion", uri)
@@ -92,7 +93,7 @@ def test_a_version_with_files_in_s3_loads_in_raydetr_mlflow_and_transformers(
         s3.client.put_object(Bucket=s3.bucket, Key=key, Body=original)
         assert resolve("models:/raydetr/1", uri) == model
         (tmp_path / "report.html").write_text("<p>metrics</p>")
-        put_evaluation(model, "d1", {"figures": {"AP": 0.5}, "report": str(tmp_path / "report.html")})
+        put_evaluation(model, "d1", EvaluationRecord({"AP": 0.5}, report=str(tmp_path / "report.html")))
         assert list(filter(lambda key: key.endswith("reports/d1.html"), s3.keys()))
 
         import mlflow
@@ -120,10 +121,10 @@ def test_nothing_is_lost_while_the_server_is_temporarily_unavailable(tmp_path, u
         register(uri, run_id, folder)
         other = start_run(uri, "training", "another run", {}, {})
         model = resolve("models:/raydetr/1", uri)
-        put_evaluation(model, "d0", {"figures": {"AP": 0.25}})
+        put_evaluation(model, "d0", EvaluationRecord({"AP": 0.25}))
     actions = [
         lambda: register(uri, other, folder, alias="second"),
-        lambda: put_evaluation(model, "d1", {"figures": {"AP": 0.5}}),
+        lambda: put_evaluation(model, "d1", EvaluationRecord({"AP": 0.5})),
         lambda: move_alias_unchecked(uri, "models:/raydetr/1", "champion"),
     ]
     errors: list[Exception] = []

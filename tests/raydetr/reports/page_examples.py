@@ -12,6 +12,7 @@ from raydetr.data.shards import Manifest, ground_truth_annotations, read_records
 from raydetr.data.stream.mask_targets import decode_mask, has_mask
 from raydetr.prediction.predictions import error_row, table
 from raydetr.reports.page_matching import Item, match_image
+from raydetr.results.record import EvaluatedModel, EvaluationData, EvaluationRecord
 from tests.to_coco import to_coco_ground_truth
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
@@ -196,25 +197,23 @@ def _results(predictions: pa.Table) -> list[dict[str, Any]]:
 
 def make_record(
     manifest: Manifest, analysis: dict[str, Any], version: int | None = 3, task: str = "detection"
-) -> dict[str, Any]:
-    """Build a record in the format of metrics.json."""
-    return {
-        "schema_version": 2,
-        "model": {
-            "address": f"models:/raydetr/{version}" if version else "/models/last",
-            "name": "raydetr" if version else None, "version": version, "digest": "ab" * 32,
-        },
-        "data": {"address": manifest.root, "digest": manifest.digest},
-        "settings": {"task": task, "max_detections": 100},
-        "figures": analysis["figures"],
-        "images": analysis["images"],
-        "undecodable": {"1021": "cut short <b>"} if analysis["undecodable"] else {},
-        "predictions": "runs/evaluations/predictions.parquet",
-        "report": "runs/evaluations/report.html",
-        "analysis": "runs/evaluations/analysis.json",
-        "run_id": "0123456789abcdef",
-        "date": "2026-11-25",
-    }  # fmt: skip
+) -> EvaluationRecord:
+    """Build a record of an evaluation."""
+    address = f"models:/raydetr/{version}" if version else "/models/last"
+    return EvaluationRecord(
+        schema_version=2,
+        model=EvaluatedModel("raydetr" if version else None, version, address, "ab" * 32),
+        data=EvaluationData(manifest.root, manifest.digest),
+        settings={"task": task, "max_detections": 100},
+        metrics=analysis["figures"],
+        images=analysis["images"],
+        undecodable={1021: "cut short <b>"} if analysis["undecodable"] else {},
+        predictions="runs/evaluations/predictions.parquet",
+        report="runs/evaluations/report.html",
+        analysis="runs/evaluations/analysis.json",
+        run_id="0123456789abcdef",
+        date="2026-11-25",
+    )
 
 
 def make_comparison(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""The JSON form of results: stored files can be read, and what is written has their keys and values."""
+
+import copy
+import json
+
+import pytest
+
+from raydetr.results.json_form import from_json, to_json
+from raydetr.results.record import EvaluatedModel, EvaluationData, EvaluationRecord
+
+RECORD = """{
+  "analysis": "/runs/evaluations/raydetr-1-9f1c/analysis.json",
+  "data": {"address": "/data/val", "digest": "9f1c27ab"},
+  "figures": {"AP": 0.25, "AP50": 0.5, "AP_large": -1.0},
+  "images": 23,
+  "key": "0123456789abcdef0123456789abcdef",
+  "model": {"address": "models:/raydetr/1", "digest": "5d41402a", "name": "raydetr", "version": 1},
+  "num_undecodable": 2,
+  "padding_share": 0.125,
+  "predictions": "/runs/evaluations/raydetr-1-9f1c/predictions.parquet",
+  "report": "/runs/evaluations/raydetr-1-9f1c/report.html",
+  "run_id": "fedcba9876543210fedcba9876543210",
+  "schema_version": 2,
+  "settings": {
+    "engine": "torch", "max_detections": 100, "precision": "float32", "segment_threshold": 0.5, "task": "detection"
+  },
+  "undecodable": {"1021": "cut short", "1035": "the record has no image bytes"}
+}"""
+"""A metrics.json of raydetr 0.2.0, which is also the value of the version's tag."""
+OF_A_FOLDER = {"address": "/models/last", "digest": "5d41402a", "name": None, "version": None}
+
+
+@pytest.mark.parametrize("model", [json.loads(RECORD)["model"], OF_A_FOLDER])
+def test_a_stored_record_is_read_and_written_unchanged(model):
+    stored = {**json.loads(RECORD), "model": model}
+    record = from_json(EvaluationRecord, stored)
+    assert json.dumps(to_json(record), sort_keys=True) == json.dumps(stored, sort_keys=True)
+    assert record.metrics == {"AP": 0.25, "AP50": 0.5, "AP_large": -1}
+    assert record.model == EvaluatedModel(**model)
+    assert record.data == EvaluationData("/data/val", "9f1c27ab")
+    assert record.undecodable[1035] == "the record has no image bytes"
+
+
+def test_fields_of_later_versions_are_ignored_and_absent_ones_have_their_defaults():
+    stored = json.loads(RECORD)
+    later = copy.deepcopy(stored) | {"later": [1], "date": None}
+    later["model"]["later"] = {}
+    assert from_json(EvaluationRecord, later) == from_json(EvaluationRecord, stored)
+    record = from_json(EvaluationRecord, {"figures": {"AP": 0.5}})
+    assert record == EvaluationRecord({"AP": 0.5})
+    assert (record.report, record.run_id, record.model.version) == ("", None, None)
+
+
+@pytest.mark.parametrize("content", [[], "text", None, {"figures": [0.5]}, {"model": "models:/raydetr/1"}])
+def test_a_file_of_another_structure_is_an_error(content):
+    with pytest.raises(ValueError, match="not the JSON form of"):
+        from_json(EvaluationRecord, content)
