@@ -66,7 +66,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
         "validation_images": scored.images,
         "images_per_second": trained["images_per_second"],
         "model_version": champion.address,
-        "promoted": promoted["promoted"],
+        "promoted": promoted.promoted,
         "answer_differs_from_model_by": run_pictures.difference(answer["detections"], expected),
         "seconds": clock.seconds,
         "total_seconds": round(sum(clock.seconds.values()), 1),

@@ -16,6 +16,7 @@ from raydetr.command import require_writable, run
 from raydetr.config import PromoteConfig
 from raydetr.errors import PromotionRefused
 from raydetr.promotion.promote import promote
+from raydetr.results.json_form import to_json
 
 
 def main(config: PromoteConfig) -> dict[str, Any]:
@@ -28,19 +29,17 @@ def main(config: PromoteConfig) -> dict[str, Any]:
         require_writable(storage.absolute(config.report), "--report")
     summary = promote(config)
     print()
-    for rule in summary["rules"]:
-        print(
-            f"  {'ok  ' if rule['passed'] else 'FAIL'}  {rule['rule']}: {rule['found']} (required: {rule['limit']})"
-        )
-    before = "nothing" if summary["from_version"] == "none" else f"version {summary['from_version']}"
-    alias = f"{summary['model']}@{summary['alias']}"
-    if not summary["promoted"]:
-        refusal = PromotionRefused(f"{alias} stays at {before}: {summary['reason']}.")
-        refusal.summary = summary
+    for rule in summary.rules:
+        print(f"  {'ok  ' if rule.passed else 'FAIL'}  {rule.rule}: {rule.found} (required: {rule.limit})")
+    before = "nothing" if summary.from_version == "none" else f"version {summary.from_version}"
+    alias = f"{summary.model}@{summary.alias}"
+    if not summary.promoted:
+        refusal = PromotionRefused(f"{alias} stays at {before}: {summary.reason}.")
+        refusal.summary = to_json(summary)
         raise refusal
     moved = "would move" if config.dry_run else "moved"
-    print(f"\n{alias} {moved} from {before} to version {summary['version']}: {summary['reason']}")
-    return summary
+    print(f"\n{alias} {moved} from {before} to version {summary.version}: {summary.reason}")
+    return to_json(summary)
 
 
 if __name__ == "__main__":

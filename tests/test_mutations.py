@@ -306,8 +306,8 @@ MUTATIONS = {
     ),
     "a promotion by masks or segments compares the boxes of the classes": Mutation(
         "platform/raydetr/promotion/gate.py",
-        'comparison["classes"][config.metric]',
-        'comparison["classes"]["AP"]',
+        "comparison.classes[config.metric]",
+        'comparison.classes["AP"]',
         ("tests/pipelines/test_promote_masks.py",),
     ),
     "predictions with other settings are reused": Mutation(

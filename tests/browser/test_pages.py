@@ -12,6 +12,7 @@ from raydetr.evaluation.ground_truth import read_ground_truth
 from raydetr.promotion.compare import compare
 from raydetr.reports.page import write_page
 from raydetr.reports.page_comparison import write_comparison
+from raydetr.results.decision import Decision, Rule
 from tests.awkward import write_awkward
 from tests.raydetr.reports.page_examples import make_record, spoilt_predictions
 
@@ -32,8 +33,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     files = {"evaluation": folder / "evaluation.html", "comparison": folder / "comparison.html"}
     write_page(str(files["evaluation"]), records[0], before, manifest, old)
     comparison = compare(ground_truth, old, new, resamples=50)
-    rules = [{"rule": "AP is better", "passed": True, "found": "+0.1", "limit": "more than 0"}]
-    decision = {"promoted": True, "reason": "AP is better", "rules": rules}
+    rule = Rule("AP is better", passed=True, found="+0.1", limit="more than 0")
+    decision = Decision(True, (rule,), "AP is better")
     write_comparison(str(files["comparison"]), *records, comparison, manifest, old, new, decision)
     return files
 

@@ -5,8 +5,7 @@ which affects both models alike, does not widen the interval of the difference.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ from raydetr.evaluation.ground_truth import GroundTruth
 from raydetr.evaluation.intervals import CONFIDENCE, RESAMPLES, Resampled, resample
 from raydetr.evaluation.metrics import Evaluations, evaluate_predictions, summarize_metrics
 from raydetr.evaluation.panoptic_quality import PanopticCounts, class_qualities
+from raydetr.results.comparison import Change, ChangedImages, ClassChange, Comparison
 
 _MAX_IMAGES = 12
 _BOX_METRICS = ("AP", "AP50", "AP75")
@@ -30,7 +30,7 @@ def compare(
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
-) -> dict[str, Any]:
+) -> Comparison:
     """Compare the predictions of two models. The result is deterministic.
 
     Args:
@@ -40,16 +40,8 @@ def compare(
         resamples: number of bootstrap resamples of the images.
 
     Returns:
-        A JSON-compatible dict. Metrics are in 0..1, or -1 if the ground truth has nothing to score:
-
-        - figures: `AP`, `AP50`, `AP75`, `mask_AP`, `PQ`, if both models have the metric → old, new, delta, low and high
-          of the delta, and probability_better, the share of resamples with a delta above 0
-        - deltas: every metric that both models have → new minus old; 0 if the ground truth has nothing to score
-        - classes: each name in `figures` → for each category that has objects of the metric, ascending by id: id, name,
-          objects (segments for `PQ`, objects with a mask for `mask_AP`), old, new, delta, low, high
-        - images, resamples, confidence
-        - changed: better and worse → at most 12 image ids, the largest change first. The score of an image is the F1 of
-          its detections with a score of at least 0.3, averaged over the IoU thresholds.
+        The comparison, with at most 12 improved and 12 degraded images. The score of an image is the F1 of its
+        detections with a score of at least 0.3, averaged over the IoU thresholds.
 
     Raises:
         DataError, ValueError: as `analyze`.
@@ -57,8 +49,8 @@ def compare(
     before, after = [_score_model(ground_truth, table, seed, resamples) for table in (old, new)]
     common = [name for name in before.resampled.metrics if name in after.resampled.metrics]
     gain = _image_scores(after.matches) - _image_scores(before.matches)
-    return {
-        "figures": {
+    return Comparison(
+        metrics={
             name: _metric_change(
                 before.metrics[name],
                 after.metrics[name],
@@ -66,20 +58,17 @@ def compare(
             )
             for name in common
         },
-        "deltas": {
+        deltas={
             name: after.metrics[name] - value
             for name, value in before.metrics.items()
             if name in after.metrics
         },
-        "classes": {name: _class_changes(name, before, after, class_names(ground_truth)) for name in common},
-        "images": len(before.image_ids),
-        "resamples": resamples,
-        "confidence": CONFIDENCE,
-        "changed": {
-            "better": _largest(gain, before.image_ids),
-            "worse": _largest(-gain, before.image_ids),
-        },
-    }
+        classes={name: _class_changes(name, before, after, class_names(ground_truth)) for name in common},
+        images=len(before.image_ids),
+        resamples=resamples,
+        confidence=CONFIDENCE,
+        changed=ChangedImages(_largest(gain, before.image_ids), _largest(-gain, before.image_ids)),
+    )
 
 
 @dataclass(frozen=True)
@@ -142,25 +131,29 @@ def _count_objects(evaluation: Evaluation) -> np.ndarray:
 
 def _class_changes(
     metric: str, before: _ModelScores, after: _ModelScores, names: Mapping[int, str]
-) -> list[dict[str, Any]]:
+) -> tuple[ClassChange, ...]:
     resampled = after.resampled.classes[metric] - before.resampled.classes[metric]
-    return [
-        {"id": category_id, "name": names[category_id], "objects": int(before.objects[metric][index])}
-        | _change(before.classes[metric][index], after.classes[metric][index], resampled[:, index])
+    return tuple(
+        ClassChange(
+            category_id,
+            names[category_id],
+            int(before.objects[metric][index]),
+            _change(before.classes[metric][index], after.classes[metric][index], resampled[:, index]),
+        )
         for index, category_id in enumerate(sorted(names))
         if before.objects[metric][index]
-    ]
+    )
 
 
-def _change(old: float, new: float, resampled: np.ndarray) -> dict[str, float]:
+def _change(old: float, new: float, resampled: np.ndarray) -> Change:
     low, high = interval(new - old, resampled, CONFIDENCE, least=-1.0)
-    return {"old": old, "new": new, "delta": new - old, "low": low, "high": high}
+    return Change(old, new, new - old, low, high)
 
 
-def _metric_change(old: float, new: float, resampled: np.ndarray) -> dict[str, float]:
+def _metric_change(old: float, new: float, resampled: np.ndarray) -> Change:
     centered = unbiased(new - old, resampled)
     better = float((centered > 0).mean()) if len(centered) else 0.0
-    return _change(old, new, resampled) | {"probability_better": better}
+    return replace(_change(old, new, resampled), probability_better=better)
 
 
 def _image_scores(matches: Matches) -> np.ndarray:
@@ -177,7 +170,7 @@ def _image_scores(matches: Matches) -> np.ndarray:
     return scores
 
 
-def _largest(gain: np.ndarray, image_ids: np.ndarray) -> list[int]:
+def _largest(gain: np.ndarray, image_ids: np.ndarray) -> tuple[int, ...]:
     """Return the ids of the images with the largest positive gain, at most `_MAX_IMAGES`."""
     order = np.argsort(-gain, kind="stable")[:_MAX_IMAGES]
-    return [int(image_ids[position]) for position in order if gain[position] > 1e-9]
+    return tuple(int(image_ids[position]) for position in order if gain[position] > 1e-9)

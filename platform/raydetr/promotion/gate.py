@@ -12,42 +12,16 @@ If the alias does not exist yet, there is no baseline: the challenger needs only
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from raydetr.config import PromoteConfig
 from raydetr.errors import ConfigError
+from raydetr.results.comparison import ClassChange, Comparison
+from raydetr.results.decision import Decision, Rule
 from raydetr.results.record import EvaluationRecord
 
 NO_CHAMPION = "there was no champion"
 _ROUNDING = 1e-6
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Result of one rule: its name, whether it passed, what was found, and what is required (`limit`)."""
-
-    rule: str
-    passed: bool
-    found: str
-    limit: str
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Whether the alias moves, and why."""
-
-    promoted: bool
-    rules: tuple[Rule, ...]
-    reason: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the decision as a JSON-compatible dict with promoted, rules and reason."""
-        return {
-            "promoted": self.promoted,
-            "rules": [asdict(rule) for rule in self.rules],
-            "reason": self.reason,
-        }
 
 
 @dataclass(frozen=True)
@@ -224,7 +198,7 @@ def check_data(recorded: Sequence[str], found: str, uri: str) -> Rule:
 
 
 def check_metrics(
-    config: PromoteConfig, comparison: Mapping[str, Any], old: EvaluationRecord, new: EvaluationRecord
+    config: PromoteConfig, comparison: Comparison, old: EvaluationRecord, new: EvaluationRecord
 ) -> Rule:
     """Check that the stored predictions reproduce the recorded metrics, so that they are those that were scored.
 
@@ -235,12 +209,12 @@ def check_metrics(
         new: record of the challenger.
     """
     name = config.metric
-    metric = comparison["figures"].get(name, {})
-    pairs = [(metric.get("old"), old.metrics.get(name)), (metric.get("new"), new.metrics.get(name))]
+    change = comparison.metrics.get(name)
+    pairs = [(change.old, old.metrics.get(name)), (change.new, new.metrics.get(name))] if change else []
     wrong = [
         f"{kind}'s {name} {computed:.4f}, recorded {recorded:.4f}"
-        for kind, (computed, recorded) in zip(("champion", "challenger"), pairs, strict=True)
-        if computed is not None and recorded is not None and abs(computed - recorded) > _ROUNDING
+        for kind, (computed, recorded) in zip(("champion", "challenger"), pairs)
+        if recorded is not None and abs(computed - recorded) > _ROUNDING
     ]
     return Rule(
         "the predictions reproduce the recorded metrics",
@@ -250,7 +224,7 @@ def check_metrics(
     )
 
 
-def check_comparison(config: PromoteConfig, comparison: Mapping[str, Any]) -> list[Rule]:
+def check_comparison(config: PromoteConfig, comparison: Comparison) -> list[Rule]:
     """Check what a comparison of two versions must show: a better metric, beyond chance, and no class much worse.
 
     Args:
@@ -260,27 +234,26 @@ def check_comparison(config: PromoteConfig, comparison: Mapping[str, Any]) -> li
     Raises:
         ConfigError: the comparison does not have the metric, or the data has no objects for it.
     """
-    metrics = comparison["figures"]
-    if config.metric not in metrics:
-        raise ConfigError(f"--metric {config.metric}: the comparison has {', '.join(sorted(metrics))}.")
-    metric = metrics[config.metric]
-    if metric["old"] < 0 or metric["new"] < 0:
+    change = comparison.metrics.get(config.metric)
+    if change is None:
+        known = ", ".join(sorted(comparison.metrics))
+        raise ConfigError(f"--metric {config.metric}: the comparison has {known}.")
+    if not change.is_measured:
         raise ConfigError(f"--metric {config.metric}: the evaluation data has no objects for this metric.")
-    share, low, high = (f"{100 * comparison['confidence']:g} %", metric["low"], metric["high"])
     return [
         Rule(
             f"{config.metric} is better",
-            metric["delta"] > config.margin,
-            f"{metric['delta']:+.4f} ({metric['old']:.4f} to {metric['new']:.4f})",
+            change.delta > config.margin,
+            f"{change.delta:+.4f} ({change.old:.4f} to {change.new:.4f})",
             f"more than {config.margin:+.4f}",
         ),
         Rule(
             f"{config.metric} is better beyond chance",
-            low >= -config.tolerance,
-            f"{share} of resamples between {low:+.4f} and {high:+.4f}",
+            change.low >= -config.tolerance,
+            f"{100 * comparison.confidence:g} % of resamples between {change.low:+.4f} and {change.high:+.4f}",
             f"a lower bound of at least {0.0 - config.tolerance:+.4f}",
         ),
-        _check_classes(config, comparison["classes"][config.metric]),
+        _check_classes(config, comparison.classes[config.metric]),
     ]
 
 
@@ -307,12 +280,12 @@ def check_unmoved(alias: str, compared_with: int | None, found: str) -> Rule:
     return Rule("no concurrent promotion", False, found, f"{alias} still at {before}: promote again")
 
 
-def describe(config: PromoteConfig, comparison: Mapping[str, Any]) -> str:
+def describe(config: PromoteConfig, comparison: Comparison) -> str:
     """Describe the change of the metric, as the reason for a promotion."""
-    metric = comparison["figures"][config.metric]
+    change = comparison.metrics[config.metric]
     return (
-        f"{config.metric} {metric['old']:.4f} to {metric['new']:.4f}, {metric['delta']:+.4f} "
-        f"[{metric['low']:+.4f}, {metric['high']:+.4f}] on {comparison['images']} images"
+        f"{config.metric} {change.old:.4f} to {change.new:.4f}, {change.delta:+.4f} "
+        f"[{change.low:+.4f}, {change.high:+.4f}] on {comparison.images} images"
     )
 
 
@@ -381,16 +354,16 @@ def _check_contamination(config: PromoteConfig, versions: Sequence[Candidate], d
     )
 
 
-def _check_classes(config: PromoteConfig, classes: Sequence[Mapping[str, Any]]) -> Rule:
-    known = [c for c in classes if c["objects"] >= config.min_class_objects and min(c["old"], c["new"]) >= 0]
-    dropped = sorted((c for c in known if c["delta"] < -config.max_class_drop), key=lambda c: c["delta"])
-    significant = [c for c in dropped if c["high"] < 0]
+def _check_classes(config: PromoteConfig, classes: Sequence[ClassChange]) -> Rule:
+    known = [c for c in classes if c.objects >= config.min_class_objects and c.change.is_measured]
+    known.sort(key=lambda c: c.change.delta)
+    significant = [c for c in known if c.change.delta < -config.max_class_drop and c.change.high < 0]
     if significant:
         found = ", ".join(map(_describe_class, significant[:5])) + (
             f" and {len(significant) - 5} more" if len(significant) > 5 else ""
         )
     elif known:
-        found = f"the worst of {len(known)}: {_describe_class(min(known, key=lambda c: c['delta']))}"
+        found = f"the worst of {len(known)}: {_describe_class(known[0])}"
     else:
         found = f"no class has {config.min_class_objects} objects"
     return Rule(
@@ -401,9 +374,9 @@ def _check_classes(config: PromoteConfig, classes: Sequence[Mapping[str, Any]]) 
     )
 
 
-def _describe_class(change: Mapping[str, Any]) -> str:
-    interval = f"[{change['low']:+.3f}, {change['high']:+.3f}]"
-    return f"{str(change['name'])[:40]} {change['delta']:+.3f} {interval}, {change['objects']} objects"
+def _describe_class(each: ClassChange) -> str:
+    interval = f"[{each.change.low:+.3f}, {each.change.high:+.3f}]"
+    return f"{each.name[:40]} {each.change.delta:+.3f} {interval}, {each.objects} objects"
 
 
 def _digests(version: Candidate) -> str:

@@ -19,13 +19,16 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from raydetr.conditional import wins
 from raydetr.errors import RegistryError
 from raydetr.mlflow_names import require_alias
+from raydetr.registry.evaluations import TAG_LENGTH
 from raydetr.registry.tracking import artifact_location, client, registry_errors, start_run
+from raydetr.results.decision import DecisionRecord
+from raydetr.results.json_form import from_json, to_json
 
 LEDGERS = "promotion"
 """Experiment that contains the ledgers."""
@@ -91,7 +94,10 @@ class Ledger:
         """Read all moves of the alias, ascending by number."""
         with registry_errors(self.uri):
             params = self.client.get_run(self.run_id).data.params
-        return [Entry(number=int(key), **json.loads(params[key])) for key in sorted(params, key=int)]
+        return [
+            from_json(Entry, {**json.loads(params[key]), "number": int(key)})
+            for key in sorted(params, key=int)
+        ]
 
     def position(self) -> int | None:
         """Return the version that the alias points to now; None if the alias does not exist."""
@@ -107,7 +113,7 @@ class Ledger:
         """
         from mlflow.exceptions import MlflowException
 
-        content = asdict(entry)
+        content = to_json(entry)
         number = content.pop("number")
         refusal: MlflowException | None = None
 
@@ -222,17 +228,17 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def to_tag(decision: Mapping[str, Any]) -> str:
-    """Convert a decision to JSON that fits in a tag of 5000 characters.
+def to_tag(record: DecisionRecord) -> str:
+    """Convert a decision to JSON that fits in a tag of `TAG_LENGTH` characters.
 
     A decision that is too long loses its passed rules; if it is still too long, it loses all rules and the end of its
     reason.
     """
-    full = json.dumps(decision)
-    if len(full) > 5000:
-        full = json.dumps({**decision, "rules": [r for r in decision["rules"] if not r["passed"]]})
-    return (
-        full
-        if len(full) <= 5000
-        else json.dumps({**decision, "rules": [], "reason": decision["reason"][:2000]})
-    )
+    decision = record.decision
+    failed = tuple(rule for rule in decision.rules if not rule.passed)
+    shorter = replace(decision, rules=failed), replace(decision, rules=(), reason=decision.reason[:2000])
+    tag = json.dumps(to_json(record))
+    for each in shorter:
+        if len(tag) > TAG_LENGTH:
+            tag = json.dumps(to_json(replace(record, decision=each)))
+    return tag

@@ -8,10 +8,9 @@ of both versions (`records`). Then the alias moves (`ledger`).
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from raydetr import storage
 from raydetr.config import PromoteConfig
@@ -21,14 +20,17 @@ from raydetr.evaluation.ground_truth import read_ground_truth
 from raydetr.prediction.predict import read_predictions
 from raydetr.promotion import gate, latency
 from raydetr.promotion.compare import compare
-from raydetr.promotion.gate import Candidate, Decision, Rule
+from raydetr.promotion.gate import Candidate
 from raydetr.promotion.ledger import Entry, Ledger, utc_now
 from raydetr.promotion.records import Promotion, move, open_decision, read_candidate, record_refusal, undo
 from raydetr.registry.models import files_digest, resolve
 from raydetr.registry.tracking import client, end_run, registry_errors, resolve_uri
 from raydetr.reports.page_comparison import write_comparison
 from raydetr.reports.page_pictures import ground_truth_kind
+from raydetr.results.comparison import Comparison
+from raydetr.results.decision import Decision, Rule
 from raydetr.results.record import EvaluationRecord
+from raydetr.results.summary import PromotionSummary
 
 PAGE = "comparison.html"
 
@@ -40,16 +42,12 @@ class GateResult:
     decision: Decision
     digest: str = ""
     """Digest of the evaluation data."""
-    comparison: Mapping[str, Any] | None = None
+    comparison: Comparison | None = None
     manifest: Manifest | None = None
 
 
-def promote(config: PromoteConfig) -> dict[str, Any]:
+def promote(config: PromoteConfig) -> PromotionSummary:
     """Run the gate, record its decision, and move the alias if all rules pass; or undo the last promotion.
-
-    Returns:
-        Summary: model, alias, from_version, version, promoted, moved, reason, data_digest, page, run_id, rules,
-        figures, evaluations.
 
     Raises:
         ConfigError: a flag contradicts the stored evaluations.
@@ -218,7 +216,7 @@ def _write_page(
         result.manifest,
         read_predictions(old.predictions),
         read_predictions(new.predictions),
-        result.decision.to_dict(),
+        result.decision,
         config.metric,
     )
     return True
@@ -230,23 +228,22 @@ def _summary(
     decision: Decision,
     result: GateResult | None = None,
     has_page: bool = False,
-) -> dict[str, Any]:
-    return {
-        "model": done.name,
-        "alias": done.alias,
-        "from_version": "none" if done.previous is None else done.previous,
-        "version": done.version,
-        "promoted": decision.promoted,
-        "moved": bool(done.number),
-        "reason": decision.reason,
-        "data_digest": result.digest if result else "",
-        "page": f"runs:/{done.run_id}/{PAGE}"
-        if has_page and done.run_id
-        else config.report
-        if has_page
-        else "",
-        "run_id": done.run_id,
-        "rules": decision.to_dict()["rules"],
-        "figures": dict(result.comparison["figures"]) if result and result.comparison else {},
-        "evaluations": {digest: record.metrics for digest, record in done.evaluations.items()},
-    }
+) -> PromotionSummary:
+    page = ""
+    if has_page:
+        page = f"runs:/{done.run_id}/{PAGE}" if done.run_id else config.report
+    return PromotionSummary(
+        model=done.name,
+        alias=done.alias,
+        from_version="none" if done.previous is None else done.previous,
+        version=done.version,
+        promoted=decision.promoted,
+        moved=bool(done.number),
+        reason=decision.reason,
+        data_digest=result.digest if result else "",
+        page=page,
+        run_id=done.run_id,
+        rules=decision.rules,
+        metrics=result.comparison.metrics if result and result.comparison else {},
+        evaluations={digest: record.metrics for digest, record in done.evaluations.items()},
+    )

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from raydetr.errors import RegistryError
-from raydetr.promotion.gate import Candidate, Decision
+from raydetr.promotion.gate import Candidate
 from raydetr.promotion.ledger import DECISION_TAG, Entry, Ledger, last_undoable, to_tag, utc_now
 from raydetr.registry.evaluations import evaluations_of
 from raydetr.registry.models import DIGEST_TAG, find_version, registered_version
 from raydetr.registry.tags import CHOSEN_ON_TAG, TRAINED_ON_TAG
 from raydetr.registry.tracking import client, end_run, log_artifacts, registry_errors, set_tags
+from raydetr.results.decision import Decision, DecisionRecord
 from raydetr.results.record import EvaluationRecord
 
 
@@ -50,7 +51,7 @@ def read_candidate(uri: str, address: str) -> Candidate:
     version = registered_version(address, uri)
     return Candidate(
         name=version.name,
-        version=int(version.version),
+        version=version.version,
         digest=version.tags.get(DIGEST_TAG, ""),
         evaluations=evaluations_of(version.tags),
         trained_on=version.tags.get(TRAINED_ON_TAG, ""),
@@ -128,17 +129,17 @@ def open_decision(
     title = f"{ledger.name}@{ledger.alias}: {before} to {version}"
     tags = {"alias": ledger.alias, "old_version": before, "new_version": str(version), "data.digest": digest}
     run_id = run_id or ledger.start_decision(title, tags)
-    content = {
-        "alias": ledger.alias,
-        "old": previous,
-        "new": version,
-        "data": digest,
-        "at": utc_now(),
-        "by": _user_and_host(),
-        "page": f"runs:/{run_id}/comparison.html" if pages else None,
-        **decision.to_dict(),
-    }
-    set_tags(ledger.uri, run_id, {DECISION_TAG: to_tag(content), "promoted": str(decision.promoted)})
+    record = DecisionRecord(
+        alias=ledger.alias,
+        old=previous,
+        new=version,
+        data=digest,
+        at=utc_now(),
+        by=_user_and_host(),
+        page=f"runs:/{run_id}/comparison.html" if pages else None,
+        decision=decision,
+    )
+    set_tags(ledger.uri, run_id, {DECISION_TAG: to_tag(record), "promoted": str(decision.promoted)})
     if pages:
         log_artifacts(ledger.uri, run_id, pages)
     return run_id

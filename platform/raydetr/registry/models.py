@@ -45,6 +45,22 @@ _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<ver
 
 
 @dataclass(frozen=True)
+class RegisteredVersion:
+    """A model version in MLflow's registry."""
+
+    name: str
+    version: int
+    tags: Mapping[str, str]
+    created_ms: int
+    """Time of creation in milliseconds since 1970."""
+
+    @property
+    def address(self) -> str:
+        """Model URI: `models:/NAME/VERSION`."""
+        return f"models:/{self.name}/{self.version}"
+
+
+@dataclass(frozen=True)
 class ResolvedModel:
     """A model URI pinned to one version, so that a moving alias does not affect a running job."""
 
@@ -77,7 +93,7 @@ def register(
     name: str = MODEL_NAME,
     alias: str = CHALLENGER,
     tags: Mapping[str, str] | None = None,
-    figures: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> int:
     """Register a model folder as the next version of a registered model and point an alias at it.
 
@@ -92,7 +108,7 @@ def register(
         name: registered model, created if it does not exist.
         alias: alias to move to the new version.
         tags: tags of the version, e.g. the data digest.
-        figures: metrics of the training, for the model card.
+        metrics: metrics of the training, for the model card.
 
     Returns:
         The version.
@@ -118,7 +134,7 @@ def register(
         model = mlflow_client.create_logged_model(
             run.info.experiment_id, name=name, source_run_id=run_id, tags=all_tags
         )
-        directory = _build_version(scratch, folder, model.model_id, name, run, all_tags, figures or {})
+        directory = _build_version(scratch, folder, model.model_id, name, run, all_tags, metrics or {})
         mlflow_client.log_model_artifacts(model.model_id, directory)
         mlflow_client.finalize_logged_model(model.model_id, "READY")
         try:
@@ -164,15 +180,14 @@ def resolve(address: str, uri: str) -> ResolvedModel:
     if not address.startswith("models:"):
         return _resolve_folder(address)
     version = registered_version(address, uri)
-    pinned = f"models:/{version.name}/{version.version}"
     folder = _files_of(uri, version)
     return ResolvedModel(
-        address=pinned,
+        address=version.address,
         uri=uri,
         folder=folder,
         name=version.name,
-        version=int(version.version),
-        digest=_verify_digest(folder, version.tags.get(DIGEST_TAG, ""), pinned),
+        version=version.version,
+        digest=_verify_digest(folder, version.tags.get(DIGEST_TAG, ""), version.address),
     )
 
 
@@ -211,8 +226,8 @@ def _verify_digest(folder: str, expected: str, address: str) -> str:
     return found
 
 
-def registered_version(address: str, uri: str) -> Any:
-    """Return MLflow's entity of the version at a model URI, without downloading any file.
+def registered_version(address: str, uri: str) -> RegisteredVersion:
+    """Return the version at a model URI, without downloading any file.
 
     Raises:
         ConfigError: the URI starts with `models:` but is malformed.
@@ -237,8 +252,8 @@ def find_version(
     *,
     alias: str | None = None,
     version: str | None = None,
-) -> Any:
-    """Return MLflow's entity of a model version, by alias or by number.
+) -> RegisteredVersion:
+    """Return a model version, by alias or by number.
 
     Raises:
         RegistryError: the model, version or alias does not exist. The message lists the existing ones.
@@ -269,7 +284,8 @@ def find_version(
     if int(version or 0) not in by_number:
         existing = ", ".join(map(str, sorted(by_number))) or "none"
         raise RegistryError(f"MLflow at {uri}: {name!r} has no version {version}; its versions: {existing}.")
-    return by_number[int(version or 0)]
+    found = by_number[int(version or 0)]
+    return RegisteredVersion(name, int(found.version), found.tags, found.creation_timestamp)
 
 
 def _digest_once(folder: str) -> str:
@@ -328,7 +344,7 @@ def _build_version(
     return directory
 
 
-def _files_of(uri: str, version: Any) -> str:
+def _files_of(uri: str, version: RegisteredVersion) -> str:
     """Return the local folder of a version's model files, without verifying their digest."""
     with registry_errors(uri):
         folder = model_folder(_version_directory(client(uri), uri, version))
@@ -336,17 +352,17 @@ def _files_of(uri: str, version: Any) -> str:
     return folder
 
 
-def _version_directory(mlflow_client: "MlflowClient", uri: str, version: Any) -> str:
+def _version_directory(mlflow_client: "MlflowClient", uri: str, version: RegisteredVersion) -> str:
     """Return the local directory of a version: local artifacts in place, remote ones downloaded once per machine."""
     import mlflow.artifacts
 
-    location = mlflow_client.get_model_version_download_uri(version.name, version.version)
+    location = mlflow_client.get_model_version_download_uri(version.name, str(version.version))
     if location.startswith("models:/"):
         location = mlflow_client.get_logged_model(location.removeprefix("models:/")).artifact_location
     if location.startswith("file:"):
         return str(mlflow.artifacts.download_artifacts(artifact_uri=location))
     cache = cache_folder()
-    identity = f"{uri} {location} {version.name} {version.version} {version.creation_timestamp}"
+    identity = f"{uri} {location} {version.name} {version.version} {version.created_ms}"
     target = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if target.exists() and not _is_intact(target, version):
         shutil.rmtree(target, ignore_errors=True)  # damaged on this disk: download it again
@@ -365,7 +381,7 @@ def _version_directory(mlflow_client: "MlflowClient", uri: str, version: Any) ->
     return str(target)
 
 
-def _is_intact(directory: Path, version: Any) -> bool:
+def _is_intact(directory: Path, version: RegisteredVersion) -> bool:
     """Return whether the files of a cached version have the registered digest."""
     try:
         return version.tags.get(DIGEST_TAG) in (None, _digest_once(model_folder(str(directory))))

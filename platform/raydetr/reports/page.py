@@ -97,13 +97,11 @@ def write_sections(uri: str, title: str, lead: str, sections: Mapping[str, tuple
     storage.write_bytes(uri, document(unescape(title), page, STYLE.read_text(), SCRIPT.read_text()))
 
 
-def about_data(
-    analysis: Mapping[str, Any], manifest: Manifest, data: EvaluationData
-) -> list[tuple[str, str]]:
-    """Return facts about the data set as (name, value), HTML. Only `classes` of the analysis is used."""
+def about_data(objects: int, manifest: Manifest, data: EvaluationData) -> list[tuple[str, str]]:
+    """Return facts about the data set as (name, value), HTML."""
     return [
         ("data set", data_name(data)),
-        ("objects", f"{sum(each['objects'] for each in analysis.get('classes', ())):,}"),
+        ("objects", f"{objects:,}"),
         ("classes", f"{len(manifest.categories):,}"),
     ]
 
@@ -134,9 +132,10 @@ def _summary(record: EvaluationRecord, analysis: Mapping[str, Any], manifest: Ma
         if intervals
         else ""
     )
+    objects = sum(each["objects"] for each in analysis.get("classes", ()))
     rows = [
         ("model", model_name(record.model)),
-        *about_data(analysis, manifest, record.data),
+        *about_data(objects, manifest, record.data),
         ("images", f"{analysis['images']:,}"),
         ("undecodable", f"{analysis.get('undecodable', 0):,}"),
         ("date", escape(_date(record))),

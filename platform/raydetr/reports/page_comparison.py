@@ -14,23 +14,27 @@ from raydetr.reports.page_matching import Item, match_image
 from raydetr.reports.page_pictures import Album, detections, ground_truth_kind, open_album, rows_of
 from raydetr.reports.page_tables import Cell, Column, name_cell, plain, sortable, words_cell
 from raydetr.reports.page_text import IOU, metric_text, model_name, number, percent, plural, signed
+from raydetr.results.comparison import Change, Comparison
+from raydetr.results.decision import Decision
 from raydetr.results.record import EvaluationRecord
 
 MAX_IMAGES = 8
 """Maximum improved images, and maximum degraded images."""
 MIN_SCORE = 0.3
 """Minimum score of a detection that is drawn."""
+_Change = tuple[float | None, float | None, float, float | None, float | None]
+"""Old, new, difference, and its interval, which not every metric has."""
 
 
 def write_comparison(
     uri: str,
     old_record: EvaluationRecord,
     new_record: EvaluationRecord,
-    comparison: Mapping[str, Any],
+    comparison: Comparison,
     manifest: Manifest,
     old_predictions: pa.Table,
     new_predictions: pa.Table,
-    decision: Mapping[str, Any] | None = None,
+    decision: Decision | None = None,
     metric: str = "AP",
 ) -> None:
     """Write the report of a comparison.
@@ -43,14 +47,13 @@ def write_comparison(
         manifest: manifest of the data set, from which images and ground truth are read.
         old_predictions: predictions of the current model, a table of `predictions.PREDICTION_SCHEMA`.
         new_predictions: predictions of the candidate.
-        decision: decision of the gate: promoted, rules (rule, passed, found, limit), reason; None without a decision.
+        decision: decision of the gate; None without a decision.
         metric: metric of the verdict and of the class table.
     """
     old, new = model_name(old_record.model), model_name(new_record.model)
     if old == new:
         old, new = f"{old} (old)", f"{new} (new)"
-    changed = comparison.get("changed", {})
-    better, worse = (list(changed.get(kind, ()))[:MAX_IMAGES] for kind in ("better", "worse"))
+    better, worse = comparison.changed.better[:MAX_IMAGES], comparison.changed.worse[:MAX_IMAGES]
     album = open_album(manifest, [*better, *worse], ground_truth_kind(new_record))
     predictions = rows_of(old_predictions, {*better, *worse}), rows_of(new_predictions, {*better, *worse})
     metrics = _metrics(comparison, old_record, new_record)
@@ -62,80 +65,77 @@ def write_comparison(
         "better": ("Improved images", _images(better, album, predictions, "" if worse else controls)),
         "about": ("Method", _about(old_record, new_record, comparison)),
     }
-    of_metric = {"classes": comparison.get("classes", {}).get(metric, ())}
-    rows = [("old", old), ("new", new), *about_data(of_metric, manifest, new_record.data)]
-    rows.append(("images", f"{comparison.get('images', len(new_predictions)):,}"))
+    objects = sum(each.objects for each in comparison.classes.get(metric, ()))
+    rows = [("old", old), ("new", new), *about_data(objects, manifest, new_record.data)]
+    rows.append(("images", f"{comparison.images:,}"))
     lead = album.pixels() + _decision(decision) + _verdict(comparison, old, new, metric) + facts(rows)
     write_sections(uri, f"{new} compared with {old}", lead, sections)
 
 
-def _decision(decision: Mapping[str, Any] | None) -> str:
+def _decision(decision: Decision | None) -> str:
     """Render the decision of the gate and its rules."""
     if decision is None:
         return ""
-    promoted = bool(decision["promoted"])
     rows = [
         [
-            name_cell(str(rule["rule"])),
+            name_cell(rule.rule),
             Cell(
-                '<span class="good">✓ passed</span>'
-                if rule["passed"]
-                else '<span class="bad">✗ failed</span>',
+                '<span class="good">✓ passed</span>' if rule.passed else '<span class="bad">✗ failed</span>',
                 kind="",
             ),
-            Cell(escape(_plain(rule.get("found"))), kind=""),
-            Cell(escape(_plain(rule.get("limit"))), kind=""),
+            Cell(escape(rule.found), kind=""),
+            Cell(escape(rule.limit), kind=""),
         ]
-        for rule in decision.get("rules", ())
+        for rule in decision.rules
     ]
     heads = [("rule", ""), ("result", ""), ("found", ""), ("required", "")]
     table = plain("rules of the promotion", heads, rows) if rows else ""
     return (
-        f'<div class="verdict {"yes" if promoted else "no"}"><p class=big>{"✓ Promoted" if promoted else "✗ Not promoted"}'
-        f"</p><p>{escape(str(decision.get('reason', '')))}</p></div>{table}"
+        f'<div class="verdict {"yes" if decision.promoted else "no"}"><p class=big>'
+        f"{'✓ Promoted' if decision.promoted else '✗ Not promoted'}</p><p>{escape(decision.reason)}</p></div>{table}"
     )
 
 
-def _verdict(comparison: Mapping[str, Any], old: str, new: str, metric: str) -> str:
+def _verdict(comparison: Comparison, old: str, new: str, metric: str) -> str:
     """Describe the change of the metric with its interval and the probability of an improvement."""
-    known = {name: each for name, each in comparison["figures"].items() if _is_measured(each)}
+    known = {name: each for name, each in comparison.metrics.items() if each.is_measured}
     if not known:
         return '<div class="verdict"><p class=big>There is nothing to compare</p><p>The data set has no objects.</p></div>'
     name = next((name for name in (metric, "AP", "PQ", "mask_AP") if name in known), next(iter(known)))
     each = known[name]
-    delta, low, high = each["delta"], each.get("low"), each.get("high")
-    if low is not None and low > 0:
+    if each.low > 0:
         kind, title = "yes", f"{new} is better"
-    elif high is not None and high < 0:
+    elif each.high < 0:
         kind, title = "no", f"{new} is worse"
     else:
         kind, title = "", "No clear difference"
-    change = f"{name} {'rose' if delta > 0 else 'fell' if delta < 0 else 'changed'} by {abs(delta):.3f}"
-    text = f"{change}, from {number(each['old'])} ({old}) to {number(each['new'])} ({new})."
-    if low is not None and high is not None:
-        text += (
-            f" The {percent(comparison.get('confidence', 0.95))} confidence interval of the difference is "
-            f"{signed(low)} to {signed(high)}."
-        )
-    if each.get("probability_better") is not None:
-        text += f" The probability that {new} is better is {percent(each['probability_better'])}."
+    verb = "rose" if each.delta > 0 else "fell" if each.delta < 0 else "changed"
+    text = (
+        f"{name} {verb} by {abs(each.delta):.3f}, from {number(each.old)} ({old}) to {number(each.new)} ({new}). The "
+        f"{percent(comparison.confidence)} confidence interval of the difference is {signed(each.low)} to "
+        f"{signed(each.high)}."
+    )
+    if each.probability_better is not None:
+        text += f" The probability that {new} is better is {percent(each.probability_better)}."
     meaning = f"<b>{name}</b>: {metric_text(name)[1]} All metrics range from 0 to 1. {IOU}"
     return (
         f'<div class="verdict {kind}"><p class=big>{title}</p><p>{text}</p></div><p class=note>{meaning}</p>'
     )
 
 
-def _metrics(comparison: Mapping[str, Any], old: EvaluationRecord, new: EvaluationRecord) -> str:
-    without_interval = {
-        name: {"old": old.metrics.get(name), "new": new.metrics.get(name), "delta": delta}
-        for name, delta in comparison.get("deltas", {}).items()
+def _metrics(comparison: Comparison, old: EvaluationRecord, new: EvaluationRecord) -> str:
+    changes: dict[str, _Change] = {
+        name: (old.metrics.get(name), new.metrics.get(name), delta, None, None)
+        for name, delta in comparison.deltas.items()
     }
-    every = {**without_interval, **comparison["figures"]}
-    known = {name: each for name, each in every.items() if _is_measured(each)}
+    changes |= {name: _values(each) for name, each in comparison.metrics.items()}
+    known = {
+        name: each for name, each in changes.items() if min(-1 if x is None else x for x in each[:2]) >= 0
+    }
     if not known:
         return ""
-    scale = scale_of([(each["delta"], each.get("low"), each.get("high")) for each in known.values()])
-    share = percent(comparison.get("confidence", 0.95))
+    scale = scale_of([each[2:] for each in known.values()])
+    share = percent(comparison.confidence)
     heads = [
         ("metric", ""),
         ("old", "number"),
@@ -144,11 +144,12 @@ def _metrics(comparison: Mapping[str, Any], old: EvaluationRecord, new: Evaluati
         (f"{share} interval", "number"),
     ]
     heads += [(f"worse | better{forest_axis(scale)}", "axis"), ("probability better", "number")]
+    chances = {name: each.probability_better for name, each in comparison.metrics.items()}
     rows = [
         [
             words_cell(*metric_text(name), "main" if name in ("AP", "PQ") else ""),
             *_change_cells(each, scale),
-            Cell("–" if each.get("probability_better") is None else percent(each["probability_better"])),
+            Cell("–" if (chance := chances.get(name)) is None else percent(chance)),
         ]
         for name, each in known.items()
     ]
@@ -158,13 +159,12 @@ def _metrics(comparison: Mapping[str, Any], old: EvaluationRecord, new: Evaluati
     )
 
 
-def _classes(comparison: Mapping[str, Any], metric: str) -> str:
-    every = comparison.get("classes", {}).get(metric, ())
-    known = [each for each in every if _is_measured(each)]
+def _classes(comparison: Comparison, metric: str) -> str:
+    every = comparison.classes.get(metric, ())
+    known = sorted((each for each in every if each.change.is_measured), key=lambda each: each.change.delta)
     if not known:
         return ""
-    known.sort(key=lambda each: each["delta"])
-    scale = scale_of([(each["delta"], each.get("low"), each.get("high")) for each in known])
+    scale = scale_of([_values(each.change)[2:] for each in known])
     title = metric.replace("_", " ")
     columns = [
         Column("class", "name of the class", "", descending=False),
@@ -177,9 +177,9 @@ def _classes(comparison: Mapping[str, Any], metric: str) -> str:
     ]
     rows = [
         [
-            name_cell(str(each["name"])),
-            Cell(f"{each['objects']:,}", each["objects"]),
-            *_change_cells(each, scale),
+            name_cell(each.name),
+            Cell(f"{each.objects:,}", each.objects),
+            *_change_cells(_values(each.change), scale),
         ]
         for each in known
     ]
@@ -196,13 +196,17 @@ def _classes(comparison: Mapping[str, Any], metric: str) -> str:
     )
 
 
-def _change_cells(each: Mapping[str, Any], scale: float) -> list[Cell]:
+def _values(change: Change) -> _Change:
+    return change.old, change.new, change.delta, change.low, change.high
+
+
+def _change_cells(change: _Change, scale: float) -> list[Cell]:
     """Return the cells for old, new, difference, interval and chart."""
-    low, high, delta = each.get("low"), each.get("high"), each["delta"]
+    old, new, delta, low, high = change
     has_interval = low is not None and high is not None
     return [
-        Cell(number(each["old"]), each["old"]),
-        Cell(number(each["new"]), each["new"]),
+        Cell(number(old), old),
+        Cell(number(new), new),
         Cell(signed(delta), delta),
         Cell(f"{signed(low)} to {signed(high)}" if has_interval else "–", low, "number note"),
         Cell(forest_row(delta, low, high, scale), delta, "axis"),
@@ -250,10 +254,10 @@ def _panel(name: str, album: Album, image_id: int, items: Sequence[Item]) -> str
     return f"<div><p>{words}</p>{overlay}</div>"
 
 
-def _about(old: EvaluationRecord, new: EvaluationRecord, comparison: Mapping[str, Any]) -> str:
+def _about(old: EvaluationRecord, new: EvaluationRecord, comparison: Comparison) -> str:
     text = (
         "<p>Both models were scored on the same images by COCO's rules, like pycocotools. The confidence interval of a "
-        f"difference is computed by paired bootstrap: {comparison.get('resamples', 0):,} data sets are drawn with "
+        f"difference is computed by paired bootstrap: {comparison.resamples:,} data sets are drawn with "
         "replacement from the images, both models are scored on each, and the interval is the middle of the "
         "differences. Because both models are scored on the same images, a difference can be significant even if the "
         "intervals of their own metrics overlap.</p>"
@@ -270,16 +274,3 @@ def _about(old: EvaluationRecord, new: EvaluationRecord, comparison: Mapping[str
         if any(values):
             rows.append([name_cell(title), *(Cell(escape(value or "–"), kind="mono") for value in values)])
     return text + plain("what was compared", [("", ""), ("old", ""), ("new", "")], rows)
-
-
-def _is_measured(each: Mapping[str, Any]) -> bool:
-    return (
-        all(each.get(key) is not None for key in ("old", "new", "delta"))
-        and min(each["old"], each["new"]) >= 0
-    )
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}".replace("-", "−") if isinstance(value, float) else str(value)

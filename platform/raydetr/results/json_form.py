@@ -1,7 +1,7 @@
 """The JSON form of the dataclasses in this package.
 
-A dataclass is an object with a key for each field: the field's name, or the `key` in its metadata. The entries of a
-`FLAT` field, a mapping to numbers, are keys of the object itself. A field with the default None is omitted if it is
+A dataclass is an object with a key for each field: the field's name, or the `key` in its metadata. The keys of a `FLAT`
+field, a dataclass or a mapping to numbers, are keys of the object itself. A field with the default None is omitted if it is
 None. Reading ignores unknown keys, and a key that is absent or null has the field's default: so files of older and
 newer versions can be read.
 """
@@ -14,7 +14,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Result = TypeVar("Result")
 FLAT = {"flat": True}
-"""Metadata of a mapping from names to numbers whose entries are keys of the object."""
+"""Metadata of a field whose keys are keys of the object."""
 
 
 def to_json(value: Any) -> Any:
@@ -66,7 +66,9 @@ def _read_fields(kind: Any, content: Mapping[str, Any]) -> Any:
     values: dict[str, Any] = {}
     named = {_key(field) for field in fields(kind)}
     for field in fields(kind):
-        if field.metadata.get("flat"):
+        if field.metadata.get("flat") and is_dataclass(hints[field.name]):
+            values[field.name] = _read_fields(hints[field.name], content)
+        elif field.metadata.get("flat"):
             rest = {name: each for name, each in content.items() if name not in named}
             values[field.name] = {
                 name: each

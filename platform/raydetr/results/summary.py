@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from raydetr.results.comparison import Change
+from raydetr.results.decision import Rule
 from raydetr.results.json_form import to_json
 
 
@@ -37,3 +39,31 @@ class EvaluationSummary:
         for key, value in to_json(self).items():
             content |= {**value, key: value} if key == "figures" else {key: value}
         return content
+
+
+@dataclass(frozen=True)
+class PromotionSummary:
+    """Summary of a promotion or an undo."""
+
+    model: str
+    """Registered name."""
+    alias: str
+    from_version: int | Literal["none"]
+    """Version that the alias pointed to; `none`: the alias did not exist."""
+    version: int
+    promoted: bool
+    """Whether the gate decided to move the alias."""
+    moved: bool
+    """Whether the alias was moved; not in a dry run."""
+    reason: str
+    data_digest: str
+    """Digest of the evaluation data; empty: none."""
+    page: str
+    """URI of the comparison page; empty: none."""
+    run_id: str
+    """MLflow run of the decision; empty: none."""
+    rules: tuple[Rule, ...]
+    metrics: Mapping[str, Change] = field(metadata={"key": "figures"})
+    """Metrics of the comparison; empty without one."""
+    evaluations: Mapping[str, Mapping[str, float]]
+    """Data digest → metrics of the version."""

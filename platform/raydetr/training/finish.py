@@ -79,7 +79,7 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
                     config.tracking.name,
                     alias="challenger",
                     tags=tags,
-                    figures=known,
+                    metrics=known,
                 )
             )
             summary |= {"model": f"models:/{config.tracking.name}/{version}", "model_version": version}

@@ -7,6 +7,8 @@ import pytest
 
 from raydetr.evaluation.analysis import analyze
 from raydetr.promotion.compare import compare
+from raydetr.results.comparison import Change, ChangedImages, Comparison
+from raydetr.results.json_form import from_json, to_json
 from tests.raydetr.evaluation.tables import ground_truth_of, table_of
 
 
@@ -50,38 +52,37 @@ def test_a_model_compared_with_itself_is_neither_better_nor_worse():
     coco = data()
     table = table_of(coco, detected(coco, 6, 1))
     comparison = compare(ground_truth_of(coco), table, table, resamples=50)
-    assert set(comparison["figures"]) == {"AP", "AP50", "AP75"}
-    for each in comparison["figures"].values():
-        assert each["old"] == each["new"]
-        assert [each[name] for name in ("delta", "low", "high", "probability_better")] == [0, 0, 0, 0]
-    assert all(row["delta"] == row["low"] == row["high"] == 0 for row in comparison["classes"]["AP"])
-    assert comparison["changed"] == {"better": [], "worse": []}
-    assert set(comparison["deltas"].values()) == {0}
+    assert set(comparison.metrics) == {"AP", "AP50", "AP75"}
+    for each in comparison.metrics.values():
+        assert each == Change(each.old, each.old, 0, 0, 0, 0)
+    for row in comparison.classes["AP"]:
+        assert (row.change.delta, row.change.low, row.change.high) == (0, 0, 0)
+    assert comparison.changed == ChangedImages((), ())
+    assert set(comparison.deltas.values()) == {0}
 
 
 def test_a_better_model_is_better_beyond_chance_and_worse_in_the_reverse_comparison():
     coco = data()
     old, new = (table_of(coco, detected(coco, jitter, seed)) for jitter, seed in ((9, 1), (2, 2)))
     comparison = compare(ground_truth_of(coco), old, new, resamples=300)
-    change = comparison["figures"]["AP"]
-    assert 0 < change["low"] < change["delta"] < change["high"] < 1
-    assert change["probability_better"] == 1
-    assert comparison["images"] == 40
-    assert (comparison["resamples"], comparison["confidence"]) == (300, 0.95)
+    change = comparison.metrics["AP"]
+    assert 0 < change.low < change.delta < change.high < 1
+    assert change.probability_better == 1
+    assert comparison.images == 40
+    assert (comparison.resamples, comparison.confidence) == (300, 0.95)
     metrics = [analyze(ground_truth_of(coco), table, resamples=2)["figures"] for table in (old, new)]
-    assert (change["old"], change["new"]) == (metrics[0]["AP"], metrics[1]["AP"])
-    assert comparison["deltas"]["AR_100"] == metrics[1]["AR_100"] - metrics[0]["AR_100"]
+    assert (change.old, change.new) == (metrics[0]["AP"], metrics[1]["AP"])
+    assert comparison.deltas["AR_100"] == metrics[1]["AR_100"] - metrics[0]["AR_100"]
 
     reverse = compare(ground_truth_of(coco), new, old, resamples=300)
-    assert reverse["figures"]["AP"]["delta"] == -change["delta"]
-    assert reverse["figures"]["AP"]["low"] == pytest.approx(-change["high"])
-    assert reverse["figures"]["AP"]["high"] == pytest.approx(-change["low"])
-    assert reverse["figures"]["AP"]["probability_better"] == 0
-    assert reverse["changed"] == {
-        "better": comparison["changed"]["worse"],
-        "worse": comparison["changed"]["better"],
-    }
-    assert json.loads(json.dumps(comparison, allow_nan=False)) == comparison
+    assert reverse.metrics["AP"].delta == -change.delta
+    assert reverse.metrics["AP"].low == pytest.approx(-change.high)
+    assert reverse.metrics["AP"].high == pytest.approx(-change.low)
+    assert reverse.metrics["AP"].probability_better == 0
+    assert reverse.changed == ChangedImages(comparison.changed.worse, comparison.changed.better)
+    content = json.loads(json.dumps(to_json(comparison), allow_nan=False))
+    assert content == to_json(comparison)
+    assert from_json(Comparison, content) == comparison
 
 
 def test_a_paired_interval_is_narrower_than_the_models_own():
@@ -89,9 +90,9 @@ def test_a_paired_interval_is_narrower_than_the_models_own():
     results = detected(coco, 6, 1)
     old = table_of(coco, results)
     new = table_of(coco, results[: len(results) - 5])
-    delta = compare(ground_truth_of(coco), old, new, resamples=200)["figures"]["AP"]
+    delta = compare(ground_truth_of(coco), old, new, resamples=200).metrics["AP"]
     low, high = analyze(ground_truth_of(coco), old, resamples=200)["intervals"]["AP"]
-    assert delta["high"] - delta["low"] < (high - low) / 2
+    assert delta.high - delta.low < (high - low) / 2
 
 
 def test_only_classes_with_objects_are_compared():
@@ -102,11 +103,11 @@ def test_only_classes_with_objects_are_compared():
     comparison = compare(
         ground_truth_of(coco), table_of(coco, good), table_of(coco, without_cats), resamples=50
     )
-    cat, dog = comparison["classes"]["AP"]
-    assert (cat["id"], cat["name"], cat["objects"]) == (4, "cat", len(cats))
-    assert (cat["old"], cat["new"], cat["delta"]) == pytest.approx((1, 0, -1))
-    assert cat["low"] == cat["high"] == pytest.approx(-1)
-    assert (dog["name"], dog["delta"], dog["low"], dog["high"]) == ("dog", 0, 0, 0)
+    cat, dog = comparison.classes["AP"]
+    assert (cat.id, cat.name, cat.objects) == (4, "cat", len(cats))
+    assert (cat.change.old, cat.change.new, cat.change.delta) == pytest.approx((1, 0, -1))
+    assert cat.change.low == cat.change.high == pytest.approx(-1)
+    assert (dog.name, dog.change.delta, dog.change.low, dog.change.high) == ("dog", 0, 0, 0)
 
 
 def test_changed_images_are_sorted_by_the_size_of_the_change():
@@ -120,10 +121,10 @@ def test_changed_images_are_sorted_by_the_size_of_the_change():
         for result in first
     ]
     comparison = compare(ground_truth_of(coco), table_of(coco, shifted), table_of(coco, good), resamples=5)
-    assert comparison["changed"] == {"better": [33, 6], "worse": []}
+    assert comparison.changed == ChangedImages(better=(33, 6))
     unsure = [{**result, "score": 0.1} for result in good]
     comparison = compare(ground_truth_of(coco), table_of(coco, good), table_of(coco, unsure), resamples=5)
-    assert comparison["changed"]["worse"] == [3 * image for image in range(12)]
+    assert comparison.changed.worse == tuple(3 * image for image in range(12))
 
 
 def test_metrics_that_one_model_lacks_are_omitted():
@@ -135,12 +136,11 @@ def test_metrics_that_one_model_lacks_are_omitted():
     masks = [{**result, "segmentation": {"size": [400, 500], "counts": "0P`3"}} for result in boxes]
     ground_truth = ground_truth_of(coco)
     assert (
-        "mask_AP"
-        not in compare(ground_truth, table_of(coco, old), table_of(coco, old), resamples=5)["figures"]
+        "mask_AP" not in compare(ground_truth, table_of(coco, old), table_of(coco, old), resamples=5).metrics
     )
     assert (
         "mask_AP"
-        not in compare(ground_truth, table_of(coco, old), table_of(coco, masks), resamples=5)["figures"]
+        not in compare(ground_truth, table_of(coco, old), table_of(coco, masks), resamples=5).metrics
     )
     both = compare(ground_truth, table_of(coco, masks), table_of(coco, masks), resamples=5)
-    assert both["figures"]["mask_AP"]["delta"] == 0
+    assert both.metrics["mask_AP"].delta == 0

@@ -12,6 +12,7 @@ from raydetr.data.shards import Manifest
 from raydetr.evaluation.analysis import analyze
 from raydetr.evaluation.ground_truth import GroundTruth, read_ground_truth
 from raydetr.promotion.compare import compare
+from raydetr.results.comparison import Change
 from tests.raydetr.promotion.judged_masks import outlines, scenes, segmented
 
 Predict = Callable[..., pa.Table]
@@ -48,13 +49,13 @@ def repeated(ground_truth: GroundTruth, table: pa.Table, weights: np.ndarray) ->
     return analyze(again, rows.set_column(0, "image_id", [np.arange(len(names))]), resamples=1)
 
 
-def check_interval(comparison: dict[str, Any], old: list[float], new: list[float]) -> None:
+def check_interval(change: Change, old: list[float], new: list[float]) -> None:
     """Check an interval against the metric of the data set (first value) and of the resamples (all others)."""
     deltas = np.array(new) - np.array(old)
-    assert (comparison["old"], comparison["new"]) == pytest.approx((old[0], new[0]), abs=1e-12)
+    assert (change.old, change.new) == pytest.approx((old[0], new[0]), abs=1e-12)
     moved = deltas[1:] - deltas[1:].mean() + deltas[0]
     expected = np.quantile(moved, [0.025, 0.975])
-    assert [comparison["low"], comparison["high"]] == pytest.approx(expected.tolist(), abs=1e-12)
+    assert [change.low, change.high] == pytest.approx(expected.tolist(), abs=1e-12)
 
 
 @KINDS
@@ -68,17 +69,17 @@ def test_intervals_equal_those_of_data_sets_with_repeated_images(
     all_once = np.ones(len(ground_truth.images), int)
     old, new = ([repeated(ground_truth, table, row) for row in (all_once, *weights)] for table in tables)
     check_interval(
-        comparison["figures"][name], *([each["figures"][name] for each in model] for model in (old, new))
+        comparison.metrics[name], *([each["figures"][name] for each in model] for model in (old, new))
     )
-    assert comparison["classes"][name] != comparison["classes"]["AP"]
+    assert comparison.classes[name] != comparison.classes["AP"]
     by_id = [{row["id"]: row for row in model[0]["classes"]} for model in (old, new)]
-    for row in comparison["classes"][name]:
+    for row in comparison.classes[name]:
         class_values = [
-            [{each["id"]: each for each in analysis["classes"]}[row["id"]][name] for analysis in model]
+            [{each["id"]: each for each in analysis["classes"]}[row.id][name] for analysis in model]
             for model in (old, new)
         ]
-        check_interval(row, *class_values)
-        assert row["name"] == by_id[0][row["id"]]["name"]
+        check_interval(row.change, *class_values)
+        assert row.name == by_id[0][row.id]["name"]
 
 
 @KINDS
@@ -90,12 +91,12 @@ def test_only_classes_with_masks_or_segments_are_compared(
         for item in ground_truth.annotations[::2]:
             item["segmentation"] = None  # these objects have only a box
     table = predict(manifest, 0.1, 0.1)
-    classes = compare(ground_truth, table, table, resamples=2)["classes"]
+    classes = compare(ground_truth, table, table, resamples=2).classes
     counted = [item for item in ground_truth.annotations if kind == "panoptic" or item["segmentation"]]
-    assert {row["id"]: row["objects"] for row in classes[name]} == {
+    assert {row.id: row.objects for row in classes[name]} == {
         category: sum(item["category_id"] == category for item in counted)
         for category in {item["category_id"] for item in counted}
     }
     assert set(classes) == {"AP", "AP50", "AP75", name}
-    stuff = {"sky", "water", "ground"} & {row["name"] for row in classes[name]}
+    stuff = {"sky", "water", "ground"} & {row.name for row in classes[name]}
     assert len(stuff) == (3 if kind == "panoptic" else 0)

@@ -1,7 +1,6 @@
 """The rules of the gate: from facts to a decision and its reason."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -9,7 +8,6 @@ from raydetr.config import PromoteConfig
 from raydetr.errors import ConfigError
 from raydetr.promotion.gate import (
     Candidate,
-    Decision,
     check_comparison,
     check_data,
     check_latency,
@@ -20,6 +18,8 @@ from raydetr.promotion.gate import (
     decide,
     describe,
 )
+from raydetr.results.comparison import Change, ClassChange, Comparison
+from raydetr.results.decision import Decision
 from raydetr.results.record import EvaluatedModel, EvaluationData, EvaluationRecord
 
 DATA, OTHER = "a" * 64, "b" * 64
@@ -42,26 +42,24 @@ CHALLENGER = Candidate("raydetr", 2, "new", {DATA: record("new")})
 
 
 def comparison(
-    old: float, new: float, low: float, high: float, classes: list[dict[str, Any]] | None = None
-) -> dict[str, Any]:
-    change = {"old": old, "new": new, "delta": new - old, "low": low, "high": high, "probability_better": 0.5}
-    ant = {"id": 3, "name": "ant", "objects": 40, **change}
-    return {
-        "figures": {"AP": change, "AP_small": {**change, "old": -1.0, "new": -1.0, "delta": 0.0}},
-        "classes": {"AP": [ant] if classes is None else classes},
-        "images": 50,
-        "resamples": 1000,
-        "confidence": 0.95,
-        "changed": {},
-    }
+    old: float, new: float, low: float, high: float, classes: list[ClassChange] | None = None
+) -> Comparison:
+    change = Change(old, new, new - old, low, high, 0.5)
+    ant = ClassChange(3, "ant", 40, change)
+    return Comparison(
+        metrics={"AP": change, "AP_small": replace(change, old=-1.0, new=-1.0, delta=0.0)},
+        classes={"AP": (ant,) if classes is None else tuple(classes)},
+        images=50,
+        resamples=1000,
+        confidence=0.95,
+    )
 
 
-def class_change(name: str, delta: float, low: float, high: float, objects: int = 40) -> dict[str, Any]:
-    change = {"old": 0.5, "new": 0.5 + delta, "delta": delta, "low": low, "high": high}
-    return {"id": 1, "name": name, "objects": objects, **change}
+def class_change(name: str, delta: float, low: float, high: float, objects: int = 40) -> ClassChange:
+    return ClassChange(1, name, objects, Change(0.5, 0.5 + delta, delta, low, high))
 
 
-def decision(config: PromoteConfig, found: dict[str, Any]) -> Decision:
+def decision(config: PromoteConfig, found: Comparison) -> Decision:
     return decide(check_comparison(config, found), describe(config, found), config.reason)
 
 
@@ -131,16 +129,7 @@ def test_a_class_that_is_worse_within_chance_or_slightly_or_has_few_objects_does
     found = decision(CONFIG, comparison(0.4, 0.45, 0.01, 0.09, classes))
     assert found.promoted
     assert found.rules[-1].found == "the worst of 2: within chance -0.200 [-0.500, +0.100], 40 objects"
-    none = {
-        "id": 1,
-        "name": "no ground truth",
-        "objects": 0,
-        "old": -1.0,
-        "new": -1.0,
-        "delta": 0.0,
-        "low": 0.0,
-        "high": 0.0,
-    }
+    none = ClassChange(1, "no ground truth", 0, Change(-1.0, -1.0, 0.0, 0.0, 0.0))
     assert (
         decision(CONFIG, comparison(0.4, 0.45, 0.01, 0.09, [none])).rules[-1].found
         == "no class has 10 objects"

@@ -6,16 +6,18 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from raydetr.config import PromoteConfig
 from raydetr.errors import ConfigError, RegistryError
-from raydetr.promotion.gate import Decision
 from raydetr.promotion.ledger import Entry, Ledger, experiment_name, last_undoable, to_tag, utc_now
 from raydetr.promotion.records import move, open_decision, record_refusal, undo
 from raydetr.registry.tracking import client, start_run
+from raydetr.results.decision import Decision, DecisionRecord, Rule
+from raydetr.results.json_form import from_json
 from tests.mlflow_server import mlflow_server
 from tests.raydetr.promotion.unchecked_move import move_alias_unchecked
 from tests.raydetr.registry.versions import bare_versions
@@ -24,9 +26,9 @@ from tests.run_pipeline import environment
 RACER = """
 import sys, time
 from pathlib import Path
-from raydetr.promotion.gate import Decision
 from raydetr.promotion.ledger import Entry, Ledger, utc_now
 from raydetr.promotion.records import move, open_decision
+from raydetr.results.decision import Decision
 
 uri, folder, version = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 (folder / f"started-{version}").touch()
@@ -281,12 +283,18 @@ def test_undo_treats_promotions_as_a_stack():
 
 
 def test_a_decision_fits_into_a_tag():
-    rule = {"rule": "r" * 50, "passed": True, "found": "f" * 300, "limit": "l" * 100}
-    small = {"reason": "short", "rules": [rule]}
-    assert json.loads(to_tag(small)) == small
-    large = json.loads(to_tag({"reason": "short", "rules": [rule] * 20 + [{**rule, "passed": False}]}))
-    assert [r["passed"] for r in large["rules"]] == [False]
-    assert len(to_tag({"reason": "x" * 9000, "rules": [rule] * 20})) <= 5000
+    rule = Rule("r" * 50, True, "f" * 300, "l" * 100)
+
+    def stored(rules: list[Rule], reason: str) -> DecisionRecord:
+        decision = Decision(False, tuple(rules), reason)
+        tag = to_tag(DecisionRecord("champion", None, 1, "d1", "now", "me", None, decision))
+        assert len(tag) <= 5000
+        return from_json(DecisionRecord, json.loads(tag))
+
+    assert stored([rule], "short").decision == Decision(False, (rule,), "short")
+    failed = replace(rule, passed=False)
+    assert stored([rule] * 20 + [failed], "short").decision == Decision(False, (failed,), "short")
+    assert stored([failed] * 20, "x" * 9000).decision == Decision(False, (), "x" * 2000)
 
 
 @pytest.mark.parametrize("alias", ["latest", "V12", "", "best model", "a/b", "x" * 300])

@@ -1,10 +1,10 @@
 """Alias moves without the gate, for tests of everything else."""
 
 from raydetr.errors import RegistryError
-from raydetr.promotion.gate import Decision
 from raydetr.promotion.ledger import Entry, Ledger, utc_now
 from raydetr.promotion.records import Promotion, move, open_decision, read_candidate
 from raydetr.registry.tracking import end_run
+from raydetr.results.decision import Decision
 
 
 def move_alias_unchecked(uri: str, address: str, alias: str) -> Promotion:

@@ -59,7 +59,7 @@ def test_the_card_has_data_metrics_revision_and_intended_use(tracking_uri, folde
     run_id = start_run(tracking_uri, "training", "run", {}, {"mlflow.source.git.commit": "0abc"})
     tags = {"data_digest": "d" * 64, "chosen_on_digest": "e" * 64}
     metrics = {"steps": 300, "last_loss": 1.25, "val_AP": 0.4375}
-    register(tracking_uri, run_id, str(folder), tags=tags, figures=metrics)
+    register(tracking_uri, run_id, str(folder), tags=tags, metrics=metrics)
     card = Path(resolve("models:/raydetr/1", tracking_uri).folder, "README.md").read_text()
     for line in (
         f"- training data (digest of the shards): {'d' * 64}",

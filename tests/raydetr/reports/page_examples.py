@@ -12,6 +12,7 @@ from raydetr.data.shards import Manifest, ground_truth_annotations, read_records
 from raydetr.data.stream.mask_targets import decode_mask, has_mask
 from raydetr.prediction.predictions import error_row, table
 from raydetr.reports.page_matching import Item, match_image
+from raydetr.results.comparison import Change, ChangedImages, ClassChange, Comparison
 from raydetr.results.record import EvaluatedModel, EvaluationData, EvaluationRecord
 from tests.to_coco import to_coco_ground_truth
 
@@ -216,23 +217,29 @@ def make_record(
     )
 
 
-def make_comparison(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def make_comparison(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     """Compare two analyses, with plausible intervals."""
 
-    def change(before: float, after: float, width: float) -> dict[str, Any]:
+    def change(before: float, after: float, width: float, better: float | None = None) -> Change:
         delta = after - before
-        return {"old": before, "new": after, "delta": delta, "low": delta - width, "high": delta + width}
+        return Change(before, after, delta, delta - width, delta + width, better)
 
-    changes = {
-        name: change(old["figures"][name], new["figures"][name], 0.02) | {"probability_better": 0.98}
-        for name in old["figures"]
-    }
     classes = [
-        {key: before[key] for key in ("id", "name", "objects")}
-        | change(before["AP"], after["AP"] - 0.2 * (index % 3), 0.3 / max(before["objects"], 1) ** 0.5)
+        ClassChange(
+            before["id"],
+            before["name"],
+            before["objects"],
+            change(before["AP"], after["AP"] - 0.2 * (index % 3), 0.3 / max(before["objects"], 1) ** 0.5),
+        )
         for index, (before, after) in enumerate(zip(old["classes"], new["classes"], strict=True))
     ]
-    return {
-        "figures": changes, "classes": {"AP": classes}, "images": old["images"], "resamples": 1000, "confidence": 0.95,
-        "changed": {"better": old["worst"]["missed"][:4], "worse": new["worst"]["localisation"][:4]},
-    }  # fmt: skip
+    return Comparison(
+        metrics={
+            name: change(old["figures"][name], new["figures"][name], 0.02, 0.98) for name in old["figures"]
+        },
+        classes={"AP": tuple(classes)},
+        images=old["images"],
+        resamples=1000,
+        confidence=0.95,
+        changed=ChangedImages(tuple(old["worst"]["missed"][:4]), tuple(new["worst"]["localisation"][:4])),
+    )

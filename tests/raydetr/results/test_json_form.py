@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from raydetr.promotion.ledger import Entry, to_tag
+from raydetr.results.decision import DecisionRecord, Rule
 from raydetr.results.json_form import from_json, to_json
 from raydetr.results.record import EvaluatedModel, EvaluationData, EvaluationRecord
 
@@ -28,6 +30,14 @@ RECORD = """{
 }"""
 """A metrics.json of raydetr 0.2.0, which is also the value of the version's tag."""
 OF_A_FOLDER = {"address": "/models/last", "digest": "5d41402a", "name": None, "version": None}
+DECISION = (
+    '{"alias": "champion", "old": null, "new": 2, "data": "", "at": "2026-11-25T10:00:00Z", "by": "me@host", "page": null, '
+    '"promoted": false, "rules": [{"rule": "the challenger is evaluated", "passed": false, "found": "version 2 on nothing", '
+    '"limit": "an evaluation"}], "reason": "the challenger is evaluated: version 2 on nothing"}'
+)
+"""The tag `decision` of a run of raydetr 0.2.0, copied to the versions."""
+ENTRY = '{"kind": "promotion", "previous": null, "version": 1, "run_id": "fedcba98", "at": "2026-11-25T10:00:00Z"}'
+"""A parameter of the ledger of raydetr 0.2.0."""
 
 
 @pytest.mark.parametrize("model", [json.loads(RECORD)["model"], OF_A_FOLDER])
@@ -39,6 +49,22 @@ def test_a_stored_record_is_read_and_written_unchanged(model):
     assert record.model == EvaluatedModel(**model)
     assert record.data == EvaluationData("/data/val", "9f1c27ab")
     assert record.undecodable[1035] == "the record has no image bytes"
+
+
+def test_a_stored_decision_is_read_and_written_unchanged():
+    record = from_json(DecisionRecord, json.loads(DECISION))
+    assert to_tag(record) == DECISION
+    assert (record.old, record.new, record.page) == (None, 2, None)
+    assert record.decision.rules == (
+        Rule("the challenger is evaluated", False, "version 2 on nothing", "an evaluation"),
+    )
+
+
+def test_a_stored_move_of_an_alias_is_read_and_written_unchanged():
+    stored = {"number": 1, **json.loads(ENTRY)}
+    entry = from_json(Entry, {**stored, "later": ""})
+    assert entry == Entry(1, "promotion", None, 1, "fedcba98", "2026-11-25T10:00:00Z")
+    assert json.dumps(to_json(entry)) == json.dumps(stored)
 
 
 def test_fields_of_later_versions_are_ignored_and_absent_ones_have_their_defaults():
