@@ -271,7 +271,7 @@ def _analysis(images: int, detections: int) -> dict[str, Any]:
     ground_truth = GroundTruth(coco["categories"], coco["images"], coco["annotations"])
 
     def score() -> list[float]:
-        metrics = analyze(ground_truth, table)["figures"]
+        metrics = analyze(ground_truth, table).metrics
         return [metrics[name] for name in METRICS]
 
     return _measure(score)

@@ -1,10 +1,7 @@
-"""Evaluation analysis as JSON: metrics, confidence intervals, error breakdown.
+"""Analysis of predictions: metrics, confidence intervals, error breakdown.
 
 `score.score` computes it, `evaluate` stores it as `analysis.json`, and `reports.page` renders it.
 """
-
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +19,15 @@ from raydetr.evaluation.intervals import CONFIDENCE, RESAMPLES, intervals, resam
 from raydetr.evaluation.metrics import Evaluations, evaluate_predictions, summarize_metrics
 from raydetr.evaluation.panoptic_quality import PanopticCounts, class_qualities, count_segments
 from raydetr.evaluation.slices import score_slices
+from raydetr.results.analysis import (
+    Analysis,
+    Calibration,
+    CalibrationBin,
+    ClassMetrics,
+    Confusion,
+    Curves,
+    ErrorBreakdown,
+)
 
 MIN_SCORE = 0.3
 """Minimum score of the detections in the confusion matrix and the error breakdown."""
@@ -36,7 +42,7 @@ def analyze(
     seed: int = 0,
     resamples: int = RESAMPLES,
     min_score: float = MIN_SCORE,
-) -> dict[str, Any]:
+) -> Analysis:
     """Compute metrics, intervals and the error breakdown of predictions. The result is deterministic.
 
     Args:
@@ -45,22 +51,6 @@ def analyze(
         seed: seed of the bootstrap.
         resamples: number of bootstrap resamples of the images.
         min_score: minimum score of the detections in `confusion`, `errors` and `worst`.
-
-    Returns:
-        A JSON-compatible dict. Metrics are in 0..1, or -1 if the ground truth has nothing to score:
-
-        - figures: `AP`, … (`METRIC_NAMES`), `mask_AP`, …, `PQ`, `SQ`, `RQ`, `PQ_things`, …
-        - intervals: `AP`, `AP50`, `AP75`, `mask_AP`, `PQ` → [low, high]; confidence; resamples
-        - classes: for each category, ascending by id: id, name, isthing, objects, images, its metrics, and the score
-          threshold with the best F1 at IoU 0.5
-        - curves: recall [101]; all: "0.50", "0.75", "mean" → precision [101]; classes: id → precision at IoU 0.5
-        - confusion: names, with "background" last; counts [ground-truth class][predicted class]
-        - calibration: ece, mce and bins of all detections; a detection is correct if it matches at IoU 0.5
-        - errors: counts and cost (AP50 points) of each of `KINDS`, and the AP50 to which a cost would be added
-        - duplicates: second detections with a score of at least 0.5 as a share of the objects; see `duplicate_share`
-        - slices: criterion → name, images, objects, AP, AP50
-        - worst: kind of error → image ids, worst first
-        - images, undecodable: counts
 
     Raises:
         DataError: masks or panoptic maps of the predictions are inconsistent.
@@ -75,23 +65,22 @@ def analyze(
     errors = find_errors(boxes, matches, min_score)
     filtered = filter_by_score(ground_truth.coco(), boxes, matches, min_score)
     costs, ap50 = error_costs(filtered)
-    kinds = [kind for kind in KINDS if kind != "both"]
-    return {
-        "figures": metrics,
-        "intervals": intervals(metrics, resampled),
-        "confidence": CONFIDENCE,
-        "resamples": resamples,
-        "classes": _classes(ground_truth, evaluations, matches, panoptic),
-        "curves": _curves(boxes),
-        "confusion": _confusion(ground_truth, filtered, min_score),
-        "calibration": _calibration(boxes),
-        "errors": {"counts": errors.counts(), "cost": costs, "AP50": ap50, "min_score": min_score},
-        "duplicates": duplicate_share(boxes, matches),
-        "slices": score_slices(ground_truth, boxes),
-        "worst": {kind: errors.worst(kind, boxes.image_ids) for kind in kinds},
-        "images": len(boxes.image_ids),
-        "undecodable": len(predictions) - predictions.column("error").null_count,
-    }
+    return Analysis(
+        metrics=metrics,
+        images=len(boxes.image_ids),
+        undecodable=len(predictions) - predictions.column("error").null_count,
+        intervals=intervals(metrics, resampled),
+        confidence=CONFIDENCE,
+        resamples=resamples,
+        classes=_classes(ground_truth, evaluations, matches, panoptic),
+        curves=_curves(boxes),
+        confusion=_confusion(ground_truth, filtered, min_score),
+        calibration=_calibration(boxes),
+        errors=ErrorBreakdown(errors.counts(), costs, ap50, min_score),
+        duplicates=duplicate_share(boxes, matches),
+        slices=score_slices(ground_truth, boxes),
+        worst={kind: errors.worst(kind, boxes.image_ids) for kind in KINDS if kind != "both"},
+    )
 
 
 def count_panoptic(ground_truth: GroundTruth, predictions: pa.Table) -> PanopticCounts | None:
@@ -132,7 +121,7 @@ def _mean(values: np.ndarray) -> float:
 
 def _classes(
     ground_truth: GroundTruth, evaluations: Evaluations, matches: Matches, panoptic: PanopticCounts | None
-) -> list[dict[str, Any]]:
+) -> tuple[ClassMetrics, ...]:
     names = class_names(ground_truth)
     things = {int(category["id"]): bool(category.get("isthing", 1)) for category in ground_truth.categories}
     masks = None if evaluations.masks is None else class_metrics(evaluations.masks)
@@ -141,20 +130,22 @@ def _classes(
     for index, metrics in enumerate(class_metrics(evaluations.boxes)):
         category_id = int(evaluations.boxes.category_ids[index])
         images = matches.object_image[matches.object_category == index]
-        row = {
-            "id": category_id,
-            "name": names[category_id],
-            "isthing": things[category_id],
-            "objects": len(images),
-            "images": len(np.unique(images)),
-            **metrics,
-        }
         if masks is not None:
-            row |= {f"mask_{name}": masks[index][name] for name in ("AP", "AP50")}
-        row |= qualities.get(category_id, {})
-        row["best_threshold"], row["best_f1"] = _best_threshold(matches, index)
-        rows.append(row)
-    return rows
+            metrics |= {f"mask_{name}": masks[index][name] for name in ("AP", "AP50")}
+        best_threshold, best_f1 = _best_threshold(matches, index)
+        rows.append(
+            ClassMetrics(
+                id=category_id,
+                name=names[category_id],
+                objects=len(images),
+                images=len(np.unique(images)),
+                metrics=metrics | qualities.get(category_id, {}),
+                isthing=things[category_id],
+                best_threshold=best_threshold,
+                best_f1=best_f1,
+            )
+        )
+    return tuple(rows)
 
 
 def _best_threshold(matches: Matches, category: int) -> tuple[float, float]:
@@ -175,42 +166,42 @@ def _best_threshold(matches: Matches, category: int) -> tuple[float, float]:
     return float(scores[best]), float(f1[best])
 
 
-def _curves(evaluation: Evaluation) -> dict[str, Any]:
+def _curves(evaluation: Evaluation) -> Curves:
     precision = evaluation.coco.eval["precision"][:, :, :, _ALL, _MAX_DETECTIONS]
     scored = np.flatnonzero(precision[0, 0] > -1)
     of_scored = precision[:, :, scored]
     means = of_scored.mean(axis=2) if len(scored) else np.full(precision.shape[:2], -1.0)
-    return {
-        "recall": [float(recall) for recall in evaluation.coco.params.rec_thrs],
-        "all": {
-            "0.50": means[0].tolist(),
-            "0.75": means[5].tolist(),
-            "mean": means.mean(axis=0).tolist(),
+    lines = {"0.50": means[0], "0.75": means[5], "mean": means.mean(axis=0)}
+    return Curves(
+        recall=tuple(float(recall) for recall in evaluation.coco.params.rec_thrs),
+        overall={name: tuple(line.tolist()) for name, line in lines.items()},
+        classes={
+            int(evaluation.category_ids[index]): tuple(precision[0, :, index].tolist()) for index in scored
         },
-        "classes": {str(evaluation.category_ids[index]): precision[0, :, index].tolist() for index in scored},
-    }
+    )
 
 
-def _confusion(ground_truth: GroundTruth, filtered: Evaluation, min_score: float) -> dict[str, Any]:
+def _confusion(ground_truth: GroundTruth, filtered: Evaluation, min_score: float) -> Confusion:
     names = class_names(ground_truth)
-    return {
-        "names": [*(names[int(category_id)] for category_id in filtered.category_ids), "background"],
-        "counts": filtered.coco.confusion_matrix(iou_thr=0.5)["matrix"].astype(int).tolist(),
-        "iou": 0.5,
-        "min_score": min_score,
-    }
+    counts = filtered.coco.confusion_matrix(iou_thr=0.5)["matrix"].astype(int).tolist()
+    return Confusion(
+        names=(*(names[int(category_id)] for category_id in filtered.category_ids), "background"),
+        counts=tuple(map(tuple, counts)),
+        iou=0.5,
+        min_score=min_score,
+    )
 
 
-def _calibration(evaluation: Evaluation) -> dict[str, Any]:
-    result: Mapping[str, Any] = evaluation.coco.calibration(n_bins=10, iou_threshold=0.5)
-    names = {
-        "low": "bin_lower",
-        "high": "bin_upper",
-        "confidence": "avg_confidence",
-        "accuracy": "avg_accuracy",
-    }
-    bins = [
-        {**{name: float(each[key]) for name, key in names.items()}, "count": int(each["count"])}
+def _calibration(evaluation: Evaluation) -> Calibration:
+    result = evaluation.coco.calibration(n_bins=10, iou_threshold=0.5)
+    bins = tuple(
+        CalibrationBin(
+            low=float(each["bin_lower"]),
+            high=float(each["bin_upper"]),
+            confidence=float(each["avg_confidence"]),
+            accuracy=float(each["avg_accuracy"]),
+            count=int(each["count"]),
+        )
         for each in result["bins"]
-    ]
-    return {"ece": float(result["ece"]), "mce": float(result["mce"]), "bins": bins}
+    )
+    return Calibration(float(result["ece"]), float(result["mce"]), bins)

@@ -43,12 +43,12 @@ class Errors:
         """Count the errors of each kind."""
         return dict(zip(KINDS, np.bincount(self.kind, minlength=len(KINDS)).tolist()))
 
-    def worst(self, kind: str, image_ids: np.ndarray, limit: int = 12) -> list[int]:
+    def worst(self, kind: str, image_ids: np.ndarray, limit: int = 12) -> tuple[int, ...]:
         """Return the ids of the images with the largest sum of weights of a kind, worst first."""
         rows = self.kind == KINDS.index(kind)
         weight = np.bincount(self.image[rows], self.weight[rows], minlength=len(image_ids))
         order = np.argsort(-weight, kind="stable")[:limit]
-        return [int(image_ids[position]) for position in order if weight[position] > 0]
+        return tuple(int(image_ids[position]) for position in order if weight[position] > 0)
 
 
 def find_errors(evaluation: Evaluation, matches: Matches, min_score: float) -> Errors:

@@ -38,6 +38,7 @@ from raydetr.prediction.predictions import Masks, PredictionSettings
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.registry.tracking import resolve_uri
 from raydetr.reports.page import write_page
+from raydetr.results.json_form import to_json
 from raydetr.results.record import EvaluationRecord
 from raydetr.results.summary import EvaluationSummary
 
@@ -141,7 +142,7 @@ def _evaluate(
     )
     table = read_predictions(predictions)
     record = replace(record, padding_share=_padding_share(model, table))
-    storage.write_json(storage.join(output, ANALYSIS), scored.analysis)
+    storage.write_json(storage.join(output, ANALYSIS), to_json(scored.analysis))
     write_page(record.report, record, scored.analysis, manifest, table)
     held.verify()
     return keep(uri, model, record, scored.analysis, output)

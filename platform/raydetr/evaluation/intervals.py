@@ -59,13 +59,11 @@ def resample(
     return Resampled(metrics, classes)
 
 
-def intervals(metrics: Mapping[str, float], resampled: Resampled) -> dict[str, list[float]]:
-    """Return name → [low, high] for each resampled metric.
+def intervals(metrics: Mapping[str, float], resampled: Resampled) -> dict[str, tuple[float, float]]:
+    """Return name → (low, high) for each resampled metric.
 
     Args:
         metrics: values on the data set itself, around which the intervals are placed.
         resampled: values on the resamples.
     """
-    return {
-        name: list(interval(metrics[name], values, CONFIDENCE)) for name, values in resampled.metrics.items()
-    }
+    return {name: interval(metrics[name], values, CONFIDENCE) for name, values in resampled.metrics.items()}

@@ -16,7 +16,6 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from raydetr import storage
 from raydetr.data.shards import Manifest
@@ -35,6 +34,7 @@ from raydetr.registry.tracking import (
     set_tags,
     start_run,
 )
+from raydetr.results.analysis import Analysis
 from raydetr.results.json_form import from_json, to_json
 from raydetr.results.record import EvaluatedModel, EvaluationData, EvaluationRecord, SettingValue
 
@@ -143,7 +143,7 @@ def check_record_fits(
 
 
 def keep(
-    uri: str, model: ResolvedModel, record: EvaluationRecord, analysis: Mapping[str, Any], output: str
+    uri: str, model: ResolvedModel, record: EvaluationRecord, analysis: Analysis, output: str
 ) -> EvaluationRecord:
     """Store the record of an evaluation, whose analysis and report exist already.
 
@@ -198,13 +198,13 @@ def tag_below_minimum(uri: str, model: ResolvedModel, record: EvaluationRecord, 
         )
 
 
-def _class_metrics(analysis: Mapping[str, Any]) -> dict[str, float]:
+def _class_metrics(analysis: Analysis) -> dict[str, float]:
     """Return AP, mask AP and PQ of each class, under names that MLflow accepts."""
     return {
-        class_metric(key, str(each["name"])): each[key]
-        for each in analysis["classes"]
+        class_metric(key, each.name): each.metrics[key]
+        for each in analysis.classes
         for key in ("AP", "mask_AP", "PQ")
-        if key in each
+        if key in each.metrics
     }
 
 

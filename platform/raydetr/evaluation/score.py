@@ -1,7 +1,6 @@
 """Scoring of a file of predictions against the ground truth of a whole data set."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -11,14 +10,14 @@ from raydetr.evaluation.analysis import analyze, count_panoptic
 from raydetr.evaluation.ground_truth import GroundTruth, read_ground_truth
 from raydetr.evaluation.metrics import evaluate_predictions, summarize_metrics
 from raydetr.prediction.predict import check_complete, read_predictions
+from raydetr.results.analysis import Analysis
 
 
 @dataclass(frozen=True)
 class Score:
     """Result of `score`."""
 
-    analysis: dict[str, Any]
-    """See `analysis.analyze`."""
+    analysis: Analysis
     images: int
     """Number of images scored, which is the size of the data set."""
     undecodable: dict[int, str]
@@ -27,7 +26,7 @@ class Score:
     @property
     def metrics(self) -> dict[str, float]:
         """AP, AP50, AP75, AP_small, … in 0..1; -1 if the data set has no object of that kind."""
-        return dict(self.analysis["figures"])
+        return dict(self.analysis.metrics)
 
 
 def score(predictions: str, manifest: Manifest, kind: MaskKind = "none") -> Score:

@@ -1,12 +1,12 @@
 """Metrics of slices of a data set: images grouped by number of objects and by size."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from detr.metrics.coco_matching import Evaluation
 from raydetr.evaluation.ground_truth import GroundTruth
+from raydetr.results.analysis import SliceMetrics
 
 _OBJECTS = ((0, "none"), (1, "1"), (2, "2 to 4"), (5, "5 to 9"), (10, "10 to 19"), (20, "20 or more"))
 _SIDES = (
@@ -19,7 +19,7 @@ _SIDES = (
 """Minimum value and name of each slice."""
 
 
-def score_slices(ground_truth: GroundTruth, evaluation: Evaluation) -> dict[str, list[dict[str, Any]]]:
+def score_slices(ground_truth: GroundTruth, evaluation: Evaluation) -> dict[str, tuple[SliceMetrics, ...]]:
     """Compute AP and AP50 of boxes by number of objects in the image and by shorter side of the image in pixels.
 
     Args:
@@ -27,8 +27,7 @@ def score_slices(ground_truth: GroundTruth, evaluation: Evaluation) -> dict[str,
         evaluation: evaluation of boxes.
 
     Returns:
-        "objects per image" and "shorter side" → `name`, `images`, `objects`, `AP` and `AP50` of each slice that has
-        images. AP and AP50 are -1 for a slice without objects. Crowds do not count as objects. Images of unknown size
+        "objects per image" and "shorter side" → each slice that has images. AP and AP50 are -1 for a slice without objects. Crowds do not count as objects. Images of unknown size
         are in no slice of "shorter side".
     """
     image_ids = evaluation.image_ids
@@ -48,20 +47,20 @@ def score_slices(ground_truth: GroundTruth, evaluation: Evaluation) -> dict[str,
 
 def _score(
     evaluation: Evaluation, values: np.ndarray, objects: np.ndarray, bounds: Sequence[tuple[int, str]]
-) -> list[dict[str, Any]]:
+) -> tuple[SliceMetrics, ...]:
     number = np.searchsorted([minimum for minimum, _ in bounds], values, side="right") - 1
     members = {name: np.flatnonzero(number == index) for index, (_, name) in enumerate(bounds)}
     members = {name: images for name, images in members.items() if len(images)}
     if not members:
-        return []
+        return ()
     scored = evaluation.coco.slice_by({name: images.tolist() for name, images in members.items()})
-    return [
-        {
-            "name": name,
-            "images": len(images),
-            "objects": int(objects[images].sum()),
-            "AP": float(scored[name]["AP"]),
-            "AP50": float(scored[name]["AP50"]),
-        }
+    return tuple(
+        SliceMetrics(
+            name=name,
+            images=len(images),
+            objects=int(objects[images].sum()),
+            ap=float(scored[name]["AP"]),
+            ap50=float(scored[name]["AP50"]),
+        )
         for name, images in members.items()
-    ]
+    )

@@ -2,10 +2,10 @@
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape, unescape
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -29,8 +29,10 @@ from raydetr.reports.page_text import (
     plural,
     with_interval,
 )
+from raydetr.results.analysis import Analysis
 from raydetr.results.record import EvaluationData, EvaluationRecord
 
+Part = TypeVar("Part")
 STYLE = Path(__file__).with_name("page.css")
 SCRIPT = Path(__file__).with_name("page.js")
 _HEADLINES = ("AP", "AP50", "AP75", "mask_AP", "PQ")
@@ -45,7 +47,7 @@ _LINES = {
 def write_page(
     uri: str,
     record: EvaluationRecord,
-    analysis: Mapping[str, Any],
+    analysis: Analysis,
     manifest: Manifest,
     predictions: pa.Table,
 ) -> None:
@@ -54,7 +56,7 @@ def write_page(
     Args:
         uri: URI of the HTML file.
         record: record of the evaluation. Its date defaults to today.
-        analysis: as in analysis.json. Sections without data are omitted.
+        analysis: analysis of the predictions. Sections without data are omitted.
         manifest: manifest of the data set, from which images and ground truth are read.
         predictions: table of `predictions.PREDICTION_SCHEMA`.
     """
@@ -63,9 +65,9 @@ def write_page(
         "figures": ("All metrics", _metrics(analysis)),
         "classes": ("Classes", _classes(analysis)),
         "curves": ("Precision-recall curves", _curves(analysis)),
-        "scores": ("Calibration of scores", _part(analysis, "calibration", calibration_section)),
-        "errors": ("Error breakdown", _part(analysis, "errors", error_section)),
-        "confusions": ("Confusion matrix", _part(analysis, "confusion", confusion_section)),
+        "scores": ("Calibration of scores", _part(analysis.calibration, calibration_section)),
+        "errors": ("Error breakdown", _part(analysis.errors, error_section)),
+        "confusions": ("Confusion matrix", _part(analysis.confusion, confusion_section)),
         "images": (
             "Worst images",
             gallery_section(analysis, manifest, predictions, ground_truth_kind(record)),
@@ -74,7 +76,7 @@ def write_page(
         "about": ("Method", _about(record, analysis, manifest)),
     }
     title = f"{model_name(record.model)} on {data_name(record.data)}"
-    lead = f"<p class=lead>Evaluation of a detector on {plural(analysis['images'], 'labeled image')}.</p>"
+    lead = f"<p class=lead>Evaluation of a detector on {plural(analysis.images, 'labeled image')}.</p>"
     write_sections(uri, f"Evaluation: {title}", lead, sections)
 
 
@@ -111,12 +113,12 @@ def facts(rows: Sequence[tuple[str, str]]) -> str:
     return f"<dl class=facts>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in rows)}</dl>"
 
 
-def _part(analysis: Mapping[str, Any], name: str, section: Any) -> str:
-    return section(analysis[name]) if analysis.get(name) else ""
+def _part(part: Part | None, section: Callable[[Part], str]) -> str:
+    return "" if part is None else section(part)
 
 
-def _summary(record: EvaluationRecord, analysis: Mapping[str, Any], manifest: Manifest) -> str:
-    metrics, intervals = analysis["figures"], analysis.get("intervals", {})
+def _summary(record: EvaluationRecord, analysis: Analysis, manifest: Manifest) -> str:
+    metrics, intervals = analysis.metrics, analysis.intervals
     cards = []
     for name in _HEADLINES:
         if name not in metrics:
@@ -126,18 +128,18 @@ def _summary(record: EvaluationRecord, analysis: Mapping[str, Any], manifest: Ma
         interval = f" <small>{rest[0]}</small>" if rest else ""
         cards.append(f"<div><dt>{title}</dt><dd>{value}{interval}</dd><dd class=words>{words}</dd></div>")
     items = "".join(f"<li>{sentence}</li>" for sentence in findings(analysis))
-    share = percent(analysis.get("confidence", 0.95))
+    share = percent(analysis.confidence)
     range_note = (
         f"The range in parentheses is the {share} confidence interval of the metric on other images of the same kind. "
         if intervals
         else ""
     )
-    objects = sum(each["objects"] for each in analysis.get("classes", ()))
+    objects = sum(each.objects for each in analysis.classes)
     rows = [
         ("model", model_name(record.model)),
         *about_data(objects, manifest, record.data),
-        ("images", f"{analysis['images']:,}"),
-        ("undecodable", f"{analysis.get('undecodable', 0):,}"),
+        ("images", f"{analysis.images:,}"),
+        ("undecodable", f"{analysis.undecodable:,}"),
         ("date", escape(_date(record))),
     ]
     return (
@@ -146,10 +148,10 @@ def _summary(record: EvaluationRecord, analysis: Mapping[str, Any], manifest: Ma
     )
 
 
-def _metrics(analysis: Mapping[str, Any]) -> str:
-    metrics, intervals = analysis["figures"], analysis.get("intervals", {})
+def _metrics(analysis: Analysis) -> str:
+    metrics, intervals = analysis.metrics, analysis.intervals
     prefixes = ["", "mask_"] if any(f"mask_{name}" in metrics for name in BOX_METRICS) else [""]
-    ranges = f"{percent(analysis.get('confidence', 0.95))} interval"
+    ranges = f"{percent(analysis.confidence)} interval"
     heads = [("metric", "")]
     for prefix in prefixes:
         heads += [("masks" if prefix else "boxes", "number"), (ranges, "number")]
@@ -161,7 +163,7 @@ def _metrics(analysis: Mapping[str, Any]) -> str:
                 [*row, *(cell for prefix in prefixes for cell in _value(metrics, intervals, prefix + name))]
             )
     table = plain("metrics of boxes and masks", heads, rows)
-    if any(value is not None and value < 0 for value in metrics.values()):
+    if any(value < 0 for value in metrics.values()):
         table += "<p class=note>A dash means that the data set has no objects of that kind.</p>"
     if "PQ" in metrics:
         heads = [
@@ -185,7 +187,9 @@ def _metrics(analysis: Mapping[str, Any]) -> str:
     return table
 
 
-def _value(metrics: Mapping[str, Any], intervals: Mapping[str, Any], name: str) -> list[Cell]:
+def _value(
+    metrics: Mapping[str, float], intervals: Mapping[str, tuple[float, float]], name: str
+) -> list[Cell]:
     value = metric_cell(metrics.get(name))
     if name not in intervals or value.value is None:
         return [value, Cell("")]
@@ -200,11 +204,13 @@ _CLASS_METRICS = {
 }  # fmt: skip
 
 
-def _classes(analysis: Mapping[str, Any]) -> str:
-    classes = sorted(analysis.get("classes", ()), key=lambda each: (-each["objects"], str(each["name"])))
+def _classes(analysis: Analysis) -> str:
+    classes = sorted(analysis.classes, key=lambda each: (-each.objects, each.name))
     if not classes:
         return ""
-    shown = {key: title for key, title in _CLASS_METRICS.items() if any(key in each for each in classes)}
+    shown = {
+        key: title for key, title in _CLASS_METRICS.items() if any(key in each.metrics for each in classes)
+    }
     columns = [Column("class", "name of the class", "", descending=False)]
     columns += [Column("objects", "in the ground truth"), Column("images", "with objects of the class")]
     columns += [Column(title, metric_text(key)[1] or title) for key, title in shown.items()]
@@ -212,16 +218,16 @@ def _classes(analysis: Mapping[str, Any]) -> str:
     columns.append(Column("best F1", "best harmonic mean of precision and recall at IoU 0.50"))
     rows = [
         [
-            name_cell(str(each["name"])),
-            Cell(f"{each['objects']:,}", each["objects"]),
-            Cell(f"{each['images']:,}", each["images"]),
-            *(metric_cell(each.get(key)) for key in shown),
-            Cell(number(each.get("best_threshold"), 2), _known(each.get("best_threshold"))),
-            metric_cell(each.get("best_f1")),
+            name_cell(each.name),
+            Cell(f"{each.objects:,}", each.objects),
+            Cell(f"{each.images:,}", each.images),
+            *(metric_cell(each.metrics.get(key)) for key in shown),
+            Cell(number(each.best_threshold, 2), _known(each.best_threshold)),
+            metric_cell(each.best_f1),
         ]
         for each in classes
     ]
-    empty = sum(each["objects"] == 0 for each in classes)
+    empty = sum(each.objects == 0 for each in classes)
     note = (
         f" {plural(empty, 'class has', 'classes have')} no objects and therefore no metrics." if empty else ""
     )
@@ -241,23 +247,21 @@ def _known(value: float | None) -> float | None:
     return None if value is None or value < 0 else value
 
 
-def _curves(analysis: Mapping[str, Any]) -> str:
-    data = analysis.get("curves")
-    if not data or not any(max(line, default=-1) >= 0 for line in data["all"].values()):
+def _curves(analysis: Analysis) -> str:
+    data = analysis.curves
+    if data is None or not any(max(line, default=-1) >= 0 for line in data.overall.values()):
         return ""
-    recall = data["recall"]
+    recall = data.recall
     lines: dict[str, Sequence[float]] = {
-        kind: data["all"][key] for kind, (_, key) in _LINES.items() if key in data["all"]
+        kind: data.overall[key] for kind, (_, key) in _LINES.items() if key in data.overall
     }
     chart = curves(
         recall, {**lines, "one": []}, "precision over recall for all classes, and for a selected class"
     )
     legend = "".join(f"<li>{_sample(kind)}{_LINES[kind][0]}</li>" for kind in lines)
-    names: dict[str, str] = {str(each["id"]): str(each["name"]) for each in analysis.get("classes", ())}
-    measured: dict[str, Sequence[float]] = {
-        key: line for key, line in data["classes"].items() if max(line, default=-1) >= 0
-    }
-    named = sorted((names.get(key, key).lower(), names.get(key, key), key) for key in map(str, measured))
+    names = {str(each.id): each.name for each in analysis.classes}
+    measured = {str(key): line for key, line in data.classes.items() if max(line, default=-1) >= 0}
+    named = sorted((names.get(key, key).lower(), names.get(key, key), key) for key in measured)
     options = "".join(f'<option value="{escape(key)}">{escape(name)}</option>' for _, name, key in named)
     paths = json.dumps({"lines": {key: line_path(recall, line) for key, line in measured.items()}})
     rows = [
@@ -280,8 +284,8 @@ def _sample(kind: str) -> str:
     return f'<svg class=plot viewBox="0 0 34 10" aria-hidden="true"><path class="curve {kind}" d="M0 5H34"/></svg>'
 
 
-def _slices(analysis: Mapping[str, Any]) -> str:
-    metrics = analysis["figures"]
+def _slices(analysis: Analysis) -> str:
+    metrics = analysis.metrics
     heads = [("", ""), ("images", "number"), ("objects", "number"), ("AP", "number"), ("AP50", "number")]
     parts = []
     if all(f"AP_{size}" in metrics for size in _SIZES):
@@ -291,14 +295,14 @@ def _slices(analysis: Mapping[str, Any]) -> str:
         ]
         table = plain("metrics by object size", [("", ""), ("AP", "number"), ("recall", "number")], rows)
         parts.append(f"<div><h3>By object size</h3>{table}</div>")
-    for name, slices in analysis.get("slices", {}).items():
+    for name, slices in analysis.slices.items():
         rows = [
             [
-                name_cell(str(each["name"])),
-                Cell(f"{each['images']:,}"),
-                Cell(f"{each['objects']:,}"),
-                metric_cell(each["AP"]),
-                metric_cell(each["AP50"]),
+                name_cell(each.name),
+                Cell(f"{each.images:,}"),
+                Cell(f"{each.objects:,}"),
+                metric_cell(each.ap),
+                metric_cell(each.ap50),
             ]
             for each in slices
         ]
@@ -307,7 +311,7 @@ def _slices(analysis: Mapping[str, Any]) -> str:
     return f"<div class=charts>{''.join(parts)}</div>"
 
 
-def _about(record: EvaluationRecord, analysis: Mapping[str, Any], manifest: Manifest) -> str:
+def _about(record: EvaluationRecord, analysis: Analysis, manifest: Manifest) -> str:
     rows = [
         ("model", record.model.address),
         ("digest of the model", record.model.digest),
@@ -322,10 +326,10 @@ def _about(record: EvaluationRecord, analysis: Mapping[str, Any], manifest: Mani
         "<p>Boxes and masks are scored by COCO's rules, like pycocotools: all detections count, up to 100 per image, "
         "without a score threshold. Objects of images that cannot be decoded count as missed.</p>"
     )
-    if analysis.get("resamples"):
+    if analysis.resamples:
         text += (
-            f"<p>Confidence intervals are computed by bootstrap: {analysis['resamples']:,} data sets are drawn with "
-            f"replacement from the images, and the interval is the middle {percent(analysis.get('confidence', 0.95))} "
+            f"<p>Confidence intervals are computed by bootstrap: {analysis.resamples:,} data sets are drawn with "
+            f"replacement from the images, and the interval is the middle {percent(analysis.confidence)} "
             "of their metrics.</p>"
         )
     table = "".join(

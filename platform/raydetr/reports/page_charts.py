@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+
+from raydetr.results.analysis import CalibrationBin
 
 WIDTH, HEIGHT = 440, 330
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 44
@@ -68,18 +69,18 @@ def curves(recall: Sequence[float], lines: Mapping[str, Sequence[float]], name: 
     )
 
 
-def calibration(bins: Sequence[Mapping[str, Any]], name: str) -> str:
+def calibration(bins: Sequence[CalibrationBin], name: str) -> str:
     """Draw the share of correct detections over the score: a bar for each bin with detections, and the diagonal."""
-    maximum = max((each["count"] for each in bins), default=0) or 1
+    maximum = max((each.count for each in bins), default=0) or 1
     bars = []
     for each in bins:
-        if not each["count"]:
+        if not each.count:
             continue
-        left, right, top = x_of(each["low"]), x_of(each["high"]), y_of(each["accuracy"])
+        left, right, top = x_of(each.low), x_of(each.high), y_of(each.accuracy)
         bars.append(
             f'<rect x="{left + 1:.1f}" y="{top:.1f}" width="{right - left - 2:.1f}" '
-            f'height="{y_of(0) - top:.1f}" opacity="{0.35 + 0.65 * each["count"] / maximum:.2f}">'
-            f"<title>score {each['low']:.2f} to {each['high']:.2f}: {each['accuracy']:.2f} of {each['count']:,} "
+            f'height="{y_of(0) - top:.1f}" opacity="{0.35 + 0.65 * each.count / maximum:.2f}">'
+            f"<title>score {each.low:.2f} to {each.high:.2f}: {each.accuracy:.2f} of {each.count:,} "
             f"detections are correct</title></rect>"
         )
     diagonal = f'<path class="curve ideal" d="M{x_of(0)} {y_of(0)}L{x_of(1)} {y_of(1)}"/>'

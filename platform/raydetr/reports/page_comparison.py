@@ -9,7 +9,7 @@ import pyarrow as pa
 from raydetr.data.shards import Manifest
 from raydetr.reports.page import about_data, facts, write_sections
 from raydetr.reports.page_charts import forest_axis, forest_row, scale_of
-from raydetr.reports.page_gallery import CONTROLS, caption_of, not_shown
+from raydetr.reports.page_gallery import CONTROLS, MIN_SCORE, caption_of, not_shown
 from raydetr.reports.page_matching import Item, match_image
 from raydetr.reports.page_pictures import Album, detections, ground_truth_kind, open_album, rows_of
 from raydetr.reports.page_tables import Cell, Column, name_cell, plain, sortable, words_cell
@@ -20,8 +20,6 @@ from raydetr.results.record import EvaluationRecord
 
 MAX_IMAGES = 8
 """Maximum improved images, and maximum degraded images."""
-MIN_SCORE = 0.3
-"""Minimum score of a detection that is drawn."""
 _Change = tuple[float | None, float | None, float, float | None, float | None]
 """Old, new, difference, and its interval, which not every metric has."""
 

@@ -1,22 +1,22 @@
 """Sections of the evaluation report on errors: error breakdown, confusion matrix, calibration, key findings."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 
 from raydetr.reports.page_charts import calibration
 from raydetr.reports.page_tables import Cell, name_cell, plain, words_cell
 from raydetr.reports.page_text import ERRORS, number, percent, plural
+from raydetr.results.analysis import Analysis, Calibration, Confusion, ErrorBreakdown
 
 MAX_LISTED = 15
 MAX_IN_MATRIX = 100
 
 
-def error_section(errors: Mapping[str, Any]) -> str:
+def error_section(errors: ErrorBreakdown) -> str:
     """Render the error breakdown: the count and the cost of each kind, with bars."""
-    counts, costs = errors["counts"], errors["cost"]
+    counts, costs = errors.counts, errors.costs
     kinds = sorted(counts, key=lambda kind: (-costs.get(kind, 0), -counts[kind]))
     maximum = max([*costs.values(), 1e-9])
     rows = [
@@ -31,7 +31,7 @@ def error_section(errors: Mapping[str, Any]) -> str:
     ]
     heads = [("kind", ""), ("count", "number"), ("cost in AP50", ""), ("", "number")]
     return (
-        f"<p>AP50 is {number(errors['AP50'])} for detections with a score of at least {errors['min_score']:g}. The "
+        f"<p>AP50 is {number(errors.ap50)} for detections with a score of at least {errors.min_score:g}. The "
         "cost of a kind is the gain of AP50 if all errors of this kind, and no others, were fixed. Costs do not add up."
         f"</p><div class=costs>{plain('kinds of error', heads, rows)}</div>"
     )
@@ -44,9 +44,9 @@ def _bar(share: float) -> str:
     )
 
 
-def confusion_section(confusion: Mapping[str, Any]) -> str:
+def confusion_section(confusion: Confusion) -> str:
     """Render the most frequent confusions of two classes as a list, and the whole confusion matrix."""
-    names, counts = confusion["names"], np.asarray(confusion["counts"], dtype=np.int64)
+    names, counts = confusion.names, np.asarray(confusion.counts, dtype=np.int64)
     classes = len(names) - 1
     if classes < 1 or not counts.any():
         return "<p>There is nothing to compare: no objects and no detections.</p>"
@@ -72,62 +72,66 @@ def confusion_section(confusion: Mapping[str, Any]) -> str:
         ]
         listed = f"<h3>{heading}</h3><div class=narrow>{plain('most frequent confusions', heads, rows)}</div>"
     lead = (
-        f"<p>Objects and detections of any class are matched by IoU (at least {confusion['iou']:g}). Only detections "
-        f"with a score of at least {confusion['min_score']:g} count.</p>"
+        f"<p>Objects and detections of any class are matched by IoU (at least {confusion.iou:g}). Only detections "
+        f"with a score of at least {confusion.min_score:g} count.</p>"
     )
     return lead + listed + _matrix(names, counts)
 
 
-def calibration_section(data: Mapping[str, Any]) -> str:
+def calibration_section(data: Calibration) -> str:
     """Render how well scores agree with the share of correct detections."""
-    bins = [each for each in data["bins"] if each["count"]]
+    bins = [each for each in data.bins if each.count]
     if not bins:
         return "<p>There are no detections.</p>"
-    total = sum(each["count"] for each in bins)
-    gap = sum(each["count"] * (each["accuracy"] - each["confidence"]) for each in bins) / total
+    total = sum(each.count for each in bins)
+    gap = sum(each.count * (each.accuracy - each.confidence) for each in bins) / total
     direction = "higher" if gap > 0 else "lower"
     verdict = (
         "Overall, the scores can be used as probabilities."
-        if data["ece"] < 0.05
+        if data.ece < 0.05
         else f"On average, the share of correct detections is {abs(gap):.2f} {direction} than the score."
         if abs(gap) >= 0.02
         else "Scores are too high in some ranges and too low in others."
     )
     chart = calibration(
-        bins, f"calibration diagram: share of correct detections by score; error {data['ece']:.3f}"
+        bins, f"calibration diagram: share of correct detections by score; error {data.ece:.3f}"
     )
     return (
         f"<div class=side-by-side>{chart}<div><p>Of all detections with a score of 0.8, 80 % should be correct. Then "
-        f"the bars reach the dashed line. {verdict}</p><p class=note>Expected calibration error: {data['ece']:.3f} "
-        f"(mean distance from the line, weighted by detections). Maximum: {data['mce']:.3f}. "
+        f"the bars reach the dashed line. {verdict}</p><p class=note>Expected calibration error: {data.ece:.3f} "
+        f"(mean distance from the line, weighted by detections). Maximum: {data.mce:.3f}. "
         f"{plural(total, 'detection')}. Darker bars contain more detections.</p></div></div>"
     )
 
 
-def findings(analysis: Mapping[str, Any]) -> list[str]:
+def findings(analysis: Analysis) -> list[str]:
     """Return the key findings as a few sentences, HTML."""
     sentences = []
-    errors, confusion = analysis.get("errors"), analysis.get("confusion")
-    if errors and any(cost > 0.0005 for cost in errors["cost"].values()):
-        kind = max(errors["cost"], key=errors["cost"].__getitem__)
+    errors, confusion = analysis.errors, analysis.confusion
+    if errors and any(cost > 0.0005 for cost in errors.costs.values()):
+        kind = max(errors.costs, key=errors.costs.__getitem__)
         sentences.append(
-            f"Most costly kind of error: <b>{ERRORS[kind][2]}</b> ({plural(errors['counts'][kind], 'case')}). Fixing "
-            f"all of them would raise AP50 by {errors['cost'][kind]:.3f}."
+            f"Most costly kind of error: <b>{ERRORS[kind][2]}</b> ({plural(errors.counts[kind], 'case')}). Fixing "
+            f"all of them would raise AP50 by {errors.costs[kind]:.3f}."
         )
-    known = [each for each in analysis.get("classes", ()) if each["objects"] >= 10 and each["AP"] >= 0]
+    known = [
+        (each.metrics["AP"], each.name)
+        for each in analysis.classes
+        if each.objects >= 10 and each.metrics["AP"] >= 0
+    ]
     if len(known) > 2:
-        known.sort(key=lambda each: each["AP"])
-        weakest = ", ".join(f"<b>{escape(str(each['name']))}</b> ({each['AP']:.2f})" for each in known[:3])
-        best = known[-1]
+        known.sort(key=lambda each: each[0])
+        weakest = ", ".join(f"<b>{escape(name)}</b> ({ap:.2f})" for ap, name in known[:3])
+        highest, best = known[-1]
         sentences.append(
             f"Classes with the lowest AP, among those with at least ten objects: {weakest}. Highest AP: "
-            f"<b>{escape(str(best['name']))}</b> ({best['AP']:.2f})."
+            f"<b>{escape(best)}</b> ({highest:.2f})."
         )
     if confusion:
-        counts = np.asarray(confusion["counts"], dtype=np.int64)
+        counts = np.asarray(confusion.counts, dtype=np.int64)
         pairs = _worst_pairs(counts[:-1, :-1])
         if pairs and counts[pairs[0]] > 2:
-            true, predicted = (escape(confusion["names"][index]) for index in pairs[0])
+            true, predicted = (escape(confusion.names[index]) for index in pairs[0])
             times = counts[pairs[0]]
             sentences.append(
                 f"Most frequent confusion: <b>{true}</b> predicted as <b>{predicted}</b> "
@@ -146,7 +150,7 @@ def _worst_pairs(counts: np.ndarray) -> list[tuple[int, int]]:
     return [(int(rows[index]), int(columns[index])) for index in order]
 
 
-def _matrix(names: list[str], counts: np.ndarray) -> str:
+def _matrix(names: Sequence[str], counts: np.ndarray) -> str:
     """Render the confusion matrix of the classes that occur, background last, tinted by the share of a row."""
     classes = len(names) - 1
     used = np.flatnonzero(counts.sum(0)[:classes] + counts.sum(1)[:classes])

@@ -11,11 +11,14 @@ from raydetr.data.stream.mask_targets import MaskKind
 from raydetr.reports.page_matching import Item, match_image
 from raydetr.reports.page_pictures import Album, detections, open_album, rows_of
 from raydetr.reports.page_text import ERRORS, plural
+from raydetr.results.analysis import Analysis
 
 MAX_IMAGES = 12
 """Maximum images per kind of error."""
 MAX_PANOPTIC = 8
 """Maximum images whose segments are shown."""
+MIN_SCORE = 0.3
+"""Minimum score of a detection that is drawn, unless the analysis has another one."""
 
 CONTROLS = (
     '<div class="controls"><label><input type="checkbox" id="show-truth" checked> ground truth '
@@ -26,23 +29,19 @@ CONTROLS = (
 
 
 def gallery_section(
-    analysis: Mapping[str, Any], manifest: Manifest, predictions: pa.Table, kind: MaskKind = "none"
+    analysis: Analysis, manifest: Manifest, predictions: pa.Table, kind: MaskKind = "none"
 ) -> str:
     """Render the worst images of each kind of error with ground truth and predictions, and the segments of some."""
-    worst = {
-        kind: list(ids)[:MAX_IMAGES]
-        for kind, ids in analysis.get("worst", {}).items()
-        if kind in ERRORS and ids
-    }
+    worst = {kind: ids[:MAX_IMAGES] for kind, ids in analysis.worst.items() if kind in ERRORS and ids}
     chosen = list(dict.fromkeys(image_id for ids in worst.values() for image_id in ids))
     if not chosen:
         return "<p>No image has an error.</p>"
     rows = rows_of(predictions, chosen)
     album = open_album(manifest, chosen, kind, len(chosen) + 2 * MAX_PANOPTIC)
-    min_score = float(analysis.get("errors", {}).get("min_score", 0.3))
-    cost = analysis.get("errors", {}).get("cost", {})
+    min_score = analysis.errors.min_score if analysis.errors else MIN_SCORE
+    costs = analysis.errors.costs if analysis.errors else {}
     parts: list[str] = []
-    for error in sorted(worst, key=lambda error: -cost.get(error, 0)):
+    for error in sorted(worst, key=lambda error: -costs.get(error, 0)):
         figures = [_figure(error, album, image_id, rows, min_score) for image_id in worst[error]]
         name, meaning, _ = ERRORS[error]
         parts.append(

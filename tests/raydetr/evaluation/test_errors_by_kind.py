@@ -55,7 +55,7 @@ def test_each_error_gets_its_kind(detections, expected):
     assert errors.counts() == dict.fromkeys(KINDS, 0) | expected
     for kind in expected:
         image = 5 if kind == "background" and detections[0]["image_id"] == 5 else 1
-        assert errors.worst(kind, evaluation.image_ids) == [image]
+        assert errors.worst(kind, evaluation.image_ids) == (image,)
     costs, ap50 = error_costs(filter_by_score(ground_truth, evaluation, matches, 0.3))
     assert ap50 == pytest.approx(1 if detections and detections[0] == detection(1, OBJECT) else 0)
     if set(expected) == {"classification"} or set(expected) == {"localisation"}:
@@ -75,8 +75,8 @@ def test_the_worst_images_come_first():
         {**ground_truth, "annotations": []}, columns_of_records(detections, "d", {"score": np.float64})
     )
     errors = find_errors(evaluation, extract_matches(evaluation), 0.3)
-    assert errors.worst("background", evaluation.image_ids) == [57, *range(40, 51)]
-    assert errors.worst("missed", evaluation.image_ids) == []
+    assert errors.worst("background", evaluation.image_ids) == (57, *range(40, 51))
+    assert errors.worst("missed", evaluation.image_ids) == ()
 
 
 def test_counts_equal_hotcoco_and_costs_equal_the_gain_without_the_errors():

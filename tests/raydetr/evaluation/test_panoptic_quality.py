@@ -160,11 +160,11 @@ def test_predicting_the_ground_truth_is_perfect(unknown):
     }
     analysis = analyze(ground_truth, table_of(content, [], predicted), resamples=10)
     for name in ("PQ", "SQ", "RQ", "PQ_things", "PQ_stuff", "RQ_stuff"):
-        assert analysis["figures"][name] == pytest.approx(1), name
-    assert analysis["intervals"]["PQ"] == pytest.approx([1, 1])
-    assert {row["PQ"] for row in analysis["classes"]} <= {-1.0, 1.0}
-    assert {row["isthing"] for row in analysis["classes"]} == {True, False}
-    assert analysis["figures"]["AP"] == -1
+        assert analysis.metrics[name] == pytest.approx(1), name
+    assert analysis.intervals["PQ"] == pytest.approx((1, 1))
+    assert {row.metrics["PQ"] for row in analysis.classes} <= {-1.0, 1.0}
+    assert {row.isthing for row in analysis.classes} == {True, False}
+    assert analysis.metrics["AP"] == -1
 
 
 def test_a_png_of_ids_round_trips(tmp_path):

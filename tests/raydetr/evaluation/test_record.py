@@ -23,6 +23,7 @@ from raydetr.evaluation.record import (
 from raydetr.registry.evaluations import evaluations, put_evaluation
 from raydetr.registry.models import ResolvedModel, register, resolve
 from raydetr.registry.tracking import client, metric_history, start_run
+from raydetr.results.analysis import Analysis, ClassMetrics
 from raydetr.results.json_form import to_json
 from raydetr.results.record import EvaluationRecord
 from tests.empty_registry import empty_registry
@@ -33,7 +34,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy i
 
 SETTINGS = {"task": "detection", "precision": "float32"}
 METRICS = {"AP": 0.25, "AP_large": -1.0}
-ANALYSIS = {"classes": [{"name": "ant", "AP": 0.5}, {"name": "bee <b>", "AP": -1.0}]}
+
+
+def analysis_of(aps: dict[str, float]) -> Analysis:
+    """Return an analysis with these classes and their AP."""
+    classes = [ClassMetrics(number, name, 1, 1, {"AP": ap}) for number, (name, ap) in enumerate(aps.items())]
+    return Analysis(METRICS, images=61, classes=tuple(classes))
+
+
+ANALYSIS = analysis_of({"ant": 0.5, "bee <b>": -1.0})
 
 
 @pytest.fixture
@@ -48,7 +57,7 @@ def store_evaluation(uri: str, model: ResolvedModel, manifest: Manifest, output:
     predictions = str(output / "predictions.parquet")
     record = build_record(model, manifest, SETTINGS, METRICS, {1021: "cut short"}, predictions, str(output))
     storage.write_bytes(predictions, b"rows")
-    storage.write_json(record.analysis, ANALYSIS)
+    storage.write_json(record.analysis, to_json(ANALYSIS))
     storage.write_bytes(record.report, b"<html>")
     return keep(uri, model, record, ANALYSIS, str(output))
 
@@ -100,7 +109,7 @@ def test_each_class_has_its_own_metric_whatever_its_name(version, manifest, tmp_
         "\n",
         "_x2F_",
     ]
-    analysis = {"classes": [{"name": name, "AP": number / 100} for number, name in enumerate(names)]}
+    analysis = analysis_of({name: number / 100 for number, name in enumerate(names)})
     record = build_record(version, manifest, SETTINGS, METRICS, {}, "p", str(tmp_path))
     for uri in (record.report, record.analysis):
         storage.write_bytes(uri, b"{}")

@@ -70,7 +70,7 @@ def test_a_better_model_is_better_beyond_chance_and_worse_in_the_reverse_compari
     assert change.probability_better == 1
     assert comparison.images == 40
     assert (comparison.resamples, comparison.confidence) == (300, 0.95)
-    metrics = [analyze(ground_truth_of(coco), table, resamples=2)["figures"] for table in (old, new)]
+    metrics = [analyze(ground_truth_of(coco), table, resamples=2).metrics for table in (old, new)]
     assert (change.old, change.new) == (metrics[0]["AP"], metrics[1]["AP"])
     assert comparison.deltas["AR_100"] == metrics[1]["AR_100"] - metrics[0]["AR_100"]
 
@@ -91,7 +91,7 @@ def test_a_paired_interval_is_narrower_than_the_models_own():
     old = table_of(coco, results)
     new = table_of(coco, results[: len(results) - 5])
     delta = compare(ground_truth_of(coco), old, new, resamples=200).metrics["AP"]
-    low, high = analyze(ground_truth_of(coco), old, resamples=200)["intervals"]["AP"]
+    low, high = analyze(ground_truth_of(coco), old, resamples=200).intervals["AP"]
     assert delta.high - delta.low < (high - low) / 2
 
 

@@ -1,7 +1,6 @@
 """Comparison of masks and segments: values, classes and intervals are those of the metric; the bootstrap is paired."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +11,7 @@ from raydetr.data.shards import Manifest
 from raydetr.evaluation.analysis import analyze
 from raydetr.evaluation.ground_truth import GroundTruth, read_ground_truth
 from raydetr.promotion.compare import compare
+from raydetr.results.analysis import Analysis
 from raydetr.results.comparison import Change
 from tests.raydetr.promotion.judged_masks import outlines, scenes, segmented
 
@@ -26,7 +26,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return scenes(tmp_path_factory.mktemp("scenes"))
 
 
-def repeated(ground_truth: GroundTruth, table: pa.Table, weights: np.ndarray) -> dict[str, Any]:
+def repeated(ground_truth: GroundTruth, table: pa.Table, weights: np.ndarray) -> Analysis:
     """Analyze a data set in which each image is repeated `weights` times under new ids."""
     names = np.repeat(table.column("image_id").to_numpy(), weights).tolist()
     images = {image["id"]: image for image in ground_truth.images}
@@ -69,17 +69,17 @@ def test_intervals_equal_those_of_data_sets_with_repeated_images(
     all_once = np.ones(len(ground_truth.images), int)
     old, new = ([repeated(ground_truth, table, row) for row in (all_once, *weights)] for table in tables)
     check_interval(
-        comparison.metrics[name], *([each["figures"][name] for each in model] for model in (old, new))
+        comparison.metrics[name], *([each.metrics[name] for each in model] for model in (old, new))
     )
     assert comparison.classes[name] != comparison.classes["AP"]
-    by_id = [{row["id"]: row for row in model[0]["classes"]} for model in (old, new)]
+    by_id = [{row.id: row for row in model[0].classes} for model in (old, new)]
     for row in comparison.classes[name]:
         class_values = [
-            [{each["id"]: each for each in analysis["classes"]}[row.id][name] for analysis in model]
+            [{each.id: each for each in analysis.classes}[row.id].metrics[name] for analysis in model]
             for model in (old, new)
         ]
         check_interval(row.change, *class_values)
-        assert row.name == by_id[0][row.id]["name"]
+        assert row.name == by_id[0][row.id].name
 
 
 @KINDS

@@ -12,6 +12,16 @@ from raydetr.data.shards import Manifest, ground_truth_annotations, read_records
 from raydetr.data.stream.mask_targets import decode_mask, has_mask
 from raydetr.prediction.predictions import error_row, table
 from raydetr.reports.page_matching import Item, match_image
+from raydetr.results.analysis import (
+    Analysis,
+    Calibration,
+    CalibrationBin,
+    ClassMetrics,
+    Confusion,
+    Curves,
+    ErrorBreakdown,
+    SliceMetrics,
+)
 from raydetr.results.comparison import Change, ChangedImages, ClassChange, Comparison
 from raydetr.results.record import EvaluatedModel, EvaluationData, EvaluationRecord
 from tests.to_coco import to_coco_ground_truth
@@ -84,8 +94,8 @@ def _panoptic(record: dict[str, Any]) -> dict[str, Any]:
     return {"panoptic": write_panoptic_png(ids), "segments": infos}
 
 
-def make_analysis(manifest: Manifest, predictions: pa.Table) -> dict[str, Any]:
-    """Build an analysis in the format of analysis.json. Metrics and errors are computed; the rest is plausible."""
+def make_analysis(manifest: Manifest, predictions: pa.Table) -> Analysis:
+    """Build an analysis. Metrics and errors are computed; the rest is plausible."""
     ground_truth = to_coco_ground_truth(manifest)
     metrics = coco_detection_metrics(ground_truth, _results(predictions))
     recall = np.linspace(0, 1, 101)
@@ -135,57 +145,60 @@ def make_analysis(manifest: Manifest, predictions: pa.Table) -> dict[str, Any]:
         }
         class_metrics = measured if images else dict.fromkeys(METRIC_NAMES, -1.0)
         rows.append(
-            {
-                "id": category_id, "name": name, "isthing": True, "objects": len(images),
-                "images": len(set(images)), **{key: class_metrics[key] for key in (*METRIC_NAMES[:6], "AR_100")},
-                "best_threshold": 0.2 + 0.05 * (index % 9) if images else -1.0, "best_f1": class_metrics["AP50"],
-            }
-        )  # fmt: skip
+            ClassMetrics(
+                category_id,
+                name,
+                objects=len(images),
+                images=len(set(images)),
+                metrics={key: class_metrics[key] for key in (*METRIC_NAMES[:6], "AR_100")},
+                best_threshold=0.2 + 0.05 * (index % 9) if images else -1.0,
+                best_f1=class_metrics["AP50"],
+            )
+        )
 
-    def curve(height: float) -> list[float]:
-        return np.clip(1.05 - (recall / max(height, 0.05)) ** 4 * 0.6, 0, 1).round(4).tolist()
+    def curve(height: float) -> tuple[float, ...]:
+        return tuple(np.clip(1.05 - (recall / max(height, 0.05)) ** 4 * 0.6, 0, 1).round(4).tolist())
 
-    return {
-        "figures": metrics,
-        "intervals": {key: [max(metrics[key], 0) - 0.03, metrics[key] + 0.03] for key in ("AP", "AP50", "AP75")},
-        "confidence": 0.95,
-        "resamples": 1000,
-        "classes": rows,
-        "curves": {
-            "recall": recall.tolist(),
-            "all": {"0.50": curve(ap50), "0.75": curve(metrics["AP75"]), "mean": curve(metrics["AP"])},
-            "classes": {str(row["id"]): curve(row["AP50"]) if row["objects"] else [-1.0] * 101 for row in rows},
-        },
-        "confusion": {
-            "names": [*names.values(), "background"], "counts": confusion.tolist(), "iou": 0.5,
-            "min_score": MIN_SCORE,
-        },
-        "calibration": {
-            "ece": 0.084, "mce": 0.21,
-            "bins": [
-                {"low": i / 10, "high": (i + 1) / 10, "count": n, "confidence": s / n if n else 0.0,
-                 "accuracy": right / n if n else 0.0}
+    return Analysis(
+        metrics=metrics,
+        images=len(predictions),
+        undecodable=sum(row["error"] is not None for row in rows_by_image.values()),
+        intervals={key: (max(metrics[key], 0) - 0.03, metrics[key] + 0.03) for key in ("AP", "AP50", "AP75")},
+        resamples=1000,
+        classes=tuple(rows),
+        curves=Curves(
+            tuple(recall.tolist()),
+            {"0.50": curve(ap50), "0.75": curve(metrics["AP75"]), "mean": curve(metrics["AP"])},
+            {row.id: curve(row.metrics["AP50"]) if row.objects else (-1.0,) * 101 for row in rows},
+        ),
+        confusion=Confusion(
+            (*names.values(), "background"), tuple(map(tuple, confusion.tolist())), 0.5, MIN_SCORE
+        ),
+        calibration=Calibration(
+            ece=0.084,
+            mce=0.21,
+            bins=tuple(
+                CalibrationBin(i / 10, (i + 1) / 10, s / n if n else 0.0, right / n if n else 0.0, n)
                 for i, (n, s, right) in enumerate(bins)
-            ],
+            ),
+        ),
+        errors=ErrorBreakdown(
+            counts, {kind: 0.3 * count / total for kind, count in counts.items()}, metrics["AP50"], MIN_SCORE
+        ),
+        slices={
+            "objects per image": (
+                SliceMetrics("1 to 3", 60, 120, 0.6, 0.8),
+                SliceMetrics("over 30", 1, 40, 0.3, 0.5),
+            ),
+            "shorter side": (SliceMetrics("up to 480", 61, 160, -1.0, -1.0),),
         },
-        "errors": {
-            "counts": counts, "cost": {kind: 0.3 * count / total for kind, count in counts.items()},
-            "AP50": metrics["AP50"], "min_score": MIN_SCORE,
-        },
-        "slices": {
-            "objects per image": [
-                {"name": "1 to 3", "images": 60, "objects": 120, "AP": 0.6, "AP50": 0.8},
-                {"name": "over 30", "images": 1, "objects": 40, "AP": 0.3, "AP50": 0.5},
-            ],
-            "shorter side": [{"name": "up to 480", "images": 61, "objects": 160, "AP": -1.0, "AP50": -1.0}],
-        },
-        "worst": {
-            kind: [i for i in sorted(per_image, key=lambda i: -per_image[i][kind]) if per_image[i][kind]][:12]
-            for kind in KINDS if kind != "both"
-        },
-        "images": len(predictions),
-        "undecodable": sum(row["error"] is not None for row in rows_by_image.values()),
-    }  # fmt: skip
+        worst={kind: _worst(per_image, kind) for kind in KINDS if kind != "both"},
+    )
+
+
+def _worst(per_image: dict[int, dict[str, int]], kind: str) -> tuple[int, ...]:
+    ranked = sorted(per_image, key=lambda image_id: -per_image[image_id][kind])
+    return tuple(image_id for image_id in ranked if per_image[image_id][kind])[:12]
 
 
 def _results(predictions: pa.Table) -> list[dict[str, Any]]:
@@ -197,7 +210,7 @@ def _results(predictions: pa.Table) -> list[dict[str, Any]]:
 
 
 def make_record(
-    manifest: Manifest, analysis: dict[str, Any], version: int | None = 3, task: str = "detection"
+    manifest: Manifest, analysis: Analysis, version: int | None = 3, task: str = "detection"
 ) -> EvaluationRecord:
     """Build a record of an evaluation."""
     address = f"models:/raydetr/{version}" if version else "/models/last"
@@ -206,9 +219,9 @@ def make_record(
         model=EvaluatedModel("raydetr" if version else None, version, address, "ab" * 32),
         data=EvaluationData(manifest.root, manifest.digest),
         settings={"task": task, "max_detections": 100},
-        metrics=analysis["figures"],
-        images=analysis["images"],
-        undecodable={1021: "cut short <b>"} if analysis["undecodable"] else {},
+        metrics=analysis.metrics,
+        images=analysis.images,
+        undecodable={1021: "cut short <b>"} if analysis.undecodable else {},
         predictions="runs/evaluations/predictions.parquet",
         report="runs/evaluations/report.html",
         analysis="runs/evaluations/analysis.json",
@@ -217,7 +230,7 @@ def make_record(
     )
 
 
-def make_comparison(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
+def make_comparison(old: Analysis, new: Analysis) -> Comparison:
     """Compare two analyses, with plausible intervals."""
 
     def change(before: float, after: float, width: float, better: float | None = None) -> Change:
@@ -226,20 +239,22 @@ def make_comparison(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
 
     classes = [
         ClassChange(
-            before["id"],
-            before["name"],
-            before["objects"],
-            change(before["AP"], after["AP"] - 0.2 * (index % 3), 0.3 / max(before["objects"], 1) ** 0.5),
+            before.id,
+            before.name,
+            before.objects,
+            change(
+                before.metrics["AP"],
+                after.metrics["AP"] - 0.2 * (index % 3),
+                0.3 / max(before.objects, 1) ** 0.5,
+            ),
         )
-        for index, (before, after) in enumerate(zip(old["classes"], new["classes"], strict=True))
+        for index, (before, after) in enumerate(zip(old.classes, new.classes, strict=True))
     ]
     return Comparison(
-        metrics={
-            name: change(old["figures"][name], new["figures"][name], 0.02, 0.98) for name in old["figures"]
-        },
+        metrics={name: change(old.metrics[name], new.metrics[name], 0.02, 0.98) for name in old.metrics},
         classes={"AP": tuple(classes)},
-        images=old["images"],
+        images=old.images,
         resamples=1000,
         confidence=0.95,
-        changed=ChangedImages(tuple(old["worst"]["missed"][:4]), tuple(new["worst"]["localisation"][:4])),
+        changed=ChangedImages(old.worst["missed"][:4], new.worst["localisation"][:4]),
     )

@@ -1,6 +1,7 @@
 """The evaluation report: it is self-contained, shows the analysis, and omits sections without data."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from raydetr.reports.page_matching import Item, match_image
 from raydetr.reports.page_overlay import outlines
 from raydetr.reports.page_pictures import detections, jpeg, open_album, rows_of
 from raydetr.reports.page_text import percent, with_interval
+from raydetr.results.analysis import Analysis
+from raydetr.results.json_form import from_json, to_json
 from tests.awkward import record
 from tests.raydetr.reports.page_examples import make_analysis, make_record, spoilt_predictions
 
@@ -62,7 +65,7 @@ class Page(HTMLParser):
 
 
 def write_and_parse(
-    tmp_path: Path, manifest: Manifest, predictions: pa.Table, analysis: dict[str, Any], **of: Any
+    tmp_path: Path, manifest: Manifest, predictions: pa.Table, analysis: Analysis, **of: Any
 ) -> Page:
     file = tmp_path / "page.html"
     write_page(str(file), make_record(manifest, analysis, **of), analysis, manifest, predictions)
@@ -83,10 +86,10 @@ def test_each_section_is_present_and_shows_the_analysis(manifest: Manifest, tmp_
     for text in ("raydetr version 3", "25 November 2026", manifest.digest, "cut short <b>", "95 %"):
         assert text in page.words
     for name in ("AP", "AP_small", "AR_100"):
-        assert f"{analysis['figures'][name]:.3f}" in page.words
-    for kind, count in analysis["errors"]["counts"].items():
+        assert f"{analysis.metrics[name]:.3f}" in page.words
+    for kind, count in analysis.errors.counts.items():
         assert f"{count:,}" in page.words, kind
-    shown = {image_id for ids in analysis["worst"].values() for image_id in ids}
+    shown = {image_id for ids in analysis.worst.values() for image_id in ids}
     assert {f"image-{image_id}" for image_id in shown} - {"image-1021", "image-1035"} <= set(page.ids)
 
 
@@ -94,9 +97,9 @@ def test_each_section_is_present_and_shows_the_analysis(manifest: Manifest, tmp_
 def test_the_errors_in_the_overlays_are_those_that_the_analysis_counts(manifest: Manifest, seed: int) -> None:
     predictions = spoilt_predictions(manifest, seed)
     analysis = analyze(read_ground_truth(manifest, "none"), predictions, resamples=1)
-    min_score = analysis["errors"]["min_score"]
+    min_score = analysis.errors.min_score
     every = [each["image_id"] for each in read_records(manifest, ["image_id"])]
-    rows, counts = rows_of(predictions, every), dict.fromkeys(analysis["errors"]["counts"], 0)
+    rows, counts = rows_of(predictions, every), dict.fromkeys(analysis.errors.counts, 0)
     album = open_album(manifest, every, "none")
     for image_id, entry in album.entries.items():
         matching = match_image(entry.objects, detections(rows[image_id], entry.image.size[::-1], min_score))
@@ -105,10 +108,10 @@ def test_the_errors_in_the_overlays_are_those_that_the_analysis_counts(manifest:
             counts[kind] += matching.detections.count(kind)
     hidden_ids = set(every) - set(album.entries)
     hidden = [each for each in read_records(manifest) if each["image_id"] in hidden_ids]
-    difference = sum(analysis["errors"]["counts"].values()) - sum(counts.values())
+    difference = sum(analysis.errors.counts.values()) - sum(counts.values())
     maximum = sum(len(each["objects"]) + len(rows[each["image_id"]]["score"]) for each in hidden)
     assert 0 <= difference <= maximum
-    for kind, count in analysis["errors"]["counts"].items():
+    for kind, count in analysis.errors.counts.items():
         assert 0 <= count - counts[kind] <= maximum, kind
 
 
@@ -134,9 +137,9 @@ def test_a_part_that_the_analysis_does_not_have_is_omitted(
     manifest: Manifest, tmp_path: Path, missing: str
 ) -> None:
     predictions = spoilt_predictions(manifest, seed=1)
-    analysis = make_analysis(manifest, predictions)
-    del analysis[missing]
-    write_and_parse(tmp_path, manifest, predictions, analysis)
+    stored = to_json(make_analysis(manifest, predictions))
+    del stored[missing]
+    write_and_parse(tmp_path, manifest, predictions, from_json(Analysis, stored))
 
 
 def test_masks_and_segments_are_shown_if_present(manifest: Manifest, tmp_path: Path) -> None:
@@ -144,11 +147,13 @@ def test_masks_and_segments_are_shown_if_present(manifest: Manifest, tmp_path: P
     analysis = make_analysis(manifest, predictions)
     plain = write_and_parse(tmp_path, manifest, predictions, analysis)
     assert "Segments (panoptic)" not in plain.words
-    analysis["figures"] |= {f"mask_{name}": 0.123 for name in list(analysis["figures"])}
-    analysis["figures"] |= {
-        f"{q}{part}": 0.456 for q in ("PQ", "SQ", "RQ") for part in ("", "_things", "_stuff")
-    }
-    analysis["intervals"] |= {"mask_AP": [0.1, 0.15], "PQ": [0.4, 0.5]}
+    segments = [f"{q}{part}" for q in ("PQ", "SQ", "RQ") for part in ("", "_things", "_stuff")]
+    of_masks = {f"mask_{name}": 0.123 for name in analysis.metrics} | dict.fromkeys(segments, 0.456)
+    analysis = replace(
+        analysis,
+        metrics={**analysis.metrics, **of_masks},
+        intervals={**analysis.intervals, "mask_AP": (0.1, 0.15), "PQ": (0.4, 0.5)},
+    )
     page = write_and_parse(tmp_path, manifest, predictions, analysis, task="instance")
     assert "Segments (panoptic)" in page.words
     assert "0.12  (0.10 to 0.15)" in page.words

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from raydetr.promotion.ledger import Entry, to_tag
+from raydetr.results.analysis import Analysis, CalibrationBin
 from raydetr.results.decision import DecisionRecord, Rule
 from raydetr.results.json_form import from_json, to_json
 from raydetr.results.record import EvaluatedModel, EvaluationData, EvaluationRecord
@@ -30,6 +31,35 @@ RECORD = """{
 }"""
 """A metrics.json of raydetr 0.2.0, which is also the value of the version's tag."""
 OF_A_FOLDER = {"address": "/models/last", "digest": "5d41402a", "name": None, "version": None}
+ANALYSIS = """{
+  "calibration": {
+    "bins": [{"accuracy": 0.5, "confidence": 0.75, "count": 4, "high": 0.8, "low": 0.7}], "ece": 0.25, "mce": 0.25
+  },
+  "classes": [
+    {
+      "AP": 0.25, "AP50": 0.5, "AP75": 0.25, "AP_large": -1.0, "AP_medium": 0.25, "AP_small": 0.0, "AR_100": 0.5,
+      "PQ": 0.125, "RQ": 0.25, "SQ": 0.5, "best_f1": 0.5, "best_threshold": 0.75, "id": 3, "images": 2, "isthing": false,
+      "mask_AP": 0.125, "mask_AP50": 0.25, "name": "ant", "objects": 5
+    }
+  ],
+  "confidence": 0.95,
+  "confusion": {"counts": [[3, 2], [1, 0]], "iou": 0.5, "min_score": 0.3, "names": ["ant", "background"]},
+  "curves": {
+    "all": {"0.50": [1.0, 0.5], "0.75": [0.5, 0.0], "mean": [0.75, 0.25]},
+    "classes": {"3": [1.0, 0.5]},
+    "recall": [0.0, 1.0]
+  },
+  "duplicates": 0.125,
+  "errors": {"AP50": 0.5, "cost": {"missed": 0.25}, "counts": {"missed": 2}, "min_score": 0.3},
+  "figures": {"AP": 0.25, "PQ": 0.125, "mask_AP": 0.125},
+  "images": 23,
+  "intervals": {"AP": [0.125, 0.375], "PQ": [-1.0, -1.0]},
+  "resamples": 1000,
+  "slices": {"shorter side": [{"AP": 0.25, "AP50": 0.5, "images": 23, "name": "under 256", "objects": 5}]},
+  "undecodable": 2,
+  "worst": {"background": [], "missed": [1000, 1021]}
+}"""
+"""An analysis.json of raydetr 0.2.0, shortened."""
 DECISION = (
     '{"alias": "champion", "old": null, "new": 2, "data": "", "at": "2026-11-25T10:00:00Z", "by": "me@host", "page": null, '
     '"promoted": false, "rules": [{"rule": "the challenger is evaluated", "passed": false, "found": "version 2 on nothing", '
@@ -49,6 +79,23 @@ def test_a_stored_record_is_read_and_written_unchanged(model):
     assert record.model == EvaluatedModel(**model)
     assert record.data == EvaluationData("/data/val", "9f1c27ab")
     assert record.undecodable[1035] == "the record has no image bytes"
+
+
+def test_a_stored_analysis_is_read_and_written_unchanged():
+    stored = json.loads(ANALYSIS)
+    analysis = from_json(Analysis, stored)
+    assert json.dumps(to_json(analysis), sort_keys=True) == json.dumps(stored, sort_keys=True)
+    (ant,) = analysis.classes
+    assert (ant.id, ant.name, ant.isthing, ant.metrics["AP_small"]) == (3, "ant", False, 0)
+    assert "best_f1" not in ant.metrics
+    assert analysis.intervals["AP"] == (0.125, 0.375)
+    assert analysis.curves.overall["mean"] == (0.75, 0.25)
+    assert analysis.curves.classes == {3: (1, 0.5)}
+    assert analysis.confusion.counts == ((3, 2), (1, 0))
+    assert analysis.calibration.bins == (CalibrationBin(0.7, 0.8, 0.75, 0.5, 4),)
+    assert analysis.errors.costs == {"missed": 0.25}
+    assert analysis.slices["shorter side"][0].ap50 == 0.5
+    assert analysis.worst["missed"] == (1000, 1021)
 
 
 def test_a_stored_decision_is_read_and_written_unchanged():
