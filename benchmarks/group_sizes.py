@@ -58,11 +58,11 @@ def main() -> None:
         for grouped in (False, True):
             output = str(WORK / f"{steps}-{seed}-{'grouped' if grouped else 'plain'}")
             result = train(override(config, seed=seed, group_sizes=grouped, output=output))
-            scored = evaluate(EvaluateConfig(model=result["model_folder"], data=str(WORK / "val")))
+            scored = evaluate(EvaluateConfig(model=result.model_folder, data=str(WORK / "val")))
             aps[grouped].append(scored.metrics["AP"])
             print(
                 f"| {seed} | {'yes' if grouped else 'no'} | {scored.metrics['AP']:.3f} | {scored.metrics['AP50']:.3f} "
-                f"| {result['images_per_second']:.0f} |",
+                f"| {result.images_per_second:.0f} |",
                 flush=True,
             )
     plain, grouped_ap = statistics.mean(aps[False]), statistics.mean(aps[True])

@@ -26,6 +26,7 @@ from raydetr.prediction.predict import read_predictions
 from raydetr.promotion.promote import promote
 from raydetr.registry import models, tracking
 from raydetr.reports import run_pictures
+from raydetr.results.json_form import to_json
 from raydetr.serving.app import application, endpoint
 from raydetr.training.recipes import scenes
 from raydetr.training.trainer import train
@@ -42,12 +43,11 @@ def main(config: DemoConfig) -> dict[str, Any]:
     _, val_data = embedded("train"), embedded("val")  # different seeds: no scene is in both
     clock.stage("train")
     trained = train(training)
+    model = str(trained.model)
     clock.stage("evaluate")
-    scored = evaluate(EvaluateConfig(model=trained["model"], data=val_data))
+    scored = evaluate(EvaluateConfig(model=model, data=val_data))
     clock.stage("promote")
-    promoted = promote(
-        PromoteConfig(model=trained["model"], data=scored.data_digest, allow_contaminated_eval=True)
-    )
+    promoted = promote(PromoteConfig(model=model, data=scored.data_digest, allow_contaminated_eval=True))
     champion = models.resolve(f"models:/{NAME}@champion", uri)
     clock.stage("serve one validation image over HTTP")
     image = next(read_records(Manifest.load(val_data)))["image"]
@@ -55,7 +55,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
         answer = asdict(client.detect(image, threshold=0.0))
     clock.stage("draw")
     expected = ObjectDetector.from_pretrained(champion.folder).detect_image(image)
-    run_pictures.loss_curve(tracking.metric_history(uri, trained["run_id"], "loss"), f"{output}/loss.png")
+    run_pictures.loss_curve(tracking.metric_history(uri, trained.run_id, "loss"), f"{output}/loss.png")
     detections = coco_results(read_predictions(scored.predictions))
     run_pictures.contact_sheet(Manifest.load(val_data), detections, f"{output}/predictions.png")
     run_pictures.answer(image, answer["detections"], f"{output}/answer.png")
@@ -64,14 +64,14 @@ def main(config: DemoConfig) -> dict[str, Any]:
         **{name: scored.metrics[name] for name in ("AP", "AP50")},
         "duplicates": storage.read_json(storage.join(scored.output, ANALYSIS))["duplicates"],
         "validation_images": scored.images,
-        "images_per_second": trained["images_per_second"],
+        "images_per_second": trained.images_per_second,
         "model_version": champion.address,
         "promoted": promoted.promoted,
         "answer_differs_from_model_by": run_pictures.difference(answer["detections"], expected),
         "seconds": clock.seconds,
         "total_seconds": round(sum(clock.seconds.values()), 1),
         "answer": answer,
-        "training": trained,
+        "training": to_json(trained),
         "evaluation": scored.to_output(),
     }
     write_summary(f"{output}/summary.json", summary)

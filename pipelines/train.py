@@ -14,6 +14,7 @@ Rerun the command to resume the run at --output; for a finished run it returns i
 from typing import Any
 
 from raydetr.config import EvaluateConfig
+from raydetr.results.json_form import to_json
 from raydetr.training.config import TrainConfig
 from raydetr.training.start import TrainFlags, run
 
@@ -28,14 +29,15 @@ def main(flags: TrainFlags[TrainConfig]) -> dict[str, Any]:
         return replay(config)
     from raydetr.training.trainer import train
 
-    summary = train(config)
+    trained = train(config)
+    summary: dict[str, Any] = to_json(trained)
     if config.validation.val_data:
         from raydetr.evaluation.evaluate import evaluate
 
         on_gpu = config.cluster.on_gpu
         scored = evaluate(
             EvaluateConfig(
-                model=summary.get("model", summary["model_folder"]),
+                model=trained.model or trained.model_folder,
                 data=config.validation.val_data,
                 task=config.run.task,
                 actors=config.cluster.workers if on_gpu else 1,

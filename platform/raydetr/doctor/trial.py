@@ -21,7 +21,7 @@ from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.doctor.config import DoctorConfig
 from raydetr.doctor.findings import Finding
 from raydetr.errors import ClusterError, DataError, TrainingError
-from raydetr.evaluation.in_process import figures, predict_share
+from raydetr.evaluation.in_process import predict_share, score_share
 from raydetr.flat_keys import override
 from raydetr.training.preview import build_stream, iterate_micro_batches, take_step, time_steps
 from raydetr.training.progress import resource_usage
@@ -150,7 +150,7 @@ def overfit(
         if stop_reason != "not finite":
             dtype = torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32
             detector = ObjectDetector(state.model, state.processor, device, dtype)
-            metrics = figures(predict_share(detector, subset, config.run.masks))
+            metrics = score_share(predict_share(detector, subset, config.run.masks))
     return losses, stop_reason, seconds, metrics
 
 

@@ -89,6 +89,6 @@ def join(shares: Sequence[Share]) -> Share:
     return whole
 
 
-def figures(share: Share) -> dict[str, float]:
+def score_share(share: Share) -> dict[str, float]:
     """Compute the metrics of boxes (`AP`, `AP50`, …), instance masks (`mask_AP`, …) and panoptic segments (`PQ`, …)."""
     return compute_metrics(share.truth, table(share.rows))

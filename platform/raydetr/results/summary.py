@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from raydetr.results.comparison import Change
 from raydetr.results.decision import Rule
-from raydetr.results.json_form import to_json
+from raydetr.results.json_form import FLAT, to_json
 
 
 @dataclass(frozen=True)
@@ -67,3 +67,35 @@ class PromotionSummary:
     """Metrics of the comparison; empty without one."""
     evaluations: Mapping[str, Mapping[str, float]]
     """Data digest → metrics of the version."""
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """Summary of a training run, which is also stored as summary.json in its output folder."""
+
+    run_id: str
+    """MLflow run."""
+    steps: int
+    model_step: int
+    """Step of the checkpoint that became the model."""
+    images: int
+    """Number of images trained on; an image counts in each epoch."""
+    non_finite: int
+    """Number of steps skipped because of a non-finite loss or gradient."""
+    skipped_images: int
+    """Number of images that could not be decoded."""
+    seconds: float
+    """Duration of the last command of the run."""
+    images_per_second: float
+    first_loss: float | None
+    """Mean of the first 20 losses; None if none of them is finite."""
+    last_loss: float | None
+    """Mean of the last 20 losses; None if none of them is finite."""
+    data_digest: str
+    """Digest of the training data."""
+    model_folder: str
+    validation: Mapping[str, float] = field(metadata=FLAT)
+    """`val_AP`, … of the model's step; empty without validation."""
+    model: str | None = None
+    """URI of the registered version; None: not registered."""
+    model_version: int | None = None

@@ -4,7 +4,8 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 from detr import DetrForObjectDetection, DetrForSegmentation
 from detr.checkpoint.load_save import save_model
@@ -13,6 +14,7 @@ from raydetr.data.shards import Manifest
 from raydetr.errors import RegistryError, TrainingError
 from raydetr.registry import models, tracking
 from raydetr.registry.tags import CHOSEN_ON_TAG, TRAINED_ON_TAG
+from raydetr.results.summary import TrainingSummary
 from raydetr.training import checkpoint, validation
 from raydetr.training.config import TrainConfig
 from raydetr.training.progress import Row, log_line, send_rows
@@ -24,7 +26,7 @@ MLFLOW_RETRY_S = 300.0
 Result = TypeVar("Result")
 
 
-def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float) -> dict[str, Any]:
+def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float) -> TrainingSummary:
     """Write the final model, register it, end the MLflow run, and return the summary.
 
     Raises:
@@ -42,34 +44,36 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
         )
     retry_mlflow(lambda: send_unsent_metrics(config, run_id, last))
     losses = tracking.metric_history(config.tracking.tracking_uri, run_id, "loss")
-    summary: dict[str, Any] = {
-        "run_id": run_id,
-        "steps": last,
-        "model_step": chosen,
-        **{name: state[name] for name in ("images", "non_finite")},
-        "skipped_images": state["skipped"],
-        "seconds": seconds,
-        "images_per_second": state["images"] / state.get("seconds", seconds),
-        "first_loss": _mean([value for _, value in losses[:20]]),
-        "last_loss": _mean([value for _, value in losses[-20:]]),
-        "data_digest": manifest.digest,
-        "model_folder": storage.join(config.run.output, MODEL),
-    }
+    metrics = checkpoint.read_validation(config.run.output, chosen) or {}
+    summary = TrainingSummary(
+        run_id=run_id,
+        steps=last,
+        model_step=chosen,
+        images=state["images"],
+        non_finite=state["non_finite"],
+        skipped_images=state["skipped"],
+        seconds=seconds,
+        images_per_second=state["images"] / state.get("seconds", seconds),
+        first_loss=_mean([value for _, value in losses[:20]]),
+        last_loss=_mean([value for _, value in losses[-20:]]),
+        data_digest=manifest.digest,
+        model_folder=storage.join(config.run.output, MODEL),
+        validation={f"val_{name}": value for name, value in metrics.items()},
+    )
     tags = {TRAINED_ON_TAG: manifest.digest}
-    if metrics := checkpoint.read_validation(config.run.output, chosen):
-        summary |= {f"val_{name}": value for name, value in metrics.items()}
     if best is not None and (config.checkpoints.keep_best or config.checkpoints.patience):
         # Data that selected the checkpoint or stopped the run must not decide a promotion: the gate reads this tag.
         tags[CHOSEN_ON_TAG] = Manifest.load(config.validation.val_data).digest
-    shown = ("steps", "images", "first_loss", "last_loss")
-    known = {name: summary[name] for name in shown if summary[name] is not None}
-    known |= {name: value for name, value in summary.items() if name.startswith("val_")}
+    losses_of_card = {"first_loss": summary.first_loss, "last_loss": summary.last_loss}
+    known: dict[str, float] = {"steps": last, "images": summary.images}
+    known |= {name: value for name, value in losses_of_card.items() if value is not None}
+    known |= summary.validation
     with tempfile.TemporaryDirectory() as folder:
         source = storage.join(checkpoint.uri(config.run.output, chosen), "model")
         storage.download_folder(source, folder)
         kind = DetrForSegmentation if config.run.segments else DetrForObjectDetection
         save_model(kind.from_pretrained(folder).float(), folder)
-        storage.upload_folder(folder, summary["model_folder"])
+        storage.upload_folder(folder, summary.model_folder)
         if config.tracking.name:
             version = retry_mlflow(
                 lambda: models.register(
@@ -82,7 +86,9 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
                     metrics=known,
                 )
             )
-            summary |= {"model": f"models:/{config.tracking.name}/{version}", "model_version": version}
+            summary = replace(
+                summary, model=f"models:/{config.tracking.name}/{version}", model_version=version
+            )
     retry_mlflow(lambda: tracking.end_run(config.tracking.tracking_uri, run_id))
     return summary
 

@@ -3,7 +3,6 @@
 import os
 import time
 from functools import partial
-from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
@@ -23,6 +22,8 @@ from raydetr.flat_keys import override
 from raydetr.lease import Held, lease
 from raydetr.prediction.categories import match_categories
 from raydetr.registry import models, tracking
+from raydetr.results.json_form import from_json, to_json
+from raydetr.results.summary import TrainingSummary
 from raydetr.training import checkpoint, preview, scaling, validation
 from raydetr.training.config import TrainConfig
 from raydetr.training.finish import finish
@@ -37,11 +38,8 @@ _ESTIMATED_STEPS = 200
 """Shorter runs take less time than the estimate itself."""
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig) -> TrainingSummary:
     """Train or resume the run at `config.run.output`; return the summary of a finished run immediately.
-
-    Returns:
-        The summary: run id, model URI and folder, steps, losses, images per second, data digest.
 
     Raises:
         RaydetrError: before the first step, an error in the flags, the data or the cluster; later, an error that stops
@@ -52,7 +50,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if storage.exists(summary_file):
         require_same_run(resolve_uris(config))
         print(f"{summary_file} exists: this run is finished. Give another --output for a new run.")
-        return dict(storage.read_json(summary_file))
+        return from_json(TrainingSummary, storage.read_json(summary_file))
     connect_for_training(config)
     asked_model, config = config.model.model, resolve_uris(config)
     cluster.require_shared(
@@ -71,7 +69,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with lease(config.run.output) as held:
         if storage.exists(summary_file):  # the previous holder of the lease finished the run
             require_same_run(config)
-            return dict(storage.read_json(summary_file))
+            return from_json(TrainingSummary, storage.read_json(summary_file))
         run_id = open_run(config, manifest, asked_model)
         with tracking.end_on_error(config.tracking.tracking_uri, run_id, held.is_held):
             validation.validate_missing_checkpoints(config, run_id)
@@ -87,7 +85,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             held.verify()
             summary = finish(config, manifest, run_id, time.time() - start)
             held.verify()
-        storage.write_json(summary_file, summary)
+        storage.write_json(summary_file, to_json(summary))
     return summary
 
 

@@ -21,7 +21,7 @@ from detr.inference.detector import ObjectDetector
 from raydetr import storage
 from raydetr.data.shards import Manifest
 from raydetr.errors import RegistryError, StorageError
-from raydetr.evaluation.in_process import Share, figures, join, predict_share
+from raydetr.evaluation.in_process import Share, join, predict_share, score_share
 from raydetr.flat_keys import override
 from raydetr.registry import tracking
 from raydetr.reports import run_pictures
@@ -167,7 +167,7 @@ def _predict(config: TrainConfig, step: int, device: str, number: int = 0, of: i
 
 def _record_metrics(config: TrainConfig, run_id: str, step: int, share: Share) -> dict[str, float]:
     manifest = Manifest.load(config.validation.val_data)
-    metrics = figures(share)
+    metrics = score_share(share)
     checkpoint.write_validation(config.run.output, step, metrics)
     name = main_metric(config)
     log_line(

@@ -10,6 +10,7 @@ from raydetr.results.analysis import Analysis, CalibrationBin
 from raydetr.results.decision import DecisionRecord, Rule
 from raydetr.results.json_form import from_json, to_json
 from raydetr.results.record import EvaluatedModel, EvaluationData, EvaluationRecord
+from raydetr.results.summary import TrainingSummary
 
 RECORD = """{
   "analysis": "/runs/evaluations/raydetr-1-9f1c/analysis.json",
@@ -68,6 +69,12 @@ DECISION = (
 """The tag `decision` of a run of raydetr 0.2.0, copied to the versions."""
 ENTRY = '{"kind": "promotion", "previous": null, "version": 1, "run_id": "fedcba98", "at": "2026-11-25T10:00:00Z"}'
 """A parameter of the ledger of raydetr 0.2.0."""
+TRAINING = """{
+  "data_digest": "9f1c27ab", "first_loss": 5.5, "images": 640, "images_per_second": 12.5, "last_loss": null,
+  "model": "models:/raydetr/1", "model_folder": "/runs/a/model", "model_step": 20, "model_version": 1, "non_finite": 1,
+  "run_id": "fedcba98", "seconds": 64.0, "skipped_images": 2, "steps": 40, "val_AP": 0.25, "val_AP50": 0.5
+}"""
+"""A summary.json of a training run of raydetr 0.2.0."""
 
 
 @pytest.mark.parametrize("model", [json.loads(RECORD)["model"], OF_A_FOLDER])
@@ -112,6 +119,17 @@ def test_a_stored_move_of_an_alias_is_read_and_written_unchanged():
     entry = from_json(Entry, {**stored, "later": ""})
     assert entry == Entry(1, "promotion", None, 1, "fedcba98", "2026-11-25T10:00:00Z")
     assert json.dumps(to_json(entry)) == json.dumps(stored)
+
+
+def test_a_stored_summary_of_a_training_run_is_read_and_written_unchanged():
+    stored = json.loads(TRAINING)
+    summary = from_json(TrainingSummary, stored)
+    assert json.dumps(to_json(summary), sort_keys=True) == json.dumps(stored, sort_keys=True)
+    assert summary.validation == {"val_AP": 0.25, "val_AP50": 0.5}
+    assert summary.last_loss is None
+    unregistered = {key: value for key, value in stored.items() if not key.startswith(("model_v", "val_"))}
+    del unregistered["model"]
+    assert to_json(from_json(TrainingSummary, unregistered)) == unregistered
 
 
 def test_fields_of_later_versions_are_ignored_and_absent_ones_have_their_defaults():

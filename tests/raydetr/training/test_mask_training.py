@@ -16,7 +16,7 @@ from raydetr.data.ingest.inputs import InputPaths
 from raydetr.data.shards import Manifest
 from raydetr.data.synthetic.dataset import generate
 from raydetr.errors import ConfigError
-from raydetr.evaluation.in_process import figures, predict_share
+from raydetr.evaluation.in_process import predict_share, score_share
 from raydetr.flat_keys import override
 from raydetr.training.config import TrainConfig
 from raydetr.training.recipes import masks, panoptic, panoptic_boxes
@@ -134,7 +134,7 @@ def test_panoptic_boxes_include_stuff(manifest: Manifest) -> None:
 def test_ground_truth_as_prediction_scores_one(manifest: Manifest, task: str) -> None:
     state = create_state(config(manifest, task=task), manifest, CPU)
     share = predict_share(ObjectDetector(state.model, state.processor), manifest, task)  # type: ignore[arg-type]
-    assert -1 <= figures(share)["AP"] < 0.9
+    assert -1 <= score_share(share)["AP"] < 0.9
     for row, image in zip(share.rows, share.truth.images, strict=True):
         row["image_id"] = image["id"]
         own = [item for item in share.truth.annotations if item["image_id"] == image["id"]]
@@ -150,7 +150,7 @@ def test_ground_truth_as_prediction_scores_one(manifest: Manifest, task: str) ->
             png, segments = share.truth.panoptic[image["id"]]
             predicted = [{"id": s["id"], "category_id": s["category_id"], "score": 1.0} for s in segments]
             row |= {"panoptic": png, "segments": predicted}
-    scored = figures(share)
+    scored = score_share(share)
     assert scored["AP"] == pytest.approx(1)
     assert scored["mask_AP" if task == "instance" else "PQ"] == pytest.approx(1)
 
