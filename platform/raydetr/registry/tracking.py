@@ -120,7 +120,7 @@ def start_run(
     uri: str,
     experiment: str,
     name: str,
-    params: Mapping[str, Any],
+    params: Mapping[str, object],
     tags: Mapping[str, str],
     run_id: str | None = None,
 ) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 import pyarrow as pa
 
@@ -11,7 +10,14 @@ from raydetr.reports.page import about_data, facts, write_sections
 from raydetr.reports.page_charts import forest_axis, forest_row, scale_of
 from raydetr.reports.page_gallery import CONTROLS, MIN_SCORE, caption_of, not_shown
 from raydetr.reports.page_matching import Item, match_image
-from raydetr.reports.page_pictures import Album, detections, ground_truth_kind, open_album, rows_of
+from raydetr.reports.page_pictures import (
+    Album,
+    PredictedImage,
+    detections,
+    ground_truth_kind,
+    open_album,
+    read_predicted,
+)
 from raydetr.reports.page_tables import Cell, Column, name_cell, plain, sortable, words_cell
 from raydetr.reports.page_text import IOU, metric_text, model_name, number, percent, plural, signed
 from raydetr.results.comparison import Change, Comparison
@@ -53,7 +59,10 @@ def write_comparison(
         old, new = f"{old} (old)", f"{new} (new)"
     better, worse = comparison.changed.better[:MAX_IMAGES], comparison.changed.worse[:MAX_IMAGES]
     album = open_album(manifest, [*better, *worse], ground_truth_kind(new_record))
-    predictions = rows_of(old_predictions, {*better, *worse}), rows_of(new_predictions, {*better, *worse})
+    predictions = (
+        read_predicted(old_predictions, {*better, *worse}),
+        read_predicted(new_predictions, {*better, *worse}),
+    )
     metrics = _metrics(comparison, old_record, new_record)
     controls = CONTROLS if better or worse else ""
     sections = {
@@ -214,7 +223,7 @@ def _change_cells(change: _Change, scale: float) -> list[Cell]:
 def _images(
     image_ids: Sequence[int],
     album: Album,
-    predictions: tuple[Mapping[int, Mapping[str, Any]], Mapping[int, Mapping[str, Any]]],
+    predictions: tuple[Mapping[int, PredictedImage], Mapping[int, PredictedImage]],
     controls: str,
 ) -> str:
     """Render each image three times: with the ground truth and with the predictions of each model."""
@@ -228,8 +237,8 @@ def _images(
         entry = album.entries[image_id]
         ground_truth = album.overlay(image_id, [("truth", entry.objects, [True] * len(entry.objects))])
         panels = f"<div><p>ground truth: {plural(len(entry.objects), 'object')}</p>{ground_truth}</div>"
-        for name, rows in zip(("old", "new"), predictions, strict=True):
-            items = detections(rows.get(image_id), entry.image.size[::-1], MIN_SCORE)
+        for name, predicted in zip(("old", "new"), predictions, strict=True):
+            items = detections(predicted.get(image_id), entry.image.size[::-1], MIN_SCORE)
             panels += _panel(name, album, image_id, items)
         figures.append(
             f"<figure class=triple><div class=panels>{panels}</div>{caption_of(album, image_id, '')}</figure>"

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 import pyarrow as pa
 
 from raydetr.data.shards import Manifest
 from raydetr.data.stream.mask_targets import MaskKind
 from raydetr.reports.page_matching import Item, match_image
-from raydetr.reports.page_pictures import Album, detections, open_album, rows_of
+from raydetr.reports.page_pictures import Album, PredictedImage, detections, open_album, read_predicted
 from raydetr.reports.page_text import ERRORS, plural
 from raydetr.results.analysis import Analysis
 
@@ -36,19 +35,19 @@ def gallery_section(
     chosen = list(dict.fromkeys(image_id for ids in worst.values() for image_id in ids))
     if not chosen:
         return "<p>No image has an error.</p>"
-    rows = rows_of(predictions, chosen)
+    predicted = read_predicted(predictions, chosen)
     album = open_album(manifest, chosen, kind, len(chosen) + 2 * MAX_PANOPTIC)
     min_score = analysis.errors.min_score if analysis.errors else MIN_SCORE
     costs = analysis.errors.costs if analysis.errors else {}
     parts: list[str] = []
     for error in sorted(worst, key=lambda error: -costs.get(error, 0)):
-        figures = [_figure(error, album, image_id, rows, min_score) for image_id in worst[error]]
+        figures = [_figure(error, album, image_id, predicted, min_score) for image_id in worst[error]]
         name, meaning, _ = ERRORS[error]
         parts.append(
             f"<details{'' if parts else ' open'}><summary>{name} <small>{meaning}: {plural(len(figures), 'image')}, "
             f"worst first</small></summary><div class=gallery>{''.join(figures)}</div></details>"
         )
-    segments = _segments(album, chosen, rows)
+    segments = _segments(album, chosen, predicted)
     lead = (
         "<p>Solid lines are the ground truth. Dashed lines with a score are predictions. The errors of the kind have "
         f"thick lines and labels. Detections with a score below {min_score:g} are not shown.</p>"
@@ -64,21 +63,20 @@ def caption_of(album: Album, image_id: int, more: str) -> str:
     )
 
 
-def not_shown(image_id: int, row: Mapping[str, Any] | None) -> str:
+def not_shown(image_id: int, predicted: PredictedImage | None) -> str:
     """Render the placeholder of an image that cannot be decoded."""
-    reason = (row or {}).get("error") or "it is not in the data set or cannot be decoded"
-    return (
-        f"<figure><figcaption>image {image_id}: cannot be shown ({escape(str(reason))})</figcaption></figure>"
-    )
+    error = None if predicted is None else predicted.error
+    reason = error or "it is not in the data set or cannot be decoded"
+    return f"<figure><figcaption>image {image_id}: cannot be shown ({escape(reason)})</figcaption></figure>"
 
 
 def _figure(
-    kind: str, album: Album, image_id: int, rows: Mapping[int, Mapping[str, Any]], min_score: float
+    kind: str, album: Album, image_id: int, predicted: Mapping[int, PredictedImage], min_score: float
 ) -> str:
     if image_id not in album.entries:
-        return not_shown(image_id, rows.get(image_id))
+        return not_shown(image_id, predicted.get(image_id))
     entry = album.entries[image_id]
-    items = detections(rows.get(image_id), entry.image.size[::-1], min_score)
+    items = detections(predicted.get(image_id), entry.image.size[::-1], min_score)
     key_objects, key_items = _key(kind, entry.objects, items)
     overlay = album.overlay(image_id, [("truth", entry.objects, key_objects), ("found", items, key_items)])
     count = sum(key_objects) if kind == "missed" else sum(key_items)
@@ -95,22 +93,19 @@ def _key(kind: str, objects: Sequence[Item], items: Sequence[Item]) -> tuple[lis
     return [index in referred for index in range(len(objects))], key_items
 
 
-def _segments(album: Album, chosen: Sequence[int], rows: Mapping[int, Mapping[str, Any]]) -> str:
+def _segments(album: Album, chosen: Sequence[int], predicted: Mapping[int, PredictedImage]) -> str:
     """Render the segments of ground truth and predictions side by side, for images that have both."""
     figures: list[str] = []
     for image_id in chosen:
-        row = rows.get(image_id)
-        if (
-            image_id not in album.entries
-            or row is None
-            or not row.get("panoptic")
-            or len(figures) == MAX_PANOPTIC
-        ):
+        of_image = predicted.get(image_id)
+        if image_id not in album.entries or of_image is None or of_image.segments is None:
             continue
+        if len(figures) == MAX_PANOPTIC:
+            break
         if ground_truth := album.panoptic(image_id, None):
             figures.append(
                 f"<figure class=triple><div class=panels><div><p>ground truth</p>{ground_truth}</div><div><p>prediction"
-                f"</p>{album.panoptic(image_id, row)}</div></div>{caption_of(album, image_id, '')}</figure>"
+                f"</p>{album.panoptic(image_id, of_image)}</div></div>{caption_of(album, image_id, '')}</figure>"
             )
     if not figures:
         return ""

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any, get_args
 
@@ -32,6 +32,18 @@ MAX_BYTES = 70_000
 """Maximum bytes of one JPEG file."""
 
 
+@dataclass(frozen=True)
+class SegmentMap:
+    """Panoptic segments of an image.
+
+    png: PNG whose colors encode segment ids as COCO does.
+    categories: segment id → category id.
+    """
+
+    png: bytes
+    categories: Mapping[int, int]
+
+
 @dataclass
 class AlbumEntry:
     """An image with its ground truth."""
@@ -40,8 +52,22 @@ class AlbumEntry:
     file_name: str
     image: Image.Image
     objects: list[Item]
-    panoptic: bytes | None
-    segments: list[dict[str, Any]]
+    segments: SegmentMap | None
+
+
+@dataclass(frozen=True)
+class PredictedImage:
+    """Predictions of an image: a row of `predictions.PREDICTION_SCHEMA`.
+
+    detections: boxes with scores, best first. Their masks are in `masks`, since few of them are drawn.
+    masks: compressed run lengths of each detection; None: not predicted.
+    error: why the image cannot be decoded; None: it can.
+    """
+
+    detections: tuple[Item, ...]
+    masks: Sequence[bytes | None]
+    segments: SegmentMap | None
+    error: str | None
 
 
 @dataclass
@@ -90,28 +116,23 @@ class Album:
             f'<use href="#image-{image_id}"/>{drawn}</svg>'
         )
 
-    def panoptic(self, image_id: int, row: Mapping[str, Any] | None) -> str:
+    def panoptic(self, image_id: int, predicted: PredictedImage | None) -> str:
         """Draw segments on an image as HTML; empty if there are none.
 
         Args:
             image_id: key of `entries`.
-            row: row of predictions whose segments are drawn; None: those of the ground truth.
+            predicted: predictions whose segments are drawn; None: the segments of the ground truth.
         """
         entry = self.entries[image_id]
-        png = entry.panoptic if row is None else row["panoptic"]
-        segments = entry.segments if row is None else row["segments"]
-        if png is None:
+        segments = entry.segments if predicted is None else predicted.segments
+        if segments is None:
             return ""
-        ids = read_panoptic_png(png)
+        ids = read_panoptic_png(segments.png)
         if ids.shape != entry.image.size[::-1]:
             return ""
-        infos = [
-            {"id": each["id"], "label_id": each["category_id"]}
-            for each in segments or []
-            if each["id"] is not None and each["category_id"] is not None
-        ]
+        infos = [{"id": key, "label_id": category} for key, category in segments.categories.items()]
         drawn = draw_segments(entry.image, ids, infos, self.names)
-        source = "ground truth" if row is None else "prediction"
+        source = "ground truth" if predicted is None else "prediction"
         return f'<img alt="{escape(entry.file_name)}: segments of the {source}" src="{jpeg(drawn, self.max_bytes)}">'
 
 
@@ -149,35 +170,37 @@ def open_album(
     return Album(names, entries, max_bytes)
 
 
-def rows_of(predictions: pa.Table, image_ids: Collection[int]) -> dict[int, dict[str, Any]]:
-    """Return image id → row of predictions, for the given images."""
+def read_predicted(predictions: pa.Table, image_ids: Collection[int]) -> dict[int, PredictedImage]:
+    """Return image id → predictions, for the given images."""
     chosen = predictions.filter(pc.is_in(predictions.column("image_id"), pa.array(image_ids, pa.int64())))
-    return {row["image_id"]: row for row in chosen.to_pylist()}
+    predicted = {}
+    for row in chosen.to_pylist():
+        columns = zip(row["category_id"], row["bbox"], row["score"], strict=True)
+        items = tuple(Item(category, tuple(box), score) for category, box, score in columns)
+        masks = row.get("mask") or [None] * len(items)
+        segments = _segment_map(row.get("panoptic"), row.get("segments"))
+        predicted[row["image_id"]] = PredictedImage(items, masks, segments, row.get("error"))
+    return predicted
 
 
-def detections(row: Mapping[str, Any] | None, size: tuple[int, int], min_score: float) -> list[Item]:
-    """Return the detections of a row of predictions that reach a score, best first.
+def detections(predicted: PredictedImage | None, size: tuple[int, int], min_score: float) -> list[Item]:
+    """Return the detections that reach a score with their masks, best first.
 
     Args:
-        row: row of predictions; None without a prediction.
+        predicted: predictions of an image; None without a prediction.
         size: (height, width) of the image, for its masks.
         min_score: minimum score.
     """
-    if row is None:
+    if predicted is None:
         return []
-    masks = row.get("mask") or [None] * len(row["score"])
     items = []
-    for category, score, box, counts in zip(
-        row["category_id"], row["score"], row["bbox"], masks, strict=True
-    ):
-        if score < min_score:
+    for item, counts in zip(predicted.detections, predicted.masks, strict=True):
+        if (item.score or 0) < min_score:
             continue
-        mask = (
-            None
-            if counts is None
-            else decode_segmentation({"size": size, "counts": counts}, *size, "a prediction")
-        )
-        items.append(Item(category, tuple(box), score, mask=mask))
+        if counts is not None:
+            mask = decode_segmentation({"size": size, "counts": counts}, *size, "a prediction")
+            item = replace(item, mask=mask)
+        items.append(item)
     return sorted(items, key=lambda item: -(item.score or 0))
 
 
@@ -205,6 +228,14 @@ def _extent(entry: AlbumEntry) -> tuple[tuple[int, int], float]:
     return (max(1, round(width * scale)), max(1, round(height * scale))), scale
 
 
+def _segment_map(png: bytes | None, segments: Sequence[Mapping[str, Any]] | None) -> SegmentMap | None:
+    """Return the segments of a record or of a prediction; None without a map."""
+    if png is None:
+        return None
+    known = [each for each in segments or () if None not in (each["id"], each["category_id"])]
+    return SegmentMap(png, {each["id"]: each["category_id"] for each in known})
+
+
 def _read_entry(record: dict[str, Any], manifest: Manifest, kind: MaskKind) -> AlbumEntry | None:
     if record["image"] is None:
         return None
@@ -230,6 +261,5 @@ def _read_entry(record: dict[str, Any], manifest: Manifest, kind: MaskKind) -> A
         str(record["file_name"]),
         image,
         objects,
-        record["panoptic_image"],
-        record["segments"] or [],
+        _segment_map(record["panoptic_image"], record["segments"]),
     )

@@ -18,7 +18,7 @@ from raydetr.prediction.predictions import table
 from raydetr.reports.page import write_page
 from raydetr.reports.page_matching import Item, match_image
 from raydetr.reports.page_overlay import outlines
-from raydetr.reports.page_pictures import detections, jpeg, open_album, rows_of
+from raydetr.reports.page_pictures import detections, jpeg, open_album, read_predicted
 from raydetr.reports.page_text import percent, with_interval
 from raydetr.results.analysis import Analysis
 from raydetr.results.json_form import from_json, to_json
@@ -99,17 +99,19 @@ def test_the_errors_in_the_overlays_are_those_that_the_analysis_counts(manifest:
     analysis = analyze(read_ground_truth(manifest, "none"), predictions, resamples=1)
     min_score = analysis.errors.min_score
     every = [each["image_id"] for each in read_records(manifest, ["image_id"])]
-    rows, counts = rows_of(predictions, every), dict.fromkeys(analysis.errors.counts, 0)
+    predicted, counts = read_predicted(predictions, every), dict.fromkeys(analysis.errors.counts, 0)
     album = open_album(manifest, every, "none")
     for image_id, entry in album.entries.items():
-        matching = match_image(entry.objects, detections(rows[image_id], entry.image.size[::-1], min_score))
+        matching = match_image(
+            entry.objects, detections(predicted[image_id], entry.image.size[::-1], min_score)
+        )
         counts["missed"] += matching.objects.count("missed")
         for kind in counts.keys() - {"missed"}:
             counts[kind] += matching.detections.count(kind)
     hidden_ids = set(every) - set(album.entries)
     hidden = [each for each in read_records(manifest) if each["image_id"] in hidden_ids]
     difference = sum(analysis.errors.counts.values()) - sum(counts.values())
-    maximum = sum(len(each["objects"]) + len(rows[each["image_id"]]["score"]) for each in hidden)
+    maximum = sum(len(each["objects"]) + len(predicted[each["image_id"]].detections) for each in hidden)
     assert 0 <= difference <= maximum
     for kind, count in analysis.errors.counts.items():
         assert 0 <= count - counts[kind] <= maximum, kind
