@@ -52,13 +52,13 @@ def main(config: DemoConfig) -> dict[str, Any]:
     clock.stage("serve one validation image over HTTP")
     image = next(read_records(Manifest.load(val_data)))["image"]
     with endpoint(application(champion), "127.0.0.1", config.port) as url, Client(url) as client:
-        answer = asdict(client.detect(image, threshold=0.0))
+        answer = client.detect(image, threshold=0.0)
     clock.stage("draw")
     expected = ObjectDetector.from_pretrained(champion.folder).detect_image(image)
     run_pictures.loss_curve(tracking.metric_history(uri, trained.run_id, "loss"), f"{output}/loss.png")
     detections = coco_results(read_predictions(scored.predictions))
     run_pictures.contact_sheet(Manifest.load(val_data), detections, f"{output}/predictions.png")
-    run_pictures.answer(image, answer["detections"], f"{output}/answer.png")
+    run_pictures.answer(image, answer.detections, f"{output}/answer.png")
     clock.stop()
     summary = {
         **{name: scored.metrics[name] for name in ("AP", "AP50")},
@@ -67,10 +67,10 @@ def main(config: DemoConfig) -> dict[str, Any]:
         "images_per_second": trained.images_per_second,
         "model_version": champion.address,
         "promoted": promoted.promoted,
-        "answer_differs_from_model_by": run_pictures.difference(answer["detections"], expected),
+        "answer_differs_from_model_by": run_pictures.difference(answer.detections, expected),
         "seconds": clock.seconds,
         "total_seconds": round(sum(clock.seconds.values()), 1),
-        "answer": answer,
+        "answer": asdict(answer),
         "training": to_json(trained),
         "evaluation": scored.to_output(),
     }

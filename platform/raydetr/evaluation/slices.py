@@ -27,8 +27,8 @@ def score_slices(ground_truth: GroundTruth, evaluation: Evaluation) -> dict[str,
         evaluation: evaluation of boxes.
 
     Returns:
-        "objects per image" and "shorter side" → each slice that has images. AP and AP50 are -1 for a slice without objects. Crowds do not count as objects. Images of unknown size
-        are in no slice of "shorter side".
+        "objects per image" and "shorter side" → each slice that has images. AP and AP50 are -1 for a slice without
+        objects. Crowds do not count as objects. Images of unknown size are in no slice of "shorter side".
     """
     image_ids = evaluation.image_ids
     rows = evaluation.objects["iscrowd"] == 0

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from detr.drawing import draw_detections
 from detr.image_processing.decode import decode_image
+from raydetr.client.results import Detection
 from raydetr.data.pixels import decode_record
 from raydetr.data.schema import is_repaired
 from raydetr.data.shards import Manifest, read_records, training_targets
@@ -82,27 +84,30 @@ def contact_sheet(
     _montage(pairs, columns=3).save(_with_folder(file))
 
 
-def answer(
-    image: bytes, detections: Sequence[dict[str, Any]], file: str, threshold: float = THRESHOLD
-) -> None:
+def answer(image: bytes, detections: Sequence[Detection], file: str, threshold: float = THRESHOLD) -> None:
     """Write a PNG of an image with the detections that the endpoint returned."""
-    shown = [each for each in detections if each["score"] >= threshold]
+    shown = [each for each in detections if each.score >= threshold]
     draw_detections(
         decode_image(image),
-        [list(each["box"].values()) for each in shown],
-        [each["label"] for each in shown],
-        [each["score"] for each in shown],
+        [astuple(each.box) for each in shown],
+        [each.label for each in shown],
+        [each.score for each in shown],
     ).save(_with_folder(file))
 
 
-def difference(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]]) -> float:
+def difference(answered: Sequence[Detection], expected: Sequence[dict[str, Any]]) -> float:
     """Return the maximum difference of two lists of detections in scores or pixels.
 
     It is infinite if the labels or the numbers of detections differ.
+
+    Args:
+        answered: detections that the endpoint returned.
+        expected: detections in the format of `ObjectDetector.detect_image`.
     """
-    if [each["label"] for each in left] != [each["label"] for each in right]:
+    if [each.label for each in answered] != [each["label"] for each in expected]:
         return math.inf
-    first, second = (np.array([[e["score"], *e["box"].values()] for e in each]) for each in (left, right))
+    first = np.array([[each.score, *astuple(each.box)] for each in answered])
+    second = np.array([[each["score"], *each["box"].values()] for each in expected])
     return float(np.abs(first - second).max(initial=0.0))
 
 

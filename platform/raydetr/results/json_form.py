@@ -1,16 +1,15 @@
 """The JSON form of the dataclasses in this package.
 
 A dataclass is an object with a key for each field: the field's name, or the `key` in its metadata. The keys of a `FLAT`
-field, a dataclass or a mapping to numbers, are keys of the object itself. A field with the default None is omitted if it is
-None. Reading ignores unknown keys, and a key that is absent or null has the field's default: so files of older and
-newer versions can be read.
+field, a dataclass or a mapping to numbers, are keys of the object itself. A field with the default None is omitted if
+it is None. Reading ignores unknown keys, and a key that is absent or null has the field's default. So files of older
+and newer versions can be read.
 """
 
-import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 Result = TypeVar("Result")
 FLAT = {"flat": True}
@@ -45,16 +44,17 @@ def from_json(result: type[Result], content: Mapping[str, Any]) -> Result:
 
 
 def _read(hint: Any, value: Any) -> Any:
-    """Convert JSON to a type: a dataclass, a tuple, a mapping, an optional type, or a plain value."""
+    """Convert JSON to a type: `X | None`, a dataclass, a tuple, a mapping, or a plain value, which is not checked."""
     arguments = get_args(hint)
-    if get_origin(hint) in (Union, types.UnionType) and type(None) in arguments:
-        kinds = [each for each in arguments if each is not type(None)]
-        return value if value is None or len(kinds) > 1 else _read(kinds[0], value)
+    if type(None) in arguments:
+        hint = next(each for each in arguments if each is not type(None))
+        return None if value is None else _read(hint, value)
     if is_dataclass(hint):
         return _read_fields(hint, _expect(value, Mapping, hint))
     if get_origin(hint) is tuple:
-        kinds = [arguments[0]] * len(_expect(value, list, hint)) if arguments[-1] is ... else list(arguments)
-        return tuple(_read(kind, each) for kind, each in zip(kinds, value, strict=True))
+        parts = _expect(value, list, hint)
+        kinds = [arguments[0]] * len(parts) if arguments[-1] is ... else arguments
+        return tuple(_read(kind, part) for kind, part in zip(kinds, parts, strict=True))
     if get_origin(hint) is Mapping:
         key, kind = arguments
         return {key(name): _read(kind, each) for name, each in _expect(value, Mapping, hint).items()}
@@ -66,19 +66,19 @@ def _read_fields(kind: Any, content: Mapping[str, Any]) -> Any:
     values: dict[str, Any] = {}
     named = {_key(field) for field in fields(kind)}
     for field in fields(kind):
-        if field.metadata.get("flat") and is_dataclass(hints[field.name]):
-            values[field.name] = _read_fields(hints[field.name], content)
+        hint, value = hints[field.name], content.get(_key(field))
+        if field.metadata.get("flat") and is_dataclass(hint):
+            values[field.name] = _read_fields(hint, content)
         elif field.metadata.get("flat"):
-            rest = {name: each for name, each in content.items() if name not in named}
             values[field.name] = {
                 name: each
-                for name, each in rest.items()
-                if isinstance(each, int | float) and not isinstance(each, bool)
+                for name, each in content.items()
+                if name not in named and isinstance(each, int | float) and not isinstance(each, bool)
             }
-        elif content.get(_key(field)) is not None:
-            values[field.name] = _read(hints[field.name], content[_key(field)])
+        elif value is not None:
+            values[field.name] = _read(hint, value)
         elif field.default is MISSING and field.default_factory is MISSING:
-            if type(None) not in get_args(hints[field.name]):
+            if type(None) not in get_args(hint):
                 raise ValueError(f"{kind.__name__}: {_key(field)!r} is absent")
             values[field.name] = None
     return kind(**values)

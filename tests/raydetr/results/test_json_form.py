@@ -146,3 +146,14 @@ def test_fields_of_later_versions_are_ignored_and_absent_ones_have_their_default
 def test_a_file_of_another_structure_is_an_error(content):
     with pytest.raises(ValueError, match="not the JSON form of"):
         from_json(EvaluationRecord, content)
+
+
+@pytest.mark.parametrize("interval", [[0.1], [0.1, 0.2, 0.3], 0.1, {"low": 0.1, "high": 0.2}])
+def test_an_interval_has_two_ends(interval):
+    with pytest.raises(ValueError):
+        from_json(Analysis, {"figures": {}, "images": 0, "intervals": {"AP": interval}})
+
+
+def test_a_key_that_has_no_default_must_be_present():
+    with pytest.raises(ValueError, match="Analysis: 'images' is absent"):
+        from_json(Analysis, {"figures": {}})
