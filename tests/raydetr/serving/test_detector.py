@@ -95,8 +95,12 @@ class CountingDetector(Detector):
 
     async def is_interrupted(self) -> bool:
         before = self.count + 1  # it may be between two torch functions
-        await asyncio.sleep(0.2)
-        return self.count <= before
+        until = time.monotonic() + 1.0  # on a busy machine, a thread may not run for a while
+        while time.monotonic() < until:
+            await asyncio.sleep(0.01)
+            if self.count > before:
+                return False
+        return True
 
     async def wait_until_resumed(self) -> None:
         before = self.count + 1
