@@ -7,7 +7,6 @@ It writes summary.json, loss.png, predictions.png and answer.png to --output, an
 
 import shlex
 import sys
-from dataclasses import asdict
 from typing import Any
 
 from detr.inference.detector import ObjectDetector
@@ -70,7 +69,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
         "answer_differs_from_model_by": run_pictures.difference(answer.detections, expected),
         "seconds": clock.seconds,
         "total_seconds": round(sum(clock.seconds.values()), 1),
-        "answer": asdict(answer),
+        "answer": answer.model_dump(),
         "training": to_json(trained),
         "evaluation": scored.to_output(),
     }

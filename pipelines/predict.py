@@ -9,7 +9,6 @@ read from the environment variable RAYDETR_TOKEN, since flags are visible in pro
 """
 
 import os
-from dataclasses import asdict
 from typing import Any
 
 from raydetr import storage
@@ -49,7 +48,7 @@ def predict(
 
             def detect(data: bytes) -> list[dict[str, Any]]:
                 answer = client.detect(data, 0.0, orientation=config.orientation)
-                return [asdict(each) for each in answer.detections]
+                return [each.model_dump() for each in answer.detections]
 
             predictions, labels = image_folder.predict_by_endpoint(images, detect, config.orientation)
     else:

@@ -1,4 +1,4 @@
-"""Blocking and asynchronous clients of the endpoint. They only need httpx.
+"""Blocking and asynchronous clients of the endpoint, in the base install.
 
 ::
 
@@ -7,26 +7,38 @@
             print(detection.label, detection.score, detection.box)
 
 A client reuses its connections: create one and use it for all requests, from several threads if you like. Requests
-that a busy server rejects, or that do not reach it, are retried, see `exchange`.
+that a busy server rejects, or that do not reach it, are retried, see `core.is_transient`.
 """
 
-import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Literal, Self, TypeVar
 
-import anyio  # a dependency of httpx
 import httpx
-from anyio import to_thread
+import tenacity
+from anyio import to_thread  # a dependency of httpx
 
-from raydetr.client import results
-from raydetr.client.calls import BaseClient, ImageSource, detect_params, encode_image
-from raydetr.client.exchange import Answer, Exchange, NoResponse, Send, Wait
-from raydetr.client.results import DetectResult, Health, SegmentResult, ServedModel
+from raydetr.client.core import (
+    Answer,
+    BaseClient,
+    Call,
+    ImageSource,
+    NoResponse,
+    batches,
+    detect_params,
+    encode_image,
+    is_ready,
+)
+from raydetr.responses import (
+    DetectResponse,
+    HealthResponse,
+    Orientation,
+    SegmentResponse,
+    ServedModel,
+)
 
 T = TypeVar("T")
 Kind = Literal["instance", "panoptic", "semantic"]
-Orientation = Literal["apply", "ignore"]
 
 
 class Client(BaseClient):
@@ -45,7 +57,7 @@ class Client(BaseClient):
         top_k: int | None = None,
         classes: Sequence[str] | None = None,
         orientation: Orientation | None = None,
-    ) -> DetectResult:
+    ) -> DetectResponse:
         """Detect objects in one image.
 
         Args:
@@ -62,9 +74,7 @@ class Client(BaseClient):
             OSError: the file cannot be read.
         """
         params = detect_params(threshold, top_k, classes, orientation)
-        return self._run(
-            self.post_image_call("/v1/detect", encode_image(image), params, results.parse_detect_result)
-        )
+        return self._run(self.detect_call(encode_image(image), params))
 
     def detect_many(
         self,
@@ -73,7 +83,7 @@ class Client(BaseClient):
         top_k: int | None = None,
         classes: Sequence[str] | None = None,
         orientation: Orientation | None = None,
-    ) -> list[DetectResult]:
+    ) -> list[DetectResponse]:
         """Detect objects in several images, a few in each request. Results are in the order of the images.
 
         One image that cannot be read fails the call; the message names the images that were sent with it.
@@ -91,7 +101,11 @@ class Client(BaseClient):
             OSError: see `detect`.
         """
         params = detect_params(threshold, top_k, classes, orientation)
-        return [result for call in self.many_call(images, params) for result in self._run(call)]
+        detected: list[DetectResponse] = []
+        for batch in batches(images):
+            answers = self._run(self.detect_many_call(batch, params))
+            detected += answers
+        return detected
 
     def segment(
         self,
@@ -100,7 +114,7 @@ class Client(BaseClient):
         threshold: float | None = None,
         format: Literal["rle", "png"] = "rle",
         orientation: Orientation | None = None,
-    ) -> SegmentResult:
+    ) -> SegmentResponse:
         """Segment one image.
 
         Args:
@@ -117,9 +131,7 @@ class Client(BaseClient):
             OSError: see `detect`.
         """
         params = [("kind", kind), ("threshold", threshold), ("format", format), ("orientation", orientation)]
-        return self._run(
-            self.post_image_call("/v1/segment", encode_image(image), params, results.parse_segment_result)
-        )
+        return self._run(self.segment_call(encode_image(image), params))
 
     def models(self) -> list[ServedModel]:
         """List the models that the endpoint serves, with their labels and tasks.
@@ -128,15 +140,15 @@ class Client(BaseClient):
             RequestError: the endpoint does not accept the token.
             ServingError: see `detect`.
         """
-        return self._run(self.get_call("/v1/models", results.parse_served_models))
+        return self._run(self.models_call())
 
-    def health(self) -> Health:
+    def health(self) -> HealthResponse:
         """Return the endpoint's liveness and its model.
 
         Raises:
             ServingError: see `detect`.
         """
-        return self._run(self.get_call("/health", results.parse_health))
+        return self._run(self.health_call())
 
     def ready(self) -> bool:
         """Check readiness with a single request. Returns False also if nothing answers.
@@ -144,7 +156,9 @@ class Client(BaseClient):
         Raises:
             ServingError: something other than the endpoint answers.
         """
-        return self._run(self.ready_call())
+        call = self.ready_call()
+        outcome = self._send(call)
+        return is_ready(outcome) and call.result(outcome)
 
     def close(self) -> None:
         """Close the connections."""
@@ -161,27 +175,17 @@ class Client(BaseClient):
     ) -> None:
         self.close()
 
-    def _run(self, call: Exchange[T]) -> T:
-        outcome: Answer | NoResponse | None = None
-        while True:
-            try:
-                step = call.send(outcome)
-            except StopIteration as end:
-                return end.value
-            if isinstance(step, Wait):
-                time.sleep(step.seconds)
-                outcome = None
-            else:
-                outcome = self._send(step)
+    def _run(self, call: Call[T]) -> T:
+        return call.result(tenacity.Retrying(**call.policy())(self._send, call))
 
-    def _send(self, step: Send) -> Answer | NoResponse:
+    def _send(self, call: Call[T]) -> Answer | NoResponse:
         response = None
         try:
-            response = self._http.send(step.request, stream=True)
+            response = self._http.send(call.prepare(), stream=True)
             body = bytearray()
             for chunk in response.iter_bytes():
                 body += chunk
-                step.check_time()
+                call.check_time()
             return Answer(response.status_code, response.headers, bytes(body))
         except httpx.HTTPError as error:
             return NoResponse(error, started=response is not None)
@@ -206,11 +210,11 @@ class AsyncClient(BaseClient):
         top_k: int | None = None,
         classes: Sequence[str] | None = None,
         orientation: Orientation | None = None,
-    ) -> DetectResult:
+    ) -> DetectResponse:
         """See `Client.detect`."""
         data = await to_thread.run_sync(encode_image, image)
         params = detect_params(threshold, top_k, classes, orientation)
-        return await self._run(self.post_image_call("/v1/detect", data, params, results.parse_detect_result))
+        return await self._run(self.detect_call(data, params))
 
     async def detect_many(
         self,
@@ -219,12 +223,13 @@ class AsyncClient(BaseClient):
         top_k: int | None = None,
         classes: Sequence[str] | None = None,
         orientation: Orientation | None = None,
-    ) -> list[DetectResult]:
+    ) -> list[DetectResponse]:
         """See `Client.detect_many`."""
-        calls = self.many_call(images, detect_params(threshold, top_k, classes, orientation))
-        detected: list[DetectResult] = []
-        while call := await to_thread.run_sync(next, calls, None):
-            detected += await self._run(call)
+        params, waiting = detect_params(threshold, top_k, classes, orientation), batches(images)
+        detected: list[DetectResponse] = []
+        while batch := await to_thread.run_sync(next, waiting, None):
+            answers = await self._run(self.detect_many_call(batch, params))
+            detected += answers
         return detected
 
     async def segment(
@@ -234,25 +239,25 @@ class AsyncClient(BaseClient):
         threshold: float | None = None,
         format: Literal["rle", "png"] = "rle",
         orientation: Orientation | None = None,
-    ) -> SegmentResult:
+    ) -> SegmentResponse:
         """See `Client.segment`."""
         data = await to_thread.run_sync(encode_image, image)
         params = [("kind", kind), ("threshold", threshold), ("format", format), ("orientation", orientation)]
-        return await self._run(
-            self.post_image_call("/v1/segment", data, params, results.parse_segment_result)
-        )
+        return await self._run(self.segment_call(data, params))
 
     async def models(self) -> list[ServedModel]:
         """See `Client.models`."""
-        return await self._run(self.get_call("/v1/models", results.parse_served_models))
+        return await self._run(self.models_call())
 
-    async def health(self) -> Health:
+    async def health(self) -> HealthResponse:
         """See `Client.health`."""
-        return await self._run(self.get_call("/health", results.parse_health))
+        return await self._run(self.health_call())
 
     async def ready(self) -> bool:
         """See `Client.ready`."""
-        return await self._run(self.ready_call())
+        call = self.ready_call()
+        outcome = await self._send(call)
+        return is_ready(outcome) and call.result(outcome)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -269,27 +274,17 @@ class AsyncClient(BaseClient):
     ) -> None:
         await self.close()
 
-    async def _run(self, call: Exchange[T]) -> T:
-        outcome: Answer | NoResponse | None = None
-        while True:
-            try:
-                step = call.send(outcome)
-            except StopIteration as end:
-                return end.value
-            if isinstance(step, Wait):
-                await anyio.sleep(step.seconds)
-                outcome = None
-            else:
-                outcome = await self._send(step)
+    async def _run(self, call: Call[T]) -> T:
+        return call.result(await tenacity.AsyncRetrying(**call.policy())(self._send, call))
 
-    async def _send(self, step: Send) -> Answer | NoResponse:
+    async def _send(self, call: Call[T]) -> Answer | NoResponse:
         response = None
         try:
-            response = await self._http.send(step.request, stream=True)
+            response = await self._http.send(call.prepare(), stream=True)
             body = bytearray()
             async for chunk in response.aiter_bytes():
                 body += chunk
-                step.check_time()
+                call.check_time()
             return Answer(response.status_code, response.headers, bytes(body))
         except httpx.HTTPError as error:
             return NoResponse(error, started=response is not None)

@@ -42,7 +42,7 @@ def log_requests(stream: TextIO | None = None) -> None:
 
 
 def error_answer(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """Build the JSON response of an error, see `schemas.ErrorResponse`."""
+    """Build the JSON response of an error, see `responses.ErrorResponse`."""
     return JSONResponse({"error": {"status": status, "message": message}}, status, headers)
 
 

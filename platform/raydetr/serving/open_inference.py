@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, Field
 
 from raydetr.errors import RequestError
-from raydetr.serving.schemas import ErrorResponse
+from raydetr.responses import ErrorResponse
 from raydetr.serving.served_version import ServedVersion
 from raydetr.serving.service import Service, ServiceOf
 

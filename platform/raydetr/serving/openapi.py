@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
 
-from raydetr.serving import schemas
+from raydetr import responses
 from raydetr.serving.auth import OPEN_PATHS
 
 DESCRIPTION = """Object detection and segmentation with DETR.
@@ -77,7 +77,7 @@ def _document(api: FastAPI, secured: bool) -> dict[str, Any]:
 def _restore_examples(described: dict[str, Any]) -> None:
     """Restore the nulls of examples, which FastAPI removes although the schemas require them."""
     for name, schema in described.items():
-        model = getattr(schemas, name, None)
+        model = getattr(responses, name, None)
         if model is not None and "examples" in schema:
             schema["examples"] = model.model_config["json_schema_extra"]["examples"]
 

@@ -11,9 +11,7 @@ from fastapi.responses import HTMLResponse
 from detr.image_processing.decode import Orientation
 from detr.inference.detector import Detections, PreparedImage
 from raydetr.errors import RequestError
-from raydetr.serving.bodies import read_images
-from raydetr.serving.page import index
-from raydetr.serving.schemas import (
+from raydetr.responses import (
     Detection,
     DetectManyResponse,
     DetectResponse,
@@ -27,6 +25,8 @@ from raydetr.serving.schemas import (
     ServedModel,
     Times,
 )
+from raydetr.serving.bodies import read_images
+from raydetr.serving.page import index
 from raydetr.serving.segments import Format, Kind, SegmentRequest
 from raydetr.serving.served_version import ServedVersion
 from raydetr.serving.service import ClientOf, ServiceOf

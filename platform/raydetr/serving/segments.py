@@ -41,7 +41,7 @@ def segments(
     id2label: Mapping[int, str],
     stuff: Collection[int] = (),
 ) -> dict[str, Any]:
-    """Build the fields `segments` and `map` of `schemas.SegmentResponse`, at the original size of the image.
+    """Build the fields `segments` and `map` of `responses.SegmentResponse`, at the original size of the image.
 
     Args:
         outputs: output for this image only: `logits` [1, queries, classes + 1], `pred_masks` [1, queries, h, w].

@@ -6,8 +6,8 @@ from typing import Self
 from detr.config import DetrConfig
 from detr.image_processing.processor import DetrImageProcessor
 from raydetr.registry.models import ResolvedModel, local_folder
+from raydetr.responses import ModelInfo
 from raydetr.serving.loaded import has_masks
-from raydetr.serving.schemas import ModelInfo
 
 
 @dataclass(frozen=True)

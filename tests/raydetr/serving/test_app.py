@@ -126,12 +126,12 @@ def assert_equal_detections(detections: list[dict], expected: list[dict]) -> Non
 
 def detect(url: str, data: bytes, threshold: float = 0.5) -> dict:
     with Client(url) as client:
-        return dataclasses.asdict(client.detect(data, threshold))
+        return client.detect(data, threshold).model_dump()
 
 
 def health(url: str) -> dict:
     with Client(url) as client:
-        return dataclasses.asdict(client.health())
+        return client.health().model_dump()
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.4])

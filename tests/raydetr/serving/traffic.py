@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import dataclasses
 import io
 import random
 import threading
@@ -263,11 +262,11 @@ class Traffic(Clients):
 
     def _check_detected(self, results: Any, log: ClientLog) -> None:
         for number, result in enumerate(results):
-            detections = [dataclasses.asdict(each) for each in result.detections]
+            detections = [each.model_dump() for each in result.detections]
             self.stored.check_detections(result.model.version, number, detections)
             log.add("detect, raydetr client", result.model.version)
 
     def _check_segmented(self, result: Any, number: int, kind: str, form: str, log: ClientLog) -> None:
-        segments = [dataclasses.asdict(each) for each in result.segments]
-        self.stored.check_segments(result.model.version, number, kind, form, segments, result.map)
+        segments = [each.model_dump() for each in result.segments]
+        self.stored.check_segments(result.model.version, number, kind, form, segments, result.map_png)
         log.add("segment, raydetr client", result.model.version)

@@ -1,10 +1,13 @@
-"""The JSON responses of the endpoint."""
+"""The JSON responses of the endpoint, which the server writes and the client reads."""
 
-from typing import Any
+import base64
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import pydantic
+from pydantic import ConfigDict, Field
 
-from detr.image_processing.decode import Orientation
+Orientation = Literal["apply", "ignore"]
+"""apply: turn an image upright by its EXIF orientation; ignore: use the stored pixels."""
 
 _MODEL = {"name": "raydetr", "version": 3}
 _IMAGE = {"height": 480, "width": 640, "orientation": "ignore"}
@@ -19,7 +22,13 @@ _MASK = {"size": [480, 640], "counts": "oZ31m>3N1N2O1O0O2N1O"}
 
 
 def _example(**values: Any) -> ConfigDict:
-    return ConfigDict(json_schema_extra={"examples": [values]})
+    return ConfigDict(frozen=True, json_schema_extra={"examples": [values]})
+
+
+class BaseModel(pydantic.BaseModel):
+    """A frozen model; unknown fields, of a later version of the endpoint, are ignored."""
+
+    model_config = ConfigDict(frozen=True)
 
 
 class Box(BaseModel):
@@ -122,6 +131,11 @@ class SegmentResponse(BaseModel):
         description="Base64 of a PNG with segment ids as R + 256 G + 65536 B, 0 without a segment; null with format=rle."
     )
     times: Times
+
+    @property
+    def map_png(self) -> bytes | None:
+        """The PNG file in `map`."""
+        return None if self.map is None else base64.b64decode(self.map, validate=True)
 
     model_config = _example(
         model=_MODEL,
