@@ -7,12 +7,12 @@ literally: `?`, `#` and `%` are ordinary characters.
 
 import errno
 import os
-import time
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TypeVar
 from urllib.parse import unquote
 
+import tenacity
 from pyarrow import fs
 
 from raydetr.errors import StorageError
@@ -23,7 +23,7 @@ RETRY_SECONDS = 90.0
 """How long an operation that fails with transient errors is retried."""
 
 _SDK_ATTEMPTS = 4  # short retries within the AWS SDK; `retry` adds the long ones
-_MAX_PAUSE = 10.0
+_MIN_PAUSE, _MAX_PAUSE = 0.2, 10.0
 _TRANSIENT = (
     "NETWORK_CONNECTION",
     "SLOW_DOWN",
@@ -115,17 +115,18 @@ def retry(uri: str, doing: str, action: Callable[[], Result], seconds: float | N
     Raises:
         StorageError: the error is not transient, or the action still fails after `seconds`.
     """
-    deadline = time.monotonic() + (RETRY_SECONDS if seconds is None else seconds)
-    pause = 0.2
-    while True:
-        try:
-            return action()
-        except OSError as error:
-            left = deadline - time.monotonic()
-            if not is_transient(error, uri) or left <= 0:
-                raise StorageError(f"{uri}: cannot be {doing} ({_explain(error)}).") from error
-        time.sleep(min(pause, left))
-        pause = min(2 * pause, _MAX_PAUSE)
+    attempts = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(
+            lambda error: isinstance(error, OSError) and is_transient(error, uri)
+        ),
+        wait=tenacity.wait_exponential(_MIN_PAUSE, _MAX_PAUSE),
+        stop=tenacity.stop_before_delay(RETRY_SECONDS if seconds is None else seconds),
+        reraise=True,
+    )
+    try:
+        return attempts(action)
+    except OSError as error:
+        raise StorageError(f"{uri}: cannot be {doing} ({_explain(error)}).") from error
 
 
 def is_transient(error: OSError, uri: str) -> bool:

@@ -2,10 +2,11 @@
 
 import math
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
+
+import tenacity
 
 from detr import DetrForObjectDetection, DetrForSegmentation
 from detr.checkpoint.load_save import save_model
@@ -111,15 +112,14 @@ def send_unsent_metrics(config: TrainConfig, run_id: str, last: int) -> None:
 
 def retry_mlflow(action: Callable[[], Result]) -> Result:
     """Run an MLflow action; retry it for `MLFLOW_RETRY_S` while MLflow does not answer."""
-    end = time.monotonic() + MLFLOW_RETRY_S
-    while True:
-        try:
-            return action()
-        except RegistryError as error:
-            if time.monotonic() >= end:
-                raise
-            log_line(f"{error} Retrying in 5 s.")
-            time.sleep(5)
+    attempts = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(RegistryError),
+        wait=tenacity.wait_fixed(5),
+        stop=tenacity.stop_after_delay(MLFLOW_RETRY_S),
+        before_sleep=lambda state: log_line(f"{state.outcome.exception()} Retrying in 5 s."),  # type: ignore[union-attr]
+        reraise=True,
+    )
+    return attempts(action)
 
 
 def _mean(values: list[float]) -> float | None:
