@@ -25,7 +25,6 @@ class Config:
 
 def main(config):
     try:
-        print("working", flush=True)
         {work}
     finally:
         print("cleaning up", flush=True)
@@ -36,9 +35,11 @@ def main(config):
 run(main, Config)
 """
 WORK = {
-    "in Python": "time.sleep(60)",
+    "in Python": 'print("working", flush=True); time.sleep(60)',
+    # "working" is printed within `try`: the signal may arrive before the sleep.
     "in C code that raises its own exception": """
         try:
+            print("working", flush=True)
             time.sleep(60)
         except BaseException:
             raise SystemError("a call returned a result with an exception set")""",
@@ -85,7 +86,8 @@ def test_a_signal_cleans_up_and_prints_the_command_that_resumes(
 
 
 def test_a_signal_is_answered_immediately_while_the_main_thread_runs_c_code(tmp_path: Path) -> None:
-    hashing = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000_000)'  # takes ten seconds
+    # The hash takes ten seconds.
+    hashing = 'print("working", flush=True); hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000_000)'
     with working(tmp_path, hashing) as process:
         time.sleep(1)  # the hash has started
         process.send_signal(signal.SIGINT)
@@ -99,7 +101,7 @@ def test_a_signal_is_answered_immediately_while_the_main_thread_runs_c_code(tmp_
 def test_a_second_signal_stops_a_hanging_cleanup_but_a_duplicate_delivery_does_not(
     tmp_path: Path,
 ) -> None:
-    with working(tmp_path, "time.sleep(60)", cleanup=30.0) as process:
+    with working(tmp_path, WORK["in Python"], cleanup=30.0) as process:
         process.send_signal(signal.SIGINT)
         assert process.stdout is not None
         assert process.stdout.readline() == "cleaning up\n"

@@ -3,6 +3,9 @@
 The defaults of `TrainConfig` are the paper's, so a recipe lists how it differs from the paper. Write your own in any
 module that Python finds from the working directory, and give it as `--recipe package.module:function`. Start from an
 existing one with `flat_keys.override(detr_r50(), steps=50_000)`.
+
+A resumed run must have the settings that it was started with. If a recipe changes, also in a setting that has no effect,
+such as `lr_drop_at` with the schedule cosine, then runs that were started with it are refused.
 """
 
 import contextlib
@@ -63,6 +66,7 @@ def multi_scale() -> TrainConfig:
             max_grad_norm=5.0,
             warmup_steps=20,
             schedule="cosine",
+            lr_drop_at=0.7,
             ema_decay=0.998,
         ),
         checkpoints=CheckpointConfig(checkpoint_every=200),
@@ -94,7 +98,13 @@ def detr_small() -> TrainConfig:
     return TrainConfig(
         data=DataConfig(
             test_edge=128,
-            augmentation=AugmentSpec(shortest_edges=(112, 128, 144), longest_edge=213, crop=False),
+            augmentation=AugmentSpec(
+                shortest_edges=(112, 128, 144),
+                longest_edge=213,
+                crop=False,
+                crop_shortest_edges=(96, 112, 128),
+                crop_sizes=(72, 112),
+            ),
         ),
         model=ModelConfig(
             dropout=0.0,
@@ -120,6 +130,7 @@ def detr_small() -> TrainConfig:
             max_grad_norm=1.0,
             warmup_steps=100,
             schedule="cosine",
+            lr_drop_at=0.7,
             ema_decay=0.998,
         ),
         checkpoints=CheckpointConfig(checkpoint_every=200),

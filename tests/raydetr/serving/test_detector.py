@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import MagicMock
@@ -110,10 +110,19 @@ class CountingDetector(Detector):
         while not condition():
             await asyncio.sleep(0.005)
 
+    def run_test(self, ask: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a test; release the threads if it fails, since the interpreter waits for them when it exits."""
+        try:
+            asyncio.run(asyncio.wait_for(ask(), 60))
+        finally:
+            self.stop.set()
+            self.release_client.set()
+
 
 def test_a_client_interrupts_background_batches_on_a_cpu(model):
+    detector = CountingDetector(model, Batching(), "cpu")
+
     async def ask() -> None:
-        detector = CountingDetector(model, Batching(), "cpu")
         background = asyncio.create_task(detector._run_when_idle("detect", "costly", 60.0))  # type: ignore[arg-type]
         await detector.wait_until(lambda: detector.count > 0)
         client = asyncio.create_task(detector._run_now("detect", "client"))  # type: ignore[arg-type]
@@ -125,12 +134,13 @@ def test_a_client_interrupts_background_batches_on_a_cpu(model):
         detector.stop.set()
         await background
 
-    asyncio.run(asyncio.wait_for(ask(), 60))
+    detector.run_test(ask)
 
 
 def test_a_costly_image_that_has_waited_long_enough_is_not_interrupted(model):
+    detector = CountingDetector(model, Batching(), "cpu")
+
     async def ask() -> None:
-        detector = CountingDetector(model, Batching(), "cpu")
         client = asyncio.create_task(detector._run_now("detect", "client"))  # type: ignore[arg-type]
         await detector.wait_until(detector.client_started.is_set)
         costly = asyncio.create_task(detector._run_when_idle("detect", "costly", 0.1))  # type: ignore[arg-type]
@@ -144,7 +154,7 @@ def test_a_costly_image_that_has_waited_long_enough_is_not_interrupted(model):
         detector.stop.set()
         await asyncio.gather(costly, late)
 
-    asyncio.run(asyncio.wait_for(ask(), 60))
+    detector.run_test(ask)
 
 
 def test_an_interrupted_batch_resumes_after_the_limit_and_its_wait_is_not_measured(model, monkeypatch):
