@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw
 
 from detr.drawing import draw_detections
 from detr.image_processing.decode import decode_image
-from raydetr.responses import Detection
 from raydetr.data.pixels import decode_record
 from raydetr.data.schema import is_repaired
 from raydetr.data.shards import Manifest, read_records, training_targets
+from raydetr.responses import Detection
 
 SMOOTHING = 25
 CAPTION = 22
