@@ -49,7 +49,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
     promoted = promote(PromoteConfig(model=model, data=scored.data_digest, allow_contaminated_eval=True))
     champion = models.resolve(f"models:/{NAME}@champion", uri)
     clock.stage("serve one validation image over HTTP")
-    image = next(read_records(Manifest.load(val_data)))["image"]
+    image = next(read_records(Manifest.load(val_data)))["image"] or b""
     with endpoint(application(champion), "127.0.0.1", config.port) as url, Client(url) as client:
         answer = client.detect(image, threshold=0.0)
     clock.stage("draw")

@@ -1,17 +1,15 @@
 """Decode the pixels of a record in the orientation that its boxes and masks refer to."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from detr.image_processing.decode import decode_image
+from raydetr.data.schema import Record
 
 UPRIGHT = "repaired-orientation"
 """Code of a record whose image is rotated upright. It takes precedence over every other code of a trainable image."""
 
 
-def decode_record(record: Mapping[str, Any]) -> torch.Tensor:
+def decode_record(record: Record) -> torch.Tensor:
     """Decode the image of a record. Training, evaluation and reports all call this, so they agree on its orientation.
 
     Args:

@@ -1,12 +1,12 @@
-"""The schema of a record in a shard, and the table of fault codes.
+"""The schema of a record in a shard, its types, and the table of fault codes.
 
 A record is an image with its annotations. Nothing readable is dropped: a faulty image or object stays in the shards,
 with its fault code.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NotRequired, TypedDict
 
 import pyarrow as pa
 
@@ -73,6 +73,72 @@ SCHEMA = pa.schema(
 """One record. A null in `area`, `bbox`, `category_id`, `id` or `iscrowd` means that the JSON lacks the field or that
 its value cannot be read; an unreadable value is stored in `extra`."""
 
+
+class StoredRle(TypedDict):
+    """`SEGMENTATION.rle`: either `counts` or `runs` is None."""
+
+    size: list[int]
+    counts: bytes | None
+    runs: list[int] | None
+
+
+class Segmentation(TypedDict):
+    """A value of `SEGMENTATION`: either `polygons` or `rle` is None."""
+
+    polygons: list[list[float]] | None
+    rle: StoredRle | None
+
+
+class ObjectRow(TypedDict, total=False):
+    """A value of `OBJECT`. A row that was read without some of the columns lacks their keys."""
+
+    id: int | None
+    category_id: int | None
+    bbox: list[float] | None
+    area: float | None
+    iscrowd: int | None
+    segmentation: Segmentation | None
+    keypoints: list[float] | None
+    fault: str | None
+    extra: str | None
+
+
+class SegmentRow(TypedDict, total=False):
+    """A value of `SEGMENT`. A row that was read without some of the columns lacks their keys."""
+
+    id: int | None
+    category_id: int | None
+    area: float | None
+    bbox: list[float] | None
+    iscrowd: int | None
+    fault: str | None
+
+
+class Record(TypedDict, total=False):
+    """A row of `SCHEMA`. A row that was read without some of the columns lacks their keys."""
+
+    image_id: int
+    file_name: str
+    height: int
+    width: int
+    image: bytes | None
+    objects: list[ObjectRow] | None
+    panoptic_image: bytes | None
+    segments: list[SegmentRow] | None
+    fault: str | None
+    extra: str | None
+    image_hash: int | None
+
+
+class Category(TypedDict):
+    """A checked category of a COCO file. Other keys of the file are retained."""
+
+    id: int
+    name: str
+    supercategory: NotRequired[str]
+    isthing: NotRequired[int]
+
+
 FAULT_SCHEMA = pa.schema(
     [
         ("level", pa.string()),
@@ -84,6 +150,18 @@ FAULT_SCHEMA = pa.schema(
     ]
 )
 """One row of faults.parquet: a fault, where it is, and what was found."""
+
+
+class FaultRow(TypedDict):
+    """A row of `FAULT_SCHEMA`."""
+
+    level: str
+    code: str
+    file: str
+    image_id: int | None
+    annotation_id: int | None
+    reason: str
+
 
 Effect = Literal["note", "repaired", "used", "box-only", "untrained", "left-out"]
 """What a fault does. With every effect but `left-out`, the record or object stays in the shards and in evaluation.
@@ -278,9 +356,16 @@ class Fault:
     annotation_id: int | None
     reason: str
 
-    def row(self) -> dict[str, object]:
+    def row(self) -> FaultRow:
         """Convert to a row of `FAULT_SCHEMA`."""
-        return {"level": FAULTS[self.code].level, **asdict(self)}
+        return {
+            "level": FAULTS[self.code].level,
+            "code": self.code,
+            "file": self.file,
+            "image_id": self.image_id,
+            "annotation_id": self.annotation_id,
+            "reason": self.reason,
+        }
 
     @property
     def is_note(self) -> bool:

@@ -10,14 +10,14 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NotRequired, TypedDict, TypeGuard
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydetr import storage
-from raydetr.data.schema import SCHEMA_VERSION, Fault, is_trained
+from raydetr.data.schema import SCHEMA_VERSION, Category, Fault, ObjectRow, Record, Segmentation, is_trained
 from raydetr.errors import DataError
 
 ROW_GROUP_SIZE = 32
@@ -43,6 +43,26 @@ GROUND_TRUTH_COLUMNS = [
 ]
 
 
+class Target(TypedDict):
+    """An object that `is_target` accepts: ingest has checked its category id and box."""
+
+    category_id: int
+    bbox: list[float]
+
+
+class GroundTruthAnnotation(TypedDict):
+    """A COCO annotation for evaluation, with the stored columns of the object."""
+
+    id: int
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    area: float
+    iscrowd: int
+    segmentation: NotRequired[Segmentation | None]
+    fault: NotRequired[str | None]
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file of a data set."""
@@ -62,7 +82,7 @@ class Manifest:
     schema_version: int
     digest: str
     """SHA-256 over the categories and the checksums of all shards. Equal digests mean equal data in equal order."""
-    categories: tuple[dict[str, Any], ...]
+    categories: tuple[Category, ...]
     """COCO categories in the order of the JSON file."""
     shards: tuple[Shard, ...]
     num_images: int
@@ -167,7 +187,7 @@ def _read_row_groups(
         return file.read_row_groups(list(groups), columns=names, use_threads=False)
 
 
-def read_records(manifest: Manifest, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+def read_records(manifest: Manifest, columns: Sequence[str] | None = None) -> Iterator[Record]:
     """Iterate over the records of a data set in storage order, with one row group in memory at a time."""
     for shard in manifest.shards:
         for group in range(-(-shard.num_images // manifest.row_group_size)):
@@ -189,7 +209,7 @@ def read_faults(root: str) -> Iterator[Fault]:
 
 
 def training_targets(
-    record: Mapping[str, Any], labels: Mapping[int, int]
+    record: Record, labels: Mapping[int, int]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Select the training targets of a record: its objects without crowds and without those that a fault excludes.
 
@@ -201,15 +221,22 @@ def training_targets(
         boxes_xyxy float64 [n, 4] in pixels, clipped to the image, each with a positive area; labels int64 [n],
         contiguous.
     """
-    objects = [item for item in record["objects"] or () if is_target(item)]
-    boxes = np.array([item["bbox"] for item in objects], dtype=np.float64).reshape(-1, 4)
+    targets = [item for item in record["objects"] or () if is_target(item)]
+    return target_arrays(targets, (record["height"], record["width"]), labels)
+
+
+def target_arrays(
+    targets: Sequence[Target], size: tuple[int, int], labels: Mapping[int, int]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Convert targets to the arrays of `training_targets`. `size`: height and width of their image in pixels."""
+    height, width = size
+    boxes = np.array([item["bbox"] for item in targets], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    size = np.array([record["width"], record["height"]] * 2, dtype=np.float64)
-    boxes = np.clip(boxes, 0, size)
-    return boxes, np.array([labels[item["category_id"]] for item in objects], dtype=np.int64)
+    boxes = np.clip(boxes, 0, np.array([width, height] * 2, dtype=np.float64))
+    return boxes, np.array([labels[item["category_id"]] for item in targets], dtype=np.int64)
 
 
-def ground_truth_annotations(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def ground_truth_annotations(record: Record) -> Iterator[GroundTruthAnnotation]:
     """Convert the objects of a record to COCO annotations for evaluation.
 
     pycocotools computes the same metrics on them as on the original JSON. Faulty objects are included, but for those
@@ -227,9 +254,15 @@ def ground_truth_annotations(record: Mapping[str, Any]) -> Iterator[dict[str, An
         area = item["area"]
         if area is None or not math.isfinite(area):
             area = box[2] * box[3]
-        yield {**item, "image_id": record["image_id"], "area": area, "iscrowd": item["iscrowd"] or 0}
+        annotation: Any = {
+            **item,
+            "image_id": record["image_id"],
+            "area": area,
+            "iscrowd": item["iscrowd"] or 0,
+        }
+        yield annotation
 
 
-def is_target(item: Mapping[str, Any]) -> bool:
+def is_target(item: ObjectRow) -> TypeGuard[Target]:
     """Whether an object is a training target: it is not a crowd, and it has no fault that excludes it."""
     return not item.get("iscrowd") and is_trained(item.get("fault"))

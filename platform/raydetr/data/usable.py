@@ -1,11 +1,10 @@
 """Check that enough of a data set can be trained on; shared by ingest, training and doctor."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
-from typing import Any
 
 from raydetr.data.ingest.console import count_faults, fault_lines
-from raydetr.data.schema import FAULTS, Fault, is_trained
+from raydetr.data.schema import FAULTS, Fault, Record, is_trained
 from raydetr.data.shards import Manifest, is_target, read_faults, read_records
 from raydetr.errors import DataError
 
@@ -39,7 +38,7 @@ class Usable:
     def __add__(self, other: "Usable") -> "Usable":
         return Usable(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
-    def add(self, record: Mapping[str, Any]) -> "Usable":
+    def add(self, record: Record) -> "Usable":
         """Return the counts with a record added."""
         objects = [o for o in record["objects"] or () if o.get("fault") not in _DUPLICATES]
         if not is_trained(record["fault"]):

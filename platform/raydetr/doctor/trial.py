@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import ray
 import torch
@@ -15,6 +14,7 @@ from detr.image_processing.decode import ImageError
 from detr.inference.detector import ObjectDetector
 from raydetr.data.ingest.shard_writer import write_manifest, write_shard
 from raydetr.data.pixels import decode_record
+from raydetr.data.schema import Record
 from raydetr.data.shards import Manifest, read_records, training_targets
 from raydetr.data.stream.mask_targets import mask_targets
 from raydetr.data.stream.micro_batch import TrainingBatch
@@ -170,7 +170,7 @@ def select_images(config: DoctorConfig, manifest: Manifest, folder: str) -> Mani
     Raises:
         DataError: none of the first 500 images has any.
     """
-    selected: list[dict[str, Any]] = []
+    selected: list[Record] = []
     for record in itertools.islice(read_records(manifest), _MAX_SEARCHED):
         if len(selected) < IMAGES and _has_targets(config, manifest, record):
             selected.append(record)
@@ -243,7 +243,7 @@ def _epoch(config: DoctorConfig, subset: Manifest) -> list[list[TrainingBatch]]:
     return [list(step) for _, step in itertools.groupby(batches, key=lambda batch: batch.step)]
 
 
-def _has_targets(config: DoctorConfig, manifest: Manifest, record: dict[str, Any]) -> bool:
+def _has_targets(config: DoctorConfig, manifest: Manifest, record: Record) -> bool:
     try:
         decode_record(record)
     except ImageError:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raydetr.data.schema import Record
 from raydetr.data.shards import GROUND_TRUTH_COLUMNS, Manifest, ground_truth_annotations, read_records
 from raydetr.data.stream.mask_targets import MASK_COLUMNS, MaskKind, mask_targets
 
@@ -24,16 +25,24 @@ class GroundTruth:
     annotations: list[dict[str, Any]] = field(default_factory=list)
     panoptic: dict[int, tuple[bytes, list[dict[str, Any]]]] = field(default_factory=dict)
 
-    def add(self, record: Mapping[str, Any], manifest: Manifest, kind: MaskKind) -> None:
+    def add(self, record: Record, manifest: Manifest, kind: MaskKind) -> None:
         """Add a record that has the columns `truth_columns(kind)`."""
         image_id = record["image_id"]
-        names = ("file_name", "height", "width")
-        self.images.append({"id": image_id, **{name: record[name] for name in names}})
+        self.images.append(
+            {
+                "id": image_id,
+                "file_name": record["file_name"],
+                "height": record["height"],
+                "width": record["width"],
+            }
+        )
         for item in _annotations(record, manifest, kind):
             self.annotations.append({**item, "id": len(self.annotations) + 1})
         if kind == "panoptic" and record["panoptic_image"] is not None:
-            fields = ("id", "category_id", "area", "bbox", "iscrowd")
-            segments = [{name: item[name] for name in fields} for item in record["segments"] or ()]
+            segments = [
+                {name: value for name, value in item.items() if name != "fault"}
+                for item in record["segments"] or ()
+            ]
             self.panoptic[image_id] = record["panoptic_image"], segments
 
     def extend(self, other: "GroundTruth") -> None:
@@ -65,7 +74,7 @@ def truth_columns(kind: MaskKind) -> list[str]:
     return [*GROUND_TRUTH_COLUMNS, "fault", *MASK_COLUMNS[kind]]
 
 
-def _annotations(record: Mapping[str, Any], manifest: Manifest, kind: MaskKind) -> Iterator[dict[str, Any]]:
+def _annotations(record: Record, manifest: Manifest, kind: MaskKind) -> Iterator[dict[str, Any]]:
     if kind in ("none", "instance"):
         for item in ground_truth_annotations(record):
             yield {**item, "segmentation": _coco_segmentation(item.get("segmentation"))}

@@ -63,11 +63,12 @@ def _device() -> str:
 def _decodable(manifest: Manifest, images: int, detector: ObjectDetector) -> list[bytes]:
     decodable = []
     for record in itertools.islice(read_records(manifest, ["image_id", "image"]), images):
+        image = record["image"] or b""
         try:
-            detector.prepare(record["image"] or b"")
+            detector.prepare(image)
         except ImageError:
             continue
-        decodable.append(record["image"])
+        decodable.append(image)
     if not decodable:
         raise DataError(
             f"{manifest.root}: none of the first {images} images can be decoded, so latency cannot be measured."

@@ -16,7 +16,7 @@ from detr.image_processing.decode import ImageError
 from raydetr import storage
 from raydetr.data.ingest.console import count_faults, place
 from raydetr.data.pixels import decode_record
-from raydetr.data.schema import FAULTS, Fault, is_repaired
+from raydetr.data.schema import FAULTS, Fault, Record, is_repaired
 from raydetr.data.shards import Manifest, read_faults, read_records, read_rows
 from raydetr.data.stream.keyed_random import generator
 from raydetr.data.stream.mask_targets import decode_mask, has_mask
@@ -43,8 +43,8 @@ _EDGES = (0, 128, 256, 384, 512, 640, 800, 1024, 1333, 2048)
 class _Counts:
     """Statistics collected in one pass over the records without their pixels."""
 
-    categories: dict[int, int] = field(default_factory=dict)
-    images_of: dict[int, int] = field(default_factory=dict)
+    categories: dict[int | None, int] = field(default_factory=dict)
+    images_of: dict[int | None, int] = field(default_factory=dict)
     sides: np.ndarray = field(default_factory=lambda: np.zeros(len(_SIDES) + 1, np.int64))
     aspects: np.ndarray = field(default_factory=lambda: np.zeros(len(_ASPECTS) + 1, np.int64))
     per_image: dict[int, int] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class _Counts:
     edges: np.ndarray = field(default_factory=lambda: np.zeros(len(_EDGES), np.int64))
     crowds: int = 0
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         """Count a record."""
         objects = record["objects"] or []
         self.per_image[len(objects)] = self.per_image.get(len(objects), 0) + 1
@@ -205,7 +205,7 @@ def _contact_sheet(manifest: Manifest, numbers: Sequence[int]) -> str:
     return f"<div class=sheet>{''.join(figures)}</div>"
 
 
-def _figure(manifest: Manifest, record: dict[str, Any]) -> str:
+def _figure(manifest: Manifest, record: Record) -> str:
     codes = sorted(
         {code for code in (record["fault"], *(o["fault"] for o in record["objects"] or [])) if code}
     )
@@ -227,11 +227,11 @@ def _figure(manifest: Manifest, record: dict[str, Any]) -> str:
     )
 
 
-def _draw(manifest: Manifest, record: dict[str, Any]) -> Image.Image:
+def _draw(manifest: Manifest, record: Record) -> Image.Image:
     """Draw the boxes and masks of a record on its image. Labels mark crowds; unrepaired faulty objects are skipped."""
     image = decode_record(record)
     _, height, width = image.shape
-    names = {category["id"]: str(category["name"]) for category in manifest.categories}
+    names: dict[int | None, str] = {category["id"]: category["name"] for category in manifest.categories}
     boxes, labels = [], []
     segments: list[dict[str, Any]] = []
     regions = np.zeros((height, width), np.int32)

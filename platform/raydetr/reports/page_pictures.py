@@ -17,7 +17,7 @@ from detr.image_processing.decode import ImageError
 from detr.image_processing.panoptic_png import read_panoptic_png
 from detr.mask_codec import decode_segmentation
 from raydetr.data.pixels import decode_record
-from raydetr.data.schema import is_repaired
+from raydetr.data.schema import Record, SegmentRow, is_repaired
 from raydetr.data.shards import Manifest, ground_truth_annotations, read_rows
 from raydetr.data.stream.mask_targets import MaskKind, decode_mask, has_mask, mask_targets
 from raydetr.reports.page_matching import Item
@@ -236,7 +236,7 @@ def _segment_map(png: bytes | None, segments: Sequence[Mapping[str, Any]] | None
     return SegmentMap(png, {each["id"]: each["category_id"] for each in known})
 
 
-def _read_entry(record: dict[str, Any], manifest: Manifest, kind: MaskKind) -> AlbumEntry | None:
+def _read_entry(record: Record, manifest: Manifest, kind: MaskKind) -> AlbumEntry | None:
     if record["image"] is None:
         return None
     try:

@@ -1,11 +1,10 @@
 """Detect boxes in the wrong format, from the statistics of all boxes, since a single box proves nothing."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from raydetr.data.schema import Fault
+from raydetr.data.schema import Fault, Record
 
 MIN_BOXES = 10
 """Minimum number of boxes for a conclusion."""
@@ -34,13 +33,13 @@ class BoxStatistics:
             self.corners + other.corners,
         )
 
-    def add(self, record: Mapping[str, Any]) -> "BoxStatistics":
+    def add(self, record: Record) -> "BoxStatistics":
         """Return the counts with the boxes of a record added."""
         width, height = record["width"], record["height"]
         if not width or not height:
             return self
-        boxes = [item["bbox"] for item in record["objects"]]
-        boxes = [box for box in boxes if box is not None and all(map(math.isfinite, box))]
+        read = [item["bbox"] for item in record["objects"] or ()]
+        boxes = [box for box in read if box is not None and all(map(math.isfinite, box))]
         return self + BoxStatistics(
             len(boxes),
             sum(all(0 <= value <= 1 for value in box) for box in boxes),

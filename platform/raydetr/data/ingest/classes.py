@@ -1,11 +1,12 @@
 """Merge, rename and drop classes during an ingest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from raydetr import storage
+from raydetr.data.ingest.raw import RawAnnotation
 from raydetr.data.ingest.repairs import read_int
+from raydetr.data.schema import Category
 from raydetr.errors import DataError
 
 
@@ -18,11 +19,11 @@ class ClassMap:
     dropped: old category ids whose objects are dropped.
     """
 
-    categories: tuple[dict[str, Any], ...]
+    categories: tuple[Category, ...]
     ids: dict[int, int]
     dropped: frozenset[int]
 
-    def apply(self, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    def apply(self, fields: RawAnnotation) -> RawAnnotation | None:
         """Give an annotation or segment its new category id.
 
         Returns:
@@ -32,11 +33,11 @@ class ClassMap:
         if category_id in self.dropped:
             return None
         if category_id is None or category_id not in self.ids:
-            return dict(fields)
+            return fields.copy()
         return {**fields, "category_id": self.ids[category_id]}
 
 
-def load_classes(uri: str, categories: Sequence[Mapping[str, Any]]) -> ClassMap:
+def load_classes(uri: str, categories: Sequence[Category]) -> ClassMap:
     """Read a class map: a JSON object of old name → new name, or null to drop the class.
 
     Example: `{"car": "vehicle", "truck": "vehicle", "person": null}`. Classes with the same new name are merged and
@@ -60,7 +61,7 @@ def load_classes(uri: str, categories: Sequence[Mapping[str, Any]]) -> ClassMap:
     known = [category["name"] for category in categories]
     if unknown := sorted(set(names) - set(known)):
         raise DataError(f"{uri}: no class is named {unknown}; the data set has {known}.")
-    new: dict[str, dict[str, Any]] = {}
+    new: dict[str, Category] = {}
     ids: dict[int, int] = {}
     dropped = set()
     for category in categories:

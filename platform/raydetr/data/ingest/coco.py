@@ -8,14 +8,15 @@ import hashlib
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raydetr.data.ingest.index import Index
 from raydetr.data.ingest.json_stream import kind, read_elements
+from raydetr.data.ingest.raw import RawAnnotation, RawImage
 from raydetr.data.ingest.repairs import read_int
-from raydetr.data.schema import Fault
+from raydetr.data.schema import Category, Fault
 from raydetr.errors import DataError
 
 _LISTS = ("images", "annotations", "categories")
@@ -29,7 +30,7 @@ class CocoFile:
     digest: SHA-256 of the file.
     """
 
-    categories: tuple[dict[str, Any], ...]
+    categories: tuple[Category, ...]
     digest: str
 
 
@@ -49,7 +50,7 @@ def read_coco(uri: str, index: Index) -> CocoFile:
     """
     digest = hashlib.sha256()
     keys: list[str] = []
-    categories: list[dict[str, Any]] = []
+    entries: list[Any] = []
     used: set[int | None] = set()
     missing = MissingKeys(uri)
     for key, position, value, text in read_elements(uri, digest):
@@ -66,7 +67,7 @@ def read_coco(uri: str, index: Index) -> CocoFile:
                 else f"is of type {kind(value)}; expected a list"
             )
             raise DataError(f"{uri}: {key!r} {what}.")
-        if not isinstance(value, dict):
+        if kind(value) != "object":
             raise DataError(f"{uri}: {key}[{position}] is of type {kind(value)}; expected an object.")
         if key == "images":
             add_image(index, value, position, text, uri)
@@ -75,13 +76,13 @@ def read_coco(uri: str, index: Index) -> CocoFile:
             used.add(read_int(value.get("category_id")))
             index.add_annotation(position, value, text)
         else:
-            categories.append(value)
+            entries.append(value)
     if absent := [key for key in _LISTS if key not in keys]:
         raise DataError(f"{uri}: not COCO detection: no key {absent[0]!r}; the file has {keys[:10]}.")
     name = uri.rsplit("/", 1)[-1]
-    if used and not categories:
+    if used and not entries:
         raise DataError(f"{uri}: 'categories' is empty, but the file has annotations: list their categories.")
-    check_categories(categories, uri)
+    categories = check_categories(entries, uri)
     for dropped in drop_unused_duplicates(categories, used):
         reason = (
             f"category {dropped['id']} has the same name {dropped['name']!r} as another, and no annotation"
@@ -92,7 +93,7 @@ def read_coco(uri: str, index: Index) -> CocoFile:
     return CocoFile(tuple(categories), digest.hexdigest())
 
 
-def add_image(index: Index, fields: Mapping[str, Any], position: int, text: str, source: str) -> None:
+def add_image(index: Index, fields: RawImage, position: int, text: str, source: str) -> None:
     """Check an image entry and add it to the index.
 
     Raises:
@@ -118,14 +119,15 @@ def is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def check_categories(categories: Sequence[dict[str, Any]], source: str) -> None:
-    """Check the categories, and convert their ids to integers in place.
+def check_categories(entries: Sequence[Any], source: str) -> list[Category]:
+    """Check the entries of `categories`, each of which is an object, and convert their ids to integers.
 
     Raises:
         DataError: an id or a name is missing or invalid, or two categories have the same id.
     """
     seen: dict[int, str] = {}
-    for position, category in enumerate(categories):
+    checked: list[Category] = []
+    for position, category in enumerate(entries):
         where = f"{source}: categories[{position}]"
         for key in ("id", "name"):
             if key not in category:
@@ -137,13 +139,12 @@ def check_categories(categories: Sequence[dict[str, Any]], source: str) -> None:
             raise DataError(f"{where}: name is {name!r}; expected a string.")
         if category_id in seen:
             raise DataError(f"{where}: id {category_id} is already used by {seen[category_id]!r}.")
-        category["id"] = category_id
+        checked.append(category | {"id": category_id})
         seen[category_id] = name
+    return checked
 
 
-def drop_unused_duplicates(
-    categories: list[dict[str, Any]], used: Container[int | None]
-) -> list[dict[str, Any]]:
+def drop_unused_duplicates(categories: list[Category], used: Container[int | None]) -> list[Category]:
     """Drop categories without annotations that have the same name as a category with annotations; return them.
 
     Roboflow lists the project as a category, which can have the name of a class.
@@ -159,13 +160,13 @@ def drop_unused_duplicates(
     return dropped
 
 
-def require_distinct_names(categories: Sequence[Mapping[str, Any]], source: str) -> None:
+def require_distinct_names(categories: Sequence[Category], source: str) -> None:
     """Check that no two categories have the same name or names that look the same.
 
     Raises:
         DataError: two have; in results, their classes would be indistinguishable.
     """
-    seen: dict[str, Mapping[str, Any]] = {}
+    seen: dict[str, Category] = {}
     for category in categories:
         first = seen.setdefault(_normalized_name(category), category)
         if first is not category:
@@ -181,7 +182,7 @@ def require_distinct_names(categories: Sequence[Mapping[str, Any]], source: str)
             )
 
 
-def _normalized_name(category: Mapping[str, Any]) -> str:
+def _normalized_name(category: Category) -> str:
     """Normalize a name so that names which look the same are equal: NFC, without surrounding whitespace."""
     return unicodedata.normalize("NFC", category["name"]).strip()
 
@@ -194,7 +195,7 @@ class MissingKeys:
         self._missing = {"image_id", "category_id", "bbox"}
         self._first: list[str] = []
 
-    def check_off(self, fields: Mapping[str, Any]) -> None:
+    def check_off(self, fields: RawAnnotation) -> None:
         """Check off the keys of an annotation."""
         if self._missing:
             self._first = self._first or sorted(fields)

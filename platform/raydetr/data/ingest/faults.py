@@ -5,7 +5,7 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from detr.image_processing.decode import (
 )
 from detr.mask_codec import LARGEST_COORDINATE, box_of_rle, rle_runs
 from raydetr.data.ingest.duplicates import image_hash
+from raydetr.data.ingest.raw import RawAnnotation
+from raydetr.data.schema import ObjectRow, Segmentation, StoredRle
 
 Orientation = Literal["auto", "apply", "ignore"]
 
@@ -116,8 +118,8 @@ def inspect_image(
 
 
 def object_faults(
-    fields: Mapping[str, Any],
-    item: Mapping[str, Any],
+    fields: RawAnnotation,
+    item: ObjectRow,
     frame: tuple[int, int] | None,
     category_ids: frozenset[int],
 ) -> list[Problem]:
@@ -133,7 +135,9 @@ def object_faults(
     unreadable = [key for key in ("category_id", "bbox") if item[key] is None]
     unreadable += [key for key in ("iscrowd",) if item[key] is None and fields.get(key) is not None]
     if unreadable:
-        what = ", ".join(f"{key} {fields[key]!r:.80}" if key in fields else f"no {key}" for key in unreadable)
+        what = ", ".join(
+            f"{key} {fields.get(key)!r:.80}" if key in fields else f"no {key}" for key in unreadable
+        )
         problems.append(("malformed-annotation", what))
     if item["area"] is None and fields.get("area") is not None:
         problems.append(("unreadable-area", f"area {fields['area']!r:.80}"))
@@ -144,8 +148,14 @@ def object_faults(
         problems.append(("unknown-category", f"category_id {item['category_id']}; categories has {known}"))
     if (reason := _segmentation_fault(fields.get("segmentation"), item["segmentation"], frame)) is not None:
         problems.append(("bad-segmentation", reason))
-    elif not problems and item["segmentation"] and not item["iscrowd"] and frame is not None:
-        problems += _mask_problems(item["segmentation"], item["bbox"])
+    elif (
+        not problems
+        and (mask := item["segmentation"])
+        and (box := item["bbox"])
+        and not item["iscrowd"]
+        and frame
+    ):
+        problems += _mask_problems(mask, box)
     return problems
 
 
@@ -168,11 +178,15 @@ def as_numbers(value: Any) -> list[float] | None:
         return None
 
 
-def read_segmentation(value: Any) -> dict[str, Any] | None:
+def read_segmentation(value: Any) -> Segmentation | None:
     """Read a segmentation as it is: polygons, compressed RLE or uncompressed RLE; None if it is none of these."""
     if isinstance(value, list):
-        polygons = [as_numbers(polygon) for polygon in value]
-        return None if None in polygons else {"polygons": polygons, "rle": None}
+        polygons = []
+        for polygon in value:
+            if (numbers := as_numbers(polygon)) is None:
+                return None
+            polygons.append(numbers)
+        return {"polygons": polygons, "rle": None}
     if not isinstance(value, dict) or set(value) != {"size", "counts"}:
         return None
     size, counts = value["size"], value["counts"]
@@ -185,7 +199,7 @@ def read_segmentation(value: Any) -> dict[str, Any] | None:
     return None
 
 
-def rle_covers(rle: Mapping[str, Any]) -> bool:
+def rle_covers(rle: StoredRle) -> bool:
     """Whether the runs of an RLE from `read_segmentation` cover each pixel of its size exactly once."""
     return _rle_fault(rle) is None
 
@@ -211,13 +225,13 @@ def _box_faults(box: Sequence[float], frame: tuple[int, int] | None) -> list[Pro
 
 
 def _segmentation_fault(
-    original: Any, segmentation: Mapping[str, Any] | None, frame: tuple[int, int] | None
+    original: Any, segmentation: Segmentation | None, frame: tuple[int, int] | None
 ) -> str | None:
     """Explain why a segmentation is not a mask of its image; None if it is one or is absent."""
     if segmentation is None:
         return None if original is None else f"neither polygons nor RLE: {original!r:.80}"
-    if segmentation["polygons"] is not None:
-        for number, polygon in enumerate(segmentation["polygons"]):
+    if (rle := segmentation["rle"]) is None:
+        for number, polygon in enumerate(segmentation["polygons"] or ()):
             if len(polygon) < 6 or len(polygon) % 2:
                 return f"polygon {number} has {len(polygon)} coordinates"
             if not all(map(math.isfinite, polygon)):
@@ -225,7 +239,6 @@ def _segmentation_fault(
             if (largest := max(map(abs, polygon))) > LARGEST_COORDINATE:
                 return f"polygon {number} has the coordinate {largest:g}"
         return None
-    rle = segmentation["rle"]
     if frame is not None and rle["size"] != list(frame):
         reason = f"RLE of {rle['size']} in an image of {list(frame)}"
         if rle["size"] == list(frame)[::-1]:
@@ -234,9 +247,9 @@ def _segmentation_fault(
     return _rle_fault(rle)
 
 
-def _rle_fault(rle: Mapping[str, Any]) -> str | None:
+def _rle_fault(rle: StoredRle) -> str | None:
     try:
-        runs = rle["runs"] if rle["counts"] is None else rle_runs(rle["counts"]).tolist()
+        runs = (rle["runs"] or []) if rle["counts"] is None else rle_runs(rle["counts"]).tolist()
     except ValueError as error:
         return f"RLE counts are damaged: {error}"
     if min(rle["size"]) < 1 or math.prod(rle["size"]) >= 2**31:
@@ -260,15 +273,15 @@ def _decode_fault(data: bytes) -> str:
     return "unconvertible-image"
 
 
-def _mask_problems(segmentation: Mapping[str, Any], box: Sequence[float]) -> list[Problem]:
+def _mask_problems(segmentation: Segmentation, box: Sequence[float]) -> list[Problem]:
     """Report a mask whose bounding box has an IoU under 0.5 with the annotation's box."""
-    if (polygons := segmentation["polygons"]) is not None:
+    if (rle := segmentation["rle"]) is None:
+        polygons = segmentation["polygons"]
         if not polygons:
             return []
         xs, ys = [x for p in polygons for x in p[::2]], [y for p in polygons for y in p[1::2]]
         left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
     else:
-        rle = segmentation["rle"]
         original = {"size": rle["size"], "counts": rle["runs"] if rle["counts"] is None else rle["counts"]}
         left, top, w, h = box_of_rle(original, "an object")
         right, bottom = left + w, top + h

@@ -9,11 +9,12 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 from raydetr.data.ingest.classes import ClassMap
 from raydetr.data.ingest.faults import Problem, as_int
 from raydetr.data.ingest.panoptic import Panoptic
+from raydetr.data.ingest.raw import RawAnnotation, RawImage, RawPanoptic
 from raydetr.data.ingest.record import Annotation, Entry
 from raydetr.data.ingest.repairs import read_int
 from raydetr.data.names import is_outside, match_file, normalize_name, normalized_stem
@@ -77,7 +78,7 @@ class Index:
         row = (position, self._source, image_id, self._folder, normalize_name(file_name), text)
         self._connection.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def add_annotation(self, position: int, fields: Mapping[str, Any], text: str) -> None:
+    def add_annotation(self, position: int, fields: RawAnnotation, text: str) -> None:
         """Add an annotation of the JSON."""
         position += self._first["annotations"]
         row = (position, self._source, read_int(fields.get("id")), read_int(fields.get("image_id")), text)
@@ -206,7 +207,7 @@ class Index:
         for position, image_id, text in rows:
             yield position, _entry(json.loads(text), image_id)
 
-    def panoptics(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def panoptics(self) -> Iterator[tuple[int, RawPanoptic]]:
         """Iterate over the images as (image id, panoptic annotation).
 
         Of several annotations of an image the last is used, at the position of the first.
@@ -431,6 +432,25 @@ def disk_errors() -> Iterator[None]:
         ) from error
 
 
+class RecordJson(TypedDict):
+    """A text of `Index.texts`, decoded. JSON arrays are typed as tuples.
+
+    id: image id among all sources.
+    file: number of the image folder, and name of the file in it; None if there is no file.
+    annotations: for each its position in its file, its position and its id (None: unchanged) among all sources, the
+        code of its fault as a repeated annotation (empty: none), the position of the earlier one, and its entry.
+    problems: faults of the image as (code, reason).
+    panoptic: position, entry, and whether the PNG exists (0 or 1).
+    """
+
+    image: RawImage
+    id: int
+    file: tuple[int, str] | None
+    annotations: list[tuple[int, int, int | None, str, int, RawAnnotation]]
+    problems: NotRequired[list[Problem]]
+    panoptic: NotRequired[tuple[int, RawPanoptic, int]]
+
+
 @dataclass(frozen=True)
 class RecordInput:
     """The input from which a task makes a record.
@@ -444,7 +464,7 @@ class RecordInput:
     has_mask: bool
 
 
-def read_entry(work: Mapping[str, Any], class_map: ClassMap | None = None) -> RecordInput:
+def read_entry(work: RecordJson, class_map: ClassMap | None = None) -> RecordInput:
     """Convert a text of `Index.texts` to an image entry with its files.
 
     Args:
@@ -456,22 +476,28 @@ def read_entry(work: Mapping[str, Any], class_map: ClassMap | None = None) -> Re
         for place, position, number, code, earlier, original in work["annotations"]
         if (fields := class_map.apply(original) if class_map else original) is not None
     )
-    panoptic, has_mask = None, False
+    panoptic, has_mask = None, 0
     if "panoptic" in work:
-        position, fields, has_mask = work["panoptic"]
-        mapped = [(each, class_map.apply(each) if class_map else each) for each in fields["segments_info"]]
+        position, annotation, has_mask = work["panoptic"]
+        mapped = [
+            (each, class_map.apply(each) if class_map else each) for each in annotation["segments_info"]
+        ]
         segments = tuple(new for _, new in mapped if new is not None)
         dropped = (as_int(old.get("id")) for old, new in mapped if new is None)
         panoptic = Panoptic(
-            position, fields["file_name"], segments, frozenset(each for each in dropped if each is not None)
+            position,
+            annotation["file_name"],
+            segments,
+            frozenset(each for each in dropped if each is not None),
         )
     entry = _entry(work["image"], work["id"])
     problems = (*entry.problems, *((code, reason) for code, reason in work.get("problems", ())))
     entry = replace(entry, annotations=annotations, panoptic=panoptic, problems=problems)
-    return RecordInput(entry, None if work["file"] is None else tuple(work["file"]), bool(has_mask))
+    file = work["file"]
+    return RecordInput(entry, file and (file[0], file[1]), bool(has_mask))
 
 
-def _with_id(fields: dict[str, Any], number: int | None) -> dict[str, Any]:
+def _with_id(fields: RawAnnotation, number: int | None) -> RawAnnotation:
     """Give an annotation its id among all sources; None: leave it unchanged."""
     return fields if number is None or read_int(fields.get("id")) == number else {**fields, "id": number}
 

@@ -12,7 +12,7 @@ from raydetr.data.ingest.classes import ClassMap, load_classes
 from raydetr.data.ingest.coco import read_coco, require_distinct_names
 from raydetr.data.ingest.index import Index, disk_errors
 from raydetr.data.ingest.panoptic_file import read_panoptic
-from raydetr.data.schema import SCHEMA_VERSION, Fault
+from raydetr.data.schema import SCHEMA_VERSION, Category, Fault
 from raydetr.errors import ConfigError, DataError
 
 MAX_LISTED = 3
@@ -100,7 +100,7 @@ class Inputs:
     """
 
     addresses: InputPaths
-    categories: tuple[dict[str, Any], ...]
+    categories: tuple[Category, ...]
     class_map: ClassMap | None
     index: Index
     digest: str
@@ -138,7 +138,7 @@ def read_inputs(addresses: InputPaths) -> Inputs:
 
 def _read(addresses: InputPaths) -> Inputs:
     index = Index()
-    categories: tuple[dict[str, Any], ...] = ()
+    categories: tuple[Category, ...] = ()
     digests = []
     if addresses.annotations:
         detection = read_coco(addresses.annotations, index)
@@ -175,7 +175,7 @@ def _read(addresses: InputPaths) -> Inputs:
     )
 
 
-def are_known_categories(categories: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> bool:
+def are_known_categories(categories: Sequence[Category], known: Sequence[Category]) -> bool:
     """Whether each of the categories is among the known ones, by id and name."""
     names = {category["id"]: category["name"] for category in known}
     return all(names.get(category["id"]) == category["name"] for category in categories)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +10,8 @@ from scipy import ndimage
 from detr.image_processing.decode import ImageError
 from detr.image_processing.panoptic_png import read_panoptic_png
 from raydetr.data.ingest.faults import Problem, as_int, as_numbers
-from raydetr.data.schema import worst
+from raydetr.data.ingest.raw import RawAnnotation
+from raydetr.data.schema import SegmentRow, worst
 
 BOX_TOLERANCE = 1.0
 """Maximum difference in pixels between a segment's box and the extent of its pixels that is not reported."""
@@ -29,13 +29,13 @@ class Panoptic:
 
     position: int
     file_name: str
-    segments: tuple[dict[str, Any], ...]
+    segments: tuple[RawAnnotation, ...]
     dropped: frozenset[int] = frozenset()
 
 
 def inspect_panoptic(
     panoptic: Panoptic, png: bytes | None, frame: tuple[int, int] | None, category_ids: frozenset[int]
-) -> tuple[list[dict[str, Any]], list[Problem], list[tuple[int | None, str, str]]]:
+) -> tuple[list[SegmentRow], list[Problem], list[tuple[int | None, str, str]]]:
     """Convert the segments of an image to column values, and check them.
 
     Args:
@@ -47,7 +47,7 @@ def inspect_panoptic(
     Returns:
         The elements of the column `segments`; faults of the PNG; faults of segments as (segment id, code, reason).
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[SegmentRow] = []
     of_segments: list[tuple[int | None, str, str]] = []
     ids, problem = _decode(png, frame)
     of_png = [] if problem is None else [problem]
@@ -55,7 +55,7 @@ def inspect_panoptic(
     seen: set[int] = set()
     for number, fields in enumerate(panoptic.segments):
         box, area = as_numbers(fields.get("bbox")), as_numbers([fields.get("area")])
-        row: dict[str, Any] = {
+        row: SegmentRow = {
             "id": as_int(fields.get("id")),
             "category_id": as_int(fields.get("category_id")),
             "area": None if area is None else area[0],
@@ -72,7 +72,7 @@ def inspect_panoptic(
 
 
 def _segment_problems(
-    row: Mapping[str, Any],
+    row: SegmentRow,
     number: int,
     seen: set[int],
     pixels: Mapping[int, tuple[int, tuple[int, int, int, int]]] | None,

@@ -7,7 +7,8 @@ from typing import Any
 from raydetr.data.ingest.coco import CocoFile, MissingKeys, add_image, check_categories, is_name
 from raydetr.data.ingest.faults import as_int
 from raydetr.data.ingest.index import Index
-from raydetr.data.ingest.json_stream import read_elements
+from raydetr.data.ingest.json_stream import kind, read_elements
+from raydetr.data.ingest.raw import RawAnnotation
 from raydetr.data.ingest.repairs import read_int
 from raydetr.data.schema import Fault
 from raydetr.errors import DataError
@@ -28,7 +29,7 @@ def read_panoptic(uri: str, index: Index, alone: bool) -> CocoFile:
         DataError: the file is not JSON or not COCO panoptic. The message says what is missing.
     """
     digest = hashlib.sha256()
-    categories: list[Any] = []
+    entries: list[Any] = []
     present: set[str] = set()
     readable = False
     for key, position, value, text in read_elements(uri, digest):
@@ -36,18 +37,18 @@ def read_panoptic(uri: str, index: Index, alone: bool) -> CocoFile:
             continue
         present.add(key)
         if key == "categories":
-            categories.append(value)
+            entries.append(value)
         elif key == "annotations":
             readable |= _add(index, value, position, text, uri)
-        elif alone and isinstance(value, dict):
+        elif alone and kind(value) == "object":
             add_image(index, value, position, text, uri)
     for key in _LISTS:
         if key not in present:
             raise DataError(f"{uri}: not COCO panoptic: expected an object with a non-empty list {key!r}.")
-    for position, category in enumerate(categories):
+    for position, category in enumerate(entries):
         if not isinstance(category, dict):
             raise DataError(f"{uri}: categories[{position}] is {category!r}; expected an object.")
-    check_categories(categories, uri)
+    categories = check_categories(entries, uri)
     if not readable:
         raise DataError(f"{uri}: not COCO panoptic: no annotation has image_id, file_name and segments_info.")
     if alone:
@@ -80,7 +81,7 @@ def _add_things(index: Index, things: set[int], source: str) -> None:
     for image_id, annotation in index.panoptics():
         for segment in annotation["segments_info"]:
             if as_int(segment.get("category_id")) in things:
-                fields = {**segment, "id": number + 1, "image_id": image_id}
+                fields: RawAnnotation = {**segment, "id": number + 1, "image_id": image_id}
                 missing.check_off(fields)
                 index.add_annotation(number, fields, json.dumps(fields))
                 number += 1

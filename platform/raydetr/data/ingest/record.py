@@ -9,8 +9,9 @@ from typing import Any
 from raydetr.data.ingest import faults
 from raydetr.data.ingest.faults import Orientation, as_int, as_numbers
 from raydetr.data.ingest.panoptic import Panoptic, inspect_panoptic
+from raydetr.data.ingest.raw import RawAnnotation
 from raydetr.data.ingest.repairs import is_standard, repair_annotation
-from raydetr.data.schema import Fault, worst
+from raydetr.data.schema import Fault, ObjectRow, Record, SegmentRow, worst
 
 USUAL_QUERIES = 100
 """Number of object queries of the published models, which cannot detect more objects in an image."""
@@ -26,7 +27,7 @@ class Annotation:
     """
 
     position: int
-    fields: dict[str, Any]
+    fields: RawAnnotation
     problems: tuple[faults.Problem, ...] = ()
     fresh_id: int = -1
     """Id to use if the JSON has no integer id."""
@@ -69,7 +70,7 @@ def make_record(
     category_ids: frozenset[int],
     panoptic_png: bytes | None = None,
     reading: Reading = DEFAULT_READING,
-) -> tuple[dict[str, Any], list[Fault]]:
+) -> tuple[Record, list[Fault]]:
     """Convert an image entry to a record and list its faults. The image is decoded once, to check it.
 
     Args:
@@ -80,12 +81,12 @@ def make_record(
         reading: how to read the record.
 
     Returns:
-        A mapping with the columns of `schema.SCHEMA`, and the faults: of the image first, then of the objects in order.
+        The record, and the faults: of the image first, then of the objects in order.
     """
     facts = faults.inspect_image(data, entry.height, entry.width, entry.file_name, reading.orientation)
     of_image = [*_without_explained(facts.faults, entry.problems), *entry.problems]
     reported = [Fault(code, entry.file_name, entry.image_id, None, reason) for code, reason in of_image]
-    objects = []
+    objects: list[ObjectRow] = []
     for annotation in entry.annotations:
         fields = annotation.fields
         repaired: list[faults.Problem] = []
@@ -96,7 +97,7 @@ def make_record(
             unread |= {
                 key: value
                 for key, value in annotation.fields.items()
-                if key not in fields or fields[key] is not value
+                if key not in fields or fields.get(key) is not value
             }
         problems = faults.object_faults(fields, item, facts.frame, category_ids) + repaired
         problems += annotation.problems
@@ -107,7 +108,7 @@ def make_record(
             if item["id"] is None:
                 reason = f"annotations[{annotation.position}]: {reason}"
             reported.append(Fault(code, entry.file_name, entry.image_id, item["id"], reason))
-    segments: list[dict[str, Any]] | None = None
+    segments: list[SegmentRow] | None = None
     of_png: list[faults.Problem] = []
     if entry.panoptic is not None:
         segments, of_png, of_segments = inspect_panoptic(
@@ -124,7 +125,7 @@ def make_record(
         reported.append(
             Fault("many-objects", entry.file_name, entry.image_id, None, f"{len(objects)} objects")
         )
-    record = {
+    record: Record = {
         "image_id": entry.image_id,
         "file_name": entry.file_name,
         "height": facts.height,
@@ -140,14 +141,14 @@ def make_record(
     return record, reported
 
 
-def _object(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _object(fields: RawAnnotation) -> tuple[ObjectRow, dict[str, object]]:
     """Convert annotation fields to the columns of an object. Also returns the fields that no column can store."""
     box = as_numbers(fields.get("bbox"))
     area = as_numbers([fields.get("area")])
     keypoints = as_numbers(fields.get("keypoints"))
     iscrowd = fields.get("iscrowd")
     iscrowd = int(iscrowd) if isinstance(iscrowd, bool) else as_int(iscrowd)
-    item = {
+    item: ObjectRow = {
         "id": as_int(fields.get("id")),
         "category_id": as_int(fields.get("category_id")),
         "bbox": box if box is not None and len(box) == 4 else None,
@@ -160,7 +161,7 @@ def _object(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return item, unread
 
 
-def _may_need_repair(fields: Mapping[str, Any], item: Mapping[str, Any], reading: Reading) -> bool:
+def _may_need_repair(fields: RawAnnotation, item: ObjectRow, reading: Reading) -> bool:
     """Whether an annotation may need repairs. Most do not, and this check is cheaper than `repair_annotation`."""
     box, area, segmentation = item["bbox"], item["area"], item["segmentation"]
     if item["id"] is None or item["category_id"] is None or not box or not any(box):
@@ -182,5 +183,5 @@ def _without_explained(
     return tuple(problem for problem in problems if problem[0] != "missing-file" or not explained)
 
 
-def _json(value: Mapping[str, Any]) -> str | None:
+def _json(value: Mapping[str, object]) -> str | None:
     return json.dumps(value, sort_keys=True, separators=(",", ":")) if value else None

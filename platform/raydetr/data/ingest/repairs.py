@@ -11,6 +11,8 @@ from typing import Any
 
 from detr.mask_codec import box_of_rle
 from raydetr.data.ingest.faults import Problem, as_int, as_numbers, read_segmentation, rle_covers
+from raydetr.data.ingest.raw import RawAnnotation
+from raydetr.data.schema import Segmentation
 
 _INTEGER = re.compile(r"[+-]?\d{1,19}(\.0*)?")
 _BOOLEANS = {"true": 1, "false": 0}
@@ -27,8 +29,8 @@ def read_int(value: Any) -> int | None:
 
 
 def repair_annotation(
-    fields: Mapping[str, Any], fresh_id: int, crowds_as_objects: bool = False
-) -> tuple[dict[str, Any], list[Problem]]:
+    fields: RawAnnotation, fresh_id: int, crowds_as_objects: bool = False
+) -> tuple[RawAnnotation, list[Problem]]:
     """Convert an annotation to the COCO format as far as its meaning is unambiguous.
 
     Args:
@@ -39,7 +41,7 @@ def repair_annotation(
     Returns:
         The fields with the repaired values, and the repairs as (code, reason).
     """
-    made = dict(fields)
+    made: Any = dict(fields)
     words = []
     for key, value in _repaired_fields(fields, fresh_id).items():
         words.append(f"{_shown(fields, key)}, read as {value}")
@@ -67,11 +69,12 @@ def repair_annotation(
     return made, repairs
 
 
-def box_of(segmentation: Mapping[str, Any] | None) -> list[float] | None:
+def box_of(segmentation: Segmentation | None) -> list[float] | None:
     """Compute the bounding box [x, y, width, height] of a readable segmentation; None if it has no area."""
     if segmentation is None:
         return None
-    if (polygons := segmentation["polygons"]) is not None:
+    if (rle := segmentation["rle"]) is None:
+        polygons = segmentation["polygons"] or []
         values = [value for polygon in polygons for value in polygon]
         if (
             not values
@@ -82,7 +85,6 @@ def box_of(segmentation: Mapping[str, Any] | None) -> list[float] | None:
         xs, ys = [x for p in polygons for x in p[::2]], [y for p in polygons for y in p[1::2]]
         box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
     else:
-        rle = segmentation["rle"]
         counts = rle["runs"] if rle["counts"] is None else rle["counts"]
         try:
             box = box_of_rle({"size": rle["size"], "counts": counts}, "a mask")
@@ -190,13 +192,13 @@ def _repair_segmentation(value: Any) -> tuple[Any, str] | None:
     return polygons, f"polygons written as {value!r:.80}"
 
 
-def is_standard(read: Mapping[str, Any] | None) -> bool:
+def is_standard(read: Segmentation | None) -> bool:
     """Whether a result of `read_segmentation` is in a COCO format and has no polygon of fewer than 3 points."""
     if read is None:
         return False
-    if read["polygons"] is not None:
-        return all(len(polygon) >= 6 for polygon in read["polygons"])
-    return not (read["rle"]["counts"] or b"").startswith((b"b'", b'b"'))
+    if (rle := read["rle"]) is None:
+        return all(len(polygon) >= 6 for polygon in read["polygons"] or ())
+    return not (rle["counts"] or b"").startswith((b"b'", b'b"'))
 
 
 def _rle(fields: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -215,7 +217,7 @@ def _rle(fields: Mapping[str, Any]) -> dict[str, Any] | None:
         counts = counts[2:-1].replace("\\\\", "\\")
     made = {"size": [int(value) for value in size], "counts": counts}
     read = read_segmentation(made)
-    return made if read is not None and rle_covers(read["rle"]) else None
+    return made if read is not None and (rle := read["rle"]) and rle_covers(rle) else None
 
 
 def _polygons(value: Any, depth: int) -> list[list[float]] | None:

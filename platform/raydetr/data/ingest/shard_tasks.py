@@ -18,7 +18,7 @@ from raydetr.data.ingest.json_stream import read_elements
 from raydetr.data.ingest.record import Reading, make_record
 from raydetr.data.ingest.shard_writer import ShardSummary, write_shard
 from raydetr.data.names import normalize_name
-from raydetr.data.schema import Fault, without_notes
+from raydetr.data.schema import Fault, Record, without_notes
 from raydetr.data.shards import ROW_GROUP_SIZE, Shard
 from raydetr.data.usable import Usable
 from raydetr.errors import RaydetrError
@@ -157,7 +157,7 @@ def write_checked(
     usable = Usable()
     count = 0
 
-    def records() -> Iterator[dict[str, Any]]:
+    def records() -> Iterator[Record]:
         nonlocal boxes, count, usable
         for element in read_elements(storage.join(output, WORK, _entries_file(number))):
             work = read_entry(element.value, class_map)

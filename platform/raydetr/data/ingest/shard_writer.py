@@ -3,16 +3,26 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydetr import storage
-from raydetr.data.schema import FAULT_SCHEMA, SCHEMA, SCHEMA_VERSION, Fault, is_repaired, is_trained
+from raydetr.data.schema import (
+    FAULT_SCHEMA,
+    SCHEMA,
+    SCHEMA_VERSION,
+    Category,
+    Fault,
+    ObjectRow,
+    Record,
+    is_repaired,
+    is_trained,
+)
 from raydetr.data.shards import FAULTS, MANIFEST, ROW_GROUP_SIZE, Manifest, Shard, is_target
 
 _FAULT_ROWS = 8192
@@ -29,13 +39,13 @@ class ShardSummary:
     max_objects_per_image: int
 
 
-def write_shard(root: str, index: int, records: Iterable[Mapping[str, Any]]) -> ShardSummary | None:
+def write_shard(root: str, index: int, records: Iterable[Record]) -> ShardSummary | None:
     """Write records as shard number `index` of a folder, with one row group in memory at a time.
 
     Args:
         root: URI of the folder.
         index: position of the shard in the data set.
-        records: mappings with the columns of `schema.SCHEMA`; absent columns are null.
+        records: rows of `schema.SCHEMA`; absent columns are null.
 
     Returns:
         The written shard; None, and no file, if there are no records.
@@ -82,7 +92,7 @@ def write_shard(root: str, index: int, records: Iterable[Mapping[str, Any]]) -> 
 def write_manifest(
     root: str,
     shards: Sequence[ShardSummary],
-    categories: Sequence[Mapping[str, Any]],
+    categories: Sequence[Category],
     faults: Iterable[Fault] = (),
     *,
     seed: int = 0,
@@ -117,7 +127,7 @@ def write_manifest(
         root=storage.absolute(root),
         schema_version=SCHEMA_VERSION,
         digest=_digest(categories, files),
-        categories=tuple(dict(category) for category in categories),
+        categories=tuple(category.copy() for category in categories),
         shards=files,
         num_images=sum(shard.num_images for shard in files),
         num_objects=sum(summary.num_objects for summary in shards) + (base.num_objects if base else 0),
@@ -142,12 +152,12 @@ def write_manifest(
     return manifest
 
 
-def _is_faulty(item: Mapping[str, Any]) -> bool:
+def _is_faulty(item: Record | ObjectRow) -> bool:
     code = item.get("fault")
     return code is not None and not is_repaired(code)
 
 
-def _digest(categories: Sequence[Mapping[str, Any]], shards: Sequence[Shard]) -> str:
+def _digest(categories: Sequence[Category], shards: Sequence[Shard]) -> str:
     content = [SCHEMA_VERSION, ROW_GROUP_SIZE, list(categories), [shard.sha256 for shard in shards]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -27,7 +27,7 @@ from ray.train import DataConfig
 from detr.image_processing.augment import apply, apply_masks
 from detr.image_processing.decode import ImageError
 from raydetr.data.pixels import decode_record
-from raydetr.data.schema import is_trained
+from raydetr.data.schema import Record, is_trained
 from raydetr.data.shards import Manifest, training_targets
 from raydetr.data.stream.balance import repeat_factors
 from raydetr.data.stream.in_flight import ROW_BYTES, WindowBackpressure, fit_cluster
@@ -299,7 +299,7 @@ def build_micro_batches(
         yield pack([fill_slots(batch) for batch in row], node, masks=stream.masks in ("instance", "panoptic"))
 
 
-def _example(record: dict[str, Any], slot: Slot, labels: dict[int, int], kind: MaskKind = "none") -> Example:
+def _example(record: Record, slot: Slot, labels: dict[int, int], kind: MaskKind = "none") -> Example:
     no_targets = np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)
     if not is_trained(record["fault"]):  # ingest has reported this fault, so it is not counted as skipped
         return Example(slot.image_id, None, *no_targets)

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from raydetr import cluster, storage
 from raydetr.data.ingest.console import print_progress
 from raydetr.data.ingest.ingest import Options, ingest
 from raydetr.data.ingest.inputs import InputPaths
+from raydetr.data.ingest.raw import RawAnnotation, RawImage, RawPanoptic
 from raydetr.data.synthetic.scenes import STUFF, THINGS, make_scene, panoptic_map, polygons
 from raydetr.errors import ConfigError, DataError
 from raydetr.lease import WAIT_S, lease
@@ -32,7 +34,18 @@ _CHUNK = 250
 _MARKER = "generated.json"
 
 Chunk = tuple[str, range, int, int]
-Scenes = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SceneEntries:
+    """The JSON entries of a scene: its image, the annotations of its things, and its panoptic annotation."""
+
+    image: RawImage
+    instances: list[RawAnnotation]
+    panoptic: RawPanoptic
+
+
+Scenes = list[SceneEntries]
 Run = Callable[[Callable[[Chunk], Scenes], Iterable[Chunk]], Iterable[Scenes]]
 
 
@@ -66,7 +79,7 @@ def generate(folder: str, num_images: int, seed: int, size: int = 128, run: Run 
     description = _description(num_images, seed, size)
     common = {
         "info": {"description": "generated scenes", **description},
-        "images": [scene["image"] for scene in scenes],
+        "images": [scene.image for scene in scenes],
     }
     things = [{"id": i, "name": name, "supercategory": "shape"} for name, i in THINGS.items()]
     stuff = [{"id": i, "name": name, "supercategory": "background"} for name, i in STUFF.items()]
@@ -75,7 +88,7 @@ def generate(folder: str, num_images: int, seed: int, size: int = 128, run: Run 
         "annotations/panoptic.json",
         {
             **common,
-            "annotations": [scene["panoptic"] for scene in scenes],
+            "annotations": [scene.panoptic for scene in scenes],
             "categories": [{**c, "isthing": int(c in things)} for c in things + stuff],
         },
     )
@@ -84,7 +97,7 @@ def generate(folder: str, num_images: int, seed: int, size: int = 128, run: Run 
         "annotations/instances.json",
         {
             **common,
-            "annotations": [item for scene in scenes for item in scene["instances"]],
+            "annotations": [item for scene in scenes for item in scene.instances],
             "categories": things,
         },
     )
@@ -145,13 +158,13 @@ def write_scenes(chunk: Chunk) -> Scenes:
         chunk: folder, indices of the scenes, seed, size.
 
     Returns:
-        The JSON entries of each scene: image, instances (a list), panoptic.
+        The JSON entries of each scene.
     """
     folder, indices, seed, size = chunk
     return [_write_scene(folder, index, seed, size) for index in indices]
 
 
-def _write_scene(folder: str, index: int, seed: int, size: int) -> dict[str, Any]:
+def _write_scene(folder: str, index: int, seed: int, size: int) -> SceneEntries:
     scene = make_scene(seed, index, size)
     colors, segments = panoptic_map(scene)
     image_id = (
@@ -160,9 +173,9 @@ def _write_scene(folder: str, index: int, seed: int, size: int) -> dict[str, Any
     name, png = f"{image_id:06d}.jpg", f"{image_id:06d}.png"
     _write_image(folder, f"images/{name}", scene.pixels, format="JPEG", quality=92)
     _write_image(folder, f"annotations/panoptic/{png}", colors, format="PNG", compress_level=1)
-    return {
-        "image": {"id": image_id, "file_name": name, "height": size, "width": size},
-        "instances": [
+    return SceneEntries(
+        image={"id": image_id, "file_name": name, "height": size, "width": size},
+        instances=[
             {
                 "id": 10 * image_id + number,
                 "image_id": image_id,
@@ -174,8 +187,8 @@ def _write_scene(folder: str, index: int, seed: int, size: int) -> dict[str, Any
             }
             for number, thing in enumerate(scene.things)
         ],
-        "panoptic": {"image_id": image_id, "file_name": png, "segments_info": segments},
-    }
+        panoptic={"image_id": image_id, "file_name": png, "segments_info": segments},
+    )
 
 
 T = TypeVar("T")

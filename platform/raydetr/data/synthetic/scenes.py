@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from raydetr.data.ingest.raw import RawAnnotation
+
 THINGS = {"circle": 1, "square": 3, "triangle": 4, "star": 7}
 """Name → category id. The ids have gaps, as in COCO, so a category id is not a label."""
 STUFF = {"sky": 21, "water": 22, "ground": 25}
@@ -307,7 +309,7 @@ def _cut(outline: NDArray[np.float64], hole: NDArray[np.float64]) -> NDArray[np.
     return np.concatenate([outline[: i + 1], hole[j:], hole[: j + 1], outline[i:]])
 
 
-def panoptic_map(scene: Scene) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
+def panoptic_map(scene: Scene) -> tuple[NDArray[np.uint8], list[RawAnnotation]]:
     """Convert a scene to COCO's panoptic format.
 
     Returns:
@@ -316,7 +318,7 @@ def panoptic_map(scene: Scene) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]
     colored = [(_STUFF_SEGMENTS[region.category_id], region) for region in scene.stuff]
     colored += zip(_THING_SEGMENTS, scene.things)
     number = np.zeros(scene.pixels.shape[:2], dtype=np.uint8)
-    segments = []
+    segments: list[RawAnnotation] = []
     for position, ((red, green, blue), region) in enumerate(colored):
         number[region.mask] = position
         segments.append(
