@@ -9,6 +9,7 @@ read from the environment variable RAYDETR_TOKEN, since flags are visible in pro
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from raydetr import storage
@@ -23,6 +24,7 @@ from raydetr.prediction.pictures import write_overlays
 from raydetr.prediction.predictions import PredictionSettings
 from raydetr.registry.models import ResolvedModel, resolve
 from raydetr.registry.tracking import resolve_uri
+from raydetr.responses import Detection
 
 TOKEN = "RAYDETR_TOKEN"
 
@@ -46,9 +48,8 @@ def predict(
         with Client(source, token=os.environ.get(TOKEN)) as client:
             client.health()
 
-            def detect(data: bytes) -> list[dict[str, Any]]:
-                answer = client.detect(data, 0.0, orientation=config.orientation)
-                return [each.model_dump() for each in answer.detections]
+            def detect(data: bytes) -> Sequence[Detection]:
+                return client.detect(data, 0.0, orientation=config.orientation).detections
 
             predictions, labels = image_folder.predict_by_endpoint(images, detect, config.orientation)
     else:
@@ -71,9 +72,7 @@ def predict(
         "images": len(images.names),
         "unreadable": len(named) - named.column("error").null_count,
         "objects": image_folder.count_detections(named, config.threshold),
-        "best_score": max(
-            (each["score"] for each in image_folder.best_scores(named, labels, 1)), default=0.0
-        ),
+        "best_score": max((each.score for each in image_folder.best_scores(named, labels, 1)), default=0.0),
         "predictions": storage.join(output, "predictions.parquet"),
         "results": storage.join(output, "results.json"),
     }

@@ -7,7 +7,6 @@ of the images with the same preparation and the same metrics, and nothing is sto
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from detr.image_processing.decode import ImageError
 from detr.inference.detector import ObjectDetector, PreparedImage
@@ -16,8 +15,8 @@ from raydetr.data.shards import Manifest, read_records
 from raydetr.data.stream.mask_targets import MaskKind
 from raydetr.evaluation.ground_truth import GroundTruth, truth_columns
 from raydetr.evaluation.score import compute_metrics
-from raydetr.prediction.coco_files import coco_results
-from raydetr.prediction.predictions import PredictionSettings, Predictor, error_row, table
+from raydetr.prediction.coco_files import CocoResult, coco_results
+from raydetr.prediction.predictions import PredictionRow, PredictionSettings, Predictor, error_row, table
 
 BATCH_SIZE = 8
 
@@ -31,9 +30,9 @@ class Share:
     """
 
     truth: GroundTruth
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[PredictionRow] = field(default_factory=list)
 
-    def results(self) -> Iterator[dict[str, Any]]:
+    def results(self) -> Iterator[CocoResult]:
         """Yield the detections in COCO's results format."""
         return coco_results(table(self.rows))
 

@@ -2,10 +2,10 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +19,10 @@ from detr.image_processing.processor import DetrImageProcessor
 from detr.inference.detector import ObjectDetector, PreparedImage, prepare_image
 from raydetr import storage
 from raydetr.data.pixels import decode_record
+from raydetr.data.schema import Category
 from raydetr.data.shards import read_rows
 from raydetr.errors import RaydetrError, StorageError
-from raydetr.prediction.predictions import PredictionSettings, Predictor, error_row, table
+from raydetr.prediction.predictions import PredictionRow, PredictionSettings, Predictor, error_row, table
 from raydetr.registry.models import ResolvedModel, local_folder
 
 _BATCH_SCHEMA = pa.schema(
@@ -35,6 +36,38 @@ _BATCH_SCHEMA = pa.schema(
     ]
 )
 _BLOCK_BYTES = 1024 * 1024  # small, so that each batch of large images becomes its own block for one actor
+
+
+class _Batch(TypedDict):
+    """A row of `_BATCH_SCHEMA` without an error."""
+
+    image_id: list[int]
+    pixels: bytes
+    shape: Sequence[int]
+    size: Sequence[Sequence[int]]
+    original_size: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class ShardWindow:
+    """Row groups of a shard.
+
+    file: `Shard.file`.
+    groups: indices of the row groups.
+    skip: ids of the images to leave out.
+    """
+
+    file: str
+    groups: list[int]
+    skip: list[int]
+
+
+@dataclass(frozen=True)
+class FileWindow:
+    """Image files: their ids and URIs."""
+
+    image_ids: list[int]
+    addresses: list[str]
 
 
 @dataclass(frozen=True)
@@ -51,9 +84,9 @@ class ActorOptions:
 
 def run_actors(
     model: ResolvedModel,
-    windows: Sequence[Mapping[str, Any]],
+    windows: Sequence[ShardWindow] | Sequence[FileWindow],
     root: str,
-    categories: Sequence[Mapping[str, Any]] | None,
+    categories: Sequence[Category] | None,
     settings: PredictionSettings,
     options: ActorOptions,
 ) -> Iterator[pa.Table]:
@@ -61,9 +94,8 @@ def run_actors(
 
     Args:
         model: from `registry.models.resolve`.
-        windows: each is prepared by one task. A window of shards has `file` and `groups` (row groups), and `skip`, the
-            image ids to leave out. A window of image files has `image_ids` and their `addresses` (URIs).
-        root: URI of the folder of shards; empty for image files.
+        windows: each is prepared by one task.
+        root: URI of the folder of shards; empty for `FileWindow`s.
         categories: COCO categories, matched with the model's labels by name; None uses labels as category ids.
         settings: what to predict.
         options: actors and batch size.
@@ -81,7 +113,9 @@ def run_actors(
     context.target_max_block_size = _BLOCK_BYTES
     context.enable_progress_bars = False
     with DataContext.current(context):
-        dataset = ray.data.from_items([dict(window) for window in windows], override_num_blocks=len(windows))
+        dataset = ray.data.from_items(
+            [asdict(window) for window in windows], override_num_blocks=len(windows)
+        )
         predictions = dataset.map_batches(
             partial(
                 _prepare,
@@ -116,7 +150,9 @@ def _prepare(
     """Read, decode and resize images, and yield batches in which all images have one canonical shape."""
     image_processor = DetrImageProcessor.from_pretrained(local_folder(model))
     waiting: dict[tuple[int, int], list[tuple[int, PreparedImage]]] = defaultdict(list)
-    for window in windows.to_pylist():
+    window_type = ShardWindow if root else FileWindow
+    for row in windows.to_pylist():
+        window = window_type(**row)
         for image_id, data in _read_images(window, root):
             try:
                 if isinstance(data, ImageError):
@@ -134,19 +170,19 @@ def _prepare(
 
 
 def _read_images(
-    window: Mapping[str, Any], root: str
+    window: ShardWindow | FileWindow, root: str
 ) -> Iterator[tuple[int, bytes | torch.Tensor | ImageError]]:
     """Yield each image id with its image (encoded bytes or decoded pixels) or the error that prevented reading it."""
-    if not root:
-        for image_id, uri in zip(window["image_ids"], window["addresses"], strict=True):
+    if isinstance(window, FileWindow):
+        for image_id, uri in zip(window.image_ids, window.addresses, strict=True):
             try:
                 yield image_id, storage.read_bytes(uri)
             except StorageError as error:
                 yield image_id, ImageError(str(error))
         return
-    skip = set(window["skip"])
-    for group in window["groups"]:
-        for row in read_rows(root, window["file"], [group], ["image_id", "image", "fault"]).to_pylist():
+    skip = set(window.skip)
+    for group in window.groups:
+        for row in read_rows(root, window.file, [group], ["image_id", "image", "fault"]).to_pylist():
             if row["image_id"] in skip:
                 continue
             if row["image"] is None:
@@ -165,14 +201,14 @@ class _Actor:
     def __init__(
         self,
         model: ResolvedModel,
-        categories: Sequence[Mapping[str, Any]] | None,
+        categories: Sequence[Category] | None,
         settings: PredictionSettings,
         device: str,
     ) -> None:
         self.predictor = Predictor(load_detector(local_folder(model), settings, device), categories, settings)
 
     def __call__(self, batches: pa.Table) -> pa.Table:
-        rows: list[dict[str, Any]] = []
+        rows: list[PredictionRow] = []
         for batch in batches.to_pylist():
             if batch["error"] is not None:
                 rows.append(error_row(batch["image_id"][0], batch["error"]))
@@ -193,7 +229,7 @@ def load_detector(folder: str, settings: PredictionSettings, device: str = "cpu"
 
 def _pack(batch: list[tuple[int, PreparedImage]]) -> pa.Table:
     """Pack prepared images of one canonical shape into one row of `_BATCH_SCHEMA`."""
-    row = {
+    row: _Batch = {
         "image_id": [image_id for image_id, _ in batch],
         "pixels": np.stack([image.pixels for _, image in batch]).tobytes(),
         "shape": batch[0][1].shape,
@@ -207,7 +243,7 @@ def _pack_error(image_id: int, reason: str) -> pa.Table:
     return pa.Table.from_pylist([{"image_id": [image_id], "error": reason}], schema=_BATCH_SCHEMA)
 
 
-def _unpack(row: dict[str, Any]) -> list[PreparedImage]:
+def _unpack(row: _Batch) -> list[PreparedImage]:
     """Reverse `_pack`."""
     count = len(row["image_id"])
     pixels = np.frombuffer(row["pixels"], np.uint8).reshape(count, 3, *row["shape"])

@@ -2,15 +2,15 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from raydetr.data.schema import Category
 from raydetr.errors import DataError
 
 UNKNOWN = -1
 """Category id of a label that has no category in the data set."""
 
 
-def match_categories(id2label: Mapping[int, str], categories: Sequence[Mapping[str, Any]]) -> list[int]:
+def match_categories(id2label: Mapping[int, str], categories: Sequence[Category]) -> list[int]:
     """Map each label of a model to the category id of the same name.
 
     A model may have more classes than the data set, such as the 91 labels of the original weights on COCO's 80
@@ -18,7 +18,7 @@ def match_categories(id2label: Mapping[int, str], categories: Sequence[Mapping[s
 
     Args:
         id2label: label → name, from the model's configuration.
-        categories: COCO categories with `id` and `name`.
+        categories: COCO categories.
 
     Returns:
         Category ids, indexed by label.

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import pyarrow as pa
 
@@ -11,15 +11,46 @@ from raydetr import storage
 from raydetr.data.shards import Manifest, read_records
 
 
-def coco_results(predictions: pa.Table) -> Iterator[dict[str, Any]]:
+class CocoRle(TypedDict):
+    """A mask in COCO's compressed run-length encoding; size: [height, width] in pixels."""
+
+    size: list[int]
+    counts: str
+
+
+class CocoResult(TypedDict):
+    """A detection in COCO's results format; bbox: [x, y, width, height] in pixels."""
+
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    score: float
+    segmentation: NotRequired[CocoRle]
+
+
+class PanopticSegment(TypedDict):
+    """A segment of `PanopticResult`."""
+
+    id: int
+    category_id: int
+
+
+class PanopticResult(TypedDict):
+    """An image in COCO's panoptic results format."""
+
+    image_id: int
+    file_name: str
+    segments_info: list[PanopticSegment]
+
+
+def coco_results(predictions: pa.Table) -> Iterator[CocoResult]:
     """Convert predictions to COCO's results format.
 
     Args:
         predictions: table of `PREDICTION_SCHEMA`.
 
     Yields:
-        One dict per detection: image_id, category_id, bbox (x, y, width, height), score, and segmentation (RLE) if
-        masks were predicted.
+        One result per detection, with a segmentation if masks were predicted.
     """
     for batch in predictions.select(
         ["image_id", "height", "width", "category_id", "bbox", "score", "mask"]
@@ -29,7 +60,7 @@ def coco_results(predictions: pa.Table) -> Iterator[dict[str, Any]]:
             for category, box, score, mask in zip(
                 row["category_id"], row["bbox"], row["score"], masks, strict=True
             ):
-                result = {
+                result: CocoResult = {
                     "image_id": row["image_id"],
                     "category_id": category,
                     "bbox": box,
@@ -77,7 +108,7 @@ def write_coco_files(predictions: pa.Table, manifest: Manifest, output: str) -> 
     return [results, panoptic]
 
 
-def _write_panoptic(predictions: pa.Table, names: Mapping[int, str], folder: str) -> Iterator[dict[str, Any]]:
+def _write_panoptic(predictions: pa.Table, names: Mapping[int, str], folder: str) -> Iterator[PanopticResult]:
     """Write one PNG per image, named after the image, and yield the entries of COCO's panoptic results."""
     for batch in predictions.select(["image_id", "panoptic", "segments"]).to_batches(256):
         for row in batch.to_pylist():
@@ -85,5 +116,7 @@ def _write_panoptic(predictions: pa.Table, names: Mapping[int, str], folder: str
                 continue
             name = output_name(names[row["image_id"]], ".png")
             storage.write_bytes(storage.join(folder, name), row["panoptic"])
-            segments = [{"id": s["id"], "category_id": s["category_id"]} for s in row["segments"]]
+            segments: list[PanopticSegment] = [
+                {"id": s["id"], "category_id": s["category_id"]} for s in row["segments"]
+            ]
             yield {"image_id": row["image_id"], "file_name": name, "segments_info": segments}

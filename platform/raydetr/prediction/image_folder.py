@@ -3,9 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,14 +14,15 @@ from detr.config import DetrConfig
 from detr.image_processing.decode import ImageError, Orientation, image_size
 from raydetr import storage
 from raydetr.errors import DataError, EvaluationError, RequestError
-from raydetr.prediction.actors import ActorOptions, run_actors
+from raydetr.prediction.actors import ActorOptions, FileWindow, run_actors
 from raydetr.prediction.coco_files import write_results
 from raydetr.prediction.predict import Parts
-from raydetr.prediction.predictions import PredictionSettings, error_row, table
+from raydetr.prediction.predictions import PredictionRow, PredictionSettings, error_row, table
 from raydetr.registry.models import ResolvedModel
+from raydetr.responses import Detection
 
-Detect = Callable[[bytes], list[dict[str, Any]]]
-"""Maps an encoded image to its detections, best first, as returned by `detr.inference.detector.Detections.to_dicts`."""
+Detect = Callable[[bytes], Sequence[Detection]]
+"""Maps an encoded image to its detections, best first."""
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 _IMAGE_ERRORS = (400, 413, 415)
@@ -94,7 +94,7 @@ def predict_by_model(
     remaining = [image_id for image_id in range(1, len(images.names) + 1) if image_id not in done]
     length = max(min(_WINDOW, len(remaining) // (4 * options.actors)), 1)
     chunks = [remaining[start : start + length] for start in range(0, len(remaining), length)]
-    windows = [{"image_ids": ids, "addresses": [images.address(each) for each in ids]} for ids in chunks]
+    windows = [FileWindow(ids, [images.address(each) for each in ids]) for ids in chunks]
     if windows:
         for rows in run_actors(model, windows, "", None, settings, options):
             parts.add(rows)
@@ -150,7 +150,7 @@ def predict_by_endpoint(
 
 def _predict_one(
     image_id: int, images: Images, detect: Detect, orientation: Orientation, labels: dict[int, str]
-) -> dict[str, Any]:
+) -> PredictionRow:
     """Return the row of one image and add the names of its labels to `labels`."""
     data = storage.read_bytes(images.address(image_id))
     try:
@@ -160,15 +160,15 @@ def _predict_one(
         if isinstance(error, RequestError) and error.status not in _IMAGE_ERRORS:
             raise
         return error_row(image_id, str(error))
-    labels |= {each["label_id"]: each["label"] for each in detections}
-    boxes = [each["box"] for each in detections]
+    labels |= {each.label_id: each.label for each in detections}
+    boxes = [each.box for each in detections]
     return {
         "image_id": image_id,
         "height": height,
         "width": width,
-        "category_id": [each["label_id"] for each in detections],
-        "score": [each["score"] for each in detections],
-        "bbox": [[b["xmin"], b["ymin"], b["xmax"] - b["xmin"], b["ymax"] - b["ymin"]] for b in boxes],
+        "category_id": [each.label_id for each in detections],
+        "score": [each.score for each in detections],
+        "bbox": [[b.xmin, b.ymin, b.xmax - b.xmin, b.ymax - b.ymin] for b in boxes],
     }
 
 
@@ -213,8 +213,17 @@ def write_files(predictions: pa.Table, labels: Mapping[int, str], output: str) -
     storage.write_json(storage.join(output, "images.json"), content)
 
 
-def best_scores(predictions: pa.Table, labels: Mapping[int, str], count: int = 3) -> list[dict[str, Any]]:
-    """Return the detections with the highest scores, at most one per image, best first: score, label, file_name.
+@dataclass(frozen=True)
+class BestScore:
+    """The detection with the highest score in an image."""
+
+    score: float
+    label: str
+    file_name: str
+
+
+def best_scores(predictions: pa.Table, labels: Mapping[int, str], count: int = 3) -> list[BestScore]:
+    """Return the detections with the highest scores, at most one per image, best first.
 
     Args:
         predictions: from `with_names`.
@@ -227,8 +236,8 @@ def best_scores(predictions: pa.Table, labels: Mapping[int, str], count: int = 3
         if row["score"]:
             index = max(range(len(row["score"])), key=row["score"].__getitem__)
             label = labels.get(row["category_id"][index], str(row["category_id"][index]))
-            best.append({"score": row["score"][index], "label": label, "file_name": row["file_name"]})
-    return sorted(best, key=lambda each: -each["score"])[:count]
+            best.append(BestScore(row["score"][index], label, row["file_name"]))
+    return sorted(best, key=lambda each: -each.score)[:count]
 
 
 def no_detections_hint(predictions: pa.Table, labels: Mapping[int, str], threshold: float) -> str:
@@ -244,7 +253,7 @@ def no_detections_hint(predictions: pa.Table, labels: Mapping[int, str], thresho
     best = best_scores(predictions, labels)
     if not best:
         return "The model detected nothing: no image could be read. See images.json."
-    listed = ", ".join(f"{each['score']:.3f} ({each['label']}, {each['file_name']})" for each in best)
+    listed = ", ".join(f"{each.score:.3f} ({each.label}, {each.file_name})" for each in best)
     return (
         f"No detection reaches --threshold {threshold:g}. The best scores are {listed}. Lower --threshold, train "
         "longer, or train on images like these. The files contain all detections."

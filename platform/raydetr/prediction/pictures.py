@@ -3,7 +3,6 @@
 import io
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +16,7 @@ from detr.mask_codec import decode_segmentation
 from detr.output_names import output_name
 from raydetr import storage
 from raydetr.prediction.image_folder import FORMATS, extension
+from raydetr.prediction.predictions import PredictionRow
 
 _IMAGES_PER_TASK = 32
 
@@ -85,7 +85,7 @@ def _draw_all(
 
 def draw(
     data: bytes,
-    row: Mapping[str, Any],
+    row: PredictionRow,
     labels: Mapping[int, str],
     threshold: float,
     orientation: Orientation = "ignore",
@@ -93,7 +93,7 @@ def draw(
     """Draw a row of `PREDICTION_SCHEMA` on an encoded image: its segments, else its masks, else its boxes."""
     image = decode_image(data, orientation=orientation)
     if row["panoptic"] is not None:
-        segments = [{**each, "label_id": each["category_id"]} for each in row["segments"]]
+        segments = [{**each, "label_id": each["category_id"]} for each in row["segments"] or ()]
         return draw_segments(image, read_panoptic_png(row["panoptic"]), segments, names=labels)
     count = sum(score >= threshold for score in row["score"])
     if row["mask"] is not None:

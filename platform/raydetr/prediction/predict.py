@@ -16,7 +16,6 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +24,7 @@ from detr.config import DetrConfig
 from raydetr import storage
 from raydetr.data.shards import Manifest, read_records, read_rows
 from raydetr.errors import DataError
-from raydetr.prediction.actors import ActorOptions, run_actors
+from raydetr.prediction.actors import ActorOptions, ShardWindow, run_actors
 from raydetr.prediction.categories import match_categories
 from raydetr.prediction.predictions import PREDICTION_SCHEMA, PredictionSettings
 from raydetr.registry.models import ResolvedModel
@@ -183,7 +182,7 @@ def _key_of(uri: str) -> str | None:
     return None if key is None else key.decode()
 
 
-def windows_of(manifest: Manifest, actors: int, done: set[int]) -> list[dict[str, Any]]:
+def windows_of(manifest: Manifest, actors: int, done: set[int]) -> list[ShardWindow]:
     """Split a data set into windows: consecutive row groups of one shard, prepared by one task.
 
     Args:
@@ -203,6 +202,6 @@ def windows_of(manifest: Manifest, actors: int, done: set[int]) -> list[dict[str
             window_ids = ids[start * size : (start + length) * size]
             skip = [image_id for image_id in window_ids if image_id in done]
             if not window_ids or len(skip) < len(window_ids):
-                window = {"file": shard.file, "groups": list(range(start, min(start + length, count)))}
-                windows.append({**window, "skip": skip})
+                groups_of_window = list(range(start, min(start + length, count)))
+                windows.append(ShardWindow(shard.file, groups_of_window, skip))
     return windows

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from detr.metrics.masks import encode_masks
 from detr.metrics.panoptic_matching import VOID
 from detr.postprocess import post_process_panoptic_segmentation
 from detr.postprocess.view import image_views
+from raydetr.data.schema import Category
 from raydetr.errors import DataError
 from raydetr.prediction.categories import UNKNOWN, match_categories
 
@@ -38,6 +39,30 @@ PREDICTION_SCHEMA = pa.schema(
     ]
 )
 """One row per image of the data set, ascending by id, with the detections of all queries."""
+
+
+class PredictedSegment(TypedDict):
+    """An element of the column `segments`."""
+
+    id: int
+    category_id: int
+    score: float
+
+
+class PredictionRow(TypedDict, total=False):
+    """A row of `PREDICTION_SCHEMA`; an absent key means null. Only a row with an error has no height and width."""
+
+    image_id: int
+    height: int
+    width: int
+    category_id: Sequence[int] | np.ndarray  # pyarrow converts an array faster than a list
+    score: Sequence[float] | np.ndarray
+    bbox: Sequence[Sequence[float] | np.ndarray]
+    mask: list[bytes] | None
+    panoptic: bytes | None
+    segments: list[PredictedSegment] | None
+    error: str | None
+
 
 Masks = Literal["none", "instance", "panoptic"]
 
@@ -74,7 +99,7 @@ class Predictor:
     def __init__(
         self,
         detector: ObjectDetector,
-        categories: Sequence[Mapping[str, Any]] | None,
+        categories: Sequence[Category] | None,
         settings: PredictionSettings,
     ) -> None:
         self.detector, self.settings = detector, settings
@@ -84,10 +109,10 @@ class Predictor:
             stuff = set(getattr(detector.model.config, "stuff_label_ids", ()))
         else:
             self.category_ids = np.array(match_categories(id2label, categories))
-            stuff = {int(category["id"]) for category in categories if not category.get("isthing", 1)}
+            stuff = {category["id"] for category in categories if not category.get("isthing", 1)}
         self._stuff_labels = [label for label, each in enumerate(self.category_ids.tolist()) if each in stuff]
 
-    def rows(self, image_ids: Sequence[int], prepared: Sequence[PreparedImage]) -> list[dict[str, Any]]:
+    def rows(self, image_ids: Sequence[int], prepared: Sequence[PreparedImage]) -> list[PredictionRow]:
         """Predict images of one canonical shape and return one row per image.
 
         Raises:
@@ -96,41 +121,47 @@ class Predictor:
         # Masks are the most expensive output, and queries below the threshold never become a segment.
         panoptic = self.settings.masks == "panoptic"
         outputs = self.detector.run(prepared, self.settings.segment_threshold if panoptic else None)
-        rows = []
+        rows: list[PredictionRow] = []
+        queries: list[list[int]] = []
         for image_id, image, detections in zip(
             image_ids, prepared, self.detector.detections(outputs, prepared), strict=True
         ):
             if not np.isfinite(detections.scores).all() or not np.isfinite(detections.boxes_xyxy).all():
                 raise DataError(f"The model's detections on image {image_id} are not finite numbers.")
-            rows.append(self._row(image_id, image, detections))
+            known = self.category_ids[detections.labels] != UNKNOWN
+            rows.append(self._row(image_id, image, detections, known))
+            queries.append(detections.queries[known].tolist())
         if self.settings.masks != "none":
-            self._add_masks(rows, outputs, prepared)
-        for row in rows:
-            del row["queries"]
+            self._add_masks(rows, queries, outputs, prepared)
         return rows
 
-    def _row(self, image_id: int, image: PreparedImage, detections: Detections) -> dict[str, Any]:
-        categories = self.category_ids[detections.labels]
-        known = categories != UNKNOWN
+    def _row(
+        self, image_id: int, image: PreparedImage, detections: Detections, known: np.ndarray
+    ) -> PredictionRow:
         corners = detections.boxes_xyxy[known]
         height, width = image.original_size
         return {
             "image_id": image_id,
             "height": height,
             "width": width,
-            "category_id": categories[known],
+            "category_id": self.category_ids[detections.labels[known]],
             "score": detections.scores[known],
             "bbox": list(np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)),
-            "queries": detections.queries[known].tolist(),
         }
 
-    def _add_masks(self, rows: list[dict[str, Any]], outputs: Any, prepared: Sequence[PreparedImage]) -> None:
+    def _add_masks(
+        self,
+        rows: list[PredictionRow],
+        queries: list[list[int]],
+        outputs: Any,
+        prepared: Sequence[PreparedImage],
+    ) -> None:
         sizes, processed = [image.original_size for image in prepared], [image.size for image in prepared]
         if self.settings.masks == "instance":
             views = image_views(outputs.pred_masks, sizes, processed, prepared[0].shape)
-            for row, view, masks in zip(rows, views, outputs.pred_masks, strict=True):
+            for row, own, view, masks in zip(rows, queries, views, outputs.pred_masks, strict=True):
                 # Resize one mask at a time: at full image size, all of them would take gigabytes.
-                rles = [encode_masks(view.resize(masks[query][None]) > 0)[0] for query in row["queries"]]
+                rles = [encode_masks(view.resize(masks[query][None]) > 0)[0] for query in own]
                 row["mask"] = [rle["counts"].encode() for rle in rles]
             return
         maps = post_process_panoptic_segmentation(
@@ -144,27 +175,27 @@ class Predictor:
             merge_fused=True,
         )
         for row, panoptic in zip(rows, maps, strict=True):
-            row |= self._segments(panoptic)
+            row["panoptic"], row["segments"] = self._segments(panoptic)
 
-    def _segments(self, panoptic: Mapping[str, Any]) -> dict[str, Any]:
+    def _segments(self, panoptic: Mapping[str, Any]) -> tuple[bytes, list[PredictedSegment]]:
         """Encode a panoptic map as PNG and list its segments; segments of unknown categories become void."""
         # The map is -1 outside of all segments.
         ids = np.maximum(panoptic["segmentation"].cpu().numpy().astype(np.int64), VOID)
-        segments = []
+        segments: list[PredictedSegment] = []
         for item in panoptic["segments_info"]:
             category_id = int(self.category_ids[item["label_id"]])
             if category_id == UNKNOWN:
                 ids[ids == item["id"]] = 0
             else:
                 segments.append({"id": item["id"], "category_id": category_id, "score": item["score"]})
-        return {"panoptic": write_panoptic_png(ids), "segments": segments}
+        return write_panoptic_png(ids), segments
 
 
-def error_row(image_id: int, reason: str) -> dict[str, Any]:
+def error_row(image_id: int, reason: str) -> PredictionRow:
     """Return the row of an image that cannot be decoded."""
     return {"image_id": image_id, "category_id": [], "score": [], "bbox": [], "error": reason}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+def table(rows: Sequence[PredictionRow]) -> pa.Table:
     """Convert rows to a table of `PREDICTION_SCHEMA`."""
     return pa.Table.from_pylist(list(rows), schema=PREDICTION_SCHEMA)

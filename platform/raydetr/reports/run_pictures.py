@@ -16,6 +16,7 @@ from detr.image_processing.decode import decode_image
 from raydetr.data.pixels import decode_record
 from raydetr.data.schema import is_repaired
 from raydetr.data.shards import Manifest, read_records, training_targets
+from raydetr.prediction.coco_files import CocoResult
 from raydetr.responses import Detection
 
 SMOOTHING = 25
@@ -44,7 +45,7 @@ def loss_curve(losses: Sequence[tuple[int, float]], file: str) -> None:
 
 def contact_sheet(
     manifest: Manifest,
-    results: Iterable[dict[str, Any]],
+    results: Iterable[CocoResult],
     file: str,
     count: int = 12,
     threshold: float = THRESHOLD,
@@ -60,7 +61,7 @@ def contact_sheet(
     """
     pairs: list[tuple[Image.Image, Image.Image]] = []
     names = {item["id"]: item["name"] for item in manifest.categories}
-    by_image: dict[int, list[dict[str, Any]]] = {}
+    by_image: dict[int, list[CocoResult]] = {}
     for result in results:
         if result["score"] >= threshold:
             by_image.setdefault(result["image_id"], []).append(result)

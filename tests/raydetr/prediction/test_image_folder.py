@@ -19,10 +19,11 @@ from raydetr.prediction.actors import ActorOptions, _prepare
 from raydetr.prediction.pictures import draw, write_overlays
 from raydetr.prediction.predictions import PredictionSettings, Predictor, error_row, table
 from raydetr.registry.models import resolve
+from raydetr.responses import Box, Detection
 from tests.raydetr.serving.oriented import oriented
 from tests.tiny_detr import add_mask_head, png, save_tiny_detr
 
-ENDPOINT_BOX = {"xmin": 1.0, "ymin": 2.0, "xmax": 11.0, "ymax": 22.0}
+ENDPOINT_BOX = Box(xmin=1.0, ymin=2.0, xmax=11.0, ymax=22.0)
 
 
 @pytest.fixture
@@ -152,10 +153,10 @@ def test_only_boxes_that_reach_the_threshold_are_drawn(segmenter):
 def test_an_endpoint_fills_the_same_table_and_rejected_images_become_error_rows(photos):
     images = image_folder.list_images(str(photos))
 
-    def answer(data: bytes) -> list[dict]:
+    def answer(data: bytes) -> list[Detection]:
         if data == b"no image":
             raise RequestError(415, "not an image")
-        return [{"score": 0.5, "label": "ant", "label_id": 2, "box": ENDPOINT_BOX}]
+        return [Detection(0.5, "ant", 2, ENDPOINT_BOX)]
 
     predictions, labels = image_folder.predict_by_endpoint(images, answer)
     assert labels == {2: "ant"}
@@ -164,7 +165,7 @@ def test_an_endpoint_fills_the_same_table_and_rejected_images_become_error_rows(
     assert refused["error"] == "not an image"
     assert refused["score"] == []
 
-    def refuse(data: bytes) -> list[dict]:
+    def refuse(data: bytes) -> list[Detection]:
         raise RequestError(404, "no")
 
     with pytest.raises(RequestError):

@@ -18,7 +18,7 @@ from raydetr.errors import DataError
 from raydetr.evaluation.ground_truth import GroundTruth
 from raydetr.evaluation.score import compute_metrics
 from raydetr.prediction import predict as module
-from raydetr.prediction.actors import ActorOptions, run_actors
+from raydetr.prediction.actors import ActorOptions, ShardWindow, run_actors
 from raydetr.prediction.predict import check_complete, predict, read_predictions
 from raydetr.prediction.predictions import PREDICTION_SCHEMA, PredictionSettings, Predictor, table
 from tests.tiny_detr import png, save_tiny_detr
@@ -108,7 +108,7 @@ def test_no_image_is_lost_when_an_actor_is_killed(ray_local, predictions, model,
             ids = read_rows(manifest.root, shard.file, [group], ["image_id"])["image_id"].to_pylist()
             for start in range(0, len(ids), 4):
                 others = ids[:start] + ids[start + 4 :]
-                windows.append({"file": shard.file, "groups": [group], "skip": others})
+                windows.append(ShardWindow(shard.file, [group], others))
     before = actor_processes()
     rows = run_actors(
         model, windows, manifest.root, manifest.categories, PredictionSettings(), ActorOptions(2, 1)
