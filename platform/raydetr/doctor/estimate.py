@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from raydetr.data.shards import Manifest
-from raydetr.doctor.findings import Finding
+from raydetr.doctor.findings import Finding, Measurements, Status
 from raydetr.doctor.nodes import Node
+from raydetr.doctor.on_node import NodeDescription
 from raydetr.doctor.trial import TrialRun
 from raydetr.training.config import TrainConfig
 from raydetr.training.preview import format_duration
@@ -116,17 +116,20 @@ def findings(
 
 
 def memory(
-    config: TrainConfig, trial: TrialRun, nodes: Sequence[Node], described: Sequence[Any]
+    config: TrainConfig,
+    trial: TrialRun,
+    nodes: Sequence[Node],
+    described: Sequence[NodeDescription | Exception],
 ) -> Iterator[Finding]:
     """Check that the workers fit into the memory of the nodes and of their GPUs."""
     if trial.gpu_memory_gib:
         used, total = trial.gpu_memory_gib
-        status: Any = "ok" if used < 0.9 * total else "warn"
+        status: Status = "ok" if used < 0.9 * total else "warn"
         remedy = "" if status == "ok" else "lower --micro-batch-size, or give --activation-checkpointing."
         yield Finding("GPU memory", status, f"{used:.1f} of {total:.0f} GiB.", remedy)
     capacity = 0
     for node, each in zip(nodes, described, strict=True):
-        if isinstance(each, dict):
+        if not isinstance(each, Exception):
             free = each["memory_bytes"] / 2**30 - node.resources.get("object_store_memory", 0) / 2**30
             capacity += int(max(free, 0) / trial.memory_gib)
     text = f"a worker needs about {trial.memory_gib:.1f} GiB; memory outside the object stores is enough for {capacity}"
@@ -141,10 +144,8 @@ def memory(
         yield Finding("memory", "ok", f"{text}.")
 
 
-def summary_fields(
-    config: TrainConfig, manifest: Manifest, trial: TrialRun, estimate: Speed
-) -> dict[str, Any]:
-    """Return the fields for the summary of the doctor."""
+def summary_fields(config: TrainConfig, manifest: Manifest, trial: TrialRun, estimate: Speed) -> Measurements:
+    """Return the measurements for the summary of the doctor."""
     return {
         "step_seconds": trial.step_seconds,
         "memory_gib": trial.memory_gib,

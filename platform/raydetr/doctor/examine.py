@@ -14,6 +14,7 @@ from raydetr.doctor import batch, data, estimate, reach, resources, shards, tria
 from raydetr.doctor.config import DoctorConfig
 from raydetr.doctor.findings import Finding, Report
 from raydetr.doctor.nodes import Node, alive
+from raydetr.doctor.on_node import NodeDescription
 from raydetr.doctor.shards import Contents
 from raydetr.errors import ConfigError, StorageError
 from raydetr.flat_keys import override
@@ -138,10 +139,10 @@ def _read_set(
 def _model(
     config: DoctorConfig, report: Report, nodes: list[Node], manifest: Manifest, contents: Contents
 ) -> None:
-    num_queries = config.model.architecture.num_queries
+    num_queries, count = config.model.architecture.num_queries, 0
 
     def build() -> list[Finding]:
-        nonlocal num_queries
+        nonlocal num_queries, count
         try:
             model = build_model(config, manifest)
         except (ValueError, RuntimeError, OSError) as error:
@@ -160,7 +161,7 @@ def _model(
     built = report.run("model", build)
     report.run("queries", partial(data.queries, config, num_queries, manifest, contents))
     if nodes and built:
-        report.run("disk", partial(reach.free_space, config, 4 * report.measurements["parameters"], nodes))
+        report.run("disk", partial(reach.free_space, config, 4 * count, nodes))
 
 
 def _batch(
@@ -189,7 +190,7 @@ def _trial(
     config: DoctorConfig,
     report: Report,
     nodes: list[Node],
-    described: list[Any],
+    described: list[NodeDescription | Exception],
     manifest: Manifest,
     sample: batch.FirstBatches,
 ) -> None:
@@ -206,7 +207,7 @@ def _trial(
     if not results:
         return
     cpus = sum(node.resources.get("CPU", 0) for node in nodes) or 1
-    real = sum(each["cpus"] for each in described if isinstance(each, dict)) or 1
+    real = sum(each["cpus"] for each in described if not isinstance(each, Exception)) or 1
     speed = estimate.speed(config, results[0], sample.images_per_second, cpus, real)
     report.measurements |= estimate.summary_fields(config, manifest, results[0], speed)
     is_embedded = manifest.root == storage.absolute(f"{EMBEDDED_ROOT}/train")

@@ -10,6 +10,9 @@ from raydetr.errors import RaydetrError
 
 Status = Literal["ok", "warn", "FAIL"]
 
+Measurements = dict[str, float | str]
+"""Name in the summary → number or text."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -37,7 +40,7 @@ class Report:
     """Findings so far, and measurements for the summary."""
 
     findings: list[Finding] = field(default_factory=list)
-    measurements: dict[str, Any] = field(default_factory=dict)
+    measurements: Measurements = field(default_factory=dict)
 
     def run(self, check: str, findings: Callable[[], Iterable[Finding]]) -> bool:
         """Run a check and print its findings. An exception becomes a finding too, so that later checks still run.

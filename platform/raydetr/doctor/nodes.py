@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydetr.doctor import on_node
+
+Result = TypeVar("Result")
 
 NODE_TIMEOUT_S = 120.0
 """Time limit for a check on a node, including the start of a worker process."""
@@ -41,8 +43,8 @@ def alive() -> list[Node]:
 
 
 def on_each(
-    nodes: Sequence[Node], action: Callable[..., Any], *arguments: Any, by_value: bool = False
-) -> list[Any]:
+    nodes: Sequence[Node], action: Callable[..., Result], *arguments: Any, by_value: bool = False
+) -> list[Result | Exception]:
     """Run a function on every node.
 
     Args:

@@ -3,6 +3,9 @@
 Ray ships this module by value, so it imports only the standard library.
 """
 
+# Annotations stay text: Ray would otherwise ship the classes by value with the functions.
+from __future__ import annotations
+
 import hashlib
 import importlib.util
 import os
@@ -11,13 +14,37 @@ import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 PACKAGES = ("detr", "raydetr")
 DISTRIBUTIONS = ("torch", "torchvision", "timm", "ray", "pyarrow", "numpy", "mlflow")
 
 
-def describe() -> dict[str, Any]:
+class PackageFiles(TypedDict):
+    """The code of a package on a node: its `root`, and name → checksum of its files; none if it cannot be imported."""
+
+    root: str
+    files: dict[str, str]
+
+
+class NodeDescription(TypedDict):
+    """What a node has: a dictionary, because the node and the driver may have different versions of this module.
+
+    versions: distribution, or "python" → version.
+    code: package → its files.
+    cpus: CPUs that this process may use.
+    memory_bytes: memory of the machine or container.
+    temporary: (free, total) bytes of the disk of Ray's files.
+    """
+
+    versions: dict[str, str]
+    code: dict[str, PackageFiles]
+    cpus: int
+    memory_bytes: int
+    temporary: tuple[int, int]
+
+
+def describe() -> NodeDescription:
     """Describe this node: versions, checksums of the code that it imports, CPUs, memory, disk space for Ray's files."""
     return {
         "versions": {"python": platform.python_version(), **_installed()},
@@ -43,8 +70,7 @@ def _installed() -> dict[str, str]:
     return versions
 
 
-def _code(package: str) -> dict[str, Any]:
-    """Return the `root` of a package and its `files`, name → checksum; no files if it cannot be imported."""
+def _code(package: str) -> PackageFiles:
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):

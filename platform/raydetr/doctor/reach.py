@@ -55,13 +55,13 @@ def output(config: TrainConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
     failed = False
     try:
         written = on_each(nodes, write_probe, folder)
-        for node, result in zip(nodes, written, strict=True):
-            if isinstance(result, Exception):
+        for node, file in zip(nodes, written, strict=True):
+            if isinstance(file, Exception):
                 failed = True
                 yield Finding(
                     "output",
                     "FAIL",
-                    f"node {node.name} cannot write to {config.run.output}: {result}",
+                    f"node {node.name} cannot write to {config.run.output}: {file}",
                     _GIVE_ANOTHER,
                 )
         files = [result for result in written if not isinstance(result, Exception)]

@@ -1,11 +1,11 @@
 """Check that all nodes have the same code and package versions."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from raydetr.doctor import on_node
 from raydetr.doctor.findings import Finding
 from raydetr.doctor.nodes import Node, on_each
+from raydetr.doctor.on_node import NodeDescription
 
 FULL = 0.95
 """Ray stops writing to a disk that is fuller than this."""
@@ -16,12 +16,12 @@ SAME_CODE = (
 )
 
 
-def describe_nodes(nodes: Sequence[Node]) -> list[Any]:
+def describe_nodes(nodes: Sequence[Node]) -> list[NodeDescription | Exception]:
     """Run `on_node.describe` on every node; return its results or exceptions."""
     return on_each(nodes, on_node.describe, by_value=True)
 
 
-def compare(nodes: Sequence[Node], described: Sequence[Any]) -> Iterator[Finding]:
+def compare(nodes: Sequence[Node], described: Sequence[NodeDescription | Exception]) -> Iterator[Finding]:
     """Compare each node with the first one, which is the node of this process.
 
     Args:
@@ -53,14 +53,14 @@ def compare(nodes: Sequence[Node], described: Sequence[Any]) -> Iterator[Finding
         for finding in _differences(node, description, reference):
             failed = True
             yield finding
-    if not failed:
+    if not failed and not isinstance(reference, Exception):
         versions = ", ".join(f"{name} {reference['versions'][name]}" for name in ("python", "torch", "ray"))
         files = sum(len(code["files"]) for code in reference["code"].values())
         where = "this node" if len(nodes) == 1 else f"all {len(nodes)} nodes"
         yield Finding("versions", "ok", f"{where}: {versions}, identical {files} files of detr and raydetr.")
 
 
-def _differences(node: Node, description: dict[str, Any], reference: dict[str, Any]) -> Iterator[Finding]:
+def _differences(node: Node, description: NodeDescription, reference: NodeDescription) -> Iterator[Finding]:
     versions = [
         f"{name} {description['versions'][name]} instead of {version}"
         for name, version in reference["versions"].items()
