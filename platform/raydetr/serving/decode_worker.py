@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict, final
 
 from detr.image_processing.decode import Orientation
 from detr.image_processing.processor import DetrImageProcessor
@@ -47,6 +47,34 @@ class Task:
     """CPU time after which the worker is killed, in seconds."""
     real_s: float
     """Wall time after which the worker is killed, in seconds."""
+
+
+@final
+class Prepared(TypedDict):
+    """Answer to a task that prepares an image, as JSON; a message with the pixels follows."""
+
+    shape: tuple[int, ...]
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+
+
+@final
+class InspectedFields(TypedDict):
+    """Answer to a task that only inspects an image, as JSON: the fields of `Inspected`."""
+
+    pixels: int
+    seconds: float
+
+
+@final
+class Refusal(TypedDict):
+    """Answer to a task whose image is refused, as JSON: the fields of a `RequestError`."""
+
+    status: int
+    message: str
+
+
+Header: TypeAlias = Prepared | InspectedFields | Refusal
 
 
 def main(descriptor: int) -> None:
@@ -97,10 +125,11 @@ def run_tasks(connection: Connection) -> None:
             connection.send_bytes(pixels)
 
 
-def _run_task(task: Task, data: bytes) -> tuple[dict[str, Any], memoryview | None]:
+def _run_task(task: Task, data: bytes) -> tuple[Header, memoryview | None]:
     try:
         if task.processor is None:
-            return inspect_image(data, task.limits, task.number)._asdict(), None
+            inspected = inspect_image(data, task.limits, task.number)
+            return {"pixels": inspected.pixels, "seconds": inspected.seconds}, None
         processor = _load_processor(task.processor)
         image = prepare(data, processor, task.limits, task.number, task.orientation)
     except RequestError as error:
@@ -109,7 +138,7 @@ def _run_task(task: Task, data: bytes) -> tuple[dict[str, Any], memoryview | Non
         which = "The image" if task.number is None else f"Image {task.number}"
         message = f"{which} needs too much memory to decode: send a smaller one."
         return {"status": 413, "message": message}, None
-    header = {"shape": image.pixels.shape, "size": image.size, "original_size": image.original_size}
+    header: Prepared = {"shape": image.pixels.shape, "size": image.size, "original_size": image.original_size}
     return header, image.pixels.data.cast("B")
 
 

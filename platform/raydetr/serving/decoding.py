@@ -19,7 +19,7 @@ import numpy as np
 
 from detr.inference.detector import PreparedImage
 from raydetr.errors import RequestError, ServingError
-from raydetr.serving.decode_worker import READY, Task
+from raydetr.serving.decode_worker import READY, Header, Task
 from raydetr.serving.images import Inspected
 
 START_S = 120.0
@@ -275,11 +275,12 @@ def _run_task(connection: Connection, job: Job) -> TaskResult:
     connection.send_bytes(job.data)
     if not connection.poll(job.task.real_s + _GRACE_S):
         raise EOFError
-    header = json.loads(connection.recv_bytes(_MAX_HEADER_BYTES))
+    header: Header = json.loads(connection.recv_bytes(_MAX_HEADER_BYTES))
     if "status" in header:
         raise RequestError(header["status"], header["message"])
     if "seconds" in header:
         return Inspected(**header)
     pixels = np.empty(header["shape"], np.uint8)
     connection.recv_bytes_into(pixels.data.cast("B"))
-    return PreparedImage(pixels, tuple(header["size"]), tuple(header["original_size"]))
+    (height, width), (original_height, original_width) = header["size"], header["original_size"]
+    return PreparedImage(pixels, (height, width), (original_height, original_width))

@@ -11,12 +11,12 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from ray import serve
 from torch.overrides import TorchFunctionMode
 
-from detr.inference.detector import PreparedImage, padding_share
+from detr.inference.detector import Detections, PreparedImage, padding_share
 from detr.inference.optimize import Engine
 from raydetr.errors import RaydetrError
 from raydetr.registry.models import ResolvedModel
@@ -24,9 +24,10 @@ from raydetr.serving.images import CostlyImage
 from raydetr.serving.loaded import Failure, LoadedModel, Precision
 from raydetr.serving.memory import trim_memory
 from raydetr.serving.metrics import ReplicaMetrics
-from raydetr.serving.segments import SegmentRequest
+from raydetr.serving.segments import ResponseFields, SegmentRequest
 
 logger = logging.getLogger("ray.serve")
+Value = TypeVar("Value")
 Priority: TypeAlias = Literal["client", "costly", "shadow"]
 """Priority of an image: of a client, of a client but costly, or of a shadow comparison that no client waits for."""
 COSTLY_WAIT_S = 5.0
@@ -46,11 +47,11 @@ class Batching:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Generic[Value]):
     """Result for one image."""
 
-    value: Any
-    """`detr.inference.detector.Detections`, the output of `segments.segments`, or a `Failure`."""
+    value: Value
+    """`Detections`, `ResponseFields`, or a `Failure`."""
     model_ms: float
     """Time that the batch took on the device, in milliseconds."""
 
@@ -74,7 +75,7 @@ class _Job:
 
     work: _Work | None
     """Removed by the batch."""
-    outcome: Result | Exception | None = None
+    outcome: Result[Any] | Exception | None = None
     """Set by the batch, removed by the waiting client. An exception would hold the whole batch through its frames."""
     priority: Priority = "client"
     since: float = field(default_factory=time.monotonic)
@@ -162,13 +163,17 @@ class Detector:
         # Always the same thread: glibc retains what a thread has freed, and each new thread would add to that.
         self.loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
 
-    async def detect(self, model: ResolvedModel, image: PreparedImage, in_background: bool = False) -> Result:
+    async def detect(
+        self, model: ResolvedModel, image: PreparedImage, in_background: bool = False
+    ) -> Result[Detections | Failure]:
         """Detect objects in one image, batched with waiting images of its shape."""
         work = _Work(await self._version(model), image, None)
         priority = "shadow" if in_background else _priority(image)
         return await self._answer(_Job(work, priority=priority), "detect", image.shape)
 
-    async def segment(self, model: ResolvedModel, image: PreparedImage, request: SegmentRequest) -> Result:
+    async def segment(
+        self, model: ResolvedModel, image: PreparedImage, request: SegmentRequest
+    ) -> Result[ResponseFields | Failure]:
         """Segment one image, batched with waiting images of its shape."""
         work = _Work(await self._version(model), image, request)
         return await self._answer(_Job(work, priority=_priority(image)), "segment", image.shape)
@@ -229,7 +234,7 @@ class Detector:
         version.check()
         return version
 
-    async def _answer(self, job: _Job, task: str, shape: tuple[int, int]) -> Result:
+    async def _answer(self, job: _Job, task: str, shape: tuple[int, int]) -> Result[Any]:
         key = (task, shape, job.priority)
         queue = self.queues.get(key)
         if queue is None:
@@ -251,7 +256,7 @@ class Detector:
 
         @serve.batch(max_batch_size=max_size, batch_wait_timeout_s=self.batching.wait_s)
         async def run_batch(jobs: list[_Job]) -> list[None]:
-            outcomes: Sequence[Result | Exception | None]
+            outcomes: Sequence[Result[Any] | Exception | None]
             try:
                 if priority == "client":
                     outcomes = await self._run_now(task, jobs)
@@ -267,7 +272,7 @@ class Detector:
 
         return run_batch
 
-    async def _run_now(self, task: str, jobs: list[_Job]) -> list[Result | None]:
+    async def _run_now(self, task: str, jobs: list[_Job]) -> list[Result[Any] | None]:
         self._client_batches += 1
         self._idle.clear()
         self._no_client.clear()
@@ -281,7 +286,7 @@ class Detector:
 
     async def _run_when_idle(
         self, task: str, jobs: list[_Job], wait_s: float = math.inf
-    ) -> list[Result | None]:
+    ) -> list[Result[Any] | None]:
         """Run a batch while no client's batch is in flight. If clients leave no idle time, run one every `wait_s`."""
         since = time.monotonic()
         while True:
@@ -299,7 +304,7 @@ class Detector:
                         executor, run = self.executor, self._run
                     return await asyncio.get_running_loop().run_in_executor(executor, run, task, jobs)
 
-    def _run_interruptible(self, task: str, jobs: list[_Job]) -> list[Result | None]:
+    def _run_interruptible(self, task: str, jobs: list[_Job]) -> list[Result[Any] | None]:
         with _Interruptible(self._no_client) as interruptible:
             results = self._run(task, jobs, interruptible.clock)
         if interruptible.is_forced:
@@ -308,13 +313,13 @@ class Detector:
 
     def _run(
         self, task: str, jobs: list[_Job], clock: Callable[[], float] = time.monotonic
-    ) -> list[Result | None]:
+    ) -> list[Result[Any] | None]:
         """Return the results of a batch in order, None for cancelled jobs.
 
         While an alias moves, a batch may contain jobs of two versions.
         """
         started = time.monotonic()
-        results: list[Result | None] = [None] * len(jobs)
+        results: list[Result[Any] | None] = [None] * len(jobs)
         groups: dict[int, list[tuple[int, _Work]]] = {}
         for place, job in enumerate(jobs):
             self.metrics.queue_wait_ms.observe(1000 * (started - job.since))
@@ -336,7 +341,7 @@ class Detector:
         return results
 
     @staticmethod
-    def _values(group: list[_Work]) -> list[Any]:
+    def _values(group: list[_Work]) -> Sequence[Detections | ResponseFields | Failure]:
         version = group[0].version
         if group[0].request is None:
             return version.detect([work.image for work in group])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Literal, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from detr.inference.optimize import Engine
 from detr.model.segmentation import DetrForSegmentation
 from raydetr.errors import ServingError
 from raydetr.registry.models import ResolvedModel, local_folder
-from raydetr.serving.segments import SegmentRequest, segments
+from raydetr.serving.segments import ResponseFields, SegmentRequest, segments
 
 Precision = Literal["float32", "bf16"]
 T = TypeVar("T")
@@ -124,7 +124,7 @@ class LoadedModel:
         """Detect objects in images of one canonical shape. Each result equals that of the image alone."""
         return run_halving(self.detector.detect, images)
 
-    def segment(self, jobs: Sequence[tuple[PreparedImage, SegmentRequest]]) -> list[dict[str, Any] | Failure]:
+    def segment(self, jobs: Sequence[tuple[PreparedImage, SegmentRequest]]) -> list[ResponseFields | Failure]:
         """Return the output of `segments.segments` for images of one canonical shape.
 
         Raises:
@@ -133,7 +133,7 @@ class LoadedModel:
         return run_halving(self._segment, jobs)
 
     @torch.inference_mode()
-    def _segment(self, jobs: Sequence[tuple[PreparedImage, SegmentRequest]]) -> list[dict[str, Any]]:
+    def _segment(self, jobs: Sequence[tuple[PreparedImage, SegmentRequest]]) -> list[ResponseFields]:
         if self.segmenter is None:
             raise ServingError(f"{self.label} has no mask head.")
         semantic = any(request.kind == "semantic" for _, request in jobs)

@@ -21,6 +21,7 @@ from raydetr.responses import (
     ImageInfo,
     ModelsResponse,
     ReadyResponse,
+    Segment,
     SegmentResponse,
     ServedModel,
     Times,
@@ -208,7 +209,8 @@ async def segment(
             model=version.info,
             image=_info(image, orientation),
             times=_times(started, prepared_at, result.model_ms),
-            **result.value,
+            segments=[Segment.model_validate(each) for each in result.value["segments"]],
+            map=result.value["map"],
         )
 
     with service.body(client) as reserve:

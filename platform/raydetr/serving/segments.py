@@ -1,15 +1,16 @@
 """Convert a segmentation model's output for one image to the fields of POST /v1/segment. Masks leave as RLE or PNG."""
 
 import base64
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
 
 from detr.image_processing.panoptic_png import write_panoptic_png
 from detr.inference.detector import PreparedImage
+from detr.mask_codec import Rle
 from detr.postprocess import (
     SegmentationOutput,
     post_process_instance_segmentation,
@@ -34,14 +35,31 @@ class SegmentRequest:
     """rle: COCO's run lengths of each segment; png: one map of all segments."""
 
 
+class SegmentFields(TypedDict):
+    """The fields of `schemas.Segment`. A dictionary, because pydantic builds the response from it."""
+
+    id: int
+    label: str
+    label_id: int
+    score: float | None
+    mask: Rle | None
+
+
+class ResponseFields(TypedDict):
+    """The fields `segments` and `map` of `responses.SegmentResponse`."""
+
+    segments: list[SegmentFields]
+    map: str | None
+
+
 def segments(
     outputs: SegmentationOutput,
     image: PreparedImage,
     request: SegmentRequest,
     id2label: Mapping[int, str],
     stuff: Collection[int] = (),
-) -> dict[str, Any]:
-    """Build the fields `segments` and `map` of `responses.SegmentResponse`, at the original size of the image.
+) -> ResponseFields:
+    """Segment an image for `responses.SegmentResponse`, at the original size of the image.
 
     Args:
         outputs: output for this image only: `logits` [1, queries, classes + 1], `pred_masks` [1, queries, h, w].
@@ -74,7 +92,7 @@ def segments(
             )
         # The map of an image without segments is -1 everywhere; the response uses 0.
         ids, infos = results[0]["segmentation"].clamp(min=0), results[0]["segments_info"]
-    masks: list[Any] = [None] * len(infos)
+    masks: Sequence[Rle | None] = [None] * len(infos)
     png = None
     if request.format == "rle":
         masks = coco_rle(ids, [info["id"] for info in infos])

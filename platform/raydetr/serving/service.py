@@ -16,7 +16,7 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
-from detr.inference.detector import PreparedImage
+from detr.inference.detector import Detections, PreparedImage
 from raydetr.errors import RequestError
 from raydetr.serving.challenger import Challenger
 from raydetr.serving.concurrently import all_or_none
@@ -25,6 +25,7 @@ from raydetr.serving.images import CostlyImage
 from raydetr.serving.loaded import Failure
 from raydetr.serving.preparer import Preparer
 from raydetr.serving.refusals import RETRY_AFTER_S, Unavailable, too_many
+from raydetr.serving.segments import ResponseFields, SegmentRequest
 from raydetr.serving.served_version import ServedVersion
 from raydetr.serving.shadow import ChampionAnswer
 from raydetr.serving.shares import FairShare
@@ -137,7 +138,7 @@ class Service:
 
     async def detect(
         self, images: Sequence[PreparedImage], version: ServedVersion, in_background: bool = False
-    ) -> list[Result]:
+    ) -> list[Result[Detections]]:
         """Detect objects in images, which are sent to the model replicas concurrently.
 
         Args:
@@ -149,13 +150,15 @@ class Service:
             Unavailable: one of the images got no result.
         """
 
-        async def one(image: PreparedImage) -> Result:
+        async def one(image: PreparedImage) -> Result[Detections]:
             async with contextlib.nullcontext() if in_background else self._costly_limit(image):
                 return await self._call_replica("detect", version.model, image, in_background)
 
         return await all_or_none(map(one, images))
 
-    async def segment(self, image: PreparedImage, version: ServedVersion, request: Any) -> Result:
+    async def segment(
+        self, image: PreparedImage, version: ServedVersion, request: SegmentRequest
+    ) -> Result[ResponseFields]:
         """Segment an image.
 
         Raises:
@@ -170,12 +173,12 @@ class Service:
     def _costly_limit(self, image: PreparedImage) -> contextlib.AbstractAsyncContextManager[None]:
         return self._costly if isinstance(image, CostlyImage) else contextlib.nullcontext()
 
-    async def _call_replica(self, method: str, *args: Any) -> Result:
+    async def _call_replica(self, method: str, *args: Any) -> Result[Any]:
         """Call a model replica, and another one if it dies during the call."""
         for _ in range(MAX_ATTEMPTS):
             response = getattr(self.detector, method).remote(*args)
             try:
-                result: Result = await response
+                result: Result[Any] = await response
             except asyncio.CancelledError:
                 response.cancel()  # Serve cancels it when a client disconnects, but not at our deadline
                 raise

@@ -73,7 +73,7 @@ class Shadow:
         prepare: Callable[
             [Sequence[Encoded], DetrImageProcessor, str, Orientation], Awaitable[list[PreparedImage]]
         ],
-        detect: Callable[[Sequence[PreparedImage], ServedVersion], Awaitable[list[Result]]],
+        detect: Callable[[Sequence[PreparedImage], ServedVersion], Awaitable[list[Result[Detections]]]],
         metrics: ShadowMetrics,
     ) -> None:
         self.share, self.max_images, self._metrics = share, max_images, metrics
