@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import numpy as np
 import torch
@@ -20,11 +20,41 @@ from detr.image_processing.size import canonical_shape
 if TYPE_CHECKING:
     from detr.model.pretrained import DetrPreTrainedModel
 
-Result = list[dict[str, Any]]
+
+class Corners(TypedDict):
+    """A box in pixels of the image, truncated toward zero and not clipped to the image."""
+
+    xmin: int
+    ymin: int
+    xmax: int
+    ymax: int
+
+
+class DetectedObject(TypedDict):
+    """An object of "object-detection"."""
+
+    score: float
+    label: str
+    box: Corners
+
+
+class LabeledMask(TypedDict):
+    """A segment of "image-segmentation".
+
+    Attributes:
+        score: None in semantic segmentation.
+        mask: mode L, of the size of the image, 255 on the segment and 0 elsewhere.
+    """
+
+    score: float | None
+    label: str
+    mask: Image.Image
+
+
+Result = list[DetectedObject] | list[LabeledMask]
 """The detections or segments of one image."""
 
 _Size = tuple[int, int]
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _PADDINGS = (None, "canonical")
 _SUBTASKS = (None, "panoptic", "instance", "semantic")
 
@@ -132,7 +162,9 @@ class ImagePipeline(ABC):
         return list(results) if isinstance(given, list | tuple | np.ndarray | torch.Tensor) else results
 
     @abstractmethod
-    def _predict(self, inputs: Mapping[str, Any], sizes: _Sizes, settings: Mapping[str, Any]) -> list[Result]:
+    def _predict(
+        self, inputs: Mapping[str, Any], sizes: _Sizes, settings: Mapping[str, Any]
+    ) -> Sequence[Result]:
         """Run the model on a batch and return the result of each image."""
 
     def _check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +213,7 @@ class ImagePipeline(ABC):
     @torch.inference_mode()
     def _run(
         self, tensors: Sequence[torch.Tensor], padded: _Size | None, settings: Mapping[str, Any]
-    ) -> list[Result]:
+    ) -> Sequence[Result]:
         pad_size = None if padded is None else {"height": padded[0], "width": padded[1]}
         inputs = self.image_processor(
             list(tensors),
@@ -212,15 +244,21 @@ class ObjectDetectionPipeline(ImagePipeline):
     task = "object-detection"
     _options = frozenset({"threshold"})
 
-    def _predict(self, inputs: Mapping[str, Any], sizes: _Sizes, settings: Mapping[str, Any]) -> list[Result]:
+    def _predict(
+        self, inputs: Mapping[str, Any], sizes: _Sizes, settings: Mapping[str, Any]
+    ) -> list[list[DetectedObject]]:
         detections = self.image_processor.post_process_object_detection(
             self.model(**inputs), settings.get("threshold", 0.5), sizes.original
         )
         names = self.model.config.id2label
         return [
             [
-                {"score": score, "label": names[label], "box": dict(zip(_CORNERS, box, strict=True))}
-                for score, label, box in zip(
+                {
+                    "score": score,
+                    "label": names[label],
+                    "box": {"xmin": xmin, "ymin": ymin, "xmax": xmax, "ymax": ymax},
+                }
+                for score, label, (xmin, ymin, xmax, ymax) in zip(
                     one["scores"].tolist(), one["labels"].tolist(), one["boxes"].int().tolist(), strict=True
                 )
             ]
@@ -250,7 +288,9 @@ class ImageSegmentationPipeline(ImagePipeline):
             raise ValueError(f"subtask is {options['subtask']!r}: expected one of {_SUBTASKS[1:]}")
         return super()._check_options(options)
 
-    def _predict(self, inputs: Mapping[str, Any], sizes: _Sizes, settings: Mapping[str, Any]) -> list[Result]:
+    def _predict(
+        self, inputs: Mapping[str, Any], sizes: _Sizes, settings: Mapping[str, Any]
+    ) -> list[list[LabeledMask]]:
         names = self.model.config.id2label
         views: dict[str, Any] = {
             "target_sizes": sizes.original,

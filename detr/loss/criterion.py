@@ -7,8 +7,7 @@ L decoder layers (1, or all with auxiliary losses), B batch, Q queries, C classe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,7 @@ from detr.boxes import box_cxcywh_to_xyxy, elementwise_generalized_iou
 from detr.config import DetrConfig
 from detr.loss.mask_loss import mask_losses
 from detr.loss.matcher import Matching, MatchingCost, hungarian_matching
-from detr.loss.targets import Targets, check_masks, gather_targets
-
-Labels = Sequence[Mapping[str, Any]]
+from detr.loss.targets import Labels, Targets, check_masks, gather_targets
 
 
 def target_counts(

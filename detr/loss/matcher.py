@@ -7,7 +7,7 @@ min(Q, objects)).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from detr.boxes import box_cxcywh_to_xyxy, elementwise_generalized_iou
-from detr.loss.targets import Targets, raise_faults
+from detr.loss.targets import Labels, Targets, raise_faults
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def hungarian_matching(
     boxes_cxcywh: Tensor,
     targets: Targets,
     cost: MatchingCost,
-    labels: Sequence[Mapping[str, Any]] = (),
+    labels: Labels = (),
 ) -> Matching:
     """Match the targets of each image one-to-one to queries with minimum total cost, in every layer.
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from detr.boxes import box_cxcywh_to_xyxy, elementwise_generalized_iou, elementwise_iou
 from detr.config import DetrConfig
-from detr.loss.criterion import Labels, weighted_sum, weights_of_images
+from detr.loss.criterion import weighted_sum, weights_of_images
 from detr.loss.dense_assignment import PaddedTargets, assign_tokens, pad_targets
 from detr.loss.matcher import Matching, MatchingCost, hungarian_matching
 from detr.loss.multiscale_mask_loss import mask_terms
-from detr.loss.targets import Targets, gather_targets
+from detr.loss.targets import Labels, Targets, gather_targets
 from detr.model.multiscale.dense_head import DensePredictions
 from detr.model.multiscale.masks import DynamicMasks
 from detr.model.multiscale.scores import softmax_logits

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr.loss.criterion import Labels
 from detr.loss.dense_assignment import PaddedTargets
 from detr.loss.matcher import Matching
-from detr.loss.targets import Targets, check_masks
+from detr.loss.targets import Labels, Targets, check_masks
 from detr.model.multiscale.masks import DynamicMasks
 from detr.model.multiscale.tokens import TokenGrid
 

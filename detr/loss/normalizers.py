@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from detr.config import DetrConfig
-from detr.loss.criterion import Labels, target_counts
+from detr.loss.criterion import target_counts
+from detr.loss.targets import Labels
 
 
 def average_normalizers(

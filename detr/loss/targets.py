@@ -12,6 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Label = Mapping[str, Any]
+"""The objects of an image as the DETR page defines them: ``class_labels`` int64 [n], ``boxes`` float [n, 4] cxcywh in
+0..1, for segmentation ``masks`` [n, H, W], and ``image_id``; other entries are ignored."""
+
+Labels = Sequence[Label]
+"""The `Label` of each image of a batch."""
+
 # Tolerance for the rounding errors of relative coordinates after cropping and division.
 _TOLERANCE = 1e-3
 
@@ -35,7 +42,7 @@ class Targets:
 
 
 def gather_targets(
-    labels: Sequence[Mapping[str, Any]],
+    labels: Labels,
     num_labels: int,
     batch_size: int,
     device: torch.device,
@@ -81,7 +88,7 @@ def gather_targets(
     return targets
 
 
-def check_masks(labels: Sequence[Mapping[str, Any]]) -> None:
+def check_masks(labels: Labels) -> None:
     """Check that every image has a mask for each object.
 
     Raises:
@@ -100,7 +107,7 @@ def check_masks(labels: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def raise_faults(faults: Tensor, labels: Sequence[Mapping[str, Any]], num_labels: int) -> None:
+def raise_faults(faults: Tensor, labels: Labels, num_labels: int) -> None:
     """Raise an error that describes the first invalid label, if any.
 
     Args:
@@ -127,7 +134,7 @@ def raise_faults(faults: Tensor, labels: Sequence[Mapping[str, Any]], num_labels
         position -= len(label["class_labels"])
 
 
-def _name(index: int, labels: Sequence[Mapping[str, Any]]) -> str:
+def _name(index: int, labels: Labels) -> str:
     image_id = labels[index].get("image_id")
     if image_id is None:
         return f"image {index} of the batch"
@@ -137,7 +144,7 @@ def _name(index: int, labels: Sequence[Mapping[str, Any]]) -> str:
     return f"image {index} of the batch (image_id {image_id})"
 
 
-def _check_shapes(label: Mapping[str, Any], index: int, labels: Sequence[Mapping[str, Any]]) -> None:
+def _check_shapes(label: Label, index: int, labels: Labels) -> None:
     """Check types, shapes and dtypes, which needs no access to values."""
     expected = "expected class_labels int64 [n] and boxes float [n, 4]"
     for key in ("class_labels", "boxes"):

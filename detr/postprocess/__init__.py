@@ -8,20 +8,35 @@ the original code. The image processors have all of them as methods.
 
 from detr.postprocess.detection import (
     DetectionOutput,
+    ImageDetections,
     detections_of_all_queries,
     post_process_object_detection,
 )
-from detr.postprocess.instance import post_process_instance_segmentation
-from detr.postprocess.original import post_process, post_process_instance, post_process_segmentation
-from detr.postprocess.original_panoptic import post_process_panoptic
+from detr.postprocess.instance import InstanceSegmentation, post_process_instance_segmentation
+from detr.postprocess.original import (
+    ImageMasks,
+    OriginalDetections,
+    post_process,
+    post_process_instance,
+    post_process_segmentation,
+)
+from detr.postprocess.original_panoptic import OriginalSegment, PanopticImage, post_process_panoptic
 from detr.postprocess.panoptic import post_process_panoptic_segmentation
-from detr.postprocess.segments import SegmentationOutput
+from detr.postprocess.segments import SegmentationOutput, SegmentedImage, SegmentInfo
 from detr.postprocess.semantic import SemanticSegmentation, post_process_semantic_segmentation
 from detr.postprocess.sizes import TargetSizes
 
 __all__ = [
     "DetectionOutput",
+    "ImageDetections",
+    "ImageMasks",
+    "InstanceSegmentation",
+    "OriginalDetections",
+    "OriginalSegment",
+    "PanopticImage",
+    "SegmentInfo",
     "SegmentationOutput",
+    "SegmentedImage",
     "SemanticSegmentation",
     "TargetSizes",
     "detections_of_all_queries",

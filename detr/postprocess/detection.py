@@ -1,6 +1,6 @@
 """Convert logits and boxes to detections."""
 
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import torch
 
@@ -18,6 +18,20 @@ class DetectionOutput(Protocol):
 
     logits: torch.Tensor
     pred_boxes: torch.Tensor
+
+
+class ImageDetections(TypedDict):
+    """The detections in an image.
+
+    Attributes:
+        scores: float [n] in 0..1.
+        labels: int64 [n], the best class that is not "no object".
+        boxes: float [n, 4], corners in pixels of the target size, or relative to the image without target sizes.
+    """
+
+    scores: torch.Tensor
+    labels: torch.Tensor
+    boxes: torch.Tensor
 
 
 def detections_of_all_queries(
@@ -60,7 +74,7 @@ def at_least_float32(values: torch.Tensor) -> torch.Tensor:
 
 def post_process_object_detection(
     outputs: DetectionOutput, threshold: float = 0.5, target_sizes: TargetSizes | None = None
-) -> list[dict[str, Any]]:
+) -> list[ImageDetections]:
     """Return the detections of each image with a score above `threshold`, in the order of the model.
 
     Args:

@@ -1,11 +1,29 @@
 """Instance segmentation: a map of objects, each with its own id."""
 
-from typing import Any
+from typing import Any, TypedDict
 
 from detr.postprocess.rle import coco_rle, transformers_rle
-from detr.postprocess.segments import NO_MASK_FOUND, SegmentationOutput, SegmentRules, segments_of_batch
+from detr.postprocess.segments import (
+    NO_MASK_FOUND,
+    SegmentationOutput,
+    SegmentInfo,
+    SegmentRules,
+    segments_of_batch,
+)
 from detr.postprocess.sizes import TargetSizes
 from detr.postprocess.view import image_views
+
+
+class InstanceSegmentation(TypedDict):
+    """The objects of an image.
+
+    Attributes:
+        segmentation: see `SegmentedImage`; a list of run lengths if they are requested.
+        segments_info: its objects.
+    """
+
+    segmentation: Any
+    segments_info: list[SegmentInfo]
 
 
 def post_process_instance_segmentation(
@@ -20,7 +38,7 @@ def post_process_instance_segmentation(
     padded_size: tuple[int, int] | None = None,
     integer_maps: bool = False,
     rle_format: str | None = None,
-) -> list[dict[str, Any]]:
+) -> list[InstanceSegmentation]:
     """Return the objects of each image as a map of ids. A pixel belongs to at most one object.
 
     Each pixel is assigned to the query whose mask probability times score is largest there, among the queries above
@@ -59,12 +77,12 @@ def post_process_instance_segmentation(
         raise ValueError(f"rle_format is {rle_format!r}: expected None or 'coco'")
     rules = SegmentRules(threshold, mask_threshold, overlap_mask_area_threshold)
     views = image_views(outputs.pred_masks, target_sizes, processed_sizes, padded_size)
-    results = segments_of_batch(outputs, rules, views, integer_maps)
-    for result in results:
-        segments = result["segments_info"]
+    results: list[InstanceSegmentation] = []
+    for segmented in segments_of_batch(outputs, rules, views, integer_maps):
+        segmentation: Any = segmented["segmentation"]
         if rle_format == "coco":
-            ids = [segment["id"] for segment in segments]
-            result["segmentation"] = coco_rle(result["segmentation"], ids)
-        elif return_coco_annotation and result["segmentation"][0, 0] != NO_MASK_FOUND:
-            result["segmentation"] = transformers_rle(result["segmentation"])
+            segmentation = coco_rle(segmentation, [segment["id"] for segment in segmented["segments_info"]])
+        elif return_coco_annotation and segmentation[0, 0] != NO_MASK_FOUND:
+            segmentation = transformers_rle(segmentation)
+        results.append({"segmentation": segmentation, "segments_info": segmented["segments_info"]})
     return results

@@ -1,19 +1,43 @@
 """The post-processing of the original code, under the old names that the DETR page cites."""
 
-from collections.abc import MutableMapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr.postprocess.detection import DetectionOutput, detections_of_all_queries
+from detr.postprocess.detection import DetectionOutput, ImageDetections, detections_of_all_queries
 from detr.postprocess.segments import SegmentationOutput
 from detr.postprocess.sizes import TargetSizes, integer_sizes
 from detr.postprocess.view import image_views
 
 
-def post_process(outputs: DetectionOutput, target_sizes: TargetSizes) -> list[dict[str, Any]]:
+class OriginalDetections(ImageDetections):
+    """The detections in an image.
+
+    Attributes:
+        masks: uint8 [n, 1, height, width], 0 or 1; added by `post_process_instance`.
+    """
+
+    masks: NotRequired[Tensor]
+
+
+class ImageMasks(TypedDict):
+    """The masks of an image, which may overlap.
+
+    Attributes:
+        scores: float [n] in 0..1.
+        labels: int64 [n].
+        masks: int64 [n, height, width], 0 or 1.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor
+
+
+def post_process(outputs: DetectionOutput, target_sizes: TargetSizes) -> list[OriginalDetections]:
     """Return all queries of each image as detections, whatever their score: the input of COCO's evaluation.
 
     Args:
@@ -41,7 +65,7 @@ def post_process_segmentation(
     *,
     processed_sizes: TargetSizes | None = None,
     padded_size: tuple[int, int] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[ImageMasks]:
     """Return the queries above a score with their masks, which may overlap.
 
     Args:
@@ -62,7 +86,7 @@ def post_process_segmentation(
     views = image_views(outputs.pred_masks, target_sizes, processed_sizes, padded_size)
     scores, labels = outputs.logits.softmax(-1).max(-1)
     is_object = labels.ne(outputs.logits.shape[-1] - 1) & (scores > threshold)
-    results = []
+    results: list[ImageMasks] = []
     for score, label, masks, selected, view in zip(scores, labels, outputs.pred_masks, is_object, views):
         binary_masks = [view.resize(mask[None]).sigmoid() > mask_threshold for mask in masks[selected]]
         empty = masks.new_zeros((0, *view.output_size(masks)), dtype=torch.bool)
@@ -77,12 +101,12 @@ def post_process_segmentation(
 
 
 def post_process_instance(
-    results: Sequence[MutableMapping[str, Any]],
+    results: Sequence[OriginalDetections],
     outputs: SegmentationOutput,
     orig_target_sizes: TargetSizes,
     max_target_sizes: TargetSizes,
     threshold: float = 0.5,
-) -> Sequence[MutableMapping[str, Any]]:
+) -> Sequence[OriginalDetections]:
     """Add the masks of all queries to the results of `post_process`: the input of COCO's evaluation of masks.
 
     Masks are resized to the padded batch, cropped to each image, and resized to its original size with nearest-neighbor

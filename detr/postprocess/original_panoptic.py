@@ -1,7 +1,7 @@
 """The panoptic post-processing of the original code, under the old name that the DETR page cites."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -20,6 +20,27 @@ SMALLEST_AREA = 5
 """Minimum pixels of a segment in the result; smaller ones are dropped."""
 
 
+class OriginalSegment(TypedDict):
+    """A segment of `PanopticImage`; area: in pixels of the result."""
+
+    id: int
+    isthing: bool
+    category_id: int
+    area: int
+
+
+class PanopticImage(TypedDict):
+    """The segments of an image in the format of COCO's panoptic evaluation.
+
+    Attributes:
+        png_string: a PNG whose colors are ids (R + 256 G + 65536 B).
+        segments_info: its segments.
+    """
+
+    png_string: bytes
+    segments_info: list[OriginalSegment]
+
+
 def post_process_panoptic(
     outputs: SegmentationOutput,
     processed_sizes: TargetSizes,
@@ -29,7 +50,7 @@ def post_process_panoptic(
     *,
     cut_padding: bool = False,
     padded_size: tuple[int, int] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[PanopticImage]:
     """Return the segments of each image in the format of COCO's panoptic evaluation.
 
     Each pixel is assigned to the query with the largest logit there, among the queries above `threshold`. Segments of
@@ -85,7 +106,7 @@ def post_process_panoptic(
 
 def _panoptic_png(
     masks: Tensor, labels: list[int], size: tuple[int, int], things: Mapping[int, bool]
-) -> dict[str, Any]:
+) -> PanopticImage:
     unknown = sorted(set(labels) - things.keys())
     if unknown:
         raise ValueError(
@@ -98,7 +119,7 @@ def _panoptic_png(
         masks, labels = masks[large], [labels[k] for k in large]
         ids = _resize_ids(_largest(masks), size)
         areas = np.bincount(ids.flatten(), minlength=len(labels))[: len(labels)]
-    segments = [
+    segments: list[OriginalSegment] = [
         {"id": k, "isthing": bool(things[label]), "category_id": label, "area": int(area)}
         for k, (label, area) in enumerate(zip(labels, areas))
     ]

@@ -3,9 +3,8 @@
 import functools
 import logging
 from collections.abc import Iterable
-from typing import Any
 
-from detr.postprocess.segments import SegmentationOutput, SegmentRules, segments_of_batch
+from detr.postprocess.segments import SegmentationOutput, SegmentedImage, SegmentRules, segments_of_batch
 from detr.postprocess.sizes import TargetSizes
 from detr.postprocess.view import image_views
 
@@ -24,7 +23,7 @@ def post_process_panoptic_segmentation(
     padded_size: tuple[int, int] | None = None,
     integer_maps: bool = False,
     merge_fused: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[SegmentedImage]:
     """Return the segments of each image as a map of ids. All segments of a fused class are one: one sky, many persons.
 
     Args:

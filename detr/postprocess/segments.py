@@ -6,7 +6,7 @@ read, and the others are resized and compared one by one.
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -50,10 +50,39 @@ class SegmentRules:
     merge_fused: bool = False
 
 
+class SegmentInfo(TypedDict):
+    """A segment of an image.
+
+    Attributes:
+        id: value of its pixels in the map, from 1.
+        label_id: its class.
+        was_fused: whether segments of its class are fused into one.
+        score: 0..1, rounded to 6 decimals.
+    """
+
+    id: int
+    label_id: int
+    was_fused: bool
+    score: float
+
+
+class SegmentedImage(TypedDict):
+    """The segments of an image.
+
+    Attributes:
+        segmentation: int32 [height, width] on the device of the masks, 0 for no segment; without a query above the
+            threshold filled with -1, and float32 unless integer maps are requested.
+        segments_info: its segments.
+    """
+
+    segmentation: Tensor
+    segments_info: list[SegmentInfo]
+
+
 def segments_of_batch(
     outputs: SegmentationOutput, rules: SegmentRules, views: list[View], integer_maps: bool
-) -> list[dict[str, Any]]:
-    """Compute `segmentation` [height, width] and `segments_info` of each image.
+) -> list[SegmentedImage]:
+    """Compute the segments of each image.
 
     Args:
         outputs: of the model.
@@ -63,7 +92,7 @@ def segments_of_batch(
     """
     best_scores, best_labels = outputs.logits.detach().softmax(-1).max(-1)
     is_candidate = best_labels.ne(outputs.logits.shape[-1] - 1) & (best_scores > rules.threshold)
-    results = []
+    results: list[SegmentedImage] = []
     for masks, scores, labels, selected, view in zip(
         outputs.pred_masks.detach(), best_scores, best_labels, is_candidate, views
     ):
@@ -83,7 +112,7 @@ def segments_of_batch(
 
 def segments_of_image(
     masks: Tensor, scores: Tensor, labels: Tensor, rules: SegmentRules, view: View
-) -> tuple[Tensor, list[dict[str, Any]]]:
+) -> tuple[Tensor, list[SegmentInfo]]:
     """Assign each pixel to the query whose probability times score is largest there, and drop poor segments.
 
     Args:
@@ -94,8 +123,7 @@ def segments_of_image(
         view: of the image.
 
     Returns:
-        The map int32 [height, width], 0 for no segment; and a dict for each segment: `id`, `label_id`, `was_fused` and
-        `score`.
+        The map int32 [height, width], 0 for no segment; and the segments.
     """
     own_areas = []
 
@@ -137,11 +165,11 @@ def _sigmoid(masks: Tensor) -> Tensor:
 
 def _assign_ids(
     valid: list[bool], scores: list[float], labels: list[int], rules: SegmentRules
-) -> tuple[list[int], list[dict[str, Any]]]:
+) -> tuple[list[int], list[SegmentInfo]]:
     """Return the segment id of each query, 0 for none, and the segments."""
     ids, current, count = [0] * len(labels), 0, 0
-    segments: list[dict[str, Any]] = []
-    fused: dict[int, dict[str, Any]] = {}
+    segments: list[SegmentInfo] = []
+    fused: dict[int, SegmentInfo] = {}
     for k, label in enumerate(labels):
         if not valid[k]:
             continue

@@ -1,6 +1,6 @@
 """The table format in which predictions are stored and scored, and the predictor that fills it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -12,7 +12,7 @@ from detr.image_processing.panoptic_png import write_panoptic_png
 from detr.inference.detector import Detections, ObjectDetector, PreparedImage
 from detr.metrics.masks import encode_masks
 from detr.metrics.panoptic_matching import VOID
-from detr.postprocess import post_process_panoptic_segmentation
+from detr.postprocess import SegmentedImage, post_process_panoptic_segmentation
 from detr.postprocess.view import image_views
 from raydetr.data.schema import Category
 from raydetr.errors import DataError
@@ -177,7 +177,7 @@ class Predictor:
         for row, panoptic in zip(rows, maps, strict=True):
             row["panoptic"], row["segments"] = self._segments(panoptic)
 
-    def _segments(self, panoptic: Mapping[str, Any]) -> tuple[bytes, list[PredictedSegment]]:
+    def _segments(self, panoptic: SegmentedImage) -> tuple[bytes, list[PredictedSegment]]:
         """Encode a panoptic map as PNG and list its segments; segments of unknown categories become void."""
         # The map is -1 outside of all segments.
         ids = np.maximum(panoptic["segmentation"].cpu().numpy().astype(np.int64), VOID)

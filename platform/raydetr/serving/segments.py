@@ -75,7 +75,7 @@ def segments(
     }
     if request.kind == "semantic":
         ids = torch.as_tensor(post_process_semantic_segmentation(outputs, **sizes)[0]) + 1
-        infos = [{"id": id, "label_id": id - 1, "score": None} for id in ids.unique().tolist()]
+        found: list[tuple[int, int, float | None]] = [(id, id - 1, None) for id in ids.unique().tolist()]
     else:
         if request.kind == "instance":
             results = post_process_instance_segmentation(
@@ -91,23 +91,24 @@ def segments(
                 **sizes,
             )
         # The map of an image without segments is -1 everywhere; the response uses 0.
-        ids, infos = results[0]["segmentation"].clamp(min=0), results[0]["segments_info"]
-    masks: Sequence[Rle | None] = [None] * len(infos)
+        ids = results[0]["segmentation"].clamp(min=0)
+        found = [(info["id"], info["label_id"], info["score"]) for info in results[0]["segments_info"]]
+    masks: Sequence[Rle | None] = [None] * len(found)
     png = None
     if request.format == "rle":
-        masks = coco_rle(ids, [info["id"] for info in infos])
+        masks = coco_rle(ids, [id for id, _, _ in found])
     else:
         png = base64.b64encode(write_panoptic_png(ids.cpu().numpy().astype(np.int64))).decode("ascii")
     return {
         "segments": [
             {
-                "id": info["id"],
-                "label": id2label[info["label_id"]],
-                "label_id": info["label_id"],
-                "score": info["score"],
+                "id": id,
+                "label": id2label[label_id],
+                "label_id": label_id,
+                "score": score,
                 "mask": mask,
             }
-            for info, mask in zip(infos, masks, strict=True)
+            for (id, label_id, score), mask in zip(found, masks, strict=True)
         ],
         "map": png,
     }
