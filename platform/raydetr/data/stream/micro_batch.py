@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,24 @@ SCHEMA = pa.schema(
         ("pixels", pa.large_binary()),  # image after image
     ]
 )
+
+
+class _Row(TypedDict):
+    """A row of `SCHEMA` without the pixels, which are read in place."""
+
+    step: int
+    position: int
+    epoch: int
+    shape: list[int]
+    image_ids: list[int]
+    heights: list[int]
+    widths: list[int]
+    counts: list[int]
+    boxes: list[float]
+    class_labels: list[int]
+    skipped: list[str]
+    node: str
+    masks: bytes | None
 
 
 @dataclass(frozen=True)
@@ -176,7 +194,7 @@ def _pack_masks(examples: Sequence[Example]) -> bytes:
     return b"".join(np.packbits(e.masks).tobytes() for e in examples if e.masks is not None)
 
 
-def _unpack_masks(row: dict[str, Any]) -> dict[int, Tensor] | None:
+def _unpack_masks(row: _Row) -> dict[int, Tensor] | None:
     """Unpack masks as slot → bool [objects, *shape of the step], False on padding."""
     if row["masks"] is None:
         return None
@@ -196,7 +214,7 @@ def _no_masks(height: int, width: int) -> Tensor:
     return torch.zeros((0, height, width), dtype=torch.bool)
 
 
-def _images(row: dict[str, Any], data: npt.NDArray[np.uint8]) -> list[Tensor | None]:
+def _images(row: _Row, data: npt.NDArray[np.uint8]) -> list[Tensor | None]:
     """Return views of the images of a micro-batch, without a copy."""
     if not data.size:
         return [None] * len(row["heights"])
@@ -212,7 +230,7 @@ def _images(row: dict[str, Any], data: npt.NDArray[np.uint8]) -> list[Tensor | N
     ]
 
 
-def _batch(row: dict[str, Any], data: npt.NDArray[np.uint8], size: int) -> TrainingBatch:
+def _batch(row: _Row, data: npt.NDArray[np.uint8], size: int) -> TrainingBatch:
     height, width = row["shape"]
     images = _images(row, data)
     images += [None] * (size - len(images))
