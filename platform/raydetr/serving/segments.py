@@ -36,7 +36,7 @@ class SegmentRequest:
 
 
 class SegmentFields(TypedDict):
-    """The fields of `schemas.Segment`. A dictionary, because pydantic builds the response from it."""
+    """The fields of `responses.Segment`. A dictionary, because pydantic builds the response from it."""
 
     id: int
     label: str
