@@ -152,6 +152,56 @@ def test_only_the_mask_codec_imports_pycocotools() -> None:
     assert users == {"detr.mask_codec"}
 
 
+def replaced_methods(tree: ast.AST, methods: set[str]) -> list[str]:
+    """Return the expressions that change the class or a method of an instance, or its ``__dict__``."""
+    through_dict = re.compile(
+        r"(vars\((?!self\)).*\)|.*\.__dict__)(\[.*\]|\.(pop|update|setdefault|clear)\(.*\))"
+    )
+    found = []
+    for node in ast.walk(tree):
+        stored = isinstance(getattr(node, "ctx", None), ast.Store | ast.Del)
+        text = ast.unparse(node) if stored or isinstance(node, ast.Call) else ""
+        if isinstance(node, ast.Attribute) and stored:
+            is_own = text == f"self.{node.attr}"  # data of another class than that of the method
+            if node.attr == "__class__" or (node.attr in methods and not is_own):
+                found.append(text)
+        elif through_dict.fullmatch(text):
+            found.append(text)
+    return found
+
+
+def test_no_class_or_method_of_an_instance_is_replaced() -> None:
+    trees = [ast.parse(file.read_text()) for name, file in MODULES.items() if is_in(name, "detr")]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    methods = {
+        each.name
+        for node in classes
+        for each in node.body
+        if isinstance(each, ast.FunctionDef) and "property" not in map(ast.unparse, each.decorator_list)
+    }
+    assert not [found for tree in trees for found in replaced_methods(tree, methods)]
+    forbidden = [
+        "m.__class__ = A",
+        "m.states = f",
+        "vars(m)['states'] = f",
+        "vars(m).pop('states')",
+        "del m.states",
+    ]
+    for code in forbidden:
+        assert replaced_methods(ast.parse(code), methods), code
+    for code in ("m.engine = f", "self.channels = 3", "vars(self).clear()"):
+        assert not replaced_methods(ast.parse(code), methods), code
+
+
+def test_inference_does_not_look_for_methods_by_name() -> None:
+    wrong = [
+        name
+        for name, file in MODULES.items()
+        if is_in(name, "detr.inference") and "hasattr(" in file.read_text()
+    ]
+    assert not wrong
+
+
 def test_code_in_strings_imports_names_that_exist() -> None:
     """Tests and benchmarks run such code in new interpreters, where no linter sees it."""
     helpers = (ROOT / "tests").rglob("*.py")

@@ -33,6 +33,12 @@ MUTATIONS = {
         "from torch import fx, nn\n\nfrom detr.inference import optimize",
         ("tests/test_layout.py",),
     ),
+    "a method of an instance is replaced": Mutation(
+        "detr/inference/cuda_graphs.py",
+        "module.engine = GraphEngine(memory)",
+        'vars(module)["encode"] = GraphEngine(memory)',
+        ("tests/test_layout.py",),
+    ),
     "the endpoint's service and its shadow import each other": Mutation(
         "platform/raydetr/serving/shadow.py",
         "from raydetr.serving.detector import Result",

@@ -11,11 +11,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from detr.model.engine import OptimizableModel, WithEngine
+from detr.model.mask_head import MaskHead
 from detr.model.multiscale.detector import MultiScaleDetector
 
 _MAX_MEMORY_SHARE = 0.05
@@ -43,29 +46,32 @@ class GraphMemory:
         )
 
 
-class GraphedCallable:
-    """A function of tensors on a GPU that is recorded as a CUDA graph for repeated input shapes.
+class GraphEngine:
+    """Records a function of tensors on a GPU as a CUDA graph for repeated input shapes.
 
     The first call with new shapes runs normally, which lets the libraries select their kernels. The second call is
     recorded, and later calls are replayed. Calls under autocast always run normally.
 
     Args:
-        compute: a method that maps tensors to a tensor, or to dataclasses or tuples of tensors. Its object may hold a
-            reference to this callable.
         memory: of the model.
     """
 
-    def __init__(self, compute: Callable[..., Any], memory: GraphMemory) -> None:
-        self._method, self._memory = weakref.WeakMethod(compute), memory  # weak: no reference cycle
+    def __init__(self, memory: GraphMemory) -> None:
+        self._memory = memory
         self._graphs: dict[Any, _RecordedGraph | None] = {}
 
-    def __call__(self, *inputs: Tensor | None) -> Any:
-        """Return the result of ``compute``, in newly allocated memory."""
-        with torch.cuda.device(self._memory.device):  # Triton launches kernels on the current device
-            return self._call_on_device(inputs)
+    def __call__(self, compute: Callable[..., Any], /, *inputs: Tensor | None) -> Any:
+        """Return the result of ``compute``, in newly allocated memory.
 
-    def _call_on_device(self, inputs: Sequence[Tensor | None]) -> Any:
-        compute: Any = self._method()
+        Args:
+            compute: the same function in every call. It maps tensors to a tensor, or to dataclasses or tuples of
+                tensors.
+            inputs: its arguments.
+        """
+        with torch.cuda.device(self._memory.device):  # Triton launches kernels on the current device
+            return self._call_on_device(compute, inputs)
+
+    def _call_on_device(self, compute: Callable[..., Any], inputs: Sequence[Tensor | None]) -> Any:
         if torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
             return compute(*inputs)
         key = tuple(None if each is None else (each.shape, each.dtype) for each in inputs)
@@ -94,45 +100,43 @@ class GraphedCallable:
         return graph
 
 
-def replay_graphs(model: nn.Module) -> None:
+def replay_graphs(model: OptimizableModel) -> None:
     """Make a model replay CUDA graphs for repeated image sizes, in place."""
     memory = GraphMemory(next(model.parameters()).device)
     for module in model.modules():
-        inner: Any = module
-        if hasattr(inner, "states"):
-            inner.states = _GraphedStates(inner, model if hasattr(model, "mask_context") else None, memory)
-        elif isinstance(inner, MultiScaleDetector):
-            vars(inner)["encode"] = GraphedCallable(inner.encode, memory)
-        elif hasattr(inner, "replay_masks"):
-            inner.replay_masks(memory)
+        if isinstance(module, WithEngine):
+            if isinstance(module, MultiScaleDetector | MaskHead):
+                module.engine = GraphEngine(memory)
+            else:
+                module.engine = _StatesEngine(model, memory)
 
 
-class _GraphedStates:
-    """`DetrModel.states`, replayed as a CUDA graph if only images and masks are given.
+class _StatesEngine:
+    """Replays `DetrModel.states` as a CUDA graph if only images and masks are given.
 
     Args:
-        model: a `DetrModel`.
-        segmentation: the segmentation model around it; None for detection.
+        model: the whole model. With a mask head, the graph also computes what its masks share.
         memory: of the whole model.
     """
 
-    def __init__(self, model: Any, segmentation: Any, memory: GraphMemory) -> None:
-        self._states: Callable[..., Any] = type(model).states
-        self._model = weakref.ref(model)  # weak, since the model holds this object: no reference cycle
-        self._segmentation = None if segmentation is None else weakref.ref(segmentation)
-        self._graphed, self._memory = GraphedCallable(self._compute, memory), memory
+    def __init__(self, model: OptimizableModel, memory: GraphMemory) -> None:
+        self._config = model.config
+        # weak, since the model holds this object: no reference cycle
+        self._segmentation = weakref.ref(model) if model.predicts_masks else None
+        self._graphs, self._memory = GraphEngine(memory), memory
 
-    def __call__(self, pixel_values: Any, pixel_mask: Any = None, **options: Any) -> Any:
-        model: Any = self._model()
-        requested = [*options.values(), model.config.output_attentions, model.config.output_hidden_states]
+    def __call__(
+        self, compute: Callable[..., Any], /, pixel_values: Any, pixel_mask: Any = None, **options: Any
+    ) -> Any:
+        requested = [*options.values(), self._config.output_attentions, self._config.output_hidden_states]
         only_images = all(option is None or option is False for option in requested)
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_cuda or not only_images:
             with torch.cuda.device(self._memory.device):
-                return self._states(model, pixel_values, pixel_mask, **options)
-        return self._graphed(pixel_values, pixel_mask)
+                return compute(pixel_values, pixel_mask, **options)
+        return self._graphs(partial(self._compute, compute), pixel_values, pixel_mask)
 
-    def _compute(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Any:
-        features, outputs = self._states(self._model(), pixel_values, pixel_mask)
+    def _compute(self, compute: Callable[..., Any], pixel_values: Tensor, pixel_mask: Tensor | None) -> Any:
+        features, outputs = compute(pixel_values, pixel_mask)
         if self._segmentation is None:
             return replace(features, maps=()), outputs
         segmentation: Any = self._segmentation()

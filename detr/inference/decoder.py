@@ -9,47 +9,97 @@ computes their values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from detr.model.transformer import Decoder
+from detr.model.transformer import Decoder, DecoderLayer
 
 
 class FastDecoder(Decoder):
     """A decoder in evaluation mode whose L layers share one projection for keys and one for values.
+
+    Args:
+        decoder: a plain decoder with at least one layer. Its modules become parts of the new decoder; the projections
+            for keys and values of its cross-attentions are removed from them.
 
     Attributes:
         keys: linear layer from D to L * D, the keys of layer after layer.
         values: linear layer from D to L * D, the values of layer after layer.
     """
 
-    keys: nn.Module
-    values: nn.Module
+    @torch.no_grad()
+    def __init__(self, decoder: Decoder) -> None:
+        nn.Module.__init__(self)
+        layers: Any = decoder.layers
+        self.layers = layers
+        self.layerdrop, self.checkpointing = 0.0, decoder.checkpointing
+        self.layernorm = decoder.layernorm
+        self.auxiliary_loss = decoder.auxiliary_loss
+        self.norm_feeds_next_layer = decoder.norm_feeds_next_layer
+        attentions = [layer.encoder_attn for layer in layers]
+        self.keys = _join([attention.k_proj for attention in attentions])
+        self.values = _join([attention.v_proj for attention in attentions])
+        for attention in attentions:
+            attention.k_proj, attention.v_proj = nn.Identity(), nn.Identity()
+        layers[0] = _FirstLayer(layers[0])
+        self.eval()
 
-    def _seen_by_layers(self, memory: Tensor, position: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        number = len(self.layers)
+    def _layer_calls(
+        self, queries: Tensor | None, memory: Tensor, position: Tensor
+    ) -> Iterable[tuple[Callable[..., Any], Tensor, Tensor]]:
+        first, *others = self.layers
+        layers = [partial(first, from_zeros=True) if queries is None else first, *others]
         keys, values = self.keys(memory + position), self.values(memory)
-        return zip(values.chunk(number, -1), keys.chunk(number, -1), strict=True)
+        return zip(layers, values.chunk(len(layers), -1), keys.chunk(len(layers), -1), strict=True)
 
 
-@torch.no_grad()
-def use_fast_decoder(decoder: Any) -> None:
-    """Convert a plain decoder to a `FastDecoder`, in place; do nothing for another module or without layers."""
-    if type(decoder) is not Decoder or not len(decoder.layers):
-        return
-    fast: Any = decoder
-    attentions = [layer.encoder_attn for layer in fast.layers]
-    fast.keys = _join([attention.k_proj for attention in attentions])
-    fast.values = _join([attention.v_proj for attention in attentions])
-    for attention in attentions:
-        attention.k_proj, attention.v_proj = nn.Identity(), nn.Identity()
-    fast.__class__ = FastDecoder
-    first = fast.layers[0]
-    attended = first.self_attn.out_proj(first.self_attn.v_proj.bias)
-    first.attended_zeros = first.self_attn_layer_norm(attended)
+class _FirstLayer(DecoderLayer):
+    """The first decoder layer, with a precomputed self-attention for queries of zeros.
+
+    Args:
+        layer: a plain layer, whose modules become those of the new one.
+
+    Attributes:
+        attended_zeros: float [D], the output of self-attention and norm for queries of zeros.
+    """
+
+    attended_zeros: Tensor
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        nn.Module.__init__(self)
+        self.dropout, self.activation_dropout = layer.dropout, layer.activation_dropout
+        self.activation = layer.activation
+        for name, module in layer.named_children():
+            self.add_module(name, module)
+        attended = self.self_attn.out_proj(self.self_attn.v_proj.bias)
+        self.register_buffer("attended_zeros", self.self_attn_layer_norm(attended))
+
+    def forward(
+        self,
+        x: Tensor,
+        query_position: Tensor,
+        query_mask: Tensor | None,
+        memory: Tensor,
+        memory_key: Tensor,
+        memory_mask: Tensor | None,
+        output_attentions: bool,
+        groups: int = 1,
+        from_zeros: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """See `DecoderLayer.forward`.
+
+        Args:
+            from_zeros: whether x is zeros.
+        """
+        given = (memory, memory_key, memory_mask, output_attentions)
+        if not from_zeros or output_attentions:
+            return super().forward(x, query_position, query_mask, *given, groups)
+        x, weights = self.attend_to_memory(self.attended_zeros.expand_as(x), query_position, *given)
+        return x, None, weights
 
 
 def _join(layers: list[nn.Linear]) -> nn.Linear:

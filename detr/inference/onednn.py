@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from detr.inference.mask_head import FastMaskHead
 from detr.model.attention import activation_function
 from detr.model.plain_layers import is_plain_tree
+from detr.model.transformer import DecoderLayer, EncoderLayer
 
 
 class OneDnnConv2d(nn.Module):
@@ -111,14 +112,10 @@ def pack_layers(model: nn.Module, stacks: Iterable[Any]) -> None:
         model: changed in place.
         stacks: its encoders, decoders and other parts that consist of plain layers; other layers stay unchanged.
     """
-    for module in model.modules():
-        projection = getattr(module, "input_projection", None)
-        if (
-            projection is not None
-            and is_plain_tree(projection, {nn.Conv2d})
-            and OneDnnConv2d.fits(projection.weight)
-        ):
-            module.input_projection = OneDnnConv2d(projection)
+    for name, module in [*model.named_modules()]:
+        is_projection = name.rpartition(".")[2] == "input_projection" and is_plain_tree(module, {nn.Conv2d})
+        if is_projection and OneDnnConv2d.fits(module.weight):
+            model.set_submodule(name, OneDnnConv2d(module))
     for head in model.modules():
         if isinstance(head, FastMaskHead):
             for name, module in [*head.named_modules(remove_duplicate=False)]:
@@ -126,7 +123,8 @@ def pack_layers(model: nn.Module, stacks: Iterable[Any]) -> None:
                     head.set_submodule(name, OneDnnConv2d(module))
     for stack in stacks:
         for layer in stack.modules():
-            if getattr(layer, "activation", None) is F.relu and OneDnnConv2d.fits(layer.fc1.weight):
+            is_layer = isinstance(layer, EncoderLayer | DecoderLayer)
+            if is_layer and layer.activation is F.relu and OneDnnConv2d.fits(layer.fc1.weight):
                 layer.fc1 = OneDnnLinear(layer.fc1, nn.ReLU)
                 layer.activation = activation_function("linear")
         for name, module in [*stack.named_modules()]:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from detr.config import DetrConfig
 from detr.model.capture import may_branch_on_values
+from detr.model.engine import OptimizableModel, WithEngine
 from detr.model.multiscale.detector import EncodedMaps, MultiScaleDetector
 from detr.model.outputs import DetrModelOutput, ImageFeatures
 
@@ -23,7 +24,7 @@ _EXAMPLE = (2, 128, 96)
 """Images, height and width of the example for export: dimensions that are 1 or equal would not stay dynamic."""
 
 
-def compute_with_openvino(fast: nn.Module, plain: nn.Module, dtype: torch.dtype | None) -> None:
+def compute_with_openvino(fast: OptimizableModel, plain: OptimizableModel, dtype: torch.dtype | None) -> None:
     """Make OpenVINO compute the states of a model, or the maps of a multi-scale one.
 
     It uses as many threads as torch has at the time of this call.
@@ -44,22 +45,23 @@ def compute_with_openvino(fast: nn.Module, plain: nn.Module, dtype: torch.dtype 
             f"engine='openvino' computes float32 models on a CPU in torch.float32 or torch.bfloat16, got {first.dtype} "
             f"on {first.device} and dtype={dtype}"
         )
+    network, source = (
+        next(module for module in model.modules() if isinstance(module, WithEngine))
+        for model in (fast, plain)
+    )
     precision = _PRECISIONS[dtype]
-    for inner, source in zip(fast.modules(), plain.modules(), strict=False):
-        if isinstance(inner, MultiScaleDetector):
-            vars(inner)["encode"] = _OpenVinoMaps(inner, _ExportableMaps(source).eval(), precision)
-            return
-    inner_models: list[Any] = [
-        next(module for module in each.modules() if hasattr(module, "states")) for each in (fast, plain)
-    ]
-    exportable = _ExportableStates(inner_models[1], hasattr(fast, "mask_context"))
-    vars(inner_models[0])["states"] = _OpenVinoStates(inner_models[0], exportable.eval(), precision)
+    if isinstance(source, MultiScaleDetector):
+        network.engine = _OpenVinoMaps(fast.config, _ExportableMaps(source).eval(), precision)
+    else:
+        states = _ExportableStates(source, fast.predicts_masks)
+        network.engine = _OpenVinoStates(fast.config, states.eval(), precision)
 
 
 def uses_openvino(model: nn.Module) -> bool:
     """Return whether OpenVINO computes this model."""
     return any(
-        isinstance(each, _OpenVinoMethod) for module in model.modules() for each in vars(module).values()
+        isinstance(module, WithEngine) and isinstance(module.engine, _OpenVinoEngine)
+        for module in model.modules()
     )
 
 
@@ -73,7 +75,7 @@ class _Exportable(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self._model = model
-        self.channels = model.config.num_channels
+        self.channels: int = model.config.num_channels
 
 
 class _ExportableMaps(_Exportable):
@@ -95,6 +97,7 @@ class _ExportableStates(_Exportable):
     def __init__(self, model: Any, return_maps: bool) -> None:
         super().__init__(model)
         self._return_maps = return_maps
+        self.returns_intermediate: bool = model.decoder.auxiliary_loss
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, ...]:
         features, outputs = self._model.states(
@@ -111,21 +114,17 @@ class _ExportableStates(_Exportable):
         return (*tensors, *(features.maps if self._return_maps else ()))
 
 
-class _OpenVinoMethod:
-    """A method of a part of a model that OpenVINO computes if only images and masks are given.
+class _OpenVinoEngine:
+    """Computes a method of a part of a model with OpenVINO if only images and masks are given.
 
     Args:
-        model: the part, which may hold a reference to this object.
-        exportable: the method of the same part, to be exported.
+        config: configuration of the model.
+        exportable: the method, to be exported.
         precision: OpenVINO's name of a dtype.
     """
 
-    method = ""
-    """Name of the method."""
-
-    def __init__(self, model: Any, exportable: _Exportable, precision: str) -> None:
-        self._compute: Callable[..., Any] = getattr(type(model), self.method)
-        self._model = weakref.ref(model)  # weak: no reference cycle
+    def __init__(self, config: DetrConfig, exportable: _Exportable, precision: str) -> None:
+        self._config = config
         self._request = _compile(exportable, precision).create_infer_request()
         self._lock = threading.Lock()
 
@@ -136,9 +135,10 @@ class _OpenVinoMethod:
             "the copy"
         )
 
-    def __call__(self, pixel_values: Any, pixel_mask: Any = None, **options: Any) -> Any:
-        model: Any = self._model()
-        config = model.config
+    def __call__(
+        self, compute: Callable[..., Any], /, pixel_values: Any, pixel_mask: Any = None, **options: Any
+    ) -> Any:
+        config = self._config
         requested = [*options.values(), config.output_attentions, config.output_hidden_states]
         is_image = isinstance(pixel_values, Tensor) and pixel_values.ndim == 4 and not pixel_values.is_cuda
         size: Any = (len(pixel_values), *pixel_values.shape[2:]) if is_image else None
@@ -150,7 +150,7 @@ class _OpenVinoMethod:
             or (pixel_mask is not None and pixel_mask.shape != size)
             or any(option is not None and option is not False for option in requested)
         ):
-            return self._compute(model, pixel_values, pixel_mask, **options)
+            return compute(pixel_values, pixel_mask, **options)
         mask = torch.ones(size, dtype=torch.bool) if pixel_mask is None else pixel_mask.bool()
         with self._lock:
             self._request.infer([pixel_values.detach().float().numpy(), mask.numpy()], share_inputs=True)
@@ -160,31 +160,31 @@ class _OpenVinoMethod:
                 each.to(torch.bool if each.dtype == torch.bool else pixel_values.dtype, copy=True)
                 for each in results
             ]
-        return self._build_result(model, results, None if pixel_mask is None or bool(mask.all()) else mask)
+        return self._build_result(results, None if pixel_mask is None or bool(mask.all()) else mask)
 
-    def _build_result(self, _model: Any, _results: list[Tensor], _mask: Tensor | None) -> Any:
+    def _build_result(self, _results: list[Tensor], _mask: Tensor | None) -> Any:
         """Build the return value of the method from the outputs of OpenVINO; ``_mask`` is None without padding."""
         raise NotImplementedError
 
 
-class _OpenVinoMaps(_OpenVinoMethod):
+class _OpenVinoMaps(_OpenVinoEngine):
     """`MultiScaleDetector.encode`."""
 
-    method = "encode"
-
-    def _build_result(self, _model: Any, results: list[Tensor], _mask: Tensor | None) -> Any:
+    def _build_result(self, results: list[Tensor], _mask: Tensor | None) -> Any:
         finest, *maps = results
         return EncodedMaps(finest, maps[: len(maps) // 2], maps[len(maps) // 2 :])
 
 
-class _OpenVinoStates(_OpenVinoMethod):
+class _OpenVinoStates(_OpenVinoEngine):
     """`DetrModel.states`."""
 
-    method = "states"
+    def __init__(self, config: DetrConfig, exportable: _ExportableStates, precision: str) -> None:
+        super().__init__(config, exportable, precision)
+        self._returns_intermediate = exportable.returns_intermediate
 
-    def _build_result(self, _model: Any, results: list[Tensor], _mask: Tensor | None) -> Any:
+    def _build_result(self, results: list[Tensor], _mask: Tensor | None) -> Any:
         cells, valid_mask, last, encoded, *more = results
-        intermediate = more.pop(0) if _model.decoder.auxiliary_loss else None
+        intermediate = more.pop(0) if self._returns_intermediate else None
         outputs = DetrModelOutput(
             last_hidden_state=last,
             encoder_last_hidden_state=encoded,

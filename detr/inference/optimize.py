@@ -1,5 +1,8 @@
 """Optimize a model for inference: the same class and outputs, with a backbone that is one graph of fused convolutions.
 
+The optimized model is a copy whose parts are faster modules, each built from the plain part. OpenVINO and CUDA graphs
+are engines (`detr.model.engine`) that the copy holds.
+
 The optimizations, none of which changes results beyond rounding:
 
 - Frozen batch norms are folded into the preceding convolutions, since they are affine per channel.
@@ -35,13 +38,14 @@ from detr.inference.cuda import (
     use_gpu_kernels,
 )
 from detr.inference.cuda_graphs import replay_graphs
-from detr.inference.decoder import use_fast_decoder
+from detr.inference.decoder import FastDecoder
 from detr.inference.mask_head import FastMaskHead
 from detr.inference.onednn import OneDnnConv2d, pack_layers
 from detr.inference.openvino import compute_with_openvino, uses_openvino
 from detr.model.attention import MultiheadAttention
 from detr.model.backbone import ConvEncoder
 from detr.model.capture import check_not_capturing
+from detr.model.engine import OptimizableModel, WithEngine
 from detr.model.frozen_batch_norm import FrozenBatchNorm2d, fold, foldable_pairs
 from detr.model.fx_graph import called_module, feeds_only, nodes_of, trace
 from detr.model.mask_head import MaskHead
@@ -52,7 +56,7 @@ from detr.model.multiscale.masks import MultiScaleMaskHead
 from detr.model.plain_layers import is_plain_tree, structure_of
 from detr.model.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=OptimizableModel)
 _FUSED: tuple[type[OneDnnConv2d] | type[CudnnConv2d], ...] = (OneDnnConv2d, CudnnConv2d)
 _TRANSFORMER = {Encoder, Decoder, EncoderLayer, DecoderLayer, MultiheadAttention}
 _TRANSFORMER_LAYERS = {*_TRANSFORMER, nn.ModuleList, nn.Linear, nn.LayerNorm}
@@ -66,7 +70,7 @@ Engine = Literal["torch", "openvino"]
 def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, engine: Engine = "torch") -> M:
     """Return a copy of ``model`` that is faster in inference: see the docstring of this module.
 
-    The copy is in evaluation mode and has no gradients. Parts that are not plain layers of this package are not
+    ``model`` is not modified and shares no weights with the copy. The copy is in evaluation mode and has no gradients. Parts that are not plain layers of this package are not
     optimized: a backbone that cannot be traced, and an encoder, decoder or mask head in which a layer has a hook or was
     replaced, wrapped (LoRA), parametrized or quantized. A model that is already optimized is returned itself.
 
@@ -103,20 +107,18 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, eng
         return model
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     for module in fast.modules():
-        for method in ("states", "encode"):
-            vars(module).pop(method, None)  # set on a compiled model, where it would call the original model
-    for module in fast.modules():
+        if isinstance(module, WithEngine):
+            module.engine = None  # that of a compiled model would compute the original model
         if isinstance(module, ConvEncoder):
             net = _fast_backbone(module.model, pack, dtype)
             if net is not module.model:
                 module.model, module.folding = net, None
-    stacks: list[Any] = [
-        module
-        for module in fast.modules()
-        if isinstance(module, Encoder | Decoder) and is_plain_tree(module, _TRANSFORMER_LAYERS)
-    ]
-    for stack in stacks:
-        use_fast_decoder(stack)
+    stacks: list[Any] = []
+    for name, module in [*fast.named_modules()]:
+        if isinstance(module, Encoder | Decoder) and is_plain_tree(module, _TRANSFORMER_LAYERS):
+            if isinstance(module, Decoder) and len(module.layers):
+                fast.set_submodule(name, FastDecoder(module))
+            stacks.append(fast.get_submodule(name))
     on_gpu = pack and next(fast.parameters()).device.type == "cuda"
     for name, module in [*fast.named_modules()]:
         if isinstance(module, MaskHead) and is_plain_tree(module, _MASK_LAYERS):
@@ -131,8 +133,8 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, eng
     if engine == "openvino":
         compute_with_openvino(fast, optimized(model, pack=False), dtype)
     for module in fast.modules():
-        if hasattr(module, "is_optimized"):
-            vars(module)["is_optimized"] = True
+        if isinstance(module, OptimizableModel):
+            module.is_optimized = True
     fast.register_load_state_dict_pre_hook(_refuse_weights)  # type: ignore[no-untyped-call]
     return fast
 
@@ -155,7 +157,7 @@ def _multi_scale_layers(model: nn.Module) -> list[nn.Module]:
 
 def is_optimized(model: nn.Module) -> bool:
     """Return whether a model, or a model inside it, was returned by `optimized`."""
-    return any(getattr(module, "is_optimized", False) for module in model.modules())
+    return any(isinstance(module, OptimizableModel) and module.is_optimized for module in model.modules())
 
 
 def check_conversion(model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr.inference.cuda_graphs import GraphedCallable, GraphMemory
 from detr.inference.mask_head import FastMaskHead
 from detr.inference.triton_pool import triton_runs
+from detr.model.engine import WithEngine
 from detr.model.mask_head import MaskHead
 from detr.model.outputs import MaskContext
 
@@ -186,7 +186,7 @@ if triton_runs():
         tl.store(result + pixel, value.to(result.dtype.element_ty), mask=exists)
 
 
-class GpuMaskHead(FastMaskHead):
+class GpuMaskHead(FastMaskHead, WithEngine):
     """A mask head with the same masks and custom kernels for a GPU.
 
     Args:
@@ -199,7 +199,6 @@ class GpuMaskHead(FastMaskHead):
         super().__init__(head)
         self.to(memory_format=torch.channels_last)
         self._last_weight = self.out_lay.weight[0].permute(1, 2, 0).contiguous()
-        self._graphed: GraphedCallable | None = None
 
     @staticmethod
     def fits(head: MaskHead) -> bool:
@@ -207,16 +206,12 @@ class GpuMaskHead(FastMaskHead):
         is_float64 = head.lay1.weight.dtype == torch.float64
         return triton_runs() and head.activation is F.relu and not is_float64
 
-    def replay_masks(self, memory: GraphMemory) -> None:
-        """Compute each chunk of masks by replaying a CUDA graph from now on."""
-        self._graphed = GraphedCallable(self._compute, memory)
-
     def _masks(self, context: MaskContext, image: Tensor, query: Tensor) -> Tensor:
         count = len(image)
         if not count:
             return context.base.new_empty((0, *context.maps[-1].shape[-2:]))
         inputs = (context.base, *context.maps, context.attention)
-        if self._graphed is None:
+        if self.engine is None:
             return self._compute(*inputs, image, query)
         # Round the number of masks up, so that fewer graphs are recorded.
         more = (
@@ -224,7 +219,7 @@ class GpuMaskHead(FastMaskHead):
             if count < _MASKS_MULTIPLE
             else triton.cdiv(count, _MASKS_MULTIPLE) * _MASKS_MULTIPLE
         ) - count
-        masks: Tensor = self._graphed(*inputs, F.pad(image, (0, more)), F.pad(query, (0, more)))
+        masks: Tensor = self.engine(self._compute, *inputs, F.pad(image, (0, more)), F.pad(query, (0, more)))
         return masks[:count]
 
     def _compute(

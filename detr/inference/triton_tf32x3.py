@@ -174,7 +174,19 @@ def _blocks(rows: int, wide: int) -> tuple[int, int, int]:
 
 
 class Float32Attention(MultiheadAttention):
-    """Float32 attention without dropout on TF32 tensor cores."""
+    """Float32 attention without dropout on TF32 tensor cores.
+
+    Args:
+        attention: on a GPU; `fits` must be true for it. Its layers become those of the new module.
+    """
+
+    def __init__(self, attention: MultiheadAttention) -> None:
+        nn.Module.__init__(self)
+        self.eager, self.dropout = attention.eager, attention.dropout
+        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
+        for name, module in attention.named_children():
+            self.add_module(name, module)
+        self.eval()
 
     @staticmethod
     def fits(attention: nn.Module) -> bool:
@@ -224,4 +236,4 @@ def use_tensor_cores(stack: Any) -> None:
         if type(module) is nn.Linear and module.weight.dtype == torch.float32:
             stack.set_submodule(name, Float32Linear(module))
         elif Float32Attention.fits(module) and module.out_proj.weight.dtype == torch.float32:
-            module.__class__ = Float32Attention
+            stack.set_submodule(name, Float32Attention(module))

@@ -20,6 +20,7 @@ from detr.loss.criterion import set_loss
 from detr.loss.normalizers import average_normalizers
 from detr.model.backbone import Backbone, downsample_mask
 from detr.model.capture import check_not_capturing, is_all_ones
+from detr.model.engine import WithEngine
 from detr.model.initialization import init_as_original, init_as_transformers
 from detr.model.multiscale.detector import MultiScaleDetector
 from detr.model.outputs import DetrEncoderOutput, DetrModelOutput, DetrObjectDetectionOutput, ImageFeatures
@@ -28,7 +29,7 @@ from detr.model.pretrained import DetrPreTrainedModel
 from detr.model.transformer import Decoder, Encoder
 
 
-class DetrModel(DetrPreTrainedModel):
+class DetrModel(DetrPreTrainedModel, WithEngine):
     """Backbone, encoder and decoder, without prediction heads.
 
     Args:
@@ -121,7 +122,20 @@ class DetrModel(DetrPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **options: Any,
     ) -> tuple[ImageFeatures, DetrModelOutput]:
-        """Run backbone and transformer; for the arguments, see `features` and `transform`."""
+        """Run backbone and transformer, on the engine if there is one; see `features` and `transform`."""
+        states: tuple[ImageFeatures, DetrModelOutput] = self._run(
+            self.compute_states, pixel_values, pixel_mask, inputs_embeds=inputs_embeds, **options
+        )
+        return states
+
+    def compute_states(
+        self,
+        pixel_values: Tensor | None,
+        pixel_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[ImageFeatures, DetrModelOutput]:
+        """Run backbone and transformer without the engine; see `states`."""
         features = self.features(pixel_values, pixel_mask, inputs_embeds)
         return features, self.transform(features, **options)
 

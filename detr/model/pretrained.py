@@ -7,29 +7,25 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detr.checkpoint.load_save import DEFAULT_MAX_SHARD_SIZE, load_model, save_model, warn_about_transformers
 from detr.config import DetrConfig
 from detr.inference.optimize import Engine, check_conversion, optimized
+from detr.model.engine import OptimizableModel
 from detr.model.multiscale.decoder import RefiningDecoder
 from detr.model.multiscale.dense_head import DenseHead
 from detr.model.transformer import Decoder, Encoder
 
 
-class DetrPreTrainedModel(nn.Module):
+class DetrPreTrainedModel(OptimizableModel):
     """Base class of the DETR models.
 
     Args:
         config: the configuration.
-
-    Attributes:
-        config: the configuration that the model was built from.
-        is_optimized: whether the model was returned by `optimize`; it can then be neither trained nor saved.
     """
 
     supports_gradient_checkpointing = True
-    is_optimized = False
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()

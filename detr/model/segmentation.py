@@ -47,6 +47,8 @@ class DetrForSegmentation(DetrPreTrainedModel):
         ValueError: the widths or feature maps of the configuration do not fit the mask head.
     """
 
+    predicts_masks = True
+
     def __init__(self, config: DetrConfig) -> None:
         super().__init__(config)
         self.detr = DetrForObjectDetection(config)

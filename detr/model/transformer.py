@@ -78,10 +78,6 @@ class DecoderLayer(_FeedForwardLayer):
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.encoder_attn = _attention(config, heads)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
-        # Float [D], the output of self-attention and norm for queries of zeros; set only by `detr.inference.decoder`.
-        self.register_buffer("attended_zeros", None)
-
-    attended_zeros: Tensor | None
 
     def forward(
         self,
@@ -93,7 +89,6 @@ class DecoderLayer(_FeedForwardLayer):
         memory_mask: Tensor | None,
         output_attentions: bool,
         groups: int = 1,
-        from_zeros: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Map float [B, Q, D] to float [B, Q, D], and return self- and cross-attention weights if requested, else None.
 
@@ -106,27 +101,37 @@ class DecoderLayer(_FeedForwardLayer):
             memory_mask: additive mask of the cross-attention; None masks nothing.
             output_attentions: also return attention weights.
             groups: K groups of Q / K consecutive queries; self-attention stays within a group.
-            from_zeros: whether x is zeros.
         """
-        if from_zeros and self.attended_zeros is not None and not output_attentions:
-            x, self_weights = self.attended_zeros.expand_as(x), None
-        else:
-            batch = x.shape[0]
-            # Groups are treated as images of a larger batch. This needs no mask between groups, and computes
-            # K (Q / K)^2 attention scores in place of Q^2.
-            grouped = x.unflatten(1, (groups, -1)).flatten(0, 1) if groups > 1 else x
-            positioned = x + query_position
-            positioned = positioned.view_as(grouped) if groups > 1 else positioned
-            attended, self_weights = self.self_attn(
-                positioned, positioned, grouped, query_mask, output_attentions
-            )
-            attended = attended.unflatten(0, (batch, groups)).flatten(1, 2) if groups > 1 else attended
-            x = self.self_attn_layer_norm(x + self._drop(attended))
-        attended, cross_weights = self.encoder_attn(
+        batch = x.shape[0]
+        # Groups are treated as images of a larger batch. This needs no mask between groups, and computes K (Q / K)^2
+        # attention scores in place of Q^2.
+        grouped = x.unflatten(1, (groups, -1)).flatten(0, 1) if groups > 1 else x
+        positioned = x + query_position
+        positioned = positioned.view_as(grouped) if groups > 1 else positioned
+        attended, self_weights = self.self_attn(
+            positioned, positioned, grouped, query_mask, output_attentions
+        )
+        attended = attended.unflatten(0, (batch, groups)).flatten(1, 2) if groups > 1 else attended
+        x = self.self_attn_layer_norm(x + self._drop(attended))
+        x, cross_weights = self.attend_to_memory(
+            x, query_position, memory, memory_key, memory_mask, output_attentions
+        )
+        return x, self_weights, cross_weights
+
+    def attend_to_memory(
+        self,
+        x: Tensor,
+        query_position: Tensor,
+        memory: Tensor,
+        memory_key: Tensor,
+        memory_mask: Tensor | None,
+        output_attentions: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the layer after its self-attention; for the arguments, see `forward`."""
+        attended, weights = self.encoder_attn(
             x + query_position, memory_key, memory, memory_mask, output_attentions
         )
-        x = self.encoder_attn_layer_norm(x + self._drop(attended))
-        return self._feed_forward(x), self_weights, cross_weights
+        return self._feed_forward(self.encoder_attn_layer_norm(x + self._drop(attended))), weights
 
 
 def run_layer(owner: Any, layer: Callable[..., Any], *args: Any) -> Any:
@@ -152,7 +157,7 @@ class _Stack(nn.Module):
         self.layerdrop = layerdrop
         self.checkpointing: dict[str, Any] | None = None  # see `run_layer`
 
-    def _run(self, layer: nn.Module, x: Tensor, *args: Any) -> tuple[Any, ...]:
+    def _run(self, layer: Any, x: Tensor, *args: Any) -> tuple[Any, ...]:
         if self.training and self.layerdrop and float(torch.rand(())) < self.layerdrop:
             # Parameters and inputs of the dropped layer stay in the graph with gradient 0: DistributedDataParallel
             # waits for a gradient of every parameter.
@@ -212,9 +217,12 @@ class Decoder(_Stack):
         self.auxiliary_loss = config.auxiliary_loss
         self.norm_feeds_next_layer = config.auxiliary_loss and config.compat == "transformers"
 
-    def _seen_by_layers(self, memory: Tensor, position: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Return, for each layer, the inputs of the values and keys of its cross-attention."""
-        return [(memory, memory + position)] * len(self.layers)
+    def _layer_calls(
+        self, _queries: Tensor | None, memory: Tensor, position: Tensor
+    ) -> Iterable[tuple[Callable[..., Any], Tensor, Tensor]]:
+        """Return, for each layer, the function to call and the inputs of the values and keys of its cross-attention."""
+        key = memory + position
+        return [(layer, memory, key) for layer in self.layers]
 
     def forward(
         self,
@@ -247,12 +255,10 @@ class Decoder(_Stack):
                 ``query_attend_mask`` must be None if K is not 1.
         """
         x = torch.zeros_like(query_position) if queries is None else queries
-        from_zeros = queries is None
         query_mask = None if query_attend_mask is None else additive_mask(query_attend_mask, x.dtype)
         memory_mask = None if memory_attend_mask is None else additive_mask(memory_attend_mask, memory.dtype)
         hidden_states, attentions, cross_attentions, intermediate = [x], [], [], []
-        values_and_keys = self._seen_by_layers(memory, memory_position)
-        for layer, (value, key) in zip(self.layers, values_and_keys, strict=True):
+        for layer, value, key in self._layer_calls(queries, memory, memory_position):
             x, weights, cross_weights = self._run(
                 layer,
                 x,
@@ -263,9 +269,7 @@ class Decoder(_Stack):
                 memory_mask,
                 output_attentions,
                 groups,
-                from_zeros,
             )
-            from_zeros = False
             hidden_states.append(x)
             attentions.append(weights)
             cross_attentions.append(cross_weights)

@@ -26,6 +26,7 @@ from detr.loss.multiscale_criterion import multi_scale_loss
 from detr.loss.normalizers import average_normalizers
 from detr.model.backbone import Backbone
 from detr.model.capture import check_not_capturing
+from detr.model.engine import WithEngine
 from detr.model.multiscale.decoder import RefiningDecoder
 from detr.model.multiscale.dense_head import DenseHead, DensePredictions
 from detr.model.multiscale.hybrid_encoder import HybridEncoder, token_positions
@@ -51,7 +52,7 @@ class EncodedMaps:
     box_maps: list[Tensor]
 
 
-class MultiScaleDetector(nn.Module):
+class MultiScaleDetector(nn.Module, WithEngine):
     """The network of `DetrForObjectDetection` if ``config.multi_scale`` is set.
 
     Args:
@@ -144,7 +145,12 @@ class MultiScaleDetector(nn.Module):
         return DetrSegmentationOutput(**output, pred_masks=pred_masks)
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> EncodedMaps:
-        """Run the convolutional part: the backbone, the hybrid encoder and the towers of the dense head."""
+        """Run the backbone, the hybrid encoder and the towers of the dense head, on the engine if there is one."""
+        encoded: EncodedMaps = self._run(self.compute_maps, pixel_values, pixel_mask)
+        return encoded
+
+    def compute_maps(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> EncodedMaps:
+        """Run `encode` without the engine."""
         maps = self.backbone(pixel_values)
         grid = token_grid(pixel_values, pixel_mask, maps, self.backbone.conv_encoder.strides)
         encoded = self.encoder(maps, grid)

@@ -66,13 +66,14 @@ def create_state(config: TrainConfig, manifest: Manifest, device: torch.device) 
         model.gradient_checkpointing_enable()
     if config.optimizer.compile:
         detector = model.detr if isinstance(model, DetrForSegmentation) else model
-        network: Any = detector.model
+        network = detector.model
         # Compile for each batch shape separately, up to torch's limit of eight; further shapes run eagerly. torch 2.11
         # cannot compile dynamic shapes here on a GPU, and a CUDA graph has one fixed shape. Without CUDA graphs the GPU
         # waits for Python most of the time.
-        network.states = torch.compile(
-            network.states, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None
+        compiled: Any = torch.compile(
+            network.compute_states, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None
         )
+        network.engine = lambda _, *inputs, **options: compiled(*inputs, **options)
     module.train()
     return TrainingState(
         model=model,

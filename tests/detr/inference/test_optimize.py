@@ -131,6 +131,20 @@ def test_the_plain_model_is_not_modified() -> None:
         assert torch.equal(tensor, before[name]), name
 
 
+@torch.inference_mode()
+def test_an_engine_computes_the_plain_model_but_not_its_optimized_copy() -> None:
+    plain, calls = make_model("test_resnet"), []
+    pixels = torch.randn(1, 3, 64, 80, generator=torch.Generator().manual_seed(0))
+    expected = plain(pixels).logits
+    plain.model.engine = lambda compute, *inputs, **options: (
+        calls.append(inputs) or compute(*inputs, **options)
+    )
+    torch.testing.assert_close(plain.optimize()(pixels).logits, expected, atol=1e-5, rtol=1e-5)
+    assert not calls
+    assert torch.equal(plain(pixels).logits, expected)
+    assert len(calls) == 1
+
+
 def test_an_optimized_resnet_has_no_norm_and_no_addition() -> None:
     fast = make_model("resnet18").optimize()
     graph = fast.model.backbone.conv_encoder.model.graph_module
