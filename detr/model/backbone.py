@@ -45,8 +45,7 @@ class ConvEncoder(nn.Module):
         model: the feature extractor, from timm or a `ResNet`.
         channels: C_i of each feature map.
         strides: stride of each feature map, in pixels.
-        folding: folds the frozen batch norms into convolutions while the network runs; None if they were removed
-            permanently, as by `detr.inference.optimize`.
+        folding: folds the frozen batch norms into convolutions while the network runs; None if there are none to fold.
     """
 
     def __init__(self, config: DetrConfig) -> None:
