@@ -156,7 +156,7 @@ def test_an_endpoint_fills_the_same_table_and_rejected_images_become_error_rows(
     def answer(data: bytes) -> list[Detection]:
         if data == b"no image":
             raise RequestError(415, "not an image")
-        return [Detection(0.5, "ant", 2, ENDPOINT_BOX)]
+        return [Detection(score=0.5, label="ant", label_id=2, box=ENDPOINT_BOX)]
 
     predictions, labels = image_folder.predict_by_endpoint(images, answer)
     assert labels == {2: "ant"}

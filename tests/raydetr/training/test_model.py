@@ -36,7 +36,7 @@ def base(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> TrainC
 
 
 def with_categories(manifest: Manifest, *names: str) -> Manifest:
-    return override(
+    return replace(
         manifest, categories=tuple({"id": number, "name": name} for number, name in enumerate(names))
     )
 

@@ -34,11 +34,11 @@ def test_a_run_of_version_0_1_resumes_to_the_model_of_an_uninterrupted_run(
     assert Manifest.load(config.data.train_data).num_images == 13
     assert (config.optimizer.max_grad_norm, config.loss.dense_loss_weight) == (1.0, 1.0)
     resumed = trainer.train(config)
-    assert resumed["steps"] == config.optimizer.steps
+    assert resumed.steps == config.optimizer.steps
     assert "from step 1\n" in capfd.readouterr().out
     fresh = trainer.train(override(config, output=str(tmp_path / "fresh")))
-    expected = load_file(Path(fresh["model_folder"], "model.safetensors"))
-    weights = load_file(Path(resumed["model_folder"], "model.safetensors"))
+    expected = load_file(Path(fresh.model_folder, "model.safetensors"))
+    weights = load_file(Path(resumed.model_folder, "model.safetensors"))
     assert weights.keys() == expected.keys()
     for name, tensor in weights.items():
         assert (tensor - expected[name]).abs().max() < 1e-5, name
