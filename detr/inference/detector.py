@@ -26,7 +26,7 @@ from detr.postprocess import detections_of_all_queries
 
 if TYPE_CHECKING:
     # These import timm, which tasks that only prepare images do not need.
-    from detr.inference.optimize import Engine
+    from detr.inference.optimize import EngineName
     from detr.model.detection import DetrForObjectDetection
     from detr.model.segmentation import DetrForSegmentation
 
@@ -170,7 +170,7 @@ class ObjectDetector:
         dtype: torch.dtype = torch.float32,
         *,
         masks: bool = False,
-        engine: "Engine" = "torch",
+        engine: "EngineName" = "torch",
     ) -> Self:
         """Load a model folder (model.safetensors, config.json, preprocessor_config.json) and optimize the model.
 

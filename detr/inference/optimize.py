@@ -63,11 +63,13 @@ _TRANSFORMER_LAYERS = {*_TRANSFORMER, nn.ModuleList, nn.Linear, nn.LayerNorm}
 _MASK_LAYERS = {MaskHead, nn.Conv2d, nn.GroupNorm}
 
 
-Engine = Literal["torch", "openvino"]
+EngineName = Literal["torch", "openvino"]
 """The library that computes a model."""
 
 
-def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, engine: Engine = "torch") -> M:
+def optimized(
+    model: M, pack: bool = True, dtype: torch.dtype | None = None, engine: EngineName = "torch"
+) -> M:
     """Return a copy of ``model`` that is faster in inference: see the docstring of this module.
 
     ``model`` is not modified and shares no weights with the copy. The copy is in evaluation mode and has no gradients. Parts that are not plain layers of this package are not
@@ -92,8 +94,8 @@ def optimized(model: M, pack: bool = True, dtype: torch.dtype | None = None, eng
             engine cannot compute this model.
         ImportError: the engine is not installed.
     """
-    if engine not in get_args(Engine):
-        raise ValueError(f"engine={engine!r}: expected one of {list(get_args(Engine))}")
+    if engine not in get_args(EngineName):
+        raise ValueError(f"engine={engine!r}: expected one of {list(get_args(EngineName))}")
     if is_optimized(model):
         own = next(tensor.dtype for name, tensor in model.named_parameters() if not _is_head_parameter(name))
         if dtype not in (None, own):

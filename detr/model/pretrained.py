@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detr.checkpoint.load_save import DEFAULT_MAX_SHARD_SIZE, load_model, save_model, warn_about_transformers
 from detr.config import DetrConfig
-from detr.inference.optimize import Engine, check_conversion, optimized
+from detr.inference.optimize import EngineName, check_conversion, optimized
 from detr.model.engine import OptimizableModel
 from detr.model.multiscale.decoder import RefiningDecoder
 from detr.model.multiscale.dense_head import DenseHead
@@ -91,7 +91,9 @@ class DetrPreTrainedModel(OptimizableModel):
         """Return the number of parameters. Buffers, such as those of frozen batch norm, are not included."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
-    def optimize(self, pack: bool = True, dtype: torch.dtype | None = None, engine: Engine = "torch") -> Self:
+    def optimize(
+        self, pack: bool = True, dtype: torch.dtype | None = None, engine: EngineName = "torch"
+    ) -> Self:
         """Return a faster copy for inference, of the same class, with the same outputs.
 
         For the arguments see `detr.inference.optimize.optimized`.

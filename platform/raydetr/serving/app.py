@@ -12,7 +12,7 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
-from detr.inference.optimize import Engine
+from detr.inference.optimize import EngineName
 from raydetr import cluster, storage
 from raydetr.config import ServeConfig
 from raydetr.errors import ClusterError, ConfigError, ServingError
@@ -54,7 +54,7 @@ class Replicas:
     num_gpus: float = 1.0
     """GPUs per replica, on device "gpu"."""
     precision: Precision = "float32"
-    engine: Engine = "torch"
+    engine: EngineName = "torch"
     idle_s: float = 600.0
     """Autoscaling: time with less load before a replica is stopped, in seconds."""
     max_queued: int = 64

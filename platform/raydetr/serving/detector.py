@@ -17,7 +17,7 @@ from ray import serve
 from torch.overrides import TorchFunctionMode
 
 from detr.inference.detector import Detections, PreparedImage, padding_share
-from detr.inference.optimize import Engine
+from detr.inference.optimize import EngineName
 from raydetr.errors import RaydetrError
 from raydetr.registry.models import ResolvedModel
 from raydetr.serving.images import CostlyImage
@@ -138,7 +138,7 @@ class Detector:
         batching: Batching,
         device: str,
         precision: Precision = "float32",
-        engine: Engine = "torch",
+        engine: EngineName = "torch",
         max_versions: int = MAX_VERSIONS,
     ) -> None:
         self.batching, self.device, self.precision, self.engine = batching, device, precision, engine

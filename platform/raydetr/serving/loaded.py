@@ -10,7 +10,7 @@ import torch
 
 from detr.config import DetrConfig
 from detr.inference.detector import Detections, ObjectDetector, PreparedImage
-from detr.inference.optimize import Engine
+from detr.inference.optimize import EngineName
 from detr.model.segmentation import DetrForSegmentation
 from raydetr.errors import ServingError
 from raydetr.registry.models import ResolvedModel, local_folder
@@ -73,7 +73,7 @@ class LoadedModel:
 
     @classmethod
     def load(
-        cls, model: ResolvedModel, device: str, precision: Precision = "float32", engine: Engine = "torch"
+        cls, model: ResolvedModel, device: str, precision: Precision = "float32", engine: EngineName = "torch"
     ) -> Self:
         """Load a version from its files.
 
