@@ -64,7 +64,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
         "duplicates": storage.read_json(storage.join(scored.output, ANALYSIS))["duplicates"],
         "validation_images": scored.images,
         "images_per_second": trained.images_per_second,
-        "model_version": champion.address,
+        "model_version": champion.model_uri,
         "promoted": promoted.promoted,
         "answer_differs_from_model_by": run_pictures.difference(answer.detections, expected),
         "seconds": clock.seconds,

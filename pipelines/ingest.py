@@ -35,9 +35,7 @@ def main(config: IngestConfig) -> dict[str, Any]:
     if config.report:
         require_writable(config.report, "--report")
     panoptic = config.panoptic_annotations, config.panoptic_masks
-    addresses = InputPaths.of(
-        config.annotations, config.images, *panoptic, config.classes, config.follow_links
-    )
+    paths = InputPaths.of(config.annotations, config.images, *panoptic, config.classes, config.follow_links)
     options = Options(
         *(config.on_fault, config.seed, config.shard_bytes, config.append, config.check_duplicates_against),
         max_fault_share=config.max_fault_share,
@@ -46,11 +44,11 @@ def main(config: IngestConfig) -> dict[str, Any]:
     progress = print_progress("ingest")
     if config.split:
         split = Split(config.fractions, config.group_by, config.seed)
-        results = ingest_split(addresses, config.output, split, options, progress)
+        results = ingest_split(paths, config.output, split, options, progress)
         parts = {name: summarize(result) for name, result in results.items()}
         report(config, results["train"])
         return {"output": config.output, **parts, "seconds": round(time.monotonic() - start, 1)}
-    result = ingest(addresses, config.output, options, progress)
+    result = ingest(paths, config.output, options, progress)
     seconds = time.monotonic() - start
     summary = summarize(result)
     report(config, result)

@@ -53,7 +53,7 @@ def predict(
 
             predictions, labels = image_folder.predict_by_endpoint(images, detect, config.orientation)
     else:
-        source, labels = model.address, image_folder.label_names(model)
+        source, labels = model.model_uri, image_folder.label_names(model)
         print(f"predicting {len(images.names):,} images with {source}", flush=True)
         connect(config.actors + 1, gpus=config.actors * config.num_gpus)
         require_shared(images=config.images, output=config.output)

@@ -32,7 +32,7 @@ def main(config: ServeConfig) -> dict[str, Any]:
     require_gpus(config)
     with endpoint(app, config.host, config.port) as url:
         summary = {
-            "model": model.address,
+            "model": model.model_uri,
             "endpoint": url,
             "device": config.device,
             "precision": config.precision,

@@ -35,7 +35,7 @@ _MAX_CLOCK_SKEW_S = 300.0
 class Held:
     """A lease taken by this process, or by the driver that sent this object here."""
 
-    address: str
+    uri: str
     owner: str
 
     def verify(self) -> None:
@@ -45,9 +45,9 @@ class Held:
             LeaseError: another process has taken it.
             StorageError: the lease cannot be read.
         """
-        record = _parse(self.address, cell(self.address).read())
+        record = _parse(self.uri, cell(self.uri).read())
         if record.get("owner") != self.owner:
-            raise LeaseError(_taken_message(self.address, record))
+            raise LeaseError(_taken_message(self.uri, record))
 
     def is_held(self) -> bool:
         """Return False if another process has taken the lease; True also if the storage does not answer."""
@@ -77,8 +77,8 @@ def lease(output: str, duration_s: float = DURATION_S, *, wait_s: float = 0.0) -
         LeaseError: another process holds the lease and is alive, or has taken it.
         StorageError: the storage does not answer, or has no conditional writes.
     """
-    address = storage.join(output, FILE)
-    holder = _Holder(address, duration_s)
+    uri = storage.join(output, FILE)
+    holder = _Holder(uri, duration_s)
     holder.take(time.monotonic() + wait_s)
     stop, lost = threading.Event(), threading.Event()
     me, in_main_thread = threading.get_ident(), threading.current_thread() is threading.main_thread()
@@ -100,11 +100,11 @@ def lease(output: str, duration_s: float = DURATION_S, *, wait_s: float = 0.0) -
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:
-        yield Held(address, holder.owner)
+        yield Held(uri, holder.owner)
     except KeyboardInterrupt:
         if not lost.is_set():
             raise
-        raise LeaseError(_taken_message(address, {})) from None
+        raise LeaseError(_taken_message(uri, {})) from None
     finally:
         stop.set()
         thread.join()
@@ -141,9 +141,9 @@ def exclusive(main: Callable[[C], R]) -> Callable[[C], R]:
 class _Holder:
     """A lease as one process sees it: the content that it last read or wrote."""
 
-    def __init__(self, address: str, duration_s: float) -> None:
-        self.address, self.duration_s = address, duration_s
-        self.cell: Cell = cell(address, retry_s=duration_s / 2)
+    def __init__(self, uri: str, duration_s: float) -> None:
+        self.uri, self.duration_s = uri, duration_s
+        self.cell: Cell = cell(uri, retry_s=duration_s / 2)
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.content = Content(None)
         self.renewed = 0.0
@@ -178,17 +178,17 @@ class _Holder:
         if self._write(self.content):
             return
         current = self.cell.read()
-        record = _parse(self.address, current)
+        record = _parse(self.uri, current)
         # An earlier write of this process may have arrived after its timeout, so its own record is accepted too. The
         # same holds for an absent file: if it was deleted, no other process has taken the lease.
         if record.get("owner", self.owner) != self.owner or not self._write(current):
-            raise LeaseError(_taken_message(self.address, record))
+            raise LeaseError(_taken_message(self.uri, record))
 
     def release(self) -> None:
         """Remove the lease, if this process still holds it."""
         if self.cell.write(None, self.content) is None:
             current = self.cell.read()
-            if _parse(self.address, current).get("owner") == self.owner:
+            if _parse(self.uri, current).get("owner") == self.owner:
                 self.cell.write(None, current)
 
     def _write(self, expected: Content) -> bool:
@@ -214,7 +214,7 @@ class _Holder:
         """
         last, since, is_alive = self.cell.read(), time.monotonic(), False
         while last.data is not None:
-            record = _parse(self.address, last)
+            record = _parse(self.uri, last)
             duration_s = float(record.get("duration_s", self.duration_s))
             runs_here = _runs_here(record)
             is_expired = (
@@ -225,10 +225,10 @@ class _Holder:
             is_alive = is_alive or bool(runs_here)
             if is_alive and time.monotonic() > until:
                 raise LeaseError(
-                    f"{self.address}: held by {_describe(record)}. Wait for it to finish, or give another --output."
+                    f"{self.uri}: held by {_describe(record)}. Wait for it to finish, or give another --output."
                 )
             if is_alive and not announced:
-                print(f"{self.address}: waiting for {_describe(record)}", flush=True)
+                print(f"{self.uri}: waiting for {_describe(record)}", flush=True)
                 announced = True
             time.sleep(min(self.duration_s / 20, 1.0))
             current = self.cell.read()
@@ -237,7 +237,7 @@ class _Holder:
         return last, announced
 
 
-def _parse(address: str, content: Content) -> dict[str, Any]:
+def _parse(uri: str, content: Content) -> dict[str, Any]:
     """Parse the record of a lease; empty if there is none."""
     if content.data is None:
         return {}
@@ -245,7 +245,7 @@ def _parse(address: str, content: Content) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(content.data)
         return {**record, "expires": float(record["expires"]), "owner": str(record["owner"])}
     except (ValueError, TypeError, KeyError) as error:
-        raise StorageError(f"{address}: not a raydetr lease ({error}): delete the file.") from error
+        raise StorageError(f"{uri}: not a raydetr lease ({error}): delete the file.") from error
 
 
 def _process_space() -> str:
@@ -277,9 +277,9 @@ def _describe(record: dict[str, Any]) -> str:
     return f"another process ({record.get('command', 'raydetr')}, process {process.split(':')[0]} on {host}{since})"
 
 
-def _taken_message(address: str, record: dict[str, Any]) -> str:
+def _taken_message(uri: str, record: dict[str, Any]) -> str:
     by = f": it is held by {_describe(record)}" if record else ""
     return (
-        f"{address}: another process has taken the lease while this one was suspended or disconnected from the "
+        f"{uri}: another process has taken the lease while this one was suspended or disconnected from the "
         f"storage{by}. This process stops and commits nothing more."
     )

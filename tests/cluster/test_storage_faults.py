@@ -78,9 +78,9 @@ def test_an_s3_outage_of_a_minute_only_delays_the_run(s3: S3, tmp_path: Path) ->
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     records = tmp_path / "run" / "records"
     records.mkdir(parents=True)
-    output = s3.address("run")
+    output = s3.uri("run")
     flags = [*FLAGS, "--tracking-uri", uri, "--output", output]
-    with start(s3.address("data"), tmp_path / "run", *flags) as run:
+    with start(s3.uri("data"), tmp_path / "run", *flags) as run:
         run.reach(2)
         s3.faults.down = True
         down = time.time()

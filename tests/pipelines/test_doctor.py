@@ -107,9 +107,9 @@ def test_all_problems_are_named_together_and_the_exit_status_is_2(
 def test_s3_is_read_and_written_and_a_missing_bucket_is_named(
     bucket_exists: bool, tmp_path: Path, manifest: Manifest, s3: S3, pipeline_process: RunPipeline
 ) -> None:
-    storage.upload_folder(manifest.root, s3.address("train"))
-    output = s3.address("run") if bucket_exists else "s3://no-such-bucket-of-ours/run"
-    flags = ["--train-data", s3.address("train"), "--output", output, *SMALL, "--overfit-steps", "0"]
+    storage.upload_folder(manifest.root, s3.uri("train"))
+    output = s3.uri("run") if bucket_exists else "s3://no-such-bucket-of-ours/run"
+    flags = ["--train-data", s3.uri("train"), "--output", output, *SMALL, "--overfit-steps", "0"]
     done = pipeline_process("doctor", *flags, cwd=tmp_path)
     assert done.returncode == (0 if bucket_exists else 2), done.stdout[-3000:] + done.stderr[-3000:]
     if bucket_exists:

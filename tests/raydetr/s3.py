@@ -1,7 +1,7 @@
 """A real S3 API on loopback behind a proxy that injects delays, errors and truncated answers.
 
     def test_x(s3: S3) -> None:
-        uri = s3.address("some/key")            # s3://…, whose endpoint is the proxy
+        uri = s3.uri("some/key")            # s3://…, whose endpoint is the proxy
         s3.faults.fail = 3                      # the next three requests are answered 503
         storage.write_bytes(uri, b"…")
         assert s3.faults.requests > 3
@@ -70,7 +70,7 @@ class S3:
     client: Any
     """A boto3 client that bypasses the proxy."""
 
-    def address(self, key: str) -> str:
+    def uri(self, key: str) -> str:
         """Return the URI of a key."""
         return f"s3://{self.bucket}/{key}"
 

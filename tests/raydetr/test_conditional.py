@@ -22,7 +22,7 @@ Address = Callable[[str], str]
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
     if request.param == "s3":
         s3: S3 = request.getfixturevalue("s3")
-        return s3.address
+        return s3.uri
     return lambda key: f"{'file://' if request.param == 'uri' else ''}{tmp_path}/{key}"
 
 
@@ -102,7 +102,7 @@ def test_a_reader_never_sees_a_partial_cell(tmp_path: Path) -> None:
 
 
 def test_a_write_whose_answer_is_lost_still_counts(s3: S3) -> None:
-    here = cell(s3.address("cell"))
+    here = cell(s3.uri("cell"))
     here.write(None, here.write(b"warm up", here.read()) or Content(None))
     put = conditional._S3Cell._put
 
@@ -120,7 +120,7 @@ def test_a_write_whose_answer_is_lost_still_counts(s3: S3) -> None:
 
 
 def test_a_request_to_a_busy_store_is_retried(s3: S3) -> None:
-    here = cell(s3.address("cell"))
+    here = cell(s3.uri("cell"))
     s3.faults.fail = 1
     assert here.write(b"1", here.read()) is not None
     assert s3.faults.fail == 0
@@ -128,7 +128,7 @@ def test_a_request_to_a_busy_store_is_retried(s3: S3) -> None:
 
 def test_a_store_that_ignores_conditions_is_refused(s3: S3) -> None:
     s3.faults.ignore_conditions = True
-    here = cell(s3.address("cell"))
+    here = cell(s3.uri("cell"))
     with pytest.raises(StorageError, match="ignores If-None-Match or If-Match"):
         here.write(b"1", here.read())
     assert s3.keys() == []
@@ -161,13 +161,13 @@ def test_a_mount_without_links_or_locks_is_refused(
 @pytest.mark.timeout(3000)
 def test_two_hundred_rounds_with_writes_that_take_up_to_five_seconds(s3: S3) -> None:
     """Concurrent rounds, each with three writers that compete for one cell."""
-    cell(s3.address("warm-up")).write(b"1", Content(None))
+    cell(s3.uri("warm-up")).write(b"1", Content(None))
     s3.faults.slow_writes = 2.5  # before the write arrives, and again before its answer
     winners: dict[int, list[int]] = {}
 
     def write(number: int, writer: int) -> None:
         time.sleep(random.uniform(0, 2))
-        here = cell(s3.address(f"round-{number}"))
+        here = cell(s3.uri(f"round-{number}"))
         content = here.read()
         if content.data is None and here.write(f"{writer}".encode(), content) is not None:
             winners.setdefault(number, []).append(writer)
@@ -184,5 +184,5 @@ def test_two_hundred_rounds_with_writes_that_take_up_to_five_seconds(s3: S3) -> 
             thread.join()
     for number in range(200):
         assert [str(each).encode() for each in winners[number]] == [
-            cell(s3.address(f"round-{number}")).read().data
+            cell(s3.uri(f"round-{number}")).read().data
         ]

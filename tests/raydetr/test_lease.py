@@ -192,7 +192,7 @@ def run_rounds(s3: S3, count: int, concurrent: int, slow_writes: float, duration
 
     In each round, two drivers must never work at the same time, and the driver that works must not be stopped.
     """
-    with lease(s3.address("warm-up"), 60.0):
+    with lease(s3.uri("warm-up"), 60.0):
         pass
     s3.faults.slow_writes = slow_writes
     failures: list[str] = []
@@ -201,7 +201,7 @@ def run_rounds(s3: S3, count: int, concurrent: int, slow_writes: float, duration
 
     def drive(number: int, driver: int, working: list[int]) -> None:
         try:
-            with lease(s3.address(f"round-{number}"), duration_s, wait_s=600) as held:
+            with lease(s3.uri(f"round-{number}"), duration_s, wait_s=600) as held:
                 working.append(driver)
                 end = time.monotonic() + random.uniform(0, duration_s / 2)
                 while time.monotonic() < end:

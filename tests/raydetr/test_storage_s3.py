@@ -18,7 +18,7 @@ from tests.raydetr.s3 import S3
 
 def test_files_folders_and_listings_behave_as_on_a_disk(s3: S3, tmp_path: Path) -> None:
     names = ["a/1.bin", "a/b/2.bin", "3.bin"]
-    for root in (s3.address("root"), str(tmp_path / "root")):
+    for root in (s3.uri("root"), str(tmp_path / "root")):
         for number, name in enumerate(names):
             storage.write_bytes(storage.join(root, name), bytes([number]) * 10)
         assert storage.list_names(root) == ["3.bin", "a"]
@@ -38,24 +38,24 @@ def test_files_folders_and_listings_behave_as_on_a_disk(s3: S3, tmp_path: Path) 
 
 def test_a_key_may_contain_any_characters(s3: S3) -> None:
     for name in ("what?.jpg", "100% #1.jpg", "größe a+b.jpg", "x?endpoint_override=y"):
-        address = s3.address(f"odd/{name}")
+        address = s3.uri(f"odd/{name}")
         storage.write_bytes(address, name.encode())
         assert storage.read_bytes(address) == name.encode()
-        assert name in storage.list_names(s3.address("odd"))
+        assert name in storage.list_names(s3.uri("odd"))
 
 
 @pytest.mark.slow
 def test_a_large_file_is_uploaded_in_parts_and_reads_back(s3: S3) -> None:
     data = np.random.default_rng(0).bytes(25_000_000)
-    storage.write_bytes(s3.address("large"), data)
-    assert storage.read_bytes(s3.address("large")) == data
+    storage.write_bytes(s3.uri("large"), data)
+    assert storage.read_bytes(s3.uri("large")) == data
     etag = s3.client.head_object(Bucket=s3.bucket, Key="large")["ETag"]
     assert "-" in etag, "not a multi-part upload"
 
 
 def test_a_failed_write_leaves_no_object(s3: S3) -> None:
     def write_half() -> None:
-        with storage.open_output(s3.address("half")) as stream:
+        with storage.open_output(s3.uri("half")) as stream:
             stream.write(bytes(20_000_000))
             raise RuntimeError
 
@@ -69,12 +69,12 @@ def test_a_failed_write_leaves_no_object(s3: S3) -> None:
 def test_requests_with_transient_errors_are_retried(s3: S3, fail: int, status: int) -> None:
     s3.faults.status = status
     for action in (
-        lambda: storage.write_bytes(s3.address("x"), b"content"),
-        lambda: storage.read_bytes(s3.address("x")),
-        lambda: storage.list_names(s3.address("")),
-        lambda: storage.file_sizes(s3.address(""), ["x"]),
-        lambda: storage.exists(s3.address("x")),
-        lambda: storage.delete_file(s3.address("x")),
+        lambda: storage.write_bytes(s3.uri("x"), b"content"),
+        lambda: storage.read_bytes(s3.uri("x")),
+        lambda: storage.list_names(s3.uri("")),
+        lambda: storage.file_sizes(s3.uri(""), ["x"]),
+        lambda: storage.exists(s3.uri("x")),
+        lambda: storage.delete_file(s3.uri("x")),
     ):
         s3.faults.fail = fail
         action()
@@ -84,15 +84,15 @@ def test_requests_with_transient_errors_are_retried(s3: S3, fail: int, status: i
 
 def test_a_truncated_body_is_read_again(s3: S3) -> None:
     data = np.random.default_rng(0).bytes(300_000)
-    storage.write_bytes(s3.address("x"), data)
+    storage.write_bytes(s3.uri("x"), data)
     s3.faults.cut = 2
-    assert storage.read_bytes(s3.address("x")) == data
+    assert storage.read_bytes(s3.uri("x")) == data
     assert s3.faults.cut == 0
     table = pa.table({"a": np.random.default_rng(0).random(50_000)})
-    with storage.open_output(s3.address("t.parquet")) as stream:
+    with storage.open_output(s3.uri("t.parquet")) as stream:
         pq.write_table(table, stream)
     s3.faults.cut = 3
-    assert storage.read(s3.address("t.parquet"), pq.read_table) == table
+    assert storage.read(s3.uri("t.parquet"), pq.read_table) == table
     assert s3.faults.cut == 0
 
 
@@ -110,9 +110,9 @@ def test_an_epoch_reads_at_most_five_percent_more_than_the_shards(s3: S3) -> Non
         }
         for number in range(256)
     ]
-    summary = write_shard(s3.address("shards"), 0, records)
+    summary = write_shard(s3.uri("shards"), 0, records)
     assert summary is not None
-    manifest = write_manifest(s3.address("shards"), [summary], [{"id": 1, "name": "thing"}])
+    manifest = write_manifest(s3.uri("shards"), [summary], [{"id": 1, "name": "thing"}])
     source = shard_source(manifest)
     windows = Windows(layout(manifest), 4)
     s3.faults.bytes_read = s3.faults.requests = 0
@@ -128,13 +128,13 @@ def test_an_epoch_reads_at_most_five_percent_more_than_the_shards(s3: S3) -> Non
 def test_permanent_errors_are_not_retried_and_name_a_remedy(s3: S3) -> None:
     start = time.monotonic()
     with pytest.raises(StorageError, match=f"{s3.bucket}/no.*cannot be read"):
-        storage.read_bytes(s3.address("no"))
+        storage.read_bytes(s3.uri("no"))
     with pytest.raises(StorageError, match="no such bucket"):
         storage.write_bytes("s3://not-there-at-all/x", b"")
-    storage.write_bytes(s3.address("x"), b"")
+    storage.write_bytes(s3.uri("x"), b"")
     s3.faults.down, s3.faults.status = True, 403
     with pytest.raises(StorageError, match="credentials"):
-        storage.read_bytes(s3.address("x"))
+        storage.read_bytes(s3.uri("x"))
     assert time.monotonic() - start < filesystems.RETRY_SECONDS / 2
 
 
@@ -143,4 +143,4 @@ def test_an_endpoint_that_stays_down_is_an_error(s3: S3, monkeypatch: pytest.Mon
     monkeypatch.setattr(filesystems, "RETRY_SECONDS", 1.0)
     s3.faults.down = True
     with pytest.raises(StorageError, match=f"{s3.bucket}/x: cannot be read"):
-        storage.read_bytes(s3.address("x"))
+        storage.read_bytes(s3.uri("x"))

@@ -93,16 +93,16 @@ def evaluate(config: EvaluateConfig) -> EvaluationSummary:
             known = record is not None
             if record is None:
                 print(
-                    f"scoring {model.address} on {manifest.num_images:,} images of {manifest.root}",
+                    f"scoring {model.model_uri} on {manifest.num_images:,} images of {manifest.root}",
                     flush=True,
                 )
                 record = _evaluate(config, uri, model, manifest, settings, output, held)
             if config.coco_json:
                 write_coco_files(read_predictions(record.predictions), manifest, output)
     if known:
-        print(f"{model.address} is already scored on this data. Using the stored metrics.", flush=True)
+        print(f"{model.model_uri} is already scored on this data. Using the stored metrics.", flush=True)
     summary = EvaluationSummary(
-        model=model.address,
+        model=model.model_uri,
         data=manifest.root,
         data_digest=manifest.digest,
         task=settings.task,
@@ -165,20 +165,20 @@ def _load_data(config: EvaluateConfig) -> Manifest:
     if not config.images:
         return Manifest.load(embedded("val"))
     panoptic = config.panoptic_annotations, config.panoptic_masks
-    addresses = InputPaths(config.annotations, config.images, *panoptic)
-    name = "-".join([*addresses.images.split("/")[-2:], _digest(addresses)[:8]])
+    paths = InputPaths(config.annotations, config.images, *panoptic)
+    name = "-".join([*paths.images.split("/")[-2:], _digest(paths)[:8]])
     options = Options(max_fault_share=config.max_fault_share)
     output = storage.absolute(f"runs/data/{name}")
-    manifest = ingest(addresses, output, options, print_progress("ingest")).manifest
+    manifest = ingest(paths, output, options, print_progress("ingest")).manifest
     print_faults(manifest)
     return manifest
 
 
-def _digest(addresses: InputPaths) -> str:
+def _digest(paths: InputPaths) -> str:
     """Return the hex digest of a COCO data set's URIs and annotation files, so that edited files are ingested again."""
-    uris = {name: value for name, value in asdict(addresses).items() if isinstance(value, str)}
+    uris = {name: value for name, value in asdict(paths).items() if isinstance(value, str)}
     digest = hashlib.sha256(json.dumps(uris).encode())
-    for file in filter(None, (addresses.annotations, addresses.panoptic_annotations)):
+    for file in filter(None, (paths.annotations, paths.panoptic_annotations)):
         digest.update(storage.read_bytes(file))
     return digest.hexdigest()
 
@@ -200,7 +200,7 @@ def _settings(config: EvaluateConfig, model: ResolvedModel, manifest: Manifest) 
         elif has_head and has_masks:
             task = "instance"
     if task in ("instance", "panoptic") and not has_head:
-        raise ConfigError(f"--task {task}: {model.address} has no mask head. Use --task detection.")
+        raise ConfigError(f"--task {task}: {model.model_uri} has no mask head. Use --task detection.")
     if (task == "instance" and not has_masks) or (task.startswith("panoptic") and not has_segments):
         missing = "object masks" if task == "instance" else "panoptic segments"
         raise DataError(f"--task {task}: the first {_SEARCHED} records of {manifest.root} have no {missing}.")
@@ -246,7 +246,7 @@ def _check_minimum(
     tag_below_minimum(uri, model, record, problem if is_below else "")
     if is_below:
         error = BelowMinimumError(
-            f"{model.address} on {summary.data} ({summary.data_digest[:12]}): {problem}. See {record.report}."
+            f"{model.model_uri} on {summary.data} ({summary.data_digest[:12]}): {problem}. See {record.report}."
         )
         error.summary = summary.to_output()
         raise error

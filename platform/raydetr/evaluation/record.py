@@ -96,7 +96,7 @@ def build_record(
     return EvaluationRecord(
         schema_version=SCHEMA_VERSION,
         key=evaluation_key(model, manifest, settings),
-        model=EvaluatedModel(model.name, model.version, model.address, model.digest),
+        model=EvaluatedModel(model.name, model.version, model.model_uri, model.digest),
         data=EvaluationData(manifest.root, manifest.digest),
         settings=settings,
         metrics=metrics,

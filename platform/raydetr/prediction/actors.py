@@ -67,7 +67,7 @@ class FileWindow:
     """Image files: their ids and URIs."""
 
     image_ids: list[int]
-    addresses: list[str]
+    uris: list[str]
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _read_images(
 ) -> Iterator[tuple[int, bytes | torch.Tensor | ImageError]]:
     """Yield each image id with its image (encoded bytes or decoded pixels) or the error that prevented reading it."""
     if isinstance(window, FileWindow):
-        for image_id, uri in zip(window.image_ids, window.addresses, strict=True):
+        for image_id, uri in zip(window.image_ids, window.uris, strict=True):
             try:
                 yield image_id, storage.read_bytes(uri)
             except StorageError as error:

@@ -42,7 +42,7 @@ class Images:
     folder: str
     names: list[str]
 
-    def address(self, image_id: int) -> str:
+    def uri(self, image_id: int) -> str:
         """Return the URI of an image."""
         return storage.join(self.folder, self.names[image_id - 1])
 
@@ -94,7 +94,7 @@ def predict_by_model(
     remaining = [image_id for image_id in range(1, len(images.names) + 1) if image_id not in done]
     length = max(min(_WINDOW, len(remaining) // (4 * options.actors)), 1)
     chunks = [remaining[start : start + length] for start in range(0, len(remaining), length)]
-    windows = [FileWindow(ids, [images.address(each) for each in ids]) for ids in chunks]
+    windows = [FileWindow(ids, [images.uri(each) for each in ids]) for ids in chunks]
     if windows:
         for rows in run_actors(model, windows, "", None, settings, options):
             parts.add(rows)
@@ -152,7 +152,7 @@ def _predict_one(
     image_id: int, images: Images, detect: Detect, orientation: Orientation, labels: dict[int, str]
 ) -> PredictionRow:
     """Return the row of one image and add the names of its labels to `labels`."""
-    data = storage.read_bytes(images.address(image_id))
+    data = storage.read_bytes(images.uri(image_id))
     try:
         detections = detect(data)
         height, width = image_size(data, orientation)

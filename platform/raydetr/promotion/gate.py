@@ -386,4 +386,4 @@ def _digests(version: Candidate) -> str:
 def _data_uri(version: Candidate, digest: str) -> str:
     """Return the URI of the data set that a version is evaluated on; empty if it is not known."""
     record = version.evaluations.get(digest)
-    return "" if record is None else record.data.address
+    return "" if record is None else record.data.uri

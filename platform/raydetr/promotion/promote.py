@@ -166,7 +166,7 @@ def _missing_reports(versions: list[Candidate], digest: str) -> dict[int, str]:
 
 def _load(records: Sequence[EvaluationRecord]) -> tuple[Manifest | None, Rule]:
     """Load the evaluation data of the challenger's record, and check that it is unchanged since it was scored."""
-    uri, recorded = records[-1].data.address, [record.data.digest for record in records]
+    uri, recorded = records[-1].data.uri, [record.data.digest for record in records]
     try:
         manifest = Manifest.load(uri)
     except (DataError, StorageError) as error:

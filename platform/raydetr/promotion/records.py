@@ -37,18 +37,18 @@ class Promotion:
     """MLflow run of the decision."""
 
 
-def read_candidate(uri: str, address: str) -> Candidate:
+def read_candidate(uri: str, model_uri: str) -> Candidate:
     """Read what the gate needs to know about a registered version, without downloading its files.
 
     Args:
         uri: MLflow URI from `tracking.resolve_uri`.
-        address: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        model_uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
     Raises:
         ConfigError: the model URI does not have one of these forms.
         RegistryError: the version does not exist, or the URI is that of a folder.
     """
-    version = registered_version(address, uri)
+    version = registered_version(model_uri, uri)
     return Candidate(
         name=version.name,
         version=version.version,

@@ -42,12 +42,12 @@ def put_evaluation(model: ResolvedModel, data_digest: str, record: EvaluationRec
         sizes = {key: len(json.dumps(part)) for key, part in to_json(record).items()}
         longest = max(sizes, key=lambda key: sizes[key])
         raise RegistryError(
-            f"The evaluation of {model.address} on {data_digest[:12]} has {len(value)} characters as JSON, but MLflow "
+            f"The evaluation of {model.model_uri} on {data_digest[:12]} has {len(value)} characters as JSON, but MLflow "
             f"limits a tag to {TAG_LENGTH} characters: shorten {longest!r}, which has {sizes[longest]}."
         )
-    mlflow_client = client(model.uri)
+    mlflow_client = client(model.tracking_uri)
     tags = {EVALUATION_TAG + data_digest: value}
-    with registry_errors(model.uri):
+    with registry_errors(model.tracking_uri):
         if record.report:
             _store_report(model, data_digest, record.report)
             tags[f"{REPORT_TAG}{data_digest[:12]}"] = record.report
@@ -64,9 +64,9 @@ def evaluations(model: ResolvedModel) -> dict[str, EvaluationRecord]:
     """Read the evaluations of a registered version: data digest → record. A model folder has none."""
     if model.version is None:
         return {}
-    mlflow_client = client(model.uri)
-    with registry_errors(model.uri):
-        version = find_version(mlflow_client, model.uri, str(model.name), version=str(model.version))
+    mlflow_client = client(model.tracking_uri)
+    with registry_errors(model.tracking_uri):
+        version = find_version(mlflow_client, model.tracking_uri, str(model.name), version=str(model.version))
     return evaluations_of(version.tags)
 
 
@@ -92,7 +92,7 @@ def _store_report(model: ResolvedModel, data_digest: str, report: str) -> None:
         page = storage.read_bytes(report)
     except StorageError:
         return  # a promotion fails with a message about the missing report
-    mlflow_client = client(model.uri)
+    mlflow_client = client(model.tracking_uri)
     model_id = mlflow_client.get_model_version(str(model.name), str(model.version)).tags.get(MODEL_ID_TAG)
     if model_id is None:
         return

@@ -55,7 +55,7 @@ class RegisteredVersion:
     """Time of creation in milliseconds since 1970."""
 
     @property
-    def address(self) -> str:
+    def model_uri(self) -> str:
         """Model URI: `models:/NAME/VERSION`."""
         return f"models:/{self.name}/{self.version}"
 
@@ -64,10 +64,10 @@ class RegisteredVersion:
 class ResolvedModel:
     """A model URI pinned to one version, so that a moving alias does not affect a running job."""
 
-    address: str
+    model_uri: str
     """Model URI: `models:/NAME/VERSION` (an alias is resolved to its version), an absolute folder, or a storage or Hub
     URI."""
-    uri: str
+    tracking_uri: str
     """MLflow URI; empty for a folder."""
     folder: str
     """Local folder of the model files on the machine that resolved the URI."""
@@ -160,16 +160,16 @@ def advance_alias(mlflow_client: "MlflowClient", name: str, alias: str, version:
         mlflow_client.set_registered_model_alias(name, alias, str(version))
 
 
-def is_path(address: str) -> bool:
+def is_path(model_uri: str) -> bool:
     """Return whether a model URI is a path, and not a registered model, a Hub model or a storage URI."""
-    return bool(address) and "://" not in address and not address.startswith(("models:", "hub:"))
+    return bool(model_uri) and "://" not in model_uri and not model_uri.startswith(("models:", "hub:"))
 
 
-def resolve(address: str, uri: str) -> ResolvedModel:
+def resolve(model_uri: str, uri: str) -> ResolvedModel:
     """Resolve a model URI and download the model's files to this machine if necessary.
 
     Args:
-        address: model URI: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, a folder, `s3://…` or `hub:ORG/NAME`.
+        model_uri: model URI: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, a folder, `s3://…` or `hub:ORG/NAME`.
         uri: MLflow URI from `tracking.resolve_uri`; used only for registered models.
 
     Raises:
@@ -177,17 +177,17 @@ def resolve(address: str, uri: str) -> ResolvedModel:
         RegistryError: the model, version, alias or folder does not exist. For a registered model, the message lists the
             existing ones.
     """
-    if not address.startswith("models:"):
-        return _resolve_folder(address)
-    version = registered_version(address, uri)
+    if not model_uri.startswith("models:"):
+        return _resolve_folder(model_uri)
+    version = registered_version(model_uri, uri)
     folder = _files_of(uri, version)
     return ResolvedModel(
-        address=version.address,
-        uri=uri,
+        model_uri=version.model_uri,
+        tracking_uri=uri,
         folder=folder,
         name=version.name,
         version=version.version,
-        digest=_verify_digest(folder, version.tags.get(DIGEST_TAG, ""), version.address),
+        digest=_verify_digest(folder, version.tags.get(DIGEST_TAG, ""), version.model_uri),
     )
 
 
@@ -197,8 +197,10 @@ def local_folder(model: ResolvedModel) -> str:
     Raises:
         RegistryError: the files on this machine have another digest.
     """
-    folder = model.folder if os.path.isdir(model.folder) else resolve(model.address, model.uri).folder
-    _verify_digest(folder, model.digest, model.address)
+    folder = (
+        model.folder if os.path.isdir(model.folder) else resolve(model.model_uri, model.tracking_uri).folder
+    )
+    _verify_digest(folder, model.digest, model.model_uri)
     return folder
 
 
@@ -211,7 +213,7 @@ def files_digest(uri: str, name: str, version: int) -> str:
     return _digest_once(_files_of(uri, registered_version(f"models:/{name}/{version}", uri)))
 
 
-def _verify_digest(folder: str, expected: str, address: str) -> str:
+def _verify_digest(folder: str, expected: str, model_uri: str) -> str:
     """Return the digest of a folder's files after comparing it with the expected one; an empty one is not compared.
 
     Raises:
@@ -220,26 +222,26 @@ def _verify_digest(folder: str, expected: str, address: str) -> str:
     found = _digest_once(folder)
     if expected and found != expected:
         raise RegistryError(
-            f"{address}: the files in {folder} are not those of this model (digest {found[:12]} instead of "
+            f"{model_uri}: the files in {folder} are not those of this model (digest {found[:12]} instead of "
             f"{expected[:12]}): they were changed or damaged. Restore them, or register the model again."
         )
     return found
 
 
-def registered_version(address: str, uri: str) -> RegisteredVersion:
+def registered_version(model_uri: str, uri: str) -> RegisteredVersion:
     """Return the version at a model URI, without downloading any file.
 
     Raises:
         ConfigError: the URI starts with `models:` but is malformed.
         RegistryError: the URI is that of a folder, or the model, version or alias does not exist.
     """
-    if not address.startswith("models:"):
+    if not model_uri.startswith("models:"):
         raise RegistryError(
-            f"{address} is a folder: only a registered version has aliases (models:/NAME@ALIAS, models:/NAME/VERSION)."
+            f"{model_uri} is a folder: only a registered version has aliases (models:/NAME@ALIAS, models:/NAME/VERSION)."
         )
-    match = _MODEL_URI.fullmatch(address)
+    match = _MODEL_URI.fullmatch(model_uri)
     if match is None:
-        raise ConfigError(f"{address!r}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION.")
+        raise ConfigError(f"{model_uri!r}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION.")
     require_database(uri, match["name"])
     with registry_errors(uri):
         return find_version(client(uri), uri, match["name"], alias=match["alias"], version=match["version"])
@@ -305,11 +307,11 @@ def model_folder(directory: str) -> str:
     return inside if os.path.isfile(os.path.join(directory, "MLmodel")) else directory
 
 
-def _resolve_folder(address: str) -> ResolvedModel:
-    folder = model_folder(fetch_folder(address))
+def _resolve_folder(model_uri: str) -> ResolvedModel:
+    folder = model_folder(fetch_folder(model_uri))
     require_model_files(folder)
-    remote = "://" in address or address.startswith("hub:")
-    return ResolvedModel(address if remote else folder, "", folder, None, None, folder_digest(folder))
+    remote = "://" in model_uri or model_uri.startswith("hub:")
+    return ResolvedModel(model_uri if remote else folder, "", folder, None, None, folder_digest(folder))
 
 
 def _build_version(

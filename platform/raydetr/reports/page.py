@@ -313,9 +313,9 @@ def _slices(analysis: Analysis) -> str:
 
 def _about(record: EvaluationRecord, analysis: Analysis, manifest: Manifest) -> str:
     rows = [
-        ("model", record.model.address),
+        ("model", record.model.uri),
         ("digest of the model", record.model.digest),
-        ("data set", record.data.address),
+        ("data set", record.data.uri),
         ("digest of the data set", record.data.digest or manifest.digest),
         ("predictions", record.predictions),
         ("analysis", record.analysis),

@@ -271,9 +271,9 @@ def _about(old: EvaluationRecord, new: EvaluationRecord, comparison: Comparison)
     )
     rows = []
     for title, *values in (
-        ("model", old.model.address, new.model.address),
+        ("model", old.model.uri, new.model.uri),
         ("digest of the model", old.model.digest, new.model.digest),
-        ("data set", old.data.address, new.data.address),
+        ("data set", old.data.uri, new.data.uri),
         ("digest of the data set", old.data.digest, new.data.digest),
         ("predictions", old.predictions, new.predictions),
         ("report", old.report, new.report),

@@ -132,12 +132,12 @@ def model_name(model: EvaluatedModel) -> str:
     """Return the name and version of a registered model, or the last part of another model's URI; HTML."""
     if model.version is not None:
         return escape(f"{model.name} version {model.version}")
-    return escape(_last(model.address or "a model"))
+    return escape(_last(model.uri or "a model"))
 
 
 def data_name(data: EvaluationData) -> str:
     """Return the last part of a data set's URI; HTML."""
-    return escape(_last(data.address or "a data set"))
+    return escape(_last(data.uri or "a data set"))
 
 
 def _last(uri: str) -> str:

@@ -14,7 +14,7 @@ class EvaluatedModel:
     """Registered name; None for a folder."""
     version: int | None
     """Registered version; None for a folder."""
-    address: str = ""
+    uri: str = field(default="", metadata={"key": "address"})
     """Model URI; see `registry.models.ResolvedModel`."""
     digest: str = ""
     """sha256 over the model's files; empty: not recorded."""
@@ -24,7 +24,7 @@ class EvaluatedModel:
 class EvaluationData:
     """The data set of an evaluation."""
 
-    address: str = ""
+    uri: str = field(default="", metadata={"key": "address"})
     """URI of the shards; empty: not recorded."""
     digest: str = ""
     """Digest of the manifest."""

@@ -94,4 +94,4 @@ class Challenger:
 
     def differs_from(self, champion: ServedVersion) -> bool:
         """Check whether the challenger is another version; its alias may point to the champion's."""
-        return self.version.model.address != champion.model.address
+        return self.version.model.model_uri != champion.model.model_uri

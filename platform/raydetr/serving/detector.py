@@ -353,7 +353,7 @@ def _priority(image: PreparedImage) -> Priority:
 
 
 def _key(model: ResolvedModel) -> str:
-    return f"{model.address} {model.digest}"
+    return f"{model.model_uri} {model.digest}"
 
 
 def _check_device(version: LoadedModel) -> None:

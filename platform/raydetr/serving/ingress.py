@@ -92,7 +92,7 @@ class Ingress:
         self._export_version()
         if options.alias is not None:
             # A process that replaces another one must not serve the version that the application started with.
-            Follower(options.alias, model.address, self._serve_version).start(wait_s=_FIRST_POLL_S)
+            Follower(options.alias, model.model_uri, self._serve_version).start(wait_s=_FIRST_POLL_S)
         if options.challenger is not None:
             self.shadow = Shadow(
                 options.challenger.shadow,

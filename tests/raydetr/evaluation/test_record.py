@@ -70,25 +70,25 @@ def runs(uri: str) -> list[Any]:
 def test_the_record_of_a_version_is_stored_in_three_places_and_allows_promotion(version, manifest, tmp_path):
     output = tmp_path / "out"
     assert find_record(version, manifest, SETTINGS, str(output)) is None
-    record = store_evaluation(version.uri, version, manifest, output)
+    record = store_evaluation(version.tracking_uri, version, manifest, output)
     assert record.metrics == METRICS
     assert record.undecodable == {1021: "cut short"}
 
     assert json.loads((output / "metrics.json").read_text()) == to_json(record)
     assert evaluations(version) == {manifest.digest: record}
-    run = client(version.uri).get_run(record.run_id)
+    run = client(version.tracking_uri).get_run(record.run_id)
     assert run.info.status == "FINISHED"
-    assert client(version.uri).get_experiment(run.info.experiment_id).name == EXPERIMENT
+    assert client(version.tracking_uri).get_experiment(run.info.experiment_id).name == EXPERIMENT
     assert run.data.params["model.address"] == "models:/raydetr/1"
     assert run.data.params["data.digest"] == manifest.digest
-    assert metric_history(version.uri, record.run_id, "AP") == [(0, 0.25)]
+    assert metric_history(version.tracking_uri, record.run_id, "AP") == [(0, 0.25)]
     assert run.data.metrics["AP/ant"] == 0.5
     assert run.data.metrics["AP/bee _x3C_b_x3E_"] == -1
-    artifacts = {file.path for file in client(version.uri).list_artifacts(record.run_id)}
+    artifacts = {file.path for file in client(version.tracking_uri).list_artifacts(record.run_id)}
     assert artifacts == {"analysis.json", "report.html"}
 
     assert find_record(version, manifest, SETTINGS, str(tmp_path / "elsewhere")) == record
-    assert move_alias_unchecked(version.uri, "models:/raydetr@challenger", "champion").version == 1
+    assert move_alias_unchecked(version.tracking_uri, "models:/raydetr@challenger", "champion").version == 1
 
 
 def test_each_class_has_its_own_metric_whatever_its_name(version, manifest, tmp_path):
@@ -113,7 +113,9 @@ def test_each_class_has_its_own_metric_whatever_its_name(version, manifest, tmp_
     record = build_record(version, manifest, SETTINGS, METRICS, {}, "p", str(tmp_path))
     for uri in (record.report, record.analysis):
         storage.write_bytes(uri, b"{}")
-    run = client(version.uri).get_run(keep(version.uri, version, record, analysis, str(tmp_path)).run_id)
+    run = client(version.tracking_uri).get_run(
+        keep(version.tracking_uri, version, record, analysis, str(tmp_path)).run_id
+    )
     class_metrics = {key: value for key, value in run.data.metrics.items() if key.startswith("AP/")}
     assert sorted(class_metrics.values()) == [number / 100 for number in range(len(names))]
 
@@ -144,7 +146,7 @@ def test_a_record_that_cannot_fit_a_tag_is_an_error_before_prediction(version, m
 
 def test_other_data_another_model_and_other_settings_have_no_record(version, manifest, tmp_path):
     output = str(tmp_path / "out")
-    store_evaluation(version.uri, version, manifest, tmp_path / "out")
+    store_evaluation(version.tracking_uri, version, manifest, tmp_path / "out")
     assert find_record(version, dataclasses.replace(manifest, digest="other"), SETTINGS, output) is None
     assert find_record(dataclasses.replace(version, digest="other"), manifest, SETTINGS, output) is None
     assert find_record(version, manifest, {**SETTINGS, "precision": "bf16"}, output) is None
@@ -153,8 +155,8 @@ def test_other_data_another_model_and_other_settings_have_no_record(version, man
 def test_a_record_that_did_not_reach_the_version_is_completed_without_scoring_again(
     version, manifest, tmp_path
 ):
-    record = store_evaluation(version.uri, version, manifest, tmp_path / "out")
-    client(version.uri).delete_model_version_tag("raydetr", "1", f"evaluation.{manifest.digest}")
+    record = store_evaluation(version.tracking_uri, version, manifest, tmp_path / "out")
+    client(version.tracking_uri).delete_model_version_tag("raydetr", "1", f"evaluation.{manifest.digest}")
     assert evaluations(version) == {}
     assert find_record(version, manifest, SETTINGS, str(tmp_path / "out")) == record
     assert evaluations(version) == {manifest.digest: record}
@@ -173,12 +175,12 @@ def test_an_evaluation_that_is_interrupted_while_its_record_is_stored_leaves_one
 
         patched.setattr(module, before, fail)
         with pytest.raises(RegistryError, match="unavailable"):
-            store_evaluation(version.uri, version, manifest, tmp_path / "out")
-    record = store_evaluation(version.uri, version, manifest, tmp_path / "out")
-    (run,) = runs(version.uri)
+            store_evaluation(version.tracking_uri, version, manifest, tmp_path / "out")
+    record = store_evaluation(version.tracking_uri, version, manifest, tmp_path / "out")
+    (run,) = runs(version.tracking_uri)
     assert (run.info.run_id, run.info.status) == (record.run_id, "FINISHED")
     assert run.data.tags[KEY_TAG] == record.key
-    assert len(client(version.uri).get_metric_history(record.run_id, "AP")) == 1
+    assert len(client(version.tracking_uri).get_metric_history(record.run_id, "AP")) == 1
     assert evaluations(version) == {manifest.digest: record}
 
 
@@ -195,23 +197,23 @@ def test_an_evaluation_that_is_interrupted_right_after_its_run_started_resumes_t
 
         patched.setattr(MlflowClient, "log_batch", fail)
         with pytest.raises(RegistryError, match="unavailable"):
-            store_evaluation(version.uri, version, manifest, tmp_path / "out")
-    record = store_evaluation(version.uri, version, manifest, tmp_path / "out")
-    (run,) = runs(version.uri)
+            store_evaluation(version.tracking_uri, version, manifest, tmp_path / "out")
+    record = store_evaluation(version.tracking_uri, version, manifest, tmp_path / "out")
+    (run,) = runs(version.tracking_uri)
     assert (run.info.run_id, run.info.status) == (record.run_id, "FINISHED")
     assert run.data.params["model.address"] == "models:/raydetr/1"
 
 
 @pytest.mark.parametrize("name", rest_slow(["report.html", "predictions.parquet"]))
 def test_a_record_without_its_report_or_predictions_is_not_used(version, manifest, tmp_path, name):
-    store_evaluation(version.uri, version, manifest, tmp_path / "out")
+    store_evaluation(version.tracking_uri, version, manifest, tmp_path / "out")
     (tmp_path / "out" / name).unlink()
     assert find_record(version, manifest, SETTINGS, str(tmp_path / "out")) is None
 
 
 def test_the_record_of_a_model_folder_is_found_by_its_digest(version, model, manifest, tmp_path):
     output = str(tmp_path / "out")
-    record = store_evaluation(version.uri, model, manifest, tmp_path / "out")
+    record = store_evaluation(version.tracking_uri, model, manifest, tmp_path / "out")
     assert record.model.digest == model.digest
     assert find_record(model, manifest, SETTINGS, output) == record
     (tmp_path / "out/metrics.json").write_text("[]")
@@ -221,9 +223,9 @@ def test_the_record_of_a_model_folder_is_found_by_its_digest(version, model, man
 def test_a_metric_below_its_minimum_is_tagged_on_run_and_version_until_it_recovers(
     version, manifest, tmp_path
 ):
-    record = store_evaluation(version.uri, version, manifest, tmp_path / "out")
+    record = store_evaluation(version.tracking_uri, version, manifest, tmp_path / "out")
     for problem in ("AP 0.25 is below 0.3", ""):
-        tag_below_minimum(version.uri, version, record, problem)
-        assert client(version.uri).get_run(record.run_id).data.tags["below"] == problem
-        tags = client(version.uri).get_model_version("raydetr", "1").tags
+        tag_below_minimum(version.tracking_uri, version, record, problem)
+        assert client(version.tracking_uri).get_run(record.run_id).data.tags["below"] == problem
+        tags = client(version.tracking_uri).get_model_version("raydetr", "1").tags
         assert tags[f"below.{manifest.digest[:12]}"] == problem

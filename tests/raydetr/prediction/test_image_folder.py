@@ -183,7 +183,7 @@ def test_orientation_controls_whether_photos_are_predicted_and_drawn_upright(
     assert (row["height"], row["width"]) == size
     drawn = draw(oriented("PNG"), row, labels, 0.5, orientation)  # enlarges small images
     assert drawn.height * size[1] == drawn.width * size[0]
-    windows = pa.Table.from_pylist([{"image_ids": [1], "addresses": [images.address(1)]}])
+    windows = pa.Table.from_pylist([{"image_ids": [1], "uris": [images.uri(1)]}])
     (prepared,) = _prepare(windows, "", model, 8, orientation)
     assert prepared.to_pylist()[0]["original_size"] == [list(size)]
 
@@ -198,7 +198,7 @@ def test_a_folder_without_images_and_a_missing_folder_are_errors(tmp_path):
 
 def test_a_single_file_is_a_valid_input(photos):
     images = image_folder.list_images(str(photos / "b.png"))
-    assert images.address(1) == str(photos / "b.png")
+    assert images.uri(1) == str(photos / "b.png")
 
 
 def test_without_a_data_set_category_ids_are_the_labels_of_the_model(tmp_path):

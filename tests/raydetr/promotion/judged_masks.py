@@ -25,8 +25,8 @@ def scenes(folder: Path) -> Manifest:
     generate(str(folder / "coco"), 40, seed=2, size=96)
     annotations = folder / "coco/annotations"
     panoptic = str(annotations / "panoptic.json"), str(annotations / "panoptic")
-    addresses = InputPaths(str(annotations / "instances.json"), str(folder / "coco/images"), *panoptic)
-    return shards(folder / "shards", addresses)
+    paths = InputPaths(str(annotations / "instances.json"), str(folder / "coco/images"), *panoptic)
+    return shards(folder / "shards", paths)
 
 
 def outlines(manifest: Manifest, blur: Blur, boxes: float, seed: int = 0) -> pa.Table:

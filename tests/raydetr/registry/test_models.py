@@ -36,7 +36,7 @@ def test_a_registered_version_contains_the_model_files_and_a_card_and_no_pickle(
     assert version == 1
 
     model = resolve("models:/raydetr@challenger", tracking_uri)
-    assert (model.name, model.version, model.address) == ("raydetr", 1, "models:/raydetr/1")
+    assert (model.name, model.version, model.model_uri) == ("raydetr", 1, "models:/raydetr/1")
     assert model.label == "raydetr-1"
     assert model.digest == folder_digest(str(folder))
     for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
@@ -258,10 +258,10 @@ def test_a_model_on_storage_is_downloaded_and_downloaded_again_after_a_change(
     s3, folder, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    address = s3.address("models/tiny")
+    address = s3.uri("models/tiny")
     storage.upload_folder(str(folder), address)
     model = resolve(address, "")
-    assert (model.address, model.digest) == (address, folder_digest(str(folder)))
+    assert (model.model_uri, model.digest) == (address, folder_digest(str(folder)))
     assert DetrForObjectDetection.from_pretrained(model.folder).config.num_labels == 3
     other = save_tiny_detr(tmp_path / "other", NAMES, seed=5)
     storage.upload_folder(str(other), address)
@@ -273,7 +273,7 @@ def test_a_model_on_storage_is_downloaded_and_downloaded_again_after_a_change(
     assert folder_digest(model.folder) == model.digest
     assert not [file for file in Path(model.folder).parent.iterdir() if "partial" in file.name]
     with pytest.raises(RegistryError, match="not a folder with config"):
-        resolve(s3.address("models/nothing"), "")
+        resolve(s3.uri("models/nothing"), "")
 
 
 def test_a_hub_model_is_read_from_the_hub_cache_and_a_missing_one_is_an_error_that_names_it(
@@ -286,6 +286,6 @@ def test_a_hub_model_is_read_from_the_hub_cache_and_a_missing_one_is_an_error_th
     (cache / "refs").mkdir()
     (cache / "refs/main").write_text("0123abcd")
     model = resolve("hub:someone/detr", "")
-    assert (model.address, model.digest) == ("hub:someone/detr", folder_digest(str(folder)))
+    assert (model.model_uri, model.digest) == ("hub:someone/detr", folder_digest(str(folder)))
     with pytest.raises(RegistryError, match="hub:someone/else"):
         resolve("hub:someone/else", "")

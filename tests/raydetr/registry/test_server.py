@@ -69,7 +69,7 @@ def test_a_version_with_files_in_s3_loads_in_raydetr_mlflow_and_transformers(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", s3.endpoint)
     folder = save_tiny_detr(tmp_path / "tiny", ["disc", "square"], edge=64)
-    with mlflow_server(unused_port, tmp_path, s3.address("artifacts"), proxied):
+    with mlflow_server(unused_port, tmp_path, s3.uri("artifacts"), proxied):
         uri = resolve_uri(f"http://127.0.0.1:{unused_port}")
         run_id = start_run(uri, "training", "run", {}, {})
         register(uri, run_id, str(folder))

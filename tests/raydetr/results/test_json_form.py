@@ -83,7 +83,7 @@ def test_a_stored_record_is_read_and_written_unchanged(model):
     record = from_json(EvaluationRecord, stored)
     assert json.dumps(to_json(record), sort_keys=True) == json.dumps(stored, sort_keys=True)
     assert record.metrics == {"AP": 0.25, "AP50": 0.5, "AP_large": -1}
-    assert record.model == EvaluatedModel(**model)
+    assert record.model == EvaluatedModel(model["name"], model["version"], model["address"], model["digest"])
     assert record.data == EvaluationData("/data/val", "9f1c27ab")
     assert record.undecodable[1035] == "the record has no image bytes"
 

@@ -19,7 +19,7 @@ from raydetr.serving.ingress import DETECTOR as DETECTOR
 from tests.empty_registry import empty_registry
 from tests.tiny_detr import save_tiny_detr
 
-ADDRESS = "models:/raydetr@champion"
+MODEL_URI = "models:/raydetr@champion"
 INGRESS = "Ingress"
 
 

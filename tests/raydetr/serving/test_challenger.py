@@ -21,7 +21,7 @@ from raydetr.serving.served_version import ServedVersion
 from raydetr.serving.service import no_replica
 from raydetr.serving.versions import Alias
 from tests.raydetr.serving.test_app import assert_is_answer, unused_port
-from tests.raydetr.serving.test_swap import ADDRESS, SHAPES, Endpoint, metric
+from tests.raydetr.serving.test_swap import MODEL_URI, SHAPES, Endpoint, metric
 from tests.tiny_detr import png, save_tiny_detr
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
@@ -38,9 +38,9 @@ def canary_answer(
 ) -> tuple[Any, int]:
     """Return the challenger's answer and the number of fallbacks. An exception is raised, None never finishes."""
     fallbacks: list[None] = []
-    other = dataclasses.replace(champion.model, address="models:/raydetr/2")
+    other = dataclasses.replace(champion.model, model_uri="models:/raydetr/2")
     version = dataclasses.replace(champion, **{"model": other, **changes})
-    config = ChallengerConfig(Alias(ADDRESS, ""), canary)
+    config = ChallengerConfig(Alias(MODEL_URI, ""), canary)
     challenger = Challenger(config, version, None, lambda: fallbacks.append(None))  # type: ignore[arg-type]
 
     async def run(used: ServedVersion) -> Any:
@@ -111,7 +111,7 @@ def served(ray_local, tmp_path_factory) -> Iterator[Endpoint]:
     config = ChallengerConfig(
         Alias("models:/raydetr@challenger", served.uri, poll_s=0.5), canary=0.5, shadow=1.0
     )
-    model = resolve(ADDRESS, served.uri)
+    model = resolve(MODEL_URI, served.uri)
     app = application(model, batching=Batching(max_size=4, wait_s=0.01), challenger=config)
     with endpoint(app, "127.0.0.1", unused_port()) as served.url:
         yield served

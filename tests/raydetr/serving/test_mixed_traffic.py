@@ -27,7 +27,7 @@ from raydetr.serving.app import Replicas, application, endpoint
 from raydetr.serving.detector import MAX_VERSIONS, Batching
 from raydetr.serving.loaded import LoadedModel
 from raydetr.serving.versions import Alias
-from tests.raydetr.serving.swapping import ADDRESS, DETECTOR, INGRESS, Registry, kill, replicas, running
+from tests.raydetr.serving.swapping import DETECTOR, INGRESS, MODEL_URI, Registry, kill, replicas, running
 from tests.raydetr.serving.test_app import unused_port
 from tests.raydetr.serving.traffic import StoredAnswers, Traffic
 from tests.tiny_detr import add_mask_head, save_tiny_detr
@@ -172,10 +172,10 @@ def stored(registry, tmp_path_factory: pytest.TempPathFactory) -> StoredAnswers:
 @pytest.fixture(scope="module")
 def url(ray_local, registry, stored) -> Iterator[str]:
     app = application(
-        resolve(ADDRESS, registry.uri),
+        resolve(MODEL_URI, registry.uri),
         replicas=Replicas(count=REPLICAS),
         batching=Batching(max_size=4, wait_s=0.01),
-        alias=Alias(ADDRESS, registry.uri, poll_s=1.0),
+        alias=Alias(MODEL_URI, registry.uri, poll_s=1.0),
         ingress_replicas=REPLICAS,
     )
     with endpoint(app, "127.0.0.1", unused_port()) as url:

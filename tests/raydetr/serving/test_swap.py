@@ -11,7 +11,7 @@ from raydetr.registry.models import resolve
 from raydetr.serving.app import Replicas, application, endpoint
 from raydetr.serving.detector import Batching
 from raydetr.serving.versions import Alias
-from tests.raydetr.serving.swapping import ADDRESS, DETECTOR, Clients, Endpoint, kill, metric, replicas
+from tests.raydetr.serving.swapping import DETECTOR, MODEL_URI, Clients, Endpoint, kill, metric, replicas
 from tests.raydetr.serving.test_app import assert_is_answer, unused_port
 from tests.tiny_detr import png
 
@@ -44,10 +44,10 @@ class Load(Clients):
 def served(ray_local, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     served = Endpoint(tmp_path_factory.mktemp("served"))
     app = application(
-        resolve(ADDRESS, served.uri),
+        resolve(MODEL_URI, served.uri),
         replicas=Replicas(count=2),
         batching=Batching(max_size=4, wait_s=0.05),
-        alias=Alias(ADDRESS, served.uri, poll_s=0.5),
+        alias=Alias(MODEL_URI, served.uri, poll_s=0.5),
     )
     with endpoint(app, "127.0.0.1", unused_port()) as served.url:
         yield served

@@ -11,7 +11,7 @@ from tests.empty_registry import empty_registry
 from tests.tiny_detr import save_tiny_detr
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
-ADDRESS = "models:/raydetr@champion"
+MODEL_URI = "models:/raydetr@champion"
 
 
 class Registry:
@@ -59,8 +59,8 @@ def now() -> list[float]:
 @pytest.fixture
 def follower(registry, server, now) -> Follower:
     registry.point_at(1)
-    served = resolve(ADDRESS, registry.uri).address
-    return Follower(Alias(ADDRESS, registry.uri), served, server, clock=lambda: now[0])
+    served = resolve(MODEL_URI, registry.uri).model_uri
+    return Follower(Alias(MODEL_URI, registry.uri), served, server, clock=lambda: now[0])
 
 
 def test_a_version_is_served_once_when_the_alias_moves_and_when_it_moves_back(registry, follower, server):
@@ -118,17 +118,17 @@ def test_a_folder_is_served_once(server, tmp_path):
 
 
 def test_an_alias_that_cannot_be_resolved_leaves_the_version_in_place(registry, server, tmp_path, caplog):
-    model = resolve(ADDRESS, registry.uri)
-    follower = Follower(Alias("models:/gone@champion", registry.uri), model.address, server)
+    model = resolve(MODEL_URI, registry.uri)
+    follower = Follower(Alias("models:/gone@champion", registry.uri), model.model_uri, server)
     follower.poll()
     assert server.versions == []
-    assert follower.served == model.address
+    assert follower.served == model.model_uri
     assert "no registered model 'gone'" in caplog.text
 
 
 def test_a_process_that_starts_later_serves_the_current_version_of_the_alias(registry, server):
     registry.point_at(2)
-    follower = Follower(Alias(ADDRESS, registry.uri, poll_s=0), "models:/raydetr/1", server)
+    follower = Follower(Alias(MODEL_URI, registry.uri, poll_s=0), "models:/raydetr/1", server)
     follower.start(wait_s=60)
     assert server.versions == [2]
     assert follower.served == "models:/raydetr/2"

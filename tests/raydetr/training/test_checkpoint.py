@@ -101,7 +101,7 @@ def test_a_driver_whose_lease_was_taken_commits_nothing(
         original = checkpoint.read_state(config.run.output, 3)
 
         def take_lease(*_: object) -> None:  # while the second checkpoint is being written
-            storage.write_bytes(held.address, other)
+            storage.write_bytes(held.uri, other)
 
         monkeypatch.setattr(torch, "save", take_lease)
         state.step = 6
@@ -114,7 +114,7 @@ def test_a_driver_whose_lease_was_taken_commits_nothing(
             checkpoint.save(config.run.output, state, {"metrics": "of the old driver"}, held)
     assert checkpoint.committed_steps(config.run.output) == [3]
     assert checkpoint.read_state(config.run.output, 3) == original
-    assert storage.read_bytes(held.address) == other
+    assert storage.read_bytes(held.uri) == other
 
 
 def test_only_the_latest_checkpoints_are_retained(config: TrainConfig, manifest: Manifest) -> None:

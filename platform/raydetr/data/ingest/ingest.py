@@ -100,7 +100,7 @@ class IngestResult:
 
 
 def ingest(
-    addresses: InputPaths,
+    paths: InputPaths,
     output: str,
     options: Options | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -112,7 +112,7 @@ def ingest(
     interruptions.
 
     Args:
-        addresses: URIs of the input.
+        paths: URIs of the input.
         output: URI of the folder to write.
         options: settings.
         progress: called with (images done, total images).
@@ -124,11 +124,11 @@ def ingest(
             images that are to be appended, too much cannot be trained on, or on_fault stops the ingest.
     """
     options = options or Options()
-    return _ingest(read_inputs(addresses), output, options, "", progress, others=options.load_compared())
+    return _ingest(read_inputs(paths), output, options, "", progress, others=options.load_compared())
 
 
 def ingest_split(
-    addresses: InputPaths,
+    paths: InputPaths,
     output: str,
     split: Split,
     options: Options | None = None,
@@ -138,7 +138,7 @@ def ingest_split(
 
     Near-duplicate images in two parts are reported in the fault table of the later part.
     """
-    inputs = read_inputs(addresses)
+    inputs = read_inputs(paths)
     with disk_errors():
         parts = list(split_images(inputs.index, split))
     options = options or Options()
@@ -233,15 +233,15 @@ def _write(
         categories = base.categories
     _prepare(output, source, base)
     cluster.connect(cpus=1)
-    for folder in inputs.addresses.folders:
+    for folder in inputs.paths.folders:
         cluster.require_shared(images=folder)
-    if inputs.addresses.panoptic_masks:
-        cluster.require_shared(panoptic_masks=inputs.addresses.panoptic_masks)
+    if inputs.paths.panoptic_masks:
+        cluster.require_shared(panoptic_masks=inputs.paths.panoptic_masks)
     cluster.require_shared(output=output)
     work = partial(
         write_checked,
-        images=tuple(inputs.addresses.folders),
-        masks=inputs.addresses.panoptic_masks,
+        images=tuple(inputs.paths.folders),
+        masks=inputs.paths.panoptic_masks,
         output=output,
         category_ids=frozenset(category["id"] for category in categories),
         class_map=inputs.class_map,

@@ -82,11 +82,11 @@ class InputPaths:
         return list(dict.fromkeys([self.images, *(each.images or self.images for each in self.others)]))
 
 
-def _resolve(addresses: object, *names: str) -> None:
+def _resolve(paths: object, *names: str) -> None:
     """Make URIs of a frozen dataclass absolute. Relative ones are relative to RAYDETR_STORAGE if it is set."""
     for name in names:
-        if given := getattr(addresses, name):
-            object.__setattr__(addresses, name, storage.absolute(given))
+        if given := getattr(paths, name):
+            object.__setattr__(paths, name, storage.absolute(given))
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Inputs:
     digest: SHA-256 of the JSON files and of the names and sizes of the image files.
     """
 
-    addresses: InputPaths
+    paths: InputPaths
     categories: tuple[Category, ...]
     class_map: ClassMap | None
     index: Index
@@ -108,10 +108,10 @@ class Inputs:
     @property
     def name(self) -> str:
         """URI of the JSON that lists the images."""
-        return self.addresses.annotations or self.addresses.panoptic_annotations
+        return self.paths.annotations or self.paths.panoptic_annotations
 
 
-def read_inputs(addresses: InputPaths) -> Inputs:
+def read_inputs(paths: InputPaths) -> Inputs:
     """Read the JSON files and list the folders.
 
     Raises:
@@ -119,59 +119,59 @@ def read_inputs(addresses: InputPaths) -> Inputs:
         StorageError: a file or folder cannot be read.
         DataError: a JSON has the wrong content, or none of its images is in the folder.
     """
-    if not (addresses.annotations or addresses.panoptic_annotations):
+    if not (paths.annotations or paths.panoptic_annotations):
         raise ConfigError(
             "Neither --annotations nor --panoptic-annotations is given: there is nothing to ingest."
         )
-    if bool(addresses.panoptic_annotations) != bool(addresses.panoptic_masks):
+    if bool(paths.panoptic_annotations) != bool(paths.panoptic_masks):
         raise ConfigError(
             "--panoptic-annotations and --panoptic-masks must be given together: the JSON and the folder of PNGs."
         )
-    if addresses.others and addresses.panoptic_annotations:
+    if paths.others and paths.panoptic_annotations:
         raise ConfigError("Several --annotations cannot be combined with --panoptic-annotations.")
-    for folder in filter(None, [*addresses.folders, addresses.panoptic_masks]):
+    for folder in filter(None, [*paths.folders, paths.panoptic_masks]):
         if folder.lower().endswith(_ARCHIVES) and storage.exists(folder) and not storage.is_folder(folder):
             raise ConfigError(f"{folder}: this is an archive: unpack it and give the folder with the images.")
     with disk_errors():
-        return _read(addresses)
+        return _read(paths)
 
 
-def _read(addresses: InputPaths) -> Inputs:
+def _read(paths: InputPaths) -> Inputs:
     index = Index()
     categories: tuple[Category, ...] = ()
     digests = []
-    if addresses.annotations:
-        detection = read_coco(addresses.annotations, index)
+    if paths.annotations:
+        detection = read_coco(paths.annotations, index)
         categories, digests = detection.categories, [detection.digest]
     further = []
-    for source in addresses.others:
-        index.start_source(addresses.folders.index(source.images or addresses.images))
+    for source in paths.others:
+        index.start_source(paths.folders.index(source.images or paths.images))
         other = read_coco(source.annotations, index)
         if not are_known_categories(other.categories, categories):
             raise DataError(
-                f"{source.annotations}: its categories differ from those of {addresses.annotations}: ids and names "
+                f"{source.annotations}: its categories differ from those of {paths.annotations}: ids and names "
                 "must be the same in all --annotations."
             )
         further.append(other.digest)
-    if addresses.panoptic_annotations:
-        panoptic = read_panoptic(addresses.panoptic_annotations, index, alone=not addresses.annotations)
+    if paths.panoptic_annotations:
+        panoptic = read_panoptic(paths.panoptic_annotations, index, alone=not paths.annotations)
         ids = {category["id"] for category in categories}
         categories += tuple(category for category in panoptic.categories if category["id"] not in ids)
         digests = [*(digests or [panoptic.digest]), panoptic.digest]
-    class_map = load_classes(addresses.classes, categories) if addresses.classes else None
-    name = addresses.annotations or addresses.panoptic_annotations
+    class_map = load_classes(paths.classes, categories) if paths.classes else None
+    name = paths.annotations or paths.panoptic_annotations
     require_distinct_names(class_map.categories if class_map else categories, name)
-    _list_files(addresses, index)
+    _list_files(paths, index)
     content = [
         SCHEMA_VERSION,
         *(digests if len(digests) == 2 else (*digests, "")),
         index.files("image_files"),
         index.files("mask_files"),
-        storage.read_json(addresses.classes) if addresses.classes else None,
+        storage.read_json(paths.classes) if paths.classes else None,
         *further,
     ]
     return Inputs(
-        addresses, class_map.categories if class_map else categories, class_map, index, _digest(content)
+        paths, class_map.categories if class_map else categories, class_map, index, _digest(content)
     )
 
 
@@ -181,33 +181,33 @@ def are_known_categories(categories: Sequence[Category], known: Sequence[Categor
     return all(names.get(category["id"]) == category["name"] for category in categories)
 
 
-def _list_files(addresses: InputPaths, index: Index) -> None:
+def _list_files(paths: InputPaths, index: Index) -> None:
     """Add the existing files to the index, and report those that no entry refers to.
 
     Raises:
         DataError: none of the images, or none of the PNGs, that the JSON lists is in the folder.
     """
-    for number, folder in enumerate(addresses.folders):
-        index.add_files("image_files", _files(folder, addresses, index), number)
-    if addresses.panoptic_masks:
-        index.add_files("mask_files", _files(addresses.panoptic_masks, addresses, index))
-    index.join_files(addresses.folders)
+    for number, folder in enumerate(paths.folders):
+        index.add_files("image_files", _files(folder, paths, index), number)
+    if paths.panoptic_masks:
+        index.add_files("mask_files", _files(paths.panoptic_masks, paths, index))
+    index.join_files(paths.folders)
     if next(index.files("image_files"), None) is None:
         first = next(index.entries()).file_name
-        folders = ", ".join(addresses.folders)
+        folders = ", ".join(paths.folders)
         raise DataError(
             f"{folders}: none of the {index.count()} images in "
-            f"{addresses.annotations or addresses.panoptic_annotations} is in this folder: the JSON lists {first!r}, "
+            f"{paths.annotations or paths.panoptic_annotations} is in this folder: the JSON lists {first!r}, "
             f"the folder has {list(islice(index.surplus_files(), 5)) or 'nothing'}. Is --images the folder that the "
             "file names are relative to?"
         )
     _report_surplus(index, index.surplus_files(), "files")
-    if addresses.panoptic_masks:
+    if paths.panoptic_masks:
         count, existing = index.count_pngs()
         if count and not existing:
             first = next(index.panoptics())[1]["file_name"]
             raise DataError(
-                f"{addresses.panoptic_masks}: none of the {count} PNGs in {addresses.panoptic_annotations} is in this "
+                f"{paths.panoptic_masks}: none of the {count} PNGs in {paths.panoptic_annotations} is in this "
                 f"folder: the JSON lists {first!r}, the folder has "
                 f"{list(islice(index.surplus_masks(), 5)) or 'nothing'}. Is --panoptic-masks the folder that the file "
                 "names are relative to?"
@@ -215,7 +215,7 @@ def _list_files(addresses: InputPaths, index: Index) -> None:
         _report_surplus(index, index.surplus_masks(), "panoptic PNGs")
 
 
-def _files(folder: str, addresses: InputPaths, index: Index) -> Iterator[tuple[str, int]]:
+def _files(folder: str, paths: InputPaths, index: Index) -> Iterator[tuple[str, int]]:
     """Iterate over the files of a folder as (name, bytes). What cannot be listed is reported as a fault."""
     count = 0
     first: list[str] = []
@@ -226,7 +226,7 @@ def _files(folder: str, addresses: InputPaths, index: Index) -> Iterator[tuple[s
         if len(first) < MAX_LISTED:
             first.append(f"{name}: {reason}")
 
-    yield from storage.list_files(folder, skipped, leave=addresses.follow_links)
+    yield from storage.list_files(folder, skipped, leave=paths.follow_links)
     if count:
         more = f" and {count - len(first):,} more" if count > len(first) else ""
         reason = f"{'; '.join(first)}{more}"

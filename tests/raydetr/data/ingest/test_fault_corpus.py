@@ -496,8 +496,8 @@ def test_each_fault_is_reported_for_its_file_and_record_and_nothing_else(
     assert reported_in(clean) == set()
     for place, code in enumerate(BREAKERS):
         corpus.apply(code, place)
-    addresses = corpus.write()
-    manifest = ingest(addresses, str(tmp_path / "kept"), ANY_SHARE).manifest
+    paths = corpus.write()
+    manifest = ingest(paths, str(tmp_path / "kept"), ANY_SHARE).manifest
     assert reported_in(manifest) == corpus.expected
     text = "\n".join(fault_lines(read_faults(manifest.root)))
     for code, file, image_id, _ in corpus.expected:
@@ -509,12 +509,12 @@ def test_each_fault_is_reported_for_its_file_and_record_and_nothing_else(
     faults = [f for f in without_notes(read_faults(manifest.root)) if f.code not in without_record]
     faulty = {f.image_id for f in faults if not f.is_repaired}
     skip = replace(ANY_SHARE, on_fault="skip-image")
-    skipped = ingest(addresses, str(tmp_path / "skipped"), skip).manifest
+    skipped = ingest(paths, str(tmp_path / "skipped"), skip).manifest
     remaining = {row["image_id"] for row in read_records(skipped, ["image_id"])}
     assert reported_in(skipped) == corpus.expected
     assert remaining == {image["id"] for image in corpus.coco["images"]} - faulty
     with pytest.raises(DataError, match="--on-fault fail"):
-        ingest(addresses, str(tmp_path / "failed"), Options(on_fault="fail"))
+        ingest(paths, str(tmp_path / "failed"), Options(on_fault="fail"))
 
 
 @pytest.mark.slow
@@ -545,8 +545,8 @@ def test_faults_of_the_whole_data_set_are_reported(corpus: Corpus, tmp_path: Pat
         elif code == "boxes-as-corners":
             item["bbox"] = [x, y, x + w, y + h]
     if code != "near-duplicate":
-        addresses = InputPaths(*itertools.islice(vars(corpus.write()).values(), 2))
-        reported = reported_in(ingest(addresses, str(tmp_path / "out")).manifest)
+        paths = InputPaths(*itertools.islice(vars(corpus.write()).values(), 2))
+        reported = reported_in(ingest(paths, str(tmp_path / "out")).manifest)
         assert (code, "coco.json", None, None) in reported
         return
     copies = []

@@ -90,8 +90,8 @@ AWKWARD_CODES = [
 def ingest_awkward(folder: Path, output: Path, **options: Any) -> IngestResult:
     progress = options.pop("progress", None)
     settings = Options(**{"shard_bytes": 200_000} | options)
-    addresses = InputPaths(str(folder / "train.json"), str(folder / "images"))
-    return ingest(addresses, str(output), settings, progress)
+    paths = InputPaths(str(folder / "train.json"), str(folder / "images"))
+    return ingest(paths, str(output), settings, progress)
 
 
 def faults_of(manifest: Manifest) -> list[Fault]:
@@ -449,8 +449,8 @@ def test_real_data_keeps_its_bytes_and_gives_the_same_metrics_as_the_original(
     shared_data: Path, tmp_path: Path, annotations: str, images: str, faults: dict[int, str]
 ) -> None:
     original = json.loads((shared_data / annotations).read_bytes())
-    addresses = InputPaths(str(shared_data / annotations), str(shared_data / images))
-    manifest = ingest(addresses, str(tmp_path / "out")).manifest
+    paths = InputPaths(str(shared_data / annotations), str(shared_data / images))
+    manifest = ingest(paths, str(tmp_path / "out")).manifest
     assert {fault.annotation_id: fault.code for fault in faults_of(manifest)} == faults
     trained = 0
     for row in read_records(manifest):

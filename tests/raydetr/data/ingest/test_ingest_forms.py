@@ -50,7 +50,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def addresses(folder: Path, **others: str) -> InputPaths:
+def paths(folder: Path, **others: str) -> InputPaths:
     return InputPaths(str(folder / "annotations" / "instances.json"), str(folder / "images"), **others)
 
 
@@ -69,7 +69,7 @@ def test_an_ingest_killed_at_any_moment_resumes_and_gives_the_same_bytes(
     generated: Path, tmp_path: Path, kills: int
 ) -> None:
     uninterrupted = tmp_path / "uninterrupted"
-    ingest(addresses(generated), str(uninterrupted), SMALL)
+    ingest(paths(generated), str(uninterrupted), SMALL)
     out = tmp_path / "out"
     command = [
         *(sys.executable, str(ROOT / "pipelines" / "ingest.py"), "--shard-bytes", "1"),
@@ -95,7 +95,7 @@ def test_an_ingest_killed_at_any_moment_resumes_and_gives_the_same_bytes(
         finished_shards = len(list(out.glob(".ingest/shard-*.json")))
     before = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.parquet")}
     finished = {path.stem for path in out.glob(".ingest/shard-*.json")}
-    ingest(addresses(generated), str(out), SMALL)
+    ingest(paths(generated), str(out), SMALL)
     assert files(out) == files(uninterrupted)
     untouched = [path for path in before if path.stem in finished]
     assert all(path.stat().st_mtime_ns == before[path] for path in untouched)
@@ -212,7 +212,7 @@ def test_classes_are_merged_renamed_and_dropped(generated: Path, tmp_path: Path)
     names = [category["name"] for category in content["categories"]]
     first, second, third = names[:3]
     (tmp_path / "classes.json").write_text(json.dumps({first: "both", second: "both", third: None}))
-    source = addresses(generated, classes=str(tmp_path / "classes.json"))
+    source = paths(generated, classes=str(tmp_path / "classes.json"))
     manifest = ingest(source, str(tmp_path / "out"), SMALL).manifest
     assert [category["name"] for category in manifest.categories] == ["both", *names[3:]]
     id_of = {category["name"]: category["id"] for category in content["categories"]}
@@ -265,7 +265,7 @@ def test_segments_of_dropped_classes_are_not_a_fault_of_the_png(generated: Path,
     content = json.loads((generated / "annotations" / "panoptic.json").read_text())
     names = [category["name"] for category in content["categories"]]
     (tmp_path / "classes.json").write_text(json.dumps({names[0]: None, names[1]: names[2]}))
-    source = addresses(
+    source = paths(
         generated,
         panoptic_annotations=str(generated / "annotations/panoptic.json"),
         panoptic_masks=str(generated / "annotations/panoptic"),
@@ -291,7 +291,7 @@ def test_a_folder_of_other_pngs_is_refused_and_surplus_pngs_are_reported(
     masks, annotations = tmp_path / "masks", str(generated / "annotations/panoptic.json")
     shutil.copytree(generated / "annotations/panoptic", masks)
     (masks / "other.png").write_bytes(b"")
-    source = addresses(generated, panoptic_annotations=annotations, panoptic_masks=str(masks))
+    source = paths(generated, panoptic_annotations=annotations, panoptic_masks=str(masks))
     (fault,) = read_inputs(source).index.faults()
     assert (fault.code, fault.file) == ("surplus-files", "other.png")
     assert "1 panoptic PNGs" in fault.reason
@@ -308,16 +308,16 @@ def test_local_paths_are_refused_on_several_nodes(
     monkeypatch.setattr(cluster, "nodes", lambda: 2)
     for path in (generated / "images").iterdir():
         s3.client.upload_file(str(path), s3.bucket, f"images/{path.name}")
-    source = addresses(
+    source = paths(
         generated,
         panoptic_annotations=str(generated / "annotations/panoptic.json"),
         panoptic_masks=str(generated / "annotations/panoptic"),
     )
     with pytest.raises(ClusterError, match="--images is the local path"):
-        ingest(source, s3.address("out"))
-    source = replace(source, images=s3.address("images"))
+        ingest(source, s3.uri("out"))
+    source = replace(source, images=s3.uri("images"))
     with pytest.raises(ClusterError, match="--panoptic-masks is the local path"):
-        ingest(source, s3.address("out"))
+        ingest(source, s3.uri("out"))
     with pytest.raises(ClusterError, match="--output is the local path"):
         ingest(replace(source, panoptic_annotations="", panoptic_masks=""), str(tmp_path / "out"))
 
@@ -346,9 +346,7 @@ def test_all_faults_of_panoptic_pngs_are_reported(generated: Path, tmp_path: Pat
     del items[8]["segments_info"][0]["id"]
     items[9]["segments_info"] = "none"
     (tmp_path / "broken.json").write_text(json.dumps(content))
-    source = addresses(
-        generated, panoptic_annotations=str(tmp_path / "broken.json"), panoptic_masks=str(masks)
-    )
+    source = paths(generated, panoptic_annotations=str(tmp_path / "broken.json"), panoptic_masks=str(masks))
     manifest = ingest(source, str(tmp_path / "out"), SMALL).manifest
     reported = {(fault.code, fault.image_id) for fault in without_notes(read_faults(manifest.root))}
     image = [item["image_id"] for item in items]
@@ -394,7 +392,7 @@ def test_boxes_in_another_format_are_recognized_and_reported(
 def test_an_ingest_from_and_to_s3_gives_the_same_bytes_as_with_folders(
     generated: Path, tmp_path: Path, s3: S3
 ) -> None:
-    local = ingest(addresses(generated), str(tmp_path / "out"), SMALL).manifest
+    local = ingest(paths(generated), str(tmp_path / "out"), SMALL).manifest
     for name in (
         "annotations/instances.json",
         *(f"images/{path.name}" for path in (generated / "images").iterdir()),
@@ -402,8 +400,8 @@ def test_an_ingest_from_and_to_s3_gives_the_same_bytes_as_with_folders(
         s3.client.upload_file(str(generated / name), s3.bucket, f"coco/{name}")
     command = [
         *(sys.executable, str(ROOT / "pipelines" / "ingest.py"), "--shard-bytes", "1"),
-        *("--annotations", s3.address("coco/annotations/instances.json")),
-        *("--images", s3.address("coco/images"), "--output", s3.address("shards")),
+        *("--annotations", s3.uri("coco/annotations/instances.json")),
+        *("--images", s3.uri("coco/images"), "--output", s3.uri("shards")),
     ]
     s3.faults.latency = 0.02
     s3.faults.fail, s3.faults.cut = 5, 3
@@ -411,11 +409,11 @@ def test_an_ingest_from_and_to_s3_gives_the_same_bytes_as_with_folders(
         command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ), check=False
     )
     assert done.returncode == 0, done.stderr
-    manifest = Manifest.load(s3.address("shards"))
+    manifest = Manifest.load(s3.uri("shards"))
     assert manifest.digest == local.digest
     for name, data in files(tmp_path / "out").items():
         if name != "manifest.json":
-            assert storage.read_bytes(s3.address(f"shards/{name}")) == data
+            assert storage.read_bytes(s3.uri(f"shards/{name}")) == data
     s3.faults.bytes_read = 0
     assert sum(1 for _ in read_records(manifest)) == local.num_images
     again = subprocess.run(
@@ -429,10 +427,10 @@ def test_of_two_concurrent_ingests_one_writes_and_the_other_returns_its_result(
     generated: Path, tmp_path: Path, rounds: int
 ) -> None:
     expected = tmp_path / "expected"
-    ingest(addresses(generated), str(expected), SMALL)
+    ingest(paths(generated), str(expected), SMALL)
     for number in range(rounds):
         out = tmp_path / f"out-{number}"
-        done, refused = call_concurrently(lambda out=out: ingest(addresses(generated), str(out), SMALL), 2)
+        done, refused = call_concurrently(lambda out=out: ingest(paths(generated), str(out), SMALL), 2)
         assert refused == []
         assert sorted(result.written for result in done) == [False, True]
         assert files(out) == files(expected), "the folder has the same files, without leftovers"
@@ -443,7 +441,7 @@ def test_of_two_concurrent_ingests_with_different_flags_one_is_refused(
 ) -> None:
     seeds = iter([1, 2])
     done, refused = call_concurrently(
-        lambda: ingest(addresses(generated), str(tmp_path), replace(SMALL, seed=next(seeds))), 2
+        lambda: ingest(paths(generated), str(tmp_path), replace(SMALL, seed=next(seeds))), 2
     )
     assert len(done) == 1
     assert "another input or of other flags" in str(refused[0])
@@ -463,7 +461,7 @@ def test_no_manifest_is_written_if_another_process_changed_a_shard(
     with pytest.raises(
         DataError, match=r"1 shards have changed since they were written \['shard-000001.parquet'\]"
     ):
-        ingest(addresses(generated), str(tmp_path), SMALL)
+        ingest(paths(generated), str(tmp_path), SMALL)
     assert not (tmp_path / "manifest.json").exists()
 
 
@@ -479,7 +477,7 @@ def test_an_ingest_that_lost_its_lease_writes_no_manifest(
 
     monkeypatch.setattr(ingest_module, "_check_written", take)
     with pytest.raises(LeaseError, match="another process has taken the lease"):
-        ingest(addresses(generated), str(tmp_path), SMALL)
+        ingest(paths(generated), str(tmp_path), SMALL)
     assert not (tmp_path / "manifest.json").exists()
     assert storage.read_json(f"{tmp_path}/lease.json") == other
 
@@ -491,7 +489,7 @@ def test_a_task_of_a_killed_driver_writes_nothing_after_the_next_ingest_started(
     lease = tmp_path / "lease.json"
     mine, other = ({"owner": owner, "expires": time.time() + 99} for owner in ("mine", "other"))
     storage.write_json(str(lease), other if moment == "before" else mine)
-    index = read_inputs(addresses(generated)).index
+    index = read_inputs(paths(generated)).index
     assert list(write_task_inputs(str(tmp_path), index.texts("", record_order(0)), 1, 0))
 
     def read_bytes(address: str) -> bytes:

@@ -107,7 +107,7 @@ def compare(manifest: Manifest, folder: Path, files: tuple[str, ...]) -> None:
     assert masks or files[0].startswith("bccd") or "boxes" in files[0]
 
 
-def addresses(root: str, files: tuple[str, ...]) -> InputPaths:
+def paths(root: str, files: tuple[str, ...]) -> InputPaths:
     return InputPaths(*(f"{root}/{name}" for name in files))
 
 
@@ -118,7 +118,7 @@ def test_a_real_data_set_reads_back_as_pycocotools_reads_the_original(
     name: str, shared_data: Path, tmp_path: Path
 ) -> None:
     files = SETS[name]
-    manifest = ingest(addresses(str(shared_data), files), str(tmp_path / "out")).manifest
+    manifest = ingest(paths(str(shared_data), files), str(tmp_path / "out")).manifest
     compare(manifest, shared_data, files)
     faulty = [fault.annotation_id for fault in without_notes(read_faults(manifest.root))]
     assert faulty == EMPTY_BOXES.get(name, [])
@@ -202,8 +202,8 @@ def test_ingest_and_an_epoch_through_a_slow_failing_s3_are_exact_and_read_few_ex
     s3.faults.fail, s3.faults.cut = 20, 10
     jobs = [
         (
-            list(vars(addresses(s3.address("data"), files)).values()),
-            s3.address(f"out/{name.replace(' ', '-')}"),
+            list(vars(paths(s3.uri("data"), files)).values()),
+            s3.uri(f"out/{name.replace(' ', '-')}"),
         )
         for name, files in sets.items()
     ]
@@ -212,7 +212,7 @@ def test_ingest_and_an_epoch_through_a_slow_failing_s3_are_exact_and_read_few_ex
     for (_, output), files in zip(jobs, sets.values(), strict=True):
         compare(Manifest.load(output), shared_data, files)
 
-    manifest = Manifest.load(s3.address("out/coco128/train"))
+    manifest = Manifest.load(s3.uri("out/coco128/train"))
     s3.faults.fail, s3.faults.cut, s3.faults.bytes_read = 2, 0, 0
     output = run(EPOCH, manifest.root, tmp_path)
     read = s3.faults.bytes_read

@@ -33,17 +33,15 @@ AUGMENTATION = AugmentSpec(
 )
 
 
-def shards(folder: Path, addresses: InputPaths) -> Manifest:
-    inputs = read_inputs(addresses)
+def shards(folder: Path, paths: InputPaths) -> Manifest:
+    inputs = read_inputs(paths)
     ids = frozenset(category["id"] for category in inputs.categories)
     records = []
     for entry in itertools.islice(inputs.index.entries(), 40):
         png = None
         if entry.panoptic is not None:
-            png = (Path(addresses.panoptic_masks) / entry.panoptic.file_name).read_bytes()
-        records.append(
-            make_record(entry, (Path(addresses.images) / entry.file_name).read_bytes(), ids, png)[0]
-        )
+            png = (Path(paths.panoptic_masks) / entry.panoptic.file_name).read_bytes()
+        records.append(make_record(entry, (Path(paths.images) / entry.file_name).read_bytes(), ids, png)[0])
     summary = write_shard(str(folder), 0, records)
     assert summary is not None
     return write_manifest(str(folder), [summary], inputs.categories)
@@ -124,10 +122,10 @@ def test_instance_masks_equal_those_of_pycocotools(
 def test_panoptic_masks_equal_the_segments_of_the_png(tmp_path: Path) -> None:
     generate(str(tmp_path / "coco"), 30, seed=3, size=48)
     folder = tmp_path / "coco" / "annotations"
-    addresses = InputPaths(
+    paths = InputPaths(
         "", str(tmp_path / "coco/images"), str(folder / "panoptic.json"), str(folder / "panoptic")
     )
-    manifest = shards(tmp_path / "shards", addresses)
+    manifest = shards(tmp_path / "shards", paths)
     by_image = {
         item["image_id"]: item for item in json.loads((folder / "panoptic.json").read_text())["annotations"]
     }
@@ -166,8 +164,8 @@ def test_panoptic_masks_equal_the_segments_of_the_png(tmp_path: Path) -> None:
 
 def test_a_stream_without_masks_has_the_same_images_and_boxes(tmp_path: Path) -> None:
     generate(str(tmp_path / "coco"), 20, seed=3, size=48)
-    addresses = InputPaths(str(tmp_path / "coco/annotations/instances.json"), str(tmp_path / "coco/images"))
-    manifest = shards(tmp_path / "shards", addresses)
+    paths = InputPaths(str(tmp_path / "coco/annotations/instances.json"), str(tmp_path / "coco/images"))
+    manifest = shards(tmp_path / "shards", paths)
     for plain, masked in itertools.zip_longest(batches(manifest, "none"), batches(manifest, "instance")):
         for one, other in zip(plain.images, masked.images, strict=True):
             assert one is other is None or torch.equal(one, other)

@@ -195,8 +195,8 @@ def test_a_bad_record_is_reported_and_does_not_change_the_others(
 def test_transient_read_errors_change_nothing_and_permanent_ones_stop_the_run(
     manifest: Manifest, uninterrupted: Images, s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage.upload_folder(manifest.root, s3.address("shards"))
-    uploaded = Manifest.load(s3.address("shards"))
+    storage.upload_folder(manifest.root, s3.uri("shards"))
+    uploaded = Manifest.load(s3.uri("shards"))
     s3.faults.fail, s3.faults.cut = 6, 2
     assert images(without_ray(job(uploaded), 2)) == uninterrupted
     assert s3.faults.fail == s3.faults.cut == 0

@@ -67,14 +67,14 @@ def test_polygons_rasterize_to_exactly_the_mask(scenes: list[Scene]) -> None:
 @pytest.mark.slow
 def test_a_folder_generated_on_s3_has_the_same_bytes(s3: S3, tmp_path: Path) -> None:
     generate(str(tmp_path), 5, seed=3, size=48)
-    generate(s3.address("coco"), 5, seed=3, size=48)
+    generate(s3.uri("coco"), 5, seed=3, size=48)
     keys = s3.keys()
     files = {
         str(file.relative_to(tmp_path)): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()
     }
     assert {key.removeprefix("coco/") for key in keys if key.startswith("coco/")} == set(files)
     for name, content in files.items():
-        assert storage.read_bytes(s3.address(f"coco/{name}")) == content
+        assert storage.read_bytes(s3.uri(f"coco/{name}")) == content
 
 
 @pytest.mark.parametrize("seed", range(30))
