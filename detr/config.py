@@ -25,6 +25,9 @@ from detr.backbone_config import (
 from detr.model_files import CONFIG_NAME, FILE_ARGUMENTS, ModelFiles, read_json
 from detr.multiscale_config import MultiScaleConfig
 
+EngineName = Literal["torch", "openvino"]
+"""The library that computes an optimized model."""
+
 MULTI_SCALE_TYPE = "detr_multi_scale"
 """``model_type`` in the ``config.json`` of a multi-scale model: transformers rejects it instead of misreading it."""
 

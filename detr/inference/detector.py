@@ -26,7 +26,7 @@ from detr.postprocess import detections_of_all_queries
 
 if TYPE_CHECKING:
     # These import timm, which tasks that only prepare images do not need.
-    from detr.inference.optimize import EngineName
+    from detr.config import EngineName
     from detr.model.detection import DetrForObjectDetection
     from detr.model.segmentation import DetrForSegmentation
 

@@ -25,11 +25,12 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
+from detr.config import EngineName
 from detr.inference.cuda import (
     CudnnConv2d,
     SpaceToDepthConv2d,
@@ -61,10 +62,6 @@ _FUSED: tuple[type[OneDnnConv2d] | type[CudnnConv2d], ...] = (OneDnnConv2d, Cudn
 _TRANSFORMER = {Encoder, Decoder, EncoderLayer, DecoderLayer, MultiheadAttention}
 _TRANSFORMER_LAYERS = {*_TRANSFORMER, nn.ModuleList, nn.Linear, nn.LayerNorm}
 _MASK_LAYERS = {MaskHead, nn.Conv2d, nn.GroupNorm}
-
-
-EngineName = Literal["torch", "openvino"]
-"""The library that computes a model."""
 
 
 def optimized(

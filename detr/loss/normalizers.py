@@ -1,6 +1,7 @@
 """Average the normalizers of the loss over processes.
 
-Nothing else in this library communicates between processes.
+Here each process contributes the counts of its batch. The platform sums them over the micro-batches of a step first, in
+`raydetr.training.distributed`, and passes the sums to the loss.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from detr.checkpoint.load_save import DEFAULT_MAX_SHARD_SIZE, load_model, save_model, warn_about_transformers
-from detr.config import DetrConfig
-from detr.inference.optimize import EngineName, check_conversion, optimized
+from detr.config import DetrConfig, EngineName
+from detr.inference.optimize import check_conversion, optimized
 from detr.model.engine import OptimizableModel
 from detr.model.multiscale.decoder import RefiningDecoder
 from detr.model.multiscale.dense_head import DenseHead

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
+from detr.config import EngineName
 from raydetr.errors import ConfigError
 from raydetr.mlflow_names import require_alias
 
@@ -115,7 +116,7 @@ class EvaluateConfig:
     panoptic-boxes: boxes of things and stuff; auto: whatever the model predicts and the data set has."""
     precision: Literal["float32", "bf16"] = "float32"
     """Data type that the model computes in."""
-    engine: Literal["torch", "openvino"] = "torch"
+    engine: EngineName = "torch"
     """Inference engine; openvino, an optional extra, is faster on a CPU."""
     segment_threshold: float = 0.5
     """Minimum score of a query that becomes a panoptic segment."""
@@ -234,7 +235,7 @@ class PredictConfig:
     """instance: a mask for each detection; panoptic: one segment map per image; both need a model with a mask head."""
     precision: Literal["float32", "bf16"] = "float32"
     """Data type that the model computes in."""
-    engine: Literal["torch", "openvino"] = "torch"
+    engine: EngineName = "torch"
     """Inference engine; openvino, an optional extra, is faster on a CPU."""
     segment_threshold: float = 0.5
     """Minimum score of a query that becomes a panoptic segment."""
@@ -295,7 +296,7 @@ class ServeConfig:
     """Device of the model replicas. gpu without GPUs is an error: serving never falls back silently to CPU."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: bfloat16 except for the heads; with torch on a CPU by autocast."""
-    engine: Literal["torch", "openvino"] = "torch"
+    engine: EngineName = "torch"
     """Inference engine; openvino, an optional extra, is faster on a CPU."""
     num_gpus: float = 0.0
     """GPUs per model replica with --device gpu, may be a fraction; 0: one."""
@@ -312,7 +313,8 @@ class ServeConfig:
     batch_wait_s: float = 0.01
     """Maximum seconds that an image waits for a batch to fill."""
     max_queued_images: int = 64
-    """Maximum images that wait for a replica, not counting those on replicas; beyond it the answer is 429."""
+    """Maximum requests that wait for a replica in a process of the HTTP ingress, not counting those on replicas; beyond
+    it the answer is 429."""
     max_bytes: int = 20 * 1024 * 1024
     """Maximum bytes of a request's body."""
     max_bytes_in_flight: int = 256 * 1024 * 1024

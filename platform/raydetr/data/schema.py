@@ -341,7 +341,7 @@ FAULTS: dict[str, FaultKind] = {
         FaultKind("animated-image", "image", "animated; only the first frame is used", "note"),
     )
 }
-"""Code → meaning and effect. Nothing else decides what a fault does. Ordered by severity within a level."""
+"""Code → meaning and effect, which decides whether an object or an image is used. Ordered by severity within a level."""
 
 _SEVERITY = {code: rank for rank, code in enumerate(FAULTS)}
 

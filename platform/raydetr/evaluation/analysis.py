@@ -47,7 +47,8 @@ def analyze(
 
     Args:
         ground_truth: ground truth of a whole data set. Masks and segments are scored if both it and the predictions
-        have them. predictions: table of `PREDICTION_SCHEMA` for images of the data set.
+            have them.
+        predictions: table of `PREDICTION_SCHEMA` for images of the data set.
         seed: seed of the bootstrap.
         resamples: number of bootstrap resamples of the images.
         min_score: minimum score of the detections in `confusion`, `errors` and `worst`.

@@ -187,7 +187,8 @@ def windows_of(manifest: Manifest, actors: int, done: set[int]) -> list[ShardWin
 
     Args:
         manifest: manifest of the data set.
-        actors: number of actors. Each gets at least four windows if the data set has enough row groups.
+        actors: number of actors, among which Ray Data divides the windows as they finish. There are at least four for each
+            if the data set has enough row groups.
         done: ids of images to skip.
     """
     size = manifest.row_group_size

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import pyarrow as pa
 
+from detr.config import EngineName
 from detr.image_processing.decode import Orientation
 from detr.image_processing.panoptic_png import write_panoptic_png
 from detr.inference.detector import Detections, ObjectDetector, PreparedImage
@@ -75,7 +76,7 @@ class PredictionSettings:
     """instance: one mask per detection; panoptic: one segment map per image. Both need a model with a mask head."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: bfloat16 except in the heads; with torch on a CPU through autocast."""
-    engine: Literal["torch", "openvino"] = "torch"
+    engine: EngineName = "torch"
     """Inference engine; see `detr.inference.optimize.optimized`."""
     segment_threshold: float = 0.5
     """Minimum score of a query that becomes a panoptic segment."""

@@ -12,7 +12,7 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
-from detr.inference.optimize import EngineName
+from detr.config import EngineName
 from raydetr import cluster, storage
 from raydetr.config import ServeConfig
 from raydetr.errors import ClusterError, ConfigError, ServingError
@@ -58,7 +58,7 @@ class Replicas:
     idle_s: float = 600.0
     """Autoscaling: time with less load before a replica is stopped, in seconds."""
     max_queued: int = 64
-    """Images that may wait for a replica, in addition to those that replicas hold; further requests get 429."""
+    """Requests that may wait for a replica in each ingress process, in addition to those on replicas; others get 429."""
 
 
 def application(

@@ -16,8 +16,8 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from ray import serve
 from torch.overrides import TorchFunctionMode
 
+from detr.config import EngineName
 from detr.inference.detector import Detections, PreparedImage, padding_share
-from detr.inference.optimize import EngineName
 from raydetr.errors import RaydetrError
 from raydetr.registry.models import ResolvedModel
 from raydetr.serving.images import CostlyImage

@@ -8,9 +8,8 @@ from typing import Literal, Self, TypeVar, cast
 import numpy as np
 import torch
 
-from detr.config import DetrConfig
+from detr.config import DetrConfig, EngineName
 from detr.inference.detector import Detections, ObjectDetector, PreparedImage
-from detr.inference.optimize import EngineName
 from detr.model.segmentation import DetrForSegmentation
 from raydetr.errors import ServingError
 from raydetr.registry.models import ResolvedModel, local_folder

@@ -1,4 +1,4 @@
-"""Error responses of the application. Those of the middlewares are in `middleware`."""
+"""Error responses of the application, and Retry-After. Those of the middlewares are built by `middleware.error_answer`."""
 
 import asyncio
 import math

@@ -14,6 +14,8 @@ import io
 import os
 import pickle
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -26,9 +28,32 @@ from raydetr.errors import StorageError, TrainingError
 from raydetr.lease import Held
 from raydetr.training.state import TrainingState
 
+Row = tuple[int, int, Mapping[str, float]]
+"""Metrics of a step: the step, the time in milliseconds since 1970, and values by name."""
+
 MARKER = "COMPLETE"
 PREFIX = "step-"
 STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run has done up to a checkpoint, besides its weights."""
+
+    metrics: Sequence[Row] = ()
+    """Metrics that MLflow has not received, and those sent recently, which it may have lost."""
+    seconds: float = 0.0
+    """Seconds of training of all attempts; 0: not recorded."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of a run up to a checkpoint; see `TrainingState`."""
+
+    step: int
+    images: int
+    skipped: int
+    non_finite: int
 
 
 def uri(output: str, step: int) -> str:
@@ -51,13 +76,20 @@ def last_committed_step(output: str) -> int:
     return max(committed_steps(output), default=0)
 
 
-def save(output: str, state: TrainingState, metadata: dict[str, Any], held: Held | None = None) -> str:
+def save(
+    output: str,
+    state: TrainingState,
+    history: History,
+    origin: Mapping[str, object],
+    held: Held | None = None,
+) -> str:
     """Write a checkpoint, marker last, and return its URI.
 
     Args:
         output: the run's folder.
         state: the state after `state.step` steps.
-        metadata: stored in `state.json` next to the counts.
+        history: stored in `state.json`.
+        origin: where the run comes from, stored there for people who look at it.
         held: the driver's lease on the folder; None if no other process writes there.
 
     Raises:
@@ -88,16 +120,16 @@ def save(output: str, state: TrainingState, metadata: dict[str, Any], held: Held
     buffer = io.BytesIO()
     torch.save(training, buffer)
     storage.write_bytes(storage.join(target, "training.pt"), buffer.getvalue())
-    counts = {name: getattr(state, name) for name in ("step", "images", "skipped", "non_finite")}
-    storage.write_json(storage.join(target, STATE), {**metadata, **counts})
+    counts = Counts(state.step, state.images, state.skipped, state.non_finite)
+    storage.write_json(storage.join(target, STATE), {**origin, **asdict(history), **asdict(counts)})
     if held:
         held.verify()  # the upload took time; writing the marker is the commit point
     storage.write_bytes(storage.join(target, MARKER), b"")
     return target
 
 
-def load(output: str, step: int, state: TrainingState) -> dict[str, Any]:
-    """Restore the state of a complete checkpoint in place, and return its metadata.
+def load(output: str, step: int, state: TrainingState) -> History:
+    """Restore the state of a complete checkpoint in place, and return the history of the run.
 
     Raises:
         TrainingError: the checkpoint is missing, incomplete or damaged.
@@ -130,16 +162,18 @@ def load(output: str, step: int, state: TrainingState) -> dict[str, Any]:
         # `model/` holds the averages. Load the raw weights as the average, then swap the two.
         state.average.load_state_dict(training["raw"])
         state.average.swap()
-    metadata: dict[str, Any] = read_state(output, step)
-    for name in ("step", "images", "skipped", "non_finite"):
-        setattr(state, name, metadata[name])
-    return metadata
+    counts, history = read_state(output, step)
+    for name, count in asdict(counts).items():
+        setattr(state, name, count)
+    return history
 
 
-def read_state(output: str, step: int) -> dict[str, Any]:
-    """Read the metadata and counts of a checkpoint."""
-    state: dict[str, Any] = storage.read_json(storage.join(uri(output, step), STATE))
-    return state
+def read_state(output: str, step: int) -> tuple[Counts, History]:
+    """Read the counts and the history of a checkpoint."""
+    content = storage.read_json(storage.join(uri(output, step), STATE))
+    counts = Counts(*(content[field.name] for field in fields(Counts)))
+    rows = [(int(step), int(at), values) for step, at, values in content["metrics"]]
+    return counts, History(rows, float(content.get("seconds", 0.0)))
 
 
 def write_validation(output: str, step: int, metrics: dict[str, float]) -> None:

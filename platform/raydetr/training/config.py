@@ -373,8 +373,8 @@ class TrackingConfig:
 class TrainConfig:
     """Train a DETR. --recipe sets the defaults of all other flags.
 
-    `fixed` says whether a resumed run must have the group's settings that it was started with. The other groups affect
-    how it runs and is tracked, not what it computes.
+    `fixed` says whether a resumed run must have the group's settings that it was started with. The other groups may
+    change: they say where a run computes, when it stops and which checkpoint it keeps, not what a step computes.
     """
 
     data: DataConfig = DataConfig()

@@ -43,6 +43,8 @@ def step_totals(
 ) -> StepTotals:
     """Sum the target counts of a step over its micro-batches and all workers, with one small all-reduce.
 
+    The loss is divided by these sums in `detr.loss.criterion` and `detr.loss.multiscale_criterion`.
+
     Args:
         batches: this worker's micro-batches of the step.
         num_queries: number of queries Q of the model.

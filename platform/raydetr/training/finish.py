@@ -18,7 +18,7 @@ from raydetr.registry.tags import CHOSEN_ON_TAG, TRAINED_ON_TAG
 from raydetr.results.summary import TrainingSummary
 from raydetr.training import checkpoint, validation
 from raydetr.training.config import TrainConfig
-from raydetr.training.progress import Row, log_line, send_rows
+from raydetr.training.progress import log_line, send_rows
 
 MODEL = "model"
 MLFLOW_RETRY_S = 300.0
@@ -37,8 +37,8 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
     last = checkpoint.last_committed_step(config.run.output)
     best = validation.best_checkpoint(config) if config.checkpoints.validate_every else None
     chosen = best if config.checkpoints.keep_best and best is not None else last
-    state = checkpoint.read_state(config.run.output, last)
-    if not state["images"]:
+    counts, history = checkpoint.read_state(config.run.output, last)
+    if not counts.images:
         raise TrainingError(
             f"{config.run.output}: no image was trained on in {last} steps, so no model is registered: check "
             f"faults.parquet in {config.data.train_data}."
@@ -50,11 +50,11 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
         run_id=run_id,
         steps=last,
         model_step=chosen,
-        images=state["images"],
-        non_finite=state["non_finite"],
-        skipped_images=state["skipped"],
+        images=counts.images,
+        non_finite=counts.non_finite,
+        skipped_images=counts.skipped,
         seconds=seconds,
-        images_per_second=state["images"] / state.get("seconds", seconds),
+        images_per_second=counts.images / (history.seconds or seconds),
         first_loss=_mean([value for _, value in losses[:20]]),
         last_loss=_mean([value for _, value in losses[-20:]]),
         data_digest=manifest.digest,
@@ -96,11 +96,8 @@ def finish(config: TrainConfig, manifest: Manifest, run_id: str, seconds: float)
 
 def send_unsent_metrics(config: TrainConfig, run_id: str, last: int) -> None:
     """Send the metrics that MLflow has not received during training; they are stored with the run."""
-    rows: list[Row] = [
-        (int(step), int(at), values)
-        for step, at, values in checkpoint.read_state(config.run.output, last)["metrics"]
-    ]
-    send_rows(config.tracking.tracking_uri, run_id, rows)
+    _, history = checkpoint.read_state(config.run.output, last)
+    send_rows(config.tracking.tracking_uri, run_id, history.metrics)
     name = validation.main_metric(config)
     sent = {step for step, _ in tracking.metric_history(config.tracking.tracking_uri, run_id, f"val_{name}")}
     for step in checkpoint.validated_steps(config.run.output):

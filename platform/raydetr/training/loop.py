@@ -175,7 +175,7 @@ def commit(state: TrainingState, job: Job, progress: Progress) -> None:
     if progress.rank == 0:
         origin = {"config": flatten(config), "data_digest": job.data_digest}
         try:
-            checkpoint.save(config.run.output, state, {**progress.uncommitted(), **origin}, job.held)
+            checkpoint.save(config.run.output, state, progress.history(), origin, job.held)
         except (StorageError, LeaseError) as failure:
             error = str(failure)
             with contextlib.suppress(StorageError):  # the storage may not even be readable

@@ -5,13 +5,13 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.errors import RegistryError
 from raydetr.registry import tracking
+from raydetr.training.checkpoint import History, Row
 from raydetr.training.config import TrainConfig
 
 LINE_EVERY_S = 5.0
@@ -20,7 +20,6 @@ RESEND_S = 300.0
 """A resumed run resends the metrics of this many seconds, since an MLflow server restored from a backup lacks what came
 after it. platform/deploy/mlflow_server.py backs its database up every minute."""
 
-Row = tuple[int, int, dict[str, float]]
 """Step, Unix time in milliseconds, metrics."""
 
 
@@ -68,21 +67,19 @@ class Progress:
         elif self.rank == 0 and time.perf_counter() - self._line_at >= self._line_interval():
             self._print_line(step, metrics)
 
-    def restore(self, metadata: dict[str, Any]) -> None:
+    def restore(self, history: History) -> None:
         """Load the metrics of the checkpoint that the run resumes from, and send them."""
-        self.rows = [(int(step), int(at), values) for step, at, values in metadata["metrics"]]
-        self._earlier_seconds = float(metadata.get("seconds", 0.0))
+        self.rows = [*history.metrics]
+        self._earlier_seconds = history.seconds
         if self.rank == 0 and self.rows:
             self.send()
 
-    def uncommitted(self) -> dict[str, Any]:
+    def history(self) -> History:
         """Return what the next checkpoint stores: metrics to send, and the seconds of training of all attempts."""
         since = (time.time() - RESEND_S) * 1000
         self._sent = [row for row in self._sent if row[1] >= since]
-        return {
-            "metrics": [list(row) for row in (*self._sent, *self.rows)],
-            "seconds": self._earlier_seconds + time.perf_counter() - self._started,
-        }
+        seconds = self._earlier_seconds + time.perf_counter() - self._started
+        return History((*self._sent, *self.rows), seconds)
 
     def send(self) -> None:
         """Send the metrics of a complete checkpoint; retain them if MLflow does not answer."""

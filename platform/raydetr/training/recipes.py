@@ -4,7 +4,7 @@ The defaults of `TrainConfig` are the paper's, so a recipe lists how it differs 
 module that Python finds from the working directory, and give it as `--recipe package.module:function`. Start from an
 existing one with `flat_keys.override(detr_r50(), steps=50_000)`.
 
-A resumed run must have the settings that it was started with. If a recipe changes, also in a setting that has no effect,
+A resumed run must have the fixed settings (`config.TrainConfig`) that it was started with. If a recipe changes, also in a setting that has no effect,
 such as `lr_drop_at` with the schedule cosine, then runs that were started with it are refused.
 """
 

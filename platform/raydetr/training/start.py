@@ -1,4 +1,4 @@
-"""TrainFlags line of a training run: --recipe and --config set the defaults of all other flags."""
+"""The command line of a training run: --recipe and --config set the defaults of all other flags."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

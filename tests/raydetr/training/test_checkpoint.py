@@ -15,6 +15,7 @@ from raydetr.errors import LeaseError, StorageError, TrainingError
 from raydetr.flat_keys import override
 from raydetr.lease import lease
 from raydetr.training import checkpoint
+from raydetr.training.checkpoint import History
 from raydetr.training.config import TrainConfig
 from raydetr.training.state import TrainingState, create_state
 from tests.awkward import write_awkward
@@ -50,10 +51,9 @@ def test_weights_optimizer_average_and_counts_are_restored_exactly(
 ) -> None:
     config = override(config, precision=precision)
     saved = trained_state(config, manifest, 5)
-    checkpoint.save(config.run.output, saved, {"metrics": [[4, {"loss": 1.5}]]})
+    checkpoint.save(config.run.output, saved, History([(4, 12345, {"loss": 1.5})], 7.5), {"data_digest": "d"})
     loaded = create_state(config, manifest, torch.device("cpu"))
-    metadata = checkpoint.load(config.run.output, 5, loaded)
-    assert metadata["metrics"] == [[4, {"loss": 1.5}]]
+    assert checkpoint.load(config.run.output, 5, loaded) == History([(4, 12345, {"loss": 1.5})], 7.5)
     assert (loaded.step, loaded.images, loaded.skipped) == (5, 40, 1)
     for name, value in saved.model.state_dict().items():
         assert torch.equal(value, loaded.model.state_dict()[name]), name
@@ -71,7 +71,7 @@ def test_weights_optimizer_average_and_counts_are_restored_exactly(
 def test_a_checkpoint_counts_only_when_all_files_are_written(
     failing: str, config: TrainConfig, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(config.run.output, trained_state(config, manifest, 3), {})
+    checkpoint.save(config.run.output, trained_state(config, manifest, 3), History(), {})
     open_output = storage.open_output
     written = []
 
@@ -83,11 +83,11 @@ def test_a_checkpoint_counts_only_when_all_files_are_written(
 
     monkeypatch.setattr(storage, "open_output", fail)
     with pytest.raises(StorageError):
-        checkpoint.save(config.run.output, trained_state(config, manifest, 6), {})
+        checkpoint.save(config.run.output, trained_state(config, manifest, 6), History(), {})
     assert checkpoint.last_committed_step(config.run.output) == 3
     assert not any(address.endswith(checkpoint.MARKER) for address in written)
     monkeypatch.undo()
-    checkpoint.save(config.run.output, trained_state(config, manifest, 6), {})
+    checkpoint.save(config.run.output, trained_state(config, manifest, 6), History(), {})
     assert checkpoint.last_committed_step(config.run.output) == 6
 
 
@@ -96,7 +96,7 @@ def test_a_driver_whose_lease_was_taken_commits_nothing(
 ) -> None:
     state = trained_state(config, manifest, 3)
     with lease(config.run.output, 60.0) as held:
-        checkpoint.save(config.run.output, state, {}, held)
+        checkpoint.save(config.run.output, state, History(), {}, held)
         other = json.dumps({"owner": "other", "expires": time.time() + 9}).encode()
         original = checkpoint.read_state(config.run.output, 3)
 
@@ -106,12 +106,12 @@ def test_a_driver_whose_lease_was_taken_commits_nothing(
         monkeypatch.setattr(torch, "save", take_lease)
         state.step = 6
         with pytest.raises(LeaseError, match="another process has taken the lease"):
-            checkpoint.save(config.run.output, state, {}, held)
+            checkpoint.save(config.run.output, state, History(), {}, held)
         assert checkpoint.committed_steps(config.run.output) == [3]
         monkeypatch.undo()
         state.step = 3
         with pytest.raises(LeaseError):  # before it touches the other driver's checkpoint
-            checkpoint.save(config.run.output, state, {"metrics": "of the old driver"}, held)
+            checkpoint.save(config.run.output, state, History(seconds=1.0), {}, held)
     assert checkpoint.committed_steps(config.run.output) == [3]
     assert checkpoint.read_state(config.run.output, 3) == original
     assert storage.read_bytes(held.uri) == other
@@ -121,7 +121,7 @@ def test_only_the_latest_checkpoints_are_retained(config: TrainConfig, manifest:
     state = trained_state(config, manifest, 1)
     for step in (1, 2, 3, 4):
         state.step = step
-        checkpoint.save(config.run.output, state, {})
+        checkpoint.save(config.run.output, state, History(), {})
         checkpoint.delete_surplus(config.run.output, keep=2, best=None, pending=set())
     assert checkpoint.committed_steps(config.run.output) == [3, 4]
     assert len(storage.list_names(storage.join(config.run.output, "checkpoints"))) == 2
@@ -140,7 +140,7 @@ def test_the_error_for_a_damaged_checkpoint_names_it_and_the_remedy(
 ) -> None:
     """A truncated file, as a power failure may leave it."""
     state = trained_state(config, manifest, 3)
-    damaged = Path(checkpoint.save(config.run.output, state, {}), file)
+    damaged = Path(checkpoint.save(config.run.output, state, History(), {}), file)
     damaged.write_bytes(damaged.read_bytes()[:size])
     with pytest.raises(
         TrainingError, match=r"step-00000003: the checkpoint is damaged .* Delete this folder"
@@ -152,7 +152,7 @@ def test_the_model_of_a_checkpoint_can_be_loaded_separately(config: TrainConfig,
     from detr.inference.detector import ObjectDetector
     from tests.tiny_detr import png
 
-    uri = checkpoint.save(config.run.output, trained_state(config, manifest, 2), {})
+    uri = checkpoint.save(config.run.output, trained_state(config, manifest, 2), History(), {})
     detector = ObjectDetector.from_pretrained(storage.join(uri, "model"))
     assert (
         len(detector.detect([detector.prepare(png(40, 60))])[0].scores)

@@ -12,6 +12,7 @@ import pytest
 from raydetr.data.stream.micro_batch import TrainingBatch
 from raydetr.flat_keys import override
 from raydetr.registry import tracking
+from raydetr.training.checkpoint import History
 from raydetr.training.config import TrainConfig
 from raydetr.training.progress import LINE_EVERY_S, Progress
 from tests.cluster.recorded_training import config as make_config
@@ -63,7 +64,7 @@ def test_metrics_are_sent_when_their_checkpoint_is_committed_and_not_before(run:
     progress = Progress(*run, rank=0)
     add(progress, 0, 1, 2)
     assert values(run) == []
-    assert [row[0] for row in progress.uncommitted()["metrics"]] == [0, 1, 2]
+    assert [row[0] for row in progress.history().metrics] == [0, 1, 2]
     progress.send()
     assert values(run) == [(0, 10.0), (1, 9.0), (2, 8.0)]
     assert progress.rows == []
@@ -78,7 +79,7 @@ def test_metrics_are_stored_while_mlflow_is_unavailable_and_sent_once_afterwards
         progress.send()
         assert "The metrics of 2 steps are stored in the checkpoint" in capfd.readouterr().out
         add(progress, 2)
-        assert [row[0] for row in progress.uncommitted()["metrics"]] == [0, 1, 2]
+        assert [row[0] for row in progress.history().metrics] == [0, 1, 2]
         progress.send()
     add(progress, 3)
     progress.send()
@@ -89,7 +90,7 @@ def test_sending_the_same_rows_twice_leaves_one_value_per_step(run: Run) -> None
     """A run that was killed after sending resumes from the checkpoint before, and sends again."""
     progress = Progress(*run, rank=0)
     add(progress, 0, 1, 2)
-    checkpoint = progress.uncommitted()
+    checkpoint = progress.history()
     progress.send()
     resumed = Progress(*run, rank=0)
     resumed.restore(checkpoint)
@@ -100,7 +101,7 @@ def test_sending_the_same_rows_twice_leaves_one_value_per_step(run: Run) -> None
 def test_metrics_that_a_killed_run_did_not_send_are_sent_on_resume(run: Run) -> None:
     progress = Progress(*run, rank=0)
     add(progress, 0, 1)
-    checkpoint = progress.uncommitted()  # then the run is killed
+    checkpoint = progress.history()  # then the run is killed
     resumed = Progress(*run, rank=0)
     resumed.restore(checkpoint)
     add(resumed, 2)
@@ -118,27 +119,27 @@ def test_metrics_that_the_server_lost_are_sent_again_on_resume(
     file = run[0].tracking.tracking_uri.removeprefix("sqlite:///")
     backup = Path(file).read_bytes()
     add(progress, 1, 2)
-    checkpoint = progress.uncommitted()
+    checkpoint = progress.history()
     progress.send()
-    later = progress.uncommitted()
+    later = progress.history()
     Path(file).write_bytes(backup)
     assert values(run) == [(0, 10.0)]
     Progress(*run, rank=0).restore(later)
     assert values(run) == [(0, 10.0), (1, 9.0), (2, 8.0)]
-    assert later["metrics"] == checkpoint["metrics"]
+    assert later.metrics == checkpoint.metrics
     monkeypatch.setattr("raydetr.training.progress.RESEND_S", -1.0)
-    assert progress.uncommitted()["metrics"] == [], "old metrics are not stored again"
+    assert not progress.history().metrics, "old metrics are not stored again"
 
 
 def test_seconds_include_earlier_attempts(run: Run) -> None:
     progress = Progress(*run, rank=0)
-    progress.restore({"metrics": [], "seconds": 1000.0})
-    assert 1000 < progress.uncommitted()["seconds"] < 1100
+    progress.restore(History(seconds=1000.0))
+    assert 1000 < progress.history().seconds < 1100
 
 
 def test_other_ranks_send_nothing(run: Run) -> None:
     other = Progress(*run, rank=1)
-    other.restore({"metrics": [[0, 1, {"loss": 1.0}]]})
+    other.restore(History([(0, 1, {"loss": 1.0})]))
     assert values(run) == []
 
 
@@ -151,7 +152,7 @@ def test_an_unreachable_server_is_detected_immediately(run: Run, capfd: pytest.C
         add(progress, 0)
         progress.send()
     assert "No MLflow server answers" in capfd.readouterr().out
-    assert len(progress.uncommitted()["metrics"]) == 1
+    assert len(progress.history().metrics) == 1
 
 
 def test_a_line_shows_step_loss_speed_and_time_left(

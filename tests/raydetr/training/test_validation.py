@@ -125,7 +125,7 @@ def test_lost_validations_are_repeated_before_a_run_resumes(config: TrainConfig)
     config = override(config, validation_images=4)
     state = create_state(config, manifest, torch.device("cpu"))
     for state.step in (10, 20):
-        checkpoint.save(config.run.output, state, {"metrics": []})
+        checkpoint.save(config.run.output, state, checkpoint.History(), {})
     validate(config, 20, 0.4)
     validation.validate_missing_checkpoints(config, "")
     metrics = checkpoint.read_validation(config.run.output, 10)
