@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask
 
+from raydetr.data.fault_codes import is_trained
 from raydetr.data.ingest.index import read_entry
 from raydetr.data.ingest.inputs import InputPaths, read_inputs
 from raydetr.data.ingest.record import make_record
-from raydetr.data.schema import is_trained
 from raydetr.data.usable import Usable
 from raydetr.errors import RaydetrError
 

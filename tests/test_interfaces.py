@@ -8,6 +8,7 @@ import pytest
 
 from raydetr import config
 from raydetr.data import schema
+from raydetr.data.fault_codes import FAULT_SCHEMA
 from raydetr.data.shards import Manifest
 from raydetr.doctor.config import DoctorConfig
 from raydetr.flat_keys import flatten
@@ -51,7 +52,7 @@ def test_the_recipes_are_listed() -> None:
 def test_the_fields_of_shards_are_listed() -> None:
     assert row("`shard-NNNNNN.parquet`") == schema.SCHEMA.names
     assert row("its `objects`") == [schema.OBJECT.field(i).name for i in range(schema.OBJECT.num_fields)]
-    assert row("`faults.parquet`") == schema.FAULT_SCHEMA.names
+    assert row("`faults.parquet`") == FAULT_SCHEMA.names
     assert row("`manifest.json`") == [
         field.name for field in dataclasses.fields(Manifest) if field.name != "root"
     ]

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydetr import storage
-from raydetr.data.schema import SCHEMA_VERSION, Category, Fault, ObjectRow, Record, Segmentation, is_trained
+from raydetr.data.fault_codes import Fault, is_trained
+from raydetr.data.schema import SCHEMA_VERSION, Category, ObjectRow, Record, Segmentation
 from raydetr.errors import DataError
 
 ROW_GROUP_SIZE = 32

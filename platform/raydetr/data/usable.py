@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
+from raydetr.data.fault_codes import FAULTS, Fault, is_trained
 from raydetr.data.ingest.console import count_faults, fault_lines
-from raydetr.data.schema import FAULTS, Fault, Record, is_trained
+from raydetr.data.schema import Record
 from raydetr.data.shards import Manifest, is_target, read_faults, read_records
 from raydetr.errors import DataError
 

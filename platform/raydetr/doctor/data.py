@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from raydetr import storage
+from raydetr.data.fault_codes import FAULTS
 from raydetr.data.ingest import shard_writer
-from raydetr.data.schema import FAULTS
 from raydetr.data.shards import Manifest, read_faults
 from raydetr.data.usable import reasons, require_trainable, require_usable, trainable
 from raydetr.doctor.config import DoctorConfig

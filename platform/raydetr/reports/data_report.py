@@ -14,9 +14,10 @@ from PIL import Image
 from detr.drawing import draw_detections, draw_segments
 from detr.image_processing.decode import ImageError
 from raydetr import storage
+from raydetr.data.fault_codes import FAULTS, Fault, is_repaired
 from raydetr.data.ingest.console import count_faults, place
 from raydetr.data.pixels import decode_record
-from raydetr.data.schema import FAULTS, Fault, Record, is_repaired
+from raydetr.data.schema import Record
 from raydetr.data.shards import Manifest, read_faults, read_records, read_rows
 from raydetr.data.stream.keyed_random import generator
 from raydetr.data.stream.mask_targets import decode_mask, has_mask

@@ -16,8 +16,9 @@ from detr.drawing import draw_segments
 from detr.image_processing.decode import ImageError
 from detr.image_processing.panoptic_png import read_panoptic_png
 from detr.mask_codec import decode_segmentation
+from raydetr.data.fault_codes import is_repaired
 from raydetr.data.pixels import decode_record
-from raydetr.data.schema import Record, is_repaired
+from raydetr.data.schema import Record
 from raydetr.data.shards import Manifest, ground_truth_annotations, read_rows
 from raydetr.data.stream.mask_targets import MaskKind, decode_mask, has_mask, mask_targets
 from raydetr.reports.page_matching import Item

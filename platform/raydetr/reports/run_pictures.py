@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 
 from detr.drawing import draw_detections
 from detr.image_processing.decode import decode_image
+from raydetr.data.fault_codes import is_repaired
 from raydetr.data.pixels import decode_record
-from raydetr.data.schema import is_repaired
 from raydetr.data.shards import Manifest, read_records, training_targets
 from raydetr.prediction.coco_files import CocoResult
 from raydetr.responses import Detection

@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from raydetr.data.fault_codes import Fault
 from raydetr.data.ingest.coco import read_coco
 from raydetr.data.ingest.index import Index
 from raydetr.data.ingest.record import Entry
-from raydetr.data.schema import Fault
 
 
 class Read(NamedTuple):

@@ -1,7 +1,8 @@
 import pyarrow as pa
 import pytest
 
-from raydetr.data.schema import FAULT_SCHEMA, FAULTS, SCHEMA, Fault, is_trained, worst
+from raydetr.data.fault_codes import FAULT_SCHEMA, FAULTS, Fault, is_trained, worst
+from raydetr.data.schema import SCHEMA
 
 
 def test_a_record_has_the_documented_columns() -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from raydetr.data.fault_codes import FAULTS, Fault, is_repaired
 from raydetr.data.ingest.shard_writer import write_manifest, write_shard
-from raydetr.data.schema import FAULTS, SCHEMA, SCHEMA_VERSION, Fault, is_repaired
+from raydetr.data.schema import SCHEMA, SCHEMA_VERSION
 from raydetr.data.shards import (
     TARGET_COLUMNS,
     Manifest,

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raydetr.data.fault_codes import Fault
 from raydetr.data.ingest.shard_writer import write_manifest, write_shard
-from raydetr.data.schema import Fault
 from raydetr.data.shards import Manifest
 from raydetr.data.usable import Usable, count_usable, require_trainable, require_usable, trainable
 from raydetr.errors import DataError

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from raydetr.data.schema import Fault, Record
+from raydetr.data.fault_codes import Fault
+from raydetr.data.schema import Record
 
 MIN_BOXES = 10
 """Minimum number of boxes for a conclusion."""

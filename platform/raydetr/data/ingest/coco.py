@@ -12,11 +12,12 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raydetr.data.fault_codes import Fault
 from raydetr.data.ingest.index import Index
 from raydetr.data.ingest.json_stream import kind, read_elements
 from raydetr.data.ingest.raw import RawAnnotation, RawImage
 from raydetr.data.ingest.repairs import read_int
-from raydetr.data.schema import Category, Fault
+from raydetr.data.schema import Category
 from raydetr.errors import DataError
 
 _LISTS = ("images", "annotations", "categories")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from raydetr import storage
-from raydetr.data.schema import FAULTS, Fault
+from raydetr.data.fault_codes import FAULTS, Fault
 from raydetr.data.shards import FAULTS as FAULTS_FILE
 from raydetr.data.shards import Manifest, read_faults
 

@@ -1,6 +1,6 @@
 """Check a single image or annotation. The checks are pure functions that return faults as (code, reason).
 
-`schema.FAULTS` lists the codes and their effects.
+`data.fault_codes.FAULTS` lists the codes and their effects.
 """
 
 import io

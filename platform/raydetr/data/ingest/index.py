@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal, NotRequired, TypedDict
 
+from raydetr.data.fault_codes import Fault
 from raydetr.data.ingest.classes import ClassMap
 from raydetr.data.ingest.faults import Problem, as_int
 from raydetr.data.ingest.panoptic import Panoptic
@@ -18,7 +19,6 @@ from raydetr.data.ingest.raw import RawAnnotation, RawImage, RawPanoptic
 from raydetr.data.ingest.record import Annotation, Entry
 from raydetr.data.ingest.repairs import read_int
 from raydetr.data.names import is_outside, match_file, normalize_name, normalized_stem
-from raydetr.data.schema import Fault
 from raydetr.errors import DataError, StorageError
 
 _TABLES = """

@@ -19,6 +19,7 @@ from itertools import chain
 
 from raydetr import cluster, storage
 from raydetr.config import FaultPolicy, require_share
+from raydetr.data.fault_codes import Fault
 from raydetr.data.ingest.box_statistics import BoxStatistics
 from raydetr.data.ingest.console import fault_lines
 from raydetr.data.ingest.index import disk_errors
@@ -35,7 +36,6 @@ from raydetr.data.ingest.shard_tasks import (
 )
 from raydetr.data.ingest.shard_writer import write_manifest
 from raydetr.data.ingest.split import Split, find_near_duplicates, split_images
-from raydetr.data.schema import Fault
 from raydetr.data.shards import (
     FAULTS,
     MANIFEST,

@@ -8,11 +8,12 @@ from itertools import islice
 from typing import Any
 
 from raydetr import storage
+from raydetr.data.fault_codes import Fault
 from raydetr.data.ingest.classes import ClassMap, load_classes
 from raydetr.data.ingest.coco import read_coco, require_distinct_names
 from raydetr.data.ingest.index import Index, disk_errors
 from raydetr.data.ingest.panoptic_file import read_panoptic
-from raydetr.data.schema import SCHEMA_VERSION, Category, Fault
+from raydetr.data.schema import SCHEMA_VERSION, Category
 from raydetr.errors import ConfigError, DataError
 
 MAX_LISTED = 3

@@ -9,9 +9,10 @@ from scipy import ndimage
 
 from detr.image_processing.decode import ImageError
 from detr.image_processing.panoptic_png import read_panoptic_png
+from raydetr.data.fault_codes import worst
 from raydetr.data.ingest.faults import Problem, as_int, as_numbers
 from raydetr.data.ingest.raw import RawAnnotation
-from raydetr.data.schema import SegmentRow, worst
+from raydetr.data.schema import SegmentRow
 
 BOX_TOLERANCE = 1.0
 """Maximum difference in pixels between a segment's box and the extent of its pixels that is not reported."""

@@ -4,13 +4,13 @@ import hashlib
 import json
 from typing import Any
 
+from raydetr.data.fault_codes import Fault
 from raydetr.data.ingest.coco import CocoFile, MissingKeys, add_image, check_categories, is_name
 from raydetr.data.ingest.faults import as_int
 from raydetr.data.ingest.index import Index
 from raydetr.data.ingest.json_stream import kind, read_elements
 from raydetr.data.ingest.raw import RawAnnotation
 from raydetr.data.ingest.repairs import read_int
-from raydetr.data.schema import Fault
 from raydetr.errors import DataError
 
 _LISTS = ("images", "annotations", "categories")

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raydetr.data.fault_codes import Fault, worst
 from raydetr.data.ingest import faults
 from raydetr.data.ingest.faults import Orientation, as_int, as_numbers
 from raydetr.data.ingest.panoptic import Panoptic, inspect_panoptic
 from raydetr.data.ingest.raw import RawAnnotation
 from raydetr.data.ingest.repairs import is_standard, repair_annotation
-from raydetr.data.schema import Fault, ObjectRow, Record, SegmentRow, worst
+from raydetr.data.schema import ObjectRow, Record, SegmentRow
 
 USUAL_QUERIES = 100
 """Number of object queries of the published models, which cannot detect more objects in an image."""

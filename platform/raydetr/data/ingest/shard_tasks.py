@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import ray
 
 from raydetr import storage
+from raydetr.data.fault_codes import Fault, without_notes
 from raydetr.data.ingest.box_statistics import BoxStatistics
 from raydetr.data.ingest.classes import ClassMap
 from raydetr.data.ingest.index import read_entry
@@ -18,7 +19,7 @@ from raydetr.data.ingest.json_stream import read_elements
 from raydetr.data.ingest.record import Reading, make_record
 from raydetr.data.ingest.shard_writer import ShardSummary, write_shard
 from raydetr.data.names import normalize_name
-from raydetr.data.schema import Fault, Record, without_notes
+from raydetr.data.schema import Record
 from raydetr.data.shards import ROW_GROUP_SIZE, Shard
 from raydetr.data.usable import Usable
 from raydetr.errors import RaydetrError

@@ -12,17 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydetr import storage
-from raydetr.data.schema import (
-    FAULT_SCHEMA,
-    SCHEMA,
-    SCHEMA_VERSION,
-    Category,
-    Fault,
-    ObjectRow,
-    Record,
-    is_repaired,
-    is_trained,
-)
+from raydetr.data.fault_codes import FAULT_SCHEMA, Fault, is_repaired, is_trained
+from raydetr.data.schema import SCHEMA, SCHEMA_VERSION, Category, ObjectRow, Record
 from raydetr.data.shards import FAULTS, MANIFEST, ROW_GROUP_SIZE, Manifest, Shard, is_target
 
 _FAULT_ROWS = 8192

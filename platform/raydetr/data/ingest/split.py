@@ -7,10 +7,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from raydetr.data.fault_codes import Fault
 from raydetr.data.ingest.duplicates import first_near_duplicates
 from raydetr.data.ingest.index import Index
 from raydetr.data.ingest.record import Entry
-from raydetr.data.schema import Fault
 from raydetr.data.shards import Manifest, Shard, read_image_hashes
 from raydetr.errors import ConfigError, DataError
 

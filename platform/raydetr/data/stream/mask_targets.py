@@ -9,7 +9,8 @@ import numpy.typing as npt
 from detr.image_processing.decode import ImageError
 from detr.image_processing.panoptic_png import read_panoptic_png
 from detr.mask_codec import decode_segmentation
-from raydetr.data.schema import FAULTS, ObjectRow, Record, Segmentation, SegmentRow, is_trained
+from raydetr.data.fault_codes import FAULTS, is_trained
+from raydetr.data.schema import ObjectRow, Record, Segmentation, SegmentRow
 from raydetr.data.shards import Target, is_target, target_arrays
 
 MaskKind = Literal["none", "instance", "panoptic", "panoptic-boxes"]

@@ -26,8 +26,9 @@ from ray.train import DataConfig
 
 from detr.image_processing.augment import apply, apply_masks
 from detr.image_processing.decode import ImageError
+from raydetr.data.fault_codes import is_trained
 from raydetr.data.pixels import decode_record
-from raydetr.data.schema import Record, is_trained
+from raydetr.data.schema import Record
 from raydetr.data.shards import Manifest, training_targets
 from raydetr.data.stream.balance import repeat_factors
 from raydetr.data.stream.in_flight import ROW_BYTES, WindowBackpressure, fit_cluster

@@ -14,8 +14,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from detr.mask_codec import rle_runs
+from raydetr.data.fault_codes import Fault, without_notes
 from raydetr.data.ingest.record import make_record
-from raydetr.data.schema import SCHEMA, Fault, without_notes
+from raydetr.data.schema import SCHEMA
 from raydetr.errors import DataError
 from tests.raydetr.data.coco_files import read_content, read_file
 from tests.to_coco import to_annotation

@@ -2,8 +2,8 @@ import time
 
 import pytest
 
+from raydetr.data.fault_codes import Fault
 from raydetr.data.ingest.console import fault_lines, print_progress
-from raydetr.data.schema import Fault
 
 
 def test_the_summary_counts_faults_by_code_and_shows_the_first_ones() -> None:

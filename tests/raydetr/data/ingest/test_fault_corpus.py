@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raydetr.data.fault_codes import FAULTS, without_notes
 from raydetr.data.ingest.console import fault_lines
 from raydetr.data.ingest.ingest import Options, ingest, ingest_split
 from raydetr.data.ingest.inputs import InputPaths
 from raydetr.data.ingest.split import Split
-from raydetr.data.schema import FAULTS, without_notes
 from raydetr.data.shards import Manifest, read_faults, read_records
 from raydetr.errors import DataError
 

@@ -13,12 +13,12 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from raydetr.data.fault_codes import Fault, without_notes
 from raydetr.data.ingest.ingest import IngestResult, Options, ingest
 from raydetr.data.ingest.inputs import InputPaths
 from raydetr.data.ingest.record import Entry, make_record
 from raydetr.data.ingest.shard_tasks import plan_shards, record_order
 from raydetr.data.ingest.shard_writer import write_manifest, write_shard
-from raydetr.data.schema import Fault, without_notes
 from raydetr.data.shards import Manifest, read_faults, read_records, training_targets
 from raydetr.errors import ConfigError, DataError, StorageError
 from tests.raydetr.data.coco_files import read_file

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from raydetr import cluster, storage
+from raydetr.data.fault_codes import without_notes
 from raydetr.data.ingest import ingest as ingest_module
 from raydetr.data.ingest import shard_tasks
 from raydetr.data.ingest.ingest import Options, ingest, ingest_split
@@ -25,7 +26,6 @@ from raydetr.data.ingest.record import DEFAULT_READING
 from raydetr.data.ingest.shard_tasks import WORK, record_order, write_task_inputs
 from raydetr.data.ingest.shard_writer import ShardSummary, write_shard
 from raydetr.data.ingest.split import Split
-from raydetr.data.schema import without_notes
 from raydetr.data.shards import Manifest, read_faults, read_records
 from raydetr.data.synthetic import dataset
 from raydetr.data.synthetic.dataset import embedded, generate

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
+from raydetr.data.fault_codes import FAULTS, Fault, is_trained, without_notes
 from raydetr.data.ingest.inputs import InputPaths, Inputs, Source, read_inputs
 from raydetr.data.ingest.record import DEFAULT_READING, Reading, make_record
 from raydetr.data.pixels import UPRIGHT, decode_record
-from raydetr.data.schema import FAULTS, SCHEMA, Fault, is_trained, without_notes
+from raydetr.data.schema import SCHEMA
 from raydetr.data.shards import is_target
 from raydetr.data.stream.mask_targets import decode_mask
 from raydetr.errors import DataError

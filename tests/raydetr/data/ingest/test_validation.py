@@ -16,10 +16,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from raydetr.data.fault_codes import FAULT_SCHEMA, FAULTS, Fault, without_notes
 from raydetr.data.ingest.box_statistics import BoxStatistics
 from raydetr.data.ingest.inputs import InputPaths, read_inputs
 from raydetr.data.ingest.record import Entry, make_record
-from raydetr.data.schema import FAULT_SCHEMA, FAULTS, SCHEMA, Fault, without_notes
+from raydetr.data.schema import SCHEMA
 from raydetr.errors import DataError
 from tests.raydetr.data.coco_files import read_content
 from tests.tiers import rest_slow

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from raydetr.data.fault_codes import without_notes
 from raydetr.data.ingest.ingest import ingest
 from raydetr.data.ingest.inputs import InputPaths
-from raydetr.data.schema import without_notes
 from raydetr.data.shards import Manifest, read_faults, read_records
 from tests.raydetr.s3 import S3
 from tests.tiers import rest_slow

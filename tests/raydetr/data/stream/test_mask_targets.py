@@ -15,11 +15,11 @@ from detr.image_processing.augment import apply_masks
 from detr.image_processing.augment_spec import AugmentSpec
 from detr.image_processing.panoptic_png import write_panoptic_png
 from detr.image_transforms import rgb_to_id
+from raydetr.data.fault_codes import FAULTS
 from raydetr.data.ingest.inputs import InputPaths, read_inputs
 from raydetr.data.ingest.panoptic import Panoptic
 from raydetr.data.ingest.record import Entry, make_record
 from raydetr.data.ingest.shard_writer import write_manifest, write_shard
-from raydetr.data.schema import FAULTS
 from raydetr.data.shards import Manifest
 from raydetr.data.stream import ray_stream
 from raydetr.data.stream.mask_targets import mask_targets
