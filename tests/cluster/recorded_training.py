@@ -29,6 +29,7 @@ from detr import DetrForObjectDetection
 from detr.training.query_groups import QueryGroups
 from raydetr import cluster
 from raydetr.command import run
+from raydetr.results.json_form import to_json
 from raydetr.training import scaling, trainer, worker
 from raydetr.training.config import TrainConfig
 from tests import training_record
@@ -120,4 +121,9 @@ if __name__ == "__main__":
         cluster.require_shared = lambda **_: None
     if every := os.environ.get("RESIZE_EVERY_S"):
         scaling.RESIZE_EVERY_S = float(every)
-    run(trainer.train, TrainConfig, default=config(*sys.argv[1:3]), args=sys.argv[3:])
+    run(
+        lambda config: to_json(trainer.train(config)),
+        TrainConfig,
+        default=config(*sys.argv[1:3]),
+        args=sys.argv[3:],
+    )
