@@ -91,7 +91,7 @@ def application(server: Server) -> FastAPI:
         server.sizes.append((height, width))
         detections = server.detector.detect([prepared])[0].to_dicts(id2label)
         selected = [each for each in detections if each["score"] >= threshold]
-        image = {"height": height, "width": width}
+        image = {"height": height, "width": width, "orientation": applied}
         return {"model": MODEL, "image": image, "detections": selected, "times": TIMES}
 
     @app.post("/v1/segment")
@@ -108,7 +108,12 @@ def application(server: Server) -> FastAPI:
         options = SegmentRequest(kind, threshold, format)  # type: ignore[arg-type]
         outputs = server.detector.run([prepared])
         fields = segments(outputs, prepared, options, id2label)
-        return {"model": MODEL, "image": {"height": height, "width": width}, **fields, "times": TIMES}
+        return {
+            "model": MODEL,
+            "image": {"height": height, "width": width, "orientation": orientation},
+            **fields,
+            "times": TIMES,
+        }
 
     return app
 
