@@ -39,6 +39,11 @@ class Box(BaseModel):
     xmax: float
     ymax: float
 
+    @property
+    def corners(self) -> tuple[float, float, float, float]:
+        """The four values in this order."""
+        return self.xmin, self.ymin, self.xmax, self.ymax
+
 
 class Detection(BaseModel):
     """One object."""

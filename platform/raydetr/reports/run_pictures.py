@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def answer(image: bytes, detections: Sequence[Detection], file: str, threshold: 
     shown = [each for each in detections if each.score >= threshold]
     draw_detections(
         decode_image(image),
-        [astuple(each.box) for each in shown],
+        [each.box.corners for each in shown],
         [each.label for each in shown],
         [each.score for each in shown],
     ).save(_with_folder(file))
@@ -107,7 +106,7 @@ def difference(answered: Sequence[Detection], expected: Sequence[dict[str, Any]]
     """
     if [each.label for each in answered] != [each["label"] for each in expected]:
         return math.inf
-    first = np.array([[each.score, *astuple(each.box)] for each in answered])
+    first = np.array([[each.score, *each.box.corners] for each in answered])
     second = np.array([[each["score"], *each["box"].values()] for each in expected])
     return float(np.abs(first - second).max(initial=0.0))
 
