@@ -15,24 +15,23 @@ from typing import Any
 from raydetr.command import print_summary, write_summary
 from raydetr.doctor.config import DoctorConfig
 from raydetr.errors import RaydetrError
-from raydetr.training.start import TrainFlags, run
+from raydetr.training.start import run
 
 
-def main(flags: TrainFlags[DoctorConfig]) -> dict[str, Any]:
+def main(config: DoctorConfig) -> dict[str, Any]:
     """Run all checks; return the summary.
 
     Raises:
         RaydetrError: a check failed.
     """
-    flags.require_own_architecture()
     from raydetr.doctor.examine import examine
 
     print()
-    summary = examine(flags.settings)
+    summary = examine(config)
     if summary["failed"]:
         print_summary(summary)
-        if flags.json:
-            write_summary(flags.json, summary)
+        if config.json:
+            write_summary(config.json, summary)
         raise RaydetrError(f"this run cannot work: {', '.join(summary['failed'])} failed, see above.")
     return summary
 

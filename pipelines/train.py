@@ -16,13 +16,11 @@ from typing import Any
 from raydetr.config import EvaluateConfig
 from raydetr.results.json_form import to_json
 from raydetr.training.config import TrainConfig
-from raydetr.training.start import TrainFlags, run
+from raydetr.training.start import run
 
 
-def main(flags: TrainFlags[TrainConfig]) -> dict[str, Any]:
+def main(config: TrainConfig) -> dict[str, Any]:
     """Train; evaluate the registered version if --val-data is given."""
-    flags.require_own_architecture()
-    config = flags.settings
     if config.fault_tolerance.replay:
         from raydetr.training.non_finite import replay
 

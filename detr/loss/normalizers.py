@@ -1,7 +1,7 @@
 """Average the normalizers of the loss over processes.
 
-Here each process contributes the counts of its batch. The platform sums them over the micro-batches of a step first, in
-`raydetr.training.distributed`, and passes the sums to the loss.
+Each process contributes the counts of its batch. A caller whose step has several micro-batches sums `target_counts` over
+them and over the processes, and passes the sums to the loss instead.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ TRAIN = """
 import json, sys
 sys.path.insert(0, "pipelines")
 import ray, train
-from raydetr.training.start import DefaultsConfig, TrainFlags
 from tests.training_config import small_config
 
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -33,7 +32,7 @@ for workers, min_workers, _ in json.loads(sys.argv[2]):
         config = small_config(
             workers=workers, min_workers=min_workers, data_cpus=1, micro_batches=8, train_data=sys.argv[1], output=output
         )
-        train.main(TrainFlags(defaults=DefaultsConfig(), settings=config))
+        train.main(config)
     except Exception as error:
         with open(f"{output}.txt", "w") as file:
             file.write(f"{type(error).__name__}: {error}")

@@ -20,6 +20,7 @@ from raydetr.responses import (
     DetectResponse,
     HealthResponse,
     ModelsResponse,
+    ReadyResponse,
     SegmentResponse,
     ServedModel,
 )
@@ -126,16 +127,17 @@ class Call(Generic[T]):
             what = "did not finish its response" if outcome.started else "does not answer"
             raise ServingError(f"{where} {what} ({reason}).") from outcome.error
         where = f"{self.subject}: {where}" if self.subject else where
-        if not is_json(outcome.body):
-            raise _make_error(
-                outcome, f"{where} answered {outcome.status} without JSON: is it a raydetr endpoint?"
-            )
+        no_json = f"{where} answered {outcome.status} without JSON: is it a raydetr endpoint?"
         if not 200 <= outcome.status < 300:
+            if not is_json(outcome.body):
+                raise _make_error(outcome, no_json)
             raise _make_error(outcome, f"{where} answered {outcome.status}: {_error_message(outcome.body)}")
         try:
             return self.parse(outcome.body)
         except ValidationError as error:
             found = error.errors()[0]
+            if found["type"] == "json_invalid":
+                raise _make_error(outcome, no_json) from error
             place = ".".join(map(str, found["loc"]))
             raise ServingError(
                 f"{where} sent an unexpected response ({place}: {found['msg']}): is it a raydetr endpoint of this "
@@ -246,7 +248,12 @@ class BaseClient:
     def ready_call(self) -> Call[bool]:
         """Build the call of `ready`, without retries."""
         request = httpx.Request("GET", f"{self._endpoint}/ready", headers=self._headers)
-        return Call(request, lambda _: True, min(self._timeout_s, PROBE_TIMEOUT_S), 0)
+        return Call(
+            request,
+            lambda body: ReadyResponse.model_validate_json(body).ready,
+            min(self._timeout_s, PROBE_TIMEOUT_S),
+            0,
+        )
 
 
 def batches(images: Iterable[ImageSource]) -> Iterator["ImageBatch"]:

@@ -46,7 +46,7 @@ class FirstBatches:
 
 def first_batches(config: TrainConfig, manifest: Manifest) -> FirstBatches:
     """Build the first step, then read on for at most about one window or 20 seconds."""
-    per_step = config.optimizer.micro_batch_size * config.optimizer.micro_batches
+    per_step = config.optimizer.images_per_step
     window = config.data.window_row_groups * manifest.row_group_size
     stream = build_stream(config, manifest, max(1, min(window, manifest.num_images) // per_step))
     batches: list[TrainingBatch] = []

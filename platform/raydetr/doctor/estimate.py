@@ -53,7 +53,7 @@ def speed(
     """
     per_image = trial.step_seconds / max(trial.images, 1)
     # A step takes as long as the slowest worker. The trial measured rank 0, which gets the most micro-batches.
-    workers = config.optimizer.micro_batch_size * config.optimizer.micro_batches / trial.step_seconds
+    workers = config.optimizer.images_per_step / trial.step_seconds
     free = max(logical_cpus - config.cluster.workers, 1)
     trains = per_image if config.cluster.accelerator == "cpu" else 0.0
     # Where workers and data tasks share cores, an image costs the time of both: training (on CPU) and preparation.
@@ -68,12 +68,7 @@ def speed(
 
 def epochs(config: TrainConfig, manifest: Manifest) -> float:
     """Return how often the run sees each image."""
-    return (
-        config.optimizer.steps
-        * config.optimizer.micro_batch_size
-        * config.optimizer.micro_batches
-        / max(manifest.num_images, 1)
-    )
+    return config.optimizer.steps * config.optimizer.images_per_step / max(manifest.num_images, 1)
 
 
 def findings(
@@ -165,13 +160,7 @@ def summary_fields(config: TrainConfig, manifest: Manifest, trial: TrialRun, est
 
 def hours_of(config: TrainConfig, estimate: Speed) -> float:
     """Return the hours of all steps, without startup, validation and checkpoints."""
-    return (
-        config.optimizer.steps
-        * config.optimizer.micro_batch_size
-        * config.optimizer.micro_batches
-        / estimate.images_per_second
-        / 3600
-    )
+    return config.optimizer.steps * config.optimizer.images_per_step / estimate.images_per_second / 3600
 
 
 def _epochs(config: TrainConfig, manifest: Manifest, embedded: bool) -> Iterator[Finding]:

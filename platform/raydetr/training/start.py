@@ -8,7 +8,7 @@ import tyro
 
 from raydetr import command
 from raydetr.errors import ConfigError
-from raydetr.flat_keys import nest, override
+from raydetr.flat_keys import flatten, nest, override
 from raydetr.training.config import RENAMED, TrainConfig
 from raydetr.training.recipes import DEFAULT, load_recipe
 
@@ -40,39 +40,16 @@ class TrainFlags(Generic[S]):
         """Return the file for the summary; empty: none."""
         return self.settings.json
 
-    def require_own_architecture(self) -> None:
-        """Check that the flags fit the recipe and the model.
-
-        Raises:
-            ConfigError: fine-tune without a model, or architecture flags together with a model, which has its own.
-        """
-        model = self.settings.model
-        if self.defaults.recipe == "fine-tune" and not model.model:
-            raise ConfigError("--recipe fine-tune starts from an existing model: give it as --model.")
-        default = read_defaults(self.defaults).model.architecture
-        fields = dataclasses.fields(default)
-        given = [
-            field.name
-            for field in fields
-            if getattr(model.architecture, field.name) != getattr(default, field.name)
-        ]
-        if model.model and given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ConfigError(
-                f"{flags}: the architecture is that of --model {model.model}; remove "
-                f"{'it' if len(given) == 1 else 'them'}, or train a new model without --model."
-            )
-
 
 def run(
-    main: Callable[[TrainFlags[S]], Mapping[str, Any]],
+    main: Callable[[S], Mapping[str, Any]],
     config_class: type[S],
     args: Sequence[str] | None = None,
 ) -> None:
     """Run a job with the flags of `config_class`, whose defaults come from a recipe and a file.
 
     Args:
-        main: takes the flags and returns the summary.
+        main: takes the settings and returns the summary.
         config_class: `TrainConfig`, or a subclass with more groups.
         args: the flags; None: those of the command line.
     """
@@ -91,7 +68,35 @@ def run(
         if given.print_config:
             print_yaml(command.parse(command_class, default=default, args=args).settings)
             return
-    command.run(main, command_class, default=default, args=args)
+
+    def checked(flags: TrainFlags[S]) -> Mapping[str, Any]:
+        require_own_architecture(flags.settings, recipe, given.recipe)
+        return main(flags.settings)
+
+    command.run(checked, command_class, default=default, args=args)
+
+
+def require_own_architecture(config: TrainConfig, default: TrainConfig, recipe: str) -> None:
+    """Check that the flags fit the recipe and the model.
+
+    Args:
+        config: the settings of the run.
+        default: those of the recipe and of the file, without flags.
+        recipe: name of the recipe.
+
+    Raises:
+        ConfigError: fine-tune without a model, or architecture flags together with a model, which has its own.
+    """
+    if recipe == "fine-tune" and not config.model.model:
+        raise ConfigError("--recipe fine-tune starts from an existing model: give it as --model.")
+    before = flatten(default.model.architecture)
+    given = [name for name, value in flatten(config.model.architecture).items() if value != before[name]]
+    if config.model.model and given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(
+            f"{flags}: the architecture is that of --model {config.model.model}; remove "
+            f"{'it' if len(given) == 1 else 'them'}, or train a new model without --model."
+        )
 
 
 def read_defaults(given: DefaultsConfig) -> TrainConfig:

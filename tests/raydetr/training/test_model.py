@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.train import main
 from raydetr.data.shards import Manifest
 from raydetr.errors import ConfigError, DataError
 from raydetr.flat_keys import override
 from raydetr.training.config import TrainConfig
 from raydetr.training.model import build_model, image_processor
 from raydetr.training.recipes import RECIPES, detr_r50, fine_tune
-from raydetr.training.start import DefaultsConfig, TrainFlags
+from raydetr.training.start import require_own_architecture
 from raydetr.training.trainer import check_prerequisites
 from tests.awkward import write_awkward
 from tests.cluster.recorded_training import config as make_config
@@ -72,20 +71,14 @@ def test_freezing_a_detector_with_other_classes_is_refused(
 
 def test_architecture_flags_are_refused_with_a_model(base: TrainConfig) -> None:
     for name in ("fine-tune", "masks"):
-        defaults = DefaultsConfig(recipe=name)
-        recipe = override(RECIPES[name](), model=base.model.model)
-        TrainFlags(defaults=defaults, settings=recipe).require_own_architecture()
+        default = RECIPES[name]()
+        config = override(default, model=base.model.model)
+        require_own_architecture(config, default, name)
         with pytest.raises(ConfigError, match="--num-queries, --compat: the architecture is that of --model"):
-            main(
-                TrainFlags(
-                    defaults=defaults, settings=override(recipe, num_queries=300, compat="transformers")
-                )
-            )
-    TrainFlags(
-        defaults=DefaultsConfig(recipe="detr-r50"), settings=override(detr_r50(), num_queries=300)
-    ).require_own_architecture()
+            require_own_architecture(override(config, num_queries=300, compat="transformers"), default, name)
+    require_own_architecture(override(detr_r50(), num_queries=300), detr_r50(), "detr-r50")
     with pytest.raises(ConfigError, match="fine-tune"):
-        main(TrainFlags(defaults=DefaultsConfig(recipe="fine-tune"), settings=fine_tune()))
+        require_own_architecture(fine_tune(), fine_tune(), "fine-tune")
 
 
 def test_the_remedy_for_too_few_queries_depends_on_whether_a_model_is_given(

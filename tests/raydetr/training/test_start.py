@@ -12,19 +12,19 @@ from raydetr.errors import ConfigError
 from raydetr.flat_keys import flatten, nest, override
 from raydetr.training.config import TrainConfig
 from raydetr.training.recipes import RECIPES, detr_r50, load_recipe, multi_scale
-from raydetr.training.start import DefaultsConfig, TrainFlags, read_defaults, run
+from raydetr.training.start import DefaultsConfig, read_defaults, run
 
 
 def parsed(*args: str) -> TrainConfig:
     """Return the settings that a job gets."""
-    received: list[TrainFlags[TrainConfig]] = []
+    received: list[TrainConfig] = []
 
-    def main(flags: TrainFlags[TrainConfig]) -> dict[str, Any]:
-        received.append(flags)
+    def main(config: TrainConfig) -> dict[str, Any]:
+        received.append(config)
         return {}
 
     run(main, TrainConfig, args)
-    return received[0].settings
+    return received[0]
 
 
 def names(config: Any) -> list[str]:
@@ -123,6 +123,12 @@ def test_a_recipe_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     }.items():
         with pytest.raises(ConfigError, match=f"(?i)--recipe {name}: .*{error}"):
             load_recipe(name)
+
+
+def test_an_architecture_flag_with_a_model_exits_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parsed("--recipe", "fine-tune", "--model", "hub:a/b", "--num-queries", "5")
+    assert "--num-queries: the architecture is that of --model hub:a/b" in capsys.readouterr().err
 
 
 def test_only_what_a_run_computes_is_its_identity() -> None:
